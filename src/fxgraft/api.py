@@ -1,0 +1,398 @@
+"""The public calls: put patches on, take them off, look at them, and get the loss."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import gc
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+import torch.nn.functional as F
+from rich.table import Table
+from torch import Tensor, nn
+
+from fxgraft.errors import (
+    ConfigError,
+    DuplicateGraftError,
+    FxgraftError,
+    StructureError,
+    UnknownGraftError,
+    WrappedModelError,
+    candidates,
+)
+from fxgraft.graph.anatomy import Anatomy
+from fxgraft.graph.grafted import state_of
+from fxgraft.graph.ledger import Graft, Ledger, Placement
+from fxgraft.graph.sites import Sites, list_sites
+from fxgraft.graph.structure import LOGITS_KEYS
+from fxgraft.patches.base import Patch, build
+
+M = TypeVar("M", bound=nn.Module)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a patch would do: the result of ``patch(..., dry_run=True)``.
+
+    Attributes:
+        name: the graft's name.
+        patch: its settings.
+        actions: (module, what happens there, modes) of each unit.
+        description: the method's own summary of it.
+    """
+
+    name: str
+    patch: Patch
+    actions: tuple[tuple[str, str, str], ...]
+    description: str
+
+    def __str__(self) -> str:
+        lines = [f"{self.name}: {self.description}".rstrip(": ")]
+        lines += [f"  {owner or '(the model)'}: {what}, in {modes}" for owner, what, modes in self.actions]
+        return "\n".join(lines)
+
+
+def ledger_of(model: nn.Module) -> Ledger | None:
+    """Return the ledger of a patched model, or None for a bare one."""
+    state = state_of(model)
+    return state.ledger if state is not None else None
+
+
+def _check_model(model: Any) -> None:
+    """Raise unless the model can be patched: a plain module that nothing has wrapped yet."""
+    if not isinstance(model, nn.Module):
+        kind = type(model).__name__
+        if kind == "ExportedProgram":
+            raise WrappedModelError(
+                "The model is an exported program, whose graph is fixed.\nPatch the model first, export after."
+            )
+        raise WrappedModelError(
+            f"fxgraft patches a torch.nn.Module, got {kind}.\nPass the model itself, as timm.create_model returns it."
+        )
+    wrappers = {
+        "DistributedDataParallel": "DistributedDataParallel",
+        "DataParallel": "DataParallel",
+        "FullyShardedDataParallel": "FSDP",
+        "FSDPModule": "FSDP2 (fully_shard)",
+        "OptimizedModule": "torch.compile",
+        "ScriptModule": "TorchScript",
+    }
+    for path, module in model.named_modules():
+        found = next((wrappers[c.__name__] for c in type(module).__mro__ if c.__name__ in wrappers), None)
+        if found is None and module._compiled_call_impl is not None:
+            found = "module.compile()"
+        if found is None and isinstance(module, torch.fx.GraphModule):
+            if any(isinstance(node.target, torch._ops.OpOverload) for node in module.graph.nodes):
+                found = "torch.export"
+        if found is not None:
+            where = f"its part {path!r}" if path else "it"
+            raise WrappedModelError(
+                f"{model._get_name()} cannot be patched: {where} is already wrapped by {found}.\n"
+                "The wrapper has taken hold of the bare forward, parameters and hooks, and would miss the patch.\n"
+                "Patch first, wrap after."
+            )
+
+
+def patch(
+    model: M,
+    method: str | Patch,
+    *,
+    name: str | None = None,
+    dry_run: bool = False,
+    input_size: tuple[int, int, int] | None = None,
+    **options: Any,
+) -> M | Plan:
+    """Graft a method onto a model, in place.
+
+    Args:
+        model: a timm or torchvision backbone, or any module from one image batch to logits. It keeps its class
+            (as a subclass of it), weights, hooks and ``state_dict`` keys.
+        method: name of a method (see `fxgraft.methods`), or the patch itself: ``fxgraft.RSC(layer=-1)``.
+        name: what to call the graft, by default the method's name. Needed to use a method twice.
+        dry_run: return the plan instead of carrying it out.
+        input_size: (C, H, W) of the images, where the model's own default is not the size it is trained at.
+        **options: the method's options, with a method given by name.
+
+    Returns:
+        The same model; with ``dry_run``, the `Plan`.
+
+    Raises:
+        FxgraftError: what is wrong, why, and what to do; the model is then as it was.
+    """
+    _check_model(model)
+    if isinstance(method, Patch):
+        if options:
+            raise ConfigError(
+                f"{type(method).__name__} is given with its options; {', '.join(options)} cannot be added here.\n"
+                f"Pass fxgraft.{type(method).__name__}({', '.join(f'{k}=...' for k in options)})."
+            )
+        wanted = method
+    else:
+        wanted = build(method, options)
+    ledger = ledger_of(model)
+    present = ledger.grafts if ledger is not None else []
+    graft = Graft(name or wanted.method, wanted, input_size=input_size)
+    _check_new(graft, present, name is not None)
+    if dry_run:
+        return _plan(model, present, graft)
+    (ledger or Ledger()).install(model, [*present, graft])
+    return model
+
+
+def _check_new(graft: Graft, present: Sequence[Graft], named: bool) -> None:
+    if not graft.name.isidentifier():
+        raise ConfigError(f"A graft's name must be an identifier, got {graft.name!r}.\nUse letters, digits, '_'.")
+    for other in present:
+        if other.patch == graft.patch:
+            raise DuplicateGraftError(
+                f"{graft.patch.method!r} is on the model already with these settings, as {other.name!r}.\n"
+                "Twice the same would act twice at the same place.\nChange a setting, or unpatch it first."
+            )
+        if other.name == graft.name:
+            hint = "Choose another name." if named else f'Give the second one a name, as name="{graft.name}_2".'
+            raise DuplicateGraftError(f"There is a graft named {graft.name!r} on the model already.\n{hint}")
+
+
+def _plan(model: nn.Module, present: Sequence[Graft], graft: Graft) -> Plan:
+    """Plan on the bare model, then put back what was there."""
+    ledger = ledger_of(model)
+    installed = ledger.installation if ledger is not None else None
+    if installed is not None:
+        installed.erase()
+    try:
+        trial = [Graft(g.name, g.patch, dict(g.units), g.input_size) for g in present]
+        planned = Ledger().plan(model, [*trial, graft])
+    finally:
+        if installed is not None:
+            installed.write()
+    actions = tuple(_action(p) for g, p in planned.placements if g is graft)
+    return Plan(graft.name, graft.patch, actions, graft.patch.describe(graft))
+
+
+def _action(placement: Placement) -> tuple[str, str, str]:
+    edit = placement.edit
+    fields = ", ".join(str(getattr(edit, f.name)) for f in dataclasses.fields(edit))
+    modes = [m for m, on in (("training", placement.training), ("evaluation", placement.evaluation)) if on]
+    unit = type(placement.unit).__name__
+    return placement.owner, f"{unit} {type(edit).__name__.lower()}{f' {fields}' if fields else ''}", " and ".join(modes)
+
+
+def unpatch(model: M, *names: str | Graft) -> M:
+    """Take grafts off a model, in place: exactly as before those patches.
+
+    Args:
+        model: a patched model.
+        *names: which ones, by name or as returned by `grafts`, in any order; all of them when left out.
+
+    Returns:
+        The same model.
+
+    Raises:
+        UnknownGraftError: there is no such graft; nothing was taken off.
+    """
+    ledger = ledger_of(model)
+    present = ledger.grafts if ledger is not None else []
+    wanted = {each.name if isinstance(each, Graft) else each for each in names}
+    known = {graft.name for graft in present}
+    for each in sorted(wanted - known):
+        raise UnknownGraftError(
+            f"There is no graft {each!r} on this {model._get_name()}.\n"
+            f"{candidates(each, [g.name for g in present])}"
+        )
+    if ledger is None:
+        if names:
+            return model
+        raise UnknownGraftError(f"There is no graft on this {model._get_name()}.\nPatch it first.")
+    ledger.install(model, [g for g in present if names and g.name not in wanted])
+    return model
+
+
+def grafts(model: nn.Module) -> list[Graft]:
+    """List the grafts of a model, in the order they were added; empty for a bare one."""
+    ledger = ledger_of(model)
+    return list(ledger.grafts) if ledger is not None else []
+
+
+def sites(
+    model: nn.Module, pattern: str | None = None, *, input_size: tuple[int, int, int] | None = None
+) -> Sites:
+    """List where a model can be patched: module outputs and the values between them, in running order.
+
+    Args:
+        model: bare or patched; the listing is that of the bare model.
+        pattern: a name or a glob: ``*`` within one part of a name, ``**`` across parts.
+        input_size: (C, H, W) to show shapes at; the model's own by default.
+
+    Raises:
+        SiteError: nothing matches; lists close matches.
+    """
+    ledger = ledger_of(model)
+    installed = ledger.installation if ledger is not None else None
+    if installed is not None:
+        installed.erase()
+    try:
+        found = list_sites(Anatomy(model, input_size), pattern)
+    finally:
+        if installed is not None:
+            installed.write()
+    return Sites(found, f"{type(model).__name__.removeprefix('Grafted')}, batch of 2")
+
+
+@dataclass(frozen=True)
+class Summary:
+    """The grafts of a model, one row each: name, method, what it does, new parameters, notes."""
+
+    model: str
+    rows: tuple[tuple[str, str, str, str, str], ...]
+
+    def __rich__(self) -> Table:
+        table = Table(title=f"{self.model}: {len(self.rows)} graft(s), in order of action")
+        for column in ("name", "method", "where", "parameters", "notes"):
+            table.add_column(column)
+        for row in self.rows:
+            table.add_row(*row)
+        return table
+
+    def __str__(self) -> str:
+        if not self.rows:
+            return f"{self.model}: no grafts"
+        lines = [f"{self.model}: {len(self.rows)} graft(s), in order of action"]
+        for name, method, where, parameters, notes in self.rows:
+            lines.append(f"  {name} = {method}: {where}; {parameters} new parameters{f'; {notes}' if notes else ''}")
+        return "\n".join(lines)
+
+    __repr__ = __str__
+
+
+def summary(model: nn.Module) -> Summary:
+    """Summarise the grafts of a model: what each does where, its parameters, and what to look out for."""
+    rows = []
+    for graft in grafts(model):
+        own = graft.parameters()
+        notes = []
+        if graft.patch.needs_labels:
+            notes.append("needs labels in training")
+        if graft.patch.train_only:
+            notes.append("absent in evaluation")
+        if own and _left_out(model, own):
+            notes.append("its parameters are in no optimiser: add graft.parameters() to yours")
+        count = f"{sum(p.numel() for p in own):,}"
+        rows.append((graft.name, graft.patch.method, graft.patch.describe(graft), count, ", ".join(notes)))
+    return Summary(model._get_name(), tuple(rows))
+
+
+def _left_out(model: nn.Module, own: list[nn.Parameter]) -> bool:
+    """Say whether an optimiser of this model exists that was built before the graft."""
+    ids = {id(p) for p in own}
+    others = {id(p) for p in model.parameters()} - ids
+    held = [
+        {id(p) for group in each.param_groups for p in group["params"]}
+        for each in gc.get_objects()
+        if isinstance(each, torch.optim.Optimizer)
+    ]
+    return any(h & others for h in held) and not any(h & ids for h in held)
+
+
+def set_progress(model: nn.Module, fraction: float) -> None:
+    """Tell the schedules of a model's grafts how much of the training is done.
+
+    Args:
+        model: a patched model; a bare one is left alone.
+        fraction: in [0, 1]: 0 at the start, 1 at the end; once per epoch or per step.
+
+    Raises:
+        ConfigError: outside [0, 1].
+    """
+    if not 0.0 <= fraction <= 1.0:
+        raise ConfigError(f"Progress is the share of training done, in [0, 1]; got {fraction!r}.")
+    ledger = ledger_of(model)
+    if ledger is not None:
+        ledger.set_progress(float(fraction))
+
+
+def losses(
+    model: nn.Module, out: Any, y: Tensor, criterion: Callable[..., Tensor] = F.cross_entropy
+) -> dict[str, Tensor]:
+    """Return the parts of the loss by name: "criterion", then what each graft adds.
+
+    Args:
+        model: bare or patched.
+        out: what the model returned; of a structured output the logits are taken.
+        y: labels, as the criterion takes them.
+        criterion: called as ``criterion(logits, y)``.
+
+    Returns:
+        Scalars by name, those of grafts as ``"<graft>.<part>"``.
+    """
+    here = grafts(model)
+    for graft in here:
+        criterion = graft.patch.criterion(graft, criterion)
+    parts = {"criterion": criterion(_logits(out, here), y)}
+    for graft in here:
+        for part, value in graft.patch.loss(graft, out, y, criterion).items():
+            parts[f"{graft.name}.{part}"] = value
+    return parts
+
+
+def loss(
+    model: nn.Module, out: Any, y: Tensor, criterion: Callable[..., Tensor] = F.cross_entropy
+) -> Tensor:
+    """Return the whole loss as one scalar: the sum of `losses`."""
+    parts = losses(model, out, y, criterion)
+    return torch.stack([value.reshape(()) for value in parts.values()]).sum() if len(parts) > 1 else parts["criterion"]
+
+
+def _logits(out: Any, here: Sequence[Graft]) -> Any:
+    if isinstance(out, Tensor):
+        return out
+    named = [g.patch.output for g in here if getattr(g.patch, "output", None) is not None]  # type: ignore[attr-defined]
+    for key in (*named, *LOGITS_KEYS):
+        if isinstance(out, dict) and key in out:
+            return out[key]
+        if isinstance(key, str) and isinstance(getattr(out, key, None), Tensor):
+            return getattr(out, key)
+        if isinstance(key, int) and isinstance(out, (tuple, list)):
+            return out[key]
+    raise StructureError(
+        f"The model returned a {type(out).__name__}, and it is not clear what in it are the logits.\n"
+        "Pass the logits themselves to fxgraft.loss, or set output= on the patch."
+    )
+
+
+def merge(model: M) -> M:
+    """Return a copy of a patched model with every graft folded into stock weights or gone.
+
+    The copy has the original class and keys, loads into a fresh model with ``strict=True``, and knows nothing
+    of fxgraft. The patched model is left alone.
+
+    Raises:
+        MergeError: a graft cannot be folded; names it.
+    """
+    here = grafts(model)
+    for graft in here:
+        if type(graft.patch).merge is Patch.merge:
+            graft.patch.merge(graft, model)
+    merged = copy.deepcopy(model)
+    for graft in grafts(merged):
+        graft.patch.merge(graft, merged)
+    return unpatch(merged) if here else merged
+
+
+__all__ = [
+    "FxgraftError",
+    "Plan",
+    "Summary",
+    "grafts",
+    "ledger_of",
+    "loss",
+    "losses",
+    "merge",
+    "patch",
+    "set_progress",
+    "sites",
+    "summary",
+    "unpatch",
+]

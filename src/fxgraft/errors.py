@@ -1,0 +1,92 @@
+"""The errors of fxgraft: each says what is wrong, why, and what to do instead.
+
+All of them derive from `FxgraftError`, and each also from the builtin it refines, so that
+``except ValueError`` written for a wrong number goes on working.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class FxgraftError(Exception):
+    """Root of every error raised on purpose by fxgraft."""
+
+
+class ConfigError(FxgraftError, ValueError):
+    """An option of a patch, or an argument of a call, is outside what the method defines."""
+
+
+class UnknownMethodError(FxgraftError, KeyError):
+    """No patch is registered under that name."""
+
+    def __str__(self) -> str:
+        # KeyError shows the repr of its argument, which would print the line breaks as escapes.
+        return str(self.args[0]) if self.args else ""
+
+
+class SiteError(FxgraftError, ValueError):
+    """A site is unknown, ambiguous, or not of a kind that the method can work on."""
+
+
+class StructureError(FxgraftError, ValueError):
+    """The backbone lacks a structure (a pooled linear head, a residual join) that the method needs."""
+
+
+class TraceError(FxgraftError, RuntimeError):
+    """torch.fx cannot trace a module that has to be opened."""
+
+
+class WrappedModelError(FxgraftError, TypeError):
+    """The model is already wrapped, compiled or exported: patch first, wrap after."""
+
+
+class DuplicateGraftError(FxgraftError, ValueError):
+    """The same method with the same settings, or the same name, is on the model already."""
+
+
+class UnknownGraftError(FxgraftError, KeyError):
+    """There is no such graft on this model."""
+
+    def __str__(self) -> str:
+        return str(self.args[0]) if self.args else ""
+
+
+class TargetError(FxgraftError, ValueError):
+    """Labels are missing, stale, of the wrong size, or out of range."""
+
+
+class BypassError(FxgraftError, RuntimeError):
+    """A call would run, or has run, around a graft that should have acted."""
+
+
+class RecipeError(FxgraftError, ValueError):
+    """A saved recipe is damaged, foreign, of an unknown version, or made for another architecture."""
+
+
+class FxgraftWarning(UserWarning):
+    """A setting that works but cannot do what it is for."""
+
+
+class MergeError(FxgraftError, RuntimeError):
+    """A patch changes the trained function in a way that stock weights cannot express."""
+
+
+def candidates(word: str, known: Iterable[str], limit: int = 8) -> str:
+    """Format what the user may have meant: close matches first, otherwise the first few that exist.
+
+    Args:
+        word: what was asked for.
+        known: every name that would have worked.
+        limit: how many names to show at most.
+    """
+    names = list(dict.fromkeys(known))
+    close = difflib.get_close_matches(word, names, n=3, cutoff=0.5)
+    if close:
+        return "Close matches: " + ", ".join(repr(name) for name in close) + "."
+    if not names:
+        return "There are none."
+    shown = ", ".join(repr(name) for name in names[:limit])
+    more = f", … ({len(names)} in all)" if len(names) > limit else ""
+    return f"There are: {shown}{more}."

@@ -1,0 +1,173 @@
+"""What one pass through a patched model shares with its grafts: labels, progress, captured values."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from fxgraft.errors import TargetError
+
+Batch = TypeVar("Batch")
+
+
+class Labels:
+    """Labels set from outside a call, by `targets` or `with_targets`.
+
+    Attributes:
+        value: class indices (B,) or soft targets (B, K).
+        reusable: whether several training passes may read them. Labels that a loader sets belong to
+            one batch and one pass; those of a ``with targets(y):`` block hold for the whole block.
+        used: whether a training pass has read them.
+    """
+
+    def __init__(self, value: Tensor, reusable: bool) -> None:
+        self.value = value
+        self.reusable = reusable
+        self.used = False
+
+
+# The innermost label source is the last one. A plain list, since torch.compile reads it inside graphs.
+_ambient: list[Labels] = []
+
+
+@contextmanager
+def targets(y: Tensor) -> Iterator[None]:
+    """Give labels to every patched model called inside the block.
+
+    For training loops that can only call ``model(x)``. The labels hold for the whole block, however
+    many passes it makes.
+
+    Args:
+        y: class indices (B,), soft targets (B, K), or whatever the criterion takes.
+    """
+    labels = Labels(y, reusable=True)
+    _ambient.append(labels)
+    try:
+        yield
+    finally:
+        _ambient.remove(labels)
+
+
+def with_targets(loader: Iterable[Batch], index: int | str = 1) -> Iterator[Batch]:
+    """Iterate over a loader and set each batch's labels for the patched models called on it.
+
+    Each batch's labels serve one training pass. A second pass before the next batch raises
+    `TargetError`, since nothing says that those are still the right labels; use `targets` for that.
+
+    Args:
+        loader: yields batches that hold their labels at ``batch[index]``.
+        index: position or key of the labels in a batch.
+
+    Yields:
+        The loader's batches, unchanged.
+    """
+    for batch in loader:
+        labels = Labels(batch[index], reusable=False)  # type: ignore[index]
+        _ambient.append(labels)
+        try:
+            yield batch
+        finally:
+            _ambient.remove(labels)
+
+
+class Context:
+    """The state of one patched model's current pass.
+
+    Every graft of a model refers to the same context. Between passes all fields but ``progress`` are
+    empty, so that compiled code guards on constants only.
+
+    Attributes:
+        root: the patched model while it runs, else None.
+        target: the labels of this pass, or None.
+        inputs: the model's positional tensor arguments.
+        values: what `Capture` units recorded in this pass, by key.
+        visited: the owners reached in this pass.
+        progress: share of training done, in [0, 1].
+    """
+
+    def __init__(self) -> None:
+        self.root: nn.Module | None = None
+        self.target: Tensor | None = None
+        self.stale = False
+        self.inputs: tuple[Any, ...] = ()
+        self.values: dict[str, Any] = {}
+        self.visited: dict[str, bool] = {}
+        self.progress = 0.0
+
+    def begin(self, root: nn.Module, target: Tensor | None, inputs: tuple[Any, ...]) -> None:
+        """Start a pass of ``root``; explicit labels win over those set from outside."""
+        self.root = root
+        self.inputs = inputs
+        if target is None and _ambient:
+            labels = _ambient[-1]
+            target = labels.value
+            if root.training:
+                self.stale = labels.used and not labels.reusable
+                labels.used = True
+        self.target = target
+
+    def end(self) -> None:
+        """Forget everything that belonged to the pass."""
+        self.root = None
+        self.target = None
+        self.stale = False
+        self.inputs = ()
+        self.values = {}
+        self.visited = {}
+
+    def labels(self, graft: str, batch: int) -> Tensor:
+        """Return the labels of this pass, or raise what is wrong with them.
+
+        Args:
+            graft: name of the graft that needs them, for the message.
+            batch: batch size at the graft's site.
+
+        Raises:
+            TargetError: no labels, labels that served an earlier batch, or another batch size.
+        """
+        if self.target is None:
+            raise TargetError(
+                f"{graft!r} needs the labels of the batch in training, and none were given.\n"
+                "It challenges what the network uses for the true class.\n"
+                "Call model(x, target=y), or wrap the call in `with fxgraft.targets(y):`, or iterate over "
+                "fxgraft.with_targets(loader); model.eval() needs none."
+            )
+        if self.stale:
+            raise TargetError(
+                f"{graft!r} was given labels left over from an earlier pass.\n"
+                "Labels set by fxgraft.with_targets serve one training pass, so that no batch is ever "
+                "paired with another batch's labels.\n"
+                "Call model(x, target=y), or use `with fxgraft.targets(y):` around several passes of one batch."
+            )
+        if not isinstance(self.target, Tensor):
+            raise TargetError(
+                f"{graft!r} was given labels of type {type(self.target).__name__}.\n"
+                "It takes a tensor of class indices (B,) or of soft targets (B, K)."
+            )
+        if self.target.ndim == 0 or self.target.shape[0] != batch:
+            raise TargetError(
+                f"{graft!r} was given labels for {self.target.shape[0] if self.target.ndim else 'no'} "
+                f"samples with a batch of {batch}.\n"
+                "Labels and inputs must be of the same batch; labels set earlier may have been left over."
+            )
+        return self.target
+
+
+def check_label_range(graft: str, target: Tensor, classes: int) -> None:
+    """Raise `TargetError` for class indices outside [0, classes), where looking costs nothing.
+
+    On the CPU the values are read. On an accelerator reading them would stall the queue and under
+    torch.compile it would break the graph; there an out-of-range index fails in the lookup itself.
+    """
+    if target.is_floating_point() or target.device.type != "cpu" or torch.compiler.is_compiling():
+        return
+    if target.numel() and not (0 <= int(target.min()) and int(target.max()) < classes):
+        raise TargetError(
+            f"{graft!r} was given class indices from {int(target.min())} to {int(target.max())} "
+            f"for {classes} classes.\n"
+            f"Indices must lie in [0, {classes - 1}]. Check num_classes of the model and the labels of the data."
+        )

@@ -1,0 +1,216 @@
+"""Edits of a traced graph, and the way from an edited graph back to a function.
+
+A graph is turned into Python source once and run with the *living module* as ``self``: children are looked
+up by name at every call, so that a layer the user replaces is picked up, parameters stay where they are, and
+a copy of the module runs the same source on its own weights.
+"""
+
+from __future__ import annotations
+
+import itertools
+import linecache
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch.utils.checkpoint
+from torch import fx, nn
+from torch.utils import _pytree as pytree
+
+from fxgraft.errors import BypassError
+from fxgraft.graph.tracing import CHECKPOINT_REGION, INPUT, Traced, bind
+
+STATE = "_fxgraft"
+"""Name under which a grafted module keeps its state; generated code reaches units through it."""
+
+_numbers = itertools.count()
+
+
+@dataclass(frozen=True)
+class After:
+    """Run a unit on a node's value; everything that used the value uses the unit's output.
+
+    Attributes:
+        node: name of the node in its owner's graph.
+    """
+
+    node: str
+
+
+@dataclass(frozen=True)
+class Edge:
+    """Run a unit on a node's value as only some of its users see it.
+
+    Attributes:
+        node: name of the node that produces the value.
+        users: names of the nodes that receive the unit's output instead.
+    """
+
+    node: str
+    users: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Replace:
+    """Call a unit instead of a node, with the node's own arguments.
+
+    Attributes:
+        node: name of the node.
+    """
+
+    node: str
+
+
+@dataclass(frozen=True)
+class Output:
+    """Run a unit on the module's output; needs no trace of the module."""
+
+
+Edit = After | Edge | Replace | Output
+
+
+class Editor:
+    """Carries out edits on one traced graph.
+
+    Edits at one node stack in the order they are applied: each sees what the one before it left.
+    """
+
+    def __init__(self, traced: Traced) -> None:
+        self.traced = traced
+        self._named = {node.name: node for node in traced.graph.nodes}
+        self._latest: dict[fx.Node, fx.Node] = {}
+        self._latest_on_edge: dict[tuple[fx.Node, fx.Node], fx.Node] = {}
+
+    def apply(self, edit: Edit, unit: str) -> None:
+        """Carry out one edit.
+
+        Args:
+            edit: what to do.
+            unit: attribute path, from the module, of the unit to call.
+        """
+        graph = self.traced.graph
+        if isinstance(edit, Output):
+            output = next(node for node in graph.nodes if node.op == "output")
+            with graph.inserting_before(output):
+                output.args = (graph.call_module(unit, (output.args[0],)),)
+        elif isinstance(edit, Replace):
+            node = self._named[edit.node]
+            with graph.inserting_before(node):
+                call = graph.call_module(unit, node.args, node.kwargs)
+            node.replace_all_uses_with(call)
+            graph.erase_node(node)
+            self._named[edit.node] = call
+        elif isinstance(edit, After):
+            node = self._named[edit.node]
+            value = self._latest.get(node, node)
+            call = self._insert_after(value, unit)
+            value.replace_all_uses_with(call, delete_user_cb=lambda user: user is not call)
+            self._latest[node] = call
+        else:
+            node = self._named[edit.node]
+            for name in edit.users:
+                user = self._named[name]
+                value = self._latest_on_edge.get((node, user), self._latest.get(node, node))
+                shared = [c for c in value.users if _is_unit(c) and c.target == unit]
+                call = shared[0] if shared else self._insert_after(value, unit)
+                user.replace_input_with(value, call)
+                self._latest_on_edge[node, user] = call
+
+    def _insert_after(self, value: fx.Node, unit: str) -> fx.Node:
+        graph = self.traced.graph
+        with graph.inserting_after(value):
+            return graph.call_module(unit, (value,))
+
+
+def _is_unit(node: fx.Node) -> bool:
+    return node.op == "call_module" and str(node.target).startswith((STATE + ".", "graft_"))
+
+
+def restore_checkpointing(traced: Traced) -> None:
+    """Put the checkpointed calls of a traced graph back under activation checkpointing.
+
+    Tracing runs through ``torch.utils.checkpoint``, which would lose it. Each call of a child in such a
+    region is checkpointed on its own, except in regions that hold a unit: what a unit draws or reads
+    belongs to one forward pass, and a recomputation in backward must not repeat it.
+    """
+    graph = traced.graph
+    nodes = list(graph.nodes)
+    grafted = {
+        node.meta.get(CHECKPOINT_REGION)
+        for unit in nodes
+        if _is_unit(unit)
+        for node in (*unit.all_input_nodes, *unit.users)
+    }
+    for node in nodes:
+        region = node.meta.get(CHECKPOINT_REGION)
+        if region is None or region in grafted or node.op != "call_module" or node.kwargs:
+            continue
+        with graph.inserting_before(node):
+            child = graph.get_attr(str(node.target))
+            call = graph.call_function(
+                torch.utils.checkpoint.checkpoint, (child, *node.args), {"use_reentrant": False}
+            )
+        node.replace_all_uses_with(call)
+        graph.erase_node(node)
+
+
+def compile_graph(graph: fx.Graph, constants: dict[str, Any], label: str) -> Callable[..., Any]:
+    """Turn a graph into a function ``f(module, *inputs)``.
+
+    Args:
+        graph: its ``call_module`` and ``get_attr`` targets are looked up on ``module`` at every call.
+        constants: tensors the graph refers to by a bare name; they are reached through the module's state.
+        label: what to call the source in tracebacks.
+    """
+    for node in graph.nodes:
+        if node.op == "get_attr" and node.target in constants:
+            node.target = f"{STATE}.constants.{node.target}"
+    code = graph.python_code(root_module="self")
+    filename = f"<fxgraft {label} {next(_numbers)}>"
+    linecache.cache[filename] = (len(code.src), None, code.src.splitlines(keepends=True), filename)
+    namespace = dict(code.globals)
+    exec(compile(code.src, filename, "exec"), namespace)  # noqa: S102 - source generated by torch.fx
+    return namespace["forward"]
+
+
+def as_forward(traced: Traced, label: str) -> Callable[..., Any]:
+    """Turn a module's edited graph into a forward that takes the module's own arguments.
+
+    The usual call, with the tensors in front and the rest left at its default, costs nothing extra.
+
+    Raises:
+        BypassError: (when called) a non-tensor argument differs from the one the graph was traced with.
+    """
+    function = compile_graph(traced.graph, traced.constants, label)
+    inputs = traced.fixed.count(INPUT)
+    positional = len(traced.spec.children()[0].children()) if traced.fixed else 0
+    simple = (
+        all(value is INPUT for value in traced.fixed[:inputs])
+        and positional == len(traced.fixed)
+        and all(child.is_leaf() for child in traced.spec.children()[0].children())
+    )
+    names = list(traced.signature.parameters)
+
+    def forward(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        if simple and not kwargs and len(args) == inputs:
+            return function(module, *args)
+        leaves, spec = pytree.tree_flatten(bind(traced.signature, args, kwargs))
+        if spec != traced.spec:
+            raise BypassError(
+                f"{label} was called with arguments of another structure than when it was patched.\n"
+                f"Its graph was traced for {traced.spec}.\nUnpatch it, or call it as the model's forward does."
+            )
+        given = []
+        for index, (leaf, fixed) in enumerate(zip(leaves, traced.fixed, strict=True)):
+            if fixed is INPUT:
+                given.append(leaf)
+            elif leaf is not fixed and leaf != fixed:
+                name = names[index] if simple and index < len(names) else f"argument {index}"
+                raise BypassError(
+                    f"{label} was called with {name}={leaf!r}, but its graph was traced with {fixed!r}.\n"
+                    "Running the original code instead would bypass the patch in silence.\n"
+                    "Unpatch it for such calls, or choose a module's output as the site."
+                )
+        return function(module, *given)
+
+    return forward

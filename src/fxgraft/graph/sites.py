@@ -1,0 +1,372 @@
+"""Sites: from a user's words (names, globs, stage numbers) to places in a model, and the listing of them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, overload
+
+from rich.table import Table
+from torch import Tensor, fx, nn
+
+from fxgraft.errors import SiteError, StructureError, TraceError, candidates
+from fxgraft.graph.anatomy import Anatomy, shape_of
+from fxgraft.graph.layout import Layout, layout_of
+from fxgraft.graph.tracing import is_primitive
+
+Words = str | int | Sequence[str | int]
+"""How users name sites: a qualified name, a glob, a node name, a stage number, or several of these."""
+
+
+@dataclass(frozen=True)
+class Site:
+    """One value in a model's forward pass.
+
+    Attributes:
+        name: what to pass to ``layer=``.
+        owner: qualified name of the smallest module whose forward contains the value ('' is the model).
+        node: name of the value's node in the owner's graph; '' when it is known as a module's output only.
+        path: qualified name of the module whose output it is, or '' for the value of a function.
+        calls: how often that module is called in one pass.
+        checkpointed: whether the call runs under activation checkpointing.
+        op: the module's class, or the function.
+        shape: (batch of 2, ...) at the listing's input size, None when it is no tensor.
+        dtype: of the value, without the ``torch.`` prefix.
+        layout: which dimension holds the channels; see `Layout`.
+    """
+
+    name: str
+    owner: str
+    node: str
+    path: str = ""
+    calls: int = 1
+    checkpointed: bool = False
+    op: str = ""
+    shape: tuple[int, ...] | None = None
+    dtype: str = ""
+    layout: str = ""
+
+    @property
+    def on_module(self) -> bool:
+        """Whether a unit can sit on the module itself: one call, not recomputed in backward."""
+        return bool(self.path) and self.calls == 1 and not self.checkpointed
+
+
+class Sites(Sequence[Site]):
+    """The result of `fxgraft.sites`: a sequence of `Site` that prints as a table."""
+
+    def __init__(self, sites: Iterable[Site], title: str = "") -> None:
+        self._sites = tuple(sites)
+        self.title = title
+
+    @overload
+    def __getitem__(self, index: int) -> Site: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sites: ...
+    def __getitem__(self, index: int | slice) -> Site | Sites:
+        if isinstance(index, slice):
+            return Sites(self._sites[index], self.title)
+        return self._sites[index]
+
+    def __len__(self) -> int:
+        return len(self._sites)
+
+    def __iter__(self) -> Iterator[Site]:
+        return iter(self._sites)
+
+    @property
+    def names(self) -> list[str]:
+        """What to pass to ``layer=``, one name per site."""
+        return [site.name for site in self._sites]
+
+    def _rows(self) -> list[tuple[str, str, str, str, str]]:
+        return [
+            (s.name or "(the model)", s.op, "×".join(map(str, s.shape)) if s.shape else "–", s.dtype, s.layout)
+            for s in self._sites
+        ]
+
+    def __rich__(self) -> Table:
+        table = Table(title=self.title or None)
+        for column in ("site", "op", "shape", "dtype", "layout"):
+            table.add_column(column)
+        for row in self._rows():
+            table.add_row(*row)
+        return table
+
+    def __repr__(self) -> str:
+        rows = [("site", "op", "shape", "dtype", "layout"), *self._rows()]
+        widths = [max(len(row[i]) for row in rows) for i in range(5)]
+        lines = ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows]
+        return "\n".join(([self.title] if self.title else []) + lines)
+
+
+def call_name(node: fx.Node) -> str:
+    """Name a node as users write it: a child's own name (``name_1`` for its second call), else its fx name."""
+    if node.op != "call_module":
+        return node.name
+    earlier = [
+        n for n in node.graph.nodes if n.op == "call_module" and n.target == node.target and n is not node
+    ]
+    rank = sum(1 for n in earlier if n < node)
+    return f"{node.target}_{rank}" if rank else str(node.target)
+
+
+def _join(owner: str, name: str) -> str:
+    return f"{owner}.{name}" if owner else name
+
+
+def _describe(anatomy: Anatomy, value: Any, path: str) -> dict[str, Any]:
+    if not isinstance(value, Tensor):
+        return {}
+    layout = layout_of(anatomy, value, path, strict=False)
+    return {
+        "shape": shape_of(value),
+        "dtype": str(value.dtype).removeprefix("torch."),
+        "layout": str(layout) if isinstance(layout, Layout) else "",
+    }
+
+
+def module_site(anatomy: Anatomy, path: str, call: int = 0) -> Site:
+    """Describe the output of a module's call as a site."""
+    calls = anatomy.observation.calls[path]
+    record = calls[call]
+    owner = _owner(anatomy, path)
+    return Site(
+        name=path if call == 0 else f"{path}_{call}",
+        owner=owner,
+        node="",
+        path=path,
+        calls=len(calls),
+        checkpointed=record.checkpointed,
+        op=type(anatomy.module(path)).__name__,
+        **_describe(anatomy, record.output, path),
+    )
+
+
+def _owner(anatomy: Anatomy, path: str) -> str:
+    """Find the module whose forward calls ``path``: the nearest ancestor that is itself called."""
+    if not path:
+        return ""
+    parent = path.rpartition(".")[0]
+    while parent and parent not in anatomy.observation.calls:
+        parent = parent.rpartition(".")[0]
+    return parent
+
+
+def node_sites(anatomy: Anatomy, owner: str) -> list[Site]:
+    """List the values between the children's calls in one module's forward, and repeated calls."""
+    traced = anatomy.graph(owner, training=False)
+    values = anatomy.values(owner)
+    found = []
+    for node in traced.graph.nodes:
+        if node.op in ("placeholder", "output", "get_attr"):
+            continue
+        name = call_name(node)
+        value = values.get(node.name)
+        if node.op == "call_module":
+            if name == str(node.target):
+                continue
+            op = type(anatomy.module(_join(owner, str(node.target)))).__name__
+        else:
+            op = getattr(node.target, "__name__", str(node.target))
+            if not isinstance(value, Tensor):
+                continue
+        site = Site(_join(owner, name), owner, node.name, op=op, **_describe(anatomy, value, ""))
+        found.append(site)
+    return found
+
+
+def list_sites(anatomy: Anatomy, pattern: str | None = None) -> list[Site]:
+    """List every site of a model, or those whose names match a glob, in the order they run.
+
+    Modules that cannot be traced are listed by their output only.
+    """
+    calls = anatomy.observation.calls
+    order = sorted(calls, key=lambda path: calls[path][0].order)
+    listed: list[Site] = []
+    for path in order:
+        module = anatomy.module(path)
+        if not is_primitive(module) and (pattern is None or _may_match(pattern, path)):
+            try:
+                listed += node_sites(anatomy, path)
+            except (TraceError, SiteError):
+                pass
+        if path:
+            listed.append(module_site(anatomy, path))
+    if pattern is None:
+        return listed
+    matching = [site for site in listed if _matches(pattern, site.name)]
+    if not matching:
+        raise SiteError(
+            f"No site matches {pattern!r} in {type(anatomy.model).__name__}.\n"
+            f"{candidates(pattern, [site.name for site in listed])}\n"
+            "'*' stands for one part of a name, '**' for any number of parts."
+        )
+    return matching
+
+
+def _regex(pattern: str) -> re.Pattern[str]:
+    parts = re.split(r"(\*\*|\*|\?|\[[^\]]*\])", pattern)
+    special = {"**": ".*", "*": r"[^.]*", "?": r"[^.]"}
+    return re.compile("".join(special.get(p, p if p.startswith("[") else re.escape(p)) for p in parts))
+
+
+def _matches(pattern: str, name: str) -> bool:
+    return name == pattern or _regex(pattern).fullmatch(name) is not None
+
+
+def _may_match(pattern: str, owner: str) -> bool:
+    """Say whether a value directly inside ``owner`` could match; saves tracing every module."""
+    if "**" in pattern:
+        return True
+    head = pattern.rpartition(".")[0]
+    return _matches(head, owner) if head else owner == ""
+
+
+def is_glob(word: str) -> bool:
+    """Say whether a word is a pattern rather than a name."""
+    return any(sign in word for sign in "*?[")
+
+
+def resolve(anatomy: Anatomy, words: Words) -> list[Site]:
+    """Turn a user's words into sites, in the order of the words.
+
+    Args:
+        anatomy: of the bare model.
+        words: qualified module names (``name_1`` for a second call), node names, globs, or stage numbers
+            (indices into ``feature_info``; -1 is the last stage), alone or in a sequence.
+
+    Raises:
+        SiteError: nothing or more than one thing has that name; lists candidates.
+    """
+    each = [words] if isinstance(words, (str, int)) else list(words)
+    found: list[Site] = []
+    for word in each:
+        if isinstance(word, bool) or not isinstance(word, (str, int)):
+            raise SiteError(
+                f"A site is a name or a stage number, not {word!r} ({type(word).__name__}).\n"
+                'Pass for example layer="layer4", layer=-1 or layer=["layer3", "layer4"].'
+            )
+        found += [_stage(anatomy, word)] if isinstance(word, int) else _named(anatomy, word)
+    unique = {site.name: site for site in found}
+    if not unique:
+        raise SiteError("No site was named.\nPass at least one layer, for example layer=-1.")
+    return list(unique.values())
+
+
+def _named(anatomy: Anatomy, word: str) -> list[Site]:
+    calls = anatomy.observation.calls
+    if is_glob(word):
+        matching = [path for path in calls if path and _matches(word, path)]
+        if matching:
+            return [module_site(anatomy, path) for path in sorted(matching, key=lambda p: calls[p][0].order)]
+        return list_sites(anatomy, word)
+    if word and word in calls:
+        return [module_site(anatomy, word)]
+    inner, _, number = word.rpartition("_")
+    if inner in calls and number.isdigit() and 0 < int(number) < len(calls[inner]):
+        return _repeated(anatomy, inner, int(number))
+    sequential = _last_called(anatomy, word)
+    if sequential:
+        return [module_site(anatomy, sequential)]
+    owner, _, node = word.rpartition(".")
+    while owner and owner not in calls:
+        owner, _, rest = owner.rpartition(".")
+        node = f"{rest}.{node}"
+    for site in node_sites(anatomy, owner) if word else []:
+        if site.name == word:
+            return [site]
+    raise _unknown(anatomy, word)
+
+
+def _repeated(anatomy: Anatomy, path: str, call: int) -> list[Site]:
+    wanted = f"{path}_{call}"
+    owner = _owner(anatomy, path)
+    for site in node_sites(anatomy, owner):
+        if site.name == wanted:
+            return [site]
+    raise SiteError(
+        f"{wanted!r} is call number {call} of {path!r}, but {owner or 'the model'!r} does not make all its "
+        f"calls itself.\nName a site inside the module that makes the call."
+    )
+
+
+def _last_called(anatomy: Anatomy, path: str) -> str | None:
+    """Follow a Sequential whose members are called one by one to the member that gives its output."""
+    try:
+        module = anatomy.module(path) if path else None
+    except AttributeError:
+        return None
+    while isinstance(module, nn.Sequential) and len(module):
+        name = list(module._modules)[-1]
+        path = f"{path}.{name}"
+        if path in anatomy.observation.calls:
+            return path
+        module = module._modules[name]
+    return None
+
+
+def _unknown(anatomy: Anatomy, word: str) -> SiteError:
+    calls = anatomy.observation.calls
+    paths = [path for path in calls if path]
+    model = type(anatomy.model).__name__
+    tails = [path for path in paths if path.endswith("." + word)]
+    if len(tails) > 1:
+        return SiteError(
+            f"{word!r} is ambiguous in {model}: {len(tails)} modules end in that name.\n"
+            f"{candidates(word, tails)}\n"
+            f"Pass one full name, or the pattern '**.{word}' for all of them."
+        )
+    named = {name for name, _ in anatomy.model.named_modules()}
+    if word in named:
+        return SiteError(
+            f"{word!r} is a module of {model}, but its forward is never called in a pass.\n"
+            f"{candidates(word, paths)}\nName one of its parts, or the module that uses it."
+        )
+    return SiteError(
+        f"There is no site {word!r} in {model}.\n{candidates(word, tails or paths)}\n"
+        "fxgraft.sites(model) lists all of them."
+    )
+
+
+def stages(anatomy: Anatomy) -> list[str]:
+    """Name the stages of a backbone: timm's ``feature_info``, else the last module at each resolution.
+
+    Raises:
+        StructureError: the model has neither.
+    """
+    info = getattr(anatomy.model, "feature_info", None)
+    entries = getattr(info, "info", info)
+    if isinstance(entries, (list, tuple)) and entries:
+        names = [entry.get("module", "") if isinstance(entry, dict) else "" for entry in entries]
+        usable = [name for name in names if name and _exists(anatomy, name)]
+        if len(usable) == len(names):
+            return usable
+    calls = anatomy.observation.calls
+    last: dict[tuple[int, ...], str] = {}
+    for path in sorted((p for p in calls if p), key=lambda p: (calls[p][0].order, -p.count("."))):
+        shape = shape_of(calls[path][0].output)
+        if len(calls[path]) == 1 and shape is not None and len(shape) == 4 and shape[-1] > 1:
+            last[shape[-2:]] = path
+    if not last:
+        raise StructureError(
+            f"{type(anatomy.model).__name__} has no feature_info and no 4-D feature maps to number stages by.\n"
+            "Name the layer instead; fxgraft.sites(model) lists all of them."
+        )
+    return list(last.values())
+
+
+def _exists(anatomy: Anatomy, path: str) -> bool:
+    return path in anatomy.observation.calls or _last_called(anatomy, path) is not None
+
+
+def _stage(anatomy: Anatomy, index: int) -> Site:
+    names = stages(anatomy)
+    if not -len(names) <= index < len(names):
+        raise SiteError(
+            f"There is no stage {index} in {type(anatomy.model).__name__}, which has {len(names)}.\n"
+            f"They are numbered 0 to {len(names) - 1} (or from -1 backwards): "
+            f"{', '.join(map(repr, names))}."
+        )
+    return _named(anatomy, names[index])[0]

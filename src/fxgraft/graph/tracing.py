@@ -1,0 +1,306 @@
+"""Shallow symbolic tracing: only the modules that must be opened are; everything else stays a call.
+
+`trace` turns one module's ``forward`` into a `torch.fx.Graph` whose nodes are calls of its children and
+the functions between them. timm's own lists of modules and functions that must not be traced are
+honoured. The module traced is left exactly as it was, also when tracing fails.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import sys
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+import torch
+from timm.layers import get_notrace_functions, get_notrace_modules
+from torch import Tensor, fx, nn
+from torch.utils import _pytree as pytree
+
+from fxgraft.errors import TraceError
+from fxgraft.graph.shapes import Call, preserved_random_state, replaced_checkpoint
+
+CHECKPOINT_REGION = "fxgraft_checkpoint_region"
+"""Key in ``node.meta`` of the checkpointed region that a node was traced in."""
+
+INPUT: Final = type("_Input", (), {"__repr__": lambda self: "INPUT"})()
+"""Marks the argument leaves that are inputs of a graph."""
+
+
+def is_primitive(module: nn.Module) -> bool:
+    """Say whether a full trace keeps ``module`` as one call: torch's own layers, norms, timm's list."""
+    # BatchNorm subclasses count their batches in Python code, which a trace would execute for real.
+    if isinstance(module, (nn.modules.batchnorm._NormBase, *get_notrace_modules())):
+        return True
+    ours = type(module).__module__.startswith(("torch.nn", "torch.ao.nn"))
+    return ours and not isinstance(module, (nn.Sequential, nn.ModuleList, nn.ModuleDict))
+
+
+@dataclass
+class Traced:
+    """A module's graph for one mode.
+
+    Attributes:
+        graph: its nodes; ``call_module`` and ``get_attr`` targets are relative to the module.
+        spec: how the module's arguments nest; the graph's placeholders are their tensors, in order.
+        fixed: one entry per argument leaf: `INPUT` where the graph has a placeholder, else the value it
+            was traced with.
+        signature: the forward's own signature, by which calls are brought to one form.
+        constants: tensors that the forward made from nothing, by the name the graph calls them.
+        settings: plain attributes of the opened modules that the trace may have read, by module path.
+    """
+
+    graph: fx.Graph
+    spec: pytree.TreeSpec
+    fixed: tuple[Any, ...]
+    signature: inspect.Signature
+    constants: dict[str, Any] = field(default_factory=dict)
+    settings: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+    def node(self, name: str) -> fx.Node:
+        """Return the node called ``name``."""
+        return next(node for node in self.graph.nodes if node.name == name)
+
+
+def plain_settings(module: nn.Module) -> dict[str, Any]:
+    """Collect the attributes of a module that its Python code may branch on.
+
+    ``training`` is left out: there is a graph for each mode.
+    """
+    kinds = (bool, int, float, str, type(None))
+    return {
+        name: value
+        for name, value in module.__dict__.items()
+        if name != "training"
+        and (
+            isinstance(value, kinds) or (isinstance(value, tuple) and all(isinstance(v, kinds) for v in value))
+        )
+    }
+
+
+class ShallowTracer(fx.Tracer):
+    """A tracer that opens the modules named, and those below ``deep`` down to primitives."""
+
+    def __init__(self, opened: Sequence[str], deep: Sequence[str]) -> None:
+        super().__init__(autowrap_functions=tuple(get_notrace_functions()))
+        self.opened = frozenset(opened)
+        self.deep = tuple(deep)
+        self.region = 0
+        self.touched: set[str] = {""}
+
+    def prepare(
+        self,
+        forward: Callable[..., Any],
+        spec: pytree.TreeSpec,
+        fixed: tuple[Any, ...],
+        names: list[str],
+    ) -> None:
+        """Say what to trace: ``forward(root, ...)`` with the arguments that ``spec`` and ``fixed`` describe."""
+        self.forward = forward
+        self.spec = spec
+        self.fixed = fixed
+        self.names = names
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        """Keep every module closed that nobody asked to open."""
+        if module_qualified_name in self.opened:
+            return False
+        inside = any(
+            not prefix or module_qualified_name == prefix or module_qualified_name.startswith(prefix + ".")
+            for prefix in self.deep
+        )
+        return not inside or is_primitive(m)
+
+    def call_module(
+        self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        """Open a module through its bare ``forward``: hooks belong to calls that compute, not to a trace."""
+
+        def bare_forward(*inner: Any, **named: Any) -> Any:
+            self.touched.add(self.path_of_module(m))
+            return m.forward(*inner, **named)
+
+        return super().call_module(m, bare_forward, args, kwargs)
+
+    def create_args_for_root(
+        self, root_fn: Callable[..., Any], is_module: bool, concrete_args: Any = None
+    ) -> tuple[Callable[..., Any], list[Any]]:
+        """Make one placeholder per input leaf and pass every other argument as the caller did."""
+        leaves = [
+            self.create_proxy("placeholder", name, (), {}) if value is INPUT else value
+            for value, name in zip(self.fixed, self.names, strict=True)
+        ]
+        args, kwargs = pytree.tree_unflatten(leaves, self.spec)
+
+        def run() -> Any:
+            return self.forward(self.root, *args, **kwargs)
+
+        return run, []
+
+    def run_checkpoint(
+        self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        """Trace a checkpointed region in place and mark its nodes."""
+        self.region += 1
+        before = set(self.graph.nodes)
+        out = function(*args, **kwargs)
+        for node in self.graph.nodes:
+            if node not in before:
+                node.meta[CHECKPOINT_REGION] = self.region
+        return out
+
+
+def bind(
+    signature: inspect.Signature, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Bring a call to one form: defaults filled in, whatever the caller left out or passed by name."""
+    bound = signature.bind(*args, **kwargs)
+    bound.apply_defaults()
+    plain = pytree.tree_map_only(torch.Size, tuple, (bound.args, bound.kwargs))
+    return plain[0], plain[1]
+
+
+def bare_forward(module: nn.Module) -> Callable[..., Any]:
+    """Return what ``module`` runs without the bookkeeping of a patched model's outer call."""
+    cls = type(module)
+    return getattr(cls, "_fxgraft_forward", cls.forward)
+
+
+def forward_signature(module: nn.Module) -> inspect.Signature:
+    """Return the signature of the class's own forward, without ``self`` and without ``target``."""
+    cls = getattr(type(module), "_fxgraft_base", type(module))
+    declared = inspect.signature(cls.forward)
+    return declared.replace(parameters=list(declared.parameters.values())[1:])
+
+
+def _names(signature: inspect.Signature, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[str]:
+    """Name every argument leaf after the parameter it belongs to."""
+    declared = list(signature.parameters)
+    bases = [declared[i] if i < len(declared) else f"input_{i}" for i in range(len(args))]
+    names: list[str] = []
+    for base, value in [*zip(bases, args, strict=True), *kwargs.items()]:
+        count = len(pytree.tree_leaves(value))
+        names += [base] if count == 1 else [f"{base}_{i}" for i in range(count)]
+    return names
+
+
+@contextlib.contextmanager
+def _untouched(module: nn.Module, opened: Sequence[nn.Module], training: bool) -> Iterator[dict[str, Any]]:
+    """Set the mode of the opened modules, and put back whatever the user's code changed while traced.
+
+    Yields:
+        A dictionary that holds, after the block, the attributes that fx added for constants.
+    """
+    flags = [(each, each.training) for each in opened]
+    attributes = set(module.__dict__)
+    buffers = [(b, b._version, b.clone()) for each in opened for b in each.buffers(recurse=False)]
+    added: dict[str, Any] = {}
+    for each in opened:
+        each.training = training
+    try:
+        with preserved_random_state():
+            yield added
+    finally:
+        for each, flag in flags:
+            each.training = flag
+        for name in set(module.__dict__) - attributes:
+            added[name] = module.__dict__.pop(name)
+        changed = [(b, saved) for b, version, saved in buffers if b._version != version]
+        for buffer, saved in changed:
+            with torch.no_grad():
+                buffer.copy_(saved)
+    if changed:
+        raise TraceError(
+            f"{type(module).__name__} changes a buffer in its own forward.\n"
+            "A traced graph would change it once, while tracing, and never again.\n"
+            "Choose a site outside this module, or the module's output."
+        )
+
+
+def _trace_error(module: nn.Module, path: str, error: BaseException) -> TraceError:
+    """Say which module and line stopped the trace."""
+    frames = traceback.extract_tb(error.__traceback__)
+    user = [f for f in frames if "/torch/fx/" not in f.filename and "fxgraft/graph" not in f.filename]
+    where = f"{user[-1].filename}:{user[-1].lineno}: {user[-1].line}" if user else "an unknown line"
+    name = f"{path!r} ({type(module).__name__})" if path else type(module).__name__
+    return TraceError(
+        f"torch.fx cannot trace {name}: {type(error).__name__}: {error}\n"
+        f"It stopped at {where}, usually control flow that depends on a tensor's values.\n"
+        "Choose the output of a whole module as the site (its inside then need not be opened), or register "
+        "the function with timm.layers.register_notrace_function."
+    )
+
+
+def trace(
+    module: nn.Module,
+    call: Call,
+    training: bool,
+    opened: Sequence[str] = (),
+    deep: Sequence[str] = (),
+    path: str = "",
+) -> Traced:
+    """Trace the forward of ``module`` as its caller calls it, for one mode.
+
+    Args:
+        module: the module whose forward is traced; its children stay calls.
+        call: one recorded call. Its tensors become inputs of the graph; every other argument is bound.
+        training: the mode to trace for.
+        opened: names of descendants to trace through.
+        deep: names of descendants to trace through down to primitive layers.
+        path: the module's own qualified name, for messages.
+
+    Returns:
+        The graph and what it depends on.
+
+    Raises:
+        TraceError: the forward cannot be traced; names the module, the line and the way out.
+    """
+    signature = forward_signature(module)
+    args, kwargs = bind(signature, call.args, call.kwargs)
+    leaves, spec = pytree.tree_flatten((args, kwargs))
+    tensors_only = tuple(INPUT if isinstance(leaf, Tensor) else leaf for leaf in leaves)
+    if isinstance(module, fx.GraphModule):
+        graph = _copy_graph(module, training)
+        return Traced(graph, spec, tensors_only, signature)
+    # Sizes that a caller hands down (a token grid) change with the image, so they are inputs as well,
+    # unless the forward branches on them.
+    given = {id(leaf) for leaf in pytree.tree_leaves((call.args, call.kwargs))}
+    with_sizes = tuple(
+        INPUT if type(leaf) is int and id(leaf) in given else value
+        for leaf, value in zip(leaves, tensors_only, strict=True)
+    )
+    names = _names(signature, args, kwargs)
+    for fixed in dict.fromkeys((with_sizes, tensors_only)):
+        tracer = ShallowTracer(opened, deep)
+        tracer.prepare(bare_forward(module), spec, fixed, names)
+        classes = {cls.__module__ for each in module.modules() for cls in type(each).__mro__}
+        tracer._autowrap_search += [sys.modules[name] for name in sorted(classes) if name in sys.modules]
+        to_open = [module, *(m for n, m in module.named_modules() if n and not tracer.is_leaf_module(m, n))]
+        try:
+            with (
+                _untouched(module, to_open, training) as constants,
+                replaced_checkpoint(tracer.run_checkpoint),
+            ):
+                graph = tracer.trace(module)
+        except TraceError:
+            raise
+        except Exception as error:
+            failure = error
+            continue
+        settings = {
+            name: plain_settings(module.get_submodule(name) if name else module)
+            for name in sorted(tracer.touched)
+        }
+        return Traced(graph, spec, fixed, signature, constants, settings)
+    raise _trace_error(module, path, failure) from failure
+
+
+def _copy_graph(module: fx.GraphModule, training: bool) -> fx.Graph:
+    """Take the graph of a module that arrives traced; torchvision's extractors hold one per mode."""
+    source = getattr(module, "train_graph" if training else "eval_graph", None)
+    graph = fx.Graph()
+    graph.output(graph.graph_copy(source if isinstance(source, fx.Graph) else module.graph, {}))
+    return graph

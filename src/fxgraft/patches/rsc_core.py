@@ -1,0 +1,248 @@
+"""Tensor functions of Representation Self-Challenging (Huang, Wang, Xing, Huang, ECCV 2020).
+
+RSC mutes the part of a feature map that a prediction leans on most and trains on what is left. The steps,
+for a map z of shape (B, C, *S), channels second (tokens: (B, C, N); a vector (B, C) has channels only):
+
+1. g = ∂ Σ_b logit[b, y_b] / ∂z: the caller differentiates `label_score`;
+2. `saliency` → `feature_mask`: mute the top share of positions, or of channels, in each sample;
+3. `label_probability` before and after → `select_samples` → `apply_selection`: only the samples whose
+   probability falls the most stay muted;
+4. the caller runs the rest of the network on z · mask.
+
+Masks are 1 (keep) and 0 (mute) and come out of comparisons, so no gradient passes through them; run steps 1
+to 3 without autograd. When average pooling and one linear layer are all that follows z, the `linear_tail_*`
+functions give steps 1 and 4 in closed form. `vector_*` is DomainBed's variant for pooled features (B, D).
+
+Half precision is scored in float32. Nothing here waits for the device: counts come from shapes and shares.
+"""
+
+from __future__ import annotations
+
+import math
+from contextlib import nullcontext
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fxgraft.errors import ConfigError
+
+Scope = Literal["spatial", "channel"]
+Saliency = Literal["grad_cam", "gradient"]
+Strategy = Literal["top_gradient", "top_activation", "random"]
+
+
+def mute_count(size: int, share: float) -> int:
+    """How many of `size` entries to mute: ⌈size · share⌉, between 0 and `size`.
+
+    A product that misses a whole number only by rounding counts as that number: 100 · 0.07 gives a little
+    more than 7 in floating point, and a share of 7 % does not mean 8 entries.
+    """
+    return min(max(math.ceil(_snapped(size * share)), 0), size)
+
+
+def batch_count(batch: int, share: float) -> int:
+    """How many samples may stay muted: B · share rounded half to even, as in the authors' code, at most B."""
+    return min(max(round(batch * share), 0), batch)
+
+
+def batch_share_schedule(epoch: int) -> float:
+    """The curriculum of the authors' code, 0.3 + 0.2 · ⌊epoch / 10⌋, but capped at 1."""
+    # In whole tenths, because 0.3 + 0.2 * 3 overshoots 0.9 and could tip the rounding of `batch_count`.
+    return min(1.0, (3 + 2 * (epoch // 10)) / 10)
+
+
+def keep_mask(scores: Tensor, count: int) -> Tensor:
+    """Mute the `count` highest of each row of `scores` (B, N); 1 keep, 0 mute, in the dtype of `scores`.
+
+    An entry is muted when it is strictly greater than the (count + 1)-th largest of its row: entries tied at
+    the threshold all stay. A count of 0 mutes nothing, N or more mutes everything. A NaN takes a place among
+    the largest but is itself kept (unless all are muted), so the mask is always finite.
+    """
+    return _above_rank(scores, count).logical_not().to(scores.dtype)
+
+
+def label_score(logits: Tensor, target: Tensor) -> Tensor:
+    """Σ_b logit[b, y_b]: the number whose gradient at z shows what the prediction rests on.
+
+    `logits` are (B, K); `target` holds indices (B,), or soft targets (B, K): Σ_b Σ_k t[b, k] · logit[b, k].
+    """
+    return _at_label(logits.to(_score_dtype(logits)), target).sum()
+
+
+def label_probability(logits: Tensor, target: Tensor) -> Tensor:
+    """Softmax probability of the label, (B,); Σ_k t_k p_k for soft targets. Arguments as `label_score`."""
+    return _at_label(logits.softmax(dim=1, dtype=_score_dtype(logits)), target)
+
+
+def saliency(
+    z: Tensor,
+    gradient: Tensor | None,
+    scope: Scope,
+    *,
+    kind: Saliency = "grad_cam",
+    strategy: Strategy = "top_gradient",
+) -> Tensor:
+    """Score the positions, (B, *S), or the channels, (B, C), of every sample; the highest are to be muted.
+
+    - "top_gradient": positions by Σ_c z_c · mean_S(g_c) ("grad_cam") or mean_c(g_c) ("gradient"),
+      channels by mean_S(g_c);
+    - "top_activation": mean_c(z_c) and mean_S(z_c);
+    - "random": uniform on [0, 1), from torch's generator.
+
+    `gradient` is g, shaped as `z`; None does for the last two, which are rows of the paper's ablation. Of the
+    two kinds, "grad_cam" is the authors' code and "gradient" the paper's text.
+    """
+    if strategy == "random":
+        shape = z.shape[:1] + (z.shape[1:2] if scope == "channel" else z.shape[2:])
+        return torch.rand(shape, dtype=_score_dtype(z), device=z.device)
+    if strategy == "top_activation":
+        return _spatial_mean(z) if scope == "channel" else _channel_mean(z)
+    if gradient is None:
+        raise ConfigError('strategy="top_gradient" ranks by the gradient: pass gradient=.')
+    if scope == "spatial" and kind == "gradient":
+        return _channel_mean(gradient)
+    return linear_tail_saliency(z, _spatial_mean(gradient), scope)
+
+
+def feature_mask(scores: Tensor, z: Tensor, scope: Scope, share: float) -> Tensor:
+    """Mute the top `share`, rounded up, of the positions or channels of every sample.
+
+    From the `scores` of `saliency` in the same scope to a mask (B, 1, *S) or (B, C, 1, ...) in the dtype of
+    `z`. The share is 1/3 of positions and 1/3.2 of channels in the authors' code, 1/3 of either in the paper.
+    """
+    rows = scores.flatten(1)
+    shape = (*z.shape[:2], *[1] * (z.ndim - 2)) if scope == "channel" else (z.shape[0], 1, *z.shape[2:])
+    return keep_mask(rows, mute_count(rows.shape[1], share)).reshape(shape).to(z.dtype)
+
+
+def select_samples(p_before: Tensor, p_after: Tensor, count: int, margin: float = 1e-4) -> Tensor:
+    """The samples that stay muted, (B,) bool: those with the largest δ = max(0, p_before − p_after − margin).
+
+    The rule is that of `keep_mask`, so a sample that loses no more than the margin is never selected, except
+    that a count of B or more selects every sample: a batch share of 1 switches the selection off. p_before
+    and p_after (B,) are `label_probability` on z and on z · mask, `count` is `batch_count`'s.
+    """
+    fall = (p_before - p_after - margin).clamp(min=0)
+    return _above_rank(fall.unsqueeze(0), count).squeeze(0)
+
+
+def apply_selection(mask: Tensor, selected: Tensor) -> Tensor:
+    """Ones in place of the rows of `mask` (B, ...) that are not `selected` (B,)."""
+    return mask.masked_fill(~selected.reshape(-1, *[1] * (mask.ndim - 1)), 1.0)
+
+
+def vector_keep_mask(gradient: Tensor, share: float) -> Tensor:
+    """DomainBed's mask for pooled features: keep what lies below the (1 − share) quantile of its row.
+
+    (B, D) → (B, D) in the dtype of `gradient`. An entry at the threshold is muted here, as in the paper.
+    Share 0 mutes nothing, where DomainBed would still mute the maximum.
+    """
+    if share <= 0:
+        return torch.ones_like(gradient)
+    return (gradient < _quantile_entry(gradient, share)).to(gradient.dtype)
+
+
+def vector_select(p_before: Tensor, p_after: Tensor, share: float) -> Tensor:
+    """The samples that stay muted in DomainBed, (B,) bool: a fall of at least the (1 − share) quantile.
+
+    The fall p_before − p_after is signed and has no margin, so a sample whose probability rises can be
+    selected, and a batch of one always is. Share 0 selects none, where DomainBed would select the largest.
+    """
+    fall = p_before - p_after
+    if share <= 0:
+        return torch.zeros_like(fall, dtype=torch.bool)
+    return fall >= _quantile_entry(fall.unsqueeze(0), share).squeeze(0)
+
+
+def linear_tail_gradient(weight: Tensor, target: Tensor, positions: int) -> Tensor:
+    """The gradient g under mean over `positions` and one linear layer: W[y_b] / positions, at every position.
+
+    Returned once, as (B, C), from `weight` (K, C) and indices (B,) or soft targets (B, K): t · W / positions.
+    """
+    rows = weight[target] if target.ndim == 1 else _matmul(target, weight)
+    return rows.to(_score_dtype(weight)) / positions
+
+
+def linear_tail_saliency(
+    z: Tensor, channel_gradient: Tensor, scope: Scope, *, kind: Saliency = "grad_cam"
+) -> Tensor:
+    """What `saliency` gives when g is `channel_gradient` (B, C) at every position, without expanding it.
+
+    With kind "gradient" all positions tie exactly, so that `keep_mask` mutes none of them.
+    """
+    if scope == "channel":
+        return channel_gradient
+    if kind == "gradient":
+        mean = _channel_mean(channel_gradient)
+        return mean.reshape(-1, *[1] * (z.ndim - 2)).expand(z.shape[0], *z.shape[2:])
+    return _matmul(channel_gradient.unsqueeze(1), z.flatten(2)).reshape(z.shape[0], *z.shape[2:])
+
+
+def linear_tail_logits(z: Tensor, mask: Tensor | None, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Logits linear(mean_S(z · mask)), (B, K), without forming z · mask; differentiable in z, weight, bias.
+
+    `mask` comes from `feature_mask`, or is None for the plain logits. The linear layer runs as it would in
+    the network: in the dtype of `weight` (K, C), or in autocast's.
+    """
+    if mask is None:
+        pooled = _spatial_mean(z)
+    elif mask.shape[2:].numel() == 1:  # constant over positions, so it commutes with their mean
+        pooled = _spatial_mean(z) * mask.flatten(1)
+    else:  # this order of the factors is the fast one for both memory formats
+        pooled = _matmul(mask.flatten(2), z.flatten(2).transpose(1, 2)).squeeze(1) / mask.shape[2:].numel()
+    return F.linear(pooled.to(weight.dtype), weight, bias)
+
+
+def _above_rank(scores: Tensor, count: int) -> Tensor:
+    """Strictly greater than the (count + 1)-th largest of the row; all of it when there is no such entry."""
+    if count <= 0:
+        return torch.zeros_like(scores, dtype=torch.bool)
+    if count >= scores.shape[1]:
+        return torch.ones_like(scores, dtype=torch.bool)
+    return scores > scores.topk(count + 1, dim=1).values[:, -1:]
+
+
+def _quantile_entry(values: Tensor, share: float) -> Tensor:
+    """The lowest entry of each row that reaches the row's (1 − share) quantile, (B, N) → (B, 1).
+
+    Interpolated linearly, the quantile is this entry or lies between it and the next lower one, so comparing
+    entries with either is the same, but an interpolated one would be off by rounding where it is the entry.
+    """
+    rank = math.floor(_snapped(share * (values.shape[1] - 1)))  # from the largest, which is 0
+    return values.topk(rank + 1, dim=1).values[:, -1:]
+
+
+def _snapped(value: float) -> float:
+    """`value`, or the whole number it differs from by rounding error only."""
+    nearest = round(value)
+    return float(nearest) if abs(value - nearest) <= 1e-12 * nearest else value
+
+
+def _at_label(values: Tensor, target: Tensor) -> Tensor:
+    if target.ndim == 1:
+        return values.gather(1, target.long().unsqueeze(1)).squeeze(1)
+    return (values * target.to(values.dtype)).sum(dim=1)
+
+
+def _matmul(a: Tensor, b: Tensor) -> Tensor:
+    """Product in at least float32, also under autocast: rounded scores would be ranked wrongly."""
+    dtype = torch.promote_types(_score_dtype(a), b.dtype)
+    # The meta device has no autocast to switch off.
+    full = nullcontext() if a.device.type == "meta" else torch.autocast(a.device.type, enabled=False)
+    with full:
+        return a.to(dtype) @ b.to(dtype)
+
+
+def _spatial_mean(x: Tensor) -> Tensor:
+    # mean(dim=()) would average over everything, not over nothing.
+    return x.mean(dim=tuple(range(2, x.ndim)), dtype=_score_dtype(x)) if x.ndim > 2 else x.to(_score_dtype(x))
+
+
+def _channel_mean(x: Tensor) -> Tensor:
+    return x.mean(dim=1, dtype=_score_dtype(x))
+
+
+def _score_dtype(x: Tensor) -> torch.dtype:
+    return torch.promote_types(x.dtype, torch.float32)
