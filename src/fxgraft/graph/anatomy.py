@@ -76,7 +76,9 @@ class Anatomy:
                 f"{path!r} is never called in the model's forward pass.\n"
                 "Its forward cannot be rewritten, since nothing would run it."
             )
-        return trace(self.module(path), calls[0], training, opened, deep, path)
+        return trace(
+            self.module(path), calls[0], training, opened, deep, path, self.observation.calls
+        )
 
     def values(self, path: str) -> dict[str, Any]:
         """Propagate fake tensors through a module's evaluation graph: node name to value."""

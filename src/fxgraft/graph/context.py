@@ -154,15 +154,28 @@ class Context:
                 f"samples with a batch of {batch}.\n"
                 "Labels and inputs must be of the same batch; labels set earlier may have been left over."
             )
+        if self.target.is_floating_point() and self.target.ndim < 2:
+            raise TargetError(
+                f"{graft!r} was given one floating-point number per sample as labels.\n"
+                "Class indices are integers (B,), soft targets are floating-point (B, K).\n"
+                "Pass y.long() if these are indices."
+            )
         return self.target
 
 
 def check_label_range(graft: str, target: Tensor, classes: int) -> None:
-    """Raise `TargetError` for class indices outside [0, classes), where looking costs nothing.
+    """Raise `TargetError` for soft targets of another number of classes, and for indices out of range.
 
+    The latter only where looking costs nothing.
     On the CPU the values are read. On an accelerator reading them would stall the queue and under
     torch.compile it would break the graph; there an out-of-range index fails in the lookup itself.
     """
+    if target.is_floating_point() and target.shape[1] != classes:
+        raise TargetError(
+            f"{graft!r} was given soft targets for {target.shape[1]} classes; the model has {classes}.\n"
+            "Soft targets are (B, K), one weight per class of the model.\n"
+            "Check num_classes of the model and of the data's mixing."
+        )
     if target.is_floating_point() or target.device.type != "cpu" or torch.compiler.is_compiling():
         return
     if target.numel() and not (0 <= int(target.min()) and int(target.max()) < classes):

@@ -285,7 +285,8 @@ def _extra_repr(self: nn.Module) -> str:
 
 
 def _unit_names(state: GraftState) -> str:
-    units = [*state.training.units, *state.evaluation.units]
+    placed = [*vars(state.units).values(), *state.registered.values()]
+    units = [*state.training.units, *state.evaluation.units, *placed]
     return ", ".join(dict.fromkeys(unit.graft for unit in units if unit.graft))
 
 

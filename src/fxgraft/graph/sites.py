@@ -154,8 +154,14 @@ def _owner(anatomy: Anatomy, path: str) -> str:
     return parent
 
 
-def node_sites(anatomy: Anatomy, owner: str) -> list[Site]:
-    """List the values between the children's calls in one module's forward, and repeated calls."""
+def node_sites(anatomy: Anatomy, owner: str, every: bool = False) -> list[Site]:
+    """List the values between the children's calls in one module's forward, and repeated calls.
+
+    Args:
+        anatomy: of the bare model.
+        owner: the module whose forward is looked at.
+        every: list the first calls of children as well.
+    """
     traced = anatomy.graph(owner, training=False)
     values = anatomy.values(owner)
     found = []
@@ -165,7 +171,7 @@ def node_sites(anatomy: Anatomy, owner: str) -> list[Site]:
         name = call_name(node)
         value = values.get(node.name)
         if node.op == "call_module":
-            if name == str(node.target):
+            if name == str(node.target) and not every:
                 continue
             op = type(anatomy.module(_join(owner, str(node.target)))).__name__
         else:
@@ -333,6 +339,8 @@ def _unknown(anatomy: Anatomy, word: str) -> SiteError:
 def stages(anatomy: Anatomy) -> list[str]:
     """Name the stages of a backbone: timm's ``feature_info``, else the last module at each resolution.
 
+    ``feature_info`` counts only where it names modules that return one tensor.
+
     Raises:
         StructureError: the model has neither.
     """
@@ -340,25 +348,50 @@ def stages(anatomy: Anatomy) -> list[str]:
     entries = getattr(info, "info", info)
     if isinstance(entries, (list, tuple)) and entries:
         names = [entry.get("module", "") if isinstance(entry, dict) else "" for entry in entries]
-        usable = [name for name in names if name and _exists(anatomy, name)]
-        if len(usable) == len(names):
-            return usable
-    calls = anatomy.observation.calls
-    last: dict[tuple[int, ...], str] = {}
-    for path in sorted((p for p in calls if p), key=lambda p: (calls[p][0].order, -p.count("."))):
-        shape = shape_of(calls[path][0].output)
-        if len(calls[path]) == 1 and shape is not None and len(shape) == 4 and shape[-1] > 1:
-            last[shape[-2:]] = path
+        if all(name and _gives_tensor(anatomy, name) for name in names):
+            return names
+    last: dict[int, str] = {}
+    for name, layout, value in _feature_maps(anatomy):
+        positions = layout.canonical(value)[0, 0].numel()
+        if positions > 1:
+            last.pop(positions, None)
+            last[positions] = name
     if not last:
         raise StructureError(
-            f"{type(anatomy.model).__name__} has no feature_info and no 4-D feature maps to number stages by.\n"
+            f"{type(anatomy.model).__name__} has no feature_info and no feature maps to number stages by.\n"
             "Name the layer instead; fxgraft.sites(model) lists all of them."
         )
     return list(last.values())
 
 
-def _exists(anatomy: Anatomy, path: str) -> bool:
-    return path in anatomy.observation.calls or _last_called(anatomy, path) is not None
+def _feature_maps(anatomy: Anatomy) -> Iterator[tuple[str, Layout, Tensor]]:
+    """Walk through the outermost values of telling shape, in running order, up to the last layer."""
+    if isinstance(anatomy.model, fx.GraphModule):
+        found = [(site, anatomy.values("").get(site.node)) for site in node_sites(anatomy, "", every=True)]
+        for site, value in found[:-1]:
+            layout = layout_of(anatomy, value, "", strict=False) if isinstance(value, Tensor) else None
+            if layout is not None:
+                yield site.name, layout, value  # type: ignore[misc]
+        return
+    calls = anatomy.observation.calls
+    ordered = sorted((path for path in calls if path), key=lambda path: calls[path][0].order)
+    for path in ordered[:-1]:
+        around = [path[:i] for i, sign in enumerate(path) if sign == "."]
+        if len(calls[path]) == 1 and not any(name in calls and _layout(anatomy, name) for name in around):
+            layout = _layout(anatomy, path)
+            if layout is not None:
+                yield path, layout, calls[path][0].output
+
+
+def _layout(anatomy: Anatomy, path: str) -> Layout | None:
+    """Return the layout of a module's output where it is one tensor with a telling shape."""
+    value = anatomy.observation.output(path)
+    return layout_of(anatomy, value, path, strict=False) if isinstance(value, Tensor) else None
+
+
+def _gives_tensor(anatomy: Anatomy, path: str) -> bool:
+    called = path if path in anatomy.observation.calls else _last_called(anatomy, path)
+    return called is not None and isinstance(anatomy.observation.output(called), Tensor)
 
 
 def _stage(anatomy: Anatomy, index: int) -> Site:

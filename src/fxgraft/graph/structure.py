@@ -267,7 +267,7 @@ def rest_of_network(anatomy: Anatomy, site: Site, output: str | int | None = Non
 
     Raises:
         SiteError: the output does not depend on the site.
-        StructureError: the rest needs a value computed only after the site.
+        StructureError: the output has no such entry.
         TraceError: a module around the site cannot be traced.
     """
     around = ancestors(site.path) if site.path else (*ancestors(site.owner), site.owner)
@@ -283,8 +283,8 @@ def rest_of_network(anatomy: Anatomy, site: Site, output: str | int | None = Non
             "Nothing that happens there can change a prediction.\n"
             "Choose a layer on the way from the image to the logits; fxgraft.sites(model) lists them in order."
         )
-    needed = _requirements(logits)
-    graph, captured, inputs = _cut(anatomy, traced, start, logits, needed & downstream, needed)
+    inside = _requirements(logits) & downstream
+    graph, captured, inputs = _cut(anatomy, traced, start, logits, inside)
     children = tuple(dict.fromkeys(str(n.target) for n in graph.nodes if n.op == "call_module"))
     inner = {name: anatomy.module(name) for name in children}
     return Rest(
@@ -305,28 +305,24 @@ def _cut(
     start: fx.Node,
     logits: fx.Node,
     inside: set[fx.Node],
-    needed: set[fx.Node],
 ) -> tuple[fx.Graph, tuple[Captured, ...], tuple[int, ...]]:
     """Copy the nodes from ``start`` to ``logits`` into a graph of their own."""
     order = {node: index for index, node in enumerate(traced.graph.nodes)}
     placeholders = [node for node in traced.graph.nodes if node.op == "placeholder"]
-    frontier = {s for node in inside for s in node.all_input_nodes if s not in inside and s is not start}
-    extra = {
-        each for s in frontier if _cheap(s) for each in _requirements(s) if each.op != "placeholder"
-    } - inside
-    used_inputs = [
-        p for p in placeholders if p in frontier or any(p in each.all_input_nodes for each in extra)
-    ]
-    boundary = sorted(
-        (s for s in frontier if not _cheap(s) and s.op != "placeholder"), key=order.__getitem__
-    )
-    late = [s for s in boundary if order[s] > order[start]]
-    if late:
-        raise StructureError(
-            f"The rest of {type(anatomy.model).__name__} after {start.name!r} also needs {late[0].name!r}, "
-            "which is computed after it.\n"
-            "The rest cannot be evaluated on its own at that point.\nChoose a later site."
-        )
+    inside, frontier = set(inside), set()
+    waiting = list(inside)
+    while waiting:
+        for source in waiting.pop().all_input_nodes:
+            if source is start or source in inside or source in frontier:
+                continue
+            # What is not there yet when the site is reached is computed from what is; so is what costs nothing.
+            if source.op != "placeholder" and (_cheap(source) or order[source] > order[start]):
+                inside.add(source)
+                waiting.append(source)
+            else:
+                frontier.add(source)
+    used_inputs = [node for node in placeholders if node in frontier]
+    boundary = sorted(frontier - set(used_inputs), key=order.__getitem__)
     graph = fx.Graph()
     copies = {start: graph.placeholder("z")}
     captured = []
@@ -336,9 +332,8 @@ def _cut(
         captured.append(Captured(f"{start.name}:{node.name}", owner, edit))
     for node in used_inputs:
         copies[node] = graph.placeholder(f"input_{placeholders.index(node)}")
-    for node in sorted(inside | extra, key=order.__getitem__):
-        if node in needed:
-            copies[node] = graph.node_copy(node, copies.__getitem__)
+    for node in sorted(inside, key=order.__getitem__):
+        copies[node] = graph.node_copy(node, copies.__getitem__)
     graph.output(copies[logits])
     return graph, tuple(captured), tuple(placeholders.index(node) for node in used_inputs)
 

@@ -11,7 +11,7 @@ import contextlib
 import inspect
 import sys
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
 
@@ -93,12 +93,19 @@ class ShallowTracer(fx.Tracer):
 
     def prepare(
         self,
+        path: str,
+        observed: Mapping[str, list[Call]],
         forward: Callable[..., Any],
         spec: pytree.TreeSpec,
         fixed: tuple[Any, ...],
         names: list[str],
     ) -> None:
-        """Say what to trace: ``forward(root, ...)`` with the arguments that ``spec`` and ``fixed`` describe."""
+        """Say what to trace: ``forward(root, ...)`` with the arguments that ``spec`` and ``fixed`` describe.
+
+        What closed children were seen to return says how their outputs unpack; a proxy alone cannot know.
+        """
+        self.path = path
+        self.observed = observed
         self.forward = forward
         self.spec = spec
         self.fixed = fixed
@@ -119,11 +126,18 @@ class ShallowTracer(fx.Tracer):
     ) -> Any:
         """Open a module through its bare ``forward``: hooks belong to calls that compute, not to a trace."""
 
+        path = self.path_of_module(m)
+        calls = self.observed.get(_join(self.path, path), [])
+        count = self.num_calls.get(path, 0)
+
         def bare_forward(*inner: Any, **named: Any) -> Any:
-            self.touched.add(self.path_of_module(m))
+            self.touched.add(path)
             return m.forward(*inner, **named)
 
-        return super().call_module(m, bare_forward, args, kwargs)
+        out = super().call_module(m, bare_forward, args, kwargs)
+        if isinstance(out, fx.Proxy) and count < len(calls):
+            return _unpacked(out, calls[count].output)
+        return out
 
     def create_args_for_root(
         self, root_fn: Callable[..., Any], is_module: bool, concrete_args: Any = None
@@ -151,6 +165,17 @@ class ShallowTracer(fx.Tracer):
             if node not in before:
                 node.meta[CHECKPOINT_REGION] = self.region
         return out
+
+
+def _unpacked(proxy: fx.Proxy, seen: Any) -> Any:
+    """Spread a proxy over the tuple or list that the real value was seen to be."""
+    if type(seen) in (tuple, list):
+        return type(seen)(_unpacked(proxy[i], part) for i, part in enumerate(seen))
+    return proxy
+
+
+def _join(path: str, name: str) -> str:
+    return f"{path}.{name}" if path and name else path or name
 
 
 def bind(
@@ -241,6 +266,7 @@ def trace(
     opened: Sequence[str] = (),
     deep: Sequence[str] = (),
     path: str = "",
+    observed: Mapping[str, list[Call]] | None = None,
 ) -> Traced:
     """Trace the forward of ``module`` as its caller calls it, for one mode.
 
@@ -250,7 +276,8 @@ def trace(
         training: the mode to trace for.
         opened: names of descendants to trace through.
         deep: names of descendants to trace through down to primitive layers.
-        path: the module's own qualified name, for messages.
+        path: the module's own qualified name.
+        observed: recorded calls by qualified name, to know how the outputs of closed children unpack.
 
     Returns:
         The graph and what it depends on.
@@ -275,7 +302,7 @@ def trace(
     names = _names(signature, args, kwargs)
     for fixed in dict.fromkeys((with_sizes, tensors_only)):
         tracer = ShallowTracer(opened, deep)
-        tracer.prepare(bare_forward(module), spec, fixed, names)
+        tracer.prepare(path, observed or {}, bare_forward(module), spec, fixed, names)
         classes = {cls.__module__ for each in module.modules() for cls in type(each).__mro__}
         tracer._autowrap_search += [sys.modules[name] for name in sorted(classes) if name in sys.modules]
         to_open = [module, *(m for n, m in module.named_modules() if n and not tracer.is_leaf_module(m, n))]
@@ -303,4 +330,6 @@ def _copy_graph(module: fx.GraphModule, training: bool) -> fx.Graph:
     source = getattr(module, "train_graph" if training else "eval_graph", None)
     graph = fx.Graph()
     graph.output(graph.graph_copy(source if isinstance(source, fx.Graph) else module.graph, {}))
+    for node in graph.nodes:  # the scopes it was once traced in are gone: all of it is one forward now
+        node.meta.pop("nn_module_stack", None)
     return graph

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from fxgraft.errors import ConfigError, FxgraftWarning, SiteError
+from fxgraft.functional import rsc as core
 from fxgraft.graph.anatomy import Anatomy
 from fxgraft.graph.context import check_label_range
 from fxgraft.graph.grafted import Unit, state_of
@@ -28,7 +29,6 @@ from fxgraft.graph.layout import NAMES, Layout, layout_of
 from fxgraft.graph.ledger import Graft, Placement
 from fxgraft.graph.sites import Site, Words, resolve
 from fxgraft.graph.structure import Rest, captures, rest_of_network, site_edit, tail_layer
-from fxgraft.patches import rsc_core as core
 from fxgraft.patches.base import Make, Patch, check_choices, check_share, register
 
 

@@ -1,0 +1,178 @@
+"""The result of an overhead measurement: numbers, JSON and a table."""
+
+from __future__ import annotations
+
+import io
+import json
+import statistics
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from fxgraft.errors import ConfigError
+
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Spread:
+    """The middle of some numbers and how far they lie apart.
+
+    Attributes:
+        median: the median.
+        low: the first quartile.
+        high: the third quartile.
+    """
+
+    median: float
+    low: float
+    high: float
+
+    @classmethod
+    def of(cls, numbers: Sequence[float]) -> Spread:
+        """Summarise the numbers; one number is its own quartile."""
+        if len(numbers) == 1:
+            return cls(numbers[0], numbers[0], numbers[0])
+        low, median, high = statistics.quantiles(numbers, n=4, method="inclusive")
+        return cls(median, low, high)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One network in one kind of call.
+
+    Attributes:
+        what: "forward" or "training step".
+        network: "bare", "bare again" (the control) or "patched".
+        seconds: time of one call over the rounds.
+        ratio: time against the bare network in the same round, over the rounds; None for the bare network.
+        peak_bytes: memory of one call, as `OverheadReport.memory_kind` says; None where it is not measured.
+    """
+
+    what: str
+    network: str
+    seconds: Spread
+    ratio: Spread | None
+    peak_bytes: int | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class OverheadReport:
+    """What patches cost on one model.
+
+    Attributes:
+        model: name of the model.
+        patches: the patches as the command line takes them, in order.
+        batch: images per call.
+        size: side of the images.
+        device: where it was measured.
+        processor: what that device is.
+        threads: CPU threads of torch.
+        rounds: timings of each network.
+        min_run_time: seconds for which each timing repeated its call.
+        training_step: what one training step consists of.
+        memory_kind: what `Row.peak_bytes` counts.
+        versions: of Python and the libraries.
+        rows: the numbers.
+    """
+
+    model: str
+    patches: tuple[str, ...]
+    batch: int
+    size: int
+    device: str
+    processor: str
+    threads: int
+    rounds: int
+    min_run_time: float
+    training_step: str
+    memory_kind: str
+    versions: dict[str, str]
+    rows: tuple[Row, ...]
+
+    def row(self, what: str, network: str) -> Row:
+        """Return the row of one network in one kind of call."""
+        for row in self.rows:
+            if (row.what, row.network) == (what, network):
+                return row
+        measured = ", ".join(f"{row.what}/{row.network}" for row in self.rows)
+        raise ConfigError(f"Nothing was measured for {what}/{network}. Measured: {measured}.")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain dictionaries, lists, strings and numbers."""
+        plain = asdict(self)
+        return {"format": FORMAT, **plain, "patches": list(self.patches), "rows": list(plain["rows"])}
+
+    def to_json(self) -> str:
+        """Return the report as JSON text."""
+        return json.dumps(self.to_dict(), indent=2) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str) -> OverheadReport:
+        """Read what `to_json` wrote.
+
+        Raises:
+            ConfigError: the text is something else.
+        """
+        try:
+            plain = json.loads(text)
+            version = plain.pop("format")
+            rows = tuple(_row(row) for row in plain.pop("rows"))
+            report = cls(**{**plain, "patches": tuple(plain["patches"])}, rows=rows)
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise ConfigError(f"This is no overhead report: {error}.") from error
+        if version != FORMAT:
+            raise ConfigError(f"This overhead report has format {version}; this version reads {FORMAT}.")
+        return report
+
+    def __rich__(self) -> Table:
+        """Lay the rows out as a table."""
+        table = Table(
+            # Text, not a string: rich would take the brackets of a glob for its own markup.
+            title=Text(f"{self.model} · {' + '.join(self.patches) or 'no patch'}"),
+            caption=f"batch {self.batch} at {self.size}×{self.size} on {self.device} ({self.processor}), "
+            f"{self.threads} threads, {self.rounds} rounds; medians with quartiles.\n"
+            f"Ratio: within a round, against bare; 'bare again' shows the noise.\n"
+            f"Training step: {self.training_step}.\nMemory: {self.memory_kind}.",
+            caption_justify="left",
+        )
+        for heading in ("call", "network"):
+            table.add_column(heading)
+        for heading in ("ms", "quartiles", "ratio", "quartiles", "peak MB"):
+            table.add_column(heading, justify="right")
+        for index, row in enumerate(self.rows):
+            last = index + 1 == len(self.rows) or self.rows[index + 1].what != row.what
+            table.add_row(row.what, row.network, *_cells(row), end_section=last)
+        return table
+
+    def __str__(self) -> str:
+        console = Console(file=io.StringIO(), width=110, color_system=None, force_terminal=False)
+        with console.capture() as captured:
+            console.print(self)
+        return captured.get()
+
+
+def _cells(row: Row) -> list[str]:
+    seconds, ratio = row.seconds, row.ratio
+    return [
+        f"{seconds.median * 1e3:.2f}",
+        f"{seconds.low * 1e3:.2f} to {seconds.high * 1e3:.2f}",
+        f"{ratio.median:.3f}" if ratio else "1",
+        f"{ratio.low:.3f} to {ratio.high:.3f}" if ratio else "",
+        "" if row.peak_bytes is None else f"{row.peak_bytes / 1e6:.1f}",
+    ]
+
+
+def _row(plain: dict[str, Any]) -> Row:
+    ratio = plain["ratio"]
+    return Row(
+        what=plain["what"],
+        network=plain["network"],
+        seconds=Spread(**plain["seconds"]),
+        ratio=None if ratio is None else Spread(**ratio),
+        peak_bytes=plain["peak_bytes"],
+    )

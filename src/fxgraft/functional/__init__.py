@@ -1,0 +1,6 @@
+"""The methods as pure tensor functions: no model, no module, no state.
+
+Each file holds one method's arithmetic with its shapes; `fxgraft.patches` puts it into a network.
+"""
+
+from fxgraft.functional import rsc as rsc

@@ -1,0 +1,90 @@
+"""Patches on the command line: ``rsc:layer=layer4,spatial_drop=0.5``."""
+
+from __future__ import annotations
+
+import ast
+from dataclasses import dataclass
+from typing import Any
+
+from fxgraft.errors import ConfigError
+
+_FORM = "Write it as METHOD:key=value,key=value, for example rsc:layer=layer4,spatial_drop=0.5"
+_BRACKETS = {")": "(", "]": "[", "}": "{"}
+
+
+@dataclass(frozen=True)
+class PatchSpec:
+    """One patch as written on the command line.
+
+    Attributes:
+        text: what was written, blanks at the ends removed.
+        method: name of the method, as `fxgraft.patch` takes it.
+        options: keyword arguments for `fxgraft.patch`.
+    """
+
+    text: str
+    method: str
+    options: dict[str, Any]
+
+
+def parse_patch_spec(text: str) -> PatchSpec:
+    """Read ``method:key=value,key=value``.
+
+    A value that is a Python literal (number, ``True``, ``None``, quoted string, tuple, list) is taken as
+    one; anything else is a string: ``layer=layer4`` and ``layer="layer4"`` are the same. Commas inside
+    brackets and quotes belong to the value: ``layer=("layer3","layer4")``. Whether the method exists, and
+    what its options allow, is left to `fxgraft.patch`.
+
+    Args:
+        text: the specification; the part from the colon on may be missing.
+
+    Raises:
+        ConfigError: if the method is missing, an option is not ``key=value`` or comes twice, or a
+            bracket or quote stays open.
+    """
+    written = text.strip()
+    method, colon, rest = written.partition(":")
+    method = method.strip()
+    if not method.replace("-", "_").isidentifier():
+        raise ConfigError(f"The patch {text!r} does not start with the name of a method.\n{_FORM}.")
+    if colon and not rest.strip():
+        raise ConfigError(f"The patch {text!r} has a colon and no options.\n{_FORM}.")
+    options: dict[str, Any] = {}
+    for part in _split(rest, text) if colon else ():
+        key, equals, value = (piece.strip() for piece in part.partition("="))
+        if not equals or not value or not key.isidentifier():
+            raise ConfigError(f"{part.strip()!r} in the patch {text!r} is not key=value.\n{_FORM}.")
+        if key in options:
+            raise ConfigError(f"The patch {text!r} gives {key!r} twice.")
+        options[key] = _value(value)
+    return PatchSpec(written, method, options)
+
+
+def _value(word: str) -> Any:
+    try:
+        return ast.literal_eval(word)
+    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
+        return word
+
+
+def _split(text: str, whole: str) -> list[str]:
+    """Split at the commas that lie outside brackets and quotes."""
+    parts, start, quote = [], 0, ""
+    open_brackets: list[str] = []
+    for index, sign in enumerate(text):
+        if quote:
+            quote = "" if sign == quote else quote
+        elif sign in "'\"":
+            quote = sign
+        elif sign in _BRACKETS.values():
+            open_brackets.append(sign)
+        elif sign in _BRACKETS:
+            # Glob sites such as `layer[34]` bring balanced brackets; a lone one is a slip of the pen.
+            if not open_brackets or open_brackets.pop() != _BRACKETS[sign]:
+                raise ConfigError(f"The patch {whole!r} closes a {sign!r} that was never opened.")
+        elif sign == "," and not open_brackets:
+            parts.append(text[start:index])
+            start = index + 1
+    if quote or open_brackets:
+        raise ConfigError(f"The patch {whole!r} leaves a {quote or open_brackets[-1]!r} open.")
+    return [*parts, text[start:]]
