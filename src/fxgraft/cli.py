@@ -114,7 +114,7 @@ def demo(
 def sites(
     model: Annotated[str, typer.Argument(help="resnet50, timm/resnet50, torchvision/resnet50, …")],
     pattern: Annotated[
-        str | None, typer.Argument(help="Only these: a name, a glob or a stage number.")
+        str | None, typer.Argument(help="Only these: a name or a glob; ** crosses dots.")
     ] = None,
     input_size: Annotated[
         int | None, typer.Option(help="Side of the images; the model's own without it.")

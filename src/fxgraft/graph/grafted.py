@@ -79,10 +79,22 @@ class Capture(Unit):
 
 @dataclass
 class Program:
-    """What a grafted module runs in one mode: a function in place of its forward, then units on the output."""
+    """What a grafted module runs in one mode.
+
+    Attributes:
+        function: in place of the class's forward, or None.
+        units: act on the output, in order.
+        inputs: act on the first argument, in order.
+    """
 
     function: Callable[..., Any] | None = None
     units: list[Unit] = field(default_factory=list)
+    inputs: list[Unit] = field(default_factory=list)
+
+    @property
+    def acts(self) -> bool:
+        """Whether it differs from the module's own forward."""
+        return self.function is not None or bool(self.units or self.inputs)
 
 
 @dataclass
@@ -97,7 +109,6 @@ class GraftState:
         training, evaluation: what to run in each mode.
         units: units that generated code reaches through this state, by name.
         registered: units that joined the module tree as children of this module, by name.
-        constants: tensors that the traced forward made from nothing.
         settings: plain attributes the graphs were traced under, by module path relative to this one.
         ledger: (outer only) what the API keeps about the grafts.
         orphan: set on a module that was copied without its model.
@@ -111,7 +122,6 @@ class GraftState:
     evaluation: Program = field(default_factory=Program)
     units: SimpleNamespace = field(default_factory=SimpleNamespace)
     registered: dict[str, Unit] = field(default_factory=dict)
-    constants: SimpleNamespace = field(default_factory=SimpleNamespace)
     settings: dict[str, dict[str, Any]] = field(default_factory=dict)
     ledger: Any = None
     orphan: bool = False
@@ -133,6 +143,8 @@ def _run(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         )
     state.context.visited[state.path] = True
     program = state.training if self.training else state.evaluation
+    for unit in program.inputs:
+        args = (unit(args[0]), *args[1:])
     if program.function is None:
         out = state.base.forward(self, *args, **kwargs)
     else:
@@ -185,7 +197,7 @@ def _entry_point(name: str, own: Callable[..., Any]) -> Callable[..., Any]:
     def method(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         state: GraftState = self.__dict__[STATE]
         program = state.training if self.training else state.evaluation
-        if state.context.root is None and (program.function is not None or program.units):
+        if state.context.root is None and program.acts:
             mode = "training" if self.training else "evaluation"
             raise BypassError(
                 f"{name}() would bypass {', '.join(map(repr, state.ledger.names(state.path)))}, "
@@ -214,7 +226,6 @@ def grafted_class(base: type[nn.Module], outer: bool) -> type[nn.Module]:
         "__reduce_ex__": _reduce,
         "__deepcopy__": _deepcopy,
         "_get_name": lambda self: base.__name__,
-        "_apply": _apply,
         "__copy__": _shallow_copy,
         "extra_repr": _extra_repr,
         "_replicate_for_data_parallel": _replicate,
@@ -267,15 +278,6 @@ def _set_grad_checkpointing(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
     return out
 
 
-def _apply(self: nn.Module, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
-    """Move the constants of the graphs along with the parameters."""
-    state: GraftState = self.__dict__[STATE]
-    for name, value in vars(state.constants).items():
-        if isinstance(value, Tensor):
-            setattr(state.constants, name, fn(value))
-    return state.base._apply(self, fn, recurse)
-
-
 def _extra_repr(self: nn.Module) -> str:
     """Show the grafts where the module is printed."""
     state: GraftState = self.__dict__[STATE]
@@ -286,7 +288,8 @@ def _extra_repr(self: nn.Module) -> str:
 
 def _unit_names(state: GraftState) -> str:
     placed = [*vars(state.units).values(), *state.registered.values()]
-    units = [*state.training.units, *state.evaluation.units, *placed]
+    programs = (state.training, state.evaluation)
+    units = [*(u for p in programs for u in (*p.inputs, *p.units)), *placed]
     return ", ".join(dict.fromkeys(unit.graft for unit in units if unit.graft))
 
 

@@ -27,7 +27,7 @@ from fxgraft.graph.grafted import (
     stale_settings,
     state_of,
 )
-from fxgraft.graph.rewriting import STATE, Edit, Editor, Output, as_forward, restore_checkpointing
+from fxgraft.graph.rewriting import STATE, Edit, Editor, Input, Output, as_forward, restore_checkpointing
 
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 
@@ -198,7 +198,7 @@ class Ledger:
             return
         after.write()
         for path, state in after.states.items():
-            runs = (_acts(state.training), _acts(state.evaluation))
+            runs = (state.training.acts, state.evaluation.acts)
             if path and any(runs):
                 self.owners[path] = runs
         acts_in_evaluation = any(p.evaluation for _, p in after.placements)
@@ -290,13 +290,11 @@ class Ledger:
                     twins[id(state.registered.get(name))] = child
                     child.context = context
             state.units = SimpleNamespace(**{k: twin(u) for k, u in vars(state.units).items()})
-            state.training = replace(state.training, units=[twin(u) for u in state.training.units])
-            state.evaluation = replace(state.evaluation, units=[twin(u) for u in state.evaluation.units])
+            for name in ("training", "evaluation"):
+                program: Program = getattr(state, name)
+                inputs, units = [twin(u) for u in program.inputs], [twin(u) for u in program.units]
+                setattr(state, name, replace(program, inputs=inputs, units=units))
             module.__dict__[STATE] = state
-
-
-def _acts(program: Program) -> bool:
-    return program.function is not None or bool(program.units)
 
 
 def _check_owner(module: nn.Module, path: str) -> None:
@@ -355,16 +353,15 @@ def _program(
         if (placement.training if training else placement.evaluation)
     ]
     units = [placement.unit for placement, _ in acting if isinstance(placement.edit, Output)]
-    inner = [(placement, name) for placement, name in acting if not isinstance(placement.edit, Output)]
+    inputs = [placement.unit for placement, _ in acting if isinstance(placement.edit, Input)]
+    inner = [(p, name) for p, name in acting if not isinstance(p.edit, (Input, Output))]
     if not inner or anatomy is None:
-        return Program(None, units)
+        return Program(None, units, inputs)
     traced = anatomy.fresh_graph(state.path, training)
     editor = Editor(traced)
     for placement, name in inner:
         editor.apply(placement.edit, name)
     restore_checkpointing(traced)
     state.settings.update(traced.settings)
-    for name, value in traced.constants.items():
-        setattr(state.constants, name, value)
     mode = "training" if training else "evaluation"
-    return Program(as_forward(traced, f"{type(module).__name__} {state.path!r} in {mode}"), units)
+    return Program(as_forward(traced, f"{type(module).__name__} {state.path!r} in {mode}"), units, inputs)

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch.utils.checkpoint
-from torch import fx, nn
+from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from fxgraft.errors import BypassError
@@ -51,6 +51,32 @@ class Edge:
 
 
 @dataclass(frozen=True)
+class Before:
+    """Run a unit on one argument of a node, as that node alone sees it.
+
+    Attributes:
+        node: name of the node.
+        argument: position among the node's tensor arguments.
+    """
+
+    node: str
+    argument: int = 0
+
+
+@dataclass(frozen=True)
+class Around:
+    """Call a unit with a child module and the arguments of its call, in place of the child.
+
+    The unit is called as ``unit(child, *args, **kwargs)`` with the living child, which it may call or not.
+
+    Attributes:
+        node: name of the child's call.
+    """
+
+    node: str
+
+
+@dataclass(frozen=True)
 class Replace:
     """Call a unit instead of a node, with the node's own arguments.
 
@@ -66,7 +92,13 @@ class Output:
     """Run a unit on the module's output; needs no trace of the module."""
 
 
-Edit = After | Edge | Replace | Output
+@dataclass(frozen=True)
+class Input:
+    """Run a unit on the module's first argument; needs no trace of the module."""
+
+
+Edit = After | Edge | Before | Around | Replace | Input | Output
+"""Everything a patch can do to a module's forward. More inputs and outputs of a pass go through its context."""
 
 
 class Editor:
@@ -85,18 +117,15 @@ class Editor:
         """Carry out one edit.
 
         Args:
-            edit: what to do.
+            edit: what to do in the graph; `Input` and `Output` act outside it.
             unit: attribute path, from the module, of the unit to call.
         """
         graph = self.traced.graph
-        if isinstance(edit, Output):
-            output = next(node for node in graph.nodes if node.op == "output")
-            with graph.inserting_before(output):
-                output.args = (graph.call_module(unit, (output.args[0],)),)
-        elif isinstance(edit, Replace):
+        if isinstance(edit, (Replace, Around)):
             node = self._named[edit.node]
             with graph.inserting_before(node):
-                call = graph.call_module(unit, node.args, node.kwargs)
+                child = (graph.get_attr(str(node.target)),) if isinstance(edit, Around) else ()
+                call = graph.call_module(unit, (*child, *node.args), node.kwargs)
             node.replace_all_uses_with(call)
             graph.erase_node(node)
             self._named[edit.node] = call
@@ -106,6 +135,10 @@ class Editor:
             call = self._insert_after(value, unit)
             value.replace_all_uses_with(call, delete_user_cb=lambda user: user is not call)
             self._latest[node] = call
+        elif isinstance(edit, Before):
+            node = self._named[edit.node]
+            value = node.all_input_nodes[edit.argument]
+            node.replace_input_with(value, self._insert_after(value, unit))
         else:
             node = self._named[edit.node]
             for name in edit.users:
@@ -154,17 +187,29 @@ def restore_checkpointing(traced: Traced) -> None:
         graph.erase_node(node)
 
 
+def _constant(value: Any) -> Callable[..., Any]:
+    def constant(like: Any = None) -> Any:
+        moves = isinstance(value, Tensor) and isinstance(like, Tensor)
+        return value.to(like.device) if moves else value
+
+    return constant
+
+
 def compile_graph(graph: fx.Graph, constants: dict[str, Any], label: str) -> Callable[..., Any]:
     """Turn a graph into a function ``f(module, *inputs)``.
 
     Args:
         graph: its ``call_module`` and ``get_attr`` targets are looked up on ``module`` at every call.
-        constants: tensors the graph refers to by a bare name; they are reached through the module's state.
+        constants: tensors that the traced forward made from nothing, by the name the graph calls them; they
+            follow the first input to its device.
         label: what to call the source in tracebacks.
     """
-    for node in graph.nodes:
-        if node.op == "get_attr" and node.target in constants:
-            node.target = f"{STATE}.constants.{node.target}"
+    inputs = [node for node in graph.nodes if node.op == "placeholder"]
+    for node in [n for n in graph.nodes if n.op == "get_attr" and n.target in constants]:
+        with graph.inserting_before(node):
+            value = graph.call_function(_constant(constants[node.target]), tuple(inputs[:1]))
+        node.replace_all_uses_with(value)
+        graph.erase_node(node)
     code = graph.python_code(root_module="self")
     filename = f"<fxgraft {label} {next(_numbers)}>"
     linecache.cache[filename] = (len(code.src), None, code.src.splitlines(keepends=True), filename)
