@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -154,52 +155,62 @@ def _owner(anatomy: Anatomy, path: str) -> str:
     return parent
 
 
-def node_sites(anatomy: Anatomy, owner: str, every: bool = False) -> list[Site]:
-    """List the values between the children's calls in one module's forward, and repeated calls.
+def node_sites(anatomy: Anatomy, owner: str) -> list[Site]:
+    """List the values in one module's forward, in running order: children's calls and what is between them.
 
     Args:
         anatomy: of the bare model.
         owner: the module whose forward is looked at.
-        every: list the first calls of children as well.
     """
-    traced = anatomy.graph(owner, training=False)
     values = anatomy.values(owner)
     found = []
-    for node in traced.graph.nodes:
+    for node in anatomy.graph(owner, training=False).graph.nodes:
         if node.op in ("placeholder", "output", "get_attr"):
             continue
         name = call_name(node)
         value = values.get(node.name)
         if node.op == "call_module":
-            if name == str(node.target) and not every:
+            path = _join(owner, str(node.target))
+            if name == str(node.target) and path in anatomy.observation.calls:
+                found.append(dataclasses.replace(module_site(anatomy, path), owner=owner, node=node.name))
                 continue
-            op = type(anatomy.module(_join(owner, str(node.target)))).__name__
-        else:
+            op = type(anatomy.module(path)).__name__
+        elif isinstance(value, Tensor):
             op = getattr(node.target, "__name__", str(node.target))
-            if not isinstance(value, Tensor):
-                continue
-        site = Site(_join(owner, name), owner, node.name, op=op, **_describe(anatomy, value, ""))
-        found.append(site)
+        else:
+            continue
+        found.append(Site(_join(owner, name), owner, node.name, op=op, **_describe(anatomy, value, "")))
     return found
+
+
+def _called_children(anatomy: Anatomy, owner: str) -> list[Site]:
+    """List the children that a module calls, without looking into its forward."""
+    calls = anatomy.observation.calls
+    inside = [path for path in calls if path and _owner(anatomy, path) == owner]
+    return [module_site(anatomy, path) for path in sorted(inside, key=lambda path: calls[path][0].order)]
+
+
+def _walk(anatomy: Anatomy, owner: str, pattern: str | None) -> Iterator[Site]:
+    look_inside = pattern is None or _may_match(pattern, owner)
+    try:
+        own = node_sites(anatomy, owner) if look_inside else _called_children(anatomy, owner)
+    except TraceError:
+        own = _called_children(anatomy, owner)
+    for site in own:
+        if site.path and not is_primitive(anatomy.module(site.path)):
+            yield from _walk(anatomy, site.path, pattern)
+        yield site
 
 
 def list_sites(anatomy: Anatomy, pattern: str | None = None) -> list[Site]:
     """List every site of a model, or those whose names match a glob, in the order they run.
 
-    Modules that cannot be traced are listed by their output only.
+    Modules that cannot be traced are listed with their children's outputs only.
+
+    Raises:
+        SiteError: nothing matches; lists close matches.
     """
-    calls = anatomy.observation.calls
-    order = sorted(calls, key=lambda path: calls[path][0].order)
-    listed: list[Site] = []
-    for path in order:
-        module = anatomy.module(path)
-        if not is_primitive(module) and (pattern is None or _may_match(pattern, path)):
-            try:
-                listed += node_sites(anatomy, path)
-            except (TraceError, SiteError):
-                pass
-        if path:
-            listed.append(module_site(anatomy, path))
+    listed = list({site.name: site for site in _walk(anatomy, "", pattern)}.values())
     if pattern is None:
         return listed
     matching = [site for site in listed if _matches(pattern, site.name)]
@@ -367,7 +378,7 @@ def stages(anatomy: Anatomy) -> list[str]:
 def _feature_maps(anatomy: Anatomy) -> Iterator[tuple[str, Layout, Tensor]]:
     """Walk through the outermost values of telling shape, in running order, up to the last layer."""
     if isinstance(anatomy.model, fx.GraphModule):
-        found = [(site, anatomy.values("").get(site.node)) for site in node_sites(anatomy, "", every=True)]
+        found = [(site, anatomy.values("").get(site.node)) for site in node_sites(anatomy, "")]
         for site, value in found[:-1]:
             layout = layout_of(anatomy, value, "", strict=False) if isinstance(value, Tensor) else None
             if layout is not None:
