@@ -135,7 +135,7 @@ class OverheadReport:
             # Text, not a string: rich would take the brackets of a glob for its own markup.
             title=Text(f"{self.model} · {' + '.join(self.patches) or 'no patch'}"),
             caption=f"batch {self.batch} at {self.size}×{self.size} on {self.device} ({self.processor}), "
-            f"{self.threads} threads, {self.rounds} rounds; medians with quartiles.\n"
+            f"threads: {self.threads}, rounds: {self.rounds}; medians with quartiles.\n"
             f"Ratio: within a round, against bare; 'bare again' shows the noise.\n"
             f"Training step: {self.training_step}.\nMemory: {self.memory_kind}.",
             caption_justify="left",

@@ -1,0 +1,205 @@
+"""The command line: what it prints, what it writes, and how it fails."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+
+import pytest
+from typer.testing import CliRunner
+
+import fxgraft
+from fxgraft.bench_report import OverheadReport
+from fxgraft.cards import option_docs
+from fxgraft.cli import app
+from fxgraft.errors import ConfigError
+from fxgraft.zoo import build_model, split_name
+
+ANSI = re.compile(r"\x1b\[[0-9;]*m")
+BENCH = ("bench", "resnet18", "--batch", "2", "--size", "32", "--rounds", "1", "--min-run-time", "0")
+
+
+def run(*arguments: str, code: int = 0):
+    result = CliRunner().invoke(app, list(arguments), env={"COLUMNS": "200"})
+    assert result.exit_code == code, result.output
+    return ANSI.sub("", result.stdout), ANSI.sub("", result.stderr)
+
+
+def test_version_names_the_libraries():
+    out, _ = run("--version")
+    assert re.fullmatch(r"fxgraft \S.* \(torch \S+, timm \S+, Python \S+\)\n", out)
+
+
+def test_help_lists_the_commands():
+    out, _ = run("--help")
+    assert all(command in out for command in ("demo", "sites", "info", "bench"))
+
+
+def test_sites_of_a_model():
+    out, err = run("sites", "resnet18", "layer4*", "--input-size", "64")
+    assert "layer4" in out
+    assert "layer1" not in out
+    assert "512×2×2" in out
+    assert err == ""
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [("torchvision/resnet18", "layer4"), ("resnet18", "layer4", "--library", "torchvision")],
+)
+def test_sites_of_torchvision(arguments):
+    out, _ = run("sites", *arguments, "--input-size", "64")
+    assert "layer4" in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("sites", "resnet5o"), r"timm has no model 'resnet5o'.*'resnet50'"),
+        (("sites", "fcn_resnet50"), r"torchvision has it: 'torchvision/fcn_resnet50'"),
+        (("sites", "resnet18.nope"), r"no weights tagged 'nope'"),
+        (("sites", "resnet18", "--library", "torchvision", "layr4"), r"layer4"),
+        (("sites", "torchvision/resnet5o"), r"torchvision has no model 'resnet5o'.*'resnet50'"),
+        (("sites", "keras/resnet50"), r"Write 'resnet50', 'timm/resnet50' or 'torchvision/resnet50'"),
+        (("info", "rcs"), r"no method 'rcs'.*'rsc'"),
+        (("bench", "resnet18"), r"at least one --patch"),
+        (("bench", "resnet18", "--patch", "rsc:"), r"a colon and no options"),
+        ((*BENCH, "--patch", "rcs"), r"'rsc'"),
+        ((*BENCH, "--patch", "rsc:layer=layer9"), r"layer9"),
+        ((*BENCH, "--patch", "rsc:batch_share=2"), r"batch_share"),
+        ((*BENCH, "--patch", "rsc", "--device", "warp"), r"no device 'warp'"),
+        (("demo", "--seeds", "one,two"), r"--seeds takes whole numbers"),
+        (("demo", "--data", "/nowhere/at/all"), r"/nowhere/at/all"),
+    ],
+)
+def test_errors_are_one_plain_message_and_exit_code_2(arguments, message):
+    out, err = run(*arguments, code=2)
+    assert re.search(message, err, re.DOTALL)
+    assert "Error: " in err
+    assert "Traceback" not in err + out
+
+
+def test_bench_refuses_a_file_it_cannot_write(tmp_path):
+    blocker = tmp_path / "file"
+    blocker.touch()
+    _, err = run(*BENCH, "--patch", "rsc", "--json", str(blocker / "inside.json"), code=2)
+    assert "Cannot write" in err
+
+
+def test_errors_of_use_are_typers_own():
+    _, err = run("bench", "resnet18", "--batch", "many", code=2)
+    assert "Invalid value for '--batch'" in err
+
+
+def test_info_without_a_method_lists_all():
+    out, _ = run("info")
+    for name in fxgraft.methods():
+        assert name in out
+
+
+def test_info_documents_every_option_of_every_method():
+    for name, method in fxgraft.methods().items():
+        out, _ = run("info", name)
+        assert method.title in out
+        assert method.url in out
+        documented = option_docs(method)
+        for field in dataclasses.fields(method):
+            assert field.name in out
+            assert documented.get(field.name), f"{name} does not document its option {field.name!r}"
+
+
+def test_option_docs_reads_google_docstrings_and_inherits():
+    class Base:
+        """Base.
+
+        Args:
+            shared: from the base.
+        """
+
+    class Method(Base):
+        """Method.
+
+        Args:
+            first: one line,
+                and more: with a colon.
+            second (int): typed.
+
+        Raises:
+            ValueError: never.
+        """
+
+    assert option_docs(Method) == {
+        "shared": "from the base.",
+        "first": "one line, and more: with a colon.",
+        "second": "typed.",
+    }
+
+
+def test_bench_prints_a_table_and_writes_the_same_numbers(tmp_path):
+    file = tmp_path / "deep" / "bench.json"
+    out, _ = run(*BENCH, "--patch", "rsc:layer=layer4", "--json", str(file))
+    report = OverheadReport.from_json(file.read_text())
+    assert report.patches == ("rsc:layer=layer4",)
+    assert json.loads(file.read_text())["batch"] == 2
+    for row in report.rows:
+        assert f"{row.seconds.median * 1e3:.2f}" in out
+
+
+def test_demo_hands_over_only_what_was_given(monkeypatch, tmp_path):
+    from fxgraft import demo
+
+    seen = []
+    monkeypatch.setattr(demo, "run_demo", seen.append)
+    run(
+        "demo",
+        "--quiet",
+        "--seeds",
+        "0,2",
+        "--patch",
+        "rsc:layer=layer4",
+        "--out",
+        str(tmp_path),
+        "--epochs",
+        "1",
+    )
+    expected = demo.DemoSettings(quiet=True, seeds=[0, 2], patch=["rsc:layer=layer4"], out=tmp_path, epochs=1)
+    assert seen == [expected]
+
+
+@pytest.mark.parametrize(
+    ("name", "parts"),
+    [
+        ("resnet50", ("timm", "resnet50")),
+        ("timm/resnet50", ("timm", "resnet50")),
+        ("torchvision/resnet50", ("torchvision", "resnet50")),
+        ("hf-hub:timm/resnet50", ("timm", "hf-hub:timm/resnet50")),
+    ],
+)
+def test_split_name(name, parts):
+    assert split_name(name) == parts
+
+
+def test_build_model_sets_classes_in_both_libraries():
+    assert build_model("resnet18", 7).get_classifier().out_features == 7
+    assert build_model("torchvision/resnet18", 7).fc.out_features == 7
+
+
+def test_build_model_fits_models_tied_to_one_size():
+    assert build_model("vit_tiny_patch16_224", 3, input_size=64).patch_embed.img_size == (64, 64)
+    assert build_model("torchvision/vit_b_16", 3, input_size=32).image_size == 32
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"name": "resnet18", "num_classes": -1}, "num_classes must be 0 or more"),
+        ({"name": "resnet18", "bogus": 1}, "timm could not build 'resnet18'.*bogus"),
+        ({"name": "torchvision/vit_b_16", "input_size": 33}, "could not build 'vit_b_16'"),
+        ({"name": "torchvision/resnet18", "num_classes": 7, "pretrained": True}, "keeps the classifier"),
+        ({"name": "torchvision/"}, "names no model"),
+    ],
+)
+def test_build_model_refuses(arguments, message):
+    with pytest.raises(ConfigError, match=message):
+        build_model(**arguments)

@@ -1,0 +1,88 @@
+"""The README says what is so: its code runs, its commands exist, its table is the registry's."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+import fxgraft
+from fxgraft.cli import app
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+# No downloads, and a smaller relative of the backbone.
+SUBSTITUTIONS = {"pretrained=True": "pretrained=False", "resnet50": "resnet18"}
+FENCE = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+
+
+def blocks(language: str) -> list[str]:
+    return [body for kind, body in FENCE.findall(README) if kind == language]
+
+
+def commands() -> list[str]:
+    return [line for body in blocks("bash") for line in body.splitlines() if line.startswith("fxgraft ")]
+
+
+def test_python_blocks_run_in_order(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+    batch = (torch.randn(4, 3, 64, 64), torch.randint(7, (4,)))
+    namespace = {"loader": [batch, batch]}
+    code = blocks("python")
+    assert code
+    for number, body in enumerate(code):
+        for word, replacement in SUBSTITUTIONS.items():
+            body = body.replace(word, replacement)
+        exec(compile(body, f"README.md, python block {number + 1}", "exec"), namespace)
+    # What the text around the blocks promises of their results.
+    model, plain = namespace["model"], namespace["plain"]
+    assert fxgraft.grafts(model) == []
+    assert [graft.name for graft in fxgraft.grafts(namespace["again"])] == ["rsc"]
+    assert type(plain) is type(model) is type(namespace["stock"])
+    assert list(plain.state_dict()) == list(model.state_dict())
+
+
+def test_two_commands_come_first_and_the_checks_run_them_word_for_word():
+    first_two = blocks("bash")[:2]
+    assert [body.count("\n") for body in first_two] == [1, 1]
+    checks = (ROOT / ".ci" / "run").read_text()
+    for body, ending in zip(first_two, ("fxgraft demo", "pytest"), strict=True):
+        assert body.strip().endswith(f".venv/bin/{ending}")
+        assert f"bash -c '{body.strip()}'" in checks
+
+
+@pytest.mark.parametrize("line", commands())
+def test_commands_and_their_options_exist(line):
+    _, command, *rest = shlex.split(line)
+    result = CliRunner().invoke(app, [command, "--help"], env={"COLUMNS": "200"})
+    assert result.exit_code == 0
+    text = re.sub(r"\x1b\[[0-9;]*m", "", result.stdout)
+    for option in (word for word in rest if word.startswith("--")):
+        assert option in text
+
+
+def test_table_of_methods_is_the_registrys():
+    rows = [
+        f"| `{name}` | [{method.title}]({method.url}) | {method.where} | {method.cost} |"
+        for name, method in fxgraft.methods().items()
+    ]
+    table = [line for line in README.splitlines() if line.startswith("| `")]
+    assert table == rows
+
+
+def test_every_method_is_cited():
+    citing = README.partition("## Citing")[2]
+    for name, method in fxgraft.methods().items():
+        title = method.paper.partition(": ")[2].partition(". ")[0]
+        assert title in citing, f"README does not cite the paper of {name!r}"
+
+
+def test_changelog_covers_this_version():
+    version = re.search(r'^version = "(.+)"$', (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
+    assert version is not None
+    assert f"## {version[1]}" in (ROOT / "CHANGELOG.md").read_text()
