@@ -211,7 +211,7 @@ def leave_one_out(
         held-out domain.
 
     Raises:
-        ConfigError: if there are fewer than two domains, or none of that name.
+        ConfigError: if there are fewer than two domains, none of that name, or `validation` keeps no image.
     """
     names = [domain.name for domain in domains]
     if len(domains) < 2:
@@ -223,6 +223,11 @@ def leave_one_out(
     rest = [domain.split(validation, seed=seed) for domain in domains if domain.name != held_out]
     test = domains[names.index(held_out)]
     train_set, kept = (_together(parts) for parts in zip(*rest, strict=True))
+    if validation and not len(kept[1]):
+        raise ConfigError(
+            f"A validation share of {validation} of each class rounds to no image at all.\n"
+            "Raise it, or use 0 to go without validation."
+        )
     return train_set, kept if validation else None, (test.images, test.labels)
 
 

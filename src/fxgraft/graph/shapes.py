@@ -114,11 +114,21 @@ def default_input_size(model: nn.Module) -> tuple[int, int, int]:
         if isinstance(fixed, (tuple, list)) and len(fixed) == 2 and all(isinstance(n, int) for n in fixed):
             height, width = fixed
             break
-    for module in model.modules():
+    stem = config.get("first_conv") if isinstance(config, dict) else getattr(config, "first_conv", None)
+    named = [model.get_submodule(stem)] if isinstance(stem, str) and _has(model, stem) else []
+    for module in (*named, *model.modules()):
         if isinstance(module, nn.Conv2d):
             channels = module.in_channels
             break
     return channels, height, width
+
+
+def _has(model: nn.Module, path: str) -> bool:
+    try:
+        model.get_submodule(path)
+    except AttributeError:
+        return False
+    return True
 
 
 def fake_inputs(
