@@ -16,6 +16,7 @@ from fxgraft.api import (
     summary,
     unpatch,
 )
+from fxgraft.consistency import jensen_shannon
 from fxgraft.errors import (
     BypassError,
     ConfigError,
@@ -35,8 +36,12 @@ from fxgraft.errors import (
 from fxgraft.graph.context import targets, with_targets
 from fxgraft.graph.ledger import Graft
 from fxgraft.graph.sites import Site, Sites
+from fxgraft.losses import GradientBoostingCrossEntropy, gradient_boosting_cross_entropy
 from fxgraft.patches.base import Patch, methods, register
+from fxgraft.patches.crossnorm import CrossNorm
+from fxgraft.patches.diversification import Diversification
 from fxgraft.patches.rsc import RSC
+from fxgraft.patches.selfnorm import SelfNorm
 from fxgraft.recipe import load, save
 
 try:
@@ -48,14 +53,18 @@ __all__ = [
     "RSC",
     "BypassError",
     "ConfigError",
+    "CrossNorm",
+    "Diversification",
     "DuplicateGraftError",
     "FxgraftError",
     "FxgraftWarning",
+    "GradientBoostingCrossEntropy",
     "Graft",
     "MergeError",
     "Patch",
     "Plan",
     "RecipeError",
+    "SelfNorm",
     "Site",
     "SiteError",
     "Sites",
@@ -67,7 +76,9 @@ __all__ = [
     "UnknownMethodError",
     "WrappedModelError",
     "__version__",
+    "gradient_boosting_cross_entropy",
     "grafts",
+    "jensen_shannon",
     "load",
     "loss",
     "losses",

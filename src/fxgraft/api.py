@@ -25,9 +25,10 @@ from fxgraft.errors import (
 )
 from fxgraft.graph.anatomy import Anatomy
 from fxgraft.graph.grafted import state_of
+from fxgraft.graph.heads import LOGITS_KEYS
 from fxgraft.graph.ledger import Graft, Ledger, Placement
+from fxgraft.graph.positions import position_sites
 from fxgraft.graph.sites import Sites, list_sites
-from fxgraft.graph.structure import LOGITS_KEYS
 from fxgraft.patches.base import Patch, build
 
 M = TypeVar("M", bound=nn.Module)
@@ -84,9 +85,9 @@ def _check_model(model: Any) -> None:
         found = next((wrappers[c.__name__] for c in type(module).__mro__ if c.__name__ in wrappers), None)
         if found is None and module._compiled_call_impl is not None:
             found = "module.compile()"
-        if found is None and isinstance(module, torch.fx.GraphModule):
-            if any(isinstance(node.target, torch._ops.OpOverload) for node in module.graph.nodes):
-                found = "torch.export"
+        nodes = module.graph.nodes if isinstance(module, torch.fx.GraphModule) else ()
+        if found is None and any(isinstance(node.target, torch._ops.OpOverload) for node in nodes):
+            found = "torch.export"
         if found is not None:
             where = f"its part {path!r}" if path else "it"
             raise WrappedModelError(
@@ -144,7 +145,9 @@ def patch(
 
 def _check_new(graft: Graft, present: Sequence[Graft], named: bool) -> None:
     if not graft.name.isidentifier():
-        raise ConfigError(f"A graft's name must be an identifier, got {graft.name!r}.\nUse letters, digits, '_'.")
+        raise ConfigError(
+            f"A graft's name must be an identifier, got {graft.name!r}.\nUse letters, digits, '_'."
+        )
     for other in present:
         if other.patch == graft.patch:
             raise DuplicateGraftError(
@@ -152,22 +155,17 @@ def _check_new(graft: Graft, present: Sequence[Graft], named: bool) -> None:
                 "Twice the same would act twice at the same place.\nChange a setting, or unpatch it first."
             )
         if other.name == graft.name:
-            hint = "Choose another name." if named else f'Give the second one a name, as name="{graft.name}_2".'
+            hint = (
+                "Choose another name." if named else f'Give the second one a name, as name="{graft.name}_2".'
+            )
             raise DuplicateGraftError(f"There is a graft named {graft.name!r} on the model already.\n{hint}")
 
 
 def _plan(model: nn.Module, present: Sequence[Graft], graft: Graft) -> Plan:
     """Plan on the bare model, then put back what was there."""
-    ledger = ledger_of(model)
-    installed = ledger.installation if ledger is not None else None
-    if installed is not None:
-        installed.erase()
-    try:
-        trial = [Graft(g.name, g.patch, dict(g.units), g.input_size) for g in present]
+    trial = [Graft(g.name, g.patch, dict(g.units), g.input_size) for g in present]
+    with (ledger_of(model) or Ledger()).lifted():
         planned = Ledger().plan(model, [*trial, graft])
-    finally:
-        if installed is not None:
-            installed.write()
     actions = tuple(_action(p) for g, p in planned.placements if g is graft)
     return Plan(graft.name, graft.patch, actions, graft.patch.describe(graft))
 
@@ -177,7 +175,11 @@ def _action(placement: Placement) -> tuple[str, str, str]:
     fields = ", ".join(str(getattr(edit, f.name)) for f in dataclasses.fields(edit))
     modes = [m for m, on in (("training", placement.training), ("evaluation", placement.evaluation)) if on]
     unit = type(placement.unit).__name__
-    return placement.owner, f"{unit} {type(edit).__name__.lower()}{f' {fields}' if fields else ''}", " and ".join(modes)
+    return (
+        placement.owner,
+        f"{unit} {type(edit).__name__.lower()}{f' {fields}' if fields else ''}",
+        " and ".join(modes),
+    )
 
 
 def unpatch(model: M, *names: str | Graft) -> M:
@@ -223,21 +225,16 @@ def sites(
 
     Args:
         model: bare or patched; the listing is that of the bare model.
-        pattern: a name or a glob: ``*`` within one part of a name, ``**`` across parts.
+        pattern: a name or a glob: ``*`` within one part of a name, ``**`` across parts; or "residual" for
+            every residual join with its positions.
         input_size: (C, H, W) to show shapes at; the model's own by default.
 
     Raises:
         SiteError: nothing matches; lists close matches.
     """
-    ledger = ledger_of(model)
-    installed = ledger.installation if ledger is not None else None
-    if installed is not None:
-        installed.erase()
-    try:
-        found = list_sites(Anatomy(model, input_size), pattern)
-    finally:
-        if installed is not None:
-            installed.write()
+    with (ledger_of(model) or Ledger()).lifted():
+        anatomy = Anatomy(model, input_size)
+        found = position_sites(anatomy) if pattern == "residual" else list_sites(anatomy, pattern)
     return Sites(found, f"{type(model).__name__.removeprefix('Grafted')}, batch of 2")
 
 
@@ -261,7 +258,9 @@ class Summary:
             return f"{self.model}: no grafts"
         lines = [f"{self.model}: {len(self.rows)} graft(s), in order of action"]
         for name, method, where, parameters, notes in self.rows:
-            lines.append(f"  {name} = {method}: {where}; {parameters} new parameters{f'; {notes}' if notes else ''}")
+            lines.append(
+                f"  {name} = {method}: {where}; {parameters} new parameters{f'; {notes}' if notes else ''}"
+            )
         return "\n".join(lines)
 
     __repr__ = __str__
@@ -291,7 +290,7 @@ def _left_out(model: nn.Module, own: list[nn.Parameter]) -> bool:
     held = [
         {id(p) for group in each.param_groups for p in group["params"]}
         for each in gc.get_objects()
-        if isinstance(each, torch.optim.Optimizer)
+        if issubclass(type(each), torch.optim.Optimizer)  # isinstance would run code of whatever is in memory
     ]
     return any(h & others for h in held) and not any(h & ids for h in held)
 
@@ -332,17 +331,19 @@ def losses(
         criterion = graft.patch.criterion(graft, criterion)
     parts = {"criterion": criterion(_logits(out, here), y)}
     for graft in here:
-        for part, value in graft.patch.loss(graft, out, y, criterion).items():
+        for part, value in graft.patch.losses(graft, out, y, criterion).items():
             parts[f"{graft.name}.{part}"] = value
     return parts
 
 
-def loss(
-    model: nn.Module, out: Any, y: Tensor, criterion: Callable[..., Tensor] = F.cross_entropy
-) -> Tensor:
+def loss(model: nn.Module, out: Any, y: Tensor, criterion: Callable[..., Tensor] = F.cross_entropy) -> Tensor:
     """Return the whole loss as one scalar: the sum of `losses`."""
     parts = losses(model, out, y, criterion)
-    return torch.stack([value.reshape(()) for value in parts.values()]).sum() if len(parts) > 1 else parts["criterion"]
+    return (
+        torch.stack([value.reshape(()) for value in parts.values()]).sum()
+        if len(parts) > 1
+        else parts["criterion"]
+    )
 
 
 def _logits(out: Any, here: Sequence[Graft]) -> Any:

@@ -18,6 +18,7 @@ from rich.progress import Progress
 from typer.core import TyperGroup
 
 from fxgraft.errors import ConfigError, FxgraftError
+from fxgraft.show import app as show_app
 
 
 class _PlainErrors(TyperGroup):
@@ -45,6 +46,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Graft published training methods onto timm and torchvision backbones.",
 )
+
+app.add_typer(show_app, name="show")
 
 PatchOption = Annotated[
     list[str] | None,

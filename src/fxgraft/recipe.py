@@ -12,6 +12,7 @@ import hashlib
 import json
 import os
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -82,12 +83,18 @@ def save(model: nn.Module, path: str | Path, *, weights: bool = True) -> Path:
     try:
         text = json.dumps(recipe, indent=2)
     except TypeError as error:
-        raise RecipeError(f"A graft has an option that JSON cannot hold: {error}.\nUse plain values.") from error
+        raise RecipeError(
+            f"A graft has an option that JSON cannot hold: {error}.\nUse plain values."
+        ) from error
     chosen = {k: v for k, v in model.state_dict().items() if weights or k in own}
     folder = Path(path)
     folder.mkdir(parents=True, exist_ok=True)
-    _replace(folder / WEIGHTS, lambda file: save_file(_unshared(chosen), file))
-    _replace(folder / RECIPE, lambda file: Path(file).write_text(text + "\n"))
+    _replace(
+        {
+            folder / WEIGHTS: lambda file: save_file(_unshared(chosen), file),
+            folder / RECIPE: lambda file: Path(file).write_text(text + "\n"),
+        }
+    )
     return folder
 
 
@@ -114,16 +121,20 @@ def _unshared(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return out
 
 
-def _replace(target: Path, write: Any) -> None:
-    """Write beside the target and move it into place, so that a crash leaves the old file or the new one."""
-    handle, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
-    os.close(handle)
+def _replace(files: dict[Path, Callable[[str], Any]]) -> None:
+    """Write all files beside their targets before any is moved into place: a failure leaves all the old ones."""
+    written: dict[Path, Path] = {}
     try:
-        write(name)
-        Path(name).replace(target)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
+        for target, write in files.items():
+            handle, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
+            os.close(handle)
+            written[target] = Path(name)
+            write(name)
+        for target, beside in written.items():
+            beside.replace(target)
+    finally:
+        for beside in written.values():
+            beside.unlink(missing_ok=True)
 
 
 def load(model: M, path: str | Path) -> M:
@@ -165,13 +176,19 @@ def load(model: M, path: str | Path) -> M:
             f"The weights in {str(folder / WEIGHTS)!r} cannot be read: {error}.\n"
             "The file is damaged, cut short, or no safetensors file.\nSave the model again."
         ) from error
-    wanted = [
-        Graft(
-            e["name"], build(e["method"], _options(e["options"])),
-            input_size=tuple(e["input_size"]) if e["input_size"] else None,
-        )
-        for e in recipe["grafts"]
-    ]  # fmt: skip
+    try:
+        wanted = [
+            Graft(
+                e["name"], build(e["method"], _options(e["options"])),
+                input_size=tuple(e["input_size"]) if e["input_size"] else None,
+            )
+            for e in recipe["grafts"]
+        ]  # fmt: skip
+    except FxgraftError as error:
+        raise RecipeError(
+            f"The recipe in {str(folder)!r} asks for what this fxgraft does not have.\n{error}\n"
+            "It was damaged, or written by another release or with other methods registered."
+        ) from error
     ledger = Ledger()
     ledger.context.progress = recipe["progress"]
     ledger.install(model, wanted)
@@ -184,7 +201,10 @@ def load(model: M, path: str | Path) -> M:
 
 
 def _options(options: dict[str, Any]) -> dict[str, Any]:
-    return {key: tuple(value) if isinstance(value, list) else value for key, value in copy.deepcopy(options).items()}
+    return {
+        key: tuple(value) if isinstance(value, list) else value
+        for key, value in copy.deepcopy(options).items()
+    }
 
 
 def _load_weights(model: nn.Module, weights: dict[str, Tensor], whole: bool, folder: Path) -> None:
@@ -214,7 +234,9 @@ def _read_recipe(folder: Path) -> dict[str, Any]:
             f"{str(file)!r} is damaged or no recipe: {error}.\nSave the model again, or restore the file."
         ) from error
     if not isinstance(recipe, dict) or recipe.get("format") != FORMAT:
-        raise RecipeError(f"{str(file)!r} is JSON, but no recipe of fxgraft.\nPass the folder that fxgraft.save wrote.")
+        raise RecipeError(
+            f"{str(file)!r} is JSON, but no recipe of fxgraft.\nPass the folder that fxgraft.save wrote."
+        )
     if recipe.get("version") != VERSION:
         raise RecipeError(
             f"{str(file)!r} is of version {recipe.get('version')!r}; this fxgraft reads version {VERSION}.\n"
@@ -223,12 +245,17 @@ def _read_recipe(folder: Path) -> dict[str, Any]:
     kinds = {"architecture": dict, "progress": (int, float), "weights": str, "grafts": list}
     for key, kind in kinds.items():
         if not isinstance(recipe.get(key), kind):
-            raise RecipeError(f"{str(file)!r} is damaged: {key!r} is missing or of the wrong kind.\nSave again.")
+            raise RecipeError(
+                f"{str(file)!r} is damaged: {key!r} is missing or of the wrong kind.\nSave again."
+            )
     entries = {"name": str, "method": str, "options": dict}
     for entry in recipe["grafts"]:
         if not isinstance(entry, dict) or not all(isinstance(entry.get(k), t) for k, t in entries.items()):
             raise RecipeError(f"{str(file)!r} is damaged: a graft in it is not whole.\nSave again.")
         entry.setdefault("input_size", None)
+    names = [entry["name"] for entry in recipe["grafts"]]
+    if len(set(names)) < len(names) or not all(name.isidentifier() for name in names):
+        raise RecipeError(f"{str(file)!r} is damaged: its grafts are not named once each.\nSave again.")
     if not {"class", "tensors"} <= set(recipe["architecture"]):
         raise RecipeError(f"{str(file)!r} is damaged: its architecture is not whole.\nSave again.")
     return recipe

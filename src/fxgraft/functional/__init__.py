@@ -3,4 +3,7 @@
 Each file holds one method's arithmetic with its shapes; `fxgraft.patches` puts it into a network.
 """
 
+from fxgraft.functional import crossnorm as crossnorm
+from fxgraft.functional import diversification as diversification
 from fxgraft.functional import rsc as rsc
+from fxgraft.functional import selfnorm as selfnorm

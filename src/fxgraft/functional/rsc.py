@@ -76,6 +76,28 @@ def label_probability(logits: Tensor, target: Tensor) -> Tensor:
     return _at_label(logits.softmax(dim=1, dtype=_score_dtype(logits)), target)
 
 
+def label_rows(logits: Tensor, target: Tensor, ignore_index: int = -100) -> tuple[Tensor, Tensor, Tensor]:
+    """Bring logits (B, K, ...) and labels to rows: logits (N, K), labels (N,) or (N, K), which rows count (N,).
+
+    A dense prediction gives a row per position; those labelled `ignore_index` count 0.
+    """
+    if logits.ndim == 2:
+        return logits, target, logits.new_ones(logits.shape[0])
+    flat = logits.movedim(1, -1).flatten(0, -2)
+    if target.is_floating_point():
+        return flat, target.movedim(1, -1).flatten(0, -2), flat.new_ones(flat.shape[0])
+    labels = target.flatten()
+    counts = labels != ignore_index
+    return flat, labels.where(counts, torch.zeros_like(labels)), counts.to(flat.dtype)
+
+
+def sample_probability(logits: Tensor, target: Tensor, ignore_index: int = -100) -> Tensor:
+    """`label_probability` of every sample, (B,); for a dense prediction the mean over positions that count."""
+    flat, labels, counts = label_rows(logits, target, ignore_index)
+    probability = (label_probability(flat, labels) * counts).reshape(logits.shape[0], -1).sum(1)
+    return probability / counts.reshape(logits.shape[0], -1).sum(1).clamp(min=1)
+
+
 def saliency(
     z: Tensor,
     gradient: Tensor | None,

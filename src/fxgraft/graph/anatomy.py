@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import time
+import contextlib
 from typing import Any
 
 from torch import Tensor, fx, nn
+from torch.utils import _pytree as pytree
 
-from fxgraft.errors import SiteError, StructureError, TraceError
-from fxgraft.graph.shapes import Observation, observe, preserved_modes
+from fxgraft.errors import SiteError, StructureError
+from fxgraft.graph.shapes import Observation, observe, preserved_attributes, preserved_modes
 from fxgraft.graph.tracing import INPUT, Traced, bind, trace
 
 __all__ = ["Anatomy"]
@@ -25,7 +26,6 @@ class Anatomy:
     def __init__(self, model: nn.Module, input_size: tuple[int, ...] | None = None) -> None:
         self.model = model
         self.input_size = input_size
-        self.started = time.perf_counter()
         self._observation: Observation | None = None
         self._graphs: dict[tuple[Any, ...], Traced] = {}
         self._values: dict[str, dict[str, Any]] = {}
@@ -76,9 +76,7 @@ class Anatomy:
                 f"{path!r} is never called in the model's forward pass.\n"
                 "Its forward cannot be rewritten, since nothing would run it."
             )
-        return trace(
-            self.module(path), calls[0], training, opened, deep, path, self.observation.calls
-        )
+        return trace(self.module(path), calls[0], training, opened, deep, path, self.observation.calls)
 
     def values(self, path: str) -> dict[str, Any]:
         """Propagate fake tensors through a module's evaluation graph: node name to value."""
@@ -108,25 +106,17 @@ class _Recorder(fx.Interpreter):
 
 
 def _propagate(anatomy: Anatomy, traced: Traced, path: str, args: Any, kwargs: Any) -> dict[str, Any]:
-    from torch.utils import _pytree as pytree
-
     leaves = pytree.tree_leaves(bind(traced.signature, args, kwargs))
     inputs = [leaf for leaf, fixed in zip(leaves, traced.fixed, strict=True) if fixed is INPUT]
     module = anatomy.module(path)
     recorder = _Recorder(module, traced)
     mode = anatomy.observation.mode
-    with preserved_modes(module):
+    with preserved_modes(module), preserved_attributes(module.modules()):
         for each in module.modules():
             each.training = False
-        try:
-            if mode is None:
-                raise TraceError("shapes are recorded under a fake tensor mode only")
-            with mode:
-                recorder.run(*inputs, enable_io_processing=False)
-        except TraceError:
-            raise
-        except Exception:  # noqa: BLE001 - shapes are a courtesy of the listing; the nodes stand without
-            return recorder.values
+        # Shapes are a courtesy of the listing: where a value cannot be propagated, the nodes stand without.
+        with contextlib.suppress(Exception), mode:
+            recorder.run(*inputs, enable_io_processing=False)
     return recorder.values
 
 

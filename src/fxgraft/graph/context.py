@@ -87,6 +87,8 @@ class Context:
         values: what `Capture` units recorded in this pass, by key.
         visited: the owners reached in this pass.
         progress: share of training done, in [0, 1].
+        remember: whether a graft runs the model again; then the arguments of the last pass outlive it.
+        last: the model and the arguments of the last training pass, or None.
     """
 
     def __init__(self) -> None:
@@ -97,11 +99,21 @@ class Context:
         self.values: dict[str, Any] = {}
         self.visited: dict[str, bool] = {}
         self.progress = 0.0
+        self.remember = False
+        self.last: tuple[nn.Module, tuple[Any, ...], dict[str, Any]] | None = None
 
-    def begin(self, root: nn.Module, target: Tensor | None, inputs: tuple[Any, ...]) -> None:
+    def begin(
+        self,
+        root: nn.Module,
+        target: Tensor | None,
+        inputs: tuple[Any, ...],
+        named: dict[str, Any] | None = None,
+    ) -> None:
         """Start a pass of ``root``; explicit labels win over those set from outside."""
         self.root = root
         self.inputs = inputs
+        if self.remember:
+            self.last = (root, inputs, named or {}) if root.training else None
         if target is None and _ambient:
             labels = _ambient[-1]
             target = labels.value
@@ -163,22 +175,31 @@ class Context:
         return self.target
 
 
-def check_label_range(graft: str, target: Tensor, classes: int) -> None:
-    """Raise `TargetError` for soft targets of another number of classes, and for indices out of range.
+def check_label_range(graft: str, target: Tensor, classes: int, spatial: int = 0) -> None:
+    """Raise `TargetError` for labels of another shape or number of classes, and for indices out of range.
 
-    The latter only where looking costs nothing.
-    On the CPU the values are read. On an accelerator reading them would stall the queue and under
+    ``spatial`` counts the dimensions of the logits after (B, K). Indices only where looking costs nothing:
+    on the CPU the values are read. On an accelerator reading them would stall the queue and under
     torch.compile it would break the graph; there an out-of-range index fails in the lookup itself.
     """
-    if target.is_floating_point() and target.shape[1] != classes:
+    soft = target.is_floating_point()
+    if target.ndim != spatial + (2 if soft else 1):
+        per = "(B, K, ...)" if spatial else "(B, K)"
+        raise TargetError(
+            f"{graft!r} was given {'soft' if soft else 'integer'} labels of shape {tuple(target.shape)} "
+            f"for logits {per}.\n"
+            "Class indices have one dimension less than the logits, soft targets as many and floating point.\n"
+            "Pass y.squeeze(1) for indices (B, 1), y.float() for one-hot labels (B, K)."
+        )
+    if soft and target.shape[1] != classes:
         raise TargetError(
             f"{graft!r} was given soft targets for {target.shape[1]} classes; the model has {classes}.\n"
             "Soft targets are (B, K), one weight per class of the model.\n"
             "Check num_classes of the model and of the data's mixing."
         )
-    if target.is_floating_point() or target.device.type != "cpu" or torch.compiler.is_compiling():
+    if soft or target.device.type != "cpu" or torch.compiler.is_compiling():
         return
-    if target.numel() and not (0 <= int(target.min()) and int(target.max()) < classes):
+    if target.numel() and not (int(target.min()) >= 0 and int(target.max()) < classes):
         raise TargetError(
             f"{graft!r} was given class indices from {int(target.min())} to {int(target.max())} "
             f"for {classes} classes.\n"

@@ -21,7 +21,7 @@ from torch import Tensor, fx, nn
 from fxgraft.errors import BypassError
 from fxgraft.graph.context import Context
 from fxgraft.graph.rewriting import STATE
-from fxgraft.graph.tracing import plain_settings
+from fxgraft.graph.tracing import settings_changed
 
 ENTRY_POINTS = ("forward_features", "forward_head", "forward_intermediates", "get_intermediate_layers")
 """Methods through which users run part of a backbone, besides calling it."""
@@ -38,11 +38,13 @@ class Unit(nn.Module):
         context: the state of the model's current pass; set when the unit is placed.
         graft: the name of its graft.
         transient: attributes that are found again for every model, and do not travel with copies.
+        replays: whether the graft runs the model again on the arguments of the last training pass.
     """
 
     context: Context
     graft: str = ""
     transient: tuple[str, ...] = ()
+    replays: bool = False
 
     def set_progress(self, fraction: float) -> None:
         """Follow a schedule. Keep what depends on it in plain attributes: compiled code guards on those."""
@@ -154,6 +156,16 @@ def _run(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
     return out
 
 
+def _traced_run(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    """Run as part of a trace: no pass of anything, but entry points that the forward uses lie inside it."""
+    context = self.__dict__[STATE].context
+    context.root = self
+    try:
+        return _run(self, *args, **kwargs)
+    finally:
+        context.end()
+
+
 def _outer_call(
     self: nn.Module, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], target: Any
 ) -> Any:
@@ -168,7 +180,7 @@ def _outer_call(
     elif not torch.compiler.is_compiling() and state.ledger is not None:
         state.ledger.check(self)
         context = self.__dict__[STATE].context
-    context.begin(self, target, args)
+    context.begin(self, target, args, kwargs)
     try:
         return call(self, *args, **kwargs)
     finally:
@@ -209,7 +221,7 @@ def _entry_point(name: str, own: Callable[..., Any]) -> Callable[..., Any]:
     return method
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def grafted_class(base: type[nn.Module], outer: bool) -> type[nn.Module]:
     """Make the subclass of ``base`` that grafted modules get.
 
@@ -220,7 +232,7 @@ def grafted_class(base: type[nn.Module], outer: bool) -> type[nn.Module]:
     declared = inspect.signature(base.forward)
     body: dict[str, Any] = {
         "_fxgraft_base": base,
-        "_fxgraft_forward": _run,
+        "_fxgraft_forward": _traced_run if outer else _run,
         "__module__": base.__module__,
         "__doc__": base.__doc__,
         "__reduce_ex__": _reduce,
@@ -230,18 +242,18 @@ def grafted_class(base: type[nn.Module], outer: bool) -> type[nn.Module]:
         "extra_repr": _extra_repr,
         "_replicate_for_data_parallel": _replicate,
     }
+    parameters = list(declared.parameters.values())
     if outer:
 
         def forward(self: nn.Module, *args: Any, target: Tensor | None = None, **kwargs: Any) -> Any:
             return _outer_call(self, _whole_call, args, kwargs, target)
 
         # torch.export and trainers read the signature: it stays the model's own, plus the labels.
-        parameters = list(declared.parameters.values())
         keyword = inspect.Parameter("target", inspect.Parameter.KEYWORD_ONLY, default=None)
         at = len(parameters) - (parameters[-1].kind is inspect.Parameter.VAR_KEYWORD)
         if "target" not in declared.parameters:
             parameters.insert(at, keyword)
-        forward.__signature__ = declared.replace(parameters=parameters)  # type: ignore[attr-defined]
+        run = forward
         for name in ENTRY_POINTS:
             if callable(getattr(base, name, None)):
                 body[name] = _entry_point(name, getattr(base, name))
@@ -249,15 +261,17 @@ def grafted_class(base: type[nn.Module], outer: bool) -> type[nn.Module]:
             body["set_grad_checkpointing"] = _set_grad_checkpointing
     else:
 
-        def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        def part(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
             return _run(self, *args, **kwargs)
 
-        forward.__signature__ = declared  # type: ignore[attr-defined]
-    body["forward"] = functools.wraps(base.forward, assigned=("__doc__", "__module__"), updated=())(forward)
-    del body["forward"].__wrapped__
+        run = part
+    run.__doc__, run.__module__ = base.forward.__doc__, base.forward.__module__
+    run.__signature__ = declared.replace(parameters=parameters)  # type: ignore[attr-defined]
+    body["forward"] = run
     if issubclass(base, fx.GraphModule):
         body["recompile"] = _recompile
-    return type("Grafted" + base.__name__, (base,), body)
+    made: type[nn.Module] = type("Grafted" + base.__name__, (base,), body)
+    return made
 
 
 def _recompile(self: fx.GraphModule) -> Any:
@@ -297,7 +311,7 @@ def stale_settings(module: nn.Module, state: GraftState) -> bool:
     """Say whether an attribute that the graphs were traced under has changed since."""
     for name, settings in state.settings.items():
         part = module.get_submodule(name) if name else module
-        if plain_settings(part) != settings:
+        if settings_changed(part, settings):
             return True
     return False
 

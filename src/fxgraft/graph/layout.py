@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fxgraft.errors import SiteError
-from fxgraft.graph.shapes import observe
+from fxgraft.graph.shapes import default_input_size, observe
 
 if TYPE_CHECKING:
     from fxgraft.graph.anatomy import Anatomy
@@ -39,13 +39,22 @@ class Layout:
             return x.movedim(-1, 1)
         return x
 
+    def restore(self, x: Tensor, canonical: Tensor) -> Tensor:
+        """Bring a new value of ``canonical(x)`` back to the dimensions of ``x``, whose prefix tokens it keeps."""
+        if self.name in ("NHWC", "NLC"):
+            new = canonical.movedim(1, -1)
+            return torch.cat((x[:, : self.prefix], new), dim=1) if self.prefix else new
+        return canonical
+
     def multiply(self, x: Tensor, mask: Tensor) -> Tensor:
         """Multiply ``x`` by a canonical mask (B, C or 1, *positions or ones); prefix tokens pass unchanged."""
         if self.name in ("NHWC", "NLC"):
             mask = mask.movedim(1, -1)
         if self.prefix:
             rows = mask.expand(-1, x.shape[1] - self.prefix, -1)
-            mask = torch.cat((mask.new_ones(1).expand(mask.shape[0], self.prefix, mask.shape[2]), rows), dim=1)
+            mask = torch.cat(
+                (mask.new_ones(1).expand(mask.shape[0], self.prefix, mask.shape[2]), rows), dim=1
+            )
         return x * mask
 
 
@@ -73,7 +82,7 @@ def prefix_tokens(anatomy: Anatomy, tokens: int) -> int:
 def layout_of(anatomy: Anatomy, value: Tensor, path: str, strict: bool = True) -> Layout | None:
     """Find the layout of a value of the model.
 
-    Channels are the dimension that differs from two equal spatial ones, or, where that does not decide,
+    Channels are the dimension beside two that have the shape of the image, or, where that does not decide,
     the one that stays when the image grows.
 
     Args:
@@ -91,10 +100,9 @@ def layout_of(anatomy: Anatomy, value: Tensor, path: str, strict: bool = True) -
         return Layout("NLC", prefix_tokens(anatomy, value.shape[1]))
     if value.ndim == 4:
         _, a, b, c = value.shape
-        if b == c and a != b:
-            return Layout("NCHW")
-        if a == b and b != c:
-            return Layout("NHWC")
+        first, last = _like_image(anatomy, b, c), _like_image(anatomy, a, b)
+        if first != last:
+            return Layout("NCHW" if first else "NHWC")
         fixed = _fixed_dimension(anatomy, value, path) if strict else None
         if fixed in (1, 3):
             return Layout("NCHW" if fixed == 1 else "NHWC")
@@ -102,6 +110,10 @@ def layout_of(anatomy: Anatomy, value: Tensor, path: str, strict: bool = True) -
         if channels == a and channels != c:
             return Layout("NCHW")
         if channels == c and channels != a:
+            return Layout("NHWC")
+        if b == c and a != b:
+            return Layout("NCHW")
+        if a == b and b != c:
             return Layout("NHWC")
     if not strict:
         return None
@@ -111,16 +123,21 @@ def layout_of(anatomy: Anatomy, value: Tensor, path: str, strict: bool = True) -
     )
 
 
+def _like_image(anatomy: Anatomy, height: int, width: int) -> bool:
+    """Say whether a map of this size has the shape of the image, up to rounding; of a square image, a square."""
+    size = anatomy.input_size or default_input_size(anatomy.model)
+    image_height, image_width = size[-2:] if len(size) == 3 else (1, 1)
+    return abs(height * image_width - width * image_height) < max(image_height, image_width)
+
+
 def _fixed_dimension(anatomy: Anatomy, value: Tensor, path: str) -> int | None:
     """Run the model on a larger image and return the one dimension of the value that did not change."""
-    from fxgraft.graph.shapes import default_input_size
-
     if not path:
         return None
     channels, height, width = anatomy.input_size or default_input_size(anatomy.model)
     try:
         other = observe(anatomy.model, (channels, 2 * height, 3 * width)).output(path)
-    except Exception:  # noqa: BLE001 - a model of one fixed image size tells nothing this way
+    except Exception:
         return None
     same = [i for i in range(1, value.ndim) if other.shape[i] == value.shape[i]]
     return same[0] if len(same) == 1 else None

@@ -7,8 +7,9 @@ removal leaves exactly what the remaining grafts would have made.
 
 from __future__ import annotations
 
+import contextlib
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from types import SimpleNamespace
 from typing import Any, Protocol
@@ -22,11 +23,11 @@ from fxgraft.graph.grafted import (
     GraftState,
     Program,
     Unit,
-    grafted_class,
     release_orphans,
     stale_settings,
     state_of,
 )
+from fxgraft.graph.journal import Installation, Kept
 from fxgraft.graph.rewriting import STATE, Edit, Editor, Input, Output, as_forward, restore_checkpointing
 
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
@@ -42,6 +43,7 @@ class Placement:
         key: the unit's name within its graft; a unit is kept under it when the model is planned again.
         unit: the unit.
         training, evaluation: the modes in which it acts.
+        order: (group, rank): units of one group at one site run by rank, whichever graft was added first.
     """
 
     owner: str
@@ -50,6 +52,7 @@ class Placement:
     unit: Unit
     training: bool = True
     evaluation: bool = True
+    order: tuple[str, int] | None = None
 
 
 class Placer(Protocol):
@@ -92,50 +95,6 @@ class Graft:
         return f"Graft({self.name!r}, {self.patch!r})"
 
 
-@dataclass
-class Installation:
-    """Compiled grafts and the exact inverse of writing them.
-
-    Attributes:
-        model: the patched model.
-        states: what each grafted module gets, by qualified name.
-        modules: the grafted modules, by qualified name.
-        registered: (holder, name, unit) of every unit that joins the module tree.
-        placements: what was planned, with its graft.
-    """
-
-    model: nn.Module
-    states: dict[str, GraftState] = field(default_factory=dict)
-    modules: dict[str, nn.Module] = field(default_factory=dict)
-    registered: list[tuple[nn.Module, str, Unit]] = field(default_factory=list)
-    placements: list[tuple[Graft, Placement]] = field(default_factory=list)
-
-    def write(self) -> None:
-        """Swap the classes and register the units."""
-        for path, state in self.states.items():
-            module = self.modules[path]
-            module.__dict__[STATE] = state
-            module.__class__ = grafted_class(state.base, state.outer)
-        for holder, name, unit in self.registered:
-            holder._modules[name] = unit
-
-    def intact(self) -> str | None:
-        """Return the name of a module that was wrapped again since, or None."""
-        for path, state in self.states.items():
-            if type(self.modules[path]) is not grafted_class(state.base, state.outer):
-                return path or type(self.model).__name__
-        return None
-
-    def erase(self) -> None:
-        """Undo `write`: class, attribute and registration, each exactly as before."""
-        for holder, name, _ in reversed(self.registered):
-            holder._modules.pop(name, None)
-        for path, state in self.states.items():
-            module = self.modules[path]
-            module.__dict__.pop(STATE, None)
-            module.__class__ = state.base
-
-
 class Ledger:
     """The grafts of one patched model, in the order they were added.
 
@@ -167,6 +126,7 @@ class Ledger:
         for graft, placement in installation.placements:
             by_owner.setdefault(placement.owner, []).append((graft, placement))
         for path, placed in by_owner.items():
+            _by_rank(placed)
             module = model.get_submodule(path)
             _check_owner(module, path)
             state = GraftState(type(module), path, self.context, outer=path == "")
@@ -183,37 +143,53 @@ class Ledger:
         """Put grafts on a model in place of those that are there; on failure nothing changes."""
         wanted = list(self.grafts if grafts is None else grafts)
         release_orphans(model)
-        before = self.installation
+        before = self.grafts, self.installation, self.owners
+        kept = Kept(self.grafts)
         self._erase()
+        after = None
         try:
             after = self.plan(model, wanted) if wanted else None
+            self.grafts, self.installation, self.owners = wanted, after, {}
+            if after is not None:
+                kept.settle_new(after)
+                after.write()
+                self._connect(model, after)
         except BaseException:
-            if before is not None:
-                before.write()
+            if after is not None:
+                after.erase()
+            self.grafts, self.installation, self.owners = before
+            kept.restore()
+            if self.installation is not None:
+                self.installation.write()
             raise
-        self.grafts = wanted
-        self.installation = after
-        self.owners = {}
-        if after is None:
-            return
-        after.write()
-        for path, state in after.states.items():
+
+    def _connect(self, model: nn.Module, installation: Installation) -> None:
+        """Tell the units what they work with, now that all of them are in place."""
+        for path, state in installation.states.items():
             runs = (state.training.acts, state.evaluation.acts)
             if path and any(runs):
                 self.owners[path] = runs
-        acts_in_evaluation = any(p.evaluation for _, p in after.placements)
+        self.context.remember = any(unit.replays for graft in self.grafts for unit in graft.units.values())
+        self.context.last = None
+        acts_in_evaluation = any(p.evaluation for _, p in installation.placements)
+        for graft in self.grafts:
+            for unit in graft.units.values():
+                unit.context = self.context
+                unit.set_progress(self.context.progress)
+                if acts_in_evaluation:
+                    unit.installed(Anatomy(model, graft.input_size))
+
+    @contextlib.contextmanager
+    def lifted(self) -> Iterator[None]:
+        """Take the grafts off for the block, to look at the bare model, and put them back as they were."""
+        kept = Kept(self.grafts)
+        self._erase()
         try:
-            for graft in self.grafts:
-                for unit in graft.units.values():
-                    unit.context = self.context
-                    unit.set_progress(self.context.progress)
-                    if acts_in_evaluation:
-                        unit.installed(Anatomy(model, graft.input_size))
-        except BaseException:
-            after.erase()
-            if before is not None:
-                before.write()
-            raise
+            yield
+        finally:
+            kept.restore()
+            if self.installation is not None:
+                self.installation.write()
 
     def _erase(self) -> None:
         if self.installation is None:
@@ -277,7 +253,9 @@ class Ledger:
 
         def twin(unit: Unit) -> Unit:
             if id(unit) not in twins:
-                twins[id(unit)] = copy.copy(unit)
+                # Not copy.copy, which leaves out what a copy of the whole model finds again.
+                twins[id(unit)] = object.__new__(type(unit))
+                twins[id(unit)].__dict__.update(unit.__dict__)
                 twins[id(unit)].context = context
             return twins[id(unit)]
 
@@ -297,17 +275,30 @@ class Ledger:
             module.__dict__[STATE] = state
 
 
+def _by_rank(placed: list[tuple[Graft, Placement]]) -> None:
+    """Sort the placements of one group at one site by rank; everything else stays where it is."""
+    groups: dict[Any, list[int]] = {}
+    for index, (_, placement) in enumerate(placed):
+        if placement.order is not None:
+            groups.setdefault((placement.edit, placement.order[0]), []).append(index)
+    for slots in groups.values():
+        ranked = sorted((placed[i] for i in slots), key=lambda each: each[1].order[1])  # type: ignore[index]
+        for slot, each in zip(slots, ranked, strict=True):
+            placed[slot] = each
+
+
 def _check_owner(module: nn.Module, path: str) -> None:
+    who = repr(path) if path else "The model"
     if "forward" in module.__dict__:
         raise WrappedModelError(
-            f"{path or 'The model'!r} has a forward of its own, set on the instance.\n"
+            f"{who} has a forward of its own, set on the instance.\n"
             "A patch works through the class, which that forward hides.\n"
             "Patch first, and replace the forward after."
         )
     state = state_of(module)
     if state is not None:
         raise FxgraftError(
-            f"{path or 'The model'!r} is already part of another patched model.\n"
+            f"{who} is already part of another patched model.\n"
             "One module cannot obey two sets of patches.\nUnpatch the other model first."
         )
 
@@ -317,13 +308,16 @@ def _place_unit(
 ) -> str:
     """Decide under which name a unit is reached from its owner, and register it if it holds tensors."""
     unit = placement.unit
-    several = sum(1 for g, p in installation.placements if g is graft and p.owner == placement.owner) > 1
-    safe = "".join(c if c.isalnum() else "_" for c in placement.key)
+    keys = {p.key for g, p in installation.placements if g is graft and p.owner == placement.owner}
+    several = len(keys) > 1
+    key = placement.key.removeprefix(placement.owner + ".") if placement.owner else placement.key
+    safe = "".join(c if c.isalnum() else "_" for c in key)
     name = f"graft_{graft.name}_{safe}" if several else f"graft_{graft.name}"
     if not name.isidentifier():
         raise SiteError(f"{graft.name!r} cannot name a graft.\nUse letters, digits and underscores.")
     if unit.registered and not isinstance(module, _CONTAINERS):
-        installation.registered.append((module, name, unit))
+        if name not in state.registered:  # placed twice where the two graphs name its site differently
+            installation.registered.append((module, name, unit))
         state.registered[name] = unit
         return name
     setattr(state.units, name, unit)
@@ -334,7 +328,9 @@ def _place_unit(
             holder_path, _, outer = holder_path.rpartition(".")
             own = f"{outer}_{own}"
         holder = installation.model.get_submodule(holder_path)
-        installation.registered.append((holder, f"{name}_{own}", unit))
+        if isinstance(holder, _CONTAINERS):  # there is no beside: the model itself is one
+            holder = next((m for m in holder.modules() if not isinstance(m, _CONTAINERS)), holder)
+        installation.registered.append((holder, f"{name}_{own}".rstrip("_"), unit))
     return f"{STATE}.units.{name}"
 
 

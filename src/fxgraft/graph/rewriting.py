@@ -17,7 +17,7 @@ import torch.utils.checkpoint
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
-from fxgraft.errors import BypassError
+from fxgraft.errors import BypassError, SiteError, candidates
 from fxgraft.graph.tracing import CHECKPOINT_REGION, INPUT, Traced, bind
 
 STATE = "_fxgraft"
@@ -39,7 +39,7 @@ class After:
 
 @dataclass(frozen=True)
 class Edge:
-    """Run a unit on a node's value as only some of its users see it.
+    """Run a unit on a node's value as only some of its users see it, just before the first of them runs.
 
     Attributes:
         node: name of the node that produces the value.
@@ -88,6 +88,22 @@ class Replace:
 
 
 @dataclass(frozen=True)
+class Span:
+    """Call a unit instead of everything on the way from one value to another.
+
+    The unit gets the first value and gives the last; nodes that only served the last one are dropped. What
+    else uses values on the way keeps them.
+
+    Attributes:
+        start: name of the node whose value the unit gets.
+        end: name of the node whose value the unit gives.
+    """
+
+    start: str
+    end: str
+
+
+@dataclass(frozen=True)
 class Output:
     """Run a unit on the module's output; needs no trace of the module."""
 
@@ -97,7 +113,7 @@ class Input:
     """Run a unit on the module's first argument; needs no trace of the module."""
 
 
-Edit = After | Edge | Before | Around | Replace | Input | Output
+Edit = After | Edge | Before | Around | Replace | Span | Input | Output
 """Everything a patch can do to a module's forward. More inputs and outputs of a pass go through its context."""
 
 
@@ -112,6 +128,7 @@ class Editor:
         self._named = {node.name: node for node in traced.graph.nodes}
         self._latest: dict[fx.Node, fx.Node] = {}
         self._latest_on_edge: dict[tuple[fx.Node, fx.Node], fx.Node] = {}
+        self._dropped: set[fx.Node] = set()
 
     def apply(self, edit: Edit, unit: str) -> None:
         """Carry out one edit.
@@ -119,35 +136,82 @@ class Editor:
         Args:
             edit: what to do in the graph; `Input` and `Output` act outside it.
             unit: attribute path, from the module, of the unit to call.
+
+        Raises:
+            SiteError: the graph has no node of that name.
         """
         graph = self.traced.graph
         if isinstance(edit, (Replace, Around)):
-            node = self._named[edit.node]
+            node = self._node(edit.node)
             with graph.inserting_before(node):
                 child = (graph.get_attr(str(node.target)),) if isinstance(edit, Around) else ()
                 call = graph.call_module(unit, (*child, *node.args), node.kwargs)
             node.replace_all_uses_with(call)
             graph.erase_node(node)
             self._named[edit.node] = call
+            if node in self._latest:
+                self._latest[call] = self._latest.pop(node)
+        elif isinstance(edit, Span):
+            self._replace_span(edit, unit)
         elif isinstance(edit, After):
-            node = self._named[edit.node]
+            node = self._node(edit.node)
             value = self._latest.get(node, node)
             call = self._insert_after(value, unit)
             value.replace_all_uses_with(call, delete_user_cb=lambda user: user is not call)
             self._latest[node] = call
         elif isinstance(edit, Before):
-            node = self._named[edit.node]
+            node = self._node(edit.node)
             value = node.all_input_nodes[edit.argument]
             node.replace_input_with(value, self._insert_after(value, unit))
-        else:
-            node = self._named[edit.node]
-            for name in edit.users:
-                user = self._named[name]
+        elif isinstance(edit, Edge):
+            node = self._node(edit.node)
+            # In running order, and before a user rather than after the value: what overwrites the value in
+            # between has then done so, as the user would see it.
+            calls: dict[fx.Node, fx.Node] = {}
+            for user in sorted(self._node(name) for name in edit.users):
                 value = self._latest_on_edge.get((node, user), self._latest.get(node, node))
-                shared = [c for c in value.users if _is_unit(c) and c.target == unit]
-                call = shared[0] if shared else self._insert_after(value, unit)
-                user.replace_input_with(value, call)
-                self._latest_on_edge[node, user] = call
+                if value not in calls:
+                    with graph.inserting_before(user):
+                        calls[value] = graph.call_module(unit, (value,))
+                user.replace_input_with(value, calls[value])
+                self._latest_on_edge[node, user] = calls[value]
+
+    def _replace_span(self, edit: Span, unit: str) -> None:
+        graph = self.traced.graph
+        start, end = self._node(edit.start), self._node(edit.end)
+        value, last = self._latest.get(start, start), self._latest.get(end, end)
+        with graph.inserting_before(end):
+            call = graph.call_module(unit, (value,))
+        last.replace_all_uses_with(call)
+        waiting = [last]
+        while waiting:
+            node = waiting.pop()
+            if node.users or node is value or node.op == "placeholder" or node in self._dropped:
+                continue
+            if _is_unit(node):
+                raise SiteError(
+                    f"One patch acts between {edit.start!r} and {edit.end!r}, and another rewrites that.\n"
+                    "The first would never run in training.\nChoose a site before or after that part."
+                )
+            waiting += node.all_input_nodes
+            graph.erase_node(node)
+            self._dropped.add(node)
+        # Later edits at the end act on what the unit gives.
+        self._named[edit.end] = call
+        self._latest.pop(end, None)
+
+    def _node(self, name: str) -> fx.Node:
+        if name not in self._named:
+            raise SiteError(
+                f"There is no value {name!r} in the forward that is to be edited.\n"
+                f"{candidates(name, self._named)}\nfxgraft.sites(model) lists what is there."
+            )
+        if self._named[name] in self._dropped:
+            raise SiteError(
+                f"{name!r} lies inside a part of the network that another patch rewrites in training.\n"
+                "A unit there would never run.\nChoose a site before or after that part."
+            )
+        return self._named[name]
 
     def _insert_after(self, value: fx.Node, unit: str) -> fx.Node:
         graph = self.traced.graph
@@ -249,10 +313,11 @@ def as_forward(traced: Traced, label: str) -> Callable[..., Any]:
         for index, (leaf, fixed) in enumerate(zip(leaves, traced.fixed, strict=True)):
             if fixed is INPUT:
                 given.append(leaf)
-            elif leaf is not fixed and leaf != fixed:
+            elif leaf is not fixed and (isinstance(leaf, Tensor) or leaf != fixed):
+                shown = f"a tensor of shape {tuple(leaf.shape)}" if isinstance(leaf, Tensor) else repr(leaf)
                 name = names[index] if simple and index < len(names) else f"argument {index}"
                 raise BypassError(
-                    f"{label} was called with {name}={leaf!r}, but its graph was traced with {fixed!r}.\n"
+                    f"{label} was called with {name}={shown}, but its graph was traced with {fixed!r}.\n"
                     "Running the original code instead would bypass the patch in silence.\n"
                     "Unpatch it for such calls, or choose a module's output as the site."
                 )

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -40,7 +41,7 @@ class Observation:
     """All module calls of one evaluation pass of a model, by qualified name ('' is the model)."""
 
     calls: dict[str, list[Call]] = field(default_factory=dict)
-    mode: FakeTensorMode | None = None
+    mode: FakeTensorMode = field(default_factory=lambda: FakeTensorMode(allow_non_fake_inputs=True))
 
     def output(self, path: str) -> Any:
         """Return the output of a module's first call."""
@@ -60,6 +61,37 @@ def preserved_modes(model: nn.Module) -> Iterator[None]:
         for module, flag in flags:
             if module.training is not flag:
                 module.training = flag
+
+
+# What is registered, and what a graft keeps: no forward pass sets them, and planning anew may.
+_LASTING = ("_modules", "_parameters", "_fxgraft")
+
+
+@contextlib.contextmanager
+def preserved_attributes(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """Put back on exit whatever a forward pass sets on modules.
+
+    Some keep what they computed once (attention biases, position grids). What they compute here is fake, or
+    symbolic, and must not be found there by a pass that is not.
+    """
+    kept = []
+    for module in modules:
+        own = {k: v for k, v in module.__dict__.items() if k not in _LASTING}
+        inner = {k: copy.copy(v) for k, v in own.items() if type(v) in (dict, list)}
+        kept.append((module, own, inner))
+    try:
+        yield
+    finally:
+        for module, own, inner in kept:
+            for name in [k for k in module.__dict__ if k not in own and k not in _LASTING]:
+                del module.__dict__[name]
+            module.__dict__.update(own)
+            for name, value in inner.items():
+                if isinstance(value, dict):
+                    own[name].clear()
+                    own[name].update(value)
+                else:
+                    own[name][:] = value
 
 
 @contextlib.contextmanager
@@ -163,15 +195,16 @@ def observe(
     Raises:
         Exception: whatever the model raises on such an input.
     """
-    mode = FakeTensorMode(allow_non_fake_inputs=True)
-    seen = Observation(mode=mode)
+    seen = Observation()
+    mode = seen.mode
     names = {module: name for name, module in model.named_modules()}
     depth = 0
     order = 0
 
     def call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         nonlocal order
-        record = Call(args, kwargs, checkpointed=depth > 0)
+        # Containers are copied: dense networks append to a list after they passed it on.
+        record = Call(*pytree.tree_map(lambda leaf: leaf, (args, kwargs)), checkpointed=depth > 0)
         name = names.get(module)
         if name is not None:
             seen.calls.setdefault(name, []).append(record)
@@ -190,7 +223,8 @@ def observe(
 
     original = nn.Module.__call__
     inputs = fake_inputs(model, mode, input_size, batch)
-    with preserved_modes(model), preserved_random_state(), torch.no_grad(), replaced_checkpoint(checkpoint):
+    kept = preserved_modes(model), preserved_attributes(model.modules()), preserved_random_state()
+    with kept[0], kept[1], kept[2], torch.no_grad(), replaced_checkpoint(checkpoint):
         for module in model.modules():
             module.training = False
         nn.Module.__call__ = call  # type: ignore[method-assign]

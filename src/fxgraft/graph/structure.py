@@ -8,18 +8,19 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from fxgraft.errors import SiteError, StructureError, TraceError
 from fxgraft.graph.anatomy import Anatomy
 from fxgraft.graph.context import Context
 from fxgraft.graph.grafted import Capture
-from fxgraft.graph.rewriting import After, Edit, Output, compile_graph
+from fxgraft.graph.heads import head_in, logits_node, scope_of
+from fxgraft.graph.places import ancestors, locate, own_nodes, site_edit, training_name
+from fxgraft.graph.rewriting import After, Edit, compile_graph
 from fxgraft.graph.sites import Site, module_site
-from fxgraft.graph.tracing import Traced, is_primitive, plain_settings
-
-LOGITS_KEYS = ("out", "logits")
-"""Keys under which segmentation models and transformers return their logits."""
+from fxgraft.graph.tracing import Traced, is_primitive, settings_changed
 
 
 @dataclass(frozen=True)
@@ -58,6 +59,7 @@ class Rest:
         inputs: which of the model's own positional inputs it needs (for their shape, mostly).
         children: qualified names of the modules it calls.
         tail: set when the rest is pooling and one linear layer.
+        positions_matter: False when the logits read nothing of the site but its prefix tokens.
         settings: plain attributes of the modules it was traced through, by qualified name.
         identities: the modules it was traced with, to notice a replaced one.
     """
@@ -68,6 +70,7 @@ class Rest:
     inputs: tuple[int, ...]
     children: tuple[str, ...]
     tail: LinearTail | None
+    positions_matter: bool = True
     settings: dict[str, dict[str, Any]] = field(default_factory=dict)
     identities: dict[str, nn.Module] = field(default_factory=dict)
 
@@ -78,7 +81,7 @@ class Rest:
                 return True
         except AttributeError:
             return True
-        return any(plain_settings(model.get_submodule(n)) != kept for n, kept in self.settings.items())
+        return any(settings_changed(model.get_submodule(n), kept) for n, kept in self.settings.items())
 
     def evaluate(self, model: nn.Module, z: Tensor, context: Context) -> Tensor:
         """Return the logits for a value ``z`` at the site.
@@ -90,7 +93,7 @@ class Rest:
         """
         others = [_detached(context.values[each.key]) for each in self.captured]
         inputs = [_detached(context.inputs[index]) for index in self.inputs]
-        with self.evaluation_mode(model):
+        with self.evaluation_mode(model), _outside_sharded_step(model, self.children):
             return self.function(model, z, *others, *inputs)
 
     @contextlib.contextmanager
@@ -108,117 +111,40 @@ class Rest:
                 each.training = True
 
 
+@contextlib.contextmanager
+def _outside_sharded_step(model: nn.Module, children: tuple[str, ...]) -> Iterator[None]:
+    """Keep what runs in the block out of the step that FSDP2 is in the middle of.
+
+    FSDP2 ends its step in a callback of the first backward that passes its modules, which would be a probe's:
+    the parameters of the model would be sharded again in the middle of its forward. Modules that are in their
+    backward already are run plainly, as activation checkpointing needs it, so they are made to look like that.
+    """
+    sharded = [
+        part
+        for name in children
+        for part in model.get_submodule(name).modules()
+        if hasattr(type(part), "_get_fsdp_state")
+    ]
+    if not sharded:
+        yield
+        return
+    from torch.distributed.fsdp._fully_shard._fsdp_common import TrainingState
+
+    states: list[Any] = [part._get_fsdp_state() for part in sharded]  # type: ignore[operator]
+    before = [state._training_state for state in states]
+    for part, state in zip(sharded, states, strict=True):
+        part.unshard()  # type: ignore[operator]
+        state._training_state = TrainingState.PRE_BACKWARD
+    try:
+        yield
+    finally:
+        for state, kept in zip(states, before, strict=True):
+            state._training_state = kept
+
+
 def _detached(value: Any) -> Any:
     """Copy what a probe must neither write to nor differentiate through."""
     return value.detach().clone() if isinstance(value, Tensor) else value
-
-
-def ancestors(path: str) -> tuple[str, ...]:
-    """List the qualified names of the modules around ``path``, outermost first, without the model and itself."""
-    parts = path.split(".")
-    return tuple(".".join(parts[:i]) for i in range(1, len(parts)))
-
-
-def _scope(node: fx.Node) -> str:
-    """Return the qualified name of the module in whose forward a node was traced."""
-    stack = [path for path, _ in node.meta.get("nn_module_stack", {}).values()]
-    if node.op == "call_module" and stack:
-        stack.pop()
-    return stack[-1] if stack else ""
-
-
-def _own_nodes(graph: fx.Graph, scope: str | None) -> list[fx.Node]:
-    """List the computing nodes of one module's forward; grafts that were placed there do not count."""
-    return [
-        node
-        for node in graph.nodes
-        if node.op not in ("placeholder", "output", "get_attr")
-        and (scope is None or _scope(node) == scope)
-        and not str(node.target).rpartition(".")[2].startswith("graft_")
-    ]
-
-
-def locate(anatomy: Anatomy, site: Site, traced: Traced) -> fx.Node:
-    """Find a site's node in a trace of the whole model that opened the modules around it."""
-    if site.path and site.calls == 1:
-        for node in traced.graph.nodes:
-            if node.op == "call_module" and node.target == site.path:
-                return node
-    owner = anatomy.graph(site.owner, training=False)
-    local = [
-        node
-        for node in _own_nodes(owner.graph, None)
-        if node.name == site.node or (not site.node and node.target == _relative(site.path, site.owner))
-    ]
-    if local:
-        index = _own_nodes(owner.graph, None).index(local[0])
-        matching = _own_nodes(traced.graph, site.owner)
-        if index < len(matching):
-            return matching[index]
-    raise SiteError(
-        f"{site.name!r} is not part of the model's forward pass in evaluation mode.\n"
-        "The rest of the network after it cannot be evaluated.\nfxgraft.sites(model) lists what is."
-    )
-
-
-def _relative(path: str, owner: str) -> str:
-    return path[len(owner) + 1 :] if owner else path
-
-
-def site_edit(anatomy: Anatomy, site: Site) -> tuple[str, Edit]:
-    """Say where a unit acts on a site's value: on the module itself where that is possible.
-
-    Returns:
-        The module to graft and the edit. A module called once, outside activation checkpointing, is grafted
-        on its output, so that every way of calling it passes the unit; anything else inside its owner's graph.
-    """
-    if site.on_module:
-        return site.path, Output()
-    if site.node:
-        return site.owner, After(site.node)
-    relative = _relative(site.path, site.owner)
-    for node in anatomy.graph(site.owner, training=True).graph.nodes:
-        if node.op == "call_module" and node.target == relative:
-            return site.owner, After(node.name)
-    raise SiteError(
-        f"{site.name!r} runs under activation checkpointing, in a region that cannot be opened.\n"
-        "What a patch draws must not be drawn again when the region is recomputed in backward.\n"
-        "Switch checkpointing off (model.set_grad_checkpointing(False)) or name a site outside the region."
-    )
-
-
-def logits_node(graph: fx.Graph, output: str | int | None, model: str) -> fx.Node:
-    """Find the node that holds the logits: the output itself, or one named entry of it.
-
-    Args:
-        graph: of the whole model.
-        output: key, attribute or position of the logits in a structured output; None for a plain tensor, or
-            for the usual names ("out", "logits").
-        model: name for messages.
-
-    Raises:
-        StructureError: the output has no such entry; lists those it has.
-    """
-    value = next(node for node in graph.nodes if node.op == "output").args[0]
-    if isinstance(value, fx.Node) and value.op == "call_function" and isinstance(value.target, type):
-        value = dict(value.kwargs) or list(value.args)
-    elif isinstance(value, fx.Node):
-        if output is None:
-            return value
-        raise StructureError(
-            f"{model} returns a single value, which has no entry {output!r}.\nLeave output= out."
-        )
-    entries: dict[Any, Any] = dict(value) if isinstance(value, dict) else dict(enumerate(value))  # type: ignore[arg-type]
-    wanted = output
-    if wanted is None:
-        wanted = next((key for key in LOGITS_KEYS if key in entries), None)
-    if wanted not in entries or not isinstance(entries[wanted], fx.Node):
-        names = ", ".join(repr(key) for key, node in entries.items() if isinstance(node, fx.Node))
-        raise StructureError(
-            f"{model} returns several values, and {wanted!r} is not one of them.\n"
-            f"It has: {names}.\nSay which one holds the logits, as output=..."
-        )
-    return entries[wanted]
 
 
 _CHEAP_FUNCTIONS = {getattr, operator.getitem, operator.mul, operator.add, operator.sub, operator.floordiv}
@@ -257,13 +183,45 @@ def _requirements(node: fx.Node) -> set[fx.Node]:
     return found
 
 
-def rest_of_network(anatomy: Anatomy, site: Site, output: str | int | None = None) -> Rest:
+_PER_TOKEN_MODULES = (nn.LayerNorm, nn.RMSNorm, nn.Linear, nn.Identity, nn.Dropout)
+_PER_TOKEN_FUNCTIONS = {operator.add, operator.iadd, operator.mul, torch.add, torch.mul, F.dropout}
+
+
+def _reads_prefix_only(model: nn.Module, node: fx.Node, inside: set[fx.Node], prefix: int) -> bool:
+    """Say whether what follows a sequence of tokens takes its first ``prefix`` tokens and no other.
+
+    Followed through what treats every token by itself, up to where tokens are picked; anything else may mix them.
+    """
+    users = [user for user in node.users if user in inside]
+    for user in users:
+        if user.target is operator.getitem:
+            picked = user.args[1]
+            token = picked[1] if isinstance(picked, tuple) and len(picked) > 1 else None
+            first = token.start or 0 if isinstance(token, slice) else token
+            last = token.stop if isinstance(token, slice) else token
+            # A length that the forward reads off a tensor is a node here: from the front, it counts the prefix.
+            if not (isinstance(first, int) and 0 <= first < prefix) or last is None:
+                return False
+            if isinstance(last, int) and not 0 < last + (not isinstance(token, slice)) <= prefix:
+                return False
+        elif user.op == "call_module":
+            if not isinstance(model.get_submodule(str(user.target)), _PER_TOKEN_MODULES):
+                return False
+            if not _reads_prefix_only(model, user, inside, prefix):
+                return False
+        elif user.target not in _PER_TOKEN_FUNCTIONS or not _reads_prefix_only(model, user, inside, prefix):
+            return False
+    return bool(users)
+
+
+def rest_of_network(anatomy: Anatomy, site: Site, output: str | int | None = None, prefix: int = 0) -> Rest:
     """Split off the rest of a model after a site.
 
     Args:
         anatomy: of the model, bare or with its grafts installed; those that act in evaluation are kept.
         site: where the rest starts.
         output: which entry of a structured output holds the logits.
+        prefix: how many class and register tokens the site's value begins with.
 
     Raises:
         SiteError: the output does not depend on the site.
@@ -294,6 +252,7 @@ def rest_of_network(anatomy: Anatomy, site: Site, output: str | int | None = Non
         inputs,
         children,
         _linear_tail(anatomy, site, opened, children, output) if not captured and not inputs else None,
+        positions_matter=not (prefix and _reads_prefix_only(anatomy.model, start, inside, prefix)),
         settings=traced.settings,
         identities=inner,
     )
@@ -343,10 +302,10 @@ def _capture_edit(anatomy: Anatomy, node: fx.Node) -> tuple[str, Edit]:
     path = str(node.target)
     if node.op == "call_module" and len(anatomy.observation.calls.get(path, [])) == 1:
         return site_edit(anatomy, module_site(anatomy, path))
-    scope = _scope(node)
-    index = _own_nodes(node.graph, scope).index(node)
-    local = _own_nodes(anatomy.graph(scope, training=True).graph, None)
-    return scope, After(local[index].name)
+    scope = scope_of(node)
+    index = own_nodes(node.graph, scope).index(node)
+    local = own_nodes(anatomy.graph(scope, training=False).graph, None)
+    return scope, After(training_name(anatomy, scope, local[index].name))
 
 
 def captures(rest: Rest) -> list[tuple[str, Edit, str, Capture]]:
@@ -363,70 +322,31 @@ def _linear_tail(
         return None
     try:
         traced = anatomy.graph("", training=False, opened=opened, deep=closed)
-        node = locate(anatomy, site, traced)
+        start = locate(anatomy, site, traced)
         logits = logits_node(traced.graph, output, "")
+        head = head_in(anatomy, "", traced, logits)
     except (TraceError, StructureError, SiteError):
         return None
-    pooled = False
-    spatial = {2, 3} if site.layout == "NCHW" else {1, 2}
-    while True:
-        users = list(node.users)
-        if len(users) != 1 or list(users[0].all_input_nodes) != [node]:
-            return None
-        node = users[0]
-        kind = _tail_step(anatomy.model, node, spatial, site.layout)
-        if kind == "pool" and not pooled:
-            pooled = True
-        elif kind == "linear" and pooled:
-            return LinearTail(str(node.target)) if node is logits else None
-        elif kind != "neutral" and not (kind == "flatten" and pooled):
-            return None
+    between = head.maps
+    while between is not start and len(between.users) == 1 and _passes(anatomy.model, between):
+        between = between.all_input_nodes[0]
+    layer = head.classifier
+    plain = layer is not None and type(anatomy.module(str(layer.target))) is nn.Linear
+    while logits is not layer and _passes(anatomy.model, logits):
+        logits = logits.all_input_nodes[0]
+    if between is not start or len(start.users) != 1 or not (plain and head.neutral) or layer is not logits:
+        return None
+    return LinearTail(str(layer.target))  # type: ignore[union-attr]
 
 
-def _tail_step(model: nn.Module, node: fx.Node, spatial: set[int], layout: str) -> str:
-    """Classify one node of a head: "pool", "flatten", "neutral", "linear" or "other"."""
+def _passes(model: nn.Module, node: fx.Node) -> bool:
+    """Say whether a node hands its one input on in evaluation."""
     if node.op == "call_module":
-        module = model.get_submodule(str(node.target))
-        if type(module) is nn.Linear:
-            return "linear"
-        if isinstance(module, (nn.Identity, nn.Dropout, nn.Dropout2d)):
-            return "neutral"
-        if isinstance(module, nn.Flatten):
-            return "flatten" if module.start_dim == 1 else "other"
-        if isinstance(module, nn.AdaptiveAvgPool2d) and layout == "NCHW":
-            return "pool" if module.output_size in (1, (1, 1)) else "other"
-        return "other"
-    name = getattr(node.target, "__name__", node.target)
-    rest = node.args[1:]
-    if name == "mean":
-        dims = node.kwargs.get("dim", rest[0] if len(rest) == 1 else rest)
-        dims = (dims,) if isinstance(dims, int) else dims
-        ints = isinstance(dims, (tuple, list)) and all(isinstance(d, int) for d in dims)
-        return "pool" if ints and {d % 4 for d in dims} == spatial else "other"  # type: ignore[operator,union-attr]
-    if name == "flatten":
-        return "flatten" if (rest[0] if rest else node.kwargs.get("start_dim")) == 1 else "other"
-    if name == "adaptive_avg_pool2d":
-        return "pool" if rest and rest[0] in (1, (1, 1), [1, 1]) and layout == "NCHW" else "other"
-    if name == "dropout":
-        return "neutral"
-    return "other"
+        return isinstance(model.get_submodule(str(node.target)), (nn.Identity, nn.Dropout, nn.Dropout2d))
+    return getattr(node.target, "__name__", "") == "dropout"
 
 
 def tail_layer(model: nn.Module, tail: LinearTail) -> nn.Linear | None:
     """Return the linear layer of a tail as the model has it now, or None when it is no plain layer any more."""
     layer = model.get_submodule(tail.linear)
     return layer if type(layer) is nn.Linear else None
-
-
-__all__ = [
-    "Captured",
-    "LinearTail",
-    "Rest",
-    "ancestors",
-    "captures",
-    "locate",
-    "logits_node",
-    "rest_of_network",
-    "site_edit",
-    "tail_layer",
-]

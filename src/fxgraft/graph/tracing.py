@@ -16,12 +16,12 @@ from dataclasses import dataclass, field
 from typing import Any, Final
 
 import torch
-from timm.layers import get_notrace_functions, get_notrace_modules
+from timm.layers import get_notrace_functions, get_notrace_modules  # pyright: ignore[reportPrivateImportUsage]
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from fxgraft.errors import TraceError
-from fxgraft.graph.shapes import Call, preserved_random_state, replaced_checkpoint
+from fxgraft.graph.shapes import Call, preserved_attributes, preserved_random_state, replaced_checkpoint
 
 CHECKPOINT_REGION = "fxgraft_checkpoint_region"
 """Key in ``node.meta`` of the checkpointed region that a node was traced in."""
@@ -68,17 +68,27 @@ class Traced:
 def plain_settings(module: nn.Module) -> dict[str, Any]:
     """Collect the attributes of a module that its Python code may branch on.
 
-    ``training`` is left out: there is a graph for each mode.
+    ``training`` is left out, since there is a graph for each mode, and so is PyTorch's own note on hooks.
     """
     kinds = (bool, int, float, str, type(None))
     return {
         name: value
         for name, value in module.__dict__.items()
-        if name != "training"
+        if name not in ("training", "_is_full_backward_hook")
         and (
-            isinstance(value, kinds) or (isinstance(value, tuple) and all(isinstance(v, kinds) for v in value))
+            isinstance(value, kinds)
+            or (isinstance(value, tuple) and all(isinstance(v, kinds) for v in value))
         )
     }
+
+
+def settings_changed(module: nn.Module, kept: Mapping[str, Any]) -> bool:
+    """Say whether a module's `plain_settings` differ from those kept when it was traced.
+
+    Attributes added since do not count: the traced code was not written for them. Wrappers add such notes.
+    """
+    now = plain_settings(module)
+    return any(name not in now or now[name] != value for name, value in kept.items())
 
 
 class ShallowTracer(fx.Tracer):
@@ -125,7 +135,6 @@ class ShallowTracer(fx.Tracer):
         self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
         """Open a module through its bare ``forward``: hooks belong to calls that compute, not to a trace."""
-
         path = self.path_of_module(m)
         calls = self.observed.get(_join(self.path, path), [])
         count = self.num_calls.get(path, 0)
@@ -170,7 +179,10 @@ class ShallowTracer(fx.Tracer):
 def _unpacked(proxy: fx.Proxy, seen: Any) -> Any:
     """Spread a proxy over the tuple or list that the real value was seen to be."""
     if type(seen) in (tuple, list):
-        return type(seen)(_unpacked(proxy[i], part) for i, part in enumerate(seen))
+        return type(seen)(
+            _unpacked(proxy[i], part)  # pyright: ignore[reportIndexIssue]
+            for i, part in enumerate(seen)
+        )
     return proxy
 
 
@@ -300,6 +312,7 @@ def trace(
         for leaf, value in zip(leaves, tensors_only, strict=True)
     )
     names = _names(signature, args, kwargs)
+    failure: Exception = ValueError("no attempt was made")
     for fixed in dict.fromkeys((with_sizes, tensors_only)):
         tracer = ShallowTracer(opened, deep)
         tracer.prepare(path, observed or {}, bare_forward(module), spec, fixed, names)
@@ -308,6 +321,7 @@ def trace(
         to_open = [module, *(m for n, m in module.named_modules() if n and not tracer.is_leaf_module(m, n))]
         try:
             with (
+                preserved_attributes(to_open),
                 _untouched(module, to_open, training) as constants,
                 replaced_checkpoint(tracer.run_checkpoint),
             ):

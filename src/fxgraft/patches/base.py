@@ -64,7 +64,7 @@ class Patch:
         """Say what the graft does on its model, in one line, for `fxgraft.summary`."""
         return ""
 
-    def loss(
+    def losses(
         self, graft: Graft, out: Any, target: Tensor, criterion: Callable[..., Tensor]
     ) -> Mapping[str, Tensor]:
         """Return what the method adds to the loss, by name."""
@@ -146,6 +146,11 @@ def build(method: str, options: Mapping[str, Any]) -> Patch:
         UnknownMethodError: no method of that name; lists close matches.
         ConfigError: an option the method does not have, or a value it does not take.
     """
+    if not isinstance(method, str):
+        hint = f"fxgraft.{method.__name__}(...)" if isinstance(method, type) else "fxgraft.RSC(layer=-1)"
+        raise ConfigError(
+            f"fxgraft.patch takes a method's name or a patch, got {method!r}.\nPass for example {hint}."
+        )
     known = methods()
     if method not in known:
         raise UnknownMethodError(
@@ -183,7 +188,9 @@ def check_choices(patch: Patch) -> None:
     hints = typing.get_type_hints(type(patch))
     for f in dataclasses.fields(patch):
         hint = hints[f.name]
-        parts = typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
+        parts = (
+            typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
+        )
         literals = [part for part in parts if typing.get_origin(part) is typing.Literal]
         if not literals:
             continue

@@ -1,10 +1,13 @@
-"""Representation Self-Challenging (Huang, Wang, Xing, Huang, "Self-Challenging Improves Cross-Domain Generalization", ECCV 2020).
+"""Representation Self-Challenging.
+
+Huang, Wang, Xing, Huang: "Self-Challenging Improves Cross-Domain Generalization", ECCV 2020.
 
 In training, the part of a feature map that the true class's logit leans on most is muted, for the samples
 that suffer most from it; the loss is taken on what is left. Where the part is follows from one gradient
 through the rest of the network, evaluated without side effects. Evaluation is the bare model's.
 
-Put it on the last stage (``layer=-1``). The rest of the network runs twice more on the map's batch, once with
+Put it on the last stage (``layer=-1``); where a transformer's head reads the class token alone, that is the
+last block whose positions still reach the logits. The rest of the network runs twice more on the map's batch, once with
 a gradient to the map; behind pooling and one linear layer both are closed forms. Small maps lose too
 much: below about 3×3 positions the spatial scope mutes most of what there is.
 """
@@ -15,7 +18,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -27,8 +30,9 @@ from fxgraft.graph.context import check_label_range
 from fxgraft.graph.grafted import Unit, state_of
 from fxgraft.graph.layout import NAMES, Layout, layout_of
 from fxgraft.graph.ledger import Graft, Placement
+from fxgraft.graph.places import blocks_before, site_edit
 from fxgraft.graph.sites import Site, Words, resolve
-from fxgraft.graph.structure import Rest, captures, rest_of_network, site_edit, tail_layer
+from fxgraft.graph.structure import Rest, captures, rest_of_network, tail_layer
 from fxgraft.patches.base import Make, Patch, check_choices, check_share, register
 
 
@@ -65,7 +69,9 @@ class RSC(Patch):
     paper = "Huang, Wang, Xing, Huang: Self-Challenging Improves Cross-Domain Generalization. ECCV 2020"
     url = "https://arxiv.org/abs/2007.02454"
     where = "the output of a layer, by default the last stage"
-    cost = "training: the layers after the site run twice more, nothing after pooling + linear; evaluation: none"
+    cost = (
+        "training: the layers after the site run twice more, nothing after pooling + linear; evaluation: none"
+    )
     train_only = True
     needs_labels = True
 
@@ -85,6 +91,8 @@ class RSC(Patch):
     ignore_index: int = -100
 
     def __post_init__(self) -> None:
+        if isinstance(self.layer, list):  # what a recipe gives back, and what no one can change afterwards
+            object.__setattr__(self, "layer", tuple(self.layer))
         check_choices(self)
         check_share(
             "RSC",
@@ -103,12 +111,8 @@ class RSC(Patch):
     def place(self, anatomy: Anatomy, make: Make) -> Sequence[Placement]:
         """Put one unit on each site, and record what the rest of the network needs besides."""
         placements = []
-        for site in resolve(anatomy, self.layer):
-            layout = self._layout(anatomy, site)
-            rest = rest_of_network(anatomy, site, self.output)
-            unit = make(site.name, lambda: RSCUnit(self))
-            if not isinstance(unit, RSCUnit):
-                raise ConfigError(f"{unit!r} is no unit of RSC.")
+        for site, layout, rest in self._sites(anatomy):
+            unit = cast(RSCUnit, make(site.name, lambda: RSCUnit(self)))
             unit.site, unit.layout, unit.rest = site, layout, rest
             owner, edit = site_edit(anatomy, site)
             for capture_owner, capture_edit, key, capture in captures(rest):
@@ -125,10 +129,25 @@ class RSC(Patch):
                 )
         return placements
 
+    def _sites(self, anatomy: Anatomy) -> Iterator[tuple[Site, Layout, Rest]]:
+        """Find the sites; a stage number means the last block of the stage whose positions reach the logits."""
+        for site in resolve(anatomy, self.layer):
+            for choice in [site, *(blocks_before(anatomy, site) if site.numbered else ())]:
+                layout = self._layout(anatomy, choice)
+                rest = rest_of_network(anatomy, choice, self.output, layout.prefix)
+                if rest.positions_matter:
+                    yield choice, layout, rest
+                    break
+            else:
+                raise SiteError(
+                    f"RSC would mute nothing at {site.name!r}: the logits read its class token alone.\n"
+                    "It mutes the positions that a prediction leans on, and this one leans on none of them.\n"
+                    "Choose an earlier block, or build the model to pool by average (timm: global_pool='avg')."
+                )
+
     def _layout(self, anatomy: Anatomy, site: Site) -> Layout:
-        value = (
-            anatomy.observation.output(site.path) if site.path else anatomy.values(site.owner).get(site.node)
-        )
+        known = anatomy.observation.output(site.path) if site.path else None
+        value = known if site.path else anatomy.values(site.owner).get(site.node)
         if not isinstance(value, Tensor) or not value.is_floating_point():
             found = type(value).__name__ if not isinstance(value, Tensor) else f"a tensor of {value.dtype}"
             raise SiteError(
@@ -137,8 +156,7 @@ class RSC(Patch):
                 "fxgraft.sites(model) shows what every layer returns."
             )
         if self.layout is None:
-            found_layout = layout_of(anatomy, value, site.path)
-            return found_layout or Layout("NCHW")
+            return layout_of(anatomy, value, site.path) or Layout("NCHW")
         dims = {"NC": 2, "NLC": 3, "NCL": 3}.get(self.layout, 4)
         if dims != value.ndim:
             raise SiteError(
@@ -200,7 +218,7 @@ class RSCUnit(Unit):
 
     def installed(self, anatomy: Anatomy) -> None:
         """Trace the rest again with the grafts on, since some of them act in it."""
-        self.rest = rest_of_network(anatomy, self.site, self.config.output)
+        self.rest = rest_of_network(anatomy, self.site, self.config.output, self.layout.prefix)
 
     def stale(self, model: nn.Module) -> bool:
         """Say whether a module or setting after the site has changed."""
@@ -298,15 +316,18 @@ class _Probe:
     def _gradient(self) -> Tensor:
         """Differentiate the label's logit by the map, in canonical form; (B, C) where it is equal everywhere."""
         if self.layer is not None:
-            weight = self.layer.weight.detach()
+            weight = _whole(self.layer.weight)
             self._check(self.layer.out_features)
             return core.linear_tail_gradient(weight, self.target, self.canonical[0, 0].numel())
         if torch.compiler.is_compiling():
             # torch.func.grad compiles into the same graph; torch.autograd.grad would break it.
             gradient, self.logits = torch.func.grad(self._score, has_aux=True)(self.z.clone())
         else:
-            with torch.enable_grad():
+            # Tensors made in inference mode cannot be differentiated; their copies made outside of it can.
+            with torch.inference_mode(False), torch.enable_grad():
                 leaf = self.z.clone().requires_grad_()
+                if self.target.is_inference():
+                    self.target = self.target.clone()
                 score, logits = self._score(leaf)
                 (gradient,) = torch.autograd.grad(score, leaf)
                 self.logits = logits.detach()
@@ -315,15 +336,15 @@ class _Probe:
     def _score(self, z: Tensor) -> tuple[Tensor, Tensor]:
         # The clone keeps an in-place first layer from writing to the leaf.
         logits = self.unit.rest.evaluate(self.model, z.clone(), self.context)
-        self._check(logits.shape[1])
-        flat, target, valid = self._flat(logits)
-        return core.label_score(flat * valid.unsqueeze(1), target), logits
+        self._check(logits.shape[1], logits.ndim - 2)
+        flat, target, counts = core.label_rows(logits, self.target, self.unit.config.ignore_index)
+        return core.label_score(flat * counts.unsqueeze(1), target), logits
 
     def probabilities(self, mask: Tensor) -> tuple[Tensor, Tensor]:
         """Return the label's probability before and after muting, (B,) each."""
         if self.layer is not None:
-            weight = self.layer.weight.detach()
-            bias = None if self.layer.bias is None else self.layer.bias.detach()
+            weight = _whole(self.layer.weight)
+            bias = None if self.layer.bias is None else _whole(self.layer.bias)
             before = core.linear_tail_logits(self.canonical, None, weight, bias)
             after = core.linear_tail_logits(self.canonical, mask, weight, bias)
             self._check(before.shape[1])
@@ -332,33 +353,25 @@ class _Probe:
             before = self.logits
             if before is None:
                 before = rest.evaluate(self.model, self.z.clone(), self.context)
-                self._check(before.shape[1])
+                self._check(before.shape[1], before.ndim - 2)
             after = rest.evaluate(self.model, layout.multiply(self.z, mask), self.context)
         return self._probability(before), self._probability(after)
 
     def _probability(self, logits: Tensor) -> Tensor:
-        flat, target, valid = self._flat(logits)
-        p = core.label_probability(flat, target) * valid
-        batch = logits.shape[0]
-        return p.reshape(batch, -1).sum(1) / valid.reshape(batch, -1).sum(1).clamp(min=1)
+        return core.sample_probability(logits, self.target, self.unit.config.ignore_index)
 
-    def _flat(self, logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Bring logits (B, K, ...) and labels to rows: (N, K), (N,) or (N, K), and which rows count (N,)."""
-        if logits.ndim == 2:
-            return logits, self.target, logits.new_ones(logits.shape[0])
-        flat = logits.movedim(1, -1).flatten(0, -2)
-        if self.target.is_floating_point():
-            return flat, self.target.movedim(1, -1).flatten(0, -2), flat.new_ones(flat.shape[0])
-        labels = self.target.flatten()
-        valid = labels != self.unit.config.ignore_index
-        return flat, labels.where(valid, torch.zeros_like(labels)), valid.to(flat.dtype)
-
-    def _check(self, classes: int) -> None:
+    def _check(self, classes: int, spatial: int = 0) -> None:
         target = self.target
         ignored = self.unit.config.ignore_index
         if target.ndim > 1 and not target.is_floating_point():
             target = target.where(target != ignored, torch.zeros_like(target))
-        check_label_range(self.unit.graft, target, classes)
+        check_label_range(self.unit.graft, target, classes, spatial)
+
+
+def _whole(parameter: Tensor) -> Tensor:
+    """Return the values of a parameter, gathered where its layer is a shard of its own (FSDP2)."""
+    value = parameter.detach()
+    return value.full_tensor() if hasattr(value, "full_tensor") else value  # type: ignore[operator]
 
 
 @contextmanager

@@ -1,0 +1,36 @@
+"""Consistency among several predictions of the same images."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fxgraft.errors import ConfigError
+
+
+def jensen_shannon(*logits: Tensor) -> Tensor:
+    """Jensen-Shannon divergence among predictions: the mean KL divergence of each to their mixture.
+
+    As in the training of AugMix and CrossNorm: with p_i = softmax(logits_i) and m their mean, clamped to at
+    least 1e-7, it is the mean over i of KL(p_i ‖ m), averaged over the batch. Zero when all agree.
+
+    Args:
+        *logits: two or more of the same shape, (B, K) or (B, K, ...) for dense predictions.
+
+    Returns:
+        A scalar, in float32 at least.
+
+    Raises:
+        ConfigError: fewer than two predictions, or of different shapes.
+    """
+    if len(logits) < 2 or any(each.shape != logits[0].shape for each in logits):
+        shapes = ", ".join(str(tuple(each.shape)) for each in logits)
+        raise ConfigError(
+            f"The divergence is among two or more predictions of one shape; got {shapes or 'none'}."
+        )
+    wide = torch.promote_types(logits[0].dtype, torch.float32)
+    logs = [each.log_softmax(dim=1, dtype=wide) for each in logits]
+    chances = [each.exp() for each in logs]
+    mixture = (sum(chances[1:], chances[0]) / len(chances)).clamp(1e-7, 1).log()
+    divergences = [(p * (log - mixture)).sum(1).mean() for p, log in zip(chances, logs, strict=True)]
+    return torch.stack(divergences).mean()

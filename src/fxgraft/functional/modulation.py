@@ -1,0 +1,188 @@
+"""Instance statistics, and scaling and shifting a map by what they say.
+
+CrossNorm and SelfNorm both compute y = x · scale + shift, one scale and one shift per instance and channel,
+from the mean and variance of the very map they act on. `modulated` runs that in as few passes over memory
+as eager PyTorch allows: forward, one pass for both sums and one fused multiply-add; backward, one pass for
+both sums and one for the gradient that flows back through the map and through its statistics together.
+Nothing but the map itself is kept for the backward pass.
+
+Maps are (B, C, *S): channels second, any number of dimensions of space, in any memory order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+_FAR = 4.0
+"""How many deviations from zero a mean may lie before the variance is measured around it."""
+
+Coefficients = Callable[[Tensor, Tensor], tuple[Tensor, Tensor | None]]
+"""From mean and variance, (B, C) each, to scale and shift, (B, C) each; a shift of None is none at all."""
+
+
+def instance_moments(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and unbiased variance of every channel of every instance, (B, C) each.
+
+    In float32 at least. A map of one position has variance 0, where the unbiased formula is undefined.
+    Differentiable.
+    """
+    dims = tuple(range(2, x.ndim))
+    x = x.to(torch.promote_types(x.dtype, torch.float32))
+    var, mean = torch.var_mean(x, dim=dims, correction=1 if x[0, 0].numel() > 1 else 0)
+    return mean, var
+
+
+def modulated(x: Tensor, coefficients: Coefficients) -> Tensor:
+    """Scale and shift a map by its own statistics: y = x · scale + shift.
+
+    Args:
+        x: (B, C, *S), floating point.
+        coefficients: called once with mean and variance (B, C); gradients flow through what it does. Any
+            tensor may take part in it.
+
+    Returns:
+        (B, C, *S) in the dtype and memory order of `x`. It can be differentiated once.
+    """
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        mean, var = instance_moments(x)  # a compiler fuses this by itself
+        return _affine(x, *coefficients(mean, var))
+    if not torch.is_grad_enabled():
+        return _affine(x, *coefficients(*_moments(x)))
+    link = _Link()
+    same, mean, var = _Moments.apply(x, link)
+    scale, shift = coefficients(mean, var)
+    return _Affine.apply(same, scale, shift, link)  # type: ignore[no-any-return]
+
+
+class _Link:
+    """Carries the scale from `_Affine` to `_Moments`, so that one pass computes the whole gradient."""
+
+    scale: Tensor | None = None
+
+
+class _Moments(torch.autograd.Function):
+    """x → (x, mean, variance). Its backward also finishes what `_Affine` leaves to it."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, link: _Link) -> tuple[Tensor, Tensor, Tensor]:
+        mean, var = _moments(x)
+        ctx.save_for_backward(x, mean)
+        ctx.link = link
+        ctx.set_materialize_grads(False)
+        return x, mean, var
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Any) -> Any:  # type: ignore[override]
+        dy, dmean, dvar = grads
+        x, mean = ctx.saved_tensors
+        count = x[0, 0].numel()
+        if dmean is None and dvar is None:
+            return (None if dy is None else _affine(dy, ctx.link.scale, None)), None
+        slope = torch.zeros_like(mean) if dvar is None else dvar * (2 / max(count - 1, 1))
+        offset = -slope * mean
+        if dmean is not None:
+            offset = offset + dmean / count
+        out = _affine(x, slope, offset)
+        if dy is not None:
+            out.addcmul_(dy, _over(ctx.link.scale, dy))
+        return out, None
+
+
+class _Affine(torch.autograd.Function):
+    """x · scale + shift. Hands its gradient on unscaled: `_Moments` scales it in the pass it makes anyway."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, scale: Tensor, shift: Tensor | None, link: _Link) -> Tensor:
+        link.scale = scale.detach()
+        ctx.save_for_backward(x)
+        ctx.dtypes = scale.dtype, None if shift is None else shift.dtype
+        return _affine(x, scale, shift)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Any) -> Any:  # type: ignore[override]
+        (dy,) = grads
+        (x,) = ctx.saved_tensors
+        _, for_scale, for_shift, _ = ctx.needs_input_grad
+        dscale = dshift = None
+        if for_scale or for_shift:
+            total, dot = _sums(dy, x)
+            dscale = dot.to(ctx.dtypes[0]) if for_scale else None
+            dshift = total.to(ctx.dtypes[1]) if for_shift else None
+        return dy, dscale, dshift, None
+
+
+def _over(value: Tensor, x: Tensor) -> Tensor:
+    """Bring (B, C) to the dimensions and dtype of `x`."""
+    return value.to(x.dtype).reshape(*value.shape, *[1] * (x.ndim - 2))
+
+
+def _affine(x: Tensor, scale: Tensor, shift: Tensor | None) -> Tensor:
+    if shift is None:
+        return x * _over(scale, x)
+    return torch.addcmul(_over(shift, x), x, _over(scale, x))
+
+
+def _moments(x: Tensor) -> tuple[Tensor, Tensor]:
+    """What `instance_moments` gives, in one pass on the CPU; not differentiable."""
+    if not _fast(x):
+        return instance_moments(x)
+    count = x[0, 0].numel()
+    total, squares = _reduced(x, x)
+    mean = total / count
+    var = (squares - total * mean).clamp_(min=0).div_(max(count - 1, 1))
+    # The difference of the two sums cancels where the mean is far from zero. Such rows are rare behind a
+    # normalisation, and measured again.
+    cancelled = var * _FAR**2 < mean * mean
+    if bool(cancelled.any()):
+        rows = x[cancelled].unsqueeze(0)
+        mean[cancelled], var[cancelled] = (each.squeeze(0) for each in instance_moments(rows))
+    return mean, var
+
+
+def _sums(dy: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+    """Σ dy and Σ dy · x over space, (B, C) each."""
+    if dy.stride() == x.stride() and dy.dtype == x.dtype and _fast(x):
+        return _reduced(dy, x)
+    dims = tuple(range(2, x.ndim))
+    wide = torch.promote_types(x.dtype, torch.float32)
+    return dy.sum(dims, dtype=wide), (dy * x).sum(dims, dtype=wide)
+
+
+def _fast(x: Tensor) -> bool:
+    """Say whether `_reduced` takes this map: on the CPU, full precision, rows or channels innermost."""
+    if x.device.type != "cpu" or x.dtype not in (torch.float32, torch.float64) or type(x) is not Tensor:
+        return False
+    return x.numel() > 0 and (x.is_contiguous() or x.movedim(1, -1).is_contiguous())
+
+
+def _reduced(dy: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+    """Σ dy and Σ dy · x over space, in one pass and without a temporary.
+
+    PyTorch has no such reduction under a name of its own, but the backward pass of batch normalisation
+    is made of it: with mean 0 and deviation 1 its gradients of bias and weight are these two sums.
+    """
+    batch, channels = x.shape[:2]
+    if x.is_contiguous():
+        rows = (1, batch * channels, 1, -1)
+        total, dot = _channel_sums(dy.view(rows), x.view(rows))
+        return total.view(batch, channels), dot.view(batch, channels)
+    # Channels innermost: the kernel sums over its whole batch, so it is called once per instance.
+    columns = (batch, -1, 1, channels)
+    dy, x = (each.movedim(1, -1).reshape(columns).permute(0, 3, 1, 2) for each in (dy, x))
+    parts = [_channel_sums(dy[i : i + 1], x[i : i + 1]) for i in range(batch)]
+    return torch.stack([part[0] for part in parts]), torch.stack([part[1] for part in parts])
+
+
+def _channel_sums(dy: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+    mean, deviation = x.new_zeros(x.shape[1]), x.new_ones(x.shape[1])
+    _, dot, total = torch.ops.aten.native_batch_norm_backward(
+        dy, x, None, None, None, mean, deviation, True, 0.0, [False, True, True]
+    )
+    return total, dot

@@ -1,0 +1,169 @@
+"""Losses that stand on their own: usable with any model, patched or not."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fxgraft.errors import ConfigError, TargetError
+
+Reduction = Literal["mean", "sum", "none"]
+
+
+def gradient_boosting_cross_entropy(
+    logits: Tensor,
+    target: Tensor,
+    *,
+    k: int = 15,
+    weight: Tensor | None = None,
+    ignore_index: int = -100,
+    reduction: Reduction = "mean",
+    label_smoothing: float = 0.0,
+) -> Tensor:
+    """Cross-entropy over the label and its k highest-scoring wrong classes.
+
+    For logits s and label y: −s_y + log(e^{s_y} + Σ_{i ∈ top-k of the others} e^{s_i}). The wrong classes
+    that the network takes for the right one get the whole of the gradient, instead of sharing it with many
+    that it does not. With k ≥ K − 1 this is `torch.nn.functional.cross_entropy`, to which the call then goes.
+    (Sun, Cholakkal, Khan, Khan, Shao, "Fine-grained Recognition: Accounting for Subtle Differences between
+    Similar Classes", AAAI 2020.)
+
+    Args:
+        logits: (B, K), or (B, K, ...) for dense predictions.
+        target: class indices (B,) or (B, ...).
+        k: how many wrong classes count, at least 1.
+        weight: (K,) factor of each class; applied as in cross-entropy.
+        ignore_index: label of entries that do not count.
+        reduction: "mean" (weighted, as in cross-entropy), "sum", or "none" for one value per label.
+        label_smoothing: share of the label that is spread evenly over the classes that count, in [0, 1].
+
+    Raises:
+        ConfigError: k below 1, label smoothing outside [0, 1], no such reduction.
+        TargetError: soft targets, which name no wrong classes.
+    """
+    _check_options(k, label_smoothing, reduction)
+    if target.is_floating_point():
+        raise TargetError(
+            "The gradient-boosting loss takes class indices, and was given soft targets "
+            f"of shape {tuple(target.shape)}.\n"
+            "It sets the label against its highest-scoring wrong classes; a mixture of labels has none.\n"
+            "Leave mixing (mixup, cutmix) out, or use torch.nn.functional.cross_entropy."
+        )
+    classes = logits.shape[1 if logits.ndim > 1 else 0]
+    if k >= classes - 1:
+        return F.cross_entropy(
+            logits,
+            target,
+            weight,
+            ignore_index=ignore_index,
+            reduction=reduction,
+            label_smoothing=label_smoothing,
+        )
+    if logits.ndim == 1:
+        logits, target = logits.unsqueeze(0), target.unsqueeze(0)
+        reduced = _boosted(logits, target, k, weight, ignore_index, reduction, label_smoothing)
+        return reduced.squeeze(0) if reduction == "none" else reduced
+    if logits.ndim > 2:
+        rows = logits.movedim(1, -1).reshape(-1, classes)
+        value = _boosted(rows, target.reshape(-1), k, weight, ignore_index, reduction, label_smoothing)
+        return value.reshape(target.shape) if reduction == "none" else value
+    return _boosted(logits, target, k, weight, ignore_index, reduction, label_smoothing)
+
+
+def _boosted(
+    logits: Tensor,
+    target: Tensor,
+    k: int,
+    weight: Tensor | None,
+    ignore_index: int,
+    reduction: Reduction,
+    smoothing: float,
+) -> Tensor:
+    """Select the classes that count, (N, k + 1) with the label first, and hand them to cross-entropy."""
+    if logits.dtype in (torch.float16, torch.bfloat16):
+        logits = logits.float()
+    counts = target != ignore_index
+    label = target.where(counts, torch.zeros_like(target)).unsqueeze(1)
+    with torch.no_grad():
+        # Only the choice of classes is made here; the values are gathered with their gradient.
+        others = logits.detach().scatter(1, label, float("-inf")).topk(k, dim=1, sorted=False).indices
+    chosen = logits.gather(1, torch.cat((label, others), dim=1))
+    scores = chosen.log_softmax(1)
+    loss = -scores[:, 0]
+    factor = counts.to(loss.dtype) if weight is None else weight.to(loss.dtype)[label.squeeze(1)] * counts
+    if smoothing:
+        # As cross-entropy does: the spread part carries the weights of the classes it falls on.
+        spread = scores if weight is None else scores * weight.to(scores.dtype)[torch.cat((label, others), 1)]
+        loss = (1 - smoothing) * loss * factor - smoothing * spread.mean(1) * counts
+    else:
+        loss = loss * factor
+    if reduction == "none":
+        return loss
+    if reduction == "sum":
+        return loss.sum()
+    return loss.sum() / factor.sum()
+
+
+def _check_options(k: int, label_smoothing: float, reduction: str) -> None:
+    if isinstance(k, bool) or not isinstance(k, int) or k < 1:
+        raise ConfigError(
+            f"The gradient-boosting loss compares the label with its k highest wrong classes; k is {k!r}.\n"
+            "It must be a whole number of at least 1. The paper uses 15."
+        )
+    if not 0 <= label_smoothing <= 1:
+        raise ConfigError(f"label_smoothing must be a share in [0, 1], got {label_smoothing!r}.")
+    if reduction not in ("mean", "sum", "none"):
+        raise ConfigError(f"reduction must be 'mean', 'sum' or 'none', got {reduction!r}.")
+
+
+class GradientBoostingCrossEntropy(nn.Module):
+    """`gradient_boosting_cross_entropy` as a module, in place of `torch.nn.CrossEntropyLoss`.
+
+    Args:
+        weight: (K,) factor of each class; a buffer, as in cross-entropy.
+        ignore_index: label of entries that do not count.
+        reduction: "mean", "sum" or "none".
+        label_smoothing: share of the label that is spread over the classes that count.
+        k: how many wrong classes count, at least 1. With K − 1 or more this is cross-entropy.
+
+    Raises:
+        ConfigError: k below 1, label smoothing outside [0, 1], no such reduction.
+    """
+
+    weight: Tensor | None
+
+    def __init__(
+        self,
+        k: int = 15,
+        *,
+        label_smoothing: float = 0.0,
+        weight: Tensor | None = None,
+        ignore_index: int = -100,
+        reduction: Reduction = "mean",
+    ) -> None:
+        super().__init__()
+        _check_options(k, label_smoothing, reduction)
+        self.k = k
+        self.label_smoothing = label_smoothing
+        self.ignore_index = ignore_index
+        self.reduction: Reduction = reduction
+        self.register_buffer("weight", weight)
+
+    def forward(self, logits: Tensor, target: Tensor) -> Tensor:
+        """Return the loss of logits (B, K, ...) for labels (B, ...)."""
+        return gradient_boosting_cross_entropy(
+            logits,
+            target,
+            k=self.k,
+            weight=self.weight,
+            ignore_index=self.ignore_index,
+            reduction=self.reduction,
+            label_smoothing=self.label_smoothing,
+        )
+
+    def extra_repr(self) -> str:
+        """Show the settings."""
+        return f"k={self.k}, label_smoothing={self.label_smoothing}, reduction={self.reduction!r}"

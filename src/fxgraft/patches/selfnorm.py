@@ -1,0 +1,163 @@
+"""SelfNorm (Tang, Gao, Zhu, Zhang, Li, Metaxas, ICCV 2021).
+
+Every residual block gets a unit that recalibrates the statistics of its map: learned gates, one number per
+instance and channel, computed from the map's own means and deviations. It acts in training and in evaluation.
+
+With the authors' initialisation a gate starts around 0.5, so a pretrained network starts with halved
+activations in every block and has to be trained again; ``init="identity"`` starts as the bare network,
+exactly, by gates 2 · sigmoid(0).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fxgraft.errors import ConfigError
+from fxgraft.functional import selfnorm as core
+from fxgraft.graph.anatomy import Anatomy
+from fxgraft.graph.grafted import Unit
+from fxgraft.graph.layout import Layout
+from fxgraft.graph.ledger import Graft, Placement
+from fxgraft.graph.positions import spot_layout, spots
+from fxgraft.graph.sites import Words
+from fxgraft.patches.base import Make, Patch, check_choices, register
+
+ORDER = ("style", 1)
+"""At one site SelfNorm runs after CrossNorm, in the authors' order."""
+
+
+@register("selfnorm")
+@dataclass(frozen=True, kw_only=True)
+class SelfNorm(Patch):
+    """SelfNorm: gate each map by its own channel statistics.
+
+    Args:
+        position: where in its block a unit sits. Residual blocks: "pre" (what the branch sees of the block's
+            input), "residual" (the end of the branch), "identity" (the shortcut, after any downsampling) or
+            "post" (the sum, before the last activation; the default). Densely connected layers: "conv1_pre",
+            "conv1_post", "conv2_post". Plain stacks: behind every "conv", "norm" or "act".
+        layers: only these blocks: names of blocks or of modules around them, globs, stage numbers, names from
+            ``fxgraft.sites(model, "residual")``; a name without such a block stands for its own output, and
+            "input" for the image. Default: every block.
+        gates: 1 (the released configurations) or 2 (the paper's form, one gate for mean and one for deviation).
+        init: "authors", where a gate starts around 0.5, or "identity", where the unit starts as the identity.
+        layout: meaning of the dimensions at the sites, one of NCHW, NHWC, NLC, NCL; found if left out.
+
+    Raises:
+        ConfigError: an option outside its range.
+        StructureError: the model has no block with the position; says what it has.
+        SiteError: no such layer, or one without maps or tokens.
+    """
+
+    title = "SelfNorm"
+    paper = (
+        "Tang, Gao, Zhu, Zhang, Li, Metaxas: CrossNorm and SelfNorm for Generalization under Distribution "
+        "Shifts. ICCV 2021"
+    )
+    url = "https://arxiv.org/abs/2102.02811"
+    where = "inside every residual block, by default before its last activation"
+    cost = "one pass over each block's map for its statistics and one to scale it, in training and evaluation"
+    adds_parameters = True
+
+    position: Literal[
+        "pre", "residual", "identity", "post", "conv1_pre", "conv1_post", "conv2_post", "conv", "norm", "act"
+    ] = "post"
+    layers: Words | None = None
+    gates: Literal[1, 2] = 1
+    init: Literal["authors", "identity"] = "authors"
+    layout: Literal["NCHW", "NHWC", "NLC", "NCL"] | None = None
+
+    def __post_init__(self) -> None:
+        check_choices(self)
+
+    def place(self, anatomy: Anatomy, make: Make) -> Sequence[Placement]:
+        """Put one unit in every block."""
+        placements = []
+        for spot in spots(anatomy, self.position, self.layers):
+            layout = spot_layout(anatomy, spot, self.layout)
+            channels = layout.canonical(spot.value).shape[1]  # type: ignore[arg-type]
+            unit = make(spot.name, lambda channels=channels: SelfNormUnit(self, channels))
+            if not isinstance(unit, SelfNormUnit):
+                raise ConfigError(f"{unit!r} is no unit of SelfNorm.")
+            unit.layout = layout
+            placements += both_modes(spot.owner, spot.edit, spot.training_edit, spot.name, unit, ORDER)
+        return placements
+
+    def describe(self, graft: Graft) -> str:
+        """Say how many units there are, where, and how their gates start."""
+        start = "start as the identity" if self.init == "identity" else "start around 0.5"
+        gates = "gates" if self.gates == 2 else "gate"
+        return f"{len(graft.units)} units ({self.position}), {self.gates} {gates} each, which {start}"
+
+
+def both_modes(
+    owner: str, edit: object, training_edit: object, key: str, unit: Unit, order: tuple[str, int]
+) -> list[Placement]:
+    """Place a unit that acts in both modes: once, unless the two graphs name its site differently."""
+    if edit == training_edit:
+        return [Placement(owner, edit, key, unit, order=order)]  # type: ignore[arg-type]
+    return [
+        Placement(owner, training_edit, key, unit, evaluation=False, order=order),  # type: ignore[arg-type]
+        Placement(owner, edit, key, unit, training=False, order=order),  # type: ignore[arg-type]
+    ]
+
+
+class SelfNormUnit(Unit):
+    """Gates the value at one site.
+
+    Args:
+        config: the options.
+        channels: of the site.
+    """
+
+    transient = ("layout",)
+
+    def __init__(self, config: SelfNorm, channels: int) -> None:
+        super().__init__()
+        self.layout: Layout
+        self.g = Gate(channels, config.init)
+        self.f = Gate(channels, config.init) if config.gates == 2 else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return ``x``, shaped as it is, gated."""
+        gated = core.selfnorm(self.layout.canonical(x), self.g, self.f)
+        return self.layout.restore(x, gated)
+
+
+class Gate(nn.Module):
+    """From means and deviations (B, C) to a gate (B, C). Its parameters are vectors of C numbers each.
+
+    Args:
+        channels: C.
+        init: "authors" (weights uniform in ±1/√2, as a convolution of kernel 2 starts) or "identity" (the
+            gate is 2 · sigmoid of a normalisation whose scale and offset start at 0: exactly 1).
+    """
+
+    def __init__(self, channels: int, init: Literal["authors", "identity"] = "authors") -> None:
+        super().__init__()
+        self.factor = 2.0 if init == "identity" else 1.0
+        bound = 0.5**0.5
+        self.mean_weight = nn.Parameter(torch.empty(channels).uniform_(-bound, bound))
+        self.std_weight = nn.Parameter(torch.empty(channels).uniform_(-bound, bound))
+        self.norm = nn.BatchNorm1d(channels)
+        if init == "identity":
+            nn.init.zeros_(self.norm.weight)
+
+    def forward(self, mean: Tensor, std: Tensor) -> Tensor:
+        """Return the gate; a batch of one is normalised by the running statistics, in training too."""
+        x = core.gate_input(mean, std, self.mean_weight, self.std_weight).to(self.mean_weight.dtype)
+        norm = self.norm
+        if norm.training and x.shape[0] == 1:
+            x = F.batch_norm(
+                x, norm.running_mean, norm.running_var, norm.weight, norm.bias, False, 0.0, norm.eps
+            )
+        else:
+            x = norm(x)
+        gate = x.sigmoid()
+        return gate if self.factor == 1.0 else gate * self.factor

@@ -1,0 +1,240 @@
+"""From words to sites, and the listing of them."""
+
+from __future__ import annotations
+
+import pytest
+import timm
+import torch
+import torchvision
+from torch import Tensor, fx, nn
+
+import fxgraft
+from fxgraft.errors import SiteError, StructureError
+from fxgraft.graph.anatomy import Anatomy
+from fxgraft.graph.rewriting import After
+from fxgraft.graph.sites import Words, resolve, stages
+from toys import Net, Toy, assert_same, images, net, register_toys, state_of_everything
+
+SIZE = (3, 16, 16)
+
+
+def names(model: nn.Module, words: Words, size: tuple[int, int, int] | None = SIZE) -> list[str]:
+    return [site.name for site in resolve(Anatomy(model, size), words)]
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        ("stage1", ["stage1"]),
+        ("stage1.0.bn", ["stage1.0.bn"]),
+        (["fc", "stage1"], ["fc", "stage1"]),
+        (["stage1", "stage1"], ["stage1"]),
+        (("stage1.*", "stage1.1"), ["stage1.0", "stage1.1"]),
+        ("stage?", ["stage1", "stage2"]),
+        ("stage[2]", ["stage2"]),
+        ("stage*.0", ["stage1.0", "stage2.0"]),
+        ("*", ["stem", "stage1", "down", "stage2", "pool", "drop", "fc"]),
+        ("**.bn", ["stage1.0.bn", "stage1.1.bn", "stage2.0.bn", "stage2.1.bn"]),
+        ("**conv1", ["stage1.0.conv1", "stage1.1.conv1", "stage2.0.conv1", "stage2.1.conv1"]),
+        ("stem.act", ["stem.act"]),
+        ("stem.act_1", ["stem.act_1"]),
+        ("stage1.0.add", ["stage1.0.add"]),
+        ("flatten", ["flatten"]),
+        ("stage1.*.add", ["stage1.0.add", "stage1.1.add"]),
+    ],
+)
+def test_words_become_sites(words: Words, expected: list[str]) -> None:
+    assert names(net(), words) == expected
+
+
+def test_globs_are_in_running_order() -> None:
+    class Backwards(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Conv2d(3, 4, 1), nn.Conv2d(3, 3, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.a(self.b(x))
+
+    assert names(Backwards(), "*") == ["b", "a"]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("stage3", r"no site 'stage3' in Net(?s:.*)Close matches: .*'stage[12]'"),
+        ("conv1", r"'conv1' is ambiguous in Net: 4 modules(?s:.*)\*\*\.conv1"),
+        ("second", r"no site 'second' in Net\.\nThere are: 'stem\.second'|Close matches: 'stem\.second'"),
+        ("spare", r"'spare' is a module of Net, but its forward is never called"),
+        ("zzzzzz", r"no site 'zzzzzz'(?s:.*)There are: .*… \(\d+ in all\)"),
+        ("zz*", r"No site matches 'zz\*'(?s:.*)'\*' stands for one part of a name"),
+        ("stem.act_2", r"no site 'stem\.act_2'"),
+        ("", r"no site ''"),
+        ([], "No site was named"),
+        (["stage1", "nope"], "no site 'nope'"),
+        (None, r"not None \(NoneType\)"),
+        (True, r"not True \(bool\)"),
+        (1.5, r"not 1\.5 \(float\)"),
+        ([["stage1"]], r"not \['stage1'\] \(list\)"),
+    ],
+)
+def test_words_that_miss(words: Words, message: str) -> None:
+    model = net()
+    model.spare = nn.ReLU()
+    before = state_of_everything(model)
+    with pytest.raises(SiteError, match=message):
+        resolve(Anatomy(model, SIZE), words)
+    with pytest.raises(SiteError, match=message):
+        fxgraft.patch(model, "rsc", layer=words, input_size=SIZE)
+    assert_same(before, state_of_everything(model))
+
+
+@pytest.mark.parametrize("index", [*range(5), *range(-5, 0)])
+def test_stage_numbers_are_indices_into_feature_info(index: int) -> None:
+    model = timm.create_model("test_resnet", num_classes=5)
+    assert names(model, index, None) == [model.feature_info[index]["module"]]
+
+
+@pytest.mark.parametrize("index", [5, -6, 99])
+def test_a_stage_out_of_range_lists_the_stages(index: int) -> None:
+    model = timm.create_model("test_resnet", num_classes=5)
+    with pytest.raises(SiteError, match=rf"no stage {index} in ResNet, which has 5(?s:.*)'act1'.*'layer4'"):
+        resolve(Anatomy(model), index)
+
+
+@pytest.mark.parametrize(
+    ("build", "last"),
+    [
+        (lambda: torchvision.models.resnet18(num_classes=5), "layer4"),
+        (lambda: torchvision.models.mobilenet_v3_small(num_classes=5), "features"),
+        (lambda: fx.symbolic_trace(net().eval()), "stage2.1.act2"),
+    ],
+)
+def test_without_feature_info_stages_are_the_last_maps_of_each_size(build: object, last: str) -> None:
+    assert stages(Anatomy(build(), (3, 64, 64)))[-1] == last  # type: ignore[operator]
+
+
+def test_stages_of_a_network_without_feature_info() -> None:
+    assert stages(Anatomy(net(), SIZE)) == ["stage1", "stage2"]
+
+
+def test_feature_info_that_names_no_tensor_is_not_believed() -> None:
+    model = net()
+    model.feature_info = [{"module": "nowhere"}, {"module": "stage2"}]
+    assert stages(Anatomy(model, SIZE)) == ["stage1", "stage2"]
+
+
+def test_a_network_without_maps_has_no_stages() -> None:
+    model = nn.Sequential(nn.Flatten(), nn.Linear(3 * 16 * 16, 4))
+    with pytest.raises(StructureError, match="no feature_info and no feature maps"):
+        resolve(Anatomy(model, SIZE), -1)
+
+
+def test_a_sequential_run_member_by_member_means_its_last_member() -> None:
+    class Walks(Net):
+        def forward_features(self, x: Tensor) -> Tensor:
+            x = self.stem(x)
+            for block in self.stage1:
+                x = block(x)
+            return self.stage2(self.down(x))
+
+    assert names(Walks(), "stage1") == ["stage1.1"]
+
+
+def test_the_listing_shows_shape_dtype_layout_and_order() -> None:
+    listed = {site.name: site for site in fxgraft.sites(net(), input_size=SIZE)}
+    order = list(listed)
+    assert listed["stage1.0"].shape == (2, 8, 16, 16)
+    assert listed["stage2"].shape == (2, 16, 8, 8)
+    assert (listed["stage2"].dtype, listed["stage2"].layout, listed["stage2"].op) == (
+        "float32",
+        "NCHW",
+        "Sequential",
+    )
+    assert (listed["fc"].shape, listed["fc"].layout, listed["fc"].op) == ((2, 4), "NC", "Linear")
+    assert listed["stage1.0.add"].op == "add"
+    assert (
+        order.index("stem.act")
+        < order.index("stem.act_1")
+        < order.index("stage1.0.conv1")
+        < order.index("fc")
+    )
+    assert all(site.shape is not None for site in listed.values())
+    assert len(set(order)) == len(order)
+
+
+def test_every_name_that_is_listed_resolves_to_itself() -> None:
+    anatomy = Anatomy(net(), SIZE)
+    for site in fxgraft.sites(net(), input_size=SIZE):
+        (found,) = resolve(anatomy, site.name)
+        assert (found.name, found.shape) == (site.name, site.shape)
+
+
+def test_every_second_tensor_that_is_listed_can_be_patched() -> None:
+    x, y = images(), torch.arange(4)
+    for site in fxgraft.sites(net(), input_size=SIZE)[1::2]:
+        if site.shape is None or len(site.shape) not in (2, 4) or not site.layout:
+            continue
+        model = net()
+        fxgraft.patch(model, "rsc", layer=site.name, scope="spatial", input_size=SIZE)
+        model(x, target=y).sum().backward()
+        assert model.stem.first.weight.grad is not None
+
+
+def test_the_listing_is_a_sequence_that_prints_as_a_table() -> None:
+    listed = fxgraft.sites(net(), "stage1.0.*", input_size=SIZE)
+    assert set(listed.names) == {f"stage1.0.{n}" for n in ("conv1", "bn", "act", "conv2", "add", "act2")}
+    assert len(listed) == 6
+    assert listed[0] in listed
+    assert isinstance(listed[1:3], fxgraft.Sites)
+    assert len(listed[1:3]) == 2
+    lines = repr(listed).splitlines()
+    assert lines[0] == "Net, batch of 2"
+    assert lines[1].split() == ["site", "op", "shape", "dtype", "layout"]
+    assert any(
+        line.split() == ["stage1.0.bn", "BatchNorm2d", "2×8×16×16", "float32", "NCHW"] for line in lines
+    )
+    assert listed.__rich__().row_count == 6
+
+
+def test_the_listing_of_a_patched_model_is_that_of_the_bare_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    register_toys(monkeypatch)
+    bare = list(fxgraft.sites(net(), input_size=SIZE))
+    model = net()
+    fxgraft.patch(model, "rsc", layer="stage2", input_size=SIZE)
+    fxgraft.patch(model, Toy(at=(("stage1.0", After("conv2")), ("stage1", After("_0"))), learned=True))
+    before = state_of_everything(model)
+    assert list(fxgraft.sites(model, input_size=SIZE)) == bare
+    assert fxgraft.sites(model, input_size=SIZE).title == "Net, batch of 2"
+    with pytest.raises(SiteError):
+        fxgraft.sites(model, "nope", input_size=SIZE)
+    assert_same(before, state_of_everything(model))
+
+
+def test_sites_of_a_traced_module_are_its_nodes() -> None:
+    model = fx.symbolic_trace(net().eval())
+    listed = fxgraft.sites(model, input_size=SIZE).names
+    assert [name for name in listed if name.startswith(("add", "flatten"))] == [
+        "add",
+        "add_1",
+        "add_2",
+        "add_3",
+        "flatten",
+    ]
+    assert names(model, "flatten") == ["flatten"]
+
+
+def test_sites_of_a_torchvision_model() -> None:
+    model = torchvision.models.resnet18(num_classes=5)
+    assert names(model, "layer1.0.add", (3, 64, 64)) == ["layer1.0.add"]
+    assert names(model, "layer1.0.relu_1", (3, 64, 64)) == ["layer1.0.relu_1"]
+
+
+def test_a_module_that_cannot_be_traced_is_listed_by_its_output() -> None:
+    class Branches(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            y = x * 2
+            return y if not isinstance(x, fx.Proxy) else y[y.sum() > 0 and 1]
+
+    model = nn.Sequential(nn.Conv2d(3, 3, 1), Branches())
+    assert fxgraft.sites(model, input_size=SIZE).names == ["0", "1"]

@@ -1,0 +1,189 @@
+"""Random sequences of patching, unpatching, copying, switching modes and training, beside a bare twin."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, Phase, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
+from torch import nn
+
+import fxgraft
+from fxgraft.patches.rsc import record
+from properties.random_models import Recipe, gradients, options, recipes, same
+
+FRACTIONS = st.sampled_from([0.0, 0.25, 0.5, 1.0])
+
+
+class Sequences(RuleBasedStateMachine):
+    """A model with grafts that come and go, and a twin without, kept at the same weights."""
+
+    @initialize(recipe=recipes(timm_share=6))
+    def build(self, recipe: Recipe) -> None:
+        self.recipe = recipe
+        self.model = recipe.build()
+        self.bare = recipe.build()
+        self.base = type(self.bare)
+        self.expected: dict[str, fxgraft.RSC] = {}
+        self.count = 0
+
+    @rule(data=st.data(), start=FRACTIONS)
+    def patch(self, data: st.DataObject, start: float) -> None:
+        given = data.draw(options(st.sampled_from(self.recipe.sites)))
+        wanted = fxgraft.RSC(**given, start=start)
+        name = f"g{self.count}"
+        size = (3, *self.recipe.size)
+        if wanted in self.expected.values():
+            with pytest.raises(fxgraft.DuplicateGraftError, match="with these settings"):
+                fxgraft.patch(self.model, wanted, name=name, input_size=size)
+            return
+        plan = fxgraft.patch(self.model, wanted, name=name, input_size=size, dry_run=True)
+        assert plan.name == name
+        assert len(fxgraft.grafts(self.model)) == len(self.expected)
+        assert fxgraft.patch(self.model, wanted, name=name, input_size=size) is self.model
+        self.expected[name] = wanted
+        self.count += 1
+
+    @rule(wrong=st.sampled_from([{"layer": "nowhere"}, {"layer": 99}, {"layer": "fc.weight"}, {"output": 3}]))
+    def fail_to_patch(self, wrong: dict[str, Any]) -> None:
+        before = [(name, type(m), m.training) for name, m in self.model.named_modules()]
+        given = {"layer": self.recipe.sites[0], **wrong}
+        with pytest.raises(fxgraft.FxgraftError):
+            fxgraft.patch(self.model, "rsc", name="wrong", input_size=(3, *self.recipe.size), **given)
+        assert [(name, type(m), m.training) for name, m in self.model.named_modules()] == before
+
+    @precondition(lambda self: self.expected)
+    @rule(data=st.data())
+    def unpatch(self, data: st.DataObject) -> None:
+        names = data.draw(st.lists(st.sampled_from(sorted(self.expected)), min_size=1, unique=True))
+        fxgraft.unpatch(self.model, *names)
+        for name in names:
+            del self.expected[name]
+
+    @precondition(lambda self: self.expected)
+    @rule()
+    def unpatch_all(self) -> None:
+        fxgraft.unpatch(self.model)
+        self.expected = {}
+
+    @rule(way=st.sampled_from(["deepcopy", "pickle"]))
+    def go_on_with_a_copy(self, way: str) -> None:
+        old = self.model
+        self.model = copy.deepcopy(old) if way == "deepcopy" else pickle.loads(pickle.dumps(old))
+        if fxgraft.grafts(old):
+            fxgraft.unpatch(old)  # which must not reach the copy
+
+    @rule(training=st.booleans())
+    def switch_mode(self, training: bool) -> None:
+        self.model.train(training)
+        self.bare.train(training)
+
+    @rule()
+    def freeze_a_norm(self) -> None:
+        for model in (self.model, self.bare):
+            norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._NormBase)]
+            if norms:
+                norms[0].eval()
+
+    @rule(fraction=FRACTIONS)
+    def set_progress(self, fraction: float) -> None:
+        fxgraft.set_progress(self.model, fraction)
+
+    @rule(seed=st.integers(0, 99))
+    def step(self, seed: int) -> None:
+        x, y = self.recipe.batch(seed=seed)
+        outs = []
+        for model in (self.model, self.bare):
+            model.zero_grad()
+            torch.manual_seed(seed)
+            out = model(x, target=y) if model is self.model and self.expected else model(x)
+            fxgraft.loss(model, out, y).backward()
+            outs.append(out)
+        assert outs[0].shape == outs[1].shape
+        assert outs[0].dtype == outs[1].dtype
+        assert all(p.grad is None or p.grad.isfinite().all() for p in self.model.parameters())
+        if not self.expected or not self.model.training:
+            assert same(outs[0], outs[1])
+            assert same(gradients(self.model), gradients(self.bare))
+        with torch.no_grad():
+            for mine, theirs in zip(self.model.parameters(), self.bare.parameters(), strict=True):
+                mine -= 0.0 if mine.grad is None else 0.01 * mine.grad
+                theirs.copy_(mine)
+            for mine, theirs in zip(self.model.buffers(), self.bare.buffers(), strict=True):
+                theirs.copy_(mine)
+
+    @precondition(lambda self: self.expected and self.model.training)
+    @rule()
+    def forget_the_labels(self) -> None:
+        # Which grafts act at this progress, and so ask for labels.
+        acting = [
+            u for g in fxgraft.grafts(self.model) for u in g.units.values() if getattr(u, "active", False)
+        ]
+        muting = [u for u in acting if any(u._drops(u.layout.name == "NC"))]
+        state = copy.deepcopy(self.model.state_dict())
+        x, y = self.recipe.batch()
+        with record(self.model) as records, torch.no_grad():
+            if muting:
+                with pytest.raises(fxgraft.TargetError, match="none were given"):
+                    self.model(x)
+            else:
+                self.model(x)
+            assert not records
+            self.model(x, target=y)
+        assert len(records) == len(muting)
+        self.model.load_state_dict(state)
+
+    @invariant()
+    def it_is_what_it_should_be(self) -> None:
+        if not hasattr(self, "model"):
+            return
+        assert {g.name: g.patch for g in fxgraft.grafts(self.model)} == self.expected
+        assert isinstance(self.model, self.base)
+        assert (type(self.model) is self.base) == (not self.expected)
+        assert list(self.model.state_dict()) == list(self.bare.state_dict())
+        pairs = list(zip(self.model.named_modules(), self.bare.named_modules(), strict=True))
+        assert [(a[0], a[1].training) for a, _ in pairs] == [(b[0], b[1].training) for _, b in pairs]
+        for mine, theirs in zip(
+            self.model.state_dict().values(), self.bare.state_dict().values(), strict=True
+        ):
+            assert torch.equal(mine, theirs)
+
+    def teardown(self) -> None:
+        if not hasattr(self, "model"):
+            return
+        x, _ = self.recipe.batch()
+        with torch.no_grad():
+            assert same(self.model.eval()(x), self.bare.eval()(x))
+        if self.expected:
+            fxgraft.unpatch(self.model)
+        assert [type(m) for m in self.model.modules()] == [type(m) for m in self.bare.modules()]
+
+
+@pytest.mark.parametrize(
+    ("examples", "steps"),
+    [pytest.param(12, 12, id="few"), pytest.param(60, 20, id="many", marks=pytest.mark.sweep)],
+)
+def test_sequences(examples: int, steps: int) -> None:
+    run_state_machine_as_test(
+        Sequences,
+        settings=settings(
+            max_examples=examples,
+            stateful_step_count=steps,
+            deadline=None,
+            derandomize=True,
+            phases=[Phase.generate, Phase.shrink],
+            suppress_health_check=list(HealthCheck),
+        ),
+    )
