@@ -18,15 +18,14 @@ from fxgraft.errors import (
     ConfigError,
     DuplicateGraftError,
     FxgraftError,
-    StructureError,
     UnknownGraftError,
     WrappedModelError,
     candidates,
 )
 from fxgraft.graph.anatomy import Anatomy
 from fxgraft.graph.grafted import state_of
-from fxgraft.graph.heads import LOGITS_KEYS
 from fxgraft.graph.ledger import Graft, Ledger, Placement
+from fxgraft.graph.outputs import take_logits
 from fxgraft.graph.positions import position_sites
 from fxgraft.graph.sites import Sites, list_sites
 from fxgraft.patches.base import Patch, build
@@ -329,7 +328,8 @@ def losses(
     here = grafts(model)
     for graft in here:
         criterion = graft.patch.criterion(graft, criterion)
-    parts = {"criterion": criterion(_logits(out, here), y)}
+    names = [getattr(graft.patch, "output", None) for graft in here]
+    parts = {"criterion": criterion(take_logits(out, names), y)}
     for graft in here:
         for part, value in graft.patch.losses(graft, out, y, criterion).items():
             parts[f"{graft.name}.{part}"] = value
@@ -343,23 +343,6 @@ def loss(model: nn.Module, out: Any, y: Tensor, criterion: Callable[..., Tensor]
         torch.stack([value.reshape(()) for value in parts.values()]).sum()
         if len(parts) > 1
         else parts["criterion"]
-    )
-
-
-def _logits(out: Any, here: Sequence[Graft]) -> Any:
-    if isinstance(out, Tensor):
-        return out
-    named = [g.patch.output for g in here if getattr(g.patch, "output", None) is not None]  # type: ignore[attr-defined]
-    for key in (*named, *LOGITS_KEYS):
-        if isinstance(out, dict) and key in out:
-            return out[key]
-        if isinstance(key, str) and isinstance(getattr(out, key, None), Tensor):
-            return getattr(out, key)
-        if isinstance(key, int) and isinstance(out, (tuple, list)):
-            return out[key]
-    raise StructureError(
-        f"The model returned a {type(out).__name__}, and it is not clear what in it are the logits.\n"
-        "Pass the logits themselves to fxgraft.loss, or set output= on the patch."
     )
 
 

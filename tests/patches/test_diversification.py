@@ -294,6 +294,16 @@ class TestEverywhere:
         torch.testing.assert_close(got, expected)
         (got.logits if options.get("return_maps") else got).sum().backward()
 
+    def test_compiled_training_takes_batches_of_any_size(self):
+        model = patched()
+        compiled = torch.compile(model, fullgraph=True, backend="aot_eager", dynamic=True)
+        for batch in (4, 3, 6):
+            x, _ = images(batch)
+            torch.manual_seed(0)
+            expected = model(x)
+            torch.manual_seed(0)
+            torch.testing.assert_close(compiled(x), expected)
+
     def test_autocast_gives_the_bare_models_dtype(self):
         x, y = images()
         model = patched()

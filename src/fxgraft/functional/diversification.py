@@ -16,7 +16,7 @@ scaling whatever the sign, as in the reference code: a damped negative entry ris
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -97,7 +97,9 @@ def draw(
     def bernoulli(shape: tuple[int, ...], p: float) -> Tensor | None:
         if p <= 0:
             return None
-        return torch.rand(shape, device=maps.device, generator=generator) < p
+        # Given as an argument, even None, a generator keeps compiled code from taking batches of any size.
+        source: dict[str, Any] = {} if generator is None else {"generator": generator}
+        return torch.rand(shape, device=maps.device, **source) < p
 
     return Draws(bernoulli(peaks, p_peak), bernoulli((batch, classes, rows, columns), p_patch))
 

@@ -13,7 +13,7 @@ import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, fx, nn
@@ -270,8 +270,7 @@ def grafted_class(base: type[nn.Module], outer: bool) -> type[nn.Module]:
     body["forward"] = run
     if issubclass(base, fx.GraphModule):
         body["recompile"] = _recompile
-    made: type[nn.Module] = type("Grafted" + base.__name__, (base,), body)
-    return made
+    return cast("type[nn.Module]", type("Grafted" + base.__name__, (base,), body))
 
 
 def _recompile(self: fx.GraphModule) -> Any:

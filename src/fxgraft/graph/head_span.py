@@ -15,12 +15,12 @@ from fxgraft.graph.heads import (
     ancestors_of,
     describe_node,
     head_in,
-    logits_node,
     model_name,
     node_name,
     opened_head,
     scope_of,
 )
+from fxgraft.graph.outputs import logits_node
 from fxgraft.graph.rewriting import Span
 from fxgraft.graph.tracing import Traced
 from fxgraft.graph.values import Values, token_grid

@@ -8,18 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 from timm.layers.linear import Linear as TimmLinear
 from torch import Tensor, fx, nn
 
 from fxgraft.errors import StructureError, candidates
 from fxgraft.graph.anatomy import Anatomy
+from fxgraft.graph.outputs import logits_node
 from fxgraft.graph.tracing import Traced, is_primitive
 from fxgraft.graph.values import Values, tensor_inputs
-
-LOGITS_KEYS = ("out", "logits")
-"""Keys under which segmentation models and transformers return their logits."""
 
 # timm's own Linear differs under TorchScript only.
 _LINEAR_FORWARDS = (nn.Linear.forward, TimmLinear.forward)
@@ -84,40 +81,6 @@ def scope_of(node: fx.Node) -> str:
     if node.op == "call_module" and stack:
         stack.pop()
     return stack[-1] if stack else ""
-
-
-def logits_node(graph: fx.Graph, output: str | int | None, model: str) -> fx.Node:
-    """Find the node that holds the logits: the output itself, or one named entry of it.
-
-    Args:
-        graph: of the whole model.
-        output: key, attribute or position of the logits in a structured output; None for a plain tensor, or
-            for the usual names ("out", "logits").
-        model: name for messages.
-
-    Raises:
-        StructureError: the output has no such entry; lists those it has.
-    """
-    value = next(node for node in graph.nodes if node.op == "output").args[0]
-    if isinstance(value, fx.Node) and value.op == "call_function" and isinstance(value.target, type):
-        value = dict(value.kwargs) or list(value.args)
-    elif isinstance(value, fx.Node):
-        if output is None:
-            return value
-        raise StructureError(
-            f"{model} returns a single value, which has no entry {output!r}.\nLeave output= out."
-        )
-    entries: dict[Any, Any] = dict(value) if isinstance(value, dict) else dict(enumerate(value))  # type: ignore[arg-type]
-    wanted = output
-    if wanted is None:
-        wanted = next((key for key in LOGITS_KEYS if key in entries), None)
-    if wanted not in entries or not isinstance(entries[wanted], fx.Node):
-        names = ", ".join(repr(key) for key, node in entries.items() if isinstance(node, fx.Node))
-        raise StructureError(
-            f"{model} returns several values, and {wanted!r} is not one of them.\n"
-            f"It has: {names}.\nSay which one holds the logits, as output=..."
-        )
-    return entries[wanted]
 
 
 def is_classifier(module: nn.Module) -> bool:
@@ -411,7 +374,6 @@ def ancestors_of(path: str) -> tuple[str, ...]:
 
 
 __all__ = [
-    "LOGITS_KEYS",
     "HeadTrace",
     "OpaqueError",
     "Pooling",
@@ -419,7 +381,6 @@ __all__ = [
     "describe_node",
     "head_in",
     "is_classifier",
-    "logits_node",
     "node_name",
     "opened_head",
     "pooling_of",

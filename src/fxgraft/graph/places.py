@@ -104,7 +104,7 @@ def blocks_before(anatomy: Anatomy, site: Site) -> list[Site]:
     A block is one of several modules of the same class in one `torch.nn.Sequential` or ``ModuleList``.
     """
     calls = anatomy.observation.calls
-    shape = site.shape or ()
+    shape = site.shape or (0,)
     found = [site.path] if _is_block(anatomy, site.path) else []
     for path in sorted(calls, key=lambda path: -calls[path][0].order):
         value = calls[path][0].output

@@ -152,10 +152,11 @@ def _layout(anatomy: Anatomy, spot: Spot, value: Tensor, path: str) -> Layout:
 def _layout_by_layers(anatomy: Anatomy, scope: str, value: Tensor) -> Layout | None:
     """Tell the layout from the first layer of a block that works on such a value: it knows its channels."""
     for path, calls in anatomy.observation.calls.items():
-        if path.startswith(scope + ".") or not scope:
-            module, given = anatomy.module(path), calls[0].args
-            if not given or not isinstance(given[0], Tensor) or given[0].shape != value.shape:
-                continue
+        module = anatomy.module(path)
+        near = (*calls[0].args[:1], calls[0].output)
+        if scope and not path.startswith(scope + "."):
+            continue
+        if any(isinstance(each, Tensor) and each.shape == value.shape for each in near):
             if isinstance(module, (nn.Conv2d, nn.BatchNorm2d)):
                 return Layout("NCHW")
             if type(module) in (nn.Linear, nn.LayerNorm):

@@ -16,7 +16,8 @@ from fxgraft.errors import SiteError, StructureError, TraceError
 from fxgraft.graph.anatomy import Anatomy
 from fxgraft.graph.context import Context
 from fxgraft.graph.grafted import Capture
-from fxgraft.graph.heads import head_in, logits_node, scope_of
+from fxgraft.graph.heads import head_in, scope_of
+from fxgraft.graph.outputs import logits_node
 from fxgraft.graph.places import ancestors, locate, own_nodes, site_edit, training_name
 from fxgraft.graph.rewriting import After, Edit, compile_graph
 from fxgraft.graph.sites import Site, module_site

@@ -28,6 +28,7 @@ from fxgraft.graph.anatomy import Anatomy
 from fxgraft.graph.grafted import Unit
 from fxgraft.graph.layout import Layout
 from fxgraft.graph.ledger import Graft, Placement
+from fxgraft.graph.outputs import take_logits
 from fxgraft.graph.positions import spot_layout, spots
 from fxgraft.graph.sites import Words
 from fxgraft.patches.base import Make, Patch, check_choices, check_share, register
@@ -144,14 +145,12 @@ class CrossNorm(Patch):
         """Run the batch twice more with CrossNorm on, and weigh the divergence of the predictions."""
         if not self.consistency:
             return {}
-        from fxgraft.api import _logits
-
         units = [unit for unit in graft.units.values() if isinstance(unit, CrossNormUnit)]
         last = units[0].context.last
         if last is None:  # the pass was one in evaluation
             return {}
         model, args, kwargs = last
-        clean = _logits(out, [graft])
+        clean = take_logits(out)
         if args and isinstance(args[0], Tensor) and args[0].shape[0] != clean.shape[0]:
             raise ConfigError(
                 f"{graft.name!r} was asked for the loss of {clean.shape[0]} predictions, but the model's last "
@@ -159,7 +158,7 @@ class CrossNorm(Patch):
                 "Call fxgraft.loss right after the pass it is for."
             )
         with _forced(units):
-            others = [_logits(model(*args, target=target, **kwargs), [graft]) for _ in range(2)]
+            others = [take_logits(model(*args, target=target, **kwargs)) for _ in range(2)]
         return {"consistency": self.consistency_weight * jensen_shannon(clean, *others)}
 
     def describe(self, graft: Graft) -> str:

@@ -1,0 +1,72 @@
+"""Outputs: where a model's logits are in what it returns."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from torch import Tensor, fx
+
+from fxgraft.errors import StructureError
+
+LOGITS_KEYS = ("out", "logits")
+"""Keys under which segmentation models and transformers return their logits."""
+
+
+def logits_node(graph: fx.Graph, output: str | int | None, model: str) -> fx.Node:
+    """Find the node that holds the logits: the output itself, or one named entry of it.
+
+    Args:
+        graph: of the whole model.
+        output: key, attribute or position of the logits in a structured output; None for a plain tensor, or
+            for the usual names ("out", "logits").
+        model: name for messages.
+
+    Raises:
+        StructureError: the output has no such entry; lists those it has.
+    """
+    value = next(node for node in graph.nodes if node.op == "output").args[0]
+    if isinstance(value, fx.Node) and value.op == "call_function" and isinstance(value.target, type):
+        value = dict(value.kwargs) or list(value.args)
+    elif isinstance(value, fx.Node):
+        if output is None:
+            return value
+        raise StructureError(
+            f"{model} returns a single value, which has no entry {output!r}.\nLeave output= out."
+        )
+    entries: dict[Any, Any] = dict(value) if isinstance(value, dict) else dict(enumerate(value))  # type: ignore[arg-type]
+    wanted = output
+    if wanted is None:
+        wanted = next((key for key in LOGITS_KEYS if key in entries), None)
+    if wanted not in entries or not isinstance(entries[wanted], fx.Node):
+        names = ", ".join(repr(key) for key, node in entries.items() if isinstance(node, fx.Node))
+        raise StructureError(
+            f"{model} returns several values, and {wanted!r} is not one of them.\n"
+            f"It has: {names}.\nSay which one holds the logits, as output=..."
+        )
+    return entries[wanted]
+
+
+def take_logits(out: Any, names: Iterable[str | int | None] = ()) -> Any:
+    """Take the logits out of what a model returned: the tensor itself, or an entry of a structured output.
+
+    Args:
+        out: a tensor, dictionary, dataclass or tuple.
+        names: keys, attributes or positions to try before the usual names; None is passed over.
+
+    Raises:
+        StructureError: none of them is there.
+    """
+    if isinstance(out, Tensor):
+        return out
+    for key in (*names, *LOGITS_KEYS):
+        if isinstance(out, dict) and key in out:
+            return out[key]
+        if isinstance(key, str) and isinstance(getattr(out, key, None), Tensor):
+            return getattr(out, key)
+        if isinstance(key, int) and isinstance(out, (tuple, list)):
+            return out[key]
+    raise StructureError(
+        f"The model returned a {type(out).__name__}, and it is not clear what in it are the logits.\n"
+        "Pass the logits themselves to fxgraft.loss, or set output= on the patch."
+    )
