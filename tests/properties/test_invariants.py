@@ -77,6 +77,12 @@ def test_evaluation_is_bitwise_the_bare_models(case: Case, data: st.DataObject) 
     assert trained.stride() == expected.stride()
 
 
+def _format(x: torch.Tensor) -> tuple[Any, ...]:
+    """Shape, dtype and the strides that mean something: a dimension of one entry is never stepped along."""
+    strides = [stride for stride, size in zip(x.stride(), x.shape, strict=True) if size > 1]
+    return x.shape, x.dtype, strides
+
+
 @profiles(12, 200)
 def test_sites_keep_their_memory_format(case: Case, data: st.DataObject) -> None:
     """Invariant 4, at the sites: everything behind a graft sees the strides it would see without it."""
@@ -86,9 +92,7 @@ def test_sites_keep_their_memory_format(case: Case, data: st.DataObject) -> None
         seen: dict[str, Any] = {}  # the probes call the hooks of later sites too; the real pass comes last
         for each in stack:
             model.get_submodule(each["layer"]).register_forward_hook(
-                lambda _, args, out, to=seen, name=each["layer"]: to.update(
-                    {name: (out.shape, out.dtype, out.stride())}
-                )
+                lambda _, args, out, to=seen, name=each["layer"]: to.update({name: _format(out)})
             )
         x, y = recipe.batch()
         model(x, **({"target": y} if fxgraft.grafts(model) else {}))

@@ -63,9 +63,9 @@ def close(actual: Tensor, expected: Tensor) -> None:
     torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
 
 
-def check(layer: str, scope: str, name: str) -> None:
+def check(layer: str, scope: str, name: str, batch_share: float = 0.5) -> None:
     """Two compiled training steps and an evaluation are those of an eager copy."""
-    model = patched(layer, scope, name, batch_share=0.5)
+    model = patched(layer, scope, name, batch_share=batch_share)
     twin = copy.deepcopy(model)
     x, y = batch()
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
@@ -95,7 +95,8 @@ def test_compiled_training_and_evaluation_are_the_eager_ones(layer: str, scope: 
 @SCOPES
 @pytest.mark.parametrize(("name", "layer"), LARGER)
 def test_larger_backbones_compile(name: str, layer: str, scope: str) -> None:
-    check(layer, scope, name)
+    # Fresh weights start these so even that no label loses enough to be selected: mute all samples.
+    check(layer, scope, name, batch_share=1.0)
 
 
 @SITES
