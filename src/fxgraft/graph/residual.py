@@ -21,7 +21,7 @@ from torch import Tensor, fx, nn
 from fxgraft.errors import SiteError, TraceError
 from fxgraft.graph.anatomy import Anatomy
 from fxgraft.graph.rewriting import After, Edge, Edit
-from fxgraft.graph.tracing import is_primitive
+from fxgraft.graph.tracing import is_primitive, upstream_of
 
 POSITIONS = ("pre", "residual", "identity", "post")
 
@@ -166,7 +166,7 @@ def _find(anatomy: Anatomy, owner: str, graph: fx.Graph) -> list[_Parts]:
 
 def _parts(anatomy: Anatomy, owner: str, total: fx.Node, identity: fx.Node, branch: fx.Node) -> _Parts | None:
     """Read an addition as identity + branch, or return None."""
-    upstream = _ancestors(branch)
+    upstream = upstream_of(branch)
     node: fx.Node | None = identity
     steps: list[fx.Node] = []
     while node is not None and node not in upstream and node is not branch:
@@ -200,7 +200,7 @@ def _given(
         return None
     if any(not _is_neutral(anatomy, owner, step) for step in steps[:-1]):
         return None
-    upstream = _ancestors(branch)
+    upstream = upstream_of(branch)
     placeholders = [node for node in total.graph.nodes if node.op == "placeholder"]
     inputs = [node for node in placeholders if node in upstream]
     if len(inputs) != 1 or not any(
@@ -223,7 +223,7 @@ def _given(
             return None
         for source in given[1:]:
             weight, node = 0, source
-            sources = _ancestors(given[0]) | {given[0]}
+            sources = upstream_of(given[0]) | {given[0]}
             while node is not None and node not in sources:
                 weight += _learned(anatomy, caller, node)
                 node = _previous(anatomy, caller, node)
@@ -284,17 +284,6 @@ def _weight(anatomy: Anatomy, owner: str, start: fx.Node, end: fx.Node) -> tuple
         weight, length = weight + _learned(anatomy, owner, node), length + 1
         node = _previous(anatomy, owner, node)
     return weight, length
-
-
-def _ancestors(node: fx.Node) -> set[fx.Node]:
-    found: set[fx.Node] = set()
-    waiting = [node]
-    while waiting:
-        for source in waiting.pop().all_input_nodes:
-            if source not in found:
-                found.add(source)
-                waiting.append(source)
-    return found
 
 
 def _between(fork: fx.Node, end: fx.Node, upstream: set[fx.Node]) -> set[fx.Node]:

@@ -21,7 +21,7 @@ from fxgraft.graph.outputs import logits_node
 from fxgraft.graph.places import ancestors, locate, own_nodes, site_edit, training_name
 from fxgraft.graph.rewriting import After, Edit, compile_graph
 from fxgraft.graph.sites import Site, module_site
-from fxgraft.graph.tracing import Traced, is_primitive, settings_changed
+from fxgraft.graph.tracing import Traced, downstream_of, is_primitive, settings_changed, upstream_of
 
 
 @dataclass(frozen=True)
@@ -162,28 +162,6 @@ def _cheap(node: fx.Node) -> bool:
     return light and all(_cheap(each) for each in node.all_input_nodes)
 
 
-def _descendants(node: fx.Node) -> set[fx.Node]:
-    found: set[fx.Node] = set()
-    waiting = [node]
-    while waiting:
-        for user in waiting.pop().users:
-            if user not in found:
-                found.add(user)
-                waiting.append(user)
-    return found
-
-
-def _requirements(node: fx.Node) -> set[fx.Node]:
-    found = {node}
-    waiting = [node]
-    while waiting:
-        for source in waiting.pop().all_input_nodes:
-            if source not in found:
-                found.add(source)
-                waiting.append(source)
-    return found
-
-
 _PER_TOKEN_MODULES = (nn.LayerNorm, nn.RMSNorm, nn.Linear, nn.Identity, nn.Dropout)
 _PER_TOKEN_FUNCTIONS = {operator.add, operator.iadd, operator.mul, torch.add, torch.mul, F.dropout}
 
@@ -235,14 +213,14 @@ def rest_of_network(anatomy: Anatomy, site: Site, output: str | int | None = Non
     model = type(anatomy.model).__name__
     start = locate(anatomy, site, traced)
     logits = logits_node(traced.graph, output, model)
-    downstream = _descendants(start)
+    downstream = downstream_of(start)
     if logits not in downstream and logits is not start:
         raise SiteError(
             f"The output of {model} does not depend on {site.name!r}.\n"
             "Nothing that happens there can change a prediction.\n"
             "Choose a layer on the way from the image to the logits; fxgraft.sites(model) lists them in order."
         )
-    inside = _requirements(logits) & downstream
+    inside = ({logits} | upstream_of(logits)) & downstream
     graph, captured, inputs = _cut(anatomy, traced, start, logits, inside)
     children = tuple(dict.fromkeys(str(n.target) for n in graph.nodes if n.op == "call_module"))
     inner = {name: anatomy.module(name) for name in children}

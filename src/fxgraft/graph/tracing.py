@@ -11,7 +11,7 @@ import contextlib
 import inspect
 import sys
 import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
 
@@ -188,6 +188,26 @@ def _unpacked(proxy: fx.Proxy, seen: Any) -> Any:
 
 def _join(path: str, name: str) -> str:
     return f"{path}.{name}" if path and name else path or name
+
+
+def downstream_of(node: fx.Node) -> set[fx.Node]:
+    """Collect every node that a node's value reaches, without the node."""
+    return _reached(node, lambda each: each.users)
+
+
+def upstream_of(node: fx.Node) -> set[fx.Node]:
+    """Collect every node that a node's value is made from, without the node."""
+    return _reached(node, lambda each: each.all_input_nodes)
+
+
+def _reached(node: fx.Node, following: Callable[[fx.Node], Iterable[fx.Node]]) -> set[fx.Node]:
+    found: set[fx.Node] = set()
+    waiting = [node]
+    while waiting:
+        new = [each for each in following(waiting.pop()) if each not in found]
+        found.update(new)
+        waiting += new
+    return found
 
 
 def bind(

@@ -11,15 +11,23 @@ import dataclasses
 import inspect
 import types
 import typing
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from importlib import metadata
 from typing import Any, ClassVar, TypeVar
 
 from torch import Tensor, nn
 
-from fxgraft.errors import ConfigError, DuplicateGraftError, MergeError, UnknownMethodError, candidates
+from fxgraft.errors import (
+    ConfigError,
+    DuplicateGraftError,
+    MergeError,
+    SiteError,
+    UnknownMethodError,
+    candidates,
+)
 from fxgraft.graph.anatomy import Anatomy
-from fxgraft.graph.grafted import Unit
+from fxgraft.graph.grafted import Unit, state_of
 from fxgraft.graph.ledger import Graft, Placement
 
 Make = Callable[[str, Callable[[], Unit]], Unit]
@@ -201,6 +209,28 @@ def check_choices(patch: Patch) -> None:
                 f"{type(patch).__name__}: {f.name} must be one of {', '.join(map(repr, allowed))}, "
                 f"got {value!r}."
             )
+
+
+@contextmanager
+def recording(model: nn.Module, kind: type[Unit], missing: str) -> Iterator[list[Any]]:
+    """Let the units of one kind on a model append to a list, as ``unit.records``, for the time of the block.
+
+    Raises:
+        SiteError: there is none of them; says ``missing``.
+    """
+    state = state_of(model)
+    grafts = state.ledger.grafts if state is not None and state.ledger is not None else []
+    units: list[Any] = [u for graft in grafts for u in graft.units.values() if isinstance(u, kind)]
+    if not units:
+        raise SiteError(missing)
+    records: list[Any] = []
+    for unit in units:
+        unit.records = records
+    try:
+        yield records
+    finally:
+        for unit in units:
+            unit.records = None
 
 
 def card(cls: type[Patch]) -> str:

@@ -28,12 +28,12 @@ from fxgraft.functional import diversification as core
 from fxgraft.graph.anatomy import Anatomy
 from fxgraft.graph.class_maps import ClassMaps, training_maps
 from fxgraft.graph.class_maps import class_maps as maps
-from fxgraft.graph.grafted import Unit, state_of
+from fxgraft.graph.grafted import Unit
 from fxgraft.graph.head_span import Head, find_head
 from fxgraft.graph.ledger import Graft, Placement
 from fxgraft.graph.rewriting import Output
 from fxgraft.losses import GradientBoostingCrossEntropy, gradient_boosting_cross_entropy
-from fxgraft.patches.base import Make, Patch, check_choices, check_share, register
+from fxgraft.patches.base import Make, Patch, check_choices, check_share, recording, register
 
 HEAD, RETURN = "head", "maps"
 
@@ -273,22 +273,12 @@ def record(model: nn.Module) -> Iterator[list[DiversificationRecord]]:
     Yields:
         The list that fills up.
     """
-    state = state_of(model)
-    grafts = state.ledger.grafts if state is not None and state.ledger is not None else []
-    units = [u for graft in grafts for u in graft.units.values() if isinstance(u, DiversificationUnit)]
-    if not units:
-        raise SiteError(
-            "There is no diversification block on this model.\n"
-            'Call fxgraft.patch(model, "diversification") first.'
-        )
-    records: list[DiversificationRecord] = []
-    for unit in units:
-        unit.records = records
-    try:
+    missing = (
+        "There is no diversification block on this model.\n"
+        'Call fxgraft.patch(model, "diversification") first.'
+    )
+    with recording(model, DiversificationUnit, missing) as records:
         yield records
-    finally:
-        for unit in units:
-            unit.records = None
 
 
 __all__ = ["Diversification", "DiversificationRecord", "DiversificationUnit", "WithMaps", "maps", "record"]

@@ -27,13 +27,13 @@ from fxgraft.errors import ConfigError, FxgraftWarning, SiteError
 from fxgraft.functional import rsc as core
 from fxgraft.graph.anatomy import Anatomy
 from fxgraft.graph.context import check_label_range
-from fxgraft.graph.grafted import Unit, state_of
+from fxgraft.graph.grafted import Unit
 from fxgraft.graph.layout import NAMES, Layout, layout_of
 from fxgraft.graph.ledger import Graft, Placement
 from fxgraft.graph.places import blocks_before, site_edit
 from fxgraft.graph.sites import Site, Words, resolve
 from fxgraft.graph.structure import Rest, captures, rest_of_network, tail_layer
-from fxgraft.patches.base import Make, Patch, check_choices, check_share, register
+from fxgraft.patches.base import Make, Patch, check_choices, check_share, recording, register
 
 
 @register("rsc")
@@ -384,16 +384,7 @@ def record(model: nn.Module) -> Iterator[list[RSCRecord]]:
     Yields:
         The list that fills up.
     """
-    state = state_of(model)
-    grafts = state.ledger.grafts if state is not None and state.ledger is not None else []
-    units = [u for graft in grafts for u in graft.units.values() if isinstance(u, RSCUnit)]
-    if not units:
-        raise SiteError('There is no RSC on this model.\nCall fxgraft.patch(model, "rsc") first.')
-    records: list[RSCRecord] = []
-    for unit in units:
-        unit.records = records
-    try:
+    with recording(
+        model, RSCUnit, 'There is no RSC on this model.\nCall fxgraft.patch(model, "rsc") first.'
+    ) as records:
         yield records
-    finally:
-        for unit in units:
-            unit.records = None
