@@ -61,7 +61,7 @@ QUICK: dict[str, Any] = {
     "model_options": {"channels": [16, 32, 64, 128], "output_stride": 16},
     "limit_per_class": 500,
     "test_per_class": 100,
-    "training": {"epochs": 8, "batch_size": 64, "lr": 1e-3, "optimizer": "adamw", "weight_decay": 0.05},
+    "training": {"epochs": 24, "batch_size": 64, "lr": 1e-3, "optimizer": "adamw", "weight_decay": 0.05},
 }
 FULL: dict[str, Any] = {
     **SHARED,

@@ -84,6 +84,7 @@ class Context:
         root: the patched model while it runs, else None.
         target: the labels of this pass, or None.
         inputs: the model's positional tensor arguments.
+        options: keyword arguments of this pass that a patch declared as its own.
         values: what `Capture` units recorded in this pass, by key.
         visited: the owners reached in this pass.
         progress: share of training done, in [0, 1].
@@ -96,6 +97,7 @@ class Context:
         self.target: Tensor | None = None
         self.stale = False
         self.inputs: tuple[Any, ...] = ()
+        self.options: dict[str, Any] = {}
         self.values: dict[str, Any] = {}
         self.visited: dict[str, bool] = {}
         self.progress = 0.0
@@ -108,10 +110,12 @@ class Context:
         target: Tensor | None,
         inputs: tuple[Any, ...],
         named: dict[str, Any] | None = None,
+        options: dict[str, Any] | None = None,
     ) -> None:
         """Start a pass of ``root``; explicit labels win over those set from outside."""
         self.root = root
         self.inputs = inputs
+        self.options = options or {}
         if self.remember:
             self.last = (root, inputs, named or {}) if root.training else None
         if target is None and _ambient:
@@ -128,6 +132,7 @@ class Context:
         self.target = None
         self.stale = False
         self.inputs = ()
+        self.options = {}
         self.values = {}
         self.visited = {}
 

@@ -84,7 +84,7 @@ class Program:
     """What a grafted module runs in one mode.
 
     Attributes:
-        function: in place of the class's forward, or None.
+        function: in place of the class's forward, called with the module first; or None.
         units: act on the output, in order.
         inputs: act on the first argument, in order.
     """
@@ -145,7 +145,12 @@ def _run(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         )
     state.context.visited[state.path] = True
     program = state.training if self.training else state.evaluation
-    for unit in program.inputs:
+    if program.inputs and kwargs and not args:  # the first argument was given by its name
+        named = inspect.signature(state.base.forward).parameters
+        first = next((name for name in named if name in kwargs), next(iter(kwargs)))
+        kwargs = dict(kwargs)
+        args = (kwargs.pop(first),)
+    for unit in program.inputs if args else ():
         args = (unit(args[0]), *args[1:])
     if program.function is None:
         out = state.base.forward(self, *args, **kwargs)
@@ -167,7 +172,12 @@ def _traced_run(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
 
 
 def _outer_call(
-    self: nn.Module, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], target: Any
+    self: nn.Module,
+    call: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    target: Any,
+    options: dict[str, Any] | None = None,
 ) -> Any:
     """Run an entry point of the patched model inside a pass of its context."""
     state: GraftState = self.__dict__[STATE]
@@ -180,7 +190,7 @@ def _outer_call(
     elif not torch.compiler.is_compiling() and state.ledger is not None:
         state.ledger.check(self)
         context = self.__dict__[STATE].context
-    context.begin(self, target, args, kwargs)
+    context.begin(self, target, args, kwargs, options)
     try:
         return call(self, *args, **kwargs)
     finally:
@@ -246,7 +256,9 @@ def grafted_class(base: type[nn.Module], outer: bool) -> type[nn.Module]:
     if outer:
 
         def forward(self: nn.Module, *args: Any, target: Tensor | None = None, **kwargs: Any) -> Any:
-            return _outer_call(self, _whole_call, args, kwargs, target)
+            declared = self.__dict__[STATE].ledger.options
+            options = {name: kwargs.pop(name) for name in declared if name in kwargs}
+            return _outer_call(self, _whole_call, args, kwargs, target, options)
 
         # torch.export and trainers read the signature: it stays the model's own, plus the labels.
         keyword = inspect.Parameter("target", inspect.Parameter.KEYWORD_ONLY, default=None)

@@ -28,7 +28,16 @@ from fxgraft.graph.grafted import (
     state_of,
 )
 from fxgraft.graph.journal import Installation, Kept
-from fxgraft.graph.rewriting import STATE, Edit, Editor, Input, Output, as_forward, restore_checkpointing
+from fxgraft.graph.rewriting import (
+    STATE,
+    Edit,
+    Editor,
+    Input,
+    Instead,
+    Output,
+    as_forward,
+    restore_checkpointing,
+)
 
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 
@@ -102,6 +111,8 @@ class Ledger:
         grafts: the grafts.
         context: what their units share during a pass.
         installation: what is written on the model now.
+        owners: the grafted parts of the model, and in which modes (training, evaluation) they run a graft.
+        options: keyword arguments of a call that are meant for the grafts and not for the model.
     """
 
     def __init__(self) -> None:
@@ -109,6 +120,7 @@ class Ledger:
         self.context = Context()
         self.installation: Installation | None = None
         self.owners: dict[str, tuple[bool, bool]] = {}
+        self.options: tuple[str, ...] = ()
 
     def plan(self, model: nn.Module, grafts: Sequence[Graft]) -> Installation:
         """Plan and compile grafts on a bare model; nothing is written.
@@ -169,6 +181,8 @@ class Ledger:
             runs = (state.training.acts, state.evaluation.acts)
             if path and any(runs):
                 self.owners[path] = runs
+        declared = [option for graft in self.grafts for option in getattr(graft.patch, "call_options", ())]
+        self.options = tuple(dict.fromkeys(declared))
         self.context.remember = any(unit.replays for graft in self.grafts for unit in graft.units.values())
         self.context.last = None
         acts_in_evaluation = any(p.evaluation for _, p in installation.placements)
@@ -271,7 +285,9 @@ class Ledger:
             for name in ("training", "evaluation"):
                 program: Program = getattr(state, name)
                 inputs, units = [twin(u) for u in program.inputs], [twin(u) for u in program.units]
-                setattr(state, name, replace(program, inputs=inputs, units=units))
+                whole = program.function
+                whole = twin(whole) if isinstance(whole, Unit) else whole
+                setattr(state, name, replace(program, function=whole, inputs=inputs, units=units))
             module.__dict__[STATE] = state
 
 
@@ -350,9 +366,16 @@ def _program(
     ]
     units = [placement.unit for placement, _ in acting if isinstance(placement.edit, Output)]
     inputs = [placement.unit for placement, _ in acting if isinstance(placement.edit, Input)]
-    inner = [(p, name) for p, name in acting if not isinstance(p.edit, (Input, Output))]
+    whole = [placement.unit for placement, _ in acting if isinstance(placement.edit, Instead)]
+    inner = [(p, name) for p, name in acting if not isinstance(p.edit, (Input, Instead, Output))]
+    if len(whole) + bool(inner) > 1:
+        names = ", ".join(dict.fromkeys(repr(graft.name) for graft, _ in placed))
+        raise SiteError(
+            f"{names} cannot share {state.path or 'the model'!r}: one replaces its whole forward, and another "
+            "acts inside of it.\nThe inner one would never run.\nTake one of them off, or choose another layer."
+        )
     if not inner or anatomy is None:
-        return Program(None, units, inputs)
+        return Program(whole[0] if whole else None, units, inputs)
     traced = anatomy.fresh_graph(state.path, training)
     editor = Editor(traced)
     for placement, name in inner:

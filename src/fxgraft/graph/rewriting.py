@@ -64,19 +64,6 @@ class Before:
 
 
 @dataclass(frozen=True)
-class Around:
-    """Call a unit with a child module and the arguments of its call, in place of the child.
-
-    The unit is called as ``unit(child, *args, **kwargs)`` with the living child, which it may call or not.
-
-    Attributes:
-        node: name of the child's call.
-    """
-
-    node: str
-
-
-@dataclass(frozen=True)
 class Replace:
     """Call a unit instead of a node, with the node's own arguments.
 
@@ -113,7 +100,15 @@ class Input:
     """Run a unit on the module's first argument; needs no trace of the module."""
 
 
-Edit = After | Edge | Before | Around | Replace | Span | Input | Output
+@dataclass(frozen=True)
+class Instead:
+    """Call a unit in place of the module's own forward, as ``unit(module, *args, **kwargs)``.
+
+    Needs no trace: the unit gets the living module, whose parameters and settings it may use.
+    """
+
+
+Edit = After | Edge | Before | Replace | Span | Input | Instead | Output
 """Everything a patch can do to a module's forward. More inputs and outputs of a pass go through its context."""
 
 
@@ -134,18 +129,17 @@ class Editor:
         """Carry out one edit.
 
         Args:
-            edit: what to do in the graph; `Input` and `Output` act outside it.
+            edit: what to do in the graph; `Input`, `Instead` and `Output` act outside it.
             unit: attribute path, from the module, of the unit to call.
 
         Raises:
             SiteError: the graph has no node of that name.
         """
         graph = self.traced.graph
-        if isinstance(edit, (Replace, Around)):
+        if isinstance(edit, Replace):
             node = self._node(edit.node)
             with graph.inserting_before(node):
-                child = (graph.get_attr(str(node.target)),) if isinstance(edit, Around) else ()
-                call = graph.call_module(unit, (*child, *node.args), node.kwargs)
+                call = graph.call_module(unit, node.args, node.kwargs)
             node.replace_all_uses_with(call)
             graph.erase_node(node)
             self._named[edit.node] = call

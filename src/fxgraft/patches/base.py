@@ -48,6 +48,7 @@ class Patch:
         train_only: evaluation is bitwise the bare model's.
         needs_labels: training passes need ``target``.
         adds_parameters: it has parameters of its own to train.
+        call_options: keyword arguments of the model's call that are meant for this method's units.
     """
 
     method: ClassVar[str] = ""
@@ -59,6 +60,7 @@ class Patch:
     train_only: ClassVar[bool] = False
     needs_labels: ClassVar[bool] = False
     adds_parameters: ClassVar[bool] = False
+    call_options: ClassVar[tuple[str, ...]] = ()
 
     def place(self, anatomy: Anatomy, make: Make) -> Sequence[Placement]:
         """Say which units go where on a bare model.
