@@ -3,10 +3,11 @@
     python benchmarks/overhead.py                                  # four backbones, 224², batch 16
     python benchmarks/overhead.py --models resnet50 --rounds 24
     python benchmarks/overhead.py --device cuda --batch 64
+    python benchmarks/overhead.py --models resnet18 --methods crossnorm crossnorm:p=1.0,active=None --compile
 
 Writes ``results/overhead.json`` (every number with its spread), ``overhead.md`` and ``overhead.png`` beside
-it; on another device than the CPU the files are named after it. The methods come from the registry: a new
-one is measured without a change here.
+it; on another device than the CPU, and for compiled networks, the files are named so. The methods come from
+the registry: a new one is measured without a change here.
 """
 
 from __future__ import annotations
@@ -21,9 +22,11 @@ import fxgraft
 from fxgraft.bench import BARE, CONTROL, FORWARD, PATCHED, TRAINING_STEP, measure
 from fxgraft.bench_report import OverheadReport, Row
 from fxgraft.errors import SiteError, StructureError
+from fxgraft.spec import parse_patch_spec
 
 MODELS = ("resnet18", "resnet50", "convnext_tiny", "vit_small_patch16_224")
 RESULTS = Path(__file__).parent / "results"
+NEEDED = {"taps": {"layers": (-1,)}, "gam": {"layers": (-1,)}}  # options without a default
 COLUMNS = ("model", "method", "evaluation", "training step", "noise", "extra memory in training")
 
 
@@ -32,30 +35,32 @@ def main(arguments: Sequence[str] | None = None) -> None:
     # torch's profiler, which reads the memory, logs its start and stop to stderr unless told otherwise.
     os.environ.setdefault("KINETO_LOG_LEVEL", "6")
     known = fxgraft.methods()
-    methods = options.methods or list(known)
+    specs = [parse_patch_spec(text) for text in options.methods or known]
     suffix = "" if options.device == "cpu" else "-" + options.device.replace(":", "")
+    suffix += "-compiled" if options.compile else ""
     stem = options.out / f"overhead{suffix}"
     stem.parent.mkdir(parents=True, exist_ok=True)
 
     reports: list[OverheadReport] = []
     refused: list[dict[str, str]] = []
     for model in options.models:
-        for method in methods:
+        for spec in specs:
             try:
                 report = measure(
                     model,
-                    [(method, {})],
+                    [(spec.method, {**NEEDED.get(spec.method, {}), **spec.options})],
                     batch=options.batch,
                     size=options.size,
                     device=options.device,
                     rounds=options.rounds,
                     min_run_time=options.min_run_time,
                     threads=options.threads,
+                    compiled=options.compile,
                 )
             except (SiteError, StructureError) as error:
                 # Part of the result: not every backbone has what every method needs.
-                refused.append({"model": model, "method": method, "reason": str(error)})
-                print(f"{model} · {method}: {error}", flush=True)
+                refused.append({"model": model, "method": spec.text, "reason": str(error)})
+                print(f"{model} · {spec.text}: {error}", flush=True)
             else:
                 reports.append(report)
                 print(report, flush=True)
@@ -80,7 +85,8 @@ def markdown(reports: Sequence[OverheadReport], refused: Sequence[dict[str, str]
         f"Time against the bare model: median of the ratios within {first.rounds} interleaved rounds, "
         "quartiles in brackets. Noise: a second bare model in the patched one's place, training step.",
         "",
-        f"Batch {first.batch} at {first.size}², {first.device} ({first.processor}), threads: {first.threads};"
+        f"Batch {first.batch} at {first.size}², {first.device} ({first.processor}), threads: {first.threads}"
+        f"{', torch.compile(fullgraph=True)' if first.compiled else ''};"
         f" {versions}. Training step: {first.training_step}. Memory: {first.memory_kind}.",
         "",
         "| " + " | ".join(COLUMNS) + " |",
@@ -149,10 +155,13 @@ def _parser() -> argparse.ArgumentParser:
         description=(__doc__ or "").partition("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
     parser.add_argument("--models", nargs="+", default=list(MODELS), help="names for fxgraft.zoo.build_model")
-    parser.add_argument("--methods", nargs="+", help="default: every registered method")
+    parser.add_argument(
+        "--methods", nargs="+", help="as METHOD:key=value,...; default: every registered method"
+    )
     parser.add_argument("--rounds", type=int, default=12, help="timings of each network")
     parser.add_argument("--min-run-time", type=float, default=0.2, help="seconds per timing")
     parser.add_argument("--threads", type=int, help="CPU threads; default: torch's own")
+    parser.add_argument("--compile", action="store_true", help="run every network through torch.compile")
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--size", type=int, default=224)
     parser.add_argument("--device", default="cpu")

@@ -193,3 +193,19 @@ def test_measures_a_patched_model():
         assert ratio.median > 0
     # What acts in training only is absent from the evaluation graph: no extra memory either.
     assert patched.row(FORWARD, PATCHED).peak_bytes == patched.row(FORWARD, BARE).peak_bytes
+
+
+def test_compiled_networks_are_all_compiled(monkeypatch):
+    compiled = []
+
+    def compiling(model, **options):
+        compiled.append(options)
+        return model
+
+    monkeypatch.setattr(torch, "compile", compiling)
+    report = quick(patches=[("rsc", {"layer": "0"})], compiled=True)
+    assert compiled == [{"fullgraph": True}] * 3
+    assert report.compiled
+    assert OverheadReport.from_json(report.to_json()) == report
+    assert "compiled" in str(report)
+    assert "compiled" not in str(quick())

@@ -63,6 +63,7 @@ def measure(
     rounds: int = 10,
     min_run_time: float = 0.2,
     threads: int | None = None,
+    compiled: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> OverheadReport:
     """Measure what the patches cost on a classifier.
@@ -79,6 +80,7 @@ def measure(
         min_run_time: seconds for which each timing repeats its call. The call runs at least once, after one
             that is not counted.
         threads: CPU threads of torch; None keeps the present number.
+        compiled: run all networks through ``torch.compile(fullgraph=True)``, the bare one as well.
         progress: called with the number of timings done and their total.
 
     Raises:
@@ -89,7 +91,7 @@ def measure(
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(0)
         bare = build_model(model, input_size=size) if isinstance(model, str) else model()
-        contestants = _contestants(bare.to(device), patches, batch, size, device)
+        contestants = _contestants(bare.to(device), patches, batch, size, device, compiled)
         rows: list[Row] = []
         with _frozen_garbage():
             for index, measured in enumerate(what):
@@ -107,6 +109,7 @@ def measure(
         device=str(device),
         processor=_processor(device),
         threads=threads,
+        compiled=compiled,
         rounds=rounds,
         min_run_time=min_run_time,
         training_step=STEP,
@@ -135,6 +138,7 @@ def _contestants(
     batch: int,
     size: int,
     device: torch.device,
+    compiled: bool,
 ) -> list[_Contestant]:
     images = torch.randn(batch, 3, size, size, device=device)
     try:
@@ -155,19 +159,27 @@ def _contestants(
     labels = torch.randint(logits.shape[1], (batch,), device=device)
     # Copied before anything is patched: the same weights, and no trace of the patch in the control.
     contestants = [
-        _bare(BARE, copy.deepcopy(bare), images, labels),
-        _bare(CONTROL, copy.deepcopy(bare), images, labels),
+        _bare(BARE, copy.deepcopy(bare), images, labels, compiled),
+        _bare(CONTROL, copy.deepcopy(bare), images, labels, compiled),
     ]
     if patches:
-        contestants.append(_patched(bare, patches, images, labels))
+        contestants.append(_patched(bare, patches, images, labels, compiled))
     return contestants
 
 
-def _bare(name: str, model: nn.Module, images: torch.Tensor, labels: torch.Tensor) -> _Contestant:
-    def loss() -> torch.Tensor:
-        return F.cross_entropy(model(images), labels)
+def _bare(
+    name: str, model: nn.Module, images: torch.Tensor, labels: torch.Tensor, compiled: bool
+) -> _Contestant:
+    run = _runner(model, compiled)
 
-    return _Contestant(name, _forward(model, images), _training_step(model, loss), model)
+    def loss() -> torch.Tensor:
+        return F.cross_entropy(run(images), labels)
+
+    return _Contestant(name, _forward(run, images), _training_step(model, loss), model)
+
+
+def _runner(model: nn.Module, compiled: bool) -> Callable[..., Any]:
+    return torch.compile(model, fullgraph=True) if compiled else model
 
 
 def _patched(
@@ -175,22 +187,25 @@ def _patched(
     patches: Sequence[tuple[str, Mapping[str, Any]]],
     images: torch.Tensor,
     labels: torch.Tensor,
+    compiled: bool,
 ) -> _Contestant:
     import fxgraft
 
     for method, options in patches:
         fxgraft.patch(model, method, **{"input_size": tuple(images.shape[1:]), **options})
 
+    run = _runner(model, compiled)
+
     def loss() -> torch.Tensor:
-        return fxgraft.loss(model, model(images, target=labels), labels)
+        return fxgraft.loss(model, run(images, target=labels), labels)
 
-    return _Contestant(PATCHED, _forward(model, images), _training_step(model, loss), model)
+    return _Contestant(PATCHED, _forward(run, images), _training_step(model, loss), model)
 
 
-def _forward(model: nn.Module, images: torch.Tensor) -> Call:
+def _forward(run: Callable[..., Any], images: torch.Tensor) -> Call:
     def forward() -> None:
         with torch.no_grad():
-            model(images)
+            run(images)
 
     return forward
 

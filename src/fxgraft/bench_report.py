@@ -78,6 +78,7 @@ class OverheadReport:
         memory_kind: what `Row.peak_bytes` counts.
         versions: of Python and the libraries.
         rows: the numbers.
+        compiled: whether the networks ran through torch.compile.
     """
 
     model: str
@@ -93,6 +94,7 @@ class OverheadReport:
     memory_kind: str
     versions: dict[str, str]
     rows: tuple[Row, ...]
+    compiled: bool = False
 
     def row(self, what: str, network: str) -> Row:
         """Return the row of one network in one kind of call."""
@@ -135,7 +137,8 @@ class OverheadReport:
             # Text, not a string: rich would take the brackets of a glob for its own markup.
             title=Text(f"{self.model} · {' + '.join(self.patches) or 'no patch'}"),
             caption=f"batch {self.batch} at {self.size}×{self.size} on {self.device} ({self.processor}), "
-            f"threads: {self.threads}, rounds: {self.rounds}; medians with quartiles.\n"
+            f"threads: {self.threads}, {'compiled, ' if self.compiled else ''}rounds: {self.rounds}; "
+            "medians with quartiles.\n"
             f"Ratio: within a round, against bare; 'bare again' shows the noise.\n"
             f"Training step: {self.training_step}.\nMemory: {self.memory_kind}.",
             caption_justify="left",

@@ -154,6 +154,7 @@ def bench(
     rounds: Annotated[int, typer.Option(help="Timings of each network.")] = 12,
     min_run_time: Annotated[float, typer.Option(help="Seconds for which one timing repeats its call.")] = 0.2,
     threads: Annotated[int | None, typer.Option(help="CPU threads of torch.")] = None,
+    compiled: Annotated[bool, typer.Option("--compile", help="Through torch.compile, all of them.")] = False,
     json: Annotated[Path | None, typer.Option(help="Also write the numbers to this file.")] = None,
 ) -> None:
     """Measure what patches cost: time and memory against the bare model, in turns."""
@@ -181,6 +182,7 @@ def bench(
             rounds=rounds,
             min_run_time=min_run_time,
             threads=threads,
+            compiled=compiled,
             progress=lambda done, total: progress.update(task, completed=done, total=total),
         )
     _show(report, str(report))

@@ -127,3 +127,40 @@ def test_cnsn(backbone: Backbone) -> None:
     assert list(model.state_dict()) == keys
     assert not [name for name, module in model.named_modules() if "_fxgraft" in module.__dict__]
     assert torch.equal(evaluated(model, x), expected)
+
+
+EVERYWHERE = {"timm/resnet18", "timm/resnetv2_18", "timm/test_vit", "timm/mobilenetv3_small_050"}
+
+
+@pytest.mark.parametrize(
+    "backbone",
+    [
+        pytest.param(
+            *each.values,
+            id=each.id,
+            marks=[*each.marks, *([] if each.id in EVERYWHERE else [pytest.mark.sweep])],
+        )
+        for each in available()
+        if each.id not in NO_JOIN
+    ],
+)
+def test_the_other_positions(backbone: Backbone) -> None:
+    x, y = backbone.inputs(), torch.arange(4) % NUM_CLASSES
+    bare = backbone.build(warm=True)
+    expected = evaluated(bare, x)
+    seen = set()
+    for position in ("pre", "residual", "identity"):
+        model = copy.deepcopy(bare)
+        size = {"input_size": backbone.input_size, "position": position}
+        fxgraft.patch(model, "crossnorm", p=1.0, active=None, **size)
+        fxgraft.patch(model, "selfnorm", init="identity", **size)
+        assert torch.equal(evaluated(model, x), expected)
+        gradients = trained(model, x, y)
+        assert not [name for name, gradient in gradients.items() if not gradient.isfinite().all()]
+        own = {name for name, _ in model.named_parameters() if "graft_" in name}
+        assert gradients.keys() >= own
+        torch.manual_seed(1)
+        model.train()
+        with torch.no_grad():
+            seen.add(model(x).sum().item())
+    assert len(seen) == 3
