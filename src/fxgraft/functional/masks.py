@@ -1,0 +1,226 @@
+"""Mixing masks of MixMo (Ramé, Sun, Cord, ICCV 2021): who is seen where, drawn for a whole batch at once.
+
+From the ratios κ (B, M) of `fxgraft.functional.mixmo.dirichlet` to masks (M, B, 1 or C, H or 1, W or 1) that sum
+to 1 over the members at every position, and the shares (B, M) of the map that each member really has.
+
+Linear masks are κ itself. The others give member 0 a mask of its own and its complement to member 1. The
+authors define all but the cut for two members only. With more, what they do for the cut is done for all:
+the other members share the complement linearly, in the proportions of their κ.
+
+A maker is a function of its draws, so that it can be checked on given ones; `draw_masks` draws them, from
+torch's generator of κ's device. Nothing waits for the device, and no Python loop runs over samples.
+
+Against the authors' release: every sample has a mask of its own there too, but the share is the mean of a mask
+of which only the first channel is then mixed with. Here it is that of the mask in use.
+"""
+
+from __future__ import annotations
+
+import math
+from contextlib import nullcontext
+from typing import Literal, get_args
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fxgraft.errors import ConfigError, candidates
+
+Mixing = Literal[
+    "linear", "sum", "cut", "cow", "patchup_hard", "patchup_soft", "horizontal", "vertical", "channel"
+]
+"""How the encodings are mixed; see `draw_masks`."""
+
+MIXINGS: tuple[Mixing, ...] = get_args(Mixing)
+
+PATCHUP_BLOCK = 7
+COW_PROPORTION = (0.2, 0.8)
+COW_SIGMA = (4.0, 16.0)
+
+
+def draw_masks(
+    mixing: Mixing, kappa: Tensor, channels: int, height: int, width: int
+) -> tuple[Tensor, Tensor]:
+    """Draw the masks of a batch, and measure what each member has of the map.
+
+    - "linear": mask_i = κ_i everywhere. "sum": 1/M (MIMO).
+    - "cut": a box for member 0, see `box_mask`.
+    - "cow": blobs for member 0, see `cow_mask`; their share does not depend on κ, as in the release.
+    - "patchup_hard": square patches for member 0, see `patches_mask`. "patchup_soft": the same patches, and
+      the linear mixture outside them.
+    - "horizontal", "vertical": a band of rows or of columns for member 0, see `band_mask`.
+    - "channel": each channel goes to member 0 with probability κ_0; a mask per channel, constant over space.
+
+    Args:
+        mixing: one of the above.
+        kappa: (B, M) ratios that sum to 1 over M, floating point.
+        channels: C of the encodings.
+        height: H of the encodings.
+        width: W of the encodings.
+
+    Returns:
+        Masks (M, B, ...): (1, 1, 1) for "linear" and "sum", (C, 1, 1) for "channel", (1, H, 1) for "horizontal",
+        (1, 1, W) for "vertical", (1, H, W) for the rest. And shares (B, M), the mean of each mask. Both in the
+        dtype and on the device of `kappa`. A single member has everything, whatever the mixing.
+
+    Raises:
+        ConfigError: no such mixing.
+    """
+    if mixing not in MIXINGS:
+        raise ConfigError(f"There is no mixing {mixing!r}. {candidates(str(mixing), MIXINGS, len(MIXINGS))}")
+    members = kappa.shape[1]
+    if mixing == "sum" or members == 1:
+        shares = torch.full_like(kappa, 1 / members)
+        return shares.t()[..., None, None, None], shares
+    if mixing == "linear":
+        return kappa.t()[..., None, None, None], kappa
+    return share_out(_first_mask(mixing, kappa[:, 0], channels, height, width), kappa)
+
+
+def _first_mask(mixing: Mixing, share: Tensor, channels: int, height: int, width: int) -> Tensor:
+    """Draw the mask of member 0, (B, 1 or C, H or 1, W or 1), from its share (B,)."""
+
+    def uniform(*shape: int) -> Tensor:
+        return torch.rand(share.shape[0], *shape, dtype=share.dtype, device=share.device)
+
+    if mixing == "cut":
+        return box_mask(share, draw_centres(share.shape[0], height, width, share.device), height, width)
+    if mixing == "cow":
+        (low, high), (narrow, wide) = COW_PROPORTION, COW_SIGMA
+        proportion, sigma = low + (high - low) * uniform(), narrow * (wide / narrow) ** uniform()
+        noise = torch.randn(share.shape[0], 1, height, width, dtype=share.dtype, device=share.device)
+        return cow_mask(proportion, sigma, noise)
+    if mixing == "horizontal":
+        return band_mask(share, uniform() < 0.5, height)[:, None, :, None]
+    if mixing == "vertical":
+        return band_mask(share, uniform() < 0.5, width)[:, None, None, :]
+    if mixing == "channel":
+        return (uniform(channels) < share.unsqueeze(1)).to(share.dtype)[..., None, None]
+    block, share = patch_size(height, width), share[:, None, None, None]
+    centres = uniform(1, height, width) < patch_rate(share, height, width, block)
+    patches = patches_mask(centres.to(share.dtype), block)
+    return patches if mixing == "patchup_hard" else torch.where(patches > 0, patches, share)
+
+
+def share_out(first: Tensor, kappa: Tensor) -> tuple[Tensor, Tensor]:
+    """Complete the mask of member 0, (B, ...), to those of all M ≥ 2 members, and measure them.
+
+    The others share 1 − first in proportion to their κ (equally, where these are all 0). Returns masks
+    (M, B, ...) and shares (B, M).
+    """
+    members = kappa.shape[1]
+    share = first.flatten(1).mean(1, keepdim=True)
+    if members == 2:
+        return torch.stack((first, 1 - first)), torch.cat((share, 1 - share), 1)
+    rest = kappa[:, 1:]
+    total = rest.sum(1, keepdim=True)
+    rest = torch.where(total > 0, rest / total, 1 / (members - 1))
+    others = (1 - first) * rest.t().reshape(members - 1, -1, *[1] * (first.ndim - 1))
+    return torch.cat((first.unsqueeze(0), others)), torch.cat((share, (1 - share) * rest), 1)
+
+
+def shuffle_roles(masks: Tensor, shares: Tensor) -> tuple[Tensor, Tensor]:
+    """Deal masks (M, B, ...) and shares (B, M) to the members anew, the same way for all of the batch.
+
+    As in the release: what a mixing does to member 0 alone falls on every member equally often.
+    """
+    order = torch.rand(masks.shape[0], device=masks.device).argsort()
+    return masks.index_select(0, order), shares.index_select(1, order)
+
+
+def draw_centres(batch: int, height: int, width: int, device: torch.device | str = "cpu") -> Tensor:
+    """Draw a cell of the map for every sample, (B, 2) row and column, uniformly."""
+    rows, columns = torch.rand(2, batch, device=device).unbind()
+    return torch.stack(((rows * height).long(), (columns * width).long()), 1)
+
+
+def box_mask(share: Tensor, centres: Tensor, height: int, width: int) -> Tensor:
+    """CutMix's boxes: 1 inside a box of the sides √share · H and √share · W, clipped at the border.
+
+    Sides and half sides are cut to whole cells, as in the release, so a box has less than `share` of the map: on
+    8×8 a share of 1/2 gives about 1/5. Measure it.
+
+    Args:
+        share: (B,), in [0, 1].
+        centres: (B, 2) row and column, whole numbers.
+        height: of the map.
+        width: of the map.
+
+    Returns:
+        (B, 1, H, W) of zeros and ones in the dtype of `share`.
+    """
+    side = share.sqrt()
+
+    def inside(centre: Tensor, size: int) -> Tensor:
+        half = ((side * size).long() // 2).unsqueeze(1)
+        distance = torch.arange(size, device=share.device) - centre.unsqueeze(1)
+        return (distance >= -half) & (distance < half)
+
+    rows, columns = inside(centres[:, 0], height), inside(centres[:, 1], width)
+    return (rows[:, None, :, None] & columns[:, None, None, :]).to(share.dtype)
+
+
+def band_mask(share: Tensor, at_end: Tensor, size: int) -> Tensor:
+    """The first ⌊share · size⌋ of `size` places, or the last where `at_end` (B,) says so: (B, size).
+
+    The release inverts the share when it turns the band to the end. As κ is drawn symmetrically, two members
+    are mixed alike on average either way; here the band keeps its share.
+    """
+    places = torch.arange(size, device=share.device)
+    places = torch.where(at_end.unsqueeze(1), size - 1 - places, places)
+    return (places < (share * size).long().unsqueeze(1)).to(share.dtype)
+
+
+def cow_mask(proportion: Tensor, sigma: Tensor, noise: Tensor) -> Tensor:
+    """CowMix's blobs: 1 where blurred noise lies below its quantile, taken as that of a normal distribution.
+
+    Args:
+        proportion: (B,) of the map that is 1 on average over draws.
+        sigma: (B,) width of the Gaussian blur in cells; the release draws it log-uniformly from 4 to 16.
+        noise: (B, 1, H, W), standard normal.
+
+    Returns:
+        (B, 1, H, W) of zeros and ones in the dtype of `noise`.
+    """
+    rows, columns = _blur(sigma, noise.shape[-2]), _blur(sigma, noise.shape[-1])
+    # The meta device has no autocast to switch off.
+    full = nullcontext() if noise.is_meta else torch.autocast(noise.device.type, enabled=False)
+    with full:
+        blurred = rows @ noise @ columns
+    cells = noise.shape[-2] * noise.shape[-1]
+    std, mean = torch.std_mean(blurred, dim=(2, 3), keepdim=True, correction=min(1, cells - 1))
+    height = math.sqrt(2) * torch.erfinv(2 * proportion - 1).reshape(-1, 1, 1, 1)
+    return (blurred <= mean + height * std).to(noise.dtype)
+
+
+def _blur(sigma: Tensor, size: int) -> Tensor:
+    """Zero-padded convolution with a Gaussian as a matrix, (B, 1, size, size), up to a factor.
+
+    The factor moves mean, deviation and map alike. The kernel ends where the release's does.
+    """
+    places = torch.arange(size, device=sigma.device)
+    distance = places.unsqueeze(1) - places
+    weights = torch.exp(-0.5 * (distance / sigma.reshape(-1, 1, 1, 1)) ** 2)
+    return weights * (distance.abs() <= 3 * COW_SIGMA[1])
+
+
+def patch_size(height: int, width: int, block: int = PATCHUP_BLOCK) -> int:
+    """Side of PatchUp's patches: `block`, or the largest odd number of cells that the map holds."""
+    return min(block, (min(height, width) - 1) // 2 * 2 + 1)
+
+
+def patch_rate(share: Tensor, height: int, width: int, block: int) -> Tensor:
+    """Probability of a cell to be the centre of a patch, shaped as `share`, as in DropBlock and the authors' release.
+
+    share · H · W / (block² · (H − block + 1) · (W − block + 1)). The patches that come of it overlap, and on small
+    maps there are many: with a block of 7, a share of 0.9 covers 0.7 of a 32×32 map, one of 0.35 half of 16×16.
+    """
+    return share * (height * width / (block**2 * (height - block + 1) * (width - block + 1)))
+
+
+def patches_mask(centres: Tensor, block: int) -> Tensor:
+    """PatchUp's patches: 1 on the squares of an odd side `block` around the ones of `centres` (B, 1, H, W).
+
+    One mask for all channels, as the release mixes, though it draws one per channel.
+    """
+    return F.max_pool2d(centres, block, 1, block // 2)
