@@ -61,6 +61,10 @@ class BypassError(FxgraftError, RuntimeError):
     """A call would run, or has run, around a graft that should have acted."""
 
 
+class TapError(FxgraftError, RuntimeError):
+    """A recorded value cannot be handed over: there was no pass, or it went past the site or wrote over it."""
+
+
 class RecipeError(FxgraftError, ValueError):
     """A saved recipe is damaged, foreign, of an unknown version, or made for another architecture."""
 

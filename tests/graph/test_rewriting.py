@@ -283,16 +283,16 @@ class Keeps(Scale):
 
 
 def test_a_unit_that_hands_its_value_on_changes_no_number() -> None:
-    class Taps(Toy):
+    class Keeping(Toy):
         def unit(self) -> Scale:
             return Keeps(1)
 
-    fxgraft.register("taps")(Taps)
+    fxgraft.register("keeping")(Keeping)
     model, bare = net(), net()
     at = tuple(
         (f"stage1.{i}", After(node)) for i in range(2) for node in ("conv1", "bn", "act", "conv2", "add")
     )
-    fxgraft.patch(model, Taps(at=at))
+    fxgraft.patch(model, Keeping(at=at))
     assert_equal_steps(step(model, images()), step(bare, images()))
     assert len(Keeps.kept) == 10
 

@@ -152,7 +152,7 @@ def test_the_listing_shows_shape_dtype_layout_and_order() -> None:
         "Sequential",
     )
     assert (listed["fc"].shape, listed["fc"].layout, listed["fc"].op) == ((2, 4), "NC", "Linear")
-    assert listed["stage1.0.add"].op == "add"
+    assert listed["stage1.0.add"].op == "iadd"
     assert (
         order.index("stem.act")
         < order.index("stem.act_1")

@@ -357,3 +357,38 @@ def test_a_dual_graph_module_gives_one_graph_per_mode() -> None:
 def test_nested_names_do_not_open_namesakes() -> None:
     model = nn.Sequential(Net(), nn.Identity())
     assert called(graph(model, "0", opened=("stage1",)))[:4] == ["stem", "stage1.0", "stage1.1", "down"]
+
+
+class InPlace(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 3, 1)
+
+    def forward(self, x):
+        rows = x.shape[2]
+        more = rows
+        more += 1
+        y = self.conv(x)
+        same = y
+        y += 2
+        y *= 3
+        y -= 1
+        y /= 2
+        return same * more + rows
+
+
+def test_in_place_operators_stay_in_place_and_leave_numbers_alone():
+    module = InPlace()
+    x = torch.randn(2, 3, 4, 4)
+    anatomy = Anatomy(nn.Sequential(module), (3, 4, 4))
+    forward = as_forward(anatomy.fresh_graph("0", training=True), "InPlace")
+    seen = []
+    module.conv.register_forward_hook(lambda module, args, out: seen.append(out))
+    out = forward(module, x)
+    assert torch.equal(out, module(x))
+    assert torch.equal(out, seen[0] * 5 + 4)  # the convolution's output itself was written to
+
+
+def test_nodes_of_in_place_operators_are_named_as_torchvision_names_them():
+    resnet = timm.create_model("resnet18")
+    assert "layer1.0.add" in [site.name for site in fxgraft.sites(resnet, "layer1.0.*")]

@@ -87,6 +87,8 @@ class Context:
         options: keyword arguments of this pass that a patch declared as its own.
         values: what `Capture` units recorded in this pass, by key.
         visited: the owners reached in this pass.
+        recording: where taps put their values during a pass; None outside of one and while a graft looks ahead.
+        recorded: what the taps of the last pass recorded, until it is fetched or the next pass begins.
         progress: share of training done, in [0, 1].
         remember: whether a graft runs the model again; then the arguments of the last pass outlive it.
         last: the model and the arguments of the last training pass, or None.
@@ -100,6 +102,8 @@ class Context:
         self.options: dict[str, Any] = {}
         self.values: dict[str, Any] = {}
         self.visited: dict[str, bool] = {}
+        self.recording: dict[str, Any] | None = None
+        self.recorded: dict[str, Any] | None = None
         self.progress = 0.0
         self.remember = False
         self.last: tuple[nn.Module, tuple[Any, ...], dict[str, Any]] | None = None
@@ -116,6 +120,7 @@ class Context:
         self.root = root
         self.inputs = inputs
         self.options = options or {}
+        self.recording, self.recorded = {}, None
         if self.remember:
             self.last = (root, inputs, named or {}) if root.training else None
         if target is None and _ambient:
@@ -135,6 +140,7 @@ class Context:
         self.options = {}
         self.values = {}
         self.visited = {}
+        self.recording = None
 
     def labels(self, graft: str, batch: int) -> Tensor:
         """Return the labels of this pass, or raise what is wrong with them.

@@ -39,12 +39,14 @@ class Unit(nn.Module):
         graft: the name of its graft.
         transient: attributes that are found again for every model, and do not travel with copies.
         replays: whether the graft runs the model again on the arguments of the last training pass.
+        optional: whether calls of a part of the model may go around it, since others tell what then happens.
     """
 
     context: Context
     graft: str = ""
     transient: tuple[str, ...] = ()
     replays: bool = False
+    optional: bool = False
 
     def set_progress(self, fraction: float) -> None:
         """Follow a schedule. Keep what depends on it in plain attributes: compiled code guards on those."""
@@ -95,8 +97,8 @@ class Program:
 
     @property
     def acts(self) -> bool:
-        """Whether it differs from the module's own forward."""
-        return self.function is not None or bool(self.units or self.inputs)
+        """Whether it differs from the module's own forward in more than units that may be passed by."""
+        return self.function is not None or not all(u.optional for u in (*self.units, *self.inputs))
 
 
 @dataclass
@@ -192,7 +194,9 @@ def _outer_call(
         context = self.__dict__[STATE].context
     context.begin(self, target, args, kwargs, options)
     try:
-        return call(self, *args, **kwargs)
+        out = call(self, *args, **kwargs)
+        context.recorded = context.recording  # of a pass that came through only
+        return out
     finally:
         context.end()
 
@@ -312,9 +316,8 @@ def _extra_repr(self: nn.Module) -> str:
 
 
 def _unit_names(state: GraftState) -> str:
-    placed = [*vars(state.units).values(), *state.registered.values()]
-    programs = (state.training, state.evaluation)
-    units = [*(u for p in programs for u in (*p.inputs, *p.units)), *placed]
+    units = [u for p in (state.training, state.evaluation) for u in (*p.inputs, *p.units)]
+    units += [*vars(state.units).values(), *state.registered.values()]
     return ", ".join(dict.fromkeys(unit.graft for unit in units if unit.graft))
 
 

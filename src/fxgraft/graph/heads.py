@@ -24,8 +24,8 @@ _AVERAGES = (nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AvgPool2d)
 SHAPES = {"flatten", "squeeze", "unsqueeze", "reshape", "view", "permute", "transpose", "contiguous"}
 SHAPES |= {"getattr", "size", "getitem", "identity"}
 DROPOUTS = {"dropout", "dropout1d", "dropout2d"}
-_SCALES = {"mul", "div", "truediv", "neg"}
-_SUMS = {"add", "iadd", "stack", "mean", "sum"}
+SCALES = {"mul", "imul", "div", "truediv", "itruediv", "neg"}
+SUMS = {"add", "iadd", "stack", "mean", "sum"}
 _MAXIMA = {"amax", "max", "adaptive_max_pool2d", "adaptivemaxpool2d", "max_pool2d", "maxpool2d", "maximum"}
 _ATTENTION = {"softmax", "scaled_dot_product_attention", "multiheadattention"}
 _REMEDY = "Build the backbone with global_pool='avg' where it can be, or name another classifier, as head=..."
@@ -176,7 +176,7 @@ def model_name(anatomy: Anatomy) -> str:
 
 def _affine(node: fx.Node, owner: nn.Module) -> bool:
     if node.op != "call_module":
-        return node_name(node, owner) in SHAPES | DROPOUTS | _SCALES | {"linear"}
+        return node_name(node, owner) in SHAPES | DROPOUTS | SCALES | {"linear"}
     module = owner.get_submodule(str(node.target))
     plain = (nn.Identity, nn.Flatten, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.BatchNorm1d, nn.BatchNorm2d)
     return type(module) in plain or is_classifier(module)
@@ -197,7 +197,7 @@ def _classifiers(end: fx.Node, values: Values) -> Iterator[fx.Node]:
                 raise OpaqueError(str(node.target))
         name = node_name(node, owner)
         sources = tensor_inputs(node, values)
-        if not sources or name not in SHAPES | DROPOUTS | _SCALES | _SUMS | {"float", "to"}:
+        if not sources or name not in SHAPES | DROPOUTS | SCALES | SUMS | {"float", "to"}:
             return
         if pooling_of(node, values) is not None:
             return

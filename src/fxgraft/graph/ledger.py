@@ -132,8 +132,19 @@ class Ledger:
         anatomies: dict[Any, Anatomy] = {}
         for graft in grafts:
             anatomy = anatomies.setdefault(graft.input_size, Anatomy(model, graft.input_size))
-            for placement in graft.patch.place(anatomy, graft.make):
-                installation.placements.append((graft, placement))
+            asked: set[str] = set()
+
+            def make(
+                key: str, build: Callable[[], Unit], graft: Graft = graft, asked: set[str] = asked
+            ) -> Unit:
+                asked.add(key)
+                return graft.make(key, build)
+
+            installation.placements += [(graft, p) for p in graft.patch.place(anatomy, make)]
+            # What an earlier plan made, for a layer that another has replaced since, is of no use any more;
+            # what this one asked for is, placed or not.
+            for key in [key for key in graft.units if key not in asked]:
+                del graft.units[key]
         by_owner: dict[str, list[tuple[Graft, Placement]]] = {"": []}
         for graft, placement in installation.placements:
             by_owner.setdefault(placement.owner, []).append((graft, placement))
@@ -185,13 +196,13 @@ class Ledger:
         self.options = tuple(dict.fromkeys(declared))
         self.context.remember = any(unit.replays for graft in self.grafts for unit in graft.units.values())
         self.context.last = None
-        acts_in_evaluation = any(p.evaluation for _, p in installation.placements)
-        for graft in self.grafts:
-            for unit in graft.units.values():
-                unit.context = self.context
-                unit.set_progress(self.context.progress)
-                if acts_in_evaluation:
-                    unit.installed(Anatomy(model, graft.input_size))
+        units = [(graft, unit) for graft in self.grafts for unit in graft.units.values()]
+        for _, unit in units:
+            unit.context = self.context
+            unit.set_progress(self.context.progress)
+        if any(p.evaluation for _, p in installation.placements):
+            for graft, unit in units:
+                unit.installed(Anatomy(model, graft.input_size))
 
     @contextlib.contextmanager
     def lifted(self) -> Iterator[None]:
@@ -369,9 +380,9 @@ def _program(
     whole = [placement.unit for placement, _ in acting if isinstance(placement.edit, Instead)]
     inner = [(p, name) for p, name in acting if not isinstance(p.edit, (Input, Instead, Output))]
     if len(whole) + bool(inner) > 1:
-        names = ", ".join(dict.fromkeys(repr(graft.name) for graft, _ in placed))
+        both = ", ".join(dict.fromkeys(repr(graft.name) for graft, _ in placed))
         raise SiteError(
-            f"{names} cannot share {state.path or 'the model'!r}: one replaces its whole forward, and another "
+            f"{both} cannot share {state.path or 'the model'!r}: one replaces its whole forward, and another "
             "acts inside of it.\nThe inner one would never run.\nTake one of them off, or choose another layer."
         )
     if not inner or anatomy is None:

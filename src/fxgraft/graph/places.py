@@ -6,7 +6,9 @@ from torch import Tensor, fx, nn
 
 from fxgraft.errors import SiteError
 from fxgraft.graph.anatomy import Anatomy
+from fxgraft.graph.grafted import Unit
 from fxgraft.graph.heads import scope_of
+from fxgraft.graph.ledger import Placement
 from fxgraft.graph.rewriting import After, Edit, Output
 from fxgraft.graph.sites import Site, module_site
 from fxgraft.graph.tracing import Traced
@@ -76,6 +78,35 @@ def site_edit(anatomy: Anatomy, site: Site) -> tuple[str, Edit]:
         "What a patch draws must not be drawn again when the region is recomputed in backward.\n"
         "Switch checkpointing off (model.set_grad_checkpointing(False)) or name a site outside the region."
     )
+
+
+def site_edits(anatomy: Anatomy, site: Site) -> tuple[str, Edit, Edit]:
+    """Say where a unit that acts in both modes acts on a site's value.
+
+    Returns:
+        The module to graft, and what to do there in evaluation and in training; see `site_edit`.
+    """
+    owner, training = site_edit(anatomy, site)
+    if not isinstance(training, After):
+        return owner, training, training
+    name = site.node
+    if not name:
+        relative = _relative(site.path, site.owner)
+        nodes = anatomy.graph(site.owner, training=False).graph.nodes
+        name = next(n.name for n in nodes if n.op == "call_module" and n.target == relative)
+    return owner, After(name), training
+
+
+def both_modes(
+    owner: str, edit: Edit, training_edit: Edit, key: str, unit: Unit, order: tuple[str, int] | None = None
+) -> list[Placement]:
+    """Place a unit that acts in both modes: once, unless the two graphs name its site differently."""
+    if edit == training_edit:
+        return [Placement(owner, edit, key, unit, order=order)]
+    return [
+        Placement(owner, training_edit, key, unit, evaluation=False, order=order),
+        Placement(owner, edit, key, unit, training=False, order=order),
+    ]
 
 
 def training_name(anatomy: Anatomy, owner: str, name: str) -> str:

@@ -20,12 +20,13 @@ from torch import Tensor, fx, nn
 
 from fxgraft.errors import SiteError, TraceError
 from fxgraft.graph.anatomy import Anatomy
+from fxgraft.graph.proxies import iadd
 from fxgraft.graph.rewriting import After, Edge, Edit
 from fxgraft.graph.tracing import is_primitive, upstream_of
 
 POSITIONS = ("pre", "residual", "identity", "post")
 
-_ADDITIONS = {operator.add, operator.iadd, torch.add, "add", "add_"}
+_ADDITIONS = {operator.add, operator.iadd, iadd, torch.add, "add", "add_"}
 _VIEWS = {
     *(
         torch.permute,

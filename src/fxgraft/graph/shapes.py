@@ -179,8 +179,9 @@ def observe(
     model: nn.Module,
     input_size: tuple[int, ...] | None = None,
     batch: int = 2,
+    training: bool = False,
 ) -> Observation:
-    """Run ``model`` once in evaluation mode on fake tensors and record every module's calls.
+    """Run ``model`` once on fake tensors and record every module's calls.
 
     No hook fires and no flag, buffer or random state changes; nothing is computed.
 
@@ -188,6 +189,7 @@ def observe(
         model: any module that takes one tensor.
         input_size: (C, H, W) of the input; by default what `default_input_size` finds.
         batch: batch size of the fake input.
+        training: the mode that every module is in for this pass.
 
     Returns:
         The calls by qualified module name, in the order they were made.
@@ -208,7 +210,9 @@ def observe(
         name = names.get(module)
         if name is not None:
             seen.calls.setdefault(name, []).append(record)
-        record.output = module.forward(*args, **kwargs)
+        # A patched model is looked at as part of a trace: this is no pass, and serves no labels.
+        run = getattr(module, "_fxgraft_forward", None) or module.forward
+        record.output = run(*args, **kwargs)
         record.order = order
         order += 1
         return record.output
@@ -226,7 +230,10 @@ def observe(
     kept = preserved_modes(model), preserved_attributes(model.modules()), preserved_random_state()
     with kept[0], kept[1], kept[2], torch.no_grad(), replaced_checkpoint(checkpoint):
         for module in model.modules():
-            module.training = False
+            module.training = training
+            if training:  # BatchNorm counts on its real buffers, also in a fake pass
+                own = module._buffers
+                own.update({name: None if b is None else b.clone() for name, b in own.items()})
         nn.Module.__call__ = call  # type: ignore[method-assign]
         try:
             with mode:

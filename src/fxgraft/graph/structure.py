@@ -19,6 +19,7 @@ from fxgraft.graph.grafted import Capture
 from fxgraft.graph.heads import head_in, scope_of
 from fxgraft.graph.outputs import logits_node
 from fxgraft.graph.places import ancestors, locate, own_nodes, site_edit, training_name
+from fxgraft.graph.proxies import iadd, imul
 from fxgraft.graph.rewriting import After, Edit, compile_graph
 from fxgraft.graph.sites import Site, module_site
 from fxgraft.graph.tracing import Traced, downstream_of, is_primitive, settings_changed, upstream_of
@@ -94,8 +95,12 @@ class Rest:
         """
         others = [_detached(context.values[each.key]) for each in self.captured]
         inputs = [_detached(context.inputs[index]) for index in self.inputs]
-        with self.evaluation_mode(model), _outside_sharded_step(model, self.children):
-            return self.function(model, z, *others, *inputs)
+        recording, context.recording = context.recording, None  # taps record the pass, not a look ahead
+        try:
+            with self.evaluation_mode(model), _outside_sharded_step(model, self.children):
+                return self.function(model, z, *others, *inputs)
+        finally:
+            context.recording = recording
 
     @contextlib.contextmanager
     def evaluation_mode(self, model: nn.Module) -> Iterator[None]:
@@ -163,7 +168,7 @@ def _cheap(node: fx.Node) -> bool:
 
 
 _PER_TOKEN_MODULES = (nn.LayerNorm, nn.RMSNorm, nn.Linear, nn.Identity, nn.Dropout)
-_PER_TOKEN_FUNCTIONS = {operator.add, operator.iadd, operator.mul, torch.add, torch.mul, F.dropout}
+_PER_TOKEN_FUNCTIONS = {operator.add, iadd, operator.mul, imul, torch.add, torch.mul, F.dropout}
 
 
 def _reads_prefix_only(model: nn.Module, node: fx.Node, inside: set[fx.Node], prefix: int) -> bool:
@@ -193,6 +198,34 @@ def _reads_prefix_only(model: nn.Module, node: fx.Node, inside: set[fx.Node], pr
     return bool(users)
 
 
+def span_to_output(
+    anatomy: Anatomy, site: Site, output: str | int | None = None
+) -> tuple[Traced, fx.Node, fx.Node, tuple[str, ...]]:
+    """Find a site and the logits in one trace of the whole model.
+
+    Returns:
+        The trace, the nodes of the two values, and the modules that were opened for it.
+
+    Raises:
+        SiteError: the output does not depend on the site.
+        StructureError: the output has no such entry.
+        TraceError: a module around the site cannot be traced.
+    """
+    around = ancestors(site.path) if site.path else (*ancestors(site.owner), site.owner)
+    opened = tuple(name for name in around if name)
+    traced = anatomy.graph("", training=False, opened=opened)
+    model = type(anatomy.model).__name__
+    start = locate(anatomy, site, traced)
+    logits = logits_node(traced.graph, output, model)
+    if logits is not start and logits not in downstream_of(start):
+        raise SiteError(
+            f"The output of {model} does not depend on {site.name!r}.\n"
+            "Nothing that happens there can change a prediction.\n"
+            "Choose a layer on the way from the image to the logits; fxgraft.sites(model) lists them in order."
+        )
+    return traced, start, logits, opened
+
+
 def rest_of_network(anatomy: Anatomy, site: Site, output: str | int | None = None, prefix: int = 0) -> Rest:
     """Split off the rest of a model after a site.
 
@@ -207,19 +240,9 @@ def rest_of_network(anatomy: Anatomy, site: Site, output: str | int | None = Non
         StructureError: the output has no such entry.
         TraceError: a module around the site cannot be traced.
     """
-    around = ancestors(site.path) if site.path else (*ancestors(site.owner), site.owner)
-    opened = tuple(name for name in around if name)
-    traced = anatomy.graph("", training=False, opened=opened)
-    model = type(anatomy.model).__name__
-    start = locate(anatomy, site, traced)
-    logits = logits_node(traced.graph, output, model)
+    traced, start, logits, opened = span_to_output(anatomy, site, output)
     downstream = downstream_of(start)
-    if logits not in downstream and logits is not start:
-        raise SiteError(
-            f"The output of {model} does not depend on {site.name!r}.\n"
-            "Nothing that happens there can change a prediction.\n"
-            "Choose a layer on the way from the image to the logits; fxgraft.sites(model) lists them in order."
-        )
+    model = type(anatomy.model).__name__
     inside = ({logits} | upstream_of(logits)) & downstream
     graph, captured, inputs = _cut(anatomy, traced, start, logits, inside)
     children = tuple(dict.fromkeys(str(n.target) for n in graph.nodes if n.op == "call_module"))

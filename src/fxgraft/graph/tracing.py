@@ -21,6 +21,7 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from fxgraft.errors import TraceError
+from fxgraft.graph.proxies import InPlaceProxy
 from fxgraft.graph.shapes import Call, preserved_attributes, preserved_random_state, replaced_checkpoint
 
 CHECKPOINT_REGION = "fxgraft_checkpoint_region"
@@ -121,6 +122,10 @@ class ShallowTracer(fx.Tracer):
         self.fixed = fixed
         self.names = names
 
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        """Stand in for a node's value."""
+        return InPlaceProxy(node, self)
+
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         """Keep every module closed that nobody asked to open."""
         if module_qualified_name in self.opened:
@@ -135,6 +140,8 @@ class ShallowTracer(fx.Tracer):
         self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
         """Open a module through its bare ``forward``: hooks belong to calls that compute, not to a trace."""
+        if m not in (self.submodule_paths or ()) and not [*m.parameters(), *m.buffers()]:
+            return m.forward(*args, **kwargs)  # a graft's unit without tensors: in no tree, so it has no name
         path = self.path_of_module(m)
         calls = self.observed.get(_join(self.path, path), [])
         count = self.num_calls.get(path, 0)

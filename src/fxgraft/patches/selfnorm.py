@@ -24,6 +24,7 @@ from fxgraft.graph.anatomy import Anatomy
 from fxgraft.graph.grafted import Unit
 from fxgraft.graph.layout import Layout
 from fxgraft.graph.ledger import Graft, Placement
+from fxgraft.graph.places import both_modes
 from fxgraft.graph.positions import spot_layout, spots
 from fxgraft.graph.sites import Words
 from fxgraft.patches.base import Make, Patch, check_choices, register
@@ -94,18 +95,6 @@ class SelfNorm(Patch):
         start = "start as the identity" if self.init == "identity" else "start around 0.5"
         gates = "gates" if self.gates == 2 else "gate"
         return f"{len(graft.units)} units ({self.position}), {self.gates} {gates} each, which {start}"
-
-
-def both_modes(
-    owner: str, edit: object, training_edit: object, key: str, unit: Unit, order: tuple[str, int]
-) -> list[Placement]:
-    """Place a unit that acts in both modes: once, unless the two graphs name its site differently."""
-    if edit == training_edit:
-        return [Placement(owner, edit, key, unit, order=order)]  # type: ignore[arg-type]
-    return [
-        Placement(owner, training_edit, key, unit, evaluation=False, order=order),  # type: ignore[arg-type]
-        Placement(owner, edit, key, unit, training=False, order=order),  # type: ignore[arg-type]
-    ]
 
 
 class SelfNormUnit(Unit):

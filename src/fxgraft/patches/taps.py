@@ -1,0 +1,151 @@
+"""Activation taps (used for matching in Huang, Huang, Krähenbühl, ECCV 2018).
+
+Records the activations A_i at chosen sites of every pass, in training and in evaluation, and hands them over
+once. The network computes what it computes without taps. A value is copied only where a later operation of the
+pass writes over it in place; gradients flow through what is recorded into the network, unless it is detached.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from fxgraft.errors import ConfigError, TapError, UnknownGraftError, candidates
+from fxgraft.graph.anatomy import Anatomy
+from fxgraft.graph.grafted import Unit, state_of
+from fxgraft.graph.ledger import Graft, Placement
+from fxgraft.graph.sites import Words
+from fxgraft.graph.taps import named_sites, take, tap_placements
+from fxgraft.patches.base import Make, Patch, register
+
+
+@register("taps")
+@dataclass(frozen=True, kw_only=True)
+class Taps(Patch):
+    """Taps: record the values at sites, to be fetched after each pass.
+
+    Args:
+        layers: which values: qualified module names (``name_1`` for a second call), node names from
+            ``fxgraft.sites(model)``, globs, stage numbers (-1 is the last), alone or several. Values come in
+            this order, by these names; globs and stage numbers give the names of the sites they stand for. A
+            tap sees what patches added before it make of the value.
+        detach: cut the values off the graph, instead of letting gradients flow through them.
+        copy: record a copy of every value. By default only of those that are written over later in the pass.
+
+    Raises:
+        ConfigError: detach or copy is no bool.
+        SiteError: no such site, one that holds no tensor, or one that only training or only evaluation reaches.
+    """
+
+    title = "Activation taps"
+    paper = (
+        "Huang, Huang, Krähenbühl: Domain transfer through deep activation matching. ECCV 2018 (which "
+        "matches what taps record)"
+    )
+    url = "https://www.philkr.net/papers/huang2018domain/"
+    where = "any sites, several at once"
+    cost = "memory of the values until they are fetched, and a copy of those that are written over in place"
+
+    layers: Words
+    detach: bool = False
+    copy: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("detach", "copy"):
+            if not isinstance(getattr(self, name), bool):
+                raise ConfigError(f"Taps: {name} must be True or False, got {getattr(self, name)!r}.")
+
+    def place(self, anatomy: Anatomy, make: Make) -> Sequence[Placement]:
+        """Put one tap at every site."""
+        return tap_placements(anatomy, make, named_sites(anatomy, self.layers), self.detach, self.copy)
+
+    def describe(self, graft: Graft) -> str:
+        """Name the sites."""
+        how = "detached" if self.detach else "gradients flow"
+        return f"records {', '.join(graft.units)} ({how})"
+
+    def merge(self, graft: Graft, model: nn.Module) -> None:
+        """Leave the stock weights as they are: taps change nothing."""
+
+
+def activations(model: nn.Module, name: str | None = None) -> dict[str, Any]:
+    """Hand over what the taps of a model recorded in its last pass.
+
+    Afterwards the model holds none of the values; those that nobody fetches go when the next pass begins.
+    `fxgraft.loss` may make passes of its own (CrossNorm with consistency does), so fetch before it.
+
+    Args:
+        model: a model with taps; it may be inside DistributedDataParallel or torch.compile.
+        name: the taps of that name alone. By default those of all "taps" patches together.
+
+    Returns:
+        Tensors by the names of their sites, in the order asked for. A site that gives several tensors has its
+        tuple, list or dictionary of them.
+
+    Raises:
+        UnknownGraftError: there are no taps on the model, or none of that name.
+        TapError: there was no pass since the last time, it did not reach a site, or a value was written over.
+            What was recorded stays where it is.
+    """
+    return take(_units(model, name))
+
+
+def tapped(model: nn.Module, *args: Any, **kwargs: Any) -> tuple[Any, dict[str, Any]]:
+    """Call a model and return its output together with what its taps recorded.
+
+    Args:
+        model: a model with taps.
+        *args: arguments of the model's own call.
+        **kwargs: likewise, ``target=`` included.
+
+    Returns:
+        What the model returns, and the values as `activations` gives them.
+
+    Raises:
+        UnknownGraftError: there are no taps on the model.
+        TapError: the pass did not reach a site, or a value was written over.
+    """
+    units = _units(model, None)
+    out = model(*args, **kwargs)
+    return out, take(units)
+
+
+def _units(model: nn.Module, name: str | None) -> list[Unit]:
+    """List the taps of a model, or of its graft of one name."""
+    inner = _unwrapped(model)
+    state = state_of(inner)
+    grafts = state.ledger.grafts if state is not None and state.ledger is not None else []
+    known = {graft.name: graft for graft in grafts if isinstance(graft.patch, Taps)}
+    if not known:
+        raise UnknownGraftError(
+            f"There are no taps on this {inner._get_name()}.\n"
+            'Call fxgraft.patch(model, "taps", layers=[...]) first.'
+        )
+    if name is not None and name not in known:
+        raise UnknownGraftError(
+            f"There are no taps named {name!r} on this {inner._get_name()}.\n{candidates(name, known)}"
+        )
+    chosen = [graft for graft in known.values() if name in (None, graft.name)]
+    keys = [key for graft in chosen for key in graft.units]
+    double = next((key for key in keys if keys.count(key) > 1), None)
+    if double is not None:
+        both = [graft.name for graft in chosen if double in graft.units]
+        raise TapError(
+            f"{double!r} is recorded by {' and by '.join(map(repr, both))}.\n"
+            "One dictionary cannot hold it twice.\n"
+            f"Fetch them one by one: fxgraft.activations(model, name={both[0]!r})."
+        )
+    return [unit for graft in chosen for unit in graft.units.values()]
+
+
+def _unwrapped(model: nn.Module) -> nn.Module:
+    """Look through what is wrapped around a patched model."""
+    while state_of(model) is None:
+        inner = next((model._modules[n] for n in ("_orig_mod", "module") if n in model._modules), None)
+        if inner is None:
+            break
+        model = inner
+    return model
