@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import timm
 import torch
 from torch import Tensor, nn
 
@@ -127,3 +128,18 @@ def test_sharding_after_patching_and_taking_off_again() -> None:
         with pytest.raises(WrappedModelError, match=r"was wrapped or converted after it was patched"):
             act(model)
         assert type(model) is kind
+
+
+@pytest.mark.parametrize(
+    "wrap", [nn.DataParallel, lambda model: torch.compile(nn.DataParallel(model), backend="eager")]
+)
+def test_looking_on_needs_no_unwrapping(wrap):
+    model = timm.create_model("test_resnet", num_classes=4)
+    fxgraft.patch(model, "crossnorm", consistency=True, input_size=(3, 32, 32))
+    wrapped = wrap(model)
+    assert [graft.name for graft in fxgraft.grafts(wrapped)] == ["crossnorm"]
+    assert str(fxgraft.summary(wrapped)) == str(fxgraft.summary(model))
+    fxgraft.set_progress(wrapped, 0.5)
+    assert fxgraft.grafts(model)[0].units.popitem()[1].context.progress == 0.5
+    x, y = torch.randn(4, 3, 32, 32), torch.arange(4)
+    assert set(fxgraft.losses(wrapped, wrapped(x), y)) == {"criterion", "crossnorm.consistency"}

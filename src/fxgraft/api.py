@@ -28,7 +28,7 @@ from fxgraft.graph.ledger import Graft, Ledger, Placement
 from fxgraft.graph.outputs import take_logits
 from fxgraft.graph.positions import position_sites
 from fxgraft.graph.sites import Sites, list_sites
-from fxgraft.patches.base import Patch, build
+from fxgraft.patches.base import Patch, build, unwrapped
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -212,8 +212,11 @@ def unpatch(model: M, *names: str | Graft) -> M:
 
 
 def grafts(model: nn.Module) -> list[Graft]:
-    """List the grafts of a model, in the order they were added; empty for a bare one."""
-    ledger = ledger_of(model)
+    """List the grafts of a model, in the order they were added; empty for a bare one.
+
+    Looks through DistributedDataParallel and torch.compile, as `loss`, `set_progress` and `summary` do.
+    """
+    ledger = ledger_of(unwrapped(model))
     return list(ledger.grafts) if ledger is not None else []
 
 
@@ -279,7 +282,7 @@ def summary(model: nn.Module) -> Summary:
             notes.append("its parameters are in no optimiser: add graft.parameters() to yours")
         count = f"{sum(p.numel() for p in own):,}"
         rows.append((graft.name, graft.patch.method, graft.patch.describe(graft), count, ", ".join(notes)))
-    return Summary(model._get_name(), tuple(rows))
+    return Summary(unwrapped(model)._get_name(), tuple(rows))
 
 
 def _left_out(model: nn.Module, own: list[nn.Parameter]) -> bool:
@@ -306,7 +309,7 @@ def set_progress(model: nn.Module, fraction: float) -> None:
     """
     if not 0.0 <= fraction <= 1.0:
         raise ConfigError(f"Progress is the share of training done, in [0, 1]; got {fraction!r}.")
-    ledger = ledger_of(model)
+    ledger = ledger_of(unwrapped(model))
     if ledger is not None:
         ledger.set_progress(float(fraction))
 

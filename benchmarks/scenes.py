@@ -1,0 +1,181 @@
+"""Generated scenes in two styles, with the class of every pixel: a small domain shift for segmentation.
+
+Discs, squares and triangles of any size and angle lie on each other. "flat" draws them in one bright colour each
+on a dark ground; "textured" adds stripes to shapes and ground, a gradient of light, noise, and less contrast. The
+shapes are drawn from the same distribution in both, so that only the rendering differs.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+from collections import OrderedDict
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from torchvision.models._utils import IntermediateLayerGetter
+from torchvision.models.segmentation import FCN
+from torchvision.models.segmentation.fcn import FCNHead
+
+import fxgraft
+
+CLASSES = ("ground", "disc", "square", "triangle")
+STYLES = ("flat", "textured")
+PAIR = "flat→textured"
+VARIANTS = ("source only", "AdaBN", "adversarial", "+ both")
+
+PROTOCOL: dict[str, Any] = {
+    "task": "segmentation of generated scenes, mean IoU over four classes on the target style",
+    "model": "torchvision's FCN on five small convolutions, a decision on every fourth pixel",
+    "size": 64,
+    "scenes": {"train": 512, "test": 256},
+    "shapes_per_scene": 4,
+    "batch_size": 16,
+    "source": {"steps": 1000, "lr": 1e-3},
+    "layers": ["backbone.layer1", "backbone.layer2", "backbone.layer4", "classifier"],
+    "gam": {"gan": "lsgan", "invert": "target", "matching": None, "drift": 0.0, "hidden": 64},
+    "adapt": {"lr": 2e-4, "betas": [0.5, 0.999]},
+    "steps": 200,
+}
+
+
+def draw(count: int, style: str, size: int, shapes: int, seed: int) -> tuple[Tensor, Tensor]:
+    """Images float (N, 3, size, size) in [-1, 1] and classes int64 (N, size, size)."""
+    g = torch.Generator().manual_seed(seed)
+    line = torch.linspace(-1, 1, size)
+    y, x = torch.meshgrid(line, line, indexing="ij")
+    labels = torch.zeros(count, size, size, dtype=torch.long)
+    ground, pens = _GROUNDS[style](x, y, count, g), _PENS[style]
+    images = ground
+    for _ in range(shapes):
+        kind = torch.randint(1, len(CLASSES), (count, 1, 1), generator=g)
+        inside = _inside(kind, x, y, count, g)
+        labels = torch.where(inside, kind, labels)
+        images = torch.where(inside[:, None], pens(x, y, count, g), images)
+    if style == "textured":
+        images = images + 0.1 * torch.randn(images.shape, generator=g)
+    return images.clamp(0, 1) * 2 - 1, labels
+
+
+def _uniform(low: float, high: float, shape: tuple[int, ...], g: torch.Generator) -> Tensor:
+    return low + (high - low) * torch.rand(shape, generator=g)
+
+
+def _inside(kind: Tensor, x: Tensor, y: Tensor, count: int, g: torch.Generator) -> Tensor:
+    """Which pixels a shape of each scene covers: (N, size, size)."""
+    cx, cy = _uniform(-0.8, 0.8, (2, count, 1, 1), g)
+    radius = _uniform(0.25, 0.5, (count, 1, 1), g)
+    angle = _uniform(0, 2 * torch.pi, (count, 1, 1), g)
+    u = ((x - cx) * angle.cos() + (y - cy) * angle.sin()) / radius
+    v = ((y - cy) * angle.cos() - (x - cx) * angle.sin()) / radius
+    disc = u.square() + v.square() < 1
+    square = torch.maximum(u.abs(), v.abs()) < 0.85
+    triangle = (v > -0.6) & (v + 3**0.5 * u.abs() < 1.2)
+    return torch.where(kind == 1, disc, torch.where(kind == 2, square, triangle))
+
+
+def _stripes(x: Tensor, y: Tensor, count: int, g: torch.Generator) -> Tensor:
+    """Stripes in [0, 1] of a random direction and width: (N, 1, size, size)."""
+    angle = _uniform(0, torch.pi, (count, 1, 1), g)
+    pitch = _uniform(12, 30, (count, 1, 1), g)
+    return (0.5 + 0.5 * ((x * angle.cos() + y * angle.sin()) * pitch).sin())[:, None]
+
+
+def _flat_ground(x: Tensor, y: Tensor, count: int, g: torch.Generator) -> Tensor:
+    return _uniform(0.0, 0.25, (count, 3, 1, 1), g).expand(-1, -1, *x.shape)
+
+
+def _flat_pen(x: Tensor, y: Tensor, count: int, g: torch.Generator) -> Tensor:
+    return _uniform(0.55, 1.0, (count, 3, 1, 1), g)
+
+
+def _textured_ground(x: Tensor, y: Tensor, count: int, g: torch.Generator) -> Tensor:
+    corners = _uniform(0.05, 0.45, (count, 3, 2, 2), g)
+    light = F.interpolate(corners, size=x.shape, mode="bilinear", align_corners=True)
+    return light + 0.15 * _stripes(x, y, count, g)
+
+
+def _textured_pen(x: Tensor, y: Tensor, count: int, g: torch.Generator) -> Tensor:
+    return _uniform(0.45, 0.9, (count, 3, 1, 1), g) - 0.15 * _stripes(x, y, count, g)
+
+
+_GROUNDS = {"flat": _flat_ground, "textured": _textured_ground}
+_PENS = {"flat": _flat_pen, "textured": _textured_pen}
+
+
+def build() -> nn.Module:
+    """An FCN with a backbone of stride 4 and dilation."""
+
+    def layer(inputs: int, outputs: int, stride: int = 1, dilation: int = 1) -> nn.Module:
+        conv = nn.Conv2d(inputs, outputs, 3, stride, padding=dilation, dilation=dilation, bias=False)
+        return nn.Sequential(conv, nn.BatchNorm2d(outputs), nn.ReLU(inplace=True))
+
+    stages = {
+        "layer1": layer(3, 32, stride=2),
+        "layer2": layer(32, 64, stride=2),
+        "layer3": nn.Sequential(layer(64, 64, dilation=2), layer(64, 64, dilation=4)),
+        "layer4": layer(64, 64, dilation=2),
+    }
+    backbone = IntermediateLayerGetter(nn.Sequential(OrderedDict(stages)), {"layer4": "out"})
+    return FCN(backbone, FCNHead(64, len(CLASSES)))
+
+
+def mean_iou(model: nn.Module, images: Tensor, labels: Tensor, device: str) -> float:
+    """Intersection over union of each class over all pixels, averaged over the classes."""
+    model.eval()
+    with torch.no_grad():
+        guessed = [model(batch.to(device))["out"].argmax(1).cpu() for batch in images.split(64)]
+    pairs = torch.bincount(
+        (labels * len(CLASSES) + torch.cat(guessed)).flatten(), minlength=len(CLASSES) ** 2
+    )
+    table = pairs.view(len(CLASSES), len(CLASSES))
+    both = table.diag()
+    return (both / (table.sum(0) + table.sum(1) - both).clamp(min=1)).mean().item()
+
+
+def runner(device: str, play: Callable[..., dict[str, Any]]) -> Callable[..., dict[str, Any]]:
+    """Return the function that carries out one run; ``play`` patches a model and adapts it."""
+    size, shapes, batch = PROTOCOL["size"], PROTOCOL["shapes_per_scene"], PROTOCOL["batch_size"]
+    train, test = PROTOCOL["scenes"]["train"], PROTOCOL["scenes"]["test"]
+    # A seed per set: no scene is in two of them.
+    sets = {
+        (style, part): draw(count, style, size, shapes, seed=10 * place + offset)
+        for place, style in enumerate(STYLES)
+        for offset, (part, count) in enumerate((("train", train), ("test", test)))
+    }
+
+    def batches(style: str) -> DataLoader[Any]:
+        return DataLoader(list(sets[style, "train"][0]), batch, shuffle=True, drop_last=True)  # type: ignore[arg-type]
+
+    @functools.lru_cache(maxsize=1)
+    def trained(seed: int) -> nn.Module:
+        torch.manual_seed(seed)
+        model = build().to(device).train()
+        images, labels = (each.to(device) for each in sets["flat", "train"])
+        optimizer = torch.optim.Adam(model.parameters(), PROTOCOL["source"]["lr"])
+        for _ in range(PROTOCOL["source"]["steps"]):
+            chosen = torch.randint(len(images), (batch,))
+            loss = F.cross_entropy(model(images[chosen])["out"], labels[chosen])
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        return model.eval()
+
+    def run_one(run: dict[str, Any], terms: dict[str, Any] | None) -> dict[str, Any]:
+        network = trained(run["seed"])
+        model = copy.deepcopy(network)
+        record = {"source_score": mean_iou(network, *sets["flat", "test"], device)}
+        torch.manual_seed(run["seed"])
+        if run["variant"] == "AdaBN":
+            fxgraft.adapt_batchnorm(model, (each.to(device) for each in batches("textured")))
+        elif terms is not None:
+            options = {**PROTOCOL["gam"], **terms, "layers": PROTOCOL["layers"]}
+            loaders = [batches(style) for style in STYLES]
+            record |= play(model, loaders, options, PROTOCOL["steps"], PROTOCOL["adapt"], (3, size, size))
+        return {"score": mean_iou(model, *sets["textured", "test"], device), **record}
+
+    return run_one

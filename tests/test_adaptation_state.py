@@ -1,0 +1,162 @@
+"""An interrupted adaptation ends bit for bit where a straight one does, and mixes with no other run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import fxgraft
+from adapting import Net, adam, equal, everything, loaders, network, with_generators
+from fxgraft.errors import ConfigError, RecipeError
+
+
+class StoppedError(Exception):
+    """What ends a run in the middle."""
+
+
+def stop(at: int) -> Callable[[int, Any], None]:
+    def check(step: int, values: Any) -> None:
+        if step == at:
+            raise StoppedError
+
+    return check
+
+
+@pytest.mark.parametrize("make", [loaders, with_generators])
+@pytest.mark.parametrize("schedule", [None, lambda done: 1 - done], ids=["constant", "schedule"])
+def test_an_interrupted_run_ends_where_a_straight_one_does(
+    tmp_path: Path, make: Callable[[], Any], schedule: Any
+) -> None:
+    straight = network()
+    torch.manual_seed(5)
+    pair = adam(straight)
+    history = fxgraft.adapt(straight, *make(), steps=10, optimizers=pair, schedule=schedule)
+    wanted, drawn = everything(straight, pair), torch.rand(3)
+
+    first = network()
+    torch.manual_seed(5)
+    options: dict[str, Any] = {
+        "steps": 10,
+        "schedule": schedule,
+        "checkpoint": tmp_path,
+        "checkpoint_every": 5,
+    }
+    with pytest.raises(StoppedError):
+        # Two steps more than the checkpoint holds are lost, and made again.
+        fxgraft.adapt(first, *make(), optimizers=adam(first), callback=stop(7), log_every=1, **options)
+    second = network()
+    torch.manual_seed(99)
+    torch.rand(7)
+    pair = adam(second)
+    resumed = fxgraft.adapt(second, *make(), optimizers=pair, **options)
+
+    assert equal(everything(second, pair), wanted)
+    assert resumed == history
+    assert torch.equal(torch.rand(3), drawn)
+
+
+def test_five_steps_and_five_more_are_ten(tmp_path: Path) -> None:
+    straight = network()
+    history = fxgraft.adapt(straight, *loaders(), steps=10)
+    halves = network()
+    fxgraft.adapt(halves, *loaders(), steps=5, checkpoint=tmp_path / "run.pt")
+    halves = network()
+    assert fxgraft.adapt(halves, *loaders(), steps=10, checkpoint=tmp_path / "run.pt") == history
+    assert equal(everything(halves), everything(straight))
+
+
+def test_a_finished_run_is_read_back(tmp_path: Path) -> None:
+    model = network()
+    history = fxgraft.adapt(model, *loaders(), steps=3, checkpoint=tmp_path)
+    again = network()
+    assert fxgraft.adapt(again, *loaders(), steps=3, checkpoint=tmp_path) == history
+    assert equal(everything(again), everything(model))
+    assert [file.name for file in tmp_path.iterdir()] == ["adaptation.pt"]
+
+
+def test_checkpoints_do_not_change_a_run(tmp_path: Path) -> None:
+    plain, kept = network(), network()
+    fxgraft.adapt(plain, *loaders(), steps=4)
+    torch.manual_seed(0)
+    kept = network()
+    fxgraft.adapt(kept, *loaders(), steps=4, checkpoint=tmp_path, checkpoint_every=1, log_every=1)
+    assert equal(everything(kept), everything(plain))
+
+
+def test_a_failed_write_leaves_the_last_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fxgraft.adapt(network(), *loaders(), steps=2, checkpoint=tmp_path)
+    before = (tmp_path / "adaptation.pt").read_bytes()
+
+    def broken(content: Any, file: Any) -> None:
+        file.write(b"half")
+        raise OSError("disk full")
+
+    monkeypatch.setattr(torch, "save", broken)
+    with pytest.raises(OSError, match="disk full"):
+        fxgraft.adapt(network(), *loaders(), steps=4, checkpoint=tmp_path)
+    assert (tmp_path / "adaptation.pt").read_bytes() == before
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+@pytest.mark.parametrize(
+    ("other", "said"),
+    [
+        (lambda: network(weights=[1.0, 1.0]), "of other patches, or the same with other options"),
+        (lambda: network(layers=["fc"]), "of other patches.*of other discriminators"),
+        (lambda: network(seed=1), "of another source network"),
+        (lambda: fxgraft.patch(network(), "rsc", layer="bn"), "of other patches"),
+    ],
+    ids=["weights", "layers", "source", "second patch"],
+)
+def test_a_checkpoint_of_another_run(tmp_path: Path, other: Callable[[], Net], said: str) -> None:
+    fxgraft.adapt(network(), *loaders(), steps=1, checkpoint=tmp_path)
+    model = other()
+    before = everything(model)
+    with pytest.raises(RecipeError, match=rf"belongs to another run.*{said}"):
+        fxgraft.adapt(model, *loaders(), steps=2, checkpoint=tmp_path)
+    assert equal(everything(model), before)
+
+
+def test_a_checkpoint_of_other_optimisers(tmp_path: Path) -> None:
+    fxgraft.adapt(network(), *loaders(), steps=1, checkpoint=tmp_path)
+    model = network()
+    pair = adam(model)[0], torch.optim.SGD(model.parameters(), 0.1)
+    with pytest.raises(RecipeError, match="of other optimisers"):
+        fxgraft.adapt(model, *loaders(), steps=2, checkpoint=tmp_path, optimizers=pair)
+
+
+def test_a_checkpoint_that_is_further(tmp_path: Path) -> None:
+    fxgraft.adapt(network(), *loaders(), steps=3, checkpoint=tmp_path)
+    with pytest.raises(ConfigError, match="has made 3 steps, more than steps=2"):
+        fxgraft.adapt(network(), *loaders(), steps=2, checkpoint=tmp_path)
+
+
+def test_damaged_and_foreign_checkpoints(tmp_path: Path) -> None:
+    file = tmp_path / "run.pt"
+    fxgraft.adapt(network(), *loaders(), steps=1, checkpoint=file)
+    whole = file.read_bytes()
+    for content in (whole[: len(whole) // 2], b"", b"no checkpoint"):
+        file.write_bytes(content)
+        with pytest.raises(RecipeError, match="cannot be read"):
+            fxgraft.adapt(network(), *loaders(), steps=2, checkpoint=file)
+    torch.save(Net(), file)  # code, which is never loaded
+    with pytest.raises(RecipeError, match="cannot be read"):
+        fxgraft.adapt(network(), *loaders(), steps=2, checkpoint=file)
+    torch.save(Net().state_dict(), file)
+    with pytest.raises(RecipeError, match=r"no checkpoint of fxgraft\.adapt"):
+        fxgraft.adapt(network(), *loaders(), steps=2, checkpoint=file)
+    torch.save({"format": "fxgraft-adaptation", "version": 0}, file)
+    with pytest.raises(RecipeError, match="of version 0"):
+        fxgraft.adapt(network(), *loaders(), steps=2, checkpoint=file)
+
+
+def test_one_generator_for_both_loaders_cannot_be_resumed(tmp_path: Path) -> None:
+    shared = torch.Generator()
+    pair = loaders(generator=shared)
+    fxgraft.adapt(network(), *pair, steps=1)
+    with pytest.raises(ConfigError, match=r"Both loaders draw from one torch\.Generator"):
+        fxgraft.adapt(network(), *pair, steps=1, checkpoint=tmp_path)
