@@ -32,7 +32,8 @@ def test_python_blocks_run_in_order(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)
     batch = (torch.randn(4, 3, 64, 64), torch.randint(7, (4,)))
-    namespace = {"loader": [batch, batch]}
+    loader = [batch, batch]
+    namespace = {"loader": loader, "source_loader": loader, "target_loader": loader}
     code = blocks("python")
     assert code
     for number, body in enumerate(code):

@@ -3,6 +3,8 @@
 from importlib.metadata import PackageNotFoundError as _NotFound
 from importlib.metadata import version as _version
 
+from fxgraft.adabn import adapt_batchnorm
+from fxgraft.adaptation import AdaptationHistory, adapt
 from fxgraft.api import (
     Plan,
     Summary,
@@ -17,6 +19,7 @@ from fxgraft.api import (
     unpatch,
 )
 from fxgraft.consistency import jensen_shannon
+from fxgraft.ensemble import EnsembleMetrics, disagreement, ensemble_entropy
 from fxgraft.errors import (
     BypassError,
     ConfigError,
@@ -27,22 +30,30 @@ from fxgraft.errors import (
     RecipeError,
     SiteError,
     StructureError,
+    TapError,
     TargetError,
     TraceError,
     UnknownGraftError,
     UnknownMethodError,
     WrappedModelError,
 )
+from fxgraft.functional.mixmo import MixedLabels, input_cutmix
+from fxgraft.functional.pairing import MixMoInput
 from fxgraft.graph.context import targets, with_targets
 from fxgraft.graph.ledger import Graft
 from fxgraft.graph.sites import Site, Sites
 from fxgraft.losses import GradientBoostingCrossEntropy, gradient_boosting_cross_entropy
+from fxgraft.members import MemberLogits, member_logits
 from fxgraft.patches.base import Patch, methods, register
 from fxgraft.patches.crossnorm import CrossNorm
 from fxgraft.patches.diversification import Diversification
+from fxgraft.patches.gam import GAM, gam_losses
+from fxgraft.patches.mixmo import MixMo
 from fxgraft.patches.rsc import RSC
 from fxgraft.patches.selfnorm import SelfNorm
+from fxgraft.patches.taps import Taps, activations, tapped
 from fxgraft.recipe import load, save
+from fxgraft.sampling import RepeatedBatchSampler
 
 try:
     __version__ = _version("fxgraft")
@@ -50,38 +61,56 @@ except _NotFound:  # a source tree that was never installed
     __version__ = "0.0.0"
 
 __all__ = [
+    "GAM",
     "RSC",
+    "AdaptationHistory",
     "BypassError",
     "ConfigError",
     "CrossNorm",
     "Diversification",
     "DuplicateGraftError",
+    "EnsembleMetrics",
     "FxgraftError",
     "FxgraftWarning",
     "GradientBoostingCrossEntropy",
     "Graft",
+    "MemberLogits",
     "MergeError",
+    "MixMo",
+    "MixMoInput",
+    "MixedLabels",
     "Patch",
     "Plan",
     "RecipeError",
+    "RepeatedBatchSampler",
     "SelfNorm",
     "Site",
     "SiteError",
     "Sites",
     "StructureError",
     "Summary",
+    "TapError",
+    "Taps",
     "TargetError",
     "TraceError",
     "UnknownGraftError",
     "UnknownMethodError",
     "WrappedModelError",
     "__version__",
+    "activations",
+    "adapt",
+    "adapt_batchnorm",
+    "disagreement",
+    "ensemble_entropy",
+    "gam_losses",
     "gradient_boosting_cross_entropy",
     "grafts",
+    "input_cutmix",
     "jensen_shannon",
     "load",
     "loss",
     "losses",
+    "member_logits",
     "merge",
     "methods",
     "patch",
@@ -90,6 +119,7 @@ __all__ = [
     "set_progress",
     "sites",
     "summary",
+    "tapped",
     "targets",
     "unpatch",
     "with_targets",

@@ -62,7 +62,7 @@ def save(model: nn.Module, path: str | Path, *, weights: bool = True) -> Path:
         The folder.
 
     Raises:
-        RecipeError: there is no graft on the model, or one whose options cannot be written as JSON.
+        RecipeError: there is no graft on the model, or one that a recipe cannot hold.
     """
     ledger = ledger_of(model)
     if ledger is None:
@@ -70,6 +70,13 @@ def save(model: nn.Module, path: str | Path, *, weights: bool = True) -> Path:
             f"There is no graft on this {type(model).__name__}, so there is no recipe to save.\n"
             "Use torch.save(model.state_dict(), ...) for a bare model."
         )
+    for graft in ledger.grafts:
+        if not graft.patch.saves:
+            raise RecipeError(
+                f"{graft.name!r} ({graft.patch.title}) cannot be saved: a recipe holds options, and it works with "
+                "networks besides.\n"
+                f"Take it off first, fxgraft.unpatch(model, {graft.name!r}): what it has trained stays in the model."
+            )
     own = _own_keys(model)
     recipe = {
         "format": FORMAT,

@@ -49,6 +49,7 @@ class Patch:
         needs_labels: training passes need ``target``.
         adds_parameters: it has parameters of its own to train.
         call_options: keyword arguments of the model's call that are meant for this method's units.
+        saves: a recipe of its options is enough to make it again; otherwise `fxgraft.save` refuses.
     """
 
     method: ClassVar[str] = ""
@@ -61,6 +62,7 @@ class Patch:
     needs_labels: ClassVar[bool] = False
     adds_parameters: ClassVar[bool] = False
     call_options: ClassVar[tuple[str, ...]] = ()
+    saves: ClassVar[bool] = True
 
     def place(self, anatomy: Anatomy, make: Make) -> Sequence[Placement]:
         """Say which units go where on a bare model.
@@ -211,6 +213,16 @@ def check_choices(patch: Patch) -> None:
                 f"{type(patch).__name__}: {f.name} must be one of {', '.join(map(repr, allowed))}, "
                 f"got {value!r}."
             )
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """Look through what is wrapped around a patched model: DistributedDataParallel, torch.compile."""
+    while state_of(model) is None:
+        inner = next((model._modules[n] for n in ("_orig_mod", "module") if n in model._modules), None)
+        if inner is None:
+            break
+        model = inner
+    return model
 
 
 @contextmanager

@@ -19,7 +19,7 @@ from fxgraft.graph.grafted import Unit, state_of
 from fxgraft.graph.ledger import Graft, Placement
 from fxgraft.graph.sites import Words
 from fxgraft.graph.taps import named_sites, take, tap_placements
-from fxgraft.patches.base import Make, Patch, register
+from fxgraft.patches.base import Make, Patch, register, unwrapped
 
 
 @register("taps")
@@ -115,7 +115,7 @@ def tapped(model: nn.Module, *args: Any, **kwargs: Any) -> tuple[Any, dict[str, 
 
 def _units(model: nn.Module, name: str | None) -> list[Unit]:
     """List the taps of a model, or of its graft of one name."""
-    inner = _unwrapped(model)
+    inner = unwrapped(model)
     state = state_of(inner)
     grafts = state.ledger.grafts if state is not None and state.ledger is not None else []
     known = {graft.name: graft for graft in grafts if isinstance(graft.patch, Taps)}
@@ -139,13 +139,3 @@ def _units(model: nn.Module, name: str | None) -> list[Unit]:
             f"Fetch them one by one: fxgraft.activations(model, name={both[0]!r})."
         )
     return [unit for graft in chosen for unit in graft.units.values()]
-
-
-def _unwrapped(model: nn.Module) -> nn.Module:
-    """Look through what is wrapped around a patched model."""
-    while state_of(model) is None:
-        inner = next((model._modules[n] for n in ("_orig_mod", "module") if n in model._modules), None)
-        if inner is None:
-            break
-        model = inner
-    return model
