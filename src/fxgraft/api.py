@@ -315,14 +315,14 @@ def set_progress(model: nn.Module, fraction: float) -> None:
 
 
 def losses(
-    model: nn.Module, out: Any, y: Tensor, criterion: Callable[..., Tensor] = F.cross_entropy
+    model: nn.Module, out: Any, y: Any, criterion: Callable[..., Tensor] = F.cross_entropy
 ) -> dict[str, Tensor]:
     """Return the parts of the loss by name: "criterion", then what each graft adds.
 
     Args:
         model: bare or patched.
         out: what the model returned; of a structured output the logits are taken.
-        y: labels, as the criterion takes them.
+        y: labels, as the criterion takes them, or as the call took them as ``target``.
         criterion: called as ``criterion(logits, y)``.
 
     Returns:
@@ -339,7 +339,7 @@ def losses(
     return parts
 
 
-def loss(model: nn.Module, out: Any, y: Tensor, criterion: Callable[..., Tensor] = F.cross_entropy) -> Tensor:
+def loss(model: nn.Module, out: Any, y: Any, criterion: Callable[..., Tensor] = F.cross_entropy) -> Tensor:
     """Return the whole loss as one scalar: the sum of `losses`."""
     parts = losses(model, out, y, criterion)
     return (

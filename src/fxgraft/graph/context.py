@@ -155,7 +155,6 @@ class Context:
         if self.target is None:
             raise TargetError(
                 f"{graft!r} needs the labels of the batch in training, and none were given.\n"
-                "It challenges what the network uses for the true class.\n"
                 "Call model(x, target=y), or wrap the call in `with fxgraft.targets(y):`, or iterate over "
                 "fxgraft.with_targets(loader); model.eval() needs none."
             )
