@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import pytest
+import timm
 import torch
 from torch import nn
 
@@ -117,3 +118,15 @@ def test_the_first_argument_may_be_given_by_name(model):
     grafted(model, ("a", Shift, "", Input()))
     x = torch.randn(2, 3, 2, 2)
     assert torch.equal(model(input=x), model(x))
+
+
+def test_a_unit_on_a_module_that_another_patch_leaves_out_is_refused_at_once():
+    model = timm.create_model("test_resnet", num_classes=4)
+    fxgraft.patch(model, "mixmo", input_size=(3, 32, 32))
+    keys = list(model.state_dict())
+    with pytest.raises(
+        fxgraft.SiteError, match=r"'mixmo' acts on 'fc', which 'diversification' leaves out in training"
+    ):
+        fxgraft.patch(model, "diversification", patch=1, input_size=(3, 32, 32))
+    assert list(model.state_dict()) == keys
+    assert [graft.name for graft in fxgraft.grafts(model)] == ["mixmo"]

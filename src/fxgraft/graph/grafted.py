@@ -21,7 +21,6 @@ from torch import Tensor, fx, nn
 from fxgraft.errors import BypassError
 from fxgraft.graph.context import Context
 from fxgraft.graph.rewriting import STATE
-from fxgraft.graph.tracing import settings_changed
 
 ENTRY_POINTS = ("forward_features", "forward_head", "forward_intermediates", "get_intermediate_layers")
 """Methods through which users run part of a backbone, besides calling it."""
@@ -89,11 +88,13 @@ class Program:
         function: in place of the class's forward, called with the module first; or None.
         units: act on the output, in order.
         inputs: act on the first argument, in order.
+        skipped: qualified names of modules that the class's forward calls and the function does not.
     """
 
     function: Callable[..., Any] | None = None
     units: list[Unit] = field(default_factory=list)
     inputs: list[Unit] = field(default_factory=list)
+    skipped: frozenset[str] = frozenset()
 
     @property
     def acts(self) -> bool:
@@ -319,15 +320,6 @@ def _unit_names(state: GraftState) -> str:
     units = [u for p in (state.training, state.evaluation) for u in (*p.inputs, *p.units)]
     units += [*vars(state.units).values(), *state.registered.values()]
     return ", ".join(dict.fromkeys(unit.graft for unit in units if unit.graft))
-
-
-def stale_settings(module: nn.Module, state: GraftState) -> bool:
-    """Say whether an attribute that the graphs were traced under has changed since."""
-    for name, settings in state.settings.items():
-        part = module.get_submodule(name) if name else module
-        if settings_changed(part, settings):
-            return True
-    return False
 
 
 def _plain(module: nn.Module) -> nn.Module:

@@ -16,7 +16,7 @@ from typing import Any, Protocol
 
 from torch import nn
 
-from fxgraft.errors import FxgraftError, SiteError, WrappedModelError
+from fxgraft.errors import WrappedModelError
 from fxgraft.graph.anatomy import Anatomy
 from fxgraft.graph.context import Context
 from fxgraft.graph.grafted import (
@@ -24,22 +24,12 @@ from fxgraft.graph.grafted import (
     Program,
     Unit,
     release_orphans,
-    stale_settings,
     state_of,
 )
 from fxgraft.graph.journal import Installation, Kept
-from fxgraft.graph.rewriting import (
-    STATE,
-    Edit,
-    Editor,
-    Input,
-    Instead,
-    Output,
-    as_forward,
-    restore_checkpointing,
-)
-
-_CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
+from fxgraft.graph.planning import compile_placements
+from fxgraft.graph.rewriting import STATE, Edit
+from fxgraft.graph.tracing import settings_changed
 
 
 @dataclass(frozen=True)
@@ -145,21 +135,8 @@ class Ledger:
             # what this one asked for is, placed or not.
             for key in [key for key in graft.units if key not in asked]:
                 del graft.units[key]
-        by_owner: dict[str, list[tuple[Graft, Placement]]] = {"": []}
-        for graft, placement in installation.placements:
-            by_owner.setdefault(placement.owner, []).append((graft, placement))
-        for path, placed in by_owner.items():
-            _by_rank(placed)
-            module = model.get_submodule(path)
-            _check_owner(module, path)
-            state = GraftState(type(module), path, self.context, outer=path == "")
-            state.ledger = self if path == "" else None
-            names = [_place_unit(installation, state, module, graft, p) for graft, p in placed]
-            anatomy = anatomies[placed[0][0].input_size] if placed else None
-            state.training = _program(anatomy, state, module, placed, names, True)
-            state.evaluation = _program(anatomy, state, module, placed, names, False)
-            installation.states[path] = state
-            installation.modules[path] = module
+        compile_placements(installation, anatomies, self.context)
+        installation.states[""].ledger = self
         return installation
 
     def install(self, model: nn.Module, grafts: Sequence[Graft] | None = None) -> None:
@@ -240,7 +217,7 @@ class Ledger:
                 module = model.get_submodule(path)
             except AttributeError:
                 break
-            if state_of(module) is not state or (state.settings and stale_settings(module, state)):
+            if state_of(module) is not state or (state.settings and _stale_settings(module, state)):
                 break
         else:
             if not any(unit.stale(model) for graft in self.grafts for unit in graft.units.values()):
@@ -302,96 +279,10 @@ class Ledger:
             module.__dict__[STATE] = state
 
 
-def _by_rank(placed: list[tuple[Graft, Placement]]) -> None:
-    """Sort the placements of one group at one site by rank; everything else stays where it is."""
-    groups: dict[Any, list[int]] = {}
-    for index, (_, placement) in enumerate(placed):
-        if placement.order is not None:
-            groups.setdefault((placement.edit, placement.order[0]), []).append(index)
-    for slots in groups.values():
-        ranked = sorted((placed[i] for i in slots), key=lambda each: each[1].order[1])  # type: ignore[index]
-        for slot, each in zip(slots, ranked, strict=True):
-            placed[slot] = each
-
-
-def _check_owner(module: nn.Module, path: str) -> None:
-    who = repr(path) if path else "The model"
-    if "forward" in module.__dict__:
-        raise WrappedModelError(
-            f"{who} has a forward of its own, set on the instance.\n"
-            "A patch works through the class, which that forward hides.\n"
-            "Patch first, and replace the forward after."
-        )
-    state = state_of(module)
-    if state is not None:
-        raise FxgraftError(
-            f"{who} is already part of another patched model.\n"
-            "One module cannot obey two sets of patches.\nUnpatch the other model first."
-        )
-
-
-def _place_unit(
-    installation: Installation, state: GraftState, module: nn.Module, graft: Graft, placement: Placement
-) -> str:
-    """Decide under which name a unit is reached from its owner, and register it if it holds tensors."""
-    unit = placement.unit
-    keys = {p.key for g, p in installation.placements if g is graft and p.owner == placement.owner}
-    several = len(keys) > 1
-    key = placement.key.removeprefix(placement.owner + ".") if placement.owner else placement.key
-    safe = "".join(c if c.isalnum() else "_" for c in key)
-    name = f"graft_{graft.name}_{safe}" if several else f"graft_{graft.name}"
-    if not name.isidentifier():
-        raise SiteError(f"{graft.name!r} cannot name a graft.\nUse letters, digits and underscores.")
-    if unit.registered and not isinstance(module, _CONTAINERS):
-        if name not in state.registered:  # placed twice where the two graphs name its site differently
-            installation.registered.append((module, name, unit))
-        state.registered[name] = unit
-        return name
-    setattr(state.units, name, unit)
-    if unit.registered:
-        # A container runs or counts its children, so the unit lives beside it.
-        holder_path, _, own = placement.owner.rpartition(".")
-        while isinstance(installation.model.get_submodule(holder_path), _CONTAINERS) and holder_path:
-            holder_path, _, outer = holder_path.rpartition(".")
-            own = f"{outer}_{own}"
-        holder = installation.model.get_submodule(holder_path)
-        if isinstance(holder, _CONTAINERS):  # there is no beside: the model itself is one
-            holder = next((m for m in holder.modules() if not isinstance(m, _CONTAINERS)), holder)
-        installation.registered.append((holder, f"{name}_{own}".rstrip("_"), unit))
-    return f"{STATE}.units.{name}"
-
-
-def _program(
-    anatomy: Anatomy | None,
-    state: GraftState,
-    module: nn.Module,
-    placed: list[tuple[Graft, Placement]],
-    names: list[str],
-    training: bool,
-) -> Program:
-    """Compile what an owner runs in one mode."""
-    acting = [
-        (placement, name)
-        for (_, placement), name in zip(placed, names, strict=True)
-        if (placement.training if training else placement.evaluation)
-    ]
-    units = [placement.unit for placement, _ in acting if isinstance(placement.edit, Output)]
-    inputs = [placement.unit for placement, _ in acting if isinstance(placement.edit, Input)]
-    whole = [placement.unit for placement, _ in acting if isinstance(placement.edit, Instead)]
-    inner = [(p, name) for p, name in acting if not isinstance(p.edit, (Input, Instead, Output))]
-    if len(whole) + bool(inner) > 1:
-        both = ", ".join(dict.fromkeys(repr(graft.name) for graft, _ in placed))
-        raise SiteError(
-            f"{both} cannot share {state.path or 'the model'!r}: one replaces its whole forward, and another "
-            "acts inside of it.\nThe inner one would never run.\nTake one of them off, or choose another layer."
-        )
-    if not inner or anatomy is None:
-        return Program(whole[0] if whole else None, units, inputs)
-    traced = anatomy.fresh_graph(state.path, training)
-    editor = Editor(traced)
-    for placement, name in inner:
-        editor.apply(placement.edit, name)
-    restore_checkpointing(traced)
-    state.settings.update(traced.settings)
-    mode = "training" if training else "evaluation"
-    return Program(as_forward(traced, f"{type(module).__name__} {state.path!r} in {mode}"), units, inputs)
+def _stale_settings(module: nn.Module, state: GraftState) -> bool:
+    """Say whether an attribute that the graphs were traced under has changed since."""
+    for name, settings in state.settings.items():
+        part = module.get_submodule(name) if name else module
+        if settings_changed(part, settings):
+            return True
+    return False
