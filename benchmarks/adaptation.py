@@ -34,14 +34,13 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 from torch.utils.data import BatchSampler, DataLoader, Dataset, RandomSampler
 
 import fxgraft
 import scenes
-from common import Results, argument_parser, result_path
+from common import Results, argument_parser, cell, part_of, result_path
 from fxgraft.training import as_input, evaluate, train
 from fxgraft.zoo import build_model
 
@@ -139,26 +138,16 @@ def main(argv: list[str] | None = None) -> None:
         if variant in (scenes.VARIANTS if arguments.scenes else VARIANTS)
         and (network, variant) != ("lenet", "AdaBN")
     ]
-    index, count = arguments.shard
-    todo = [run for run in todo[index - 1 :: count] if not results.done(run)]
-    digits = read_digits(arguments.data) if todo and not arguments.scenes else {}
     if arguments.scenes:
         run_one = scenes.runner(arguments.device, play)
     else:
-        run_one = digit_runner(digits, protocol, arguments.device)
-    for number, run in enumerate(todo, 1):
-        began = time.perf_counter()
-        outcome = run_one(run, VARIANTS[run["variant"]])
-        results.add({**run, **outcome, "seconds": round(time.perf_counter() - began, 1)})
-        print(
-            f"[{number}/{len(todo)}] {run['network']}, {run['pair']}, seed {run['seed']}, {run['variant']}: "
-            f"{100 * outcome['score']:.1f} % after {results.runs[-1]['seconds']:.0f} s",
-            flush=True,
-        )
-    results.write()
-    if arguments.shard == (1, 1):
-        Console(width=110).print(table(results.runs))
-        plot(results.runs, path.with_suffix(".png"))
+        run_one = digit_runner(read_digits(arguments.data), protocol, arguments.device)
+    results.carry_out(
+        part_of(todo, arguments.shard),
+        lambda run: run_one(run, VARIANTS[run["variant"]]),
+        lambda outcome: outcome["score"],
+    )
+    results.present(table, plot)
 
 
 def read_digits(data: Path) -> dict[str, tuple[Tensor, Tensor]]:
@@ -233,14 +222,6 @@ def play(
     }
 
 
-def spread(values: list[float]) -> str:
-    """Mean and standard deviation in per cent."""
-    if not values:
-        return "-"
-    deviation = f" ± {100 * statistics.stdev(values):.1f}" if len(values) > 1 else ""
-    return f"{100 * statistics.fmean(values):.1f}{deviation}"
-
-
 def scores(runs: list[dict[str, Any]], network: str, pair: str, variant: str) -> list[float]:
     """One per seed."""
     return [r["score"] for r in runs if (r["network"], r["pair"], r["variant"]) == (network, pair, variant)]
@@ -264,7 +245,9 @@ def table(runs: list[dict[str, Any]]) -> Table:
         count = len({r["seed"] for r in runs if (r["network"], r["pair"]) == (network, pair)})
         drawn.add_column(f"{network}\n{pair}\n{count} seed{'s' if count > 1 else ''}", justify="right")
     for variant in VARIANTS:
-        drawn.add_row(variant, *(spread(scores(runs, *each, variant)) for each in columns(runs)))
+        drawn.add_row(
+            variant, *(cell([100 * s for s in scores(runs, *each, variant)]) for each in columns(runs))
+        )
     drawn.add_section()
     drawn.add_row("reported", *(f"{REPORTED[p]}" if n == "lenet" else "-" for n, p in columns(runs)))
     return drawn

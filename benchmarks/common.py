@@ -1,12 +1,20 @@
-"""What the learning benchmarks share: arguments, and result files that survive an interruption."""
+"""What the learning benchmarks share: arguments, the runner, and result files that survive an interruption."""
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
+import statistics
+import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from rich.console import Console
+from rich.table import Table
+
+from fxgraft.data import Domain, load_domains
 from fxgraft.training import environment
 
 FORMAT = 1
@@ -134,3 +142,80 @@ class Results:
         draft = self.path.with_suffix(".tmp")
         draft.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
         draft.replace(self.path)
+
+    def carry_out(
+        self,
+        runs: Sequence[dict[str, Any]],
+        run_one: Callable[[dict[str, Any]], dict[str, Any]],
+        shown: Callable[[dict[str, Any]], float],
+    ) -> None:
+        """Do the runs that are not there yet, and write each as it ends.
+
+        Args:
+            runs: the fields of the key.
+            run_one: from these to what is to be recorded; the time it took is added.
+            shown: from what was recorded to the score to print, as a share.
+        """
+        todo = [run for run in runs if not self.done(run)]
+        for number, run in enumerate(todo, 1):
+            began = time.perf_counter()
+            outcome = run_one(run)
+            seconds = round(time.perf_counter() - began, 1)
+            self.add({**run, **outcome, "seconds": seconds})
+            which = ", ".join(f"{name} {run[name]}" for name in self.key)
+            print(
+                f"[{number}/{len(todo)}] {which}: {100 * shown(outcome):.1f} % after {seconds:.0f} s",
+                flush=True,
+            )
+        self.write()
+
+    def present(
+        self,
+        table: Callable[[list[dict[str, Any]]], Table],
+        plot: Callable[[list[dict[str, Any]], Path], None],
+    ) -> None:
+        """Print the table and draw the picture, once all parts are together."""
+        if ".shard" not in self.path.name:
+            Console(width=110).print(table(self.runs))
+            plot(self.runs, self.path.with_suffix(".png"))
+
+
+def part_of(runs: Sequence[Any], part: tuple[int, int]) -> list[Any]:
+    """Every N-th of the runs, from the I-th; for a part I of N."""
+    return list(runs[part[0] - 1 :: part[1]])
+
+
+def cell(values: Sequence[float], digits: int = 1) -> str:
+    """Write values of several seeds as mean and standard deviation."""
+    if not values:
+        return "-"
+    spread = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
+    return f"{statistics.fmean(values):.{digits}f}{spread}"
+
+
+def step_ratio(runs: Sequence[dict[str, Any]], variant: str, by: Sequence[str] = ("seed",)) -> float:
+    """Median of the step time against that of the bare run with the same fields ``by``."""
+
+    def which(run: dict[str, Any]) -> tuple[Any, ...]:
+        return tuple(run[name] for name in by)
+
+    bare = {which(run): run["step_seconds"] for run in runs if run["variant"] == "bare"}
+    ratios = [
+        run["step_seconds"] / bare[which(run)]
+        for run in runs
+        if run["variant"] == variant and which(run) in bare
+    ]
+    return statistics.median(ratios) if ratios else math.nan
+
+
+def read_cifar10(data: Path, protocol: dict[str, Any]) -> dict[str, Domain]:
+    """Images and labels for "train" and "test", from tars or folders ``cifar10_train``, ``cifar10_test``."""
+    return {
+        split: load_domains(
+            data / f"cifar10_{split}*",
+            protocol["size"],
+            limit=protocol["limit_per_class" if split == "train" else "test_per_class"],
+            seed=protocol["split_seed"],
+        )[0]
+        for split in ("train", "test")
+    }

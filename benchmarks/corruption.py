@@ -16,22 +16,21 @@ Finished runs are written at once, and the same command goes on where it stopped
 
 from __future__ import annotations
 
-import math
+import functools
 import statistics
-import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
 import fxgraft
-from common import Results, argument_parser, result_path
+from common import Results, argument_parser, cell, part_of, read_cifar10, result_path, step_ratio
 from fxgraft.augment import Augment
-from fxgraft.data import load_domains
+from fxgraft.data import Domain
 from fxgraft.training import evaluate, train
 from fxgraft.zoo import build_model
 
@@ -163,34 +162,17 @@ def main(argv: list[str] | None = None) -> None:
     results = Results(path, protocol, KEY, arguments.device, arguments.shard)
     # Variants innermost: bare and patched run one after the other, on a machine in the same mood.
     todo = [{"seed": seed, "variant": variant} for seed in seeds for variant in VARIANTS]
-    index, count = arguments.shard
-    todo = [run for run in todo[index - 1 :: count] if not results.done(run)]
-    if todo:
-        domains = {
-            split: load_domains(
-                arguments.data / f"cifar10_{split}*",
-                protocol["size"],
-                limit=protocol["limit_per_class" if split == "train" else "test_per_class"],
-                seed=protocol["split_seed"],
-            )[0]
-            for split in ("train", "test")
-        }
-    for number, run in enumerate(todo, 1):
-        outcome = train_one(domains, protocol, run, arguments.device)
-        results.add({**run, **outcome})
-        print(
-            f"[{number}/{len(todo)}] {run['variant']}, seed {run['seed']}: {100 * outcome['clean']:.1f} % clean, "
-            f"{100 * mean_corrupted(outcome):.1f} % corrupted after {outcome['seconds']:.0f} s",
-            flush=True,
-        )
-    results.write()
-    if arguments.shard == (1, 1):
-        Console(width=110).print(table(results.runs))
-        plot(results.runs, path.with_suffix(".png"))
+    data = functools.cache(functools.partial(read_cifar10, arguments.data, protocol))
+    results.carry_out(
+        part_of(todo, arguments.shard),
+        lambda run: train_one(data(), protocol, run, arguments.device),
+        mean_corrupted,
+    )
+    results.present(table, plot)
 
 
 def train_one(
-    domains: dict[str, Any], protocol: dict[str, Any], run: dict[str, Any], device: str
+    domains: dict[str, Domain], protocol: dict[str, Any], run: dict[str, Any], device: str
 ) -> dict[str, Any]:
     """Train one variant and score it on every corruption; return what is to be recorded."""
     torch.manual_seed(run["seed"])
@@ -198,7 +180,6 @@ def train_one(
     size = protocol["size"]
     for method, options in VARIANTS[run["variant"]]:
         fxgraft.patch(model, method, input_size=(3, size, size), **options)
-    began = time.perf_counter()
     history = train(
         model,
         (domains["train"].images, domains["train"].labels),
@@ -219,7 +200,6 @@ def train_one(
         "images": {"train": len(domains["train"].labels), "test": len(labels)},
         "steps": len(history.step_seconds),
         "step_seconds": history.median_step,
-        "seconds": time.perf_counter() - began,
         "epoch_loss": [round(loss, 5) for loss in history.epoch_loss],
     }
 
@@ -234,15 +214,6 @@ def of(runs: list[dict[str, Any]], variant: str, score: Callable[[dict[str, Any]
     return [100 * score(run) for run in runs if run["variant"] == variant]
 
 
-def step_ratio(runs: list[dict[str, Any]], variant: str) -> float:
-    """Median of the step time against the bare run of the same seed."""
-    bare = {run["seed"]: run["step_seconds"] for run in runs if run["variant"] == "bare"}
-    ratios = [
-        r["step_seconds"] / bare[r["seed"]] for r in runs if r["variant"] == variant and r["seed"] in bare
-    ]
-    return statistics.median(ratios) if ratios else math.nan
-
-
 def table(runs: list[dict[str, Any]]) -> Table:
     """Accuracy clean, on each corruption and on average, and what a step cost."""
     drawn = Table(title="CIFAR-10, accuracy, % (± over seeds; corruptions: mean of five severities)")
@@ -254,19 +225,12 @@ def table(runs: list[dict[str, Any]]) -> Table:
         rows[kind] = lambda run, kind=kind: statistics.fmean(run["corrupted"][kind])
     rows["mean corrupted"] = mean_corrupted
     for name, score in rows.items():
-        drawn.add_row(name, *(_cell(of(runs, variant, score)) for variant in VARIANTS))
+        drawn.add_row(name, *(cell(of(runs, variant, score)) for variant in VARIANTS))
     drawn.add_row("step ratio", *(f"{step_ratio(runs, variant):.2f}" for variant in VARIANTS))
     return drawn
 
 
-def _cell(values: list[float]) -> str:
-    if not values:
-        return "-"
-    spread = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
-    return f"{statistics.fmean(values):.1f}{spread}"
-
-
-def plot(runs: list[dict[str, Any]], path: Any) -> None:
+def plot(runs: list[dict[str, Any]], path: Path) -> None:
     """Accuracy against severity, mean over corruptions and seeds; severity 0 is clean."""
     from matplotlib.figure import Figure
 

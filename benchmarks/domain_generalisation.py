@@ -19,16 +19,14 @@ Finished runs are written at once, and the same command goes on where it stopped
 from __future__ import annotations
 
 import statistics
-import time
 from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 from rich.table import Table
 
 import fxgraft
-from common import Results, argument_parser, result_path
+from common import Results, argument_parser, cell, part_of, result_path, step_ratio
 from fxgraft.augment import Augment
 from fxgraft.data import Domain, load_domains
 from fxgraft.training import evaluate, leave_one_out, train
@@ -90,27 +88,18 @@ def main(argv: list[str] | None = None) -> None:
     results = Results(path, protocol, KEY, arguments.device, arguments.shard)
     domains = read_pacs(arguments.data, protocol)
     pairs = [(seed, domain.name) for seed in seeds for domain in domains]
-    index, count = arguments.shard
     # All variants of a pair in one process, one after the other: their step times are compared.
     todo = [
         {"seed": seed, "held_out": held_out, "variant": variant}
-        for seed, held_out in pairs[index - 1 :: count]
+        for seed, held_out in part_of(pairs, arguments.shard)
         for variant in VARIANTS
     ]
-    for number, run in enumerate(todo, 1):
-        if results.done(run):
-            continue
-        outcome = train_one(domains, protocol, run, arguments.device)
-        results.add({**run, **outcome})
-        print(
-            f"[{number}/{len(todo)}] {run['variant']}, unseen {run['held_out']}, seed {run['seed']}: "
-            f"{100 * outcome['accuracy']:.1f} % after {outcome['seconds']:.0f} s",
-            flush=True,
-        )
-    results.write()
-    if arguments.shard == (1, 1):
-        Console(width=110).print(table(results.runs))
-        plot(results.runs, path.with_suffix(".png"))
+    results.carry_out(
+        todo,
+        lambda run: train_one(domains, protocol, run, arguments.device),
+        lambda outcome: outcome["accuracy"],
+    )
+    results.present(table, plot)
 
 
 def read_pacs(data: Path, protocol: dict[str, Any]) -> list[Domain]:
@@ -136,7 +125,6 @@ def train_one(
     if options is not None:
         fxgraft.patch(model, "rsc", **options)
     augment = Augment(**protocol["augment"])
-    began = time.perf_counter()
     history = train(
         model,
         train_set,
@@ -151,7 +139,6 @@ def train_one(
         "images": {"train": len(train_set[1]), "test": len(labels)},
         "steps": len(history.step_seconds),
         "step_seconds": history.median_step,
-        "seconds": time.perf_counter() - began,
         "epoch_loss": [round(loss, 5) for loss in history.epoch_loss],
         "validation": [round(accuracy, 5) for accuracy in history.validation],
     }
@@ -167,17 +154,6 @@ def accuracies(runs: list[dict[str, Any]], variant: str, held_out: str | None = 
     return [statistics.fmean(values) for values in by_seed.values() if len(values) == needed]
 
 
-def step_ratio(runs: list[dict[str, Any]], variant: str) -> float:
-    """Median of the step time against the bare run of the same seed and domain."""
-    bare = {(r["seed"], r["held_out"]): r["step_seconds"] for r in runs if r["variant"] == "bare"}
-    ratios = [
-        run["step_seconds"] / bare[run["seed"], run["held_out"]]
-        for run in runs
-        if run["variant"] == variant and (run["seed"], run["held_out"]) in bare
-    ]
-    return statistics.median(ratios) if ratios else float("nan")
-
-
 def table(runs: list[dict[str, Any]]) -> Table:
     """Accuracy on the unseen domain, and what a step cost."""
     drawn = Table(title="PACS, accuracy on the domain never seen, % (± over seeds)")
@@ -185,16 +161,9 @@ def table(runs: list[dict[str, Any]]) -> Table:
     for name in (*DOMAINS, "mean", "step ratio"):
         drawn.add_column(name, justify="right")
     for variant in VARIANTS:
-        cells = [_cell(accuracies(runs, variant, name)) for name in (*DOMAINS, None)]
-        drawn.add_row(variant, *cells, f"{step_ratio(runs, variant):.2f}")
+        cells = [cell(accuracies(runs, variant, name)) for name in (*DOMAINS, None)]
+        drawn.add_row(variant, *cells, f"{step_ratio(runs, variant, ('seed', 'held_out')):.2f}")
     return drawn
-
-
-def _cell(values: list[float]) -> str:
-    if not values:
-        return "-"
-    spread = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
-    return f"{statistics.fmean(values):.1f}{spread}"
 
 
 def plot(runs: list[dict[str, Any]], path: Path) -> None:

@@ -17,20 +17,19 @@ Finished runs are written at once, and the same command goes on where it stopped
 
 from __future__ import annotations
 
-import math
+import functools
 import statistics
-import time
+from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
 import fxgraft
-from common import Results, argument_parser, result_path
+from common import Results, argument_parser, cell, part_of, read_cifar10, result_path, step_ratio
 from fxgraft.augment import Augment
-from fxgraft.data import load_domains
+from fxgraft.data import Domain
 from fxgraft.ensemble import EnsembleMetrics
 from fxgraft.training import as_input, train
 from fxgraft.zoo import build_model
@@ -90,34 +89,17 @@ def main(argv: list[str] | None = None) -> None:
     results = Results(path, protocol, KEY, arguments.device, arguments.shard)
     # Variants innermost: bare and patched run one after the other, on a machine in the same mood.
     todo = [{"seed": seed, "variant": variant} for seed in seeds for variant in VARIANTS]
-    index, count = arguments.shard
-    todo = [run for run in todo[index - 1 :: count] if not results.done(run)]
-    if todo:
-        domains = {
-            split: load_domains(
-                arguments.data / f"cifar10_{split}*",
-                protocol["size"],
-                limit=protocol["limit_per_class" if split == "train" else "test_per_class"],
-                seed=protocol["split_seed"],
-            )[0]
-            for split in ("train", "test")
-        }
-    for number, run in enumerate(todo, 1):
-        outcome = train_one(domains, protocol, run, arguments.device)
-        results.add({**run, **outcome})
-        print(
-            f"[{number}/{len(todo)}] {run['variant']}, seed {run['seed']}: "
-            f"{100 * outcome['metrics']['ensemble/accuracy']:.1f} % after {outcome['seconds']:.0f} s",
-            flush=True,
-        )
-    results.write()
-    if arguments.shard == (1, 1):
-        Console(width=110).print(table(results.runs))
-        plot(results.runs, path.with_suffix(".png"))
+    data = functools.cache(functools.partial(read_cifar10, arguments.data, protocol))
+    results.carry_out(
+        part_of(todo, arguments.shard),
+        lambda run: train_one(data(), protocol, run, arguments.device),
+        lambda outcome: outcome["metrics"]["ensemble/accuracy"],
+    )
+    results.present(table, plot)
 
 
 def train_one(
-    domains: dict[str, Any], protocol: dict[str, Any], run: dict[str, Any], device: str
+    domains: dict[str, Domain], protocol: dict[str, Any], run: dict[str, Any], device: str
 ) -> dict[str, Any]:
     """Train one variant and score it; return what is to be recorded."""
     torch.manual_seed(run["seed"])
@@ -127,7 +109,6 @@ def train_one(
     options = VARIANTS[run["variant"]]
     if options is not None:
         fxgraft.patch(model, "mixmo", input_size=(3, size, size), **protocol["mixmo"], **options)
-    began = time.perf_counter()
     history = train(
         model,
         (train_set.images, train_set.labels),
@@ -147,7 +128,6 @@ def train_one(
         "images": {"train": len(train_set.labels), "test": len(test_set.labels)},
         "steps": len(history.step_seconds),
         "step_seconds": history.median_step,
-        "seconds": time.perf_counter() - began,
         "epoch_loss": [round(loss, 5) for loss in history.epoch_loss],
     }
 
@@ -170,15 +150,6 @@ def values(runs: list[dict[str, Any]], variant: str, name: str) -> list[float]:
         for metrics in mine
     ]
     return [statistics.fmean(each) for each in own if each]
-
-
-def step_ratio(runs: list[dict[str, Any]], variant: str) -> float:
-    """Median of the step time against the bare run of the same seed."""
-    bare = {run["seed"]: run["step_seconds"] for run in runs if run["variant"] == "bare"}
-    ratios = [
-        r["step_seconds"] / bare[r["seed"]] for r in runs if r["variant"] == variant and r["seed"] in bare
-    ]
-    return statistics.median(ratios) if ratios else math.nan
 
 
 ROWS = {
@@ -205,14 +176,10 @@ def table(runs: list[dict[str, Any]]) -> Table:
 
 
 def _cell(found: list[float], factor: float) -> str:
-    if not found:
-        return "-"
-    digits = 1 if factor == 100 else 3
-    spread = f" ± {factor * statistics.stdev(found):.{digits}f}" if len(found) > 1 else ""
-    return f"{factor * statistics.fmean(found):.{digits}f}{spread}"
+    return cell([factor * value for value in found], 1 if factor == 100 else 3)
 
 
-def plot(runs: list[dict[str, Any]], path: Any) -> None:
+def plot(runs: list[dict[str, Any]], path: Path) -> None:
     """Accuracy, likelihood and calibration of the ensemble (bars) and of its members (dots)."""
     from matplotlib.figure import Figure
 

@@ -22,16 +22,14 @@ Finished runs are written at once, and the same command goes on where it stopped
 from __future__ import annotations
 
 import statistics
-import time
 from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 from rich.table import Table
 
 import fxgraft
-from common import Results, argument_parser, result_path
+from common import Results, argument_parser, cell, part_of, result_path, step_ratio
 from fxgraft.augment import Augment
 from fxgraft.data import Domain, load_domains
 from fxgraft.training import evaluate, train
@@ -94,21 +92,12 @@ def main(argv: list[str] | None = None) -> None:
     results = Results(path, protocol, KEY, arguments.device, arguments.shard)
     # Variants innermost: bare and patched of a pair run one after the other, on a machine in the same mood.
     todo = [{"seed": seed, "variant": variant} for seed in seeds for variant in VARIANTS]
-    index, count = arguments.shard
-    mine = todo[index - 1 :: count]
-    for number, run in enumerate(mine, 1):
-        if not results.done(run):
-            results.add({**run, **train_one(train_set, test_set, protocol, run, arguments.device)})
-            latest = results.runs[-1]
-            print(
-                f"[{number}/{len(mine)}] {run['variant']}, seed {run['seed']}: "
-                f"{100 * latest['accuracy']:.1f} % after {latest['seconds']:.0f} s",
-                flush=True,
-            )
-    results.write()
-    if arguments.shard == (1, 1):
-        Console(width=110).print(table(results.runs))
-        plot(results.runs, path.with_suffix(".png"))
+    results.carry_out(
+        part_of(todo, arguments.shard),
+        lambda run: train_one(train_set, test_set, protocol, run, arguments.device),
+        lambda outcome: outcome["accuracy"],
+    )
+    results.present(table, plot)
 
 
 def loss_k(classes: int) -> int:
@@ -153,7 +142,6 @@ def train_one(
             options = {**options, "loss_k": protocol["loss_k"]}
         size = protocol["size"]
         fxgraft.patch(model, "diversification", input_size=(3, size, size), **options)
-    began = time.perf_counter()
     history = train(
         model,
         (kept.images, kept.labels),
@@ -169,7 +157,6 @@ def train_one(
         "images": {"train": len(kept), "test": len(test_set)},
         "steps": len(history.step_seconds),
         "step_seconds": history.median_step,
-        "seconds": time.perf_counter() - began,
         "epoch_loss": [round(loss, 5) for loss in history.epoch_loss],
         "validation": [round(accuracy, 5) for accuracy in history.validation],
     }
@@ -180,17 +167,6 @@ def accuracies(runs: list[dict[str, Any]], variant: str) -> list[float]:
     return [100 * run["accuracy"] for run in runs if run["variant"] == variant]
 
 
-def step_ratio(runs: list[dict[str, Any]], variant: str) -> float:
-    """Median of the step time against the bare run of the same seed."""
-    bare = {run["seed"]: run["step_seconds"] for run in runs if run["variant"] == "bare"}
-    ratios = [
-        run["step_seconds"] / bare[run["seed"]]
-        for run in runs
-        if run["variant"] == variant and run["seed"] in bare
-    ]
-    return statistics.median(ratios) if ratios else float("nan")
-
-
 def table(runs: list[dict[str, Any]]) -> Table:
     """Accuracy on the test images, and what a step cost."""
     drawn = Table(title="Accuracy on the test images, % (± over seeds)")
@@ -199,9 +175,7 @@ def table(runs: list[dict[str, Any]]) -> Table:
         drawn.add_column(name, justify="right")
     for variant in VARIANTS:
         values = accuracies(runs, variant)
-        spread = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
-        cell = f"{statistics.fmean(values):.1f}{spread}" if values else "-"
-        drawn.add_row(variant, cell, str(len(values)), f"{step_ratio(runs, variant):.2f}")
+        drawn.add_row(variant, cell(values), str(len(values)), f"{step_ratio(runs, variant):.2f}")
     return drawn
 
 
