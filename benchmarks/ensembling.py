@@ -60,7 +60,7 @@ QUICK: dict[str, Any] = {
     "mixmo": {"members": 2, "init": "random"},
     "limit_per_class": 500,
     "test_per_class": 200,
-    "training": {"epochs": 20, "batch_size": 64, "lr": 1e-3, "optimizer": "adamw", "weight_decay": 0.05},
+    "training": {"epochs": 60, "batch_size": 64, "lr": 1e-3, "optimizer": "adamw", "weight_decay": 0.05},
 }
 FULL: dict[str, Any] = {
     **SHARED,
