@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import fxgraft
-from fxgraft.errors import BypassError, ConfigError, DuplicateGraftError
+from fxgraft.errors import ConfigError, DuplicateGraftError, SiteError
 from fxgraft.patches.diversification import Diversification, record
 from patches.diversified import NEUTRAL, Net, images, net, patched, small_resnet
 
@@ -96,12 +96,11 @@ class TestEverywhere:
         fxgraft.unpatch(model)
         assert type(model) is type(bare)
 
-    def test_a_graft_inside_the_head_cannot_be_reached_and_says_so(self):
+    def test_a_graft_inside_the_head_would_never_run_and_is_refused(self):
         model = fxgraft.patch(small_resnet().train(), "diversification", input_size=(3, 64, 64))
-        fxgraft.patch(model, "rsc", layer="global_pool", input_size=(3, 64, 64))
-        x, y = images(6, 64)
-        with pytest.raises(BypassError, match="global_pool"):
-            model(x, target=y)
+        with pytest.raises(SiteError, match="'rsc' acts on 'global_pool', which 'diversification' leaves out"):
+            fxgraft.patch(model, "rsc", layer="global_pool", input_size=(3, 64, 64))
+        assert [graft.name for graft in fxgraft.grafts(model)] == ["diversification"]
 
     def test_merge_leaves_the_stock_model(self):
         x, _ = images()
