@@ -98,7 +98,9 @@ class TestEverywhere:
 
     def test_a_graft_inside_the_head_would_never_run_and_is_refused(self):
         model = fxgraft.patch(small_resnet().train(), "diversification", input_size=(3, 64, 64))
-        with pytest.raises(SiteError, match="'rsc' acts on 'global_pool', which 'diversification' leaves out"):
+        with pytest.raises(
+            SiteError, match="'rsc' acts on 'global_pool', which 'diversification' leaves out"
+        ):
             fxgraft.patch(model, "rsc", layer="global_pool", input_size=(3, 64, 64))
         assert [graft.name for graft in fxgraft.grafts(model)] == ["diversification"]
 
