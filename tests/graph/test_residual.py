@@ -230,3 +230,31 @@ def test_the_listing_of_a_plain_stack_is_empty_and_patching_it_says_what_there_i
     with pytest.raises(fxgraft.StructureError, match="10 convolutions, 0 norms, 10 activations") as caught:
         fxgraft.patch(model, "crossnorm", input_size=(3, 64, 64))
     assert "'conv', 'act'" in str(caught.value)
+
+
+class Sized(nn.Module):
+    """A join whose branch reads the size of its input, and a fusion that reads the size of the other stream."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.other = nn.Conv2d(4, 4, 1), nn.Conv2d(4, 4, 1)
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        batch, channels, height, width = x.shape
+        x = x + self.conv(x.flatten(2).reshape(batch, channels, height, width))
+        return x + self.other(y).reshape(x.shape[0], channels, height, width)
+
+
+class TwoStreams(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.side, self.block = nn.Conv2d(3, 4, 1), nn.Conv2d(3, 4, 1), Sized()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.block(self.stem(x), self.side(x)).mean((2, 3))
+
+
+def test_reading_a_size_is_no_part_of_a_branch() -> None:
+    (join,) = residual_joins(Anatomy(TwoStreams(), (3, 4, 4)))
+    assert join.name == "block.add"
+    assert join.edits["pre"] == Edge("x", ("flatten",))

@@ -167,7 +167,7 @@ def _find(anatomy: Anatomy, owner: str, graph: fx.Graph) -> list[_Parts]:
 
 def _parts(anatomy: Anatomy, owner: str, total: fx.Node, identity: fx.Node, branch: fx.Node) -> _Parts | None:
     """Read an addition as identity + branch, or return None."""
-    upstream = upstream_of(branch)
+    upstream = _computed_from(branch)
     node: fx.Node | None = identity
     steps: list[fx.Node] = []
     while node is not None and node not in upstream and node is not branch:
@@ -285,6 +285,29 @@ def _weight(anatomy: Anatomy, owner: str, start: fx.Node, end: fx.Node) -> tuple
         weight, length = weight + _learned(anatomy, owner, node), length + 1
         node = _previous(anatomy, owner, node)
     return weight, length
+
+
+def _computed_from(end: fx.Node) -> set[fx.Node]:
+    """Collect what a value is computed from; where only the size of something is read, it is not."""
+    found: set[fx.Node] = set()
+    waiting = [end]
+    while waiting:
+        for source in waiting.pop().all_input_nodes:
+            if source not in found and not _is_size(source):
+                found.add(source)
+                waiting.append(source)
+    return found
+
+
+def _is_size(node: fx.Node) -> bool:
+    """Say whether a value is the size of a tensor, or arithmetic on sizes."""
+    if node.op == "call_method" and node.target in ("size", "dim", "numel"):
+        return True
+    if node.op != "call_function":
+        return False
+    if node.target is getattr:
+        return node.args[1] in ("shape", "ndim")
+    return bool(node.all_input_nodes) and all(_is_size(each) for each in node.all_input_nodes)
 
 
 def _between(fork: fx.Node, end: fx.Node, upstream: set[fx.Node]) -> set[fx.Node]:
