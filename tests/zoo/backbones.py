@@ -6,6 +6,7 @@ classify into `NUM_CLASSES` classes: a `(batch, NUM_CLASSES)` tensor in training
 """
 
 import copy
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -383,13 +384,19 @@ BACKBONES: tuple[Backbone, ...] = (
 EXCLUDED: dict[str, str] = {}
 
 
-def available() -> list[Any]:
-    """The backbones as pytest parameters; one that the installed library lacks is skipped and says so."""
+def available(representative: Collection[str] | None = None) -> list[Any]:
+    """The backbones as pytest parameters; one that the installed library lacks is skipped and says so.
+
+    Of the names in `representative`, where given, each is part of every test run, and the rest is left to the sweep.
+    """
     return [
         pytest.param(
             backbone,
             id=backbone.name,
-            marks=[pytest.mark.skip(reason=backbone.missing)] if backbone.missing else [],
+            marks=[
+                *([pytest.mark.skip(reason=backbone.missing)] if backbone.missing else []),
+                *([] if representative is None or backbone.name in representative else [pytest.mark.sweep]),
+            ],
         )
         for backbone in BACKBONES
     ]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from typing import Any
 
 import pytest
 import torch
@@ -51,18 +50,6 @@ REPRESENTATIVE = {
 }
 
 
-def backbones() -> list[Any]:
-    """The zoo as parameters; what is not representative is left to the sweep."""
-    return [
-        pytest.param(
-            *each.values,
-            id=each.id,
-            marks=[*each.marks, *([] if each.id in REPRESENTATIVE else [pytest.mark.sweep])],
-        )
-        for each in available()
-    ]
-
-
 def evaluated(model: nn.Module, x: Tensor) -> Tensor:
     with torch.no_grad():
         return model.eval()(x)
@@ -81,7 +68,7 @@ def test_the_lists_name_backbones_of_the_zoo() -> None:
     assert names >= NO_JOIN.keys()
 
 
-@pytest.mark.parametrize("backbone", backbones())
+@pytest.mark.parametrize("backbone", available(REPRESENTATIVE))
 def test_cnsn(backbone: Backbone) -> None:
     size = {"input_size": backbone.input_size}
     x, y = backbone.inputs(), torch.arange(4) % NUM_CLASSES
@@ -134,15 +121,7 @@ EVERYWHERE = {"timm/resnet18", "timm/resnetv2_18", "timm/test_vit", "timm/mobile
 
 @pytest.mark.parametrize(
     "backbone",
-    [
-        pytest.param(
-            *each.values,
-            id=each.id,
-            marks=[*each.marks, *([] if each.id in EVERYWHERE else [pytest.mark.sweep])],
-        )
-        for each in available()
-        if each.id not in NO_JOIN
-    ],
+    [each for each in available(EVERYWHERE) if each.id not in NO_JOIN],
 )
 def test_the_other_positions(backbone: Backbone) -> None:
     x, y = backbone.inputs(), torch.arange(4) % NUM_CLASSES

@@ -102,18 +102,6 @@ REPRESENTATIVE = {
 }
 
 
-def backbones() -> list[Any]:
-    """The zoo as parameters; what is not representative is left to the sweep."""
-    return [
-        pytest.param(
-            *each.values,
-            id=each.id,
-            marks=[*each.marks, *([] if each.id in REPRESENTATIVE else [pytest.mark.sweep])],
-        )
-        for each in available()
-    ]
-
-
 def test_the_lists_name_backbones_of_the_zoo() -> None:
     names = {backbone.name for backbone in BACKBONES}
     assert names >= EXCEPTIONS.keys() | DIFFERENT | REPRESENTATIVE
@@ -121,7 +109,7 @@ def test_the_lists_name_backbones_of_the_zoo() -> None:
     assert not EXCEPTIONS.keys() & DIFFERENT
 
 
-@pytest.mark.parametrize("backbone", backbones())
+@pytest.mark.parametrize("backbone", available(REPRESENTATIVE))
 def test_head_rewrite(backbone: Backbone) -> None:
     options: dict[str, Any] = {"patch": 1, "input_size": backbone.input_size}
     if backbone.name in EXCEPTIONS:

@@ -38,18 +38,6 @@ REPRESENTATIVE = {
 }
 
 
-def backbones() -> list[Any]:
-    """The zoo as parameters; what is not representative is left to the sweep."""
-    return [
-        pytest.param(
-            *each.values,
-            id=each.id,
-            marks=[*each.marks, *([] if each.id in REPRESENTATIVE else [pytest.mark.sweep])],
-        )
-        for each in available()
-    ]
-
-
 def evaluated(model: nn.Module, x: Tensor, **options: Any) -> Tensor:
     with torch.no_grad():
         return model.eval()(x, **options)
@@ -61,7 +49,7 @@ def test_the_lists_name_backbones_of_the_zoo() -> None:
     assert names >= REFUSED.keys()
 
 
-@pytest.mark.parametrize("backbone", backbones())
+@pytest.mark.parametrize("backbone", available(REPRESENTATIVE))
 def test_mixmo(backbone: Backbone) -> None:
     x, y = backbone.inputs(), torch.arange(4) % NUM_CLASSES
     bare = backbone.build(warm=True)

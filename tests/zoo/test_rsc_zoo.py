@@ -34,18 +34,6 @@ REPRESENTATIVE = {
 }
 
 
-def backbones() -> list[Any]:
-    """The zoo as parameters; what is not representative is left to the sweep."""
-    return [
-        pytest.param(
-            *each.values,
-            id=each.id,
-            marks=[*each.marks, *([] if each.id in REPRESENTATIVE else [pytest.mark.sweep])],
-        )
-        for each in available()
-    ]
-
-
 def evaluated(model: nn.Module, x: Tensor) -> Tensor:
     with torch.no_grad():
         return model.eval()(x)
@@ -68,7 +56,7 @@ def test_the_representatives_and_exceptions_exist() -> None:
     assert all(EXCEPTIONS.values())
 
 
-@pytest.mark.parametrize("backbone", backbones())
+@pytest.mark.parametrize("backbone", available(REPRESENTATIVE))
 def test_rsc(backbone: Backbone) -> None:
     x, y = backbone.inputs(), torch.arange(4) % NUM_CLASSES
     bare = backbone.build(warm=True)

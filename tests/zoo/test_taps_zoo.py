@@ -33,18 +33,6 @@ REPRESENTATIVE = {
 OWN_FORWARD = {"timm/fasternet_t0": "spatial_mixing"}
 
 
-def backbones() -> list[Any]:
-    """The zoo as parameters; what is not representative is left to the sweep."""
-    return [
-        pytest.param(
-            *each.values,
-            id=each.id,
-            marks=[*each.marks, *([] if each.id in REPRESENTATIVE else [pytest.mark.sweep])],
-        )
-        for each in available()
-    ]
-
-
 @dataclass
 class Seen:
     """One value as a forward hook saw it: a copy made on the spot, and whether it was written over later."""
@@ -102,7 +90,7 @@ def test_the_lists_name_backbones_of_the_zoo() -> None:
     assert {backbone.name for backbone in BACKBONES} >= REPRESENTATIVE | OWN_FORWARD.keys()
 
 
-@pytest.mark.parametrize("backbone", backbones())
+@pytest.mark.parametrize("backbone", available(REPRESENTATIVE))
 def test_taps(backbone: Backbone) -> None:
     bare = backbone.build(warm=True)
     model = copy.deepcopy(bare)

@@ -37,8 +37,8 @@ from fxgraft.graph.values import Values, tensor_inputs
 
 _CONVOLUTIONS = (nn.Conv2d.forward, Conv2dSame.forward)
 _LAYOUTS = {2: "NC", 3: "NLC", 4: "NHWC"}
-_SIZES_ONLY = ("zeros_like", "ones_like", "empty_like", "full_like", "rand_like", "randn_like")
-_SIZES_ONLY = (*_SIZES_ONLY, "new_zeros", "new_ones", "new_empty", "new_full", "new_tensor")
+_SIZES_ONLY = {"zeros_like", "ones_like", "empty_like", "full_like", "rand_like", "randn_like"}
+_SIZES_ONLY |= {"new_zeros", "new_ones", "new_empty", "new_full", "new_tensor"}
 
 Found = TypeVar("Found")
 

@@ -225,6 +225,12 @@ def unwrapped(model: nn.Module) -> nn.Module:
     return model
 
 
+def grafts_on(model: nn.Module) -> list[Graft]:
+    """List the grafts of a model that nothing is wrapped around; empty for a bare one."""
+    state = state_of(model)
+    return state.ledger.grafts if state is not None and state.ledger is not None else []
+
+
 @contextmanager
 def recording(model: nn.Module, kind: type[Unit], missing: str) -> Iterator[list[Any]]:
     """Let the units of one kind on a model append to a list, as ``unit.records``, for the time of the block.
@@ -232,9 +238,7 @@ def recording(model: nn.Module, kind: type[Unit], missing: str) -> Iterator[list
     Raises:
         SiteError: there is none of them; says ``missing``.
     """
-    state = state_of(model)
-    grafts = state.ledger.grafts if state is not None and state.ledger is not None else []
-    units: list[Any] = [u for graft in grafts for u in graft.units.values() if isinstance(u, kind)]
+    units: list[Any] = [u for graft in grafts_on(model) for u in graft.units.values() if isinstance(u, kind)]
     if not units:
         raise SiteError(missing)
     records: list[Any] = []

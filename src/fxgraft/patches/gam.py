@@ -33,7 +33,7 @@ from fxgraft.graph.sites import Site, Words
 from fxgraft.graph.structure import span_to_output
 from fxgraft.graph.taps import named_sites, take
 from fxgraft.matching import Game, listening, paired_weights, switched_taps
-from fxgraft.patches.base import Make, Patch, check_choices, check_share, register, unwrapped
+from fxgraft.patches.base import Make, Patch, check_choices, check_share, grafts_on, register, unwrapped
 
 GAME = "(game)"
 """Key of the unit that holds what lives beside the network."""
@@ -332,9 +332,7 @@ def _game_of(graft: Graft) -> Game:
 def _graft(model: nn.Module, name: str | None) -> tuple[nn.Module, Graft]:
     """Find the model inside what wraps it, and its graft."""
     inner = unwrapped(model)
-    state = state_of(inner)
-    grafts = state.ledger.grafts if state is not None and state.ledger is not None else []
-    known = {graft.name: graft for graft in grafts if isinstance(graft.patch, GAM)}
+    known = {graft.name: graft for graft in grafts_on(inner) if isinstance(graft.patch, GAM)}
     if not known:
         raise UnknownGraftError(
             f"{inner._get_name()} is not patched with GAM.\n"

@@ -15,11 +15,11 @@ from torch import nn
 
 from fxgraft.errors import ConfigError, TapError, UnknownGraftError, candidates
 from fxgraft.graph.anatomy import Anatomy
-from fxgraft.graph.grafted import Unit, state_of
+from fxgraft.graph.grafted import Unit
 from fxgraft.graph.ledger import Graft, Placement
 from fxgraft.graph.sites import Words
 from fxgraft.graph.taps import named_sites, take, tap_placements
-from fxgraft.patches.base import Make, Patch, register, unwrapped
+from fxgraft.patches.base import Make, Patch, grafts_on, register, unwrapped
 
 
 @register("taps")
@@ -116,9 +116,7 @@ def tapped(model: nn.Module, *args: Any, **kwargs: Any) -> tuple[Any, dict[str, 
 def _units(model: nn.Module, name: str | None) -> list[Unit]:
     """List the taps of a model, or of its graft of one name."""
     inner = unwrapped(model)
-    state = state_of(inner)
-    grafts = state.ledger.grafts if state is not None and state.ledger is not None else []
-    known = {graft.name: graft for graft in grafts if isinstance(graft.patch, Taps)}
+    known = {graft.name: graft for graft in grafts_on(inner) if isinstance(graft.patch, Taps)}
     if not known:
         raise UnknownGraftError(
             f"There are no taps on this {inner._get_name()}.\n"
