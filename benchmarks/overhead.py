@@ -81,12 +81,13 @@ def markdown(reports: Sequence[OverheadReport], refused: Sequence[dict[str, str]
     """Return the ratios as a Markdown table, with the conditions above it."""
     first = reports[0]
     versions = ", ".join(f"{name} {version}" for name, version in first.versions.items())
+    allocator = "".join(f", {name}={value}" for name, value in first.allocator.items())
     lines = [
         f"Time against the bare model: median of the ratios within {first.rounds} interleaved rounds, "
         "quartiles in brackets. Noise: a second bare model in the patched one's place, training step.",
         "",
         f"Batch {first.batch} at {first.size}², {first.device} ({first.processor}), threads: {first.threads}"
-        f"{', torch.compile(fullgraph=True)' if first.compiled else ''};"
+        f"{', torch.compile(fullgraph=True)' if first.compiled else ''}{allocator};"
         f" {versions}. Training step: {first.training_step}. Memory: {first.memory_kind}.",
         "",
         "| " + " | ".join(COLUMNS) + " |",

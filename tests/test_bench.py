@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from fxgraft.bench import (
+    ALLOCATOR,
     BARE,
     CONTROL,
     FORWARD,
@@ -193,6 +194,19 @@ def test_measures_a_patched_model():
         assert ratio.median > 0
     # What acts in training only is absent from the evaluation graph: no extra memory either.
     assert patched.row(FORWARD, PATCHED).peak_bytes == patched.row(FORWARD, BARE).peak_bytes
+
+
+def test_a_report_says_how_memory_was_allocated(monkeypatch):
+    for name in ALLOCATOR:
+        monkeypatch.delenv(name, raising=False)
+    plain = quick()
+    assert plain.allocator == {}
+    monkeypatch.setenv("MALLOC_TRIM_THRESHOLD_", "8000000000")
+    report = quick()
+    assert report.allocator == {"MALLOC_TRIM_THRESHOLD_": "8000000000"}
+    assert OverheadReport.from_json(report.to_json()) == report
+    assert "MALLOC_TRIM_THRESHOLD_=8000000000" in str(report)
+    assert "MALLOC" not in str(plain)
 
 
 def test_compiled_networks_are_all_compiled(monkeypatch):

@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import gc
+import os
 import platform
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -31,6 +32,12 @@ FORWARD = "forward"
 TRAINING_STEP = "training step"
 MEASURES = (FORWARD, TRAINING_STEP)
 BARE, CONTROL, PATCHED = "bare", "bare again", "patched"
+
+ALLOCATOR = (
+    *("LD_PRELOAD", "GLIBC_TUNABLES", "MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_", "MALLOC_CONF"),
+    *("THP_MEM_ALLOC_ENABLE", "PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"),
+)
+"""Environment variables of glibc, of other allocators and of torch that decide how memory is allocated."""
 
 STEP = "zero_grad, forward with labels, loss, backward, SGD step with momentum (learning rate 0)"
 
@@ -116,6 +123,7 @@ def measure(
         memory_kind=memory_kind(device),
         versions=_versions(),
         rows=tuple(rows),
+        allocator={name: os.environ[name] for name in ALLOCATOR if os.environ.get(name)},
     )
 
 

@@ -6,7 +6,7 @@ import io
 import json
 import statistics
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from rich.console import Console
@@ -79,6 +79,8 @@ class OverheadReport:
         versions: of Python and the libraries.
         rows: the numbers.
         compiled: whether the networks ran through torch.compile.
+        allocator: environment variables that were set and decide how memory is allocated. Fresh buffers for
+            large maps can take longer than the arithmetic on them.
     """
 
     model: str
@@ -95,6 +97,7 @@ class OverheadReport:
     versions: dict[str, str]
     rows: tuple[Row, ...]
     compiled: bool = False
+    allocator: dict[str, str] = field(default_factory=dict)
 
     def row(self, what: str, network: str) -> Row:
         """Return the row of one network in one kind of call."""
@@ -139,7 +142,8 @@ class OverheadReport:
             caption=f"batch {self.batch} at {self.size}×{self.size} on {self.device} ({self.processor}), "
             f"threads: {self.threads}, {'compiled, ' if self.compiled else ''}rounds: {self.rounds}; "
             "medians with quartiles.\n"
-            f"Ratio: within a round, against bare; 'bare again' shows the noise.\n"
+            + "".join(f"{name}={value}\n" for name, value in self.allocator.items())
+            + "Ratio: within a round, against bare; 'bare again' shows the noise.\n"
             f"Training step: {self.training_step}.\nMemory: {self.memory_kind}.",
             caption_justify="left",
         )
