@@ -134,7 +134,8 @@ def replaced_checkpoint(run: Callable[..., Any]) -> Iterator[None]:
 def default_input_size(model: nn.Module) -> tuple[int, int, int]:
     """Find the (C, H, W) a backbone expects: its fixed image size, timm's configuration, or 3×224×224.
 
-    The channels come from the first convolution or patch projection when there is one.
+    The channels come from the first convolution or patch projection when there is one; timm's configuration
+    lists none where the images are first transformed by hand.
     """
     config = getattr(model, "pretrained_cfg", None) or getattr(model, "default_cfg", None) or {}
     size = config.get("input_size") if isinstance(config, dict) else getattr(config, "input_size", None)
@@ -147,6 +148,8 @@ def default_input_size(model: nn.Module) -> tuple[int, int, int]:
             height, width = fixed
             break
     stem = config.get("first_conv") if isinstance(config, dict) else getattr(config, "first_conv", None)
+    if size and stem in ([], ()):
+        return channels, height, width
     named = [model.get_submodule(stem)] if isinstance(stem, str) and _has(model, stem) else []
     for module in (*named, *model.modules()):
         if isinstance(module, nn.Conv2d):
