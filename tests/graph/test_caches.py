@@ -1,10 +1,15 @@
-"""Modules that keep what a pass computed: looking at a model leaves nothing of its own behind."""
+"""Looking at a model and patching it leave nothing behind, in modules that keep things or in Python's own books."""
 
 from __future__ import annotations
+
+import gc
+import linecache
+import weakref
 
 import timm
 import torch
 from torch import Tensor, nn
+from torch.fx import _symbolic_trace
 
 import fxgraft
 
@@ -54,3 +59,28 @@ def test_attention_biases_of_timm_are_computed_anew():
         out = model(x)
         assert type(out) is Tensor
         assert torch.equal(out, fxgraft.unpatch(model)(x))
+
+
+def test_generated_code_goes_with_its_patch():
+    """Both books are global: what stays there makes every later trace slower and is never freed."""
+
+    def books() -> tuple[int, int]:
+        gc.collect()  # graphs have finalizers: what they hold goes in a second collection
+        gc.collect()
+        generated = [name for name in linecache.cache if name.startswith("<fxgraft")]
+        return len(_symbolic_trace._wrapped_fns_to_patch), len(generated)
+
+    # Its blocks call functions that timm keeps out of traces, which generated code registers.
+    model, size = timm.create_model("gcvit_xxtiny", img_size=64, embed_dim=16), (3, 64, 64)
+    before = books()
+    fxgraft.patch(model, "crossnorm", input_size=size)
+    during = books()
+    assert during > before
+    assert during[1] > before[1]
+    fxgraft.patch(model, "selfnorm", input_size=size)
+    fxgraft.unpatch(model)
+    assert books() == before
+    gone = weakref.ref(fxgraft.patch(model, "crossnorm", input_size=size))
+    del model
+    assert books() == before
+    assert gone() is None
