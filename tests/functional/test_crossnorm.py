@@ -4,7 +4,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch.autograd import gradcheck
+from torch.autograd import gradcheck, gradgradcheck
 
 from fxgraft.functional.crossnorm import EPS, crossnorm, draw_box
 from fxgraft.functional.modulation import instance_moments, modulated
@@ -88,6 +88,24 @@ def test_gradient_of_modulation(layout: str, shift: bool):
         )
 
     assert gradcheck(run, (x, w))
+    assert gradgradcheck(run, (x, w))
+
+
+def test_a_graph_serves_gradients_with_and_without_a_graph_of_their_own():
+    x = make("rows").detach().requires_grad_()
+    w = torch.randn(4, dtype=torch.float64, requires_grad=True)
+    y = modulated(x, lambda m, v: ((w * m + v).sigmoid(), m * w)).sin().sum()
+    plain = torch.autograd.grad(y, (x, w), retain_graph=True)
+    for create_graph in (True, False, True):
+        found = torch.autograd.grad(y, (x, w), retain_graph=True, create_graph=create_graph)
+        torch.testing.assert_close(found, plain)
+        assert all(each.requires_grad == create_graph for each in found)
+
+
+def test_constant_coefficients_can_be_differentiated_twice():
+    x = torch.randn(3, 2, 3, 3, dtype=torch.float64, requires_grad=True)
+    w = torch.randn(2, dtype=torch.float64, requires_grad=True)
+    assert gradgradcheck(lambda x, w: modulated(x, lambda m, v: (w.expand(3, 2), None)), (x, w))
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

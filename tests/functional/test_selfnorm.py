@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from torch.autograd import gradcheck
+from torch.autograd import gradcheck, gradgradcheck
 
 from fxgraft.functional.selfnorm import gate_input, selfnorm
 from fxgraft.patches.selfnorm import Gate
@@ -68,6 +68,7 @@ def test_gradient(two: bool):
         return selfnorm(x, lambda m, s: gate_input(m, s, a, b).sigmoid(), f)
 
     assert gradcheck(run, (x, *weights))
+    assert gradgradcheck(run, (x, *weights))
 
 
 @pytest.mark.parametrize("two", [False, True])

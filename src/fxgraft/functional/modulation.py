@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 _FAR = 4.0
 """How many deviations from zero a mean may lie before the variance is measured around it."""
@@ -46,7 +45,8 @@ def modulated(x: Tensor, coefficients: Coefficients) -> Tensor:
             tensor may take part in it.
 
     Returns:
-        (B, C, *S) in the dtype and memory order of `x`. It can be differentiated once.
+        (B, C, *S) in the dtype and memory order of `x`. It can be differentiated more than once, then at the
+        speed of plain operations.
     """
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
         mean, var = instance_moments(x)  # a compiler fuses this by itself
@@ -60,7 +60,11 @@ def modulated(x: Tensor, coefficients: Coefficients) -> Tensor:
 
 
 class _Link:
-    """Carries the scale from `_Affine` to `_Moments`, so that one pass computes the whole gradient."""
+    """Carries the scale from `_Affine` to `_Moments`, so that one pass computes the whole gradient.
+
+    Where the gradient will itself be differentiated (``create_graph=True``), it carries None: `_Affine` has then
+    scaled what it hands on, and both backward passes are made of differentiable operations.
+    """
 
     scale: Tensor | None = None
 
@@ -77,20 +81,22 @@ class _Moments(torch.autograd.Function):
         return x, mean, var
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, *grads: Any) -> Any:  # type: ignore[override]
         dy, dmean, dvar = grads
         x, mean = ctx.saved_tensors
-        count = x[0, 0].numel()
+        scale, count = ctx.link.scale, x[0, 0].numel()
         if dmean is None and dvar is None:
-            return (None if dy is None else _scaled(dy, ctx.link.scale, None)), None
+            return (dy if dy is None or scale is None else _scaled(dy, scale, None)), None
         slope = torch.zeros_like(mean) if dvar is None else dvar * (2 / max(count - 1, 1))
         offset = -slope * mean
         if dmean is not None:
             offset = offset + dmean / count
+        if scale is None:
+            out = _affine(x, slope, offset)
+            return (out if dy is None else out + dy), None
         out = _scaled(x, slope, offset)
         if dy is not None:
-            out.addcmul_(dy, _over(ctx.link.scale, dy))
+            out.addcmul_(dy, _over(scale, dy))
         return out, None
 
 
@@ -99,23 +105,24 @@ class _Affine(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, scale: Tensor, shift: Tensor | None, link: _Link) -> Tensor:
-        link.scale = scale.detach()
-        ctx.save_for_backward(x)
+        ctx.save_for_backward(x, scale)
+        ctx.link = link
         ctx.dtypes = scale.dtype, None if shift is None else shift.dtype
         return _scaled(x, scale, shift)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, *grads: Any) -> Any:  # type: ignore[override]
         (dy,) = grads
-        (x,) = ctx.saved_tensors
+        x, scale = ctx.saved_tensors
+        again = torch.is_grad_enabled()
+        ctx.link.scale = None if again else scale.detach()  # with its history it would keep itself alive
         _, for_scale, for_shift, _ = ctx.needs_input_grad
         dscale = dshift = None
         if for_scale or for_shift:
-            total, dot = _sums(dy, x)
+            total, dot = _plain_sums(dy, x) if again else _sums(dy, x)
             dscale = dot.to(ctx.dtypes[0]) if for_scale else None
             dshift = total.to(ctx.dtypes[1]) if for_shift else None
-        return dy, dscale, dshift, None
+        return (_affine(dy, scale, None) if again else dy), dscale, dshift, None
 
 
 def _over(value: Tensor, x: Tensor) -> Tensor:
@@ -179,6 +186,11 @@ def _sums(dy: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
     """Σ dy and Σ dy · x over space, (B, C) each."""
     if dy.stride() == x.stride() and dy.dtype == x.dtype and _fast(x):
         return _reduced(dy, x)
+    return _plain_sums(dy, x)
+
+
+def _plain_sums(dy: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+    """What `_sums` gives; differentiable."""
     dims = tuple(range(2, x.ndim))
     wide = torch.promote_types(x.dtype, torch.float32)
     return dy.sum(dims, dtype=wide), (dy * x).sum(dims, dtype=wide)
