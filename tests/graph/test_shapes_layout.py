@@ -14,6 +14,7 @@ from fxgraft.graph.anatomy import Anatomy
 from fxgraft.graph.layout import Layout, layout_of, prefix_tokens
 from fxgraft.graph.shapes import default_input_size, observe, preserved_modes, tensors
 from toys import assert_same, images, net, state_of_everything
+from zoo.backbones import BACKBONES
 
 
 def test_every_call_is_recorded_with_what_went_in_and_out() -> None:
@@ -69,19 +70,14 @@ def test_preserved_modes_is_flag_by_flag() -> None:
     assert [module.training for module in model.modules()] == before
 
 
-def csatv2() -> nn.Module:
-    """Its first convolution sees cosine coefficients, not the image."""
-    small = {"dims": (16, 24, 32, 48), "depths": (1, 1, 1, 1), "transformer_depths": (0, 0, 0, 0)}
-    return timm.create_model("csatv2", **small)
-
-
 @pytest.mark.parametrize(
     ("build", "expected"),
     [
         (lambda: timm.create_model("test_resnet", in_chans=1), (1, 160, 160)),
         (lambda: timm.create_model("vit_tiny_patch16_224", img_size=32, depth=1), (3, 32, 32)),
         (lambda: timm.create_model("vit_tiny_patch16_224", img_size=(32, 64), depth=1), (3, 32, 64)),
-        (csatv2, (3, 512, 512)),
+        # Its first convolution sees cosine coefficients, not the image.
+        (next(each for each in BACKBONES if each.name == "timm/csatv2").build, (3, 512, 512)),
         (lambda: torchvision.models.VisionTransformer(32, 16, 1, 2, 8, 8), (3, 32, 32)),
         (lambda: torchvision.models.resnet18(), (3, 224, 224)),
         (lambda: nn.Sequential(nn.Conv2d(7, 2, 1)), (7, 224, 224)),
