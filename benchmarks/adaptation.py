@@ -41,8 +41,8 @@ from torch.utils.data import BatchSampler, DataLoader, Dataset, RandomSampler
 import fxgraft
 import scenes
 from common import Results, argument_parser, cell, part_of, result_path
-from fxgraft.training import as_input, evaluate, train
-from fxgraft.zoo import build_model
+from fxgraft.experiments.backbones import build_model
+from fxgraft.experiments.training import as_input, evaluate, train
 
 NAME = "adaptation"
 KEY = ("network", "pair", "seed", "variant")

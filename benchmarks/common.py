@@ -14,8 +14,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from fxgraft.data import Domain, load_domains
-from fxgraft.training import environment
+from fxgraft.experiments.data import Domain, load_domains
+from fxgraft.experiments.training import environment
 
 FORMAT = 1
 

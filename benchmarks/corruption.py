@@ -29,10 +29,10 @@ from torch import Tensor
 
 import fxgraft
 from common import Results, argument_parser, cell, part_of, read_cifar10, result_path, step_ratio
-from fxgraft.augment import Augment
-from fxgraft.data import Domain
-from fxgraft.training import evaluate, train
-from fxgraft.zoo import build_model
+from fxgraft.experiments.augment import Augment
+from fxgraft.experiments.backbones import build_model
+from fxgraft.experiments.data import Domain
+from fxgraft.experiments.training import evaluate, train
 
 NAME = "corruption"
 KEY = ("seed", "variant")

@@ -27,10 +27,10 @@ from rich.table import Table
 
 import fxgraft
 from common import Results, argument_parser, cell, part_of, result_path, step_ratio
-from fxgraft.augment import Augment
-from fxgraft.data import Domain, load_domains
-from fxgraft.training import evaluate, leave_one_out, train
-from fxgraft.zoo import build_model
+from fxgraft.experiments.augment import Augment
+from fxgraft.experiments.backbones import build_model
+from fxgraft.experiments.data import Domain, load_domains
+from fxgraft.experiments.training import evaluate, leave_one_out, train
 
 NAME = "domain_generalisation"
 DOMAINS = ("art_painting", "cartoon", "photo", "sketch")

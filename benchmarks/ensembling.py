@@ -28,11 +28,11 @@ from torch import Tensor, nn
 
 import fxgraft
 from common import Results, argument_parser, cell, part_of, read_cifar10, result_path, step_ratio
-from fxgraft.augment import Augment
-from fxgraft.data import Domain
-from fxgraft.ensemble import EnsembleMetrics
-from fxgraft.training import as_input, train
-from fxgraft.zoo import build_model
+from fxgraft.experiments.augment import Augment
+from fxgraft.experiments.backbones import build_model
+from fxgraft.experiments.data import Domain
+from fxgraft.experiments.training import as_input, train
+from fxgraft.patches.mixmo.ensemble import EnsembleMetrics
 
 NAME = "ensembling"
 KEY = ("seed", "variant")

@@ -30,10 +30,10 @@ from rich.table import Table
 
 import fxgraft
 from common import Results, argument_parser, cell, part_of, result_path, step_ratio
-from fxgraft.augment import Augment
-from fxgraft.data import Domain, load_domains
-from fxgraft.training import evaluate, train
-from fxgraft.zoo import build_model
+from fxgraft.experiments.augment import Augment
+from fxgraft.experiments.backbones import build_model
+from fxgraft.experiments.data import Domain, load_domains
+from fxgraft.experiments.training import evaluate, train
 
 NAME = "fine_grained"
 KEY = ("seed", "variant")

@@ -19,10 +19,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import fxgraft
-from fxgraft.bench import BARE, CONTROL, FORWARD, PATCHED, TRAINING_STEP, measure
-from fxgraft.bench_report import OverheadReport, Row
+from fxgraft.bench.overhead import BARE, CONTROL, FORWARD, PATCHED, TRAINING_STEP, measure
+from fxgraft.bench.report import OverheadReport, Row
+from fxgraft.cli.spec import parse_patch_spec
 from fxgraft.errors import SiteError, StructureError
-from fxgraft.spec import parse_patch_spec
 
 MODELS = ("resnet18", "resnet50", "convnext_tiny", "vit_small_patch16_224")
 RESULTS = Path(__file__).parent / "results"

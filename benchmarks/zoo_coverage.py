@@ -21,7 +21,7 @@ import torch
 from rich.progress import track
 
 import fxgraft
-from fxgraft.training import environment
+from fxgraft.experiments.training import environment
 
 
 def try_one(name: str, method: str) -> tuple[float | None, str]:

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 
 import fxgraft
 from adapting import SOURCE, TARGET, Net, adam, equal, everything, loaders, network
-from fxgraft import adaptation
+from fxgraft.adaptation import loop as adaptation
 from fxgraft.errors import ConfigError, FxgraftWarning, UnknownGraftError, WrappedModelError
-from fxgraft.patches import gam
+from fxgraft.patches.gam import patch as gam
 
 
 def test_it_is_the_loop_written_by_hand() -> None:

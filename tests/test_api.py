@@ -17,7 +17,7 @@ from fxgraft.errors import (
     StructureError,
     UnknownGraftError,
 )
-from fxgraft.graph.rewriting import After, Output
+from fxgraft.graph.tracing.editing import After, Output
 from toys import (
     LABELS,
     Block,

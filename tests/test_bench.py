@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import nn
 
-from fxgraft.bench import (
+from fxgraft.bench.memory import memory_kind, peak_memory, peak_of_events
+from fxgraft.bench.overhead import (
     ALLOCATOR,
     BARE,
     CONTROL,
@@ -22,8 +23,7 @@ from fxgraft.bench import (
     measure,
     turn_order,
 )
-from fxgraft.bench_memory import memory_kind, peak_memory, peak_of_events
-from fxgraft.bench_report import OverheadReport, Spread
+from fxgraft.bench.report import OverheadReport, Spread
 from fxgraft.errors import ConfigError
 
 CPU = torch.device("cpu")

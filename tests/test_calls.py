@@ -21,8 +21,8 @@ from fxgraft.errors import (
     StructureError,
     TargetError,
 )
-from fxgraft.graph.rewriting import After, Output
-from fxgraft.patches import base
+from fxgraft.graph.tracing.editing import After, Output
+from fxgraft.patches import registry
 from toys import (
     LABELS,
     Net,
@@ -99,7 +99,7 @@ def test_entry_points_of_other_packages_are_found_once(monkeypatch: pytest.Monke
 
     points = [SimpleNamespace(name="by_class", load=gives), SimpleNamespace(name="by_module", load=registers)]
     groups: list[str] = []
-    monkeypatch.setattr(base, "_entry_points_loaded", False)
+    monkeypatch.setattr(registry, "_entry_points_loaded", False)
     monkeypatch.setattr(importlib.metadata, "entry_points", lambda *, group: groups.append(group) or points)
     found = fxgraft.methods()
     assert found["by_class"] is Foreign

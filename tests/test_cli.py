@@ -10,11 +10,11 @@ import pytest
 from typer.testing import CliRunner
 
 import fxgraft
-from fxgraft.bench_report import OverheadReport
-from fxgraft.cards import option_docs
-from fxgraft.cli import app
+from fxgraft.bench.report import OverheadReport
+from fxgraft.cli.cards import option_docs
+from fxgraft.cli.commands import app
 from fxgraft.errors import ConfigError
-from fxgraft.zoo import build_model, split_name
+from fxgraft.experiments.backbones import build_model, split_name
 
 ANSI = re.compile(r"\x1b\[[0-9;]*m")
 BENCH = ("bench", "resnet18", "--batch", "2", "--size", "32", "--rounds", "1", "--min-run-time", "0")
@@ -147,7 +147,7 @@ def test_bench_prints_a_table_and_writes_the_same_numbers(tmp_path):
 
 
 def test_demo_hands_over_only_what_was_given(monkeypatch, tmp_path):
-    from fxgraft import demo
+    from fxgraft.experiments import demo
 
     seen = []
     monkeypatch.setattr(demo, "run_demo", seen.append)

@@ -9,9 +9,9 @@ import pytest
 import torch
 from PIL import Image
 
-from fxgraft import data
-from fxgraft.data import DIGIT_DOMAINS, Domain, digits_domains, load_domains
 from fxgraft.errors import ConfigError
+from fxgraft.experiments import data
+from fxgraft.experiments.data import DIGIT_DOMAINS, Domain, digits_domains, load_domains
 
 REAL = Path(__file__).resolve().parents[2] / "shared" / "data"
 

@@ -10,11 +10,11 @@ import torch
 from PIL import Image
 from rich.console import Console
 
-from fxgraft import demo
-from fxgraft.data import Domain, digits_domains
-from fxgraft.demo import DemoSettings, run_demo
-from fxgraft.demo_report import DemoReport, Run, muting_picture
 from fxgraft.errors import ConfigError, SiteError, UnknownMethodError
+from fxgraft.experiments import demo
+from fxgraft.experiments.data import Domain, digits_domains
+from fxgraft.experiments.demo import DemoSettings, run_demo
+from fxgraft.experiments.report import DemoReport, Run, muting_picture
 
 
 @pytest.fixture

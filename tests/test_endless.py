@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, IterableDataset, TensorDataset
 
-from fxgraft.endless import Endless, images_of
+from fxgraft.adaptation.streams import Endless, images_of
 from fxgraft.errors import ConfigError, RecipeError
 
 IMAGES = torch.arange(10.0).view(10, 1, 1, 1)

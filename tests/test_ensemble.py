@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fxgraft.ensemble import EnsembleMetrics, disagreement, ensemble_entropy
 from fxgraft.errors import ConfigError, TargetError
+from fxgraft.patches.mixmo.ensemble import EnsembleMetrics, disagreement, ensemble_entropy
 
 
 def calibration_error(probabilities: Tensor, target: Tensor, bins: int) -> float:

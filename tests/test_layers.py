@@ -20,7 +20,7 @@ ROOT = Path(fxgraft.__file__).parent
 FILES = sorted(ROOT.rglob("*.py"))
 GRAPH = [f for f in FILES if f.parent.name == "graph"]
 FUNCTIONAL = [f for f in FILES if f.parent.name == "functional"]
-METHODS = [f for f in FILES if f.parent.name == "patches" and f.name not in ("__init__.py", "base.py")]
+METHODS = [f for f in FILES if "patches" in f.parts and f.name not in ("__init__.py", "base.py")]
 FOUNDATION = {"fxgraft.graph", "fxgraft.errors"}
 
 

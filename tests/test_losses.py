@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 import fxgraft
 from fxgraft.errors import ConfigError, TargetError
-from fxgraft.losses import GradientBoostingCrossEntropy, gradient_boosting_cross_entropy
+from fxgraft.patches.diversification.loss import GradientBoostingCrossEntropy, gradient_boosting_cross_entropy
 from golden_data import load_golden
 
 CASES = [pytest.param(case, id=str(case)) for case in load_golden("gbloss")]

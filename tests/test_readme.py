@@ -11,7 +11,7 @@ import torch
 from typer.testing import CliRunner
 
 import fxgraft
-from fxgraft.cli import app
+from fxgraft.cli.commands import app
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()

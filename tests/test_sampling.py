@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch.utils.data import DataLoader, DistributedSampler, RandomSampler, SequentialSampler, TensorDataset
 
 from fxgraft.errors import ConfigError
-from fxgraft.sampling import RepeatedBatchSampler
+from fxgraft.patches.mixmo.sampling import RepeatedBatchSampler
 
 
 @given(st.integers(0, 20), st.integers(1, 5), st.integers(1, 4), st.booleans())

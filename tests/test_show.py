@@ -10,10 +10,10 @@ import torch
 from PIL import Image
 from typer.testing import CliRunner
 
-from fxgraft.cli import app
+from fxgraft.cli.commands import app
+from fxgraft.cli.pictures import look, read_image
 from fxgraft.errors import ConfigError
-from fxgraft.patches.diversification import maps
-from fxgraft.show import look, read_image
+from fxgraft.patches.diversification.patch import maps
 
 SIZE = ("--model", "resnet18", "--classes", "5", "--size", "96")
 

@@ -7,10 +7,10 @@ import torch
 from torch import nn
 
 import fxgraft
-from fxgraft.augment import Augment
-from fxgraft.data import Domain
 from fxgraft.errors import ConfigError
-from fxgraft.training import as_input, environment, evaluate, leave_one_out, train
+from fxgraft.experiments.augment import Augment
+from fxgraft.experiments.data import Domain
+from fxgraft.experiments.training import as_input, environment, evaluate, leave_one_out, train
 
 
 class Small(nn.Module):
@@ -162,7 +162,7 @@ def test_best_goes_back_to_the_best_epoch(monkeypatch):
         kept.append(copy.deepcopy(model.state_dict()))
         return next(scores)
 
-    monkeypatch.setattr("fxgraft.training.evaluate", score)
+    monkeypatch.setattr("fxgraft.experiments.training.evaluate", score)
     model = small()
     history = train(model, blocks(), epochs=4, batch_size=16, validation=blocks(6), select="best")
     assert history.validation == [0.5, 0.9, 0.9, 0.1]
@@ -172,7 +172,7 @@ def test_best_goes_back_to_the_best_epoch(monkeypatch):
 
 def test_last_is_the_default(monkeypatch):
     scores = iter([0.9, 0.1])
-    monkeypatch.setattr("fxgraft.training.evaluate", lambda *_, **__: next(scores))
+    monkeypatch.setattr("fxgraft.experiments.training.evaluate", lambda *_, **__: next(scores))
     assert train(small(), blocks(), epochs=2, validation=blocks(6)).selected_epoch == 1
 
 

@@ -11,15 +11,17 @@ import torch
 from torch import Tensor, nn
 
 import fxgraft
-from fxgraft.graph.anatomy import Anatomy
-from fxgraft.graph.context import Context
-from fxgraft.graph.grafted import Unit
-from fxgraft.graph.ledger import Graft, Ledger, Placement
-from fxgraft.graph.places import site_edit
-from fxgraft.graph.rewriting import Edit, Output
-from fxgraft.graph.sites import Site, resolve
-from fxgraft.graph.structure import Captured, Rest, rest_of_network
-from fxgraft.patches import base
+from fxgraft.graph.grafting.graft import Graft
+from fxgraft.graph.grafting.ledger import Ledger
+from fxgraft.graph.grafting.passes import Context
+from fxgraft.graph.grafting.placement import Placement
+from fxgraft.graph.grafting.unit import Unit
+from fxgraft.graph.structure.places import site_edit
+from fxgraft.graph.structure.rest import Captured, Rest, rest_of_network
+from fxgraft.graph.structure.sites import Site, resolve
+from fxgraft.graph.tracing.anatomy import Anatomy
+from fxgraft.graph.tracing.editing import Edit, Output
+from fxgraft.patches import registry
 
 CLASSES = 4
 
@@ -194,7 +196,7 @@ class TrainToy(Toy):
 
 def register_toys(monkeypatch: pytest.MonkeyPatch) -> None:
     """Register the toys as a third party would; after the test the registry is what it was."""
-    monkeypatch.setattr(base, "_registry", dict(base._registry))
+    monkeypatch.setattr(registry, "_registry", dict(registry._registry))
     fxgraft.register("toy")(Toy)
     fxgraft.register("train_toy")(TrainToy)
 

@@ -3,23 +3,9 @@
 from importlib.metadata import PackageNotFoundError as _NotFound
 from importlib.metadata import version as _version
 
-from fxgraft.adabn import adapt_batchnorm
-from fxgraft.adaptation import AdaptationHistory, adapt
-from fxgraft.api import (
-    Plan,
-    Summary,
-    grafts,
-    loss,
-    losses,
-    merge,
-    patch,
-    set_progress,
-    sites,
-    summary,
-    unpatch,
-)
-from fxgraft.consistency import jensen_shannon
-from fxgraft.ensemble import EnsembleMetrics, disagreement, ensemble_entropy
+from fxgraft.adaptation.batchnorm import adapt_batchnorm
+from fxgraft.adaptation.loop import AdaptationHistory, adapt
+from fxgraft.api import grafts, loss, losses, merge, patch, set_progress, sites, summary, unpatch
 from fxgraft.errors import (
     BypassError,
     ConfigError,
@@ -37,23 +23,27 @@ from fxgraft.errors import (
     UnknownMethodError,
     WrappedModelError,
 )
-from fxgraft.functional.mixmo import MixedLabels, input_cutmix
-from fxgraft.functional.pairing import MixMoInput
-from fxgraft.graph.context import targets, with_targets
-from fxgraft.graph.ledger import Graft
-from fxgraft.graph.sites import Site, Sites
-from fxgraft.losses import GradientBoostingCrossEntropy, gradient_boosting_cross_entropy
-from fxgraft.members import MemberLogits, member_logits
-from fxgraft.patches.base import Patch, methods, register
-from fxgraft.patches.crossnorm import CrossNorm
-from fxgraft.patches.diversification import Diversification
-from fxgraft.patches.gam import GAM, gam_losses
-from fxgraft.patches.mixmo import MixMo
-from fxgraft.patches.rsc import RSC
+from fxgraft.functional.divergence import jensen_shannon
+from fxgraft.graph.grafting.graft import Graft
+from fxgraft.graph.grafting.labels import targets, with_targets
+from fxgraft.graph.structure.sites import Site, Sites
+from fxgraft.inspection import Plan, Summary
+from fxgraft.patches.base import Patch
+from fxgraft.patches.crossnorm.patch import CrossNorm
+from fxgraft.patches.diversification.loss import GradientBoostingCrossEntropy, gradient_boosting_cross_entropy
+from fxgraft.patches.diversification.patch import Diversification
+from fxgraft.patches.gam.patch import GAM, gam_losses
+from fxgraft.patches.mixmo.ensemble import EnsembleMetrics, disagreement, ensemble_entropy
+from fxgraft.patches.mixmo.members import MemberLogits, member_logits
+from fxgraft.patches.mixmo.pairing import MixMoInput
+from fxgraft.patches.mixmo.patch import MixMo
+from fxgraft.patches.mixmo.sampling import RepeatedBatchSampler
+from fxgraft.patches.mixmo.tensors import MixedLabels, input_cutmix
+from fxgraft.patches.registry import methods, register
+from fxgraft.patches.rsc.patch import RSC
 from fxgraft.patches.selfnorm import SelfNorm
 from fxgraft.patches.taps import Taps, activations, tapped
 from fxgraft.recipe import load, save
-from fxgraft.sampling import RepeatedBatchSampler
 
 try:
     __version__ = _version("fxgraft")

@@ -3,97 +3,38 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
-import gc
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
-from rich.table import Table
 from torch import Tensor, nn
 
 from fxgraft.errors import (
     ConfigError,
     DuplicateGraftError,
-    FxgraftError,
     UnknownGraftError,
-    WrappedModelError,
     candidates,
 )
-from fxgraft.graph.anatomy import Anatomy
-from fxgraft.graph.grafted import state_of
-from fxgraft.graph.ledger import Graft, Ledger, Placement
-from fxgraft.graph.outputs import take_logits
-from fxgraft.graph.positions import position_sites
-from fxgraft.graph.sites import Sites, list_sites
-from fxgraft.patches.base import Patch, build, unwrapped
+from fxgraft.graph.grafting.graft import Graft
+from fxgraft.graph.grafting.ledger import Ledger
+from fxgraft.graph.grafting.state import state_of
+from fxgraft.graph.structure.outputs import take_logits
+from fxgraft.graph.structure.positions import position_sites
+from fxgraft.graph.structure.sites import Sites, list_sites
+from fxgraft.graph.tracing.anatomy import Anatomy
+from fxgraft.guards import _check_model
+from fxgraft.inspection import Plan, Summary, _action, _left_out
+from fxgraft.patches.base import Patch, unwrapped
+from fxgraft.patches.registry import build
 
 M = TypeVar("M", bound=nn.Module)
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What a patch would do: the result of ``patch(..., dry_run=True)``.
-
-    Attributes:
-        name: the graft's name.
-        patch: its settings.
-        actions: (module, what happens there, modes) of each unit.
-        description: the method's own summary of it.
-    """
-
-    name: str
-    patch: Patch
-    actions: tuple[tuple[str, str, str], ...]
-    description: str
-
-    def __str__(self) -> str:
-        lines = [f"{self.name}: {self.description}".rstrip(": ")]
-        lines += [f"  {owner or '(the model)'}: {what}, in {modes}" for owner, what, modes in self.actions]
-        return "\n".join(lines)
 
 
 def ledger_of(model: nn.Module) -> Ledger | None:
     """Return the ledger of a patched model, or None for a bare one."""
     state = state_of(model)
     return state.ledger if state is not None else None
-
-
-def _check_model(model: Any) -> None:
-    """Raise unless the model can be patched: a plain module that nothing has wrapped yet."""
-    if not isinstance(model, nn.Module):
-        kind = type(model).__name__
-        if kind == "ExportedProgram":
-            raise WrappedModelError(
-                "The model is an exported program, whose graph is fixed.\nPatch the model first, export after."
-            )
-        raise WrappedModelError(
-            f"fxgraft patches a torch.nn.Module, got {kind}.\nPass the model itself, as timm.create_model returns it."
-        )
-    wrappers = {
-        "DistributedDataParallel": "DistributedDataParallel",
-        "DataParallel": "DataParallel",
-        "FullyShardedDataParallel": "FSDP",
-        "FSDPModule": "FSDP2 (fully_shard)",
-        "OptimizedModule": "torch.compile",
-        "ScriptModule": "TorchScript",
-    }
-    for path, module in model.named_modules():
-        found = next((wrappers[c.__name__] for c in type(module).__mro__ if c.__name__ in wrappers), None)
-        if found is None and module._compiled_call_impl is not None:
-            found = "module.compile()"
-        nodes = module.graph.nodes if isinstance(module, torch.fx.GraphModule) else ()
-        if found is None and any(isinstance(node.target, torch._ops.OpOverload) for node in nodes):
-            found = "torch.export"
-        if found is not None:
-            where = f"its part {path!r}" if path else "it"
-            raise WrappedModelError(
-                f"{model._get_name()} cannot be patched: {where} is already wrapped by {found}.\n"
-                "The wrapper has taken hold of the bare forward, parameters and hooks, and would miss the patch.\n"
-                "Patch first, wrap after."
-            )
 
 
 def patch(
@@ -169,18 +110,6 @@ def _plan(model: nn.Module, present: Sequence[Graft], graft: Graft) -> Plan:
     return Plan(graft.name, graft.patch, actions, graft.patch.describe(graft))
 
 
-def _action(placement: Placement) -> tuple[str, str, str]:
-    edit = placement.edit
-    fields = ", ".join(str(getattr(edit, f.name)) for f in dataclasses.fields(edit))
-    modes = [m for m, on in (("training", placement.training), ("evaluation", placement.evaluation)) if on]
-    unit = type(placement.unit).__name__
-    return (
-        placement.owner,
-        f"{unit} {type(edit).__name__.lower()}{f' {fields}' if fields else ''}",
-        " and ".join(modes),
-    )
-
-
 def unpatch(model: M, *names: str | Graft) -> M:
     """Take grafts off a model, in place: exactly as before those patches.
 
@@ -240,34 +169,6 @@ def sites(
     return Sites(found, f"{type(model).__name__.removeprefix('Grafted')}, batch of 2")
 
 
-@dataclass(frozen=True)
-class Summary:
-    """The grafts of a model, one row each: name, method, what it does, new parameters, notes."""
-
-    model: str
-    rows: tuple[tuple[str, str, str, str, str], ...]
-
-    def __rich__(self) -> Table:
-        table = Table(title=f"{self.model}: {len(self.rows)} graft(s), in order of action")
-        for column in ("name", "method", "where", "parameters", "notes"):
-            table.add_column(column)
-        for row in self.rows:
-            table.add_row(*row)
-        return table
-
-    def __str__(self) -> str:
-        if not self.rows:
-            return f"{self.model}: no grafts"
-        lines = [f"{self.model}: {len(self.rows)} graft(s), in order of action"]
-        for name, method, where, parameters, notes in self.rows:
-            lines.append(
-                f"  {name} = {method}: {where}; {parameters} new parameters{f'; {notes}' if notes else ''}"
-            )
-        return "\n".join(lines)
-
-    __repr__ = __str__
-
-
 def summary(model: nn.Module) -> Summary:
     """Summarise the grafts of a model: what each does where, its parameters, and what to look out for."""
     rows = []
@@ -283,18 +184,6 @@ def summary(model: nn.Module) -> Summary:
         count = f"{sum(p.numel() for p in own):,}"
         rows.append((graft.name, graft.patch.method, graft.patch.describe(graft), count, ", ".join(notes)))
     return Summary(unwrapped(model)._get_name(), tuple(rows))
-
-
-def _left_out(model: nn.Module, own: list[nn.Parameter]) -> bool:
-    """Say whether an optimiser of this model exists that was built before the graft."""
-    ids = {id(p) for p in own}
-    others = {id(p) for p in model.parameters()} - ids
-    held = [
-        {id(p) for group in each.param_groups for p in group["params"]}
-        for each in gc.get_objects()
-        if issubclass(type(each), torch.optim.Optimizer)  # isinstance would run code of whatever is in memory
-    ]
-    return any(h & others for h in held) and not any(h & ids for h in held)
 
 
 def set_progress(model: nn.Module, fraction: float) -> None:
@@ -366,20 +255,3 @@ def merge(model: M) -> M:
     for graft in grafts(merged):
         graft.patch.merge(graft, merged)
     return unpatch(merged) if here else merged
-
-
-__all__ = [
-    "FxgraftError",
-    "Plan",
-    "Summary",
-    "grafts",
-    "ledger_of",
-    "loss",
-    "losses",
-    "merge",
-    "patch",
-    "set_progress",
-    "sites",
-    "summary",
-    "unpatch",
-]

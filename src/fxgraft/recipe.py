@@ -24,9 +24,10 @@ from torch import Tensor, nn
 
 from fxgraft.api import ledger_of
 from fxgraft.errors import FxgraftError, RecipeError
-from fxgraft.graph.grafted import state_of
-from fxgraft.graph.ledger import Graft, Ledger
-from fxgraft.patches.base import build
+from fxgraft.graph.grafting.graft import Graft
+from fxgraft.graph.grafting.ledger import Ledger
+from fxgraft.graph.grafting.state import state_of
+from fxgraft.patches.registry import build
 
 M = TypeVar("M", bound=nn.Module)
 

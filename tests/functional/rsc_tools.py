@@ -7,9 +7,7 @@ import torch.nn.functional as F
 from hypothesis import settings
 from torch import Tensor
 
-from fxgraft.functional.rsc import (
-    label_score,
-)
+from fxgraft.patches.rsc.tensors import label_score
 
 # float64: rounding of a different order of sums. float32: ten times what separates the reference's two runs.
 TOLERANCE = {

@@ -6,8 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.autograd import gradcheck, gradgradcheck
 
-from fxgraft.functional.crossnorm import EPS, crossnorm, draw_box
 from fxgraft.functional.modulation import instance_moments, modulated
+from fxgraft.patches.crossnorm.tensors import EPS, crossnorm, draw_box
 from golden_data import GoldenCase, load_golden
 
 CROPS = ("neither", "style", "content", "both")

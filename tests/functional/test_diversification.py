@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fxgraft.errors import ConfigError
-from fxgraft.functional.diversification import (
+from fxgraft.patches.diversification.tensors import (
     Draws,
     damp,
     diversify,

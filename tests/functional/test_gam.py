@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torch.autograd import gradcheck
 
 from fxgraft import ConfigError
-from fxgraft.discriminators import ByTap, Discriminator, check_discriminator
-from fxgraft.functional.gam import (
+from fxgraft.patches.gam.discriminator import ByTap, Discriminator, check_discriminator
+from fxgraft.patches.gam.tensors import (
     channel_moments,
     discriminator_accuracy,
     discriminator_loss,

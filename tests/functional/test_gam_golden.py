@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from fxgraft.discriminators import Discriminator
-from fxgraft.functional.gam import (
+from fxgraft.patches.gam.discriminator import Discriminator
+from fxgraft.patches.gam.tensors import (
     channel_moments,
     discriminator_loss,
     gaussian_match,

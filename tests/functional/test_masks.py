@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fxgraft.errors import ConfigError
-from fxgraft.functional.masks import (
+from fxgraft.patches.mixmo.masks import (
     MIXINGS,
     Mixing,
     box_mask,
@@ -18,7 +18,7 @@ from fxgraft.functional.masks import (
     share_out,
     shuffle_roles,
 )
-from fxgraft.functional.mixmo import dirichlet, mix
+from fxgraft.patches.mixmo.tensors import dirichlet, mix
 
 BINARY = ("cut", "cow", "patchup_hard", "horizontal", "vertical", "channel")
 SHAPES = {

@@ -13,8 +13,9 @@ from timm.loss import BinaryCrossEntropy, LabelSmoothingCrossEntropy, SoftTarget
 from torch import Tensor, nn
 
 from fxgraft.errors import ConfigError, TargetError
-from fxgraft.functional.masks import MIXINGS, draw_masks
-from fxgraft.functional.mixmo import (
+from fxgraft.patches.diversification.loss import GradientBoostingCrossEntropy, gradient_boosting_cross_entropy
+from fxgraft.patches.mixmo.masks import MIXINGS, draw_masks
+from fxgraft.patches.mixmo.tensors import (
     MixedLabels,
     balance,
     cut_probability,
@@ -25,7 +26,6 @@ from fxgraft.functional.mixmo import (
     permutations,
     visible_shares,
 )
-from fxgraft.losses import GradientBoostingCrossEntropy, gradient_boosting_cross_entropy
 
 BINARY = ("cut", "cow", "patchup_hard", "horizontal", "vertical", "channel")
 

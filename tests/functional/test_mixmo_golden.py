@@ -8,9 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fxgraft.functional import masks as maker
-from fxgraft.functional import mixmo
-from fxgraft.sampling import RepeatedBatchSampler
+from fxgraft.patches.mixmo import masks as maker
+from fxgraft.patches.mixmo import tensors as mixmo
+from fxgraft.patches.mixmo.sampling import RepeatedBatchSampler
 from golden_data import GoldenCase, load_golden
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)

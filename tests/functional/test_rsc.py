@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from functional.rsc_tools import SCOPES, SHAPES, close, exactly, few, gradient_at, head, random_case
 from fxgraft.errors import ConfigError
-from fxgraft.functional.rsc import (
+from fxgraft.patches.rsc.tensors import (
     apply_selection,
     batch_count,
     batch_share_schedule,

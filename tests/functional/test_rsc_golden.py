@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from functional.rsc_tools import close, exactly, gradient_at, head
-from fxgraft.functional.rsc import (
+from fxgraft.patches.rsc.tensors import (
     apply_selection,
     batch_count,
     batch_share_schedule,

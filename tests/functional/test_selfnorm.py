@@ -4,8 +4,7 @@ import pytest
 import torch
 from torch.autograd import gradcheck, gradgradcheck
 
-from fxgraft.functional.selfnorm import gate_input, selfnorm
-from fxgraft.patches.selfnorm import Gate
+from fxgraft.patches.selfnorm import Gate, gate_input, selfnorm
 from golden_data import GoldenCase, load_golden
 
 CASES = [*load_golden("selfnorm_onegate"), *load_golden("selfnorm_twogate")]

@@ -16,8 +16,8 @@ from torch import nn
 import fxgraft
 from fxgraft.api import ledger_of
 from fxgraft.errors import BypassError
-from fxgraft.graph.rewriting import After, Output
-from fxgraft.patches.rsc import record
+from fxgraft.graph.tracing.editing import After, Output
+from fxgraft.patches.rsc.patch import record
 from toys import (
     LABELS,
     Block,

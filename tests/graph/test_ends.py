@@ -14,8 +14,8 @@ from timm.layers.conv2d_same import Conv2dSame
 from torch import Tensor, nn
 
 from fxgraft.errors import StructureError
-from fxgraft.graph.anatomy import Anatomy
-from fxgraft.graph.ends import apply_layer, find_classifiers, find_stems
+from fxgraft.graph.structure.ends import apply_layer, find_classifiers, find_stems
+from fxgraft.graph.tracing.anatomy import Anatomy
 
 SIZE = (3, 16, 16)
 

@@ -13,8 +13,8 @@ from torch import Tensor, fx, nn
 
 import fxgraft
 from fxgraft.errors import BypassError, FxgraftError, SiteError, TargetError, WrappedModelError
-from fxgraft.graph.rewriting import After, Output
-from fxgraft.patches.rsc import record
+from fxgraft.graph.tracing.editing import After, Output
+from fxgraft.patches.rsc.patch import record
 from toys import (
     LABELS,
     Block,

@@ -13,12 +13,13 @@ from torch import Tensor, nn
 
 import fxgraft
 from fxgraft.errors import SiteError, StructureError
-from fxgraft.graph.anatomy import Anatomy
-from fxgraft.graph.grafted import Unit
-from fxgraft.graph.head_span import Head, find_head
-from fxgraft.graph.rewriting import After, Editor, Replace, Span, compile_graph
-from fxgraft.graph.tracing import Traced
-from fxgraft.patches.diversification import maps
+from fxgraft.graph.grafting.unit import Unit
+from fxgraft.graph.structure.head import Head, find_head
+from fxgraft.graph.tracing.anatomy import Anatomy
+from fxgraft.graph.tracing.compile import compile_graph
+from fxgraft.graph.tracing.editing import After, Editor, Replace, Span
+from fxgraft.graph.tracing.trace import Traced
+from fxgraft.patches.diversification.patch import maps
 
 SIZE = (3, 16, 16)
 

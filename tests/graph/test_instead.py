@@ -10,9 +10,11 @@ import torch
 from torch import nn
 
 import fxgraft
-from fxgraft.graph.grafted import Unit
-from fxgraft.graph.ledger import Graft, Ledger, Placement
-from fxgraft.graph.rewriting import After, Input, Instead, Output
+from fxgraft.graph.grafting.graft import Graft
+from fxgraft.graph.grafting.ledger import Ledger
+from fxgraft.graph.grafting.placement import Placement
+from fxgraft.graph.grafting.unit import Unit
+from fxgraft.graph.tracing.editing import After, Input, Instead, Output
 
 
 class Scaled(Unit):

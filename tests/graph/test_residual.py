@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, fx, nn
 
 import fxgraft
-from fxgraft.graph.anatomy import Anatomy
-from fxgraft.graph.proxies import iadd
-from fxgraft.graph.residual import POSITIONS, residual_joins
-from fxgraft.graph.rewriting import After, Edge
+from fxgraft.graph.structure.joins import POSITIONS, residual_joins
+from fxgraft.graph.tracing.anatomy import Anatomy
+from fxgraft.graph.tracing.editing import After, Edge
+from fxgraft.graph.tracing.proxies import iadd
 
 
 class Branch(nn.Sequential):

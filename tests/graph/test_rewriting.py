@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import fxgraft
-from fxgraft.graph.rewriting import After, Edge, Edit, Output, Replace
+from fxgraft.graph.tracing.editing import After, Edge, Edit, Output, Replace
 from toys import (
     Block,
     Gain,

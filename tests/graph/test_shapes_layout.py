@@ -10,9 +10,10 @@ from torch import Tensor, nn
 
 import fxgraft
 from fxgraft.errors import ConfigError, SiteError, StructureError
-from fxgraft.graph.anatomy import Anatomy
-from fxgraft.graph.layout import Layout, layout_of, prefix_tokens
-from fxgraft.graph.shapes import default_input_size, observe, preserved_modes, tensors
+from fxgraft.graph.structure.layout import Layout, layout_of, prefix_tokens
+from fxgraft.graph.tracing.anatomy import Anatomy
+from fxgraft.graph.tracing.observe import default_input_size, observe, tensors
+from fxgraft.graph.tracing.preserve import preserved_modes
 from toys import assert_same, images, net, state_of_everything
 from zoo.backbones import BACKBONES
 

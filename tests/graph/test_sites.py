@@ -10,9 +10,9 @@ from torch import Tensor, fx, nn
 
 import fxgraft
 from fxgraft.errors import SiteError, StructureError
-from fxgraft.graph.anatomy import Anatomy
-from fxgraft.graph.rewriting import After
-from fxgraft.graph.sites import Words, resolve, stages
+from fxgraft.graph.structure.sites import Words, resolve, stages
+from fxgraft.graph.tracing.anatomy import Anatomy
+from fxgraft.graph.tracing.editing import After
 from toys import Net, Toy, assert_same, images, net, register_toys, state_of_everything
 
 SIZE = (3, 16, 16)

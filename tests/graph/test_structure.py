@@ -10,9 +10,9 @@ from torch import Tensor, fx, nn
 
 import fxgraft
 from fxgraft.errors import SiteError
-from fxgraft.graph.context import Context
-from fxgraft.graph.places import ancestors
-from fxgraft.graph.structure import captures
+from fxgraft.graph.grafting.passes import Context
+from fxgraft.graph.structure.places import ancestors
+from fxgraft.graph.structure.rest import captures
 from toys import Net, assert_same, images, net, rest, state_of_everything, value_at
 from zoo.backbones import BACKBONES
 

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 import fxgraft
 from fxgraft.errors import StructureError
-from fxgraft.graph.anatomy import Anatomy
-from fxgraft.graph.heads import logits_node
-from fxgraft.graph.structure import tail_layer
+from fxgraft.graph.structure.pooling import logits_node
+from fxgraft.graph.structure.tail import tail_layer
+from fxgraft.graph.tracing.anatomy import Anatomy
 from toys import LABELS, assert_same, images, net, rest, state_of_everything, value_at
 
 

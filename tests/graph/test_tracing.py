@@ -14,9 +14,10 @@ from torchvision.models.feature_extraction import DualGraphModule
 
 import fxgraft
 from fxgraft.errors import SiteError, TraceError
-from fxgraft.graph.anatomy import Anatomy
-from fxgraft.graph.rewriting import as_forward
-from fxgraft.graph.tracing import CHECKPOINT_REGION, INPUT, Traced, is_primitive
+from fxgraft.graph.grafting.forwards import as_forward
+from fxgraft.graph.tracing.anatomy import Anatomy
+from fxgraft.graph.tracing.signatures import INPUT
+from fxgraft.graph.tracing.trace import CHECKPOINT_REGION, Traced, is_primitive
 from toys import Block, Net, assert_same, images, net, state_of_everything
 
 

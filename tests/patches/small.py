@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 import fxgraft
-from fxgraft.functional.rsc import apply_selection
-from fxgraft.patches.rsc import RSCRecord, record
+from fxgraft.patches.rsc.patch import RSCRecord, record
+from fxgraft.patches.rsc.tensors import apply_selection
 
 CLASSES = 5
 SITES = pytest.mark.parametrize("layer", ["layer1", "act2"], ids=["general", "closed_form"])

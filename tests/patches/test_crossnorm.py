@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 import fxgraft
 from fxgraft import ConfigError, CrossNorm, SiteError, StructureError
-from fxgraft.functional import crossnorm as core
 from fxgraft.functional.modulation import instance_moments
-from fxgraft.patches.crossnorm import CrossNormUnit
+from fxgraft.patches.crossnorm import tensors as core
+from fxgraft.patches.crossnorm.patch import CrossNormUnit
 from golden_data import GoldenCase, load_golden
 
 POSITIONS = ("pre", "residual", "identity", "post")

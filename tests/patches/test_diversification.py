@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 import fxgraft
 from fxgraft.errors import ConfigError, SiteError, StructureError
-from fxgraft.functional.diversification import damp
-from fxgraft.patches.diversification import maps, record
+from fxgraft.patches.diversification.patch import maps, record
+from fxgraft.patches.diversification.tensors import damp
 from patches.diversified import CLASSES, NEUTRAL, Net, images, net, patched, small_resnet
 
 

@@ -11,7 +11,7 @@ from torch import nn
 
 import fxgraft
 from fxgraft.errors import ConfigError, DuplicateGraftError, SiteError
-from fxgraft.patches.diversification import Diversification, record
+from fxgraft.patches.diversification.patch import Diversification, record
 from patches.diversified import NEUTRAL, Net, images, net, patched, small_resnet
 
 

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fxgraft
-from fxgraft.discriminators import Discriminator
-from fxgraft.functional import gam as core
-from fxgraft.patches import gam
+from fxgraft.patches.gam import patch as gam
+from fxgraft.patches.gam import tensors as core
+from fxgraft.patches.gam.discriminator import Discriminator
 from patches.gam_tools import SIZE, TAPS, contents, gradients, images, patched, unchanged
 from patches.small import Net, exactly, net
 

@@ -16,9 +16,9 @@ from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
 import fxgraft
-from fxgraft.functional.masks import MIXINGS
-from fxgraft.functional.pairing import Pairing
-from fxgraft.patches.mixmo import Encoders, Heads, Members
+from fxgraft.patches.mixmo.masks import MIXINGS
+from fxgraft.patches.mixmo.pairing import Pairing
+from fxgraft.patches.mixmo.patch import Encoders, Heads, Members
 from golden_data import GoldenCase, load_golden
 from patches.mixing import SMALL, patched, trained, unit
 from patches.small import CLASSES, Net, batch, net

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import fxgraft
 from fxgraft import ConfigError, MixMo, MixMoInput, StructureError, TargetError
-from fxgraft.patches.mixmo import Encoders, Members
+from fxgraft.patches.mixmo.patch import Encoders, Members
 from patches.mixing import patched, unit
 from patches.small import CLASSES, batch, net
 

@@ -16,7 +16,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 import fxgraft
-from fxgraft.patches.mixmo import Encoders, Members
+from fxgraft.patches.mixmo.patch import Encoders, Members
 from patches.mixing import patched, trained, unit
 from patches.small import CLASSES, batch, net
 

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fxgraft
-from fxgraft.patches.rsc import RSCRecord, record
+from fxgraft.patches.rsc.patch import RSCRecord, record
 from golden_data import GoldenCase, load_golden
 from patches.small import OpaqueLinear, exactly, final_mask
 

@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fxgraft
-from fxgraft.functional.rsc import batch_count, mute_count
-from fxgraft.patches.rsc import record
+from fxgraft.patches.rsc.patch import record
+from fxgraft.patches.rsc.tensors import batch_count, mute_count
 from patches.small import SITES, Net, batch, exactly, final_mask, muted_counts, net, patched, recorded
 
 

@@ -19,8 +19,8 @@ from torchvision.models.feature_extraction import create_feature_extractor
 
 import fxgraft
 from fxgraft.errors import TapError
-from fxgraft.graph.shapes import tensors
-from fxgraft.patches.rsc import record
+from fxgraft.graph.tracing.observe import tensors
+from fxgraft.patches.rsc.patch import record
 from patches.taps_tools import SIZE, odd, seen_by_hooks, tapped_net
 from toys import LABELS, assert_equal_steps, images, net, step
 

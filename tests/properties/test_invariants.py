@@ -17,8 +17,8 @@ from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
 import fxgraft
-from fxgraft.functional.rsc import apply_selection
-from fxgraft.patches.rsc import record
+from fxgraft.patches.rsc.patch import record
+from fxgraft.patches.rsc.tensors import apply_selection
 from properties.random_models import Recipe, cases, gradients, same, stacked
 
 Case = tuple[Recipe, list[dict[str, Any]]]

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import fxgraft
-from fxgraft.patches.mixmo import Encoders, Members
+from fxgraft.patches.mixmo.patch import Encoders, Members
 from properties.random_models import Recipe, gradients, recipes, same
 
 QUIET: dict[str, Any] = {

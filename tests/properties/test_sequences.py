@@ -21,7 +21,7 @@ from hypothesis.stateful import (
 from torch import nn
 
 import fxgraft
-from fxgraft.patches.rsc import record
+from fxgraft.patches.rsc.patch import record
 from properties.random_models import Recipe, gradients, options, recipes, same
 
 FRACTIONS = st.sampled_from([0.0, 0.25, 0.5, 1.0])

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 import fxgraft
-from fxgraft.patches.rsc import record
+from fxgraft.patches.rsc.patch import record
 from patches.small import CLASSES, final_mask, net
 
 SIZE = 64

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 import fxgraft
-from fxgraft.patches import gam
+from fxgraft.patches.gam import patch as gam
 from patches.gam_tools import contents, images, patched
 from patches.small import net
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import fxgraft
-from fxgraft.patches.rsc import record
+from fxgraft.patches.rsc.patch import record
 
 SIZE = 64
 SMALL: dict[str, dict[str, Any]] = {

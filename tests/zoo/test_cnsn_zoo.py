@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import fxgraft
-from fxgraft.patches.crossnorm import CrossNormUnit
+from fxgraft.patches.crossnorm.patch import CrossNormUnit
 from zoo.backbones import BACKBONES, NUM_CLASSES, Backbone, available
 
 # Backbones without a residual join, and the position that their structure offers instead. Of timm's files

@@ -10,7 +10,7 @@ import torch
 
 import fxgraft
 from fxgraft.errors import StructureError
-from fxgraft.patches.diversification import maps, record
+from fxgraft.patches.diversification.patch import maps, record
 from zoo.backbones import BACKBONES, NUM_CLASSES, Backbone, available
 
 # No average over positions in front of one linear classifier: the message they give.

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import fxgraft
-from fxgraft.patches.rsc import record
+from fxgraft.patches.rsc.patch import record
 from zoo.backbones import BACKBONES, NUM_CLASSES, Backbone, available
 
 # Their heads read class tokens alone, and their blocks return several values, so that no stage number finds a

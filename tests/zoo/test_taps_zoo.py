@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 import fxgraft
-from fxgraft.graph.anatomy import Anatomy
-from fxgraft.graph.shapes import tensors
+from fxgraft.graph.tracing.anatomy import Anatomy
+from fxgraft.graph.tracing.observe import tensors
 from zoo.backbones import BACKBONES, Backbone, available
 
 # One backbone of each kind of structure runs in every test run; the sweep runs all of them.

@@ -1,4 +1,4 @@
-"""The graph-rewriting layer: tracing, sites, structure, rewriting and the class swap.
+"""The graph layer: it reads and rewrites networks, and knows no method.
 
-Nothing here knows a training method; `fxgraft.patches` builds methods out of these tools.
+Three rooms, each of which knows only those before it: `tracing`, `structure`, `grafting`.
 """

@@ -1,9 +1,7 @@
-"""The methods: one file each, found through the registry in `base`."""
+"""The methods: a file or a folder each, found by looking into this package."""
 
-from fxgraft.patches import crossnorm as crossnorm
-from fxgraft.patches import diversification as diversification
-from fxgraft.patches import gam as gam
-from fxgraft.patches import mixmo as mixmo
-from fxgraft.patches import rsc as rsc
-from fxgraft.patches import selfnorm as selfnorm
-from fxgraft.patches.base import Patch as Patch
+import importlib as _importlib
+import pkgutil as _pkgutil
+
+for _each in _pkgutil.iter_modules(__path__):
+    _importlib.import_module(f"{__name__}.{_each.name}")

@@ -10,30 +10,24 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import types
-import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from importlib import metadata
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
 from fxgraft.errors import (
-    ConfigError,
-    DuplicateGraftError,
     MergeError,
     SiteError,
-    UnknownMethodError,
-    candidates,
 )
-from fxgraft.graph.anatomy import Anatomy
-from fxgraft.graph.grafted import Unit, state_of
-from fxgraft.graph.ledger import Graft, Placement
+from fxgraft.graph.grafting.graft import Graft
+from fxgraft.graph.grafting.placement import Placement
+from fxgraft.graph.grafting.state import state_of
+from fxgraft.graph.grafting.unit import Unit
+from fxgraft.graph.tracing.anatomy import Anatomy
 
 Make = Callable[[str, Callable[[], Unit]], Unit]
 """``make(key, build)``: the graft's unit of that key, built the first time it is asked for."""
-
-ENTRY_POINT_GROUP = "fxgraft.patches"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -50,6 +44,7 @@ class Patch:
         adds_parameters: it has parameters of its own to train.
         call_options: keyword arguments of the model's call that are meant for this method's units.
         saves: a recipe of its options is enough to make it again; otherwise `fxgraft.save` refuses.
+        example: options that sweeps over backbones use, where the method cannot do without any.
     """
 
     method: ClassVar[str] = ""
@@ -63,6 +58,7 @@ class Patch:
     adds_parameters: ClassVar[bool] = False
     call_options: ClassVar[tuple[str, ...]] = ()
     saves: ClassVar[bool] = True
+    example: ClassVar[Mapping[str, Any]] = types.MappingProxyType({})
 
     def place(self, anatomy: Anatomy, make: Make) -> Sequence[Placement]:
         """Say which units go where on a bare model.
@@ -96,122 +92,6 @@ class Patch:
             raise MergeError(
                 f"{graft.name!r} ({self.title}) acts in evaluation too, and stock weights cannot express it.\n"
                 "Keep the patched model (fxgraft.save), or unpatch it and accept another function."
-            )
-
-
-P = TypeVar("P", bound=type[Patch])
-_registry: dict[str, type[Patch]] = {}
-_entry_points_loaded = False
-
-
-def register(name: str, *, override: bool = False) -> Callable[[P], P]:
-    """Register a patch class under a name; a class decorator.
-
-    Args:
-        name: what users pass to `fxgraft.patch`.
-        override: replace a method of that name instead of raising.
-
-    Raises:
-        DuplicateGraftError: the name is taken; names both classes.
-    """
-
-    def add(cls: P) -> P:
-        if not (isinstance(cls, type) and issubclass(cls, Patch)):
-            raise ConfigError(
-                f"{cls!r} is no subclass of fxgraft.Patch.\n"
-                "A method is a dataclass that derives from it and implements place()."
-            )
-        taken = _registry.get(name)
-        if taken is not None and not override:
-            raise DuplicateGraftError(
-                f"The method name {name!r} is taken by {taken.__module__}.{taken.__qualname__}; "
-                f"{cls.__module__}.{cls.__qualname__} cannot have it too.\n"
-                "Choose another name, or register with override=True."
-            )
-        cls.method = name
-        _registry[name] = cls
-        return cls
-
-    return add
-
-
-def methods() -> dict[str, type[Patch]]:
-    """Return all methods by name: the built-in ones and those of installed packages.
-
-    Other packages offer methods through entry points of the group ``fxgraft.patches``; an entry point loads a
-    module that registers, or the patch class itself.
-    """
-    global _entry_points_loaded
-    if not _entry_points_loaded:
-        _entry_points_loaded = True
-        for point in metadata.entry_points(group=ENTRY_POINT_GROUP):
-            loaded = point.load()
-            if isinstance(loaded, type) and issubclass(loaded, Patch) and point.name not in _registry:
-                register(point.name)(loaded)
-    return dict(sorted(_registry.items()))
-
-
-def build(method: str, options: Mapping[str, Any]) -> Patch:
-    """Make a patch from its name and options.
-
-    Raises:
-        UnknownMethodError: no method of that name; lists close matches.
-        ConfigError: an option the method does not have, or a value it does not take.
-    """
-    if not isinstance(method, str):
-        hint = f"fxgraft.{method.__name__}(...)" if isinstance(method, type) else "fxgraft.RSC(layer=-1)"
-        raise ConfigError(
-            f"fxgraft.patch takes a method's name or a patch, got {method!r}.\nPass for example {hint}."
-        )
-    known = methods()
-    if method not in known:
-        raise UnknownMethodError(
-            f"There is no method {method!r}.\n{candidates(method, known)}\n"
-            "fxgraft.methods() lists them; your own are added with @fxgraft.register."
-        )
-    cls = known[method]
-    names = [f.name for f in dataclasses.fields(cls) if f.init]
-    for option in options:
-        if option not in names:
-            raise ConfigError(f"{method!r} has no option {option!r}.\n{candidates(option, names, 30)}")
-    missing = [
-        f.name
-        for f in dataclasses.fields(cls)
-        if f.init
-        and f.name not in options
-        and f.default is dataclasses.MISSING
-        and f.default_factory is dataclasses.MISSING
-    ]
-    if missing:
-        raise ConfigError(f"{method!r} needs {', '.join(missing)}.\nSee help(fxgraft.{cls.__name__}).")
-    return cls(**options)
-
-
-def check_share(owner: str, **shares: float) -> None:
-    """Raise `ConfigError` unless every value is a number in [0, 1]."""
-    for name, value in shares.items():
-        number = isinstance(value, (int, float)) and not isinstance(value, bool)
-        if not number or not 0 <= value <= 1:
-            raise ConfigError(f"{owner}: {name} must be a share in [0, 1], got {value!r}.")
-
-
-def check_choices(patch: Patch) -> None:
-    """Raise `ConfigError` for every option declared as a `typing.Literal` that holds something else."""
-    hints = typing.get_type_hints(type(patch))
-    for f in dataclasses.fields(patch):
-        hint = hints[f.name]
-        parts = (
-            typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
-        )
-        literals = [part for part in parts if typing.get_origin(part) is typing.Literal]
-        if not literals:
-            continue
-        allowed = [value for part in literals for value in typing.get_args(part)]
-        value = getattr(patch, f.name)
-        if value not in allowed and not (value is None and types.NoneType in parts):
-            raise ConfigError(
-                f"{type(patch).__name__}: {f.name} must be one of {', '.join(map(repr, allowed))}, "
-                f"got {value!r}."
             )
 
 

@@ -10,7 +10,7 @@ exactly, by gates 2 · sigmoid(0).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -19,18 +19,25 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fxgraft.errors import ConfigError
-from fxgraft.functional import selfnorm as core
-from fxgraft.graph.anatomy import Anatomy
-from fxgraft.graph.grafted import Unit
-from fxgraft.graph.layout import Layout
-from fxgraft.graph.ledger import Graft, Placement
-from fxgraft.graph.places import both_modes
-from fxgraft.graph.positions import spot_layout, spots
-from fxgraft.graph.sites import Words
-from fxgraft.patches.base import Make, Patch, check_choices, register
+from fxgraft.functional.modulation import modulated
+from fxgraft.graph.grafting.graft import Graft
+from fxgraft.graph.grafting.placement import Placement, both_modes
+from fxgraft.graph.grafting.unit import Unit
+from fxgraft.graph.structure.layout import Layout
+from fxgraft.graph.structure.positions import spot_layout, spots
+from fxgraft.graph.structure.sites import Words
+from fxgraft.graph.tracing.anatomy import Anatomy
+from fxgraft.patches.base import Make, Patch
+from fxgraft.patches.options import check_choices
+from fxgraft.patches.registry import register
 
 ORDER = ("style", 1)
 """At one site SelfNorm runs after CrossNorm, in the authors' order."""
+
+GateFunction = Callable[[Tensor, Tensor], Tensor]
+"""From mean and deviation, (B, C) each, to a gate (B, C)."""
+
+EPS = 1e-12
 
 
 @register("selfnorm")
@@ -115,7 +122,7 @@ class SelfNormUnit(Unit):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return ``x``, shaped as it is, gated."""
-        gated = core.selfnorm(self.layout.canonical(x), self.g, self.f)
+        gated = selfnorm(self.layout.canonical(x), self.g, self.f)
         return self.layout.restore(x, gated)
 
 
@@ -140,7 +147,7 @@ class Gate(nn.Module):
 
     def forward(self, mean: Tensor, std: Tensor) -> Tensor:
         """Return the gate; a batch of one is normalised by the running statistics, in training too."""
-        x = core.gate_input(mean, std, self.mean_weight, self.std_weight).to(self.mean_weight.dtype)
+        x = gate_input(mean, std, self.mean_weight, self.std_weight).to(self.mean_weight.dtype)
         norm = self.norm
         if norm.training and x.shape[0] == 1:
             x = F.batch_norm(
@@ -150,3 +157,29 @@ class Gate(nn.Module):
             x = norm(x)
         gate = x.sigmoid()
         return gate if self.factor == 1.0 else gate * self.factor
+
+
+def selfnorm(x: Tensor, g: GateFunction, f: GateFunction | None = None, *, eps: float = EPS) -> Tensor:
+    """Gate a map by its own statistics.
+
+    Args:
+        x: (B, C, *S), floating point.
+        g: gate of the deviation, or, alone, of everything.
+        f: gate of the mean.
+        eps: added to the variance under the root.
+
+    Returns:
+        (B, C, *S).
+    """
+
+    def coefficients(mean: Tensor, var: Tensor) -> tuple[Tensor, Tensor | None]:
+        std = (var + eps).sqrt()
+        scale = g(mean, std)
+        return scale, None if f is None else mean * (f(mean, std) - scale)
+
+    return modulated(x, coefficients)
+
+
+def gate_input(mean: Tensor, std: Tensor, mean_weight: Tensor, std_weight: Tensor) -> Tensor:
+    """W · [μ, σ] for every instance and channel: (B, C) from weights (C,)."""
+    return torch.addcmul(mean * mean_weight, std, std_weight)

@@ -9,17 +9,20 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 from torch import nn
 
 from fxgraft.errors import ConfigError, TapError, UnknownGraftError, candidates
-from fxgraft.graph.anatomy import Anatomy
-from fxgraft.graph.grafted import Unit
-from fxgraft.graph.ledger import Graft, Placement
-from fxgraft.graph.sites import Words
-from fxgraft.graph.taps import named_sites, take, tap_placements
-from fxgraft.patches.base import Make, Patch, grafts_on, register, unwrapped
+from fxgraft.graph.grafting.graft import Graft
+from fxgraft.graph.grafting.placement import Placement
+from fxgraft.graph.grafting.taps import named_sites, take, tap_placements
+from fxgraft.graph.grafting.unit import Unit
+from fxgraft.graph.structure.sites import Words
+from fxgraft.graph.tracing.anatomy import Anatomy
+from fxgraft.patches.base import Make, Patch, grafts_on, unwrapped
+from fxgraft.patches.registry import register
 
 
 @register("taps")
@@ -48,6 +51,8 @@ class Taps(Patch):
     url = "https://www.philkr.net/papers/huang2018domain/"
     where = "any sites, several at once"
     cost = "memory of the values until they are fetched, and a copy of those that are written over in place"
+
+    example = MappingProxyType({"layers": -1})
 
     layers: Words
     detach: bool = False

@@ -1,0 +1,306 @@
+"""Activation matching, ready to run: the two optimisers in turn, with progress, diagnostics and checkpoints.
+
+The game of `fxgraft.GAM`: discriminators learn to tell the activations of a frozen source network from those
+of the target network, and the target network learns to be mistaken for it (H. Huang, Q. Huang, P. Krähenbühl,
+*Domain Transfer Through Deep Activation Matching*, ECCV 2018). A step computes both losses on the same weights
+and then updates both sides, as in the authors' release.
+"""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from fxgraft.adaptation.checkpoint import Checkpoint
+from fxgraft.adaptation.streams import Endless
+from fxgraft.api import ledger_of, set_progress
+from fxgraft.errors import ConfigError, FxgraftWarning, WrappedModelError
+from fxgraft.graph.tracing.preserve import preserved_modes
+from fxgraft.patches.gam.patch import discriminators, gam_losses, source
+
+WINDOW = 200
+"""Steps over which a discriminator has to be perfect, or at chance, to be called collapsed."""
+PERFECT, CHANCE = 0.995, 0.01
+
+
+@dataclass
+class AdaptationHistory:
+    """What an adaptation leaves behind, one value per step.
+
+    Attributes:
+        losses: "discriminator", "mapping" and the named parts of both.
+        accuracy: share of samples that the discriminator of each tap told apart, by tap.
+    """
+
+    losses: dict[str, list[float]] = field(default_factory=dict)
+    accuracy: dict[str, list[float]] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return max((len(values) for values in self.losses.values()), default=0)
+
+
+def adapt(
+    model: nn.Module,
+    source_loader: Iterable[Any],
+    target_loader: Iterable[Any],
+    *,
+    steps: int = 10_000,
+    lr: float = 2e-4,
+    betas: tuple[float, float] = (0.5, 0.999),
+    optimizers: tuple[Optimizer, Optimizer] | None = None,
+    schedule: Callable[[float], float] | None = None,
+    device: str | torch.device | None = None,
+    amp: bool = False,
+    checkpoint: str | Path | None = None,
+    checkpoint_every: int = 1000,
+    progress: bool = True,
+    callback: Callable[[int, dict[str, float]], Any] | None = None,
+    log_every: int = 50,
+    name: str | None = None,
+) -> AdaptationHistory:
+    """Adapt a model patched with ``"gam"`` to images of another domain, in place; no label is read.
+
+    A model in evaluation mode is trained in training mode, and every flag is put back afterwards; one in
+    training mode is left as it is, with the parts that you froze.
+
+    With a checkpoint file present, the run goes on from there and ends bit for bit where it would have ended
+    without the interruption, on the same machine, device and number of threads: model, discriminators, both
+    optimisers, torch's random state and the place in both loaders are restored. The loaders read their
+    current epoch again up to that place. Draws of a data set from Python's or NumPy's generators repeat
+    themselves only in a loader's workers, and not in persistent ones.
+
+    Args:
+        model: patched with ``"gam"``; the target network, usually a copy of the source network.
+        source_loader: images the source network was trained on. A batch is a tensor (B, C, H, W), a tuple or
+            list that starts with one, or a mapping with one; labels are left unread.
+        target_loader: images of the domain to adapt to. Both loaders are cycled, whatever their lengths.
+        steps: in all, with those of the checkpoint. The release makes 10 000 of batch 128 on digits.
+        lr: of Adam, for both sides.
+        betas: of Adam.
+        optimizers: yours in their place: (discriminators, target network).
+        schedule: from the share of the steps done, in [0, 1), to a factor on the learning rates.
+        device: where to train; by default where the model is. The model and its source network are moved.
+        amp: compute the losses under bfloat16 autocast.
+        checkpoint: file to write to and go on from, or a folder, for ``adaptation.pt`` in it.
+        checkpoint_every: steps between two checkpoints; one is written after the last step, too.
+        progress: show a bar with losses and accuracies, on a terminal.
+        callback: called with (steps done, latest values by name) every `log_every` steps.
+        log_every: steps between two looks at the losses. Only then does a GPU wait for the host.
+        name: of the graft, where there are several.
+
+    Returns:
+        Losses and accuracies of every step, those before the checkpoint included.
+
+    Raises:
+        UnknownGraftError: there is no ``"gam"`` on the model.
+        WrappedModelError: the model is inside DistributedDataParallel or another wrapper.
+        ConfigError: an argument is out of range, a loader is empty, the optimisers are not for the two sides,
+            or a loss stops being finite (names the part).
+        RecipeError: the checkpoint is damaged, or of another patch, source network or architecture.
+
+    Warns:
+        FxgraftWarning: a discriminator was perfect, or at chance, for 200 steps: the game stands still there.
+    """
+    for option, value in {
+        "steps": steps,
+        "checkpoint_every": checkpoint_every,
+        "log_every": log_every,
+    }.items():
+        if not isinstance(value, int) or value < 1:
+            raise ConfigError(f"{option} must be a whole number of at least 1, got {value!r}.")
+    players, frozen = discriminators(model, name), source(model, name)
+    if ledger_of(model) is None:
+        raise WrappedModelError(
+            f"adapt takes the patched model itself, not inside {type(model).__name__}.\n"
+            "It would not see the patches of what is wrapped, nor average discriminators over processes.\n"
+            "Pass the model (model.compile() compiles it in place), or write the loop with fxgraft.gam_losses."
+        )
+    place = torch.device(device) if device is not None else next(model.parameters()).device
+    for each in (model, players, frozen):
+        each.to(place)
+    pair = _optimizers(model, players, optimizers, lr, betas)
+    streams = Endless(source_loader, "source"), Endless(target_loader, "target")
+    history = AdaptationHistory()
+    saved = None
+    done = 0
+    if checkpoint is not None:
+        saved = Checkpoint(checkpoint, model, players, frozen, pair, streams)
+        done = saved.resume(history, steps)
+    recorder = _Recorder(history, done)
+    with preserved_modes(model), _bar(progress, steps, done) as bar:
+        if not model.training:
+            model.train()
+        for step in range(done, steps):
+            set_progress(model, step / steps)
+            if schedule is not None:
+                _scale_rates(pair, schedule(step / steps))
+            images = [stream.next().to(place, non_blocking=True) for stream in streams]
+            with _autocast(place, amp):
+                game = gam_losses(model, *images, name=name)
+            _update(game, pair)
+            recorder.add(game)
+            count = step + 1
+            write = saved is not None and (count % checkpoint_every == 0 or count == steps)
+            if write or count % log_every == 0 or count == steps:
+                values = recorder.read()
+                bar(count, values)
+                if callback is not None and (count % log_every == 0 or count == steps):
+                    callback(count, values)
+            if saved is not None and write:
+                saved.write(count, history)
+    set_progress(model, 1.0)
+    return history
+
+
+def _update(game: Any, pair: tuple[Optimizer, Optimizer]) -> None:
+    """Update both sides from losses of the same weights: gradients of both first, then both steps."""
+    for optimizer in pair:
+        optimizer.zero_grad()
+    game.mapping.backward()
+    pair[0].zero_grad()  # whatever the mapping loss left on the discriminators is not theirs to follow
+    game.discriminator.backward()
+    for optimizer in pair:
+        optimizer.step()
+
+
+def _optimizers(
+    model: nn.Module,
+    players: nn.Module,
+    given: tuple[Optimizer, Optimizer] | None,
+    lr: float,
+    betas: tuple[float, float],
+) -> tuple[Optimizer, Optimizer]:
+    """Make the pair, or check the user's."""
+    judging = {id(p) for p in players.parameters()}
+    mapping = [p for p in model.parameters() if p.requires_grad and id(p) not in judging]
+    if not mapping:
+        raise ConfigError(
+            f"Every parameter of this {model._get_name()} is frozen, and nothing can be adapted.\n"
+            "Set requires_grad on those to train."
+        )
+    if given is None:
+        if lr <= 0:
+            raise ConfigError(f"lr must be above 0, got {lr!r}.")
+        return torch.optim.Adam(players.parameters(), lr, betas), torch.optim.Adam(mapping, lr, betas)
+    if not isinstance(given, (tuple, list)) or len(given) != 2:
+        raise ConfigError(
+            "The two sides have an optimiser each.\nPass optimizers=(discriminators, target network)."
+        )
+    held = [{id(p) for group in each.param_groups for p in group["params"]} for each in given]
+    if not held[0] <= judging or held[1] & judging:
+        raise ConfigError(
+            "The first optimiser is for the discriminators alone, the second for the target network without them.\n"
+            "Here a side would follow the loss of the other.\n"
+            "Build them from fxgraft.patches.gam.discriminators(model).parameters() and from the rest of "
+            "model.parameters()."
+        )
+    return given[0], given[1]
+
+
+def _scale_rates(pair: tuple[Optimizer, Optimizer], factor: float) -> None:
+    for optimizer in pair:
+        for group in optimizer.param_groups:
+            # The name that torch's own schedulers use; it travels in the optimiser's state.
+            group["lr"] = group.setdefault("initial_lr", group["lr"]) * factor
+
+
+class _Recorder:
+    """Keep the values of each step on their device, and read many at once."""
+
+    def __init__(self, history: AdaptationHistory, done: int) -> None:
+        self.history, self.done = history, done
+        self.pending: list[dict[str, Tensor]] = []
+        self.warned: set[tuple[str, str]] = set()
+
+    def add(self, game: Any) -> None:
+        """Take in the losses and accuracies of a step."""
+        values = {"discriminator": game.discriminator, "mapping": game.mapping, **game.parts}
+        named = {("losses", name): value for name, value in values.items()}
+        named |= {("accuracy", name): value for name, value in game.accuracy.items()}
+        self.pending.append({key: torch.as_tensor(value).detach() for key, value in named.items()})  # type: ignore[misc]
+
+    def read(self) -> dict[str, float]:
+        """Move what is pending into the history; return the latest values by name."""
+        if self.pending:
+            names = list(self.pending[0])
+            table = torch.stack([torch.stack([row[n].float() for n in names]) for row in self.pending])
+            self.pending.clear()
+            for row in table.tolist():
+                self._note(dict(zip(names, row, strict=True)))  # type: ignore[arg-type]
+        latest = {name: values[-1] for name, values in self.history.losses.items()}
+        return latest | {f"accuracy.{tap}": values[-1] for tap, values in self.history.accuracy.items()}
+
+    def _note(self, row: Mapping[tuple[str, str], float]) -> None:
+        self.done += 1
+        broken = [name for (_, name), value in row.items() if value - value != 0.0]
+        if broken:
+            # The sums are broken with any part; the part is what says where to look.
+            parts = [name for name in broken if name not in ("discriminator", "mapping")] or broken
+            raise ConfigError(
+                f"Not finite in step {self.done}: {', '.join(map(repr, parts))}.\n"
+                "The weights are spoilt from there on; a checkpoint holds those before.\n"
+                'Try a lower lr, or matching="gaussian", which keeps the scale of what discriminators see.'
+            )
+        for (kind, name), value in row.items():
+            getattr(self.history, kind).setdefault(name, []).append(value)
+        for tap, values in self.history.accuracy.items():
+            self._diagnose(tap, values[-WINDOW:])
+
+    def _diagnose(self, tap: str, recent: list[float]) -> None:
+        if len(recent) < WINDOW:
+            return
+        mean = sum(recent) / len(recent)
+        if mean > PERFECT:
+            what = "perfect: it always tells the two apart, and its loss hardly says how to get closer"
+            hint = (
+                'Try matching="gaussian", gan="lsgan", a lower lr for the discriminators, or a later layer.'
+            )
+        elif abs(mean - 0.5) < CHANCE:
+            what = "at chance: it tells nothing apart, and the target network learns nothing from it"
+            hint = "Either the activations match by now, or it does not learn: try a higher lr for it."
+        else:
+            return
+        if (tap, what) in self.warned:
+            return
+        self.warned.add((tap, what))
+        warnings.warn(
+            f"The discriminator at {tap!r} was {what} (steps {self.done - WINDOW + 1} to {self.done}).\n{hint}",
+            FxgraftWarning,
+            stacklevel=5,
+        )
+
+
+def _autocast(device: torch.device, amp: bool) -> AbstractContextManager[Any]:
+    return torch.autocast(device.type, dtype=torch.bfloat16) if amp else nullcontext()
+
+
+@contextmanager
+def _bar(wanted: bool, steps: int, done: int) -> Iterator[Callable[[int, Mapping[str, float]], None]]:
+    """Show progress on a terminal; hand out what moves it."""
+    if not wanted or not sys.stderr.isatty():
+        yield lambda count, values: None
+        return
+    from rich.console import Console
+
+    columns = BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.description}")
+    with Progress(*columns, console=Console(stderr=True)) as shown:
+        task = shown.add_task("", total=steps, completed=done)
+
+        def move(count: int, values: Mapping[str, float]) -> None:
+            losses = (f"{name} {values[name]:.3f}" for name in ("discriminator", "mapping"))
+            taps = (
+                f"{n.partition('.')[2]} {100 * v:.0f} %" for n, v in values.items() if n[:9] == "accuracy."
+            )
+            shown.update(task, completed=count, description=", ".join((*losses, *taps)))
+
+        yield move

@@ -1,0 +1,1 @@
+"""Measuring what patches cost: time, memory, and the report."""

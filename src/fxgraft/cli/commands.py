@@ -1,0 +1,219 @@
+"""The command line: ``fxgraft demo | sites | info | bench``.
+
+What goes wrong for a reason that fxgraft knows is one plain message on stderr and exit code 2.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+from enum import Enum
+from importlib import metadata
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import Progress
+from typer.core import TyperGroup
+
+from fxgraft.cli.pictures import app as show_app
+from fxgraft.errors import ConfigError, FxgraftError
+
+
+class _PlainErrors(TyperGroup):
+    """Turns fxgraft's errors into a message and an exit code, for every command at once."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except FxgraftError as error:
+            typer.echo(f"Error: {error}", err=True)
+            raise typer.Exit(2) from None
+
+
+class Library(str, Enum):
+    """Where models come from."""
+
+    timm = "timm"
+    torchvision = "torchvision"
+
+
+app = typer.Typer(
+    cls=_PlainErrors,
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Graft published training methods onto timm and torchvision backbones.",
+)
+
+app.add_typer(show_app, name="show")
+
+PatchOption = Annotated[
+    list[str] | None,
+    typer.Option("--patch", metavar="SPEC", help="METHOD:key=value,…; may be given several times."),
+]
+DeviceOption = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, …")]
+
+
+def _show_version(wanted: bool) -> None:
+    if not wanted:
+        return
+    versions = ", ".join(f"{name} {_version(name)}" for name in ("torch", "timm"))
+    typer.echo(f"fxgraft {_version('fxgraft')} ({versions}, Python {platform.python_version()})")
+    raise typer.Exit
+
+
+def _version(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "(not installed)"
+
+
+@app.callback()
+def _main(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show versions and exit.")
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command()
+def demo(
+    data: Annotated[
+        Path | None, typer.Option(help="Folder of domains; without it, digits drawn in four styles.")
+    ] = None,
+    model: Annotated[str | None, typer.Option(help="Backbone, as in `fxgraft sites`.")] = None,
+    patch: PatchOption = None,
+    epochs: Annotated[int | None, typer.Option(help="Passes over the training domains.")] = None,
+    size: Annotated[int | None, typer.Option(help="Side of the images.")] = None,
+    device: DeviceOption = None,
+    seeds: Annotated[str | None, typer.Option(metavar="N,N,…", help="Random seeds to repeat with.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder for the JSON and the picture.")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Images per step.")] = None,
+    quiet: Annotated[bool, typer.Option("--quiet", help="No progress bar.")] = False,
+) -> None:
+    """Train bare and patched on all domains but one, and compare them on the one left out."""
+    from fxgraft.experiments.demo import DemoSettings, run_demo
+
+    given = {
+        "data": data,
+        "model": model,
+        "patch": patch or None,
+        "epochs": epochs,
+        "size": size,
+        "device": device,
+        "seeds": None if seeds is None else _integers(seeds),
+        "out": out,
+        "batch_size": batch_size,
+    }
+    # What is not given stays with the demo, which knows its defaults better than this file.
+    run_demo(DemoSettings(quiet=quiet, **{name: value for name, value in given.items() if value is not None}))
+
+
+@app.command()
+def sites(
+    model: Annotated[str, typer.Argument(help="resnet50, timm/resnet50, torchvision/resnet50, …")],
+    pattern: Annotated[
+        str | None, typer.Argument(help="Only these: a name or a glob; ** crosses dots.")
+    ] = None,
+    input_size: Annotated[
+        int | None, typer.Option(help="Side of the images; the model's own without it.")
+    ] = None,
+    library: Annotated[Library | None, typer.Option(help="Where the model comes from.")] = None,
+) -> None:
+    """List the places in a model where a patch can go."""
+    import fxgraft
+    from fxgraft.experiments.backbones import build_model
+
+    name = model if library is None or model.startswith(f"{library.value}/") else f"{library.value}/{model}"
+    shape = None if input_size is None else (3, input_size, input_size)
+    found = fxgraft.sites(build_model(name, input_size=input_size), pattern, input_size=shape)
+    _show(found, str(found))
+
+
+@app.command()
+def info(
+    method: Annotated[str | None, typer.Argument(help="A method; without it, the table of all.")] = None,
+) -> None:
+    """Show what a method does, where it goes, what it costs and its options."""
+    from fxgraft.cli.cards import card, overview
+
+    _show(overview() if method is None else card(method))
+
+
+@app.command()
+def bench(
+    model: Annotated[str, typer.Argument(help="resnet50, timm/resnet50, torchvision/resnet50, …")],
+    patch: PatchOption = None,
+    batch: Annotated[int, typer.Option(help="Images per call.")] = 16,
+    size: Annotated[int, typer.Option(help="Side of the images.")] = 224,
+    device: DeviceOption = None,
+    rounds: Annotated[int, typer.Option(help="Timings of each network.")] = 12,
+    min_run_time: Annotated[float, typer.Option(help="Seconds for which one timing repeats its call.")] = 0.2,
+    threads: Annotated[int | None, typer.Option(help="CPU threads of torch.")] = None,
+    compiled: Annotated[bool, typer.Option("--compile", help="Through torch.compile, all of them.")] = False,
+    json: Annotated[Path | None, typer.Option(help="Also write the numbers to this file.")] = None,
+) -> None:
+    """Measure what patches cost: time and memory against the bare model, in turns."""
+    # torch's profiler, which reads the memory, logs its start and stop to stderr unless told otherwise.
+    os.environ.setdefault("KINETO_LOG_LEVEL", "6")
+    from fxgraft.bench.overhead import measure
+    from fxgraft.cli.spec import parse_patch_spec
+
+    if not patch:
+        raise ConfigError(
+            "Nothing to measure: give at least one --patch, for example --patch rsc:layer=layer4."
+        )
+    specs = [parse_patch_spec(text) for text in patch]
+    if json is not None:
+        # Before the measurement: a file that cannot be written should not cost minutes first.
+        _open_for_writing(json)
+    with Progress(console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task("measuring", total=None)
+        report = measure(
+            model,
+            [(spec.method, spec.options) for spec in specs],
+            batch=batch,
+            size=size,
+            device=device or "cpu",
+            rounds=rounds,
+            min_run_time=min_run_time,
+            threads=threads,
+            compiled=compiled,
+            progress=lambda done, total: progress.update(task, completed=done, total=total),
+        )
+    _show(report, str(report))
+    if json is not None:
+        json.write_text(report.to_json())
+
+
+def _show(table: Any, plain: str | None = None) -> None:
+    console = Console()
+    if console.is_terminal:
+        console.print(table)
+    elif plain is not None:
+        typer.echo(plain.rstrip())
+    else:
+        # Not cut to the 80 columns that rich assumes of a pipe.
+        Console(width=110).print(table)
+
+
+def _integers(text: str) -> list[int]:
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise ConfigError(
+            f"--seeds takes whole numbers with commas between, such as 0,1,2; got {text!r}."
+        ) from None
+
+
+def _open_for_writing(path: Path) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("a"):
+            pass
+    except OSError as error:
+        raise ConfigError(f"Cannot write {str(path)!r}: {error.strerror}.") from None

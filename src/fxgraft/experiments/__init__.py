@@ -1,0 +1,1 @@
+"""Training and comparing networks on small data: the loop, the data, the demo."""

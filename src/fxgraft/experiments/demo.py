@@ -1,0 +1,295 @@
+"""The demo: train on all domains but one, test on the one left out, bare against patched.
+
+Every domain is left out once, and every variant starts from the same weights and sees the same batches,
+so that a pair of runs differs in the patch alone. A single seed on small data is noisy: the table is an
+example of the protocol, not a result to quote; pass several seeds for that.
+
+Without data of your own, the images are scikit-learn's digits in four styles, no image in two of them:
+see `fxgraft.data.digits_domains`.
+"""
+
+from __future__ import annotations
+
+import importlib
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    Progress,
+    TaskProgressColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.text import Text
+from torch import nn
+
+import fxgraft
+from fxgraft.cli.spec import PatchSpec, parse_patch_spec
+from fxgraft.errors import ConfigError
+from fxgraft.experiments.augment import Augment
+from fxgraft.experiments.backbones import build_model
+from fxgraft.experiments.data import Domain, digits_domains, load_domains
+from fxgraft.experiments.report import DemoReport, Run, muting_picture
+from fxgraft.experiments.training import as_input, environment, evaluate, leave_one_out, train
+from fxgraft.patches.rsc.patch import record
+
+BARE = "bare"
+SMALLEST_MAP = 3
+
+# Chosen for the embedded digits on two CPU cores: the whole demo in about two and a half minutes.
+DIGITS_SIZE, DIGITS_EPOCHS = 32, 20
+# For data of one's own nothing bounds the time; these are a start.
+DATA_SIZE, DATA_EPOCHS = 64, 10
+LEARNING_RATE, WEIGHT_DECAY = 2e-3, 0.05
+
+
+@dataclass(frozen=True, kw_only=True)
+class DemoSettings:
+    """What the demo does.
+
+    Attributes:
+        data: PACS-like data, as `fxgraft.data.load_domains` takes it; None is the embedded digits.
+        model: a name for `fxgraft.zoo.build_model`, trained from scratch. The default is timm's smallest
+            ResNet (0.4 M parameters).
+        patch: patches as `fxgraft.spec.parse_patch_spec` reads them, each compared with the bare model on its
+            own; "none" adds nothing, and leaves the bare model alone.
+        epochs: passes over the training domains; None is 20 for the digits and 10 for other data.
+        size: side of the images; None is 32 for the digits and 64 for other data.
+        device: where to train.
+        seeds: of initial weights, batches and patches; every one repeats all runs.
+        out: directory for ``demo.json`` and ``muted.png``; made if missing.
+        batch_size: images per step.
+        quiet: no progress bar.
+    """
+
+    data: Path | None = None
+    model: str = "test_resnet"
+    patch: list[str] = field(default_factory=lambda: ["rsc"])
+    epochs: int | None = None
+    size: int | None = None
+    device: str = "cpu"
+    seeds: list[int] = field(default_factory=lambda: [0])
+    out: Path = Path("fxgraft-demo")
+    batch_size: int = 32
+    quiet: bool = False
+
+
+def run_demo(settings: DemoSettings | None = None, *, console: Console | None = None) -> DemoReport:
+    """Run the demo: train, print the table, write the JSON and the picture of what RSC muted.
+
+    The backbone is built with the output stride at which the last feature map is 3×3 or larger, as far as
+    its constructor lets one choose: a stock ResNet would shrink a 32-pixel image to a single position, on
+    which muting positions means nothing.
+
+    Args:
+        settings: None is the defaults.
+        console: where the table goes; None is standard output.
+
+    Returns:
+        Every run with its numbers, as written to the JSON.
+
+    Raises:
+        ConfigError: for settings out of range, data that cannot be read, or a missing extra. All of this,
+            and that the patches fit the model, is found out before the first training step.
+        FxgraftError: what `fxgraft.patch` raises for a patch that does not fit.
+    """
+    settings = settings or DemoSettings()
+    variants = _variants(settings)
+    device = _device(settings.device)
+    _need_matplotlib()
+    size = settings.size or (DIGITS_SIZE if settings.data is None else DATA_SIZE)
+    epochs = settings.epochs or (DIGITS_EPOCHS if settings.data is None else DATA_EPOCHS)
+    domains = digits_domains(size) if settings.data is None else load_domains(settings.data, size)
+    leave_one_out(domains, domains[0].name)
+    build = _Backbone(settings.model, len(domains[0].classes), size)
+    for spec in variants.values():
+        _patched(build(0), spec)
+    settings.out.mkdir(parents=True, exist_ok=True)
+    augment = Augment(crop_padding=size // 10) if settings.data is None else _PHOTO_AUGMENT
+    options: dict[str, Any] = {
+        "epochs": epochs,
+        "batch_size": settings.batch_size,
+        "lr": LEARNING_RATE,
+        "optimizer": "adamw",
+        "weight_decay": WEIGHT_DECAY,
+    }
+    report = DemoReport(
+        protocol={
+            "task": "leave one domain out, trained from scratch, weights of the last epoch",
+            "data": "scikit-learn digits in four styles"
+            if settings.data is None
+            else str(settings.data.name),
+            "domains": {domain.name: len(domain) for domain in domains},
+            "classes": list(domains[0].classes),
+            "model": settings.model,
+            "model_options": build.options,
+            "size": size,
+            "variants": {name: spec.text if spec else None for name, spec in variants.items()},
+            "augment": asdict(augment),
+            **options,
+        },
+        seeds=list(settings.seeds),
+        environment=environment(device),
+    )
+    progress = _Bar(len(domains) * len(variants) * len(settings.seeds), settings.quiet)
+    picture: list[tuple[nn.Module, Sequence[Domain], int]] = []
+    with progress:
+        for seed in settings.seeds:
+            for held_out in domains:
+                train_set, _, (images, labels) = leave_one_out(domains, held_out.name)
+                for name, spec in variants.items():
+                    step = progress.next_run(f"{name}, unseen: {held_out.name}")
+                    model = _patched(build(seed), spec)
+                    began = time.perf_counter()
+                    history = train(
+                        model, train_set, **options, seed=seed, device=device, augment=augment, progress=step
+                    )
+                    report.runs.append(
+                        Run(
+                            variant=name,
+                            held_out=held_out.name,
+                            seed=seed,
+                            accuracy=evaluate(model, images, labels),
+                            step_seconds=history.median_step,
+                            steps=len(history.step_seconds),
+                            train_seconds=time.perf_counter() - began,
+                            epoch_loss=history.epoch_loss,
+                        )
+                    )
+                    if spec and spec.method == "rsc":
+                        seen = [domain for domain in domains if domain is not held_out]
+                        picture = [(model, seen, seed)]
+    for trained, seen, seed in picture:
+        report.picture = _picture(trained, seen, seed, settings.out / "muted.png")
+    (settings.out / "demo.json").write_text(report.to_json(), encoding="utf-8")
+    _print(report, settings.out, console)
+    return report
+
+
+_PHOTO_AUGMENT = Augment(crop_padding=6, flip=0.5, jitter=0.4, gray=0.1)
+
+
+def _variants(settings: DemoSettings) -> dict[str, PatchSpec | None]:
+    """The bare model and one variant per patch, by the name in the table."""
+    for name in ("epochs", "size", "batch_size"):
+        value = getattr(settings, name)
+        if value is not None and value < 1:
+            raise ConfigError(f"{name} must be at least 1, got {value}.")
+    if not settings.seeds or len(set(settings.seeds)) < len(settings.seeds):
+        raise ConfigError(f"seeds must be one or more different numbers, got {settings.seeds}.")
+    variants: dict[str, PatchSpec | None] = {BARE: None}
+    for text in settings.patch:
+        if text.strip() == "none":
+            continue
+        spec = parse_patch_spec(text)
+        if spec.text in variants:
+            raise ConfigError(f"The patch {spec.text!r} is given twice.")
+        variants[spec.text] = spec
+    return variants
+
+
+def _device(name: str) -> torch.device:
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise ConfigError(f"There is no device {name!r} here: {str(error).splitlines()[0]}") from error
+    return device
+
+
+def _need_matplotlib() -> None:
+    # Asked for before the training, so that it does not end minutes later without its picture.
+    try:
+        importlib.import_module("matplotlib.figure")
+    except ImportError as error:
+        raise ConfigError(
+            "The demo draws with matplotlib, which is not installed.\n"
+            'Install it with: pip install "fxgraft[demo]".'
+        ) from error
+
+
+class _Backbone:
+    """Builds the same backbone again and again: equal weights for equal seeds."""
+
+    def __init__(self, model: str, classes: int, size: int) -> None:
+        self.model, self.classes, self.size = model, classes, size
+        self.options: dict[str, Any] = {}
+        self(0)  # an unknown name fails here, before a refused option could hide it
+        stride = next((s for s in (32, 16, 8) if size / s >= SMALLEST_MAP), 8)
+        if stride < 32:
+            self.options = {"output_stride": stride}
+            try:
+                self(0)
+            except ConfigError:
+                self.options = {}
+
+    def __call__(self, seed: int) -> nn.Module:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            return build_model(self.model, self.classes, input_size=self.size, **self.options)
+
+
+def _patched(model: nn.Module, spec: PatchSpec | None) -> nn.Module:
+    if spec is not None:
+        fxgraft.patch(model, spec.method, **spec.options)
+    return model
+
+
+def _picture(model: nn.Module, domains: Sequence[Domain], seed: int, path: Path) -> str | None:
+    """Draw what RSC mutes on training images, with the labels it is given there."""
+    generator = torch.Generator().manual_seed(seed)
+    chosen = [(domain, torch.randperm(len(domain), generator=generator)[:24]) for domain in domains]
+    images = torch.cat([domain.images[index] for domain, index in chosen])
+    labels = torch.cat([domain.labels[index] for domain, index in chosen])
+    titles = [f"{domain.name}: {domain.classes[k]}" for domain, index in chosen for k in domain.labels[index]]
+    device = next(model.parameters()).device
+    model.train()
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), torch.no_grad():
+        torch.manual_seed(seed)
+        fxgraft.set_progress(model, 1.0)
+        for _ in range(20):  # the scope is drawn anew in every pass, and only positions can be drawn
+            with record(model) as records:
+                model(as_input(images).to(device), target=labels.to(device))
+            spatial = [r for r in records if r.scope == "spatial" and r.mask.ndim == 4 and r.selected.any()]
+            if spatial:
+                muting_picture(images, titles, spatial[0].mask, spatial[0].selected, path)
+                return path.name
+    return None
+
+
+def _print(report: DemoReport, out: Path, console: Console | None) -> None:
+    console = console or Console()
+    if not console.is_terminal:
+        console.width = max(console.width, 110)  # rich assumes 80 columns of a pipe and would cut the table
+    console.print(report)
+    written = ["demo.json", *([report.picture] if report.picture else [])]
+    console.print(Text("Written: " + ", ".join(str(out / name) for name in written)), soft_wrap=True)
+
+
+class _Bar:
+    """One bar over all runs."""
+
+    def __init__(self, runs: int, quiet: bool) -> None:
+        columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn())
+        times = (TimeElapsedColumn(), TimeRemainingColumn())
+        self.bar = Progress(*columns, *times, console=Console(stderr=True), transient=True, disable=quiet)
+        self.task = self.bar.add_task("", total=runs)
+        self.begun = 0
+
+    def __enter__(self) -> None:
+        self.bar.start()
+
+    def __exit__(self, *_: object) -> None:
+        self.bar.stop()
+
+    def next_run(self, title: str) -> Callable[[int, int], None]:
+        done, self.begun = self.begun, self.begun + 1
+        self.bar.update(self.task, description=title, completed=done)
+        return lambda step, total: self.bar.update(self.task, completed=done + step / total)

@@ -1,0 +1,109 @@
+"""In-place operations: which values of a model are written over later in the same pass.
+
+Found by running the model once per mode on fake tensors with witnesses at the sites. Views and the tensors they
+are views of count their writes together, so a witness sees a write through any of them, wherever it happens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from fxgraft.graph.grafting.graft import Graft
+from fxgraft.graph.grafting.ledger import Ledger
+from fxgraft.graph.grafting.placement import Placement, both_modes
+from fxgraft.graph.grafting.unit import Unit
+from fxgraft.graph.structure.places import site_edits
+from fxgraft.graph.structure.sites import Site
+from fxgraft.graph.tracing.anatomy import Anatomy
+from fxgraft.graph.tracing.observe import observe, tensors
+
+
+@dataclass(frozen=True)
+class Fate:
+    """What happens to the value at a site in one mode.
+
+    Attributes:
+        value: the value, tensors fake; None where the mode could not be looked at.
+        reached: whether the pass comes by.
+        overwritten: whether something writes into the value's memory after the site; where the mode could not
+            be looked at, it may.
+    """
+
+    value: Any = None
+    reached: bool = True
+    overwritten: bool = True
+
+
+class _Witness(Unit):
+    """Remembers every value that passes, and how often each tensor had been written to by then."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[tuple[Any, list[tuple[Tensor, int]]]] = []
+
+    def forward(self, x: Any) -> Any:
+        """Return ``x`` as it is."""
+        self.seen.append((x, [(tensor, tensor._version) for tensor in tensors(x)]))
+        return x
+
+    def fate(self) -> Fate:
+        """Say what has become of what was seen, and forget it."""
+        seen, self.seen = self.seen, []
+        written = any(tensor._version != version for _, each in seen for tensor, version in each)
+        return Fate(seen[-1][0] if seen else None, bool(seen), written)
+
+
+class _Witnesses:
+    """A patch of nothing but witnesses."""
+
+    call_options: tuple[str, ...] = ()
+
+    def __init__(self, places: Mapping[str, tuple[Any, Any, Any]]) -> None:
+        self.places = places
+
+    def place(self, anatomy: Anatomy, make: Callable[[str, Callable[[], Unit]], Unit]) -> Sequence[Placement]:
+        """Put one witness at every site, in both modes."""
+        return [
+            placement
+            for key, (owner, edit, training_edit) in self.places.items()
+            for placement in both_modes(owner, edit, training_edit, key, make(key, _Witness))
+        ]
+
+
+def fates(anatomy: Anatomy, sites: Mapping[str, Site]) -> dict[str, tuple[Fate, Fate]]:
+    """Find out which values are written over after their site: (evaluation, training), by the keys of ``sites``.
+
+    Args:
+        anatomy: of the bare model. It is patched with witnesses for two fake passes, and left as it was.
+        sites: where to look.
+
+    Raises:
+        SiteError: a site that no unit can be placed at.
+        TraceError: a module that holds a site cannot be traced.
+    """
+    model = anatomy.model
+    places = {key: site_edits(anatomy, site) for key, site in sites.items()}
+    graft = Graft("witness", _Witnesses(places), input_size=anatomy.input_size)
+    ledger = Ledger()
+    ledger.install(model, [graft])
+    try:
+        found = [_pass(anatomy, graft, training) for training in (False, True)]
+    finally:
+        ledger.install(model, [])
+    return {key: (found[0][key], found[1][key]) for key in sites}
+
+
+def _pass(anatomy: Anatomy, graft: Graft, training: bool) -> dict[str, Fate]:
+    units = {key: unit for key, unit in graft.units.items() if isinstance(unit, _Witness)}
+    try:
+        observe(anatomy.model, anatomy.input_size, training=training)
+    except Exception:
+        # A model may train on what a fake batch of images is not; then every value counts as written over.
+        for unit in units.values():
+            unit.seen.clear()
+        return dict.fromkeys(units, Fate())
+    return {key: unit.fate() for key, unit in units.items()}

@@ -1,0 +1,232 @@
+"""The ledger: which grafts are on a model, and the one way they are put on and taken off.
+
+A model's grafts are always planned together, on the bare model, and written in one step; taking one off is
+taking all off and writing the others again. So a plan that fails has written nothing, and any order of
+removal leaves exactly what the remaining grafts would have made.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any, Protocol
+
+from torch import nn
+
+from fxgraft.errors import WrappedModelError
+from fxgraft.graph.grafting.graft import Graft
+from fxgraft.graph.grafting.journal import Installation, Kept
+from fxgraft.graph.grafting.passes import Context
+from fxgraft.graph.grafting.placement import Placement
+from fxgraft.graph.grafting.planning import compile_placements
+from fxgraft.graph.grafting.state import GraftState, Program, state_of
+from fxgraft.graph.grafting.swap import release_orphans
+from fxgraft.graph.grafting.unit import Unit
+from fxgraft.graph.tracing.anatomy import Anatomy
+from fxgraft.graph.tracing.editing import STATE
+from fxgraft.graph.tracing.settings import settings_changed
+
+
+class Placer(Protocol):
+    """What the ledger asks of a patch."""
+
+    def place(self, anatomy: Anatomy, make: Callable[[str, Callable[[], Unit]], Unit]) -> Sequence[Placement]:
+        """Say which units go where; ``make(key, build)`` returns the graft's unit of that key."""
+        ...
+
+
+class Ledger:
+    """The grafts of one patched model, in the order they were added.
+
+    Attributes:
+        grafts: the grafts.
+        context: what their units share during a pass.
+        installation: what is written on the model now.
+        owners: the grafted parts of the model, and in which modes (training, evaluation) they run a graft.
+        options: keyword arguments of a call that are meant for the grafts and not for the model.
+    """
+
+    def __init__(self) -> None:
+        self.grafts: list[Graft] = []
+        self.context = Context()
+        self.installation: Installation | None = None
+        self.owners: dict[str, tuple[bool, bool]] = {}
+        self.options: tuple[str, ...] = ()
+
+    def plan(self, model: nn.Module, grafts: Sequence[Graft]) -> Installation:
+        """Plan and compile grafts on a bare model; nothing is written.
+
+        Raises:
+            FxgraftError: whatever a patch finds wrong.
+        """
+        installation = Installation(model)
+        anatomies: dict[Any, Anatomy] = {}
+        for graft in grafts:
+            anatomy = anatomies.setdefault(graft.input_size, Anatomy(model, graft.input_size))
+            asked: set[str] = set()
+
+            def make(
+                key: str, build: Callable[[], Unit], graft: Graft = graft, asked: set[str] = asked
+            ) -> Unit:
+                asked.add(key)
+                return graft.make(key, build)
+
+            installation.placements += [(graft, p) for p in graft.patch.place(anatomy, make)]
+            # What an earlier plan made, for a layer that another has replaced since, is of no use any more;
+            # what this one asked for is, placed or not.
+            for key in [key for key in graft.units if key not in asked]:
+                del graft.units[key]
+        compile_placements(installation, anatomies, self.context)
+        installation.states[""].ledger = self
+        return installation
+
+    def install(self, model: nn.Module, grafts: Sequence[Graft] | None = None) -> None:
+        """Put grafts on a model in place of those that are there; on failure nothing changes."""
+        wanted = list(self.grafts if grafts is None else grafts)
+        release_orphans(model)
+        before = self.grafts, self.installation, self.owners
+        kept = Kept(self.grafts)
+        self._erase()
+        after = None
+        try:
+            after = self.plan(model, wanted) if wanted else None
+            self.grafts, self.installation, self.owners = wanted, after, {}
+            if after is not None:
+                kept.settle_new(after)
+                after.write()
+                self._connect(model, after)
+        except BaseException:
+            if after is not None:
+                after.erase()
+            self.grafts, self.installation, self.owners = before
+            kept.restore()
+            if self.installation is not None:
+                self.installation.write()
+            raise
+
+    def _connect(self, model: nn.Module, installation: Installation) -> None:
+        """Tell the units what they work with, now that all of them are in place."""
+        for path, state in installation.states.items():
+            runs = (state.training.acts, state.evaluation.acts)
+            if path and any(runs):
+                self.owners[path] = runs
+        declared = [option for graft in self.grafts for option in getattr(graft.patch, "call_options", ())]
+        self.options = tuple(dict.fromkeys(declared))
+        self.context.remember = any(unit.replays for graft in self.grafts for unit in graft.units.values())
+        self.context.last = None
+        units = [(graft, unit) for graft in self.grafts for unit in graft.units.values()]
+        for _, unit in units:
+            unit.context = self.context
+            unit.set_progress(self.context.progress)
+        if any(p.evaluation for _, p in installation.placements):
+            for graft, unit in units:
+                unit.installed(Anatomy(model, graft.input_size))
+
+    @contextlib.contextmanager
+    def lifted(self) -> Iterator[None]:
+        """Take the grafts off for the block, to look at the bare model, and put them back as they were."""
+        kept = Kept(self.grafts)
+        self._erase()
+        try:
+            yield
+        finally:
+            kept.restore()
+            if self.installation is not None:
+                self.installation.write()
+
+    def _erase(self) -> None:
+        if self.installation is None:
+            return
+        wrapped = self.installation.intact()
+        if wrapped is not None:
+            raise WrappedModelError(
+                f"{wrapped!r} was wrapped or converted after it was patched (by FSDP, parametrize, ...).\n"
+                "Taking the graft off would take that off as well.\nUnpatch first, wrap after."
+            )
+        self.installation.erase()
+
+    def renew(self, model: nn.Module) -> None:
+        """Plan all grafts again on the model as it is now, keeping their units."""
+        self.install(model)
+
+    def check(self, model: nn.Module) -> None:
+        """Notice what would run an old graph in silence, and plan again."""
+        if self.installation is None:
+            return
+        for path, state in self.installation.states.items():
+            try:
+                module = model.get_submodule(path)
+            except AttributeError:
+                break
+            if state_of(module) is not state or (state.settings and _stale_settings(module, state)):
+                break
+        else:
+            if not any(unit.stale(model) for graft in self.grafts for unit in graft.units.values()):
+                return
+        self.renew(model)
+
+    def names(self, owner: str) -> list[str]:
+        """Name the grafts that act on one module."""
+        placed = self.installation.placements if self.installation else []
+        return list(dict.fromkeys(graft.name for graft, p in placed if p.owner == owner))
+
+    def describe(self) -> str:
+        """Name the grafts, for the model's repr."""
+        return ", ".join(graft.name for graft in self.grafts)
+
+    def set_progress(self, fraction: float) -> None:
+        """Tell every unit how much of the training is done."""
+        self.context.progress = fraction
+        for graft in self.grafts:
+            for unit in graft.units.values():
+                unit.set_progress(fraction)
+
+    def portable(self) -> Ledger:
+        """Return the ledger without what is compiled, to travel with a copy of the model."""
+        twin = Ledger()
+        twin.grafts = [replace(graft) for graft in self.grafts]
+        twin.context.progress = self.context.progress
+        return twin
+
+    def localise(self, model: nn.Module) -> None:
+        """Give a DataParallel replica its own context and units, since replicas run in threads."""
+        context = Context()
+        context.progress = self.context.progress
+        twins: dict[int, Unit] = {}
+
+        def twin(unit: Unit) -> Unit:
+            if id(unit) not in twins:
+                # Not copy.copy, which leaves out what a copy of the whole model finds again.
+                twins[id(unit)] = object.__new__(type(unit))
+                twins[id(unit)].__dict__.update(unit.__dict__)
+                twins[id(unit)].context = context
+            return twins[id(unit)]
+
+        for path in self.installation.states if self.installation else ():
+            module = model.get_submodule(path)
+            state = copy.copy(module.__dict__[STATE])
+            state.context = context
+            for name, child in module._modules.items():
+                if name.startswith("graft_") and isinstance(child, Unit):
+                    twins[id(state.registered.get(name))] = child
+                    child.context = context
+            state.units = SimpleNamespace(**{k: twin(u) for k, u in vars(state.units).items()})
+            for name in ("training", "evaluation"):
+                program: Program = getattr(state, name)
+                inputs, units = [twin(u) for u in program.inputs], [twin(u) for u in program.units]
+                whole = program.function
+                whole = twin(whole) if isinstance(whole, Unit) else whole
+                setattr(state, name, replace(program, function=whole, inputs=inputs, units=units))
+            module.__dict__[STATE] = state
+
+
+def _stale_settings(module: nn.Module, state: GraftState) -> bool:
+    """Say whether an attribute that the graphs were traced under has changed since."""
+    for name, settings in state.settings.items():
+        part = module.get_submodule(name) if name else module
+        if settings_changed(part, settings):
+            return True
+    return False

@@ -1,0 +1,178 @@
+"""Planning: from placements to what every grafted module runs in each mode, compiled; nothing is written."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from fxgraft.errors import FxgraftError, SiteError, WrappedModelError
+from fxgraft.graph.grafting.forwards import as_forward, restore_checkpointing
+from fxgraft.graph.grafting.journal import Installation
+from fxgraft.graph.grafting.passes import Context
+from fxgraft.graph.grafting.state import GraftState, Program, state_of
+from fxgraft.graph.tracing.anatomy import Anatomy
+from fxgraft.graph.tracing.editing import STATE, Editor, Input, Instead, Output
+from fxgraft.graph.tracing.trace import Traced
+
+if TYPE_CHECKING:
+    from fxgraft.graph.grafting.graft import Graft
+    from fxgraft.graph.grafting.placement import Placement
+
+Placed = list[tuple["Graft", "Placement"]]
+
+_CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
+_OUTSIDE = (Input, Instead, Output)
+"""Edits that act around a forward and not in it."""
+
+
+def compile_placements(
+    installation: Installation, anatomies: Mapping[Any, Anatomy], context: Context
+) -> None:
+    """Compile the placements of an installation into the states of the modules they are on.
+
+    Args:
+        installation: with its placements; states, modules and registered units are added.
+        anatomies: of the bare model, by input size.
+        context: what the grafts share during a pass.
+
+    Raises:
+        FxgraftError: placements that cannot be carried out, alone or together.
+    """
+    by_owner: dict[str, Placed] = {"": []}
+    for graft, placement in installation.placements:
+        by_owner.setdefault(placement.owner, []).append((graft, placement))
+    for path, placed in by_owner.items():
+        _by_rank(placed)
+        module = installation.model.get_submodule(path)
+        _check_owner(module, path)
+        state = GraftState(type(module), path, context, outer=path == "")
+        names = [_place_unit(installation, state, module, graft, p) for graft, p in placed]
+        anatomy = anatomies[placed[0][0].input_size] if placed else None
+        state.training = _program(anatomy, state, module, placed, names, True)
+        state.evaluation = _program(anatomy, state, module, placed, names, False)
+        installation.states[path] = state
+        installation.modules[path] = module
+    _check_reached(installation, by_owner)
+
+
+def _by_rank(placed: Placed) -> None:
+    """Sort the placements of one group at one site by rank; everything else stays where it is."""
+    groups: dict[Any, list[int]] = {}
+    for index, (_, placement) in enumerate(placed):
+        if placement.order is not None:
+            groups.setdefault((placement.edit, placement.order[0]), []).append(index)
+    for slots in groups.values():
+        ranked = sorted((placed[i] for i in slots), key=lambda each: each[1].order[1])  # type: ignore[index]
+        for slot, each in zip(slots, ranked, strict=True):
+            placed[slot] = each
+
+
+def _check_owner(module: nn.Module, path: str) -> None:
+    who = repr(path) if path else "The model"
+    if "forward" in module.__dict__:
+        raise WrappedModelError(
+            f"{who} has a forward of its own, set on the instance.\n"
+            "A patch works through the class, which that forward hides.\n"
+            "Patch first, and replace the forward after."
+        )
+    state = state_of(module)
+    if state is not None:
+        raise FxgraftError(
+            f"{who} is already part of another patched model.\n"
+            "One module cannot obey two sets of patches.\nUnpatch the other model first."
+        )
+
+
+def _place_unit(
+    installation: Installation, state: GraftState, module: nn.Module, graft: Graft, placement: Placement
+) -> str:
+    """Decide under which name a unit is reached from its owner, and register it if it holds tensors."""
+    unit = placement.unit
+    keys = {p.key for g, p in installation.placements if g is graft and p.owner == placement.owner}
+    several = len(keys) > 1
+    key = placement.key.removeprefix(placement.owner + ".") if placement.owner else placement.key
+    safe = "".join(c if c.isalnum() else "_" for c in key)
+    name = f"graft_{graft.name}_{safe}" if several else f"graft_{graft.name}"
+    if not name.isidentifier():
+        raise SiteError(f"{graft.name!r} cannot name a graft.\nUse letters, digits and underscores.")
+    if unit.registered and not isinstance(module, _CONTAINERS):
+        if name not in state.registered:  # placed twice where the two graphs name its site differently
+            installation.registered.append((module, name, unit))
+        state.registered[name] = unit
+        return name
+    setattr(state.units, name, unit)
+    if unit.registered:
+        # A container runs or counts its children, so the unit lives beside it.
+        holder_path, _, own = placement.owner.rpartition(".")
+        while isinstance(installation.model.get_submodule(holder_path), _CONTAINERS) and holder_path:
+            holder_path, _, outer = holder_path.rpartition(".")
+            own = f"{outer}_{own}"
+        holder = installation.model.get_submodule(holder_path)
+        if isinstance(holder, _CONTAINERS):  # there is no beside: the model itself is one
+            holder = next((m for m in holder.modules() if not isinstance(m, _CONTAINERS)), holder)
+        installation.registered.append((holder, f"{name}_{own}".rstrip("_"), unit))
+    return f"{STATE}.units.{name}"
+
+
+def _program(
+    anatomy: Anatomy | None,
+    state: GraftState,
+    module: nn.Module,
+    placed: Placed,
+    names: list[str],
+    training: bool,
+) -> Program:
+    """Compile what an owner runs in one mode."""
+    acting = [
+        (placement, name)
+        for (_, placement), name in zip(placed, names, strict=True)
+        if (placement.training if training else placement.evaluation)
+    ]
+    units = [placement.unit for placement, _ in acting if isinstance(placement.edit, Output)]
+    inputs = [placement.unit for placement, _ in acting if isinstance(placement.edit, Input)]
+    whole = [placement.unit for placement, _ in acting if isinstance(placement.edit, Instead)]
+    inner = [(p, name) for p, name in acting if not isinstance(p.edit, _OUTSIDE)]
+    if len(whole) + bool(inner) > 1:
+        both = ", ".join(dict.fromkeys(repr(graft.name) for graft, _ in placed))
+        raise SiteError(
+            f"{both} cannot share {state.path or 'the model'!r}: one replaces its whole forward, and another "
+            "acts inside of it.\nThe inner one would never run.\nTake one of them off, or choose another layer."
+        )
+    if not inner or anatomy is None:
+        return Program(whole[0] if whole else None, units, inputs)
+    traced = anatomy.fresh_graph(state.path, training)
+    before = _called(traced, state.path)
+    editor = Editor(traced)
+    for placement, name in inner:
+        editor.apply(placement.edit, name)
+    skipped = before - _called(traced, state.path)
+    restore_checkpointing(traced)
+    state.settings.update(traced.settings)
+    mode = "training" if training else "evaluation"
+    function = as_forward(traced, f"{type(module).__name__} {state.path!r} in {mode}")
+    return Program(function, units, inputs, skipped)
+
+
+def _called(traced: Traced, path: str) -> frozenset[str]:
+    """Name the modules that a forward calls."""
+    calls = (str(node.target) for node in traced.graph.nodes if node.op == "call_module")
+    return frozenset(f"{path}.{name}" if path else name for name in calls)
+
+
+def _check_reached(installation: Installation, by_owner: dict[str, Placed]) -> None:
+    """Raise where one patch acts on a module that another leaves out, since it would never run."""
+    for path, state in installation.states.items():
+        for training, program in ((True, state.training), (False, state.evaluation)):
+            for skipped in program.skipped:
+                for owner, placed in by_owner.items():
+                    inside = owner == skipped or owner.startswith(f"{skipped}.")
+                    acting = [g for g, p in placed if (p.training if training else p.evaluation)]
+                    if inside and acting:
+                        inner = [g for g, p in by_owner[path] if not isinstance(p.edit, _OUTSIDE)]
+                        raise SiteError(
+                            f"{acting[0].name!r} acts on {owner!r}, which {inner[-1].name!r} leaves out in "
+                            f"{'training' if training else 'evaluation'}.\nThe first would never run there.\n"
+                            "Take one of them off, or choose another site for it."
+                        )

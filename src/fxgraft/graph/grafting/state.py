@@ -1,0 +1,71 @@
+"""What a grafted module keeps: the programs of both modes and the units they reach."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from types import SimpleNamespace
+from typing import Any
+
+from torch import nn
+
+from fxgraft.graph.grafting.passes import Context
+from fxgraft.graph.grafting.unit import Unit
+from fxgraft.graph.tracing.editing import STATE
+
+
+@dataclass
+class Program:
+    """What a grafted module runs in one mode.
+
+    Attributes:
+        function: in place of the class's forward, called with the module first; or None.
+        units: act on the output, in order.
+        inputs: act on the first argument, in order.
+        skipped: qualified names of modules that the class's forward calls and the function does not.
+    """
+
+    function: Callable[..., Any] | None = None
+    units: list[Unit] = field(default_factory=list)
+    inputs: list[Unit] = field(default_factory=list)
+    skipped: frozenset[str] = frozenset()
+
+    @property
+    def acts(self) -> bool:
+        """Whether it differs from the module's own forward in more than units that may be passed by."""
+        return self.function is not None or not all(u.optional for u in (*self.units, *self.inputs))
+
+
+@dataclass
+class GraftState:
+    """Everything a grafted module needs beyond its own attributes.
+
+    Attributes:
+        base: the module's own class.
+        path: its qualified name in the model.
+        context: shared by all grafted modules of the model.
+        outer: whether this is the patched model itself.
+        training, evaluation: what to run in each mode.
+        units: units that generated code reaches through this state, by name.
+        registered: units that joined the module tree as children of this module, by name.
+        settings: plain attributes the graphs were traced under, by module path relative to this one.
+        ledger: (outer only) what the API keeps about the grafts.
+        orphan: set on a module that was copied without its model.
+    """
+
+    base: type[nn.Module]
+    path: str
+    context: Context
+    outer: bool = False
+    training: Program = field(default_factory=Program)
+    evaluation: Program = field(default_factory=Program)
+    units: SimpleNamespace = field(default_factory=SimpleNamespace)
+    registered: dict[str, Unit] = field(default_factory=dict)
+    settings: dict[str, dict[str, Any]] = field(default_factory=dict)
+    ledger: Any = None
+    orphan: bool = False
+
+
+def state_of(module: nn.Module) -> GraftState | None:
+    """Return the graft state of a module, or None for a bare one."""
+    return module.__dict__.get(STATE)

@@ -1,0 +1,279 @@
+"""The class swap: a grafted module runs its training or its evaluation graph and is otherwise itself.
+
+A grafted module's class becomes a subclass of its own class (as PyTorch's parametrize does), so identity,
+attributes, hooks and ``isinstance`` hold. What it runs is kept in one plain attribute, ``_fxgraft``, which
+no ``state_dict`` sees. Copies are made of the bare modules and grafted again, so they share nothing.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import inspect
+from collections.abc import Callable
+from typing import Any, cast
+
+import torch
+from torch import Tensor, fx, nn
+
+from fxgraft.errors import BypassError
+from fxgraft.graph.grafting.passes import Context
+from fxgraft.graph.grafting.state import GraftState, state_of
+from fxgraft.graph.tracing.editing import STATE
+
+ENTRY_POINTS = ("forward_features", "forward_head", "forward_intermediates", "get_intermediate_layers")
+"""Methods through which users run part of a backbone, besides calling it."""
+
+
+def _run(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    """Run the program of the current mode."""
+    state: GraftState = self.__dict__[STATE]
+    if state.orphan:
+        raise BypassError(
+            f"This {state.base.__name__} was copied out of a patched model, without the model.\n"
+            "Its grafts work with the rest of the network only.\n"
+            "Copy the whole model, or fxgraft.unpatch it first."
+        )
+    state.context.visited[state.path] = True
+    program = state.training if self.training else state.evaluation
+    if program.inputs and kwargs and not args:  # the first argument was given by its name
+        named = inspect.signature(state.base.forward).parameters
+        first = next((name for name in named if name in kwargs), next(iter(kwargs)))
+        kwargs = dict(kwargs)
+        args = (kwargs.pop(first),)
+    for unit in program.inputs if args else ():
+        args = (unit(args[0]), *args[1:])
+    if program.function is None:
+        out = state.base.forward(self, *args, **kwargs)
+    else:
+        out = program.function(self, *args, **kwargs)
+    for unit in program.units:
+        out = unit(out)
+    return out
+
+
+def _traced_run(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    """Run as part of a trace: no pass of anything, but entry points that the forward uses lie inside it."""
+    context = self.__dict__[STATE].context
+    context.root = self
+    try:
+        return _run(self, *args, **kwargs)
+    finally:
+        context.end()
+
+
+def _outer_call(
+    self: nn.Module,
+    call: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    target: Any,
+    options: dict[str, Any] | None = None,
+) -> Any:
+    """Run an entry point of the patched model inside a pass of its context."""
+    state: GraftState = self.__dict__[STATE]
+    context = state.context
+    if context.root is not None and context.root is self:
+        return call(self, *args, **kwargs)
+    if getattr(self, "_is_replica", False):
+        state.ledger.localise(self)
+        context = self.__dict__[STATE].context
+    elif not torch.compiler.is_compiling() and state.ledger is not None:
+        state.ledger.check(self)
+        context = self.__dict__[STATE].context
+    context.begin(self, target, args, kwargs, options)
+    try:
+        out = call(self, *args, **kwargs)
+        context.recorded = context.recording  # of a pass that came through only
+        return out
+    finally:
+        context.end()
+
+
+def _whole_call(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    """Run the model and make sure that every graft of it was reached."""
+    out = _run(self, *args, **kwargs)
+    state: GraftState = self.__dict__[STATE]
+    if state.ledger is not None:
+        for path, (training, evaluation) in state.ledger.owners.items():
+            if (training if self.training else evaluation) and path not in state.context.visited:
+                raise BypassError(
+                    f"The forward pass did not reach the graft on {path!r}.\n"
+                    "The model now runs that module's parts by themselves, or not at all.\n"
+                    "Call fxgraft.unpatch, then patch the model as it is now."
+                )
+    return out
+
+
+def _entry_point(name: str, own: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrap a method that runs part of the model, so that it passes through the grafts or refuses."""
+
+    @functools.wraps(own)
+    def method(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        state: GraftState = self.__dict__[STATE]
+        program = state.training if self.training else state.evaluation
+        if state.context.root is None and program.acts:
+            mode = "training" if self.training else "evaluation"
+            raise BypassError(
+                f"{name}() would bypass {', '.join(map(repr, state.ledger.names(state.path)))}, "
+                f"which acts inside {state.base.__name__}.forward in {mode} mode.\n"
+                "Call the model itself, or patch at a module's output, which every entry point passes through."
+            )
+        return _outer_call(self, own, args, kwargs, None)
+
+    return method
+
+
+@functools.cache
+def grafted_class(base: type[nn.Module], outer: bool) -> type[nn.Module]:
+    """Make the subclass of ``base`` that grafted modules get.
+
+    Args:
+        base: the module's own class.
+        outer: whether for the patched model itself, which takes ``target=`` and opens a pass.
+    """
+    declared = inspect.signature(base.forward)
+    body: dict[str, Any] = {
+        "_fxgraft_base": base,
+        "_fxgraft_forward": _traced_run if outer else _run,
+        "__module__": base.__module__,
+        "__doc__": base.__doc__,
+        "__reduce_ex__": _reduce,
+        "__deepcopy__": _deepcopy,
+        "_get_name": lambda self: base.__name__,
+        "__copy__": _shallow_copy,
+        "extra_repr": _extra_repr,
+        "_replicate_for_data_parallel": _replicate,
+    }
+    parameters = list(declared.parameters.values())
+    if outer:
+
+        def forward(self: nn.Module, *args: Any, target: Tensor | None = None, **kwargs: Any) -> Any:
+            declared = self.__dict__[STATE].ledger.options
+            options = {name: kwargs.pop(name) for name in declared if name in kwargs}
+            return _outer_call(self, _whole_call, args, kwargs, target, options)
+
+        # torch.export and trainers read the signature: it stays the model's own, plus the labels.
+        keyword = inspect.Parameter("target", inspect.Parameter.KEYWORD_ONLY, default=None)
+        at = len(parameters) - (parameters[-1].kind is inspect.Parameter.VAR_KEYWORD)
+        if "target" not in declared.parameters:
+            parameters.insert(at, keyword)
+        run = forward
+        for name in ENTRY_POINTS:
+            if callable(getattr(base, name, None)):
+                body[name] = _entry_point(name, getattr(base, name))
+        if callable(getattr(base, "set_grad_checkpointing", None)):
+            body["set_grad_checkpointing"] = _set_grad_checkpointing
+    else:
+
+        def part(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+            return _run(self, *args, **kwargs)
+
+        run = part
+    run.__doc__, run.__module__ = base.forward.__doc__, base.forward.__module__
+    run.__signature__ = declared.replace(parameters=parameters)  # type: ignore[attr-defined]
+    body["forward"] = run
+    if issubclass(base, fx.GraphModule):
+        body["recompile"] = _recompile
+    return cast("type[nn.Module]", type("Grafted" + base.__name__, (base,), body))
+
+
+def _recompile(self: fx.GraphModule) -> Any:
+    """Regenerate a GraphModule's code on its own class: it writes ``forward`` onto ``type(self)``."""
+    grafted = type(self)
+    self.__class__ = grafted._fxgraft_base  # type: ignore[attr-defined]
+    try:
+        return self.recompile()
+    finally:
+        self.__class__ = grafted
+
+
+def _set_grad_checkpointing(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    """Switch checkpointing as the model does, then trace again: graphs hold what the flag decided."""
+    state: GraftState = self.__dict__[STATE]
+    out = state.base.set_grad_checkpointing(self, *args, **kwargs)  # type: ignore[attr-defined]
+    state.ledger.renew(self)
+    return out
+
+
+def _extra_repr(self: nn.Module) -> str:
+    """Show the grafts where the module is printed."""
+    state: GraftState = self.__dict__[STATE]
+    own = state.base.extra_repr(self)
+    names = state.ledger.describe() if state.outer and state.ledger else _unit_names(state)
+    return ", ".join(part for part in (own, f"grafted: {names}" if names else "") if part)
+
+
+def _unit_names(state: GraftState) -> str:
+    units = [u for p in (state.training, state.evaluation) for u in (*p.inputs, *p.units)]
+    units += [*vars(state.units).values(), *state.registered.values()]
+    return ", ".join(dict.fromkeys(unit.graft for unit in units if unit.graft))
+
+
+def _plain(module: nn.Module) -> nn.Module:
+    """View a grafted module as an instance of its own class, sharing everything but the graft."""
+    state: GraftState = module.__dict__[STATE]
+    plain = object.__new__(state.base)
+    plain.__dict__.update({k: v for k, v in module.__dict__.items() if k != STATE})
+    if any(name.startswith("graft_") for name in plain.__dict__["_modules"]):
+        children = plain.__dict__["_modules"]
+        plain.__dict__["_modules"] = {k: v for k, v in children.items() if not k.startswith("graft_")}
+    return plain
+
+
+def _reduce(self: nn.Module, protocol: Any) -> Any:
+    """Pickle the bare module; the patched model adds its ledger and grafts itself again on loading."""
+    state: GraftState = self.__dict__[STATE]
+    ledger = state.ledger.portable() if state.outer and state.ledger else None
+    return _restore, (_plain(self), ledger)
+
+
+def _deepcopy(self: nn.Module, memo: dict[int, Any]) -> nn.Module:
+    """Copy the bare module; the patched model grafts its copy again."""
+    state: GraftState = self.__dict__[STATE]
+    plain = _plain(self)
+    ledger = state.ledger.portable() if state.outer and state.ledger else None
+    if "__deepcopy__" in dir(state.base):
+        new = copy.deepcopy(plain, memo)
+    else:
+        new = object.__new__(state.base)
+        memo[id(self)] = new
+        new.__dict__.update(copy.deepcopy(plain.__dict__, memo))
+    memo[id(self)] = new
+    return _restore(new, copy.deepcopy(ledger, memo))
+
+
+def _shallow_copy(self: nn.Module) -> nn.Module:
+    """Copy the outer object only, as ``copy.copy`` does for any module."""
+    new = object.__new__(type(self))
+    new.__dict__.update(self.__dict__)
+    return new
+
+
+def _restore(module: nn.Module, ledger: Any) -> nn.Module:
+    """Graft a copied model again, or mark a copied part as one that waits for its model."""
+    if ledger is not None:
+        ledger.install(module)
+        return module
+    base = type(module)
+    module.__dict__[STATE] = GraftState(base, "", Context(), orphan=True)
+    module.__class__ = grafted_class(base, outer=False)
+    return module
+
+
+def release_orphans(model: nn.Module) -> None:
+    """Turn parts that were copied together with their model back into plain modules."""
+    for module in model.modules():
+        state = state_of(module)
+        if state is not None and state.orphan:
+            del module.__dict__[STATE]
+            module.__class__ = state.base
+
+
+def _replicate(self: nn.Module) -> nn.Module:
+    """Give a DataParallel replica a context of its own: replicas run in threads, on their own labels."""
+    state: GraftState = self.__dict__[STATE]
+    replica = state.base._replicate_for_data_parallel(self)
+    replica.__dict__[STATE] = state
+    replica.__class__ = type(self)
+    return replica

@@ -1,0 +1,1 @@
+"""Questions about a bare network: its sites, joins, head and ends, and what its dimensions mean."""

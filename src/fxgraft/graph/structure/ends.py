@@ -1,0 +1,292 @@
+"""Ends: the first linear layers that see the image, and the last ones, which give the logits.
+
+Stems are found by walking forward from the image, classifiers by walking back from the logits. Modules are
+opened as a walk meets them, one level at a time. What may stand between the image and a stem treats every
+sample by itself and has nothing to learn; between a classifier and the logits everything is linear.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch.nn.functional as F
+from timm.layers.conv2d_same import Conv2dSame, conv2d_same
+from torch import Tensor, fx, nn
+
+from fxgraft.errors import StructureError
+from fxgraft.graph.structure.layout import Layout
+from fxgraft.graph.structure.pooling import (
+    DROPOUTS,
+    SCALES,
+    SHAPES,
+    SUMS,
+    OpaqueError,
+    describe_node,
+    is_classifier,
+    model_name,
+    node_name,
+    pooling_of,
+)
+from fxgraft.graph.tracing.anatomy import Anatomy
+from fxgraft.graph.tracing.compile import compile_graph
+from fxgraft.graph.tracing.observe import tensors
+from fxgraft.graph.tracing.trace import Traced, is_primitive
+from fxgraft.graph.tracing.values import Values, tensor_inputs
+from fxgraft.graph.tracing.walks import downstream_of, upstream_of
+
+_CONVOLUTIONS = (nn.Conv2d.forward, Conv2dSame.forward)
+_LAYOUTS = {2: "NC", 3: "NLC", 4: "NHWC"}
+_SIZES_ONLY = {"zeros_like", "ones_like", "empty_like", "full_like", "rand_like", "randn_like"}
+_SIZES_ONLY |= {"new_zeros", "new_ones", "new_empty", "new_full", "new_tensor"}
+
+Found = TypeVar("Found")
+
+
+@dataclass(frozen=True)
+class Stem:
+    """A layer that takes the image, or what was made of it sample by sample, to features.
+
+    Attributes:
+        path: its qualified name.
+        layout: meaning of the dimensions of its output.
+        shape: of its output, batch first, as observed.
+        before: ``f(model, image)``, what the layer gets of an image; None where that is the image itself.
+    """
+
+    path: str
+    layout: Layout
+    shape: tuple[int, ...]
+    before: Callable[[nn.Module, Tensor], Tensor] | None
+
+
+def find_stems(anatomy: Anatomy) -> tuple[Stem, ...]:
+    """Find the layers through which everything that the model knows of the image goes.
+
+    Supported are plain 2-D convolutions, with padding of any kind, and linear layers.
+
+    Args:
+        anatomy: of the bare model.
+
+    Raises:
+        StructureError: the image meets something else first, goes around the stems, or meets several of
+            different sizes; says what.
+    """
+    traced, found = _opened(anatomy, True, _first_layers)
+    _, evaluated = _opened(anatomy, False, _first_layers)
+    _check_same(anatomy, "first layers", [_path(n) for n in found], [_path(n) for n in evaluated])
+    values = Values(anatomy, "", traced)
+    stems = tuple(_stem(anatomy, traced, node, values) for node in found)
+    if len({stem.layout.canonical(values(n)).shape[2:] for stem, n in zip(stems, found, strict=True)}) > 1:
+        names = ", ".join(f"{s.path!r} gives {tuple(s.shape[1:])}" for s in stems)
+        raise StructureError(
+            f"{model_name(anatomy)} takes in the image through branches of different sizes: {names}.\n"
+            "One mask cannot say for all of them which part of the image a member has.\n"
+            "Choose a backbone with one stem, or with parallel ones of one size."
+        )
+    return stems
+
+
+def find_classifiers(anatomy: Anatomy) -> tuple[str, ...]:
+    """Find the linear layers and 1×1 convolutions whose outputs make up the logits, by qualified name.
+
+    Where there are several, their outputs are added, averaged or scaled into the logits.
+
+    Args:
+        anatomy: of the bare model, whose output must be one tensor (B, K).
+
+    Raises:
+        StructureError: the logits are made in another way; says what stands in the place.
+    """
+    _, found = _opened(anatomy, True, _last_layers)
+    _, evaluated = _opened(anatomy, False, _last_layers)
+    _check_same(anatomy, "classifiers", found, evaluated)
+    return tuple(found)
+
+
+def apply_layer(module: nn.Module, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Run a stem or classifier, as found here, with other tensors than its own."""
+    if isinstance(module, nn.Linear):
+        return F.linear(x, weight, bias)
+    if isinstance(module, Conv2dSame):
+        return conv2d_same(
+            x, weight, bias, module.stride, module.padding, module.dilation, module.groups  # type: ignore[arg-type]
+        )  # fmt: skip
+    if isinstance(module, nn.Conv2d):
+        return module._conv_forward(x, weight, bias)
+    raise StructureError(
+        f"A {type(module).__name__} is no linear layer or plain convolution.\nUnpatch the model, then patch it again."
+    )
+
+
+def _opened(
+    anatomy: Anatomy, training: bool, search: Callable[[Anatomy, Traced], Found]
+) -> tuple[Traced, Found]:
+    """Search the model's trace, opening modules as the search meets them."""
+    opened: tuple[str, ...] = ()
+    while True:
+        traced = anatomy.graph("", training=training, opened=opened)
+        try:
+            return traced, search(anatomy, traced)
+        except OpaqueError as closed:
+            if closed.path in opened:
+                raise StructureError(
+                    f"{closed.path!r} of {model_name(anatomy)} cannot be opened to look for its first and last "
+                    "layers.\nThe model arrived as a graph in which it is one call.\n"
+                    "Patch the model that the graph was made from."
+                ) from closed
+            opened = tuple(sorted({*opened, closed.path}))
+
+
+def _check_same(anatomy: Anatomy, what: str, training: list[str], evaluation: list[str]) -> None:
+    if sorted(training) != sorted(evaluation):
+        raise StructureError(
+            f"{model_name(anatomy)} has other {what} in training ({', '.join(training)}) than in evaluation "
+            f"({', '.join(evaluation)}).\nWhat is trained in one mode would not be what predicts in the other.\n"
+            "Build the model without auxiliary or distillation outputs."
+        )
+
+
+def _path(node: fx.Node) -> str:
+    return str(node.target)
+
+
+def _first_layers(anatomy: Anatomy, traced: Traced) -> list[fx.Node]:
+    """Follow the image to the first layers that it meets on all of its ways."""
+    values = Values(anatomy, "", traced)
+    image = next(node for node in traced.graph.nodes if node.op == "placeholder")
+    raw, encoded, stems = {image}, set[fx.Node](), list[fx.Node]()
+    for node in traced.graph.nodes:
+        inputs = node.all_input_nodes
+        if not any(each in raw for each in inputs):
+            if any(each in encoded for each in inputs):
+                encoded.add(node)
+            continue
+        joined = [each for each in inputs if each in encoded and tensors(values(each))]
+        if node.op == "output" or joined:
+            raise _refused(anatomy, f"{_shown(node, values)} gets the image past all first layers")
+        if node.op == "call_module" and _is_stem(anatomy, node, values):
+            stems.append(node)
+            encoded.add(node)
+        elif node.op == "call_module" or not _sizes_only(node):
+            _check_passable(anatomy, node, traced, values)
+            if tensors(values(node)):
+                raw.add(node)
+    return stems
+
+
+def _is_stem(anatomy: Anatomy, node: fx.Node, values: Values) -> bool:
+    """Say whether a call that gets the image is a stem; raise what it is instead where nothing helps."""
+    path = _path(node)
+    module = anatomy.module(path)
+    if next(module.parameters(), None) is None and not isinstance(module, nn.modules.batchnorm._NormBase):
+        return False
+    convolution = isinstance(module, nn.Conv2d)
+    plain = type(module).forward in _CONVOLUTIONS if convolution else is_classifier(module)
+    if not (plain and isinstance(module, (nn.Conv2d, nn.Linear))):
+        if convolution:
+            raise _refused(
+                anatomy,
+                f"{_shown(node, values)} standardises or builds its weight anew in each pass, and is not "
+                "linear in it",
+            )
+        if is_primitive(module):
+            raise _refused(anatomy, f"the image first meets {_shown(node, values)}")
+        raise OpaqueError(path)
+    calls = anatomy.observation.calls.get(path, [])
+    if len(calls) != 1:
+        raise _refused(anatomy, f"{_shown(node, values)} is called {len(calls)} times in a pass")
+    if hasattr(module, "parametrizations"):
+        raise _refused(anatomy, f"{_shown(node, values)} has a parametrized weight")
+    (source,) = node.all_input_nodes
+    batch = anatomy.observation.calls[""][0].args[0].shape[0]
+    if {values(source).shape[0], values(node).shape[0]} != {batch}:
+        raise _refused(anatomy, f"{_shown(node, values)} sees pieces of the image as samples of their own")
+    return True
+
+
+def _sizes_only(node: fx.Node) -> bool:
+    return str(getattr(node.target, "__name__", node.target)) in _SIZES_ONLY
+
+
+def _check_passable(anatomy: Anatomy, node: fx.Node, traced: Traced, values: Values) -> None:
+    """Raise unless a function before the stems has nothing to learn."""
+    for each in node.all_input_nodes:
+        if each.op != "get_attr" or str(each.target) in traced.constants:
+            continue
+        if isinstance(values(each), nn.Parameter):
+            raise _refused(
+                anatomy,
+                f"the image first meets {_shown(node, values)} with the parameter {str(each.target)!r}",
+            )
+
+
+def _shown(node: fx.Node, values: Values) -> str:
+    return "the output" if node.op == "output" else describe_node(node, values)
+
+
+def _refused(anatomy: Anatomy, reason: str) -> StructureError:
+    return StructureError(
+        f"{model_name(anatomy)} has no stem to give several inputs to: {reason}.\n"
+        "A stem is a plain convolution or linear layer that all of the image goes through, with nothing to learn "
+        "before it, so that several of them fold into one.\nChoose another backbone, or another method."
+    )
+
+
+def _stem(anatomy: Anatomy, traced: Traced, node: fx.Node, values: Values) -> Stem:
+    shape = tuple(values(node).shape)
+    linear = isinstance(anatomy.module(_path(node)), nn.Linear)
+    name = _LAYOUTS.get(len(shape)) if linear else "NCHW"
+    if name is None:
+        raise _refused(anatomy, f"{_shown(node, values)} gives {len(shape)} dimensions")
+    (source,) = node.all_input_nodes
+    before = None if source.op == "placeholder" else _function(anatomy, traced, source)
+    return Stem(_path(node), Layout(name), shape, before)
+
+
+def _function(anatomy: Anatomy, traced: Traced, end: fx.Node) -> Callable[..., Any]:
+    """Compile the way from the image to a value before the stems."""
+    needed = upstream_of(end) | {end}
+    graph = fx.Graph()
+    copies: dict[fx.Node, fx.Node] = {}
+    for node in traced.graph.nodes:
+        if node in needed or node.op == "placeholder":
+            copies[node] = graph.node_copy(node, copies.__getitem__)
+    graph.output(copies[end])
+    return compile_graph(graph, traced.constants, f"{model_name(anatomy)} before its stem")
+
+
+def _last_layers(anatomy: Anatomy, traced: Traced) -> list[str]:
+    """Follow the logits back to the layers that give them."""
+    values = Values(anatomy, "", traced)
+    end = next(node for node in traced.graph.nodes if node.op == "output").args[0]
+    out = values(end) if isinstance(end, fx.Node) else None
+    if not isinstance(end, fx.Node) or not isinstance(out, Tensor) or out.ndim != 2:
+        shape = f"a value of shape {tuple(out.shape)}" if isinstance(out, Tensor) else "several values"
+        raise StructureError(
+            f"{model_name(anatomy)} returns {shape}, and not one tensor of logits (B, K).\n"
+            "Every member gives one row of logits.\n"
+            "Build the model as a classifier, without auxiliary or distillation outputs."
+        )
+    carrying = downstream_of(next(node for node in traced.graph.nodes if node.op == "placeholder"))
+    waiting, found = [end], list[str]()
+    while waiting:
+        node = waiting.pop()
+        module = anatomy.module(_path(node)) if node.op == "call_module" else None
+        if module is not None and is_classifier(module) and not hasattr(module, "parametrizations"):
+            found.append(_path(node))
+            continue
+        if module is not None and not is_primitive(module):
+            raise OpaqueError(_path(node))
+        sources = [each for each in tensor_inputs(node, values) if each in carrying]
+        linear = node_name(node, anatomy.model) in SHAPES | DROPOUTS | SCALES | SUMS | {"float", "to"}
+        if not sources or not (linear or pooling_of(node, values) is not None):
+            raise StructureError(
+                f"The logits of {model_name(anatomy)} do not come from linear layers alone: "
+                f"{describe_node(node, values)} has a part in them.\n"
+                "Several classifiers fold into one only where the logits are linear in their weights.\n"
+                "Build the model with a linear classifier (num_classes above 0), or choose another backbone."
+            )
+        waiting += sources
+    return sorted(set(found))

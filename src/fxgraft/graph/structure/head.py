@@ -1,0 +1,176 @@
+"""From a head as it is found to the edit that replaces it in training: the module around it, the two ends."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import fx
+
+from fxgraft.errors import StructureError
+from fxgraft.graph.structure.outputs import logits_node
+from fxgraft.graph.structure.pooling import (
+    DROPOUTS,
+    SHAPES,
+    HeadTrace,
+    ancestors_of,
+    describe_node,
+    head_in,
+    model_name,
+    node_name,
+    opened_head,
+    scope_of,
+)
+from fxgraft.graph.structure.tokens import token_grid
+from fxgraft.graph.tracing.anatomy import Anatomy
+from fxgraft.graph.tracing.editing import Span
+from fxgraft.graph.tracing.trace import Traced
+from fxgraft.graph.tracing.values import Values
+
+
+@dataclass(frozen=True)
+class Head:
+    """Where a model's head is, and the graphs in which it was found.
+
+    Attributes:
+        owner: the smallest module whose forward holds pooling and classifier ('' is the model).
+        classifier: qualified name of the classifier, '' where the maps hold classes already.
+        span: the edit that gives a unit the map and takes logits back, in the owner's training graph.
+        training, evaluation: the head in the owner's training trace, and in the model's evaluation trace.
+        traced: the owner's training trace, with the head opened.
+        whole: the model's evaluation trace, with the head opened.
+        grid: (H, W) of a map of tokens as the model was observed, None for a map with dimensions of its own.
+        shape: of the map, batch first, as observed.
+        ndim: number of dimensions of what the span gives back.
+    """
+
+    owner: str
+    classifier: str
+    span: Span
+    training: HeadTrace
+    evaluation: HeadTrace
+    traced: Traced
+    whole: Traced
+    grid: tuple[int, int] | None
+    shape: tuple[int, ...]
+    ndim: int
+
+
+def find_head(anatomy: Anatomy, head: str | None = None, output: str | int | None = None) -> Head:
+    """Find a model's head by its structure.
+
+    Args:
+        anatomy: of the bare model.
+        head: qualified name of the classifier, where the model has several.
+        output: which entry of a structured output holds the logits.
+
+    Raises:
+        StructureError: no average in front of one linear classifier, or several; says what was found.
+    """
+    whole, evaluation, deep = opened_head(anatomy, head, output)
+    classifier = "" if evaluation.classifier is None else str(evaluation.classifier.target)
+    owner = _owner(anatomy, evaluation)
+    inner = tuple(_relative(each, owner) for each in deep if _inside(each, owner))
+    around = tuple(
+        _relative(each, owner) for each in ancestors_of(classifier) if each != owner and _inside(each, owner)
+    )
+    traced = anatomy.graph(owner, training=True, opened=around, deep=inner)
+    if classifier:
+        target = _relative(classifier, owner)
+        calls = [node for node in traced.graph.nodes if node.op == "call_module" and node.target == target]
+        if len(calls) != 1:
+            raise StructureError(
+                f"{classifier!r} is called {len(calls)} times in a training pass of {model_name(anatomy)}.\n"
+                "One call of the classifier can be rewritten.\nName another head, as head=..."
+            )
+        training = head_in(anatomy, owner, traced, calls[0])
+    else:
+        training = head_in(anatomy, owner, traced, logits_node(traced.graph, None, owner))
+    values = Values(anatomy, owner, traced)
+    span, ndim = _span(anatomy, owner, traced, training, values)
+    shape = tuple(values(training.maps).shape)
+    grid = token_grid(anatomy, traced, training.maps, training.pooling.channel, owner)
+    return Head(owner, classifier, span, training, evaluation, traced, whole, grid, shape, ndim)
+
+
+def _inside(path: str, owner: str) -> bool:
+    return not owner or path == owner or path.startswith(f"{owner}.")
+
+
+def _relative(path: str, owner: str) -> str:
+    return path if not owner else path[len(owner) + 1 :]
+
+
+def _owner(anatomy: Anatomy, head: HeadTrace) -> str:
+    """Find the smallest called module whose forward holds the pooling, the classifier and what is between."""
+    nodes = [head.pool, *head.between, *([head.classifier] if head.classifier is not None else [])]
+    scopes = [scope_of(node).split(".") if scope_of(node) else [] for node in nodes if node.op != "get_attr"]
+    shared: list[str] = []
+    for parts in zip(*scopes, strict=False):
+        if len(set(parts)) > 1:
+            break
+        shared.append(parts[0])
+    while shared and len(anatomy.observation.calls.get(".".join(shared), [])) != 1:
+        shared.pop()
+    return ".".join(shared)
+
+
+def _span(anatomy: Anatomy, owner: str, opened: Traced, head: HeadTrace, values: Values) -> tuple[Span, int]:
+    """Translate a head in an opened trace to the closed trace that edits are made in."""
+    closed = anatomy.graph(owner, training=True)
+    pool = _closed(opened, closed, head.pool)
+    last = head.pool if head.classifier is None else head.classifier
+    end = _closed(opened, closed, last)
+    (start, *others) = [node for node in pool.all_input_nodes if node.op != "get_attr"]
+    inside = _top(head.maps) == _top(head.pool) != ""
+    if others or inside:
+        raise StructureError(
+            f"{str(pool.target)!r} of {model_name(anatomy)} holds the head's pooling and layers before it.\n"
+            "The map in between is not in reach of the module around the classifier.\n"
+            "Replace it by a module that pools and nothing else."
+        )
+    ndim = values(last).ndim
+    if end.op == "call_module" and _top(last):
+        ndim = _shape(anatomy, owner, end)
+        _check_after(anatomy, owner, last, values)
+    return Span(start.name, end.name), ndim
+
+
+def _shape(anatomy: Anatomy, owner: str, end: fx.Node) -> int:
+    target = f"{owner}.{end.target}" if owner else str(end.target)
+    return anatomy.observation.output(target).ndim
+
+
+def _check_after(anatomy: Anatomy, owner: str, last: fx.Node, values: Values) -> None:
+    """Make sure that nothing but a change of shape follows the classifier in the module that holds it."""
+    module = anatomy.module(owner)
+    node = last
+    while True:
+        users = [user for user in node.users if _top(user) == _top(last) and user.op != "output"]
+        if not users:
+            return
+        if len(users) > 1 or node_name(users[0], module) not in SHAPES | DROPOUTS:
+            raise StructureError(
+                f"{describe_node(users[0], values)} follows the classifier {str(last.target)!r}.\n"
+                f"The head is rewritten up to the output of {_top(last)!r}, which is more than that classifier's.\n"
+                "Build the model with one classifier, or name another head, as head=..."
+            )
+        node = users[0]
+
+
+def _top(node: fx.Node) -> str:
+    """Name the child, opened in the trace, that a node stands in; '' for the traced module itself."""
+    stack = [path for path, _ in node.meta.get("nn_module_stack", {}).values()]
+    if node.op == "call_module" and stack:
+        stack.pop()
+    return stack[0] if stack else ""
+
+
+def _closed(opened: Traced, closed: Traced, node: fx.Node) -> fx.Node:
+    """Find the node of a closed trace that stands for a node of an opened one."""
+    top = _top(node)
+    if top or node.op == "call_module":
+        target = top or node.target
+        return next(n for n in closed.graph.nodes if n.op == "call_module" and n.target == target)
+    own = [n for n in opened.graph.nodes if not _top(n) and n.op in ("call_function", "call_method")]
+    matching = [n for n in closed.graph.nodes if n.op in ("call_function", "call_method")]
+    return matching[own.index(node)]

@@ -1,0 +1,143 @@
+"""Layout: which dimension of a value holds channels, which hold space or tokens."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from fxgraft.errors import SiteError
+from fxgraft.graph.tracing.observe import default_input_size, observe
+
+if TYPE_CHECKING:
+    from fxgraft.graph.tracing.anatomy import Anatomy
+
+NAMES = ("NCHW", "NHWC", "NLC", "NCL", "NC")
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The meaning of a value's dimensions.
+
+    Attributes:
+        name: "NCHW", "NHWC", "NLC" (tokens), "NCL" or "NC" (vectors).
+        prefix: how many leading tokens are class or register tokens, no positions ("NLC" only).
+    """
+
+    name: str
+    prefix: int = 0
+
+    def __str__(self) -> str:
+        return f"{self.name}, {self.prefix} prefix" if self.prefix else self.name
+
+    def canonical(self, x: Tensor) -> Tensor:
+        """View ``x`` as (B, C, *positions), without a copy and without its prefix tokens."""
+        if self.name in ("NHWC", "NLC"):
+            x = x[:, self.prefix :] if self.prefix else x
+            return x.movedim(-1, 1)
+        return x
+
+    def restore(self, x: Tensor, canonical: Tensor) -> Tensor:
+        """Bring a new value of ``canonical(x)`` back to the dimensions of ``x``, whose prefix tokens it keeps."""
+        if self.name in ("NHWC", "NLC"):
+            new = canonical.movedim(1, -1)
+            return torch.cat((x[:, : self.prefix], new), dim=1) if self.prefix else new
+        return canonical
+
+    def multiply(self, x: Tensor, mask: Tensor) -> Tensor:
+        """Multiply ``x`` by a canonical mask (B, C or 1, *positions or ones); prefix tokens pass unchanged."""
+        if self.name in ("NHWC", "NLC"):
+            mask = mask.movedim(1, -1)
+        if self.prefix:
+            rows = mask.expand(-1, x.shape[1] - self.prefix, -1)
+            mask = torch.cat(
+                (mask.new_ones(1).expand(mask.shape[0], self.prefix, mask.shape[2]), rows), dim=1
+            )
+        return x * mask
+
+
+def prefix_tokens(anatomy: Anatomy, tokens: int) -> int:
+    """Count the class and register tokens in front of a sequence of ``tokens``.
+
+    A sequence as long as one of the network's maps has cells has none; otherwise the model's own
+    ``num_prefix_tokens`` decides, or the difference to the longest map that fits.
+    """
+    cells = set()
+    for calls in anatomy.observation.calls.values():
+        for call in calls:
+            if isinstance(call.output, Tensor) and call.output.ndim == 4:
+                _, a, b, c = call.output.shape
+                cells |= {b * c, a * b}
+    if tokens in cells:
+        return 0
+    declared = getattr(anatomy.model, "num_prefix_tokens", None)
+    if isinstance(declared, int) and 0 < declared < tokens:
+        return declared
+    shorter = [n for n in cells if tokens - 16 <= n < tokens]
+    return tokens - max(shorter) if shorter else 0
+
+
+def layout_of(anatomy: Anatomy, value: Tensor, path: str, strict: bool = True) -> Layout | None:
+    """Find the layout of a value of the model.
+
+    Channels are the dimension beside two that have the shape of the image, or, where that does not decide,
+    the one that stays when the image grows.
+
+    Args:
+        anatomy: of the bare model.
+        value: fake tensor at the site, batch first.
+        path: the module whose output it is, or ''.
+        strict: raise where the layout cannot be told, instead of returning None.
+
+    Raises:
+        SiteError: the layout cannot be told from the shape; says which argument to pass.
+    """
+    if value.ndim == 2:
+        return Layout("NC")
+    if value.ndim == 3:
+        return Layout("NLC", prefix_tokens(anatomy, value.shape[1]))
+    if value.ndim == 4:
+        _, a, b, c = value.shape
+        first, last = _like_image(anatomy, b, c), _like_image(anatomy, a, b)
+        if first != last:
+            return Layout("NCHW" if first else "NHWC")
+        fixed = _fixed_dimension(anatomy, value, path) if strict else None
+        if fixed in (1, 3):
+            return Layout("NCHW" if fixed == 1 else "NHWC")
+        channels = getattr(anatomy.model, "num_features", None)
+        if channels == a and channels != c:
+            return Layout("NCHW")
+        if channels == c and channels != a:
+            return Layout("NHWC")
+        if b == c and a != b:
+            return Layout("NCHW")
+        if a == b and b != c:
+            return Layout("NHWC")
+    if not strict:
+        return None
+    raise SiteError(
+        f"The layout of {path or 'this value'!r}, of shape {tuple(value.shape)}, cannot be told from its "
+        f"shape.\nEvery dimension might hold the channels.\nPass layout=, one of {', '.join(NAMES)}."
+    )
+
+
+def _like_image(anatomy: Anatomy, height: int, width: int) -> bool:
+    """Say whether a map of this size has the shape of the image, up to rounding; of a square image, a square."""
+    size = anatomy.input_size or default_input_size(anatomy.model)
+    image_height, image_width = size[-2:] if len(size) == 3 else (1, 1)
+    return abs(height * image_width - width * image_height) < max(image_height, image_width)
+
+
+def _fixed_dimension(anatomy: Anatomy, value: Tensor, path: str) -> int | None:
+    """Run the model on a larger image and return the one dimension of the value that did not change."""
+    if not path:
+        return None
+    channels, height, width = anatomy.input_size or default_input_size(anatomy.model)
+    try:
+        other = observe(anatomy.model, (channels, 2 * height, 3 * width)).output(path)
+    except Exception:
+        return None
+    same = [i for i in range(1, value.ndim) if other.shape[i] == value.shape[i]]
+    return same[0] if len(same) == 1 else None

@@ -1,0 +1,140 @@
+"""Places: from a site to the node that holds its value, in whichever graph and mode."""
+
+from __future__ import annotations
+
+from torch import Tensor, fx, nn
+
+from fxgraft.errors import SiteError
+from fxgraft.graph.structure.pooling import scope_of
+from fxgraft.graph.structure.sites import Site, module_site
+from fxgraft.graph.tracing.anatomy import Anatomy
+from fxgraft.graph.tracing.editing import After, Edit, Output
+from fxgraft.graph.tracing.trace import Traced
+
+
+def ancestors(path: str) -> tuple[str, ...]:
+    """List the qualified names of the modules around ``path``, outermost first, without the model and itself."""
+    parts = path.split(".")
+    return tuple(".".join(parts[:i]) for i in range(1, len(parts)))
+
+
+def own_nodes(graph: fx.Graph, scope: str | None) -> list[fx.Node]:
+    """List the computing nodes of one module's forward; grafts that were placed there do not count."""
+    return [
+        node
+        for node in graph.nodes
+        if node.op not in ("placeholder", "output", "get_attr")
+        and (scope is None or scope_of(node) == scope)
+        and not str(node.target).rpartition(".")[2].startswith("graft_")
+    ]
+
+
+def locate(anatomy: Anatomy, site: Site, traced: Traced) -> fx.Node:
+    """Find a site's node in a trace of the whole model that opened the modules around it."""
+    if site.path and site.calls == 1:
+        for node in traced.graph.nodes:
+            if node.op == "call_module" and node.target == site.path:
+                return node
+    owner = anatomy.graph(site.owner, training=False)
+    local = [
+        node
+        for node in own_nodes(owner.graph, None)
+        if node.name == site.node or (not site.node and node.target == _relative(site.path, site.owner))
+    ]
+    if local:
+        index = own_nodes(owner.graph, None).index(local[0])
+        matching = own_nodes(traced.graph, site.owner)
+        if index < len(matching):
+            return matching[index]
+    raise SiteError(
+        f"{site.name!r} is not part of the model's forward pass in evaluation mode.\n"
+        "The rest of the network after it cannot be evaluated.\nfxgraft.sites(model) lists what is."
+    )
+
+
+def _relative(path: str, owner: str) -> str:
+    return path[len(owner) + 1 :] if owner else path
+
+
+def site_edit(anatomy: Anatomy, site: Site) -> tuple[str, Edit]:
+    """Say where a unit acts on a site's value: on the module itself where that is possible.
+
+    Returns:
+        The module to graft and the edit. A module called once, outside activation checkpointing, is grafted
+        on its output, so that every way of calling it passes the unit; anything else inside its owner's graph.
+    """
+    if site.on_module:
+        return site.path, Output()
+    if site.node:
+        return site.owner, After(training_name(anatomy, site.owner, site.node))
+    relative = _relative(site.path, site.owner)
+    for node in anatomy.graph(site.owner, training=True).graph.nodes:
+        if node.op == "call_module" and node.target == relative:
+            return site.owner, After(node.name)
+    raise SiteError(
+        f"{site.name!r} runs under activation checkpointing, in a region that cannot be opened.\n"
+        "What a patch draws must not be drawn again when the region is recomputed in backward.\n"
+        "Switch checkpointing off (model.set_grad_checkpointing(False)) or name a site outside the region."
+    )
+
+
+def site_edits(anatomy: Anatomy, site: Site) -> tuple[str, Edit, Edit]:
+    """Say where a unit that acts in both modes acts on a site's value.
+
+    Returns:
+        The module to graft, and what to do there in evaluation and in training; see `site_edit`.
+    """
+    owner, training = site_edit(anatomy, site)
+    if not isinstance(training, After):
+        return owner, training, training
+    name = site.node
+    if not name:
+        relative = _relative(site.path, site.owner)
+        nodes = anatomy.graph(site.owner, training=False).graph.nodes
+        name = next(n.name for n in nodes if n.op == "call_module" and n.target == relative)
+    return owner, After(name), training
+
+
+def training_name(anatomy: Anatomy, owner: str, name: str) -> str:
+    """Return the name that a node of a module's evaluation graph has in its training graph.
+
+    What only one mode does (a dropout, a clamp) shifts the numbers that fx gives to nodes of one kind.
+
+    Raises:
+        SiteError: the modes differ in how often they do this, so that it is not clear which is meant.
+    """
+    graphs = [list(anatomy.graph(owner, training=mode).graph.nodes) for mode in (False, True)]
+    wanted = next(node for node in graphs[0] if node.name == name)
+    same = [[n for n in nodes if n.op == wanted.op and n.target == wanted.target] for nodes in graphs]
+    if len(same[0]) != len(same[1]):
+        raise SiteError(
+            f"{name!r} in {owner or 'the model'!r} is not the same in training and in evaluation.\n"
+            f"It happens {len(same[1])} times in one mode and {len(same[0])} times in the other.\n"
+            "Choose a module's output as the site; fxgraft.sites(model) lists them."
+        )
+    return same[1][same[0].index(wanted)].name
+
+
+def blocks_before(anatomy: Anatomy, site: Site) -> list[Site]:
+    """List the blocks that run before a site and give as many dimensions and channels, the nearest first.
+
+    A block is one of several modules of the same class in one `torch.nn.Sequential` or ``ModuleList``.
+    """
+    calls = anatomy.observation.calls
+    shape = site.shape or (0,)
+    found = [site.path] if _is_block(anatomy, site.path) else []
+    for path in sorted(calls, key=lambda path: -calls[path][0].order):
+        value = calls[path][0].output
+        before = site.path not in calls or calls[path][0].order < calls[site.path][0].order
+        alike = isinstance(value, Tensor) and len(shape) == value.ndim and shape[-1] == value.shape[-1]
+        inner = any(path.startswith(outer + ".") for outer in found)
+        if before and alike and not inner and len(calls[path]) == 1 and _is_block(anatomy, path):
+            found.append(path)
+    return [module_site(anatomy, path) for path in found if path != site.path]
+
+
+def _is_block(anatomy: Anatomy, path: str) -> bool:
+    parent = anatomy.module(path.rpartition(".")[0])
+    module = anatomy.module(path)
+    alike = sum(type(each) is type(module) for each in parent.children())
+    return bool(path) and isinstance(parent, (nn.Sequential, nn.ModuleList)) and alike > 1

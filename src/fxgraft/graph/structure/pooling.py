@@ -1,0 +1,388 @@
+"""Heads: the global average pooling, the layers between, and the linear classifier that a network may end in.
+
+A head is found by walking back from the logits: one classifier, then layers with one input each, then an
+average over all positions of a map. Modules on the way are opened as they are met, and only those.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from timm.layers.linear import Linear as TimmLinear
+from torch import Tensor, fx, nn
+
+from fxgraft.errors import StructureError, candidates
+from fxgraft.graph.structure.outputs import logits_node
+from fxgraft.graph.tracing.anatomy import Anatomy
+from fxgraft.graph.tracing.trace import Traced, is_primitive
+from fxgraft.graph.tracing.values import Values, tensor_inputs
+
+# timm's own Linear differs under TorchScript only.
+_LINEAR_FORWARDS = (nn.Linear.forward, TimmLinear.forward)
+_AVERAGES = (nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AvgPool2d)
+SHAPES = {"flatten", "squeeze", "unsqueeze", "reshape", "view", "permute", "transpose", "contiguous"}
+SHAPES |= {"getattr", "size", "getitem", "identity"}
+DROPOUTS = {"dropout", "dropout1d", "dropout2d"}
+SCALES = {"mul", "imul", "div", "truediv", "itruediv", "neg"}
+SUMS = {"add", "iadd", "stack", "mean", "sum"}
+_MAXIMA = {"amax", "max", "adaptive_max_pool2d", "adaptivemaxpool2d", "max_pool2d", "maxpool2d", "maximum"}
+_ATTENTION = {"softmax", "scaled_dot_product_attention", "multiheadattention"}
+_REMEDY = "Build the backbone with global_pool='avg' where it can be, or name another classifier, as head=..."
+
+
+@dataclass(frozen=True)
+class Pooling:
+    """An average over all positions of a map.
+
+    Attributes:
+        channel: the dimension of the map that remains.
+        keeps: whether averaged dimensions stay, with size one.
+    """
+
+    channel: int
+    keeps: bool
+
+
+@dataclass(frozen=True)
+class HeadTrace:
+    """A head as it stands in one trace.
+
+    Attributes:
+        maps: the value that is pooled.
+        pool: the node that averages it.
+        pooling: what that node does.
+        between: the nodes from the pooled value to the classifier's input, in running order.
+        classifier: the call of the linear layer or 1×1 convolution; None where the maps hold classes already.
+        neutral: whether the nodes between only change the shape, or drop features in training.
+        affine: whether they commute with averaging.
+    """
+
+    maps: fx.Node
+    pool: fx.Node
+    pooling: Pooling
+    between: tuple[fx.Node, ...]
+    classifier: fx.Node | None
+    neutral: bool
+    affine: bool
+
+
+class OpaqueError(StructureError):
+    """A closed module stands where the walk must look inside; holds its name."""
+
+    def __init__(self, path: str) -> None:
+        super().__init__(f"{path!r} has to be opened to look for the head.\nTrace the model with it opened.")
+        self.path = path
+
+
+def scope_of(node: fx.Node) -> str:
+    """Return the name of the module in whose forward a node was traced, '' for the module traced."""
+    stack = [path for path, _ in node.meta.get("nn_module_stack", {}).values()]
+    if node.op == "call_module" and stack:
+        stack.pop()
+    return stack[-1] if stack else ""
+
+
+def is_classifier(module: nn.Module) -> bool:
+    """Say whether a module is one matrix applied to channels: a plain linear layer or 1×1 convolution."""
+    if isinstance(module, nn.Linear):
+        return type(module).forward in _LINEAR_FORWARDS
+    return (
+        isinstance(module, nn.Conv2d)
+        and type(module).forward is nn.Conv2d.forward
+        and module.kernel_size == (1, 1)
+        and module.stride == (1, 1)
+        and module.padding == (0, 0)
+        and module.groups == 1
+    )
+
+
+def node_name(node: fx.Node, owner: nn.Module) -> str:
+    """Name what a node does, in small letters."""
+    if node.op == "call_module":
+        return type(owner.get_submodule(str(node.target))).__name__.lower()
+    return str(getattr(node.target, "__name__", node.target)).lower()
+
+
+def pooling_of(node: fx.Node, values: Values) -> Pooling | None:
+    """Say how a node averages over all positions, None if it does not."""
+    sources = tensor_inputs(node, values)
+    if len(sources) != 1:
+        return None
+    value, result = values(sources[0]), values(node)
+    if not isinstance(value, Tensor) or not isinstance(result, Tensor) or value.ndim not in (3, 4):
+        return None
+    owner = values.anatomy.module(values.path)
+    name = node_name(node, owner)
+    if node.op == "call_module" and isinstance(owner.get_submodule(str(node.target)), _AVERAGES):
+        name = "avg_pool"
+    if name in ("avg_pool", "adaptive_avg_pool2d", "adaptive_avg_pool1d", "avg_pool2d"):
+        # The kernel of an average over windows covers the map when one value per channel is left.
+        whole = result.ndim == value.ndim and all(size == 1 for size in result.shape[2:])
+        return Pooling(1, True) if whole else None
+    if name != "mean":
+        return None
+    rest = node.args[1:]
+    given = node.kwargs.get("dim", rest[0] if rest else None)
+    if node.op == "call_method" and isinstance(given, int) and all(type(d) is int for d in rest):
+        given = rest or (given,)
+    dims = (given,) if isinstance(given, int) else given
+    if not isinstance(dims, (tuple, list)) or not all(type(d) is int for d in dims):
+        return None
+    left = set(range(1, value.ndim)) - {d % value.ndim for d in dims}  # type: ignore[operator]
+    if 0 in {d % value.ndim for d in dims} or len(left) != 1:  # type: ignore[operator]
+        return None
+    return Pooling(left.pop(), result.ndim == value.ndim)
+
+
+def head_in(anatomy: Anatomy, path: str, traced: Traced, end: fx.Node) -> HeadTrace:
+    """Walk back from the logits, or from a classifier, to the average over a map.
+
+    Args:
+        anatomy: of the model.
+        path: the module that was traced.
+        traced: its trace.
+        end: the node to start from.
+
+    Raises:
+        OpaqueError: a closed module is in the way.
+        StructureError: there is no such head; says what stands in its place.
+    """
+    values = Values(anatomy, path, traced)
+    found = list(_classifiers(end, values))
+    if len(found) > 1:
+        names = sorted({f"{path}.{node.target}" if path else str(node.target) for node in found})
+        raise StructureError(
+            f"{model_name(anatomy)} ends in {len(names)} classifiers: {', '.join(map(repr, names))}.\n"
+            "Their logits are put together, and the head to work on could be any of them.\n"
+            f"Name one, as head={names[0]!r}."
+        )
+    if not found:
+        return _class_maps(end, values)
+    chain, pool, pooling = _pooled(found[0], values)
+    between = _between(found[0], pool, values)
+    (maps,) = tensor_inputs(pool, values)
+    owner = anatomy.module(path)
+    names = [node_name(node, owner) for node in chain]
+    neutral = all(name in SHAPES | DROPOUTS for name in names)
+    affine = all(_affine(node, owner) for node in chain)
+    return HeadTrace(maps, pool, pooling, between, found[0], neutral, affine)
+
+
+def model_name(anatomy: Anatomy) -> str:
+    """Name the class of a model, bare or patched."""
+    return type(anatomy.model).__name__.removeprefix("Grafted")
+
+
+def _affine(node: fx.Node, owner: nn.Module) -> bool:
+    if node.op != "call_module":
+        return node_name(node, owner) in SHAPES | DROPOUTS | SCALES | {"linear"}
+    module = owner.get_submodule(str(node.target))
+    plain = (nn.Identity, nn.Flatten, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.BatchNorm1d, nn.BatchNorm2d)
+    return type(module) in plain or is_classifier(module)
+
+
+def _classifiers(end: fx.Node, values: Values) -> Iterator[fx.Node]:
+    """Yield the classifiers whose outputs make up the logits; none where something else does."""
+    owner = values.anatomy.module(values.path)
+    waiting, found = [end], []
+    while waiting:
+        node = waiting.pop()
+        if node.op == "call_module":
+            module = owner.get_submodule(str(node.target))
+            if is_classifier(module) and values(node).shape[2:].numel() == 1:
+                found.append(node)
+                continue
+            if not is_primitive(module):
+                raise OpaqueError(str(node.target))
+        name = node_name(node, owner)
+        sources = tensor_inputs(node, values)
+        if not sources or name not in SHAPES | DROPOUTS | SCALES | SUMS | {"float", "to"}:
+            return
+        if pooling_of(node, values) is not None:
+            return
+        waiting += sources
+    yield from found
+
+
+def _class_maps(end: fx.Node, values: Values) -> HeadTrace:
+    """Recognise a head that pools class maps: 1×1 convolution, perhaps an activation, average."""
+    owner = values.anatomy.module(values.path)
+    node, pool, pooling = end, None, None
+    while pooling is None:
+        sources = tensor_inputs(node, values)
+        pooling, pool = pooling_of(node, values), node
+        if pooling is None and (len(sources) != 1 or node_name(node, owner) not in SHAPES | DROPOUTS):
+            raise _no_classifier(end, values)
+        node = sources[0]
+    maps = node
+    while node.op == "call_module" and isinstance(
+        owner.get_submodule(str(node.target)), (nn.ReLU, nn.ReLU6, nn.SiLU, nn.Dropout, nn.Identity)
+    ):
+        (node,) = tensor_inputs(node, values)
+    module = owner.get_submodule(str(node.target)) if node.op == "call_module" else None
+    if module is not None and not is_primitive(module) and getattr(values.anatomy.model, "num_classes", 1):
+        raise OpaqueError(str(node.target))
+    declared = getattr(values.anatomy.model, "num_classes", None)
+    fits = isinstance(module, nn.Conv2d) and declared in (None, module.out_channels)
+    if pool is None or module is None or not (fits and is_classifier(module)):
+        raise _no_classifier(end, values)
+    return HeadTrace(maps, pool, pooling, (), None, True, True)
+
+
+def _no_classifier(end: fx.Node, values: Values) -> StructureError:
+    return StructureError(
+        f"No linear classifier was found at the end of {model_name(values.anatomy)}: its logits come from "
+        f"{describe_node(end, values)}.\n"
+        "Class maps are made with the weight of one linear layer behind an average over positions.\n"
+        "Name that layer, as head=..., or give the model a classifier (num_classes above 0)."
+    )
+
+
+def describe_node(node: fx.Node, values: Values) -> str:
+    """Name a node for a message: what it is, and in which module it stands."""
+    owner = values.anatomy.module(values.path)
+    if node.op != "call_module":
+        scope = scope_of(node)
+        return f"{getattr(node.target, '__name__', node.target)}(){f' in {scope!r}' if scope else ''}"
+    return f"{str(node.target)!r} ({type(owner.get_submodule(str(node.target))).__name__})"
+
+
+def _pooled(classifier: fx.Node, values: Values) -> tuple[list[fx.Node], fx.Node, Pooling]:
+    """Follow the classifier's input back to the pooling; list the nodes on the way."""
+    owner = values.anatomy.module(values.path)
+    chain: list[fx.Node] = []
+    node = classifier
+    while True:
+        sources = tensor_inputs(node, values)
+        if node is not classifier:
+            pooling = pooling_of(node, values)
+            if pooling is not None:
+                return chain, node, pooling
+            if node.op == "call_module" and not is_primitive(owner.get_submodule(str(node.target))):
+                raise OpaqueError(str(node.target))
+            reason = _obstacle(node, sources, values)
+            if reason:
+                raise _no_pooling(classifier, reason, values)
+            chain.append(node)
+        elif len(sources) != 1:
+            raise _no_pooling(classifier, f"{len(sources)} inputs", values)
+        node = sources[0]
+
+
+def _no_pooling(classifier: fx.Node, reason: str, values: Values) -> StructureError:
+    return StructureError(
+        f"The classifier {str(classifier.target)!r} of {model_name(values.anatomy)} does not read the global "
+        f"average of a map: it reads {reason}.\n"
+        "Only an average can change places with the classifier, which turns features into class maps.\n"
+        f"{_REMEDY}"
+    )
+
+
+def _obstacle(node: fx.Node, sources: list[fx.Node], values: Values) -> str | None:
+    """Say why the walk cannot go on before a node, None if it can."""
+    owner = values.anatomy.module(values.path)
+    name = node_name(node, owner)
+    scope = scope_of(node)
+    shown = describe_node(node, values)
+    inside = f" in {scope!r} ({type(owner.get_submodule(scope)).__name__})" if scope else ""
+    around = scope.lower() + (type(owner.get_submodule(scope)).__name__.lower() if scope else "")
+    if name in _MAXIMA:
+        return f"a maximum over positions ({name}{inside})"
+    if "gem" in around:
+        return f"a generalised mean (GeM){inside}"
+    if name in _ATTENTION or ("att" in around and "pool" in around):
+        return f"attention pooling ({name}{inside})"
+    if name in ("cat", "concat"):
+        return f"several values joined ({name}{inside})"
+    if len(sources) != 1:
+        return f"{shown}, which has {len(sources)} inputs"
+    before, after = values(sources[0]), values(node)
+    if isinstance(before, (tuple, list)):
+        return f"{shown}, one of several values"
+    if name == "getitem" and before.ndim == 3 and after.ndim == 2:
+        return "a class token"
+    if name in ("select", "select_scatter") and before.ndim == 3:
+        return "a class token"
+    if not isinstance(after, Tensor) or after.ndim < 2:
+        return shown
+    if name in ("flatten", "view", "reshape") and after.ndim == 2 and max(before.shape[1:]) < after.shape[1]:
+        return f"a whole map of shape {tuple(before.shape[1:])}, flattened"
+    if max(before.shape[1:]) < before.shape[1:].numel() and max(after.shape[1:]) == after.shape[1:].numel():
+        return f"the output of {shown}, which is no plain average over positions"
+    if after.shape[1:].numel() != max(after.shape[1:]):
+        return f"the output of {shown}, of shape {tuple(after.shape[1:])}"
+    return None
+
+
+def _between(classifier: fx.Node, pool: fx.Node, values: Values) -> tuple[fx.Node, ...]:
+    """Collect what the classifier's input is computed from, down to the pooled value."""
+    found: set[fx.Node] = set()
+    waiting = list(classifier.all_input_nodes)
+    while waiting:
+        node = waiting.pop()
+        if node is pool or node in found:
+            continue
+        if node.op == "placeholder" or (node < pool and node.op != "get_attr"):
+            raise _no_pooling(classifier, f"{describe_node(node, values)} besides the pooled value", values)
+        found.add(node)
+        waiting += node.all_input_nodes
+    return tuple(sorted(found))
+
+
+def opened_head(
+    anatomy: Anatomy, head: str | None = None, output: str | int | None = None
+) -> tuple[Traced, HeadTrace, tuple[str, ...]]:
+    """Find the head in the model's evaluation trace, opening modules as the walk meets them.
+
+    Returns:
+        The trace, the head in it, and the names of the modules that were opened.
+    """
+    if head is not None:
+        _check_named(anatomy, head)
+    opened, deep = ancestors_of(head or ""), ()
+    while True:
+        traced = anatomy.graph("", training=False, opened=opened, deep=deep)
+        if head is None:
+            end = logits_node(traced.graph, output, model_name(anatomy))
+        else:
+            end = next(n for n in traced.graph.nodes if n.op == "call_module" and n.target == head)
+        try:
+            return traced, head_in(anatomy, "", traced, end), deep
+        except OpaqueError as closed:
+            deep = tuple(sorted({*deep, closed.path}))
+
+
+def _check_named(anatomy: Anatomy, head: str) -> None:
+    called = anatomy.observation.calls
+    known = [path for path in called if path and is_classifier(anatomy.module(path))]
+    if head not in called:
+        raise StructureError(
+            f"There is no layer {head!r} in a pass of {model_name(anatomy)}.\n{candidates(head, known)}"
+        )
+    if head not in known:
+        inner = [path for path in known if path.startswith(f"{head}.")]
+        raise StructureError(
+            f"{head!r} is a {type(anatomy.module(head)).__name__}, no linear layer or 1×1 convolution.\n"
+            f"A head is named by its classifier.\n{candidates(head, inner or known)}"
+        )
+
+
+def ancestors_of(path: str) -> tuple[str, ...]:
+    """List the qualified names of the modules around ``path``, without the model."""
+    return tuple(path[:i] for i, sign in enumerate(path) if sign == ".")
+
+
+__all__ = [
+    "HeadTrace",
+    "OpaqueError",
+    "Pooling",
+    "ancestors_of",
+    "describe_node",
+    "head_in",
+    "is_classifier",
+    "node_name",
+    "opened_head",
+    "pooling_of",
+    "scope_of",
+]

@@ -1,0 +1,357 @@
+"""Positions inside blocks: from "post", "conv1_post" or "conv" to the places in a model that are called so.
+
+Three families: the four positions of a residual join, three positions of a densely connected layer, and the
+outputs of all convolutions, norms or activations of a plain stack. Names of layers narrow each of them down.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, fx, nn
+
+from fxgraft.errors import FxgraftError, SiteError, StructureError, TraceError, candidates
+from fxgraft.graph.structure.joins import POSITIONS as RESIDUAL
+from fxgraft.graph.structure.joins import residual_joins
+from fxgraft.graph.structure.layout import NAMES, Layout, layout_of
+from fxgraft.graph.structure.places import site_edit
+from fxgraft.graph.structure.sites import Site, Words, is_glob, module_site, resolve
+from fxgraft.graph.structure.sites import _matches as match
+from fxgraft.graph.tracing.anatomy import Anatomy, shape_of
+from fxgraft.graph.tracing.editing import After, Edge, Edit, Input
+from fxgraft.graph.tracing.observe import default_input_size
+
+DENSE = ("conv1_pre", "conv1_post", "conv2_post")
+PLAIN = ("conv", "norm", "act")
+IMAGE = "input"
+
+_NORMS = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.LocalResponseNorm)
+_grown: WeakKeyDictionary[Anatomy, Anatomy] = WeakKeyDictionary()
+"""The same models at a larger image."""
+_KINDS = {"conv": "convolutions", "norm": "norms", "act": "activations"}
+
+
+@dataclass(frozen=True)
+class Spot:
+    """One place for a unit.
+
+    Attributes:
+        name: what to pass to ``layers=``, with the position where the name stands for several.
+        position: which position of its block it is; "" for a named layer.
+        owner: qualified name of the module to graft.
+        edit, training_edit: what to do there in evaluation's and in the training graph.
+        value: fake tensor found there, batch of 2; None where it is no tensor.
+        path: the module whose output it is, or "".
+        scope: qualified name of the block it belongs to.
+    """
+
+    name: str
+    position: str
+    owner: str
+    edit: Edit
+    training_edit: Edit
+    value: Tensor | None
+    path: str
+    scope: str
+
+    @property
+    def usable(self) -> bool:
+        """Whether it holds maps or tokens of single instances, batch first, with more than one position."""
+        value = self.value
+        if value is None or value.ndim < 3 or not value.is_floating_point() or value.shape[0] != 2:
+            return False
+        return value[0].numel() > max(value.shape[1], value.shape[-1])
+
+
+def spots(anatomy: Anatomy, position: str, layers: Words | None = None) -> list[Spot]:
+    """Find the places of one position, in running order.
+
+    Args:
+        anatomy: of the bare model.
+        position: one of `RESIDUAL`, `DENSE` or `PLAIN`.
+        layers: the blocks to use: names of blocks or of modules around them, globs, stage numbers, names of
+            joins, "name:position" for another position of one join, "input" for the image. A name that
+            holds no block with the position stands for its own output. All blocks by default, except those
+            whose values have a single position (class-token blocks) or merge other things into the batch.
+
+    Raises:
+        StructureError: no block of the model has the position; says what there is.
+        SiteError: no such layer, or one without maps or tokens.
+    """
+    if layers is None:
+        found = _all(anatomy, position)
+        usable = [spot for spot in found if spot.usable]
+        if not usable:
+            raise _nowhere(anatomy, position, found)
+        return usable
+    words = list(layers) if isinstance(layers, Iterable) and not isinstance(layers, str) else [layers]
+    chosen: dict[str, Spot] = {}
+    for word in words:
+        for spot in _named(anatomy, word, position):
+            if not spot.usable:
+                raise SiteError(
+                    f"{spot.name!r} has no statistics over space: its value is "
+                    f"{'no tensor' if spot.value is None else f'of shape {tuple(spot.value.shape)}'}.\n"
+                    "Maps or tokens of more than one position are needed, one row of the batch per image.\n"
+                    "Choose an earlier layer, or pass the input_size=(C, H, W) that you train at."
+                )
+            chosen[spot.name] = spot
+    if not chosen:
+        raise SiteError("No layer was named.\nLeave layers= out for all blocks.")
+    return list(chosen.values())
+
+
+def spot_layout(anatomy: Anatomy, spot: Spot, name: str | None = None) -> Layout:
+    """Find the layout at a spot, or check the one that the user names.
+
+    Raises:
+        SiteError: it cannot be told, or does not fit the value.
+    """
+    value = spot.value
+    if value is None:
+        raise SiteError(f"{spot.name!r} holds no tensor.\nfxgraft.sites(model) lists what there is.")
+    owner_output = anatomy.observation.calls[spot.scope][0].output
+    like_output = isinstance(owner_output, Tensor) and owner_output.shape == value.shape
+    path = spot.path or (spot.scope if like_output else "")
+    if name is None:
+        if isinstance(spot.edit, Input):
+            return Layout("NCHW")
+        return _layout(anatomy, spot, value, path)
+    if value.ndim != {"NC": 2, "NLC": 3, "NCL": 3}.get(name, 4):
+        raise SiteError(
+            f"{spot.name!r} was said to be {name}, but its shape is {tuple(value.shape)}.\n"
+            f"Leave layout= out, or pass one of {', '.join(NAMES)} that fits."
+        )
+    known = layout_of(anatomy, value, path, strict=False)
+    return known if known is not None and known.name == name else Layout(name)
+
+
+def _layout(anatomy: Anatomy, spot: Spot, value: Tensor, path: str) -> Layout:
+    """Find the layout from the shape, else from what stays the same at the spot when the image grows."""
+    known = layout_of(anatomy, value, path, strict=False)
+    node = getattr(spot.edit, "node", None)
+    if known is not None or node is None or value.ndim != 4:
+        return known or layout_of(anatomy, value, path) or Layout("NCHW")
+    if anatomy not in _grown:
+        channels, height, width = anatomy.input_size or default_input_size(anatomy.model)
+        _grown[anatomy] = Anatomy(anatomy.model, (channels, 2 * height, 3 * width))
+    try:
+        other = _grown[anatomy].values(spot.owner).get(node)
+    except FxgraftError:  # a model of one fixed image size tells nothing this way
+        other = None
+    if isinstance(other, Tensor):
+        same = [i for i in range(1, 4) if other.shape[i] == value.shape[i]]
+        if same in ([1], [3]):
+            return Layout("NCHW" if same == [1] else "NHWC")
+    return _layout_by_layers(anatomy, spot.scope, value) or layout_of(anatomy, value, path) or Layout("NCHW")
+
+
+def _layout_by_layers(anatomy: Anatomy, scope: str, value: Tensor) -> Layout | None:
+    """Tell the layout from the first layer of a block that works on such a value: it knows its channels."""
+    for path, calls in anatomy.observation.calls.items():
+        module = anatomy.module(path)
+        near = (*calls[0].args[:1], calls[0].output)
+        if scope and not path.startswith(scope + "."):
+            continue
+        if any(isinstance(each, Tensor) and each.shape == value.shape for each in near):
+            if isinstance(module, (nn.Conv2d, nn.BatchNorm2d)):
+                return Layout("NCHW")
+            if type(module) in (nn.Linear, nn.LayerNorm):
+                return Layout("NHWC")
+    return None
+
+
+def position_sites(anatomy: Anatomy) -> list[Site]:
+    """List every residual join with its positions, for `fxgraft.sites`."""
+    listed = []
+    for join in residual_joins(anatomy):
+        values = anatomy.values(join.owner)
+        for position in RESIDUAL:
+            if position not in join.edits:
+                continue
+            node = join.values[position]
+            value = values.get(node)
+            layout = layout_of(anatomy, value, "", strict=False) if isinstance(value, Tensor) else None
+            listed.append(
+                Site(
+                    f"{join.name}:{position}",
+                    join.owner,
+                    node,
+                    op=position,
+                    shape=shape_of(value),
+                    dtype=str(value.dtype).removeprefix("torch.") if isinstance(value, Tensor) else "",
+                    layout=str(layout) if layout else "",
+                )
+            )
+    return listed
+
+
+def _all(anatomy: Anatomy, position: str) -> list[Spot]:
+    if position in RESIDUAL:
+        return _residual(anatomy, position)
+    return _dense(anatomy, position) if position in DENSE else _plain(anatomy, position)
+
+
+def _residual(anatomy: Anatomy, position: str) -> list[Spot]:
+    found = []
+    for join in residual_joins(anatomy):
+        if position in join.edits:
+            value = anatomy.values(join.owner).get(join.values[position])
+            value = value if isinstance(value, Tensor) else None
+            edits = join.edits[position], join.training_edits.get(position, join.edits[position])
+            found.append(Spot(join.name, position, join.owner, *edits, value, "", join.owner))
+    return found
+
+
+def _dense(anatomy: Anatomy, position: str) -> list[Spot]:
+    """Find layers that join their inputs and run two convolutions on them, one after the other."""
+    found = []
+    calls = anatomy.observation.calls
+    for owner in sorted(calls, key=lambda path: calls[path][0].order):
+        module = anatomy.module(owner)
+        if not any(isinstance(child, nn.Conv2d) for child in module.children()):
+            continue
+        try:
+            edits = [_dense_edit(anatomy, owner, position, training) for training in (False, True)]
+        except (TraceError, SiteError):
+            continue
+        if edits[0] is not None and edits[1] is not None:
+            node = edits[0].node  # type: ignore[union-attr]
+            value = anatomy.values(owner).get(node)
+            value = value if isinstance(value, Tensor) else None
+            found.append(Spot(f"{owner}.{node}", position, owner, edits[0], edits[1], value, "", owner))
+    return found
+
+
+def _dense_edit(anatomy: Anatomy, owner: str, position: str, training: bool) -> Edit | None:
+    graph = anatomy.graph(owner, training).graph
+    joined = [n for n in graph.nodes if n.target in (torch.cat, torch.concat) and _of_inputs(n)]
+    convs = [
+        node
+        for node in graph.nodes
+        if node.op == "call_module"
+        and isinstance(anatomy.module(f"{owner}.{node.target}" if owner else str(node.target)), nn.Conv2d)
+    ]
+    if len(joined) != 1 or len(convs) != 2:
+        return None
+    if position == "conv1_pre":
+        return Edge(convs[0].all_input_nodes[0].name, (convs[0].name,))
+    return After(convs[0 if position == "conv1_post" else 1].name)
+
+
+def _of_inputs(node: fx.Node) -> bool:
+    """Say whether a value is made of the module's own inputs and nothing else."""
+    return all(source.op == "placeholder" for source in node.all_input_nodes)
+
+
+def _plain(anatomy: Anatomy, position: str) -> list[Spot]:
+    found = []
+    calls = anatomy.observation.calls
+    for path in sorted(calls, key=lambda path: calls[path][0].order):
+        if not path or not is_kind(anatomy.module(path), position):
+            continue
+        value = calls[path][0].output
+        if not isinstance(value, Tensor) or value.ndim < 3:
+            continue
+        site = module_site(anatomy, path)
+        if site.on_module:
+            found.append(_direct(anatomy, site, position))
+            continue
+        relative = path[len(site.owner) + 1 :] if site.owner else path
+        try:
+            nodes = anatomy.graph(site.owner, training=False).graph.nodes
+        except TraceError:
+            continue
+        for number, node in enumerate(n for n in nodes if n.op == "call_module" and n.target == relative):
+            edit = After(node.name)
+            name = f"{path}_{number}" if number else path
+            output = calls[path][number].output if number < len(calls[path]) else value
+            found.append(Spot(name, position, site.owner, edit, edit, output, path, site.owner))
+    return found
+
+
+def is_kind(module: nn.Module, kind: str) -> bool:
+    """Say whether a module is a convolution ("conv"), a norm ("norm") or an activation ("act")."""
+    if kind == "conv":
+        return isinstance(module, nn.modules.conv._ConvNd)
+    if kind == "norm":
+        return isinstance(module, _NORMS) or type(module).__name__.endswith(("Norm", "Norm2d"))
+    home = type(module).__module__
+    return home.startswith(("torch.nn.modules.activation", "timm.layers.activations")) and not isinstance(
+        module, nn.MultiheadAttention
+    )
+
+
+def _direct(anatomy: Anatomy, site: Site, position: str = "") -> Spot:
+    owner, edit = site_edit(anatomy, site)
+    values = {} if site.path else anatomy.values(site.owner)
+    value = anatomy.observation.output(site.path) if site.path else values.get(site.node)
+    value = value if isinstance(value, Tensor) else None
+    return Spot(site.name, position, owner, edit, edit, value, site.path, site.path or site.owner)
+
+
+def _named(anatomy: Anatomy, word: str | int, position: str) -> list[Spot]:
+    """Resolve one word: blocks that it names or holds, else the value that it names."""
+    if word == IMAGE and IMAGE not in anatomy.observation.calls:
+        image = anatomy.observation.calls[""][0].args[0]
+        return [Spot(IMAGE, IMAGE, "", Input(), Input(), image, "", "")]
+    if isinstance(word, str) and ":" in word:
+        name, _, position = word.rpartition(":")
+        if position not in RESIDUAL:
+            raise SiteError(
+                f"{word!r} names no position of a residual join.\nThey are {', '.join(map(repr, RESIDUAL))}."
+            )
+        exact = [spot for spot in _residual(anatomy, position) if spot.name == name]
+        if exact:
+            return [Spot(word, *list(vars(exact[0]).values())[1:])]
+        raise SiteError(
+            f"There is no residual join {name!r} with a position {position!r}.\n"
+            f"{candidates(name, [spot.name for spot in _residual(anatomy, position)])}\n"
+            'fxgraft.sites(model, "residual") lists all of them.'
+        )
+    blocks = _all(anatomy, position)
+    if isinstance(word, str):
+        wanted = [spot for spot in blocks if _holds(word, spot)]
+        if wanted:
+            return wanted
+    sites = resolve(anatomy, word)
+    found: list[Spot] = []
+    for site in sites:
+        inside = [spot for spot in blocks if site.path and _holds(site.path, spot)]
+        found += [spot for spot in inside if spot.usable] or [_direct(anatomy, site)]
+    return found
+
+
+def _holds(word: str, spot: Spot) -> bool:
+    """Say whether a word names a spot, its block, or a module around it."""
+    if is_glob(word):
+        return match(word, spot.scope) or match(word, spot.name)
+    return word in (spot.name, spot.scope) or spot.scope.startswith(word + ".")
+
+
+def _nowhere(anatomy: Anatomy, position: str, found: list[Spot]) -> StructureError | SiteError:
+    model = type(anatomy.model).__name__
+    if found:
+        shapes = ", ".join(
+            f"{spot.name} {tuple(spot.value.shape) if spot.value is not None else ''}".strip()
+            for spot in found[:8]
+        )
+        return SiteError(
+            f"No {position!r} of {model} has a map of more than one position: {shapes}.\n"
+            "Statistics over space need several positions.\n"
+            "Pass input_size=(C, H, W) of larger images, or layers= with other sites."
+        )
+    joins = len(_residual(anatomy, "post"))
+    parts = [f"{joins} residual joins", f"{len(_dense(anatomy, 'conv1_post'))} dense layers"]
+    parts += [f"{len(_plain(anatomy, kind))} {plural}" for kind, plural in _KINDS.items()]
+    have = [p for p, n in zip((RESIDUAL, DENSE, *([k] for k in PLAIN)), parts, strict=True) if n[0] != "0"]
+    offers = ", ".join(repr(each) for group in have for each in group)
+    what = "residual join" if position in RESIDUAL else "dense layer" if position in DENSE else position
+    return StructureError(
+        f"There is no {what} in {model}, so it has no position {position!r}.\n"
+        f"Found: {', '.join(parts)}.\n"
+        f"Pass position= one of {offers or 'none'}, or layers= with the names of sites."
+    )

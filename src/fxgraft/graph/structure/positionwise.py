@@ -1,0 +1,306 @@
+"""Class maps: a head's own layers and weight, applied at every position instead of to the average.
+
+Pooling and a linear classifier may change places: the average of the classes' maps is the classifier's
+answer for the average. Layers between the two are run on the positions as if each were a pooled vector.
+What must not differ from position to position does not: dropout draws one mask per image, and BatchNorm
+keeps the statistics of the pooled vectors, so both commute with the average exactly.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+
+from fxgraft.errors import SiteError, StructureError
+from fxgraft.graph.structure.head import Head
+from fxgraft.graph.structure.pooling import HeadTrace, is_classifier, opened_head
+from fxgraft.graph.structure.tokens import token_grid
+from fxgraft.graph.tracing.anatomy import Anatomy
+from fxgraft.graph.tracing.compile import compile_graph
+from fxgraft.graph.tracing.preserve import preserved_modes
+from fxgraft.graph.tracing.settings import plain_settings, settings_changed
+from fxgraft.graph.tracing.trace import Traced
+
+Positions = Callable[..., Tensor]
+"""``f(module, rows, positions) -> rows``: layers on (B·N, ...) rows, the N positions of an image together."""
+
+
+_DROPOUTS = (F.dropout, F.dropout1d, F.dropout2d)
+
+
+class ClassMaps:
+    """Computes class maps from the value that a head pools, with the layers that a model has at the time.
+
+    Args:
+        path: the module in whose trace the head was found.
+        head: the head there.
+        traced: the trace.
+        grid: (H, W) of a map of tokens.
+        model: the model, to notice later that layers of the head were replaced.
+    """
+
+    def __init__(
+        self, path: str, head: HeadTrace, traced: Traced, grid: tuple[int, int] | None, model: nn.Module
+    ) -> None:
+        self.path = path
+        self.head = head
+        self.grid = grid
+        self.classifier = "" if head.classifier is None else str(head.classifier.target)
+        self.between = (
+            None
+            if _only_shapes(head, model.get_submodule(path))
+            else _per_position(head, traced, model, path)
+        )
+        owner = model.get_submodule(path)
+        names = sorted(set(_modules([head.pool, *head.between])) - {""})
+        self.identities = {name: owner.get_submodule(name) for name in names}
+        self.settings = {name: plain_settings(owner.get_submodule(name)) for name in names}
+
+    def stale(self, model: nn.Module) -> bool:
+        """Say whether layers of the head, other than its classifier, were replaced or set otherwise."""
+        try:
+            owner = model.get_submodule(self.path)
+            if self.classifier and not is_classifier(owner.get_submodule(self.classifier)):
+                return True
+            if any(owner.get_submodule(name) is not module for name, module in self.identities.items()):
+                return True
+        except AttributeError:
+            return True
+        return any(settings_changed(self.identities[name], kept) for name, kept in self.settings.items())
+
+    def __call__(self, model: nn.Module, x: Tensor) -> Tensor:
+        """Return class maps (B, K, H, W) for the value ``x`` that the head pools.
+
+        Args:
+            model: the model, whose layers are looked up by name.
+            x: in the layout of the head, (B, C, H, W), (B, H, W, C) or tokens (B, N, C).
+        """
+        space, positions = self._space(x)
+        owner = model.get_submodule(self.path)
+        pooling = self.head.pooling
+        if not self.classifier:
+            return x if pooling.channel == 1 else x.movedim(pooling.channel, 1)
+        layer = owner.get_submodule(self.classifier)
+        weight: Tensor = layer.weight  # type: ignore[assignment]
+        bias: Tensor | None = layer.bias  # type: ignore[assignment]
+        if self.between is None and pooling.channel == 1 and x.ndim == 4:
+            # Faster than a matrix product, which would have to bring channels to the end first.
+            return F.conv2d(x, weight[:, :, None, None] if weight.ndim == 2 else weight, bias)
+        rows = x.movedim(pooling.channel, -1).flatten(0, -2)
+        if self.between is not None:
+            if pooling.keeps:
+                rows = rows.view(
+                    -1, *(rows.shape[1] if d == pooling.channel else 1 for d in range(1, x.ndim))
+                )
+            rows = self.between(owner, rows, positions).flatten(1)
+        scores = F.linear(rows, weight.flatten(1), bias)
+        return scores.view(x.shape[0], *space, -1).movedim(-1, 1)
+
+    def _space(self, x: Tensor) -> tuple[tuple[int, int], int]:
+        sizes = [size for d, size in enumerate(x.shape) if d not in (0, self.head.pooling.channel)]
+        if len(sizes) == 2:
+            return (sizes[0], sizes[1]), sizes[0] * sizes[1]
+        known = self.grid
+        if known is not None and known[0] * known[1] == sizes[0]:
+            return known, sizes[0]
+        side = round(sizes[0] ** 0.5)
+        if side * side != sizes[0]:
+            raise SiteError(
+                f"{sizes[0]} tokens reach the head, and they are no grid"
+                f"{'' if known is None else f' (the model was looked at with {known[0]}×{known[1]})'}.\n"
+                "Class maps need the place of every token; patch dropout loses it.\n"
+                "Switch patch dropout off, or pass input_size= of the images you train on."
+            )
+        return (side, side), sizes[0]
+
+
+def _modules(nodes: Iterable[fx.Node]) -> Iterable[str]:
+    """Name the modules that nodes call or were traced in."""
+    for node in nodes:
+        yield from (path for path, _ in node.meta.get("nn_module_stack", {}).values())
+        if node.op == "call_module":
+            yield str(node.target)
+
+
+def _only_shapes(head: HeadTrace, owner: nn.Module) -> bool:
+    """Say whether nothing between pooling and classifier computes anything."""
+    if not head.neutral:
+        return False
+    calls = [owner.get_submodule(str(node.target)) for node in head.between if node.op == "call_module"]
+    dropouts = any(getattr(node.target, "__name__", "").startswith("dropout") for node in head.between)
+    return not dropouts and all(isinstance(module, (nn.Identity, nn.Flatten)) for module in calls)
+
+
+def cut(traced: Traced, start: fx.Node | None, end: fx.Node) -> tuple[fx.Graph, tuple[Any, ...]]:
+    """Copy the way from a node, or from a trace's inputs, to another node into a graph of its own.
+
+    Returns:
+        The graph, whose inputs are the start (or the trace's) and then constants, and those constants.
+    """
+    graph = fx.Graph()
+    copies: dict[fx.Node, fx.Node] = {}
+    constants: list[Any] = []
+    if start is not None:
+        copies[start] = graph.placeholder("rows")
+    else:
+        for node in traced.graph.nodes:
+            if node.op == "placeholder":
+                copies[node] = graph.placeholder(node.name)
+    needed = {end}
+    waiting = [end]
+    while waiting:
+        for source in waiting.pop().all_input_nodes:
+            if source not in needed and source is not start:
+                needed.add(source)
+                waiting.append(source)
+    for node in sorted(needed):
+        if node.op == "get_attr" and node.target in traced.constants:
+            copies[node] = graph.placeholder(f"constant_{len(constants)}")
+            constants.append(traced.constants[str(node.target)])
+    for node in sorted(needed):
+        if node not in copies:
+            copies[node] = graph.node_copy(node, copies.__getitem__)
+    graph.output(copies[end])
+    # Inputs come first in the source, wherever they were met.
+    first = next(iter(graph.nodes))
+    for node in [n for n in graph.nodes if n.op == "placeholder" and n is not first]:
+        last = [n for n in graph.nodes if n.op == "placeholder" and n < node]
+        if last:
+            last[-1].append(node)
+    return graph, tuple(constants)
+
+
+def _per_position(head: HeadTrace, traced: Traced, model: nn.Module, path: str) -> Positions:
+    """Compile the layers between pooling and classifier into a function of rows."""
+    if head.classifier is None:
+        raise StructureError(
+            "Class maps without a classifier have no layers in front of it.\nUse the maps as they are."
+        )
+    owner = model.get_submodule(path)
+    end = next(iter(head.classifier.all_input_nodes))
+    graph, constants = cut(traced, head.pool, end)
+    with graph.inserting_before(next(n for n in graph.nodes if n.op != "placeholder")):
+        positions = graph.placeholder("positions")
+    for node in list(graph.nodes):
+        name = getattr(node.target, "__name__", "")
+        if node.op == "call_module":
+            module = owner.get_submodule(str(node.target))
+            shared = _shared(module)
+            if shared is None:
+                continue
+            with graph.inserting_before(node):
+                layer = graph.get_attr(str(node.target))
+                call = graph.call_function(shared, (layer, node.args[0], positions))
+        elif node.target in _DROPOUTS:
+            arguments = {key: value for key, value in node.kwargs.items() if key != "input"}
+            rows = node.args[0] if node.args else node.kwargs["input"]
+            with graph.inserting_before(node):
+                call = graph.call_function(
+                    _shared_function, (name, rows, positions, *node.args[1:]), arguments
+                )
+        else:
+            continue
+        node.replace_all_uses_with(call)
+        graph.erase_node(node)
+    function = compile_graph(graph, {}, f"layers between pooling and classifier of {type(owner).__name__}")
+
+    def run(module: nn.Module, rows: Tensor, count: int) -> Tensor:
+        return function(module, rows, *(_beside(value, rows) for value in constants), count)
+
+    return run
+
+
+def _beside(value: Any, rows: Tensor) -> Any:
+    return value.to(rows.device) if isinstance(value, Tensor) else value
+
+
+def _shared(module: nn.Module) -> Callable[..., Tensor] | None:
+    """Choose how a layer is run on rows where running it row by row would not commute with the average."""
+    if type(module) in (nn.Dropout, nn.Dropout1d, nn.Dropout2d):
+        return _shared_dropout
+    if type(module) in (nn.BatchNorm1d, nn.BatchNorm2d):
+        return _pooled_norm
+    return None
+
+
+def _grouped(rows: Tensor, positions: int) -> Tensor:
+    """View rows (B·N, ...) as (B, N, ...)."""
+    return rows.unflatten(0, (-1, positions))
+
+
+def _shared_dropout(layer: nn.Module, rows: Tensor, positions: int) -> Tensor:
+    """Drop the same features at all positions of an image: the mask that the pooled vector would get."""
+    if not layer.training or not layer.p:
+        return rows
+    grouped = _grouped(rows, positions)
+    mask = layer(torch.ones_like(grouped[:, 0], requires_grad=False))
+    return (grouped * mask.unsqueeze(1)).flatten(0, 1)
+
+
+def _shared_function(name: str, rows: Tensor, positions: int, *args: Any, **kwargs: Any) -> Tensor:
+    """Do the same for dropout written as a function."""
+    training = kwargs.get("training", args[1] if len(args) > 1 else True)
+    share = kwargs.get("p", args[0] if args else 0.5)
+    if not training or not share:
+        return rows
+    grouped = _grouped(rows, positions)
+    mask = getattr(F, name)(torch.ones_like(grouped[:, 0], requires_grad=False), *args, **kwargs)
+    return (grouped * mask.unsqueeze(1)).flatten(0, 1)
+
+
+def _pooled_norm(layer: nn.Module, rows: Tensor, positions: int) -> Tensor:
+    """Normalise positions with the statistics of the pooled vectors, which the layer sees and remembers."""
+    grouped = _grouped(rows, positions)
+    pooled = grouped.mean(1)
+    middle = layer(pooled)
+    if layer.training or layer.running_var is None:
+        dims = [d for d in range(pooled.ndim) if d != 1]
+        variance = pooled.float().var(dims, unbiased=False)
+    else:
+        variance: Tensor = layer.running_var  # type: ignore[no-redef]
+    scale = torch.rsqrt(variance + layer.eps)  # type: ignore[operator]
+    if layer.weight is not None:
+        scale = scale * layer.weight  # type: ignore[operator]
+    scale = scale.to(middle.dtype).view(-1, *[1] * (pooled.ndim - 2))
+    return (middle.unsqueeze(1) + (grouped - pooled.unsqueeze(1)) * scale).flatten(0, 1)
+
+
+def class_maps(
+    model: nn.Module, x: Tensor, head: str | None = None, output: str | int | None = None
+) -> Tensor:
+    """Compute a model's class maps for images, as it is in evaluation; their average is the logits.
+
+    With a layer that does not commute with the average between pooling and classifier (an activation, a
+    norm over channels) the average is close to the logits only.
+
+    Args:
+        model: bare or patched; grafts that act in evaluation act here.
+        x: images (B, C, H, W). Gradients pass.
+        head: qualified name of the classifier, where the model has several.
+        output: which entry of a structured output holds the logits.
+
+    Returns:
+        (B, K, H, W), at the resolution of the last feature map.
+
+    Raises:
+        StructureError: the model has no average-pooled linear head.
+    """
+    anatomy = Anatomy(model, tuple(x.shape[1:]))
+    traced, found, _ = opened_head(anatomy, head, output)
+    grid = token_grid(anatomy, traced, found.maps, found.pooling.channel)
+    maps = ClassMaps("", found, traced, grid, model)
+    graph, constants = cut(traced, None, found.maps)
+    features = compile_graph(graph, {}, f"feature map of {type(model).__name__}")
+    with preserved_modes(model):
+        for each in model.modules():
+            each.training = False
+        return maps(model, features(model, x, *(_beside(value, x) for value in constants)))
+
+
+def training_maps(head: Head, model: nn.Module) -> ClassMaps:
+    """Make the class maps of a head as the model trains."""
+    return ClassMaps(head.owner, head.training, head.traced, head.grid, model)

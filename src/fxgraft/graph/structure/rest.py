@@ -1,0 +1,312 @@
+"""The rest of a network after a site, as a function of its own."""
+
+from __future__ import annotations
+
+import contextlib
+import operator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+
+from fxgraft.errors import SiteError
+from fxgraft.graph.grafting.passes import Context
+from fxgraft.graph.grafting.unit import Capture
+from fxgraft.graph.structure.outputs import logits_node
+from fxgraft.graph.structure.places import ancestors, locate, own_nodes, site_edit, training_name
+from fxgraft.graph.structure.pooling import scope_of
+from fxgraft.graph.structure.sites import Site, module_site
+from fxgraft.graph.structure.tail import LinearTail, _linear_tail
+from fxgraft.graph.tracing.anatomy import Anatomy
+from fxgraft.graph.tracing.compile import compile_graph
+from fxgraft.graph.tracing.editing import After, Edit
+from fxgraft.graph.tracing.proxies import iadd, imul
+from fxgraft.graph.tracing.settings import settings_changed
+from fxgraft.graph.tracing.trace import Traced
+from fxgraft.graph.tracing.walks import downstream_of, upstream_of
+
+
+@dataclass(frozen=True)
+class Captured:
+    """A value that the rest of the network needs besides the site's, recorded as the pass goes by.
+
+    Attributes:
+        key: under which it stands in ``context.values``.
+        owner, edit: where a `Capture` unit records it.
+    """
+
+    key: str
+    owner: str
+    edit: Edit
+
+
+@dataclass
+class Rest:
+    """The rest of a network after a site, as a function that can be evaluated on its own.
+
+    Attributes:
+        site: the site it starts from.
+        function: ``f(model, z, *captured, *inputs) -> logits``, evaluation behaviour.
+        captured: values from before the site that it needs.
+        inputs: which of the model's own positional inputs it needs (for their shape, mostly).
+        children: qualified names of the modules it calls.
+        tail: set when the rest is pooling and one linear layer.
+        positions_matter: False when the logits read nothing of the site but its prefix tokens.
+        settings: plain attributes of the modules it was traced through, by qualified name.
+        identities: the modules it was traced with, to notice a replaced one.
+    """
+
+    site: Site
+    function: Callable[..., Tensor]
+    captured: tuple[Captured, ...]
+    inputs: tuple[int, ...]
+    children: tuple[str, ...]
+    tail: LinearTail | None
+    positions_matter: bool = True
+    settings: dict[str, dict[str, Any]] = field(default_factory=dict)
+    identities: dict[str, nn.Module] = field(default_factory=dict)
+
+    def stale(self, model: nn.Module) -> bool:
+        """Say whether the model changed since: a module replaced, or an attribute the trace may have read."""
+        try:
+            if any(model.get_submodule(name) is not module for name, module in self.identities.items()):
+                return True
+        except AttributeError:
+            return True
+        return any(settings_changed(model.get_submodule(n), kept) for n, kept in self.settings.items())
+
+    def evaluate(self, model: nn.Module, z: Tensor, context: Context) -> Tensor:
+        """Return the logits for a value ``z`` at the site.
+
+        Args:
+            model: the model of this pass.
+            z: value at the site. Nothing is written to it as long as it is not used elsewhere; pass a clone.
+            context: of this pass; holds the captured values and the inputs.
+        """
+        others = [_detached(context.values[each.key]) for each in self.captured]
+        inputs = [_detached(context.inputs[index]) for index in self.inputs]
+        recording, context.recording = context.recording, None  # taps record the pass, not a look ahead
+        try:
+            with self.evaluation_mode(model), _outside_sharded_step(model, self.children):
+                return self.function(model, z, *others, *inputs)
+        finally:
+            context.recording = recording
+
+    @contextlib.contextmanager
+    def evaluation_mode(self, model: nn.Module) -> Iterator[None]:
+        """Put the modules of the rest into evaluation mode for the block: no BatchNorm update, no dropout."""
+        switched = [
+            each for name in self.children for each in model.get_submodule(name).modules() if each.training
+        ]
+        for each in switched:
+            each.training = False
+        try:
+            yield
+        finally:
+            for each in switched:
+                each.training = True
+
+
+@contextlib.contextmanager
+def _outside_sharded_step(model: nn.Module, children: tuple[str, ...]) -> Iterator[None]:
+    """Keep what runs in the block out of the step that FSDP2 is in the middle of.
+
+    FSDP2 ends its step in a callback of the first backward that passes its modules, which would be a probe's:
+    the parameters of the model would be sharded again in the middle of its forward. Modules that are in their
+    backward already are run plainly, as activation checkpointing needs it, so they are made to look like that.
+    """
+    sharded = [
+        part
+        for name in children
+        for part in model.get_submodule(name).modules()
+        if hasattr(type(part), "_get_fsdp_state")
+    ]
+    if not sharded:
+        yield
+        return
+    from torch.distributed.fsdp._fully_shard._fsdp_common import TrainingState
+
+    states: list[Any] = [part._get_fsdp_state() for part in sharded]  # type: ignore[operator]
+    before = [state._training_state for state in states]
+    for part, state in zip(sharded, states, strict=True):
+        part.unshard()  # type: ignore[operator]
+        state._training_state = TrainingState.PRE_BACKWARD
+    try:
+        yield
+    finally:
+        for state, kept in zip(states, before, strict=True):
+            state._training_state = kept
+
+
+def _detached(value: Any) -> Any:
+    """Copy what a probe must neither write to nor differentiate through."""
+    return value.detach().clone() if isinstance(value, Tensor) else value
+
+
+_CHEAP_FUNCTIONS = {getattr, operator.getitem, operator.mul, operator.add, operator.sub, operator.floordiv}
+
+
+_CHEAP_METHODS = {"size", "dim"}
+
+
+def _cheap(node: fx.Node) -> bool:
+    """Say whether a value is arithmetic on the sizes of the model's inputs, or made from parameters alone."""
+    if node.op in ("placeholder", "get_attr"):
+        return True
+    light = (node.op == "call_function" and node.target in _CHEAP_FUNCTIONS) or (
+        node.op == "call_method" and node.target in _CHEAP_METHODS
+    )
+    return light and all(_cheap(each) for each in node.all_input_nodes)
+
+
+_PER_TOKEN_MODULES = (nn.LayerNorm, nn.RMSNorm, nn.Linear, nn.Identity, nn.Dropout)
+
+
+_PER_TOKEN_FUNCTIONS = {operator.add, iadd, operator.mul, imul, torch.add, torch.mul, F.dropout}
+
+
+def _reads_prefix_only(model: nn.Module, node: fx.Node, inside: set[fx.Node], prefix: int) -> bool:
+    """Say whether what follows a sequence of tokens takes its first ``prefix`` tokens and no other.
+
+    Followed through what treats every token by itself, up to where tokens are picked; anything else may mix them.
+    """
+    users = [user for user in node.users if user in inside]
+    for user in users:
+        if user.target is operator.getitem:
+            picked = user.args[1]
+            token = picked[1] if isinstance(picked, tuple) and len(picked) > 1 else None
+            first = token.start or 0 if isinstance(token, slice) else token
+            last = token.stop if isinstance(token, slice) else token
+            # A length that the forward reads off a tensor is a node here: from the front, it counts the prefix.
+            if not (isinstance(first, int) and 0 <= first < prefix) or last is None:
+                return False
+            if isinstance(last, int) and not 0 < last + (not isinstance(token, slice)) <= prefix:
+                return False
+        elif user.op == "call_module":
+            if not isinstance(model.get_submodule(str(user.target)), _PER_TOKEN_MODULES):
+                return False
+            if not _reads_prefix_only(model, user, inside, prefix):
+                return False
+        elif user.target not in _PER_TOKEN_FUNCTIONS or not _reads_prefix_only(model, user, inside, prefix):
+            return False
+    return bool(users)
+
+
+def span_to_output(
+    anatomy: Anatomy, site: Site, output: str | int | None = None
+) -> tuple[Traced, fx.Node, fx.Node, tuple[str, ...]]:
+    """Find a site and the logits in one trace of the whole model.
+
+    Returns:
+        The trace, the nodes of the two values, and the modules that were opened for it.
+
+    Raises:
+        SiteError: the output does not depend on the site.
+        StructureError: the output has no such entry.
+        TraceError: a module around the site cannot be traced.
+    """
+    around = ancestors(site.path) if site.path else (*ancestors(site.owner), site.owner)
+    opened = tuple(name for name in around if name)
+    traced = anatomy.graph("", training=False, opened=opened)
+    model = type(anatomy.model).__name__
+    start = locate(anatomy, site, traced)
+    logits = logits_node(traced.graph, output, model)
+    if logits is not start and logits not in downstream_of(start):
+        raise SiteError(
+            f"The output of {model} does not depend on {site.name!r}.\n"
+            "Nothing that happens there can change a prediction.\n"
+            "Choose a layer on the way from the image to the logits; fxgraft.sites(model) lists them in order."
+        )
+    return traced, start, logits, opened
+
+
+def rest_of_network(anatomy: Anatomy, site: Site, output: str | int | None = None, prefix: int = 0) -> Rest:
+    """Split off the rest of a model after a site.
+
+    Args:
+        anatomy: of the model, bare or with its grafts installed; those that act in evaluation are kept.
+        site: where the rest starts.
+        output: which entry of a structured output holds the logits.
+        prefix: how many class and register tokens the site's value begins with.
+
+    Raises:
+        SiteError: the output does not depend on the site.
+        StructureError: the output has no such entry.
+        TraceError: a module around the site cannot be traced.
+    """
+    traced, start, logits, opened = span_to_output(anatomy, site, output)
+    downstream = downstream_of(start)
+    model = type(anatomy.model).__name__
+    inside = ({logits} | upstream_of(logits)) & downstream
+    graph, captured, inputs = _cut(anatomy, traced, start, logits, inside)
+    children = tuple(dict.fromkeys(str(n.target) for n in graph.nodes if n.op == "call_module"))
+    inner = {name: anatomy.module(name) for name in children}
+    return Rest(
+        site,
+        compile_graph(graph, traced.constants, f"rest of {model} after {site.name}"),
+        captured,
+        inputs,
+        children,
+        _linear_tail(anatomy, site, opened, children, output) if not captured and not inputs else None,
+        positions_matter=not (prefix and _reads_prefix_only(anatomy.model, start, inside, prefix)),
+        settings=traced.settings,
+        identities=inner,
+    )
+
+
+def _cut(
+    anatomy: Anatomy,
+    traced: Traced,
+    start: fx.Node,
+    logits: fx.Node,
+    inside: set[fx.Node],
+) -> tuple[fx.Graph, tuple[Captured, ...], tuple[int, ...]]:
+    """Copy the nodes from ``start`` to ``logits`` into a graph of their own."""
+    order = {node: index for index, node in enumerate(traced.graph.nodes)}
+    placeholders = [node for node in traced.graph.nodes if node.op == "placeholder"]
+    inside, frontier = set(inside), set()
+    waiting = list(inside)
+    while waiting:
+        for source in waiting.pop().all_input_nodes:
+            if source is start or source in inside or source in frontier:
+                continue
+            # What is not there yet when the site is reached is computed from what is; so is what costs nothing.
+            if source.op != "placeholder" and (_cheap(source) or order[source] > order[start]):
+                inside.add(source)
+                waiting.append(source)
+            else:
+                frontier.add(source)
+    used_inputs = [node for node in placeholders if node in frontier]
+    boundary = sorted(frontier - set(used_inputs), key=order.__getitem__)
+    graph = fx.Graph()
+    copies = {start: graph.placeholder("z")}
+    captured = []
+    for index, node in enumerate(boundary):
+        copies[node] = graph.placeholder(f"captured_{index}")
+        owner, edit = _capture_edit(anatomy, node)
+        captured.append(Captured(f"{start.name}:{node.name}", owner, edit))
+    for node in used_inputs:
+        copies[node] = graph.placeholder(f"input_{placeholders.index(node)}")
+    for node in sorted(inside, key=order.__getitem__):
+        copies[node] = graph.node_copy(node, copies.__getitem__)
+    graph.output(copies[logits])
+    return graph, tuple(captured), tuple(placeholders.index(node) for node in used_inputs)
+
+
+def _capture_edit(anatomy: Anatomy, node: fx.Node) -> tuple[str, Edit]:
+    """Say where a `Capture` unit records the value of a node of the whole model's trace."""
+    path = str(node.target)
+    if node.op == "call_module" and len(anatomy.observation.calls.get(path, [])) == 1:
+        return site_edit(anatomy, module_site(anatomy, path))
+    scope = scope_of(node)
+    index = own_nodes(node.graph, scope).index(node)
+    local = own_nodes(anatomy.graph(scope, training=False).graph, None)
+    return scope, After(training_name(anatomy, scope, local[index].name))
+
+
+def captures(rest: Rest) -> list[tuple[str, Edit, str, Capture]]:
+    """Make the units that record what a rest needs: (owner, edit, key, unit) each."""
+    return [(each.owner, each.edit, each.key, Capture(each.key)) for each in rest.captured]

@@ -1,0 +1,171 @@
+"""Shapes without computing: one pass of fake tensors that records every module's calls."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.utils.checkpoint
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils import _pytree as pytree
+
+from fxgraft.errors import ConfigError
+from fxgraft.graph.tracing.preserve import (
+    preserved_attributes,
+    preserved_modes,
+    preserved_random_state,
+    replaced_checkpoint,
+)
+
+
+@dataclass
+class Call:
+    """One call of a module, as its caller made it.
+
+    Attributes:
+        args, kwargs: the arguments; tensors are fake (shape, dtype and device only).
+        output: what the call returned, tensors fake.
+        checkpointed: whether it ran under activation checkpointing.
+        order: position among all calls of the pass, by the time they returned.
+    """
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    output: Any = None
+    checkpointed: bool = False
+    order: int = 0
+
+
+@dataclass
+class Observation:
+    """All module calls of one evaluation pass of a model, by qualified name ('' is the model)."""
+
+    calls: dict[str, list[Call]] = field(default_factory=dict)
+    mode: FakeTensorMode = field(default_factory=lambda: FakeTensorMode(allow_non_fake_inputs=True))
+
+    def output(self, path: str) -> Any:
+        """Return the output of a module's first call."""
+        return self.calls[path][0].output
+
+
+def default_input_size(model: nn.Module) -> tuple[int, int, int]:
+    """Find the (C, H, W) a backbone expects: its fixed image size, timm's configuration, or 3×224×224.
+
+    The channels come from the first convolution or patch projection when there is one; timm's configuration
+    lists none where the images are first transformed by hand.
+    """
+    config = getattr(model, "pretrained_cfg", None) or getattr(model, "default_cfg", None) or {}
+    size = config.get("input_size") if isinstance(config, dict) else getattr(config, "input_size", None)
+    channels, height, width = size or (3, 224, 224)
+    for holder in (getattr(model, "patch_embed", None), model):
+        fixed = getattr(holder, "img_size", None) or getattr(holder, "image_size", None)
+        if isinstance(fixed, int):
+            fixed = (fixed, fixed)
+        if isinstance(fixed, (tuple, list)) and len(fixed) == 2 and all(isinstance(n, int) for n in fixed):
+            height, width = fixed
+            break
+    stem = config.get("first_conv") if isinstance(config, dict) else getattr(config, "first_conv", None)
+    if size and stem in ([], ()):
+        return channels, height, width
+    named = [model.get_submodule(stem)] if isinstance(stem, str) and _has(model, stem) else []
+    for module in (*named, *model.modules()):
+        if isinstance(module, nn.Conv2d):
+            channels = module.in_channels
+            break
+    return channels, height, width
+
+
+def _has(model: nn.Module, path: str) -> bool:
+    try:
+        model.get_submodule(path)
+    except AttributeError:
+        return False
+    return True
+
+
+def fake_inputs(
+    model: nn.Module, mode: FakeTensorMode, input_size: tuple[int, ...] | None, batch: int
+) -> tuple[Tensor]:
+    """Make the fake image batch for ``model`` on its own device and dtype."""
+    if input_size is not None and (not input_size or any(n < 1 for n in input_size)):
+        raise ConfigError(f"input_size must be positive, as (C, H, W); got {tuple(input_size)}.")
+    reference = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
+    size = input_size or default_input_size(model)
+    with mode:
+        return (torch.empty((batch, *size), dtype=reference.dtype, device=reference.device),)
+
+
+def observe(
+    model: nn.Module,
+    input_size: tuple[int, ...] | None = None,
+    batch: int = 2,
+    training: bool = False,
+) -> Observation:
+    """Run ``model`` once on fake tensors and record every module's calls.
+
+    No hook fires and no flag, buffer or random state changes; nothing is computed.
+
+    Args:
+        model: any module that takes one tensor.
+        input_size: (C, H, W) of the input; by default what `default_input_size` finds.
+        batch: batch size of the fake input.
+        training: the mode that every module is in for this pass.
+
+    Returns:
+        The calls by qualified module name, in the order they were made.
+
+    Raises:
+        Exception: whatever the model raises on such an input.
+    """
+    seen = Observation()
+    mode = seen.mode
+    names = {module: name for name, module in model.named_modules()}
+    depth = 0
+    order = 0
+
+    def call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        nonlocal order
+        # Containers are copied: dense networks append to a list after they passed it on.
+        record = Call(*pytree.tree_map(lambda leaf: leaf, (args, kwargs)), checkpointed=depth > 0)
+        name = names.get(module)
+        if name is not None:
+            seen.calls.setdefault(name, []).append(record)
+        # A patched model is looked at as part of a trace: this is no pass, and serves no labels.
+        run = getattr(module, "_fxgraft_forward", None) or module.forward
+        record.output = run(*args, **kwargs)
+        record.order = order
+        order += 1
+        return record.output
+
+    def checkpoint(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        nonlocal depth
+        depth += 1
+        try:
+            return function(*args, **kwargs)
+        finally:
+            depth -= 1
+
+    original = nn.Module.__call__
+    inputs = fake_inputs(model, mode, input_size, batch)
+    kept = preserved_modes(model), preserved_attributes(model.modules()), preserved_random_state()
+    with kept[0], kept[1], kept[2], torch.no_grad(), replaced_checkpoint(checkpoint):
+        for module in model.modules():
+            module.training = training
+            if training:  # BatchNorm counts on its real buffers, also in a fake pass
+                own = module._buffers
+                own.update({name: None if b is None else b.clone() for name, b in own.items()})
+        nn.Module.__call__ = call  # type: ignore[method-assign]
+        try:
+            with mode:
+                call(model, *inputs)
+        finally:
+            nn.Module.__call__ = original
+    return seen
+
+
+def tensors(tree: Any) -> list[Tensor]:
+    """List the tensors in a nest of containers."""
+    return [leaf for leaf in pytree.tree_leaves(tree) if isinstance(leaf, Tensor)]

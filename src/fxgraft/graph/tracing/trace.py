@@ -1,0 +1,296 @@
+"""Shallow symbolic tracing: only the modules that must be opened are; everything else stays a call.
+
+`trace` turns one module's ``forward`` into a `torch.fx.Graph` whose nodes are calls of its children and
+the functions between them. timm's own lists of modules and functions that must not be traced are
+honoured. The module traced is left exactly as it was, also when tracing fails.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import sys
+import traceback
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from timm.layers import get_notrace_functions, get_notrace_modules  # pyright: ignore[reportPrivateImportUsage]
+from torch import Tensor, fx, nn
+from torch.utils import _pytree as pytree
+
+from fxgraft.errors import TraceError
+from fxgraft.graph.tracing.observe import Call
+from fxgraft.graph.tracing.preserve import preserved_attributes, preserved_random_state, replaced_checkpoint
+from fxgraft.graph.tracing.proxies import InPlaceProxy
+from fxgraft.graph.tracing.settings import plain_settings
+from fxgraft.graph.tracing.signatures import INPUT, _names, bare_forward, bind, forward_signature
+
+CHECKPOINT_REGION = "fxgraft_checkpoint_region"
+"""Key in ``node.meta`` of the checkpointed region that a node was traced in."""
+
+
+def is_primitive(module: nn.Module) -> bool:
+    """Say whether a full trace keeps ``module`` as one call: torch's own layers, norms, timm's list."""
+    # BatchNorm subclasses count their batches in Python code, which a trace would execute for real.
+    if isinstance(module, (nn.modules.batchnorm._NormBase, *get_notrace_modules())):
+        return True
+    ours = type(module).__module__.startswith(("torch.nn", "torch.ao.nn"))
+    return ours and not isinstance(module, (nn.Sequential, nn.ModuleList, nn.ModuleDict))
+
+
+@dataclass
+class Traced:
+    """A module's graph for one mode.
+
+    Attributes:
+        graph: its nodes; ``call_module`` and ``get_attr`` targets are relative to the module.
+        spec: how the module's arguments nest; the graph's placeholders are their tensors, in order.
+        fixed: one entry per argument leaf: `INPUT` where the graph has a placeholder, else the value it
+            was traced with.
+        signature: the forward's own signature, by which calls are brought to one form.
+        constants: tensors that the forward made from nothing, by the name the graph calls them.
+        settings: plain attributes of the opened modules that the trace may have read, by module path.
+    """
+
+    graph: fx.Graph
+    spec: pytree.TreeSpec
+    fixed: tuple[Any, ...]
+    signature: inspect.Signature
+    constants: dict[str, Any] = field(default_factory=dict)
+    settings: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+    def node(self, name: str) -> fx.Node:
+        """Return the node called ``name``."""
+        return next(node for node in self.graph.nodes if node.name == name)
+
+
+class ShallowTracer(fx.Tracer):
+    """A tracer that opens the modules named, and those below ``deep`` down to primitives."""
+
+    def __init__(self, opened: Sequence[str], deep: Sequence[str]) -> None:
+        super().__init__(autowrap_functions=tuple(get_notrace_functions()))
+        self.opened = frozenset(opened)
+        self.deep = tuple(deep)
+        self.region = 0
+        self.touched: set[str] = {""}
+
+    def prepare(
+        self,
+        path: str,
+        observed: Mapping[str, list[Call]],
+        forward: Callable[..., Any],
+        spec: pytree.TreeSpec,
+        fixed: tuple[Any, ...],
+        names: list[str],
+    ) -> None:
+        """Say what to trace: ``forward(root, ...)`` with the arguments that ``spec`` and ``fixed`` describe.
+
+        What closed children were seen to return says how their outputs unpack; a proxy alone cannot know.
+        """
+        self.path = path
+        self.observed = observed
+        self.forward = forward
+        self.spec = spec
+        self.fixed = fixed
+        self.names = names
+
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        """Stand in for a node's value."""
+        return InPlaceProxy(node, self)
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        """Keep every module closed that nobody asked to open."""
+        if module_qualified_name in self.opened:
+            return False
+        inside = any(
+            not prefix or module_qualified_name == prefix or module_qualified_name.startswith(prefix + ".")
+            for prefix in self.deep
+        )
+        return not inside or is_primitive(m)
+
+    def call_module(
+        self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        """Open a module through its bare ``forward``: hooks belong to calls that compute, not to a trace."""
+        if m not in (self.submodule_paths or ()) and not [*m.parameters(), *m.buffers()]:
+            return m.forward(*args, **kwargs)  # a graft's unit without tensors: in no tree, so it has no name
+        path = self.path_of_module(m)
+        calls = self.observed.get(_join(self.path, path), [])
+        count = self.num_calls.get(path, 0)
+
+        def bare_forward(*inner: Any, **named: Any) -> Any:
+            self.touched.add(path)
+            return m.forward(*inner, **named)
+
+        out = super().call_module(m, bare_forward, args, kwargs)
+        if isinstance(out, fx.Proxy) and count < len(calls):
+            return _unpacked(out, calls[count].output)
+        return out
+
+    def create_args_for_root(
+        self, root_fn: Callable[..., Any], is_module: bool, concrete_args: Any = None
+    ) -> tuple[Callable[..., Any], list[Any]]:
+        """Make one placeholder per input leaf and pass every other argument as the caller did."""
+        leaves = [
+            self.create_proxy("placeholder", name, (), {}) if value is INPUT else value
+            for value, name in zip(self.fixed, self.names, strict=True)
+        ]
+        args, kwargs = pytree.tree_unflatten(leaves, self.spec)
+
+        def run() -> Any:
+            return self.forward(self.root, *args, **kwargs)
+
+        return run, []
+
+    def run_checkpoint(
+        self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        """Trace a checkpointed region in place and mark its nodes."""
+        self.region += 1
+        before = set(self.graph.nodes)
+        out = function(*args, **kwargs)
+        for node in self.graph.nodes:
+            if node not in before:
+                node.meta[CHECKPOINT_REGION] = self.region
+        return out
+
+
+def _unpacked(proxy: fx.Proxy, seen: Any) -> Any:
+    """Spread a proxy over the tuple or list that the real value was seen to be."""
+    if type(seen) in (tuple, list):
+        return type(seen)(
+            _unpacked(proxy[i], part)  # pyright: ignore[reportIndexIssue]
+            for i, part in enumerate(seen)
+        )
+    return proxy
+
+
+def _join(path: str, name: str) -> str:
+    return f"{path}.{name}" if path and name else path or name
+
+
+@contextlib.contextmanager
+def _untouched(module: nn.Module, opened: Sequence[nn.Module], training: bool) -> Iterator[dict[str, Any]]:
+    """Set the mode of the opened modules, and put back whatever the user's code changed while traced.
+
+    Yields:
+        A dictionary that holds, after the block, the attributes that fx added for constants.
+    """
+    flags = [(each, each.training) for each in opened]
+    attributes = set(module.__dict__)
+    buffers = [(b, b._version, b.clone()) for each in opened for b in each.buffers(recurse=False)]
+    added: dict[str, Any] = {}
+    for each in opened:
+        each.training = training
+    try:
+        with preserved_random_state():
+            yield added
+    finally:
+        for each, flag in flags:
+            each.training = flag
+        for name in set(module.__dict__) - attributes:
+            added[name] = module.__dict__.pop(name)
+        changed = [(b, saved) for b, version, saved in buffers if b._version != version]
+        for buffer, saved in changed:
+            with torch.no_grad():
+                buffer.copy_(saved)
+    if changed:
+        raise TraceError(
+            f"{type(module).__name__} changes a buffer in its own forward.\n"
+            "A traced graph would change it once, while tracing, and never again.\n"
+            "Choose a site outside this module, or the module's output."
+        )
+
+
+def _trace_error(module: nn.Module, path: str, error: BaseException) -> TraceError:
+    """Say which module and line stopped the trace."""
+    frames = traceback.extract_tb(error.__traceback__)
+    user = [f for f in frames if "/torch/fx/" not in f.filename and "fxgraft/graph" not in f.filename]
+    where = f"{user[-1].filename}:{user[-1].lineno}: {user[-1].line}" if user else "an unknown line"
+    name = f"{path!r} ({type(module).__name__})" if path else type(module).__name__
+    return TraceError(
+        f"torch.fx cannot trace {name}: {type(error).__name__}: {error}\n"
+        f"It stopped at {where}, usually control flow that depends on a tensor's values.\n"
+        "Choose the output of a whole module as the site (its inside then need not be opened), or register "
+        "the function with timm.layers.register_notrace_function."
+    )
+
+
+def trace(
+    module: nn.Module,
+    call: Call,
+    training: bool,
+    opened: Sequence[str] = (),
+    deep: Sequence[str] = (),
+    path: str = "",
+    observed: Mapping[str, list[Call]] | None = None,
+) -> Traced:
+    """Trace the forward of ``module`` as its caller calls it, for one mode.
+
+    Args:
+        module: the module whose forward is traced; its children stay calls.
+        call: one recorded call. Its tensors become inputs of the graph; every other argument is bound.
+        training: the mode to trace for.
+        opened: names of descendants to trace through.
+        deep: names of descendants to trace through down to primitive layers.
+        path: the module's own qualified name.
+        observed: recorded calls by qualified name, to know how the outputs of closed children unpack.
+
+    Returns:
+        The graph and what it depends on.
+
+    Raises:
+        TraceError: the forward cannot be traced; names the module, the line and the way out.
+    """
+    signature = forward_signature(module)
+    args, kwargs = bind(signature, call.args, call.kwargs)
+    leaves, spec = pytree.tree_flatten((args, kwargs))
+    tensors_only = tuple(INPUT if isinstance(leaf, Tensor) else leaf for leaf in leaves)
+    if isinstance(module, fx.GraphModule):
+        graph = _copy_graph(module, training)
+        return Traced(graph, spec, tensors_only, signature)
+    # Sizes that a caller hands down (a token grid) change with the image, so they are inputs as well,
+    # unless the forward branches on them.
+    given = {id(leaf) for leaf in pytree.tree_leaves((call.args, call.kwargs))}
+    with_sizes = tuple(
+        INPUT if type(leaf) is int and id(leaf) in given else value
+        for leaf, value in zip(leaves, tensors_only, strict=True)
+    )
+    names = _names(signature, args, kwargs)
+    failure: Exception = ValueError("no attempt was made")
+    for fixed in dict.fromkeys((with_sizes, tensors_only)):
+        tracer = ShallowTracer(opened, deep)
+        tracer.prepare(path, observed or {}, bare_forward(module), spec, fixed, names)
+        classes = {cls.__module__ for each in module.modules() for cls in type(each).__mro__}
+        tracer._autowrap_search += [sys.modules[name] for name in sorted(classes) if name in sys.modules]
+        to_open = [module, *(m for n, m in module.named_modules() if n and not tracer.is_leaf_module(m, n))]
+        try:
+            with (
+                preserved_attributes(to_open),
+                _untouched(module, to_open, training) as constants,
+                replaced_checkpoint(tracer.run_checkpoint),
+            ):
+                graph = tracer.trace(module)
+        except TraceError:
+            raise
+        except Exception as error:
+            failure = error
+            continue
+        settings = {
+            name: plain_settings(module.get_submodule(name) if name else module)
+            for name in sorted(tracer.touched)
+        }
+        return Traced(graph, spec, fixed, signature, constants, settings)
+    raise _trace_error(module, path, failure) from failure
+
+
+def _copy_graph(module: fx.GraphModule, training: bool) -> fx.Graph:
+    """Take the graph of a module that arrives traced; torchvision's extractors hold one per mode."""
+    source = getattr(module, "train_graph" if training else "eval_graph", None)
+    graph = fx.Graph()
+    graph.output(graph.graph_copy(source if isinstance(source, fx.Graph) else module.graph, {}))
+    for node in graph.nodes:  # the scopes it was once traced in are gone: all of it is one forward now
+        node.meta.pop("nn_module_stack", None)
+    return graph

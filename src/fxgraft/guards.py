@@ -1,0 +1,47 @@
+"""Models that something else has wrapped already."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from fxgraft.errors import (
+    WrappedModelError,
+)
+
+
+def _check_model(model: Any) -> None:
+    """Raise unless the model can be patched: a plain module that nothing has wrapped yet."""
+    if not isinstance(model, nn.Module):
+        kind = type(model).__name__
+        if kind == "ExportedProgram":
+            raise WrappedModelError(
+                "The model is an exported program, whose graph is fixed.\nPatch the model first, export after."
+            )
+        raise WrappedModelError(
+            f"fxgraft patches a torch.nn.Module, got {kind}.\nPass the model itself, as timm.create_model returns it."
+        )
+    wrappers = {
+        "DistributedDataParallel": "DistributedDataParallel",
+        "DataParallel": "DataParallel",
+        "FullyShardedDataParallel": "FSDP",
+        "FSDPModule": "FSDP2 (fully_shard)",
+        "OptimizedModule": "torch.compile",
+        "ScriptModule": "TorchScript",
+    }
+    for path, module in model.named_modules():
+        found = next((wrappers[c.__name__] for c in type(module).__mro__ if c.__name__ in wrappers), None)
+        if found is None and module._compiled_call_impl is not None:
+            found = "module.compile()"
+        nodes = module.graph.nodes if isinstance(module, torch.fx.GraphModule) else ()
+        if found is None and any(isinstance(node.target, torch._ops.OpOverload) for node in nodes):
+            found = "torch.export"
+        if found is not None:
+            where = f"its part {path!r}" if path else "it"
+            raise WrappedModelError(
+                f"{model._get_name()} cannot be patched: {where} is already wrapped by {found}.\n"
+                "The wrapper has taken hold of the bare forward, parameters and hooks, and would miss the patch.\n"
+                "Patch first, wrap after."
+            )

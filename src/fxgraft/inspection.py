@@ -1,0 +1,88 @@
+"""What a patch would do, and what the grafts of a model do: plans and summaries."""
+
+from __future__ import annotations
+
+import dataclasses
+import gc
+from dataclasses import dataclass
+
+import torch
+from rich.table import Table
+from torch import nn
+
+from fxgraft.graph.grafting.placement import Placement
+from fxgraft.patches.base import Patch
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a patch would do: the result of ``patch(..., dry_run=True)``.
+
+    Attributes:
+        name: the graft's name.
+        patch: its settings.
+        actions: (module, what happens there, modes) of each unit.
+        description: the method's own summary of it.
+    """
+
+    name: str
+    patch: Patch
+    actions: tuple[tuple[str, str, str], ...]
+    description: str
+
+    def __str__(self) -> str:
+        lines = [f"{self.name}: {self.description}".rstrip(": ")]
+        lines += [f"  {owner or '(the model)'}: {what}, in {modes}" for owner, what, modes in self.actions]
+        return "\n".join(lines)
+
+
+def _action(placement: Placement) -> tuple[str, str, str]:
+    edit = placement.edit
+    fields = ", ".join(str(getattr(edit, f.name)) for f in dataclasses.fields(edit))
+    modes = [m for m, on in (("training", placement.training), ("evaluation", placement.evaluation)) if on]
+    unit = type(placement.unit).__name__
+    return (
+        placement.owner,
+        f"{unit} {type(edit).__name__.lower()}{f' {fields}' if fields else ''}",
+        " and ".join(modes),
+    )
+
+
+@dataclass(frozen=True)
+class Summary:
+    """The grafts of a model, one row each: name, method, what it does, new parameters, notes."""
+
+    model: str
+    rows: tuple[tuple[str, str, str, str, str], ...]
+
+    def __rich__(self) -> Table:
+        table = Table(title=f"{self.model}: {len(self.rows)} graft(s), in order of action")
+        for column in ("name", "method", "where", "parameters", "notes"):
+            table.add_column(column)
+        for row in self.rows:
+            table.add_row(*row)
+        return table
+
+    def __str__(self) -> str:
+        if not self.rows:
+            return f"{self.model}: no grafts"
+        lines = [f"{self.model}: {len(self.rows)} graft(s), in order of action"]
+        for name, method, where, parameters, notes in self.rows:
+            lines.append(
+                f"  {name} = {method}: {where}; {parameters} new parameters{f'; {notes}' if notes else ''}"
+            )
+        return "\n".join(lines)
+
+    __repr__ = __str__
+
+
+def _left_out(model: nn.Module, own: list[nn.Parameter]) -> bool:
+    """Say whether an optimiser of this model exists that was built before the graft."""
+    ids = {id(p) for p in own}
+    others = {id(p) for p in model.parameters()} - ids
+    held = [
+        {id(p) for group in each.param_groups for p in group["params"]}
+        for each in gc.get_objects()
+        if issubclass(type(each), torch.optim.Optimizer)  # isinstance would run code of whatever is in memory
+    ]
+    return any(h & others for h in held) and not any(h & ids for h in held)

@@ -1,0 +1,5 @@
+"""CrossNorm (Tang, Gao, Zhu, Zhang, Li, Metaxas, ICCV 2021)."""
+
+from fxgraft.patches.crossnorm.patch import CrossNorm, CrossNormUnit
+
+__all__ = ["CrossNorm", "CrossNormUnit"]

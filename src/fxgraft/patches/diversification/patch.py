@@ -1,0 +1,287 @@
+"""Diversification block and gradient-boosting loss (Sun, Cholakkal, Khan, Khan, Shao, AAAI 2020).
+
+Paper: "Fine-grained Recognition: Accounting for Subtle Differences between Similar Classes". In training,
+pooling and the linear classifier change places: the classifier's weight makes one map per class, the largest
+entry and random patches of every map are damped to α of their value, and the average of what is left are the
+logits. The network has to find more than one place that tells classes apart. The loss that goes with it sets
+the label against its k highest-scoring wrong classes alone. Evaluation is the bare model's.
+
+Put it on the head, which is found. It costs one small matrix product per position. It hurts where maps are
+small: below about 7×7 positions one patch is much of the image. Hooks on the pooling and on the classifier do
+not fire in training, since neither module is called.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fxgraft.errors import ConfigError, SiteError, StructureError
+from fxgraft.graph.grafting.graft import Graft
+from fxgraft.graph.grafting.placement import Placement
+from fxgraft.graph.grafting.unit import Unit
+from fxgraft.graph.structure.head import Head, find_head
+from fxgraft.graph.structure.positionwise import ClassMaps, training_maps
+from fxgraft.graph.structure.positionwise import class_maps as maps
+from fxgraft.graph.tracing.anatomy import Anatomy
+from fxgraft.graph.tracing.editing import Output
+from fxgraft.patches.base import Make, Patch, recording
+from fxgraft.patches.diversification import tensors as core
+from fxgraft.patches.diversification.loss import GradientBoostingCrossEntropy, gradient_boosting_cross_entropy
+from fxgraft.patches.options import check_choices, check_share
+from fxgraft.patches.registry import register
+
+HEAD, RETURN = "head", "maps"
+
+
+@register("diversification")
+@dataclass(frozen=True, kw_only=True)
+class Diversification(Patch):
+    """Diversification block: damp the peak and random patches of every class map in training.
+
+    Args:
+        alpha: what damped entries are multiplied by, in [0, 1]; 1 damps nothing.
+        p_peak: probability, per image and class, that the peak of the map is damped.
+        p_patch: probability that a patch is damped; the peak belongs to none.
+        patch: side G of the square patches, in positions of the map.
+        border: positions that no whole patch covers are damped as peaks only ("skip", as in the reference
+            code) or belong to smaller patches ("partial").
+        ties: of several largest entries the "first" is the peak, or "all" are, each with its own draw, as in
+            the reference code.
+        head: qualified name of the classifier, where a model has several.
+        output: which entry of a structured output holds the logits (a key, an attribute or a position).
+        loss: "gradient_boosting" makes `fxgraft.loss` use that loss in place of cross-entropy.
+        loss_k: how many wrong classes that loss counts, at least 1.
+        loss_start: share of training before which cross-entropy stays; read from `fxgraft.set_progress`.
+        return_maps: training passes return ``(logits, maps)``, the class maps (B, K, H, W) before damping.
+
+    Raises:
+        ConfigError: an option outside its range, or patches larger than the map.
+        StructureError: no head of average pooling and a linear classifier, or several.
+    """
+
+    title = "Diversification block and gradient-boosting loss"
+    paper = (
+        "Sun, Cholakkal, Khan, Khan, Shao: Fine-grained Recognition: "
+        "Accounting for Subtle Differences between Similar Classes. AAAI 2020"
+    )
+    url = "https://arxiv.org/abs/1912.06842"
+    where = "the head: average pooling and linear classifier"
+    cost = "training: the classifier runs at every position of the last map; evaluation: none"
+    train_only = True
+
+    alpha: float = 0.1
+    p_peak: float = 0.5
+    p_patch: float = 0.5
+    patch: int = 3
+    border: core.Border = "skip"
+    ties: core.Ties = "first"
+    head: str | None = None
+    output: str | int | None = None
+    loss: Literal["gradient_boosting"] | None = None
+    loss_k: int = 15
+    loss_start: float = 0.0
+    return_maps: bool = False
+
+    def __post_init__(self) -> None:
+        check_choices(self)
+        check_share(
+            "Diversification",
+            alpha=self.alpha,
+            p_peak=self.p_peak,
+            p_patch=self.p_patch,
+            loss_start=self.loss_start,
+        )
+        for name, value in (("patch", self.patch), ("loss_k", self.loss_k)):
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ConfigError(
+                    f"Diversification: {name} must be a whole number of at least 1, got {value!r}."
+                )
+
+    def place(self, anatomy: Anatomy, make: Make) -> Sequence[Placement]:
+        """Replace the head in the training graph of the smallest module that holds it."""
+        found = find_head(anatomy, self.head, self.output)
+        unit = make(HEAD, lambda: DiversificationUnit(self))
+        if not isinstance(unit, DiversificationUnit):
+            raise ConfigError(f"{unit!r} is no unit of Diversification.")
+        unit.head, unit.class_maps = found, training_maps(found, anatomy.model)
+        core.patch_grid(*unit.grid, self.patch, self.border)
+        placements = [Placement(found.owner, found.span, HEAD, unit, evaluation=False)]
+        if self.return_maps:
+            if not isinstance(anatomy.observation.output(""), Tensor):
+                raise StructureError(
+                    f"{type(anatomy.model).__name__} does not return one tensor, so maps have no place "
+                    "beside it.\nLeave return_maps out; patches.diversification.record gives the maps."
+                )
+            placements.append(Placement("", Output(), RETURN, make(RETURN, WithMapsUnit), evaluation=False))
+        return placements
+
+    def describe(self, graft: Graft) -> str:
+        """Name the head, the size of its maps, and whether training and evaluation heads differ."""
+        unit = graft.units[HEAD]
+        if not isinstance(unit, DiversificationUnit):
+            return ""
+        height, width = unit.grid
+        where = unit.head.classifier or unit.head.owner
+        parts = [f"{where} (class maps of {height}×{width}, patches of {self.patch}×{self.patch})"]
+        if not unit.head.training.affine:
+            parts.append(
+                "layers between pooling and classifier run at every position, so that the heads of "
+                "training and evaluation differ"
+            )
+        if self.loss is not None:
+            start = f" from {self.loss_start:.0%} of the training" if self.loss_start else ""
+            parts.append(f"gradient-boosting loss with k={self.loss_k}{start}")
+        return "; ".join(parts)
+
+    def criterion(self, graft: Graft, criterion: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        """Return the gradient-boosting loss, with the settings of the cross-entropy it replaces."""
+        unit = graft.units[HEAD]
+        if self.loss is None or not (isinstance(unit, DiversificationUnit) and unit.boosts):
+            return criterion
+        if isinstance(criterion, nn.CrossEntropyLoss):
+            return GradientBoostingCrossEntropy(
+                self.loss_k,
+                label_smoothing=criterion.label_smoothing,
+                weight=criterion.weight,
+                ignore_index=criterion.ignore_index,
+                reduction=criterion.reduction,  # type: ignore[arg-type]
+            )
+        options: dict[str, Any] = {}
+        inner = criterion
+        if isinstance(criterion, functools.partial) and not criterion.args:
+            inner, options = criterion.func, criterion.keywords
+        if inner is not F.cross_entropy:
+            name = getattr(criterion, "__name__", type(criterion).__name__)
+            raise ConfigError(
+                f'{graft.name!r} was made with loss="gradient_boosting", and fxgraft.loss was given {name}.\n'
+                "That loss stands in for cross-entropy, and cannot be had together with another criterion.\n"
+                "Leave criterion= out (or pass cross-entropy with its options), or patch without loss=."
+            )
+        return functools.partial(gradient_boosting_cross_entropy, k=self.loss_k, **options)
+
+
+class WithMaps(NamedTuple):
+    """What a training pass returns with ``return_maps=True``.
+
+    Attributes:
+        logits: what the model returns otherwise.
+        maps: the class maps (B, K, H, W), before damping.
+    """
+
+    logits: Tensor
+    maps: Tensor
+
+
+@dataclass(frozen=True)
+class DiversificationRecord:
+    """What one training pass damped.
+
+    Attributes:
+        maps: class maps (B, K, H, W) before damping.
+        mask: bool (B, K, H, W), what was damped; None where nothing can be.
+    """
+
+    maps: Tensor
+    mask: Tensor | None
+
+
+class DiversificationUnit(Unit):
+    """Turns the map before the pooling into logits. Holds no parameters: it uses the classifier's own."""
+
+    transient = ("head", "class_maps", "records")
+
+    def __init__(self, config: Diversification) -> None:
+        super().__init__()
+        self.config = config
+        self.head: Head
+        self.class_maps: ClassMaps
+        self.records: list[DiversificationRecord] | None = None
+        self.set_progress(0.0)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Start without records in a copy."""
+        return {**super().__getstate__(), "records": None}
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Size (H, W) of the class maps as the model was looked at."""
+        shape = [n for d, n in enumerate(self.head.shape) if d not in (0, self.head.training.pooling.channel)]
+        if len(shape) == 2:
+            return shape[0], shape[1]
+        return self.head.grid or (1, shape[0])
+
+    def set_progress(self, fraction: float) -> None:
+        """Switch the loss on at ``loss_start``."""
+        self.boosts = fraction >= self.config.loss_start
+
+    def stale(self, model: nn.Module) -> bool:
+        """Say whether layers of the head were replaced by others; a new classifier is looked up by itself."""
+        return self.class_maps.stale(model)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return logits, shaped as the head's own, from the map (B, C, H, W), (B, H, W, C) or (B, N, C)."""
+        config = self.config
+        model = self.context.root
+        if model is None:
+            raise SiteError(
+                "The diversification block acts inside a pass of its model.\nCall the model, not its parts."
+            )
+        found = self.class_maps(model, x)
+        mask = None
+        if config.alpha < 1 and (config.p_peak > 0 or config.p_patch > 0):
+            with torch.no_grad():
+                draws = core.draw(
+                    found,
+                    p_peak=config.p_peak,
+                    p_patch=config.p_patch,
+                    patch=config.patch,
+                    border=config.border,
+                    ties=config.ties,
+                )
+                mask = core.suppression_mask(found, draws, patch=config.patch, ties=config.ties)
+        if self.records is not None:
+            self.records.append(
+                DiversificationRecord(found.detach().cpu(), None if mask is None else mask.cpu())
+            )
+        if config.return_maps:
+            self.context.values[f"{self.graft}.maps"] = found
+        kept = found if mask is None else core.damp(found, mask, config.alpha)
+        logits = kept.mean((2, 3))
+        return logits.reshape(*logits.shape, *[1] * (self.head.ndim - 2))
+
+
+class WithMapsUnit(Unit):
+    """Puts the class maps of the pass beside what the model returns."""
+
+    def forward(self, out: Tensor) -> WithMaps:
+        """Return ``out`` with the maps."""
+        return WithMaps(out, self.context.values[f"{self.graft}.maps"])
+
+
+@contextmanager
+def record(model: nn.Module) -> Iterator[list[DiversificationRecord]]:
+    """Collect class maps and masks of the training passes of the block, one record per pass.
+
+    Args:
+        model: a model with a diversification patch.
+
+    Yields:
+        The list that fills up.
+    """
+    missing = (
+        "There is no diversification block on this model.\n"
+        'Call fxgraft.patch(model, "diversification") first.'
+    )
+    with recording(model, DiversificationUnit, missing) as records:
+        yield records
+
+
+__all__ = ["Diversification", "DiversificationRecord", "DiversificationUnit", "WithMaps", "maps", "record"]

@@ -1,0 +1,95 @@
+"""Copies of a layer: several sets of tensors for one layer, and the one layer that they fold into."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from fxgraft.graph.grafting.unit import Unit
+
+Start = Literal["pretrained", "random"]
+
+
+class LayerCopies(Unit):
+    """Holds the tensors of further copies of a linear layer or convolution. The first copy is the layer itself.
+
+    The tensors are ``weight_1``, ``bias_1``, ``weight_2``, ... They follow the layer's ``requires_grad``.
+
+    Args:
+        module: the layer.
+        count: how many copies there are in all, at least 1.
+        start: "pretrained" copies its tensors, "random" draws them with its tensors' means and deviations.
+
+    Attributes:
+        path: the layer's qualified name; set when the unit is placed.
+    """
+
+    transient = ("path", "served")
+    path: str
+    served: Callable[[], nn.Module | None] | None = None
+
+    def __init__(self, module: nn.Module, count: int, start: Start) -> None:
+        super().__init__()
+        self.count = count
+        self.start: Start = start
+        for index in range(1, count):
+            for name, tensor in module.named_parameters(recurse=False):
+                started = nn.Parameter(_start(tensor.detach(), start), tensor.requires_grad)
+                self.register_parameter(f"{name}_{index}", started)
+
+    @torch.no_grad()
+    def serve(self, path: str, module: nn.Module) -> None:
+        """Remember the layer; where another one took its place, of the same shape, start as its copies anew."""
+        replaced = self.served is not None and self.served() is not module
+        self.path, self.served = path, weakref.ref(module)
+        for index in range(1, self.count) if replaced else ():
+            for name, tensor in module.named_parameters(recurse=False):
+                getattr(self, f"{name}_{index}").copy_(_start(tensor, self.start))
+
+    def tensors(self, module: Any) -> list[tuple[Tensor, Tensor | None]]:
+        """List weight and bias of every copy.
+
+        Args:
+            module: the layer.
+        """
+        pairs: list[tuple[Tensor, Tensor | None]] = [(module.weight, module.bias)]
+        for index in range(1, self.count):
+            bias = None if module.bias is None else getattr(self, f"bias_{index}")
+            pairs.append((getattr(self, f"weight_{index}"), bias))
+        return pairs
+
+    def folded(self, module: nn.Module, gain: float = 1.0) -> tuple[Tensor, Tensor | None]:
+        """Return ``gain`` times the mean of the copies: weight and bias of the layer that gives the mean output."""
+        weights, biases = zip(*self.tensors(module), strict=True)
+        return _mean(weights, gain), None if biases[0] is None else _mean(biases, gain)
+
+    @torch.no_grad()
+    def fold(self, module: Any) -> None:
+        """Write the folded tensors into the layer's own."""
+        weight, bias = self.folded(module)
+        module.weight.copy_(weight)
+        if bias is not None:
+            module.bias.copy_(bias)
+
+
+def copies_key(path: str, module: Any) -> str:
+    """Name a unit by the layer it serves and the shape of its tensors, so that another layer gets another unit."""
+    return f"{path} {tuple(module.weight.shape)}{'' if module.bias is None else ' with bias'}"
+
+
+def _start(tensor: Tensor, start: Start) -> Tensor:
+    if start == "pretrained":
+        return tensor.clone()
+    return torch.randn_like(tensor) * tensor.std(correction=0) + tensor.mean()
+
+
+def _mean(parts: Sequence[Tensor], gain: float) -> Tensor:
+    """Average tensors; where all of them are equal the mean is that to the bit, for any number of them."""
+    first = parts[0]
+    if len(parts) > 1:
+        first = first + sum(each - first for each in parts[1:]) / len(parts)
+    return first if gain == 1 else first * gain

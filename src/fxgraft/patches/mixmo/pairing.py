@@ -1,0 +1,238 @@
+"""Pairings: which images of a batch MixMo mixes in one pass, under which masks, and whose labels go with them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fxgraft.errors import ConfigError, TargetError
+from fxgraft.patches.mixmo.masks import Mixing, draw_masks, shuffle_roles
+from fxgraft.patches.mixmo.tensors import MixedLabels, balance, dirichlet
+
+
+class MixMoInput:
+    """M batches of images of the user's own pairing, for ``model(fxgraft.MixMoInput([x0, x1]), target=[y0, y1])``.
+
+    Row b of every batch goes into the same mixture; nothing is permuted.
+
+    Args:
+        inputs: one tensor (B, C, H, W) per member, all of one shape.
+
+    Raises:
+        ConfigError: no inputs, something that is no tensor, or different shapes.
+    """
+
+    def __init__(self, inputs: Sequence[Tensor]) -> None:
+        self.inputs = tuple(inputs)
+        if not self.inputs or not all(isinstance(each, Tensor) for each in self.inputs):
+            raise ConfigError("MixMoInput takes a list of tensors, one batch of images per member.")
+        if any(each.shape != self.inputs[0].shape for each in self.inputs):
+            shapes = ", ".join(str(tuple(each.shape)) for each in self.inputs)
+            raise ConfigError(
+                f"MixMoInput was given inputs of different sizes: {shapes}.\n"
+                "They are mixed position by position.\nResize them to one size, in batches of one length."
+            )
+
+
+@dataclass
+class Pairing:
+    """What one training pass mixes.
+
+    Attributes:
+        members: M.
+        rows: how many mixtures the pass has: repetitions times the batch, B'.
+        size: (H, W) of the images.
+        classes: K.
+        permutations: (M, B') indices into the batch; none of them where the user paired the inputs.
+        inputs: the user's M batches, or none.
+        labels: of the pass, as given.
+        masks: (M, B', ...) as they were mixed with; None until the stem has drawn them.
+        shares: (B', M), what each member has of the map.
+        weights: (B', M) of the members' losses.
+    """
+
+    members: int
+    rows: int
+    size: tuple[int, int]
+    classes: int
+    permutations: tuple[Tensor, ...]
+    inputs: tuple[Tensor, ...]
+    labels: Any
+    masks: Tensor | None = None
+    shares: Tensor | None = None
+    weights: Tensor | None = None
+
+    def draw(
+        self,
+        encoding: Tensor,
+        mixing: Mixing,
+        chance: Tensor,
+        *,
+        alpha: float = 2.0,
+        r: float = 3.0,
+        shuffled: bool = True,
+    ) -> None:
+        """Draw the masks of the pass, and the weights that follow from them.
+
+        Args:
+            encoding: what is to be mixed, (B', C, *positions).
+            mixing: see `fxgraft.functional.masks.draw_masks`.
+            chance: () on the CPU, probability that the batch is mixed so, else linearly.
+            alpha: concentration of the ratios.
+            r: root that weighs the losses.
+            shuffled: deal the roles in a mixture anew.
+        """
+        device, channels = encoding.device, encoding.shape[1]
+        height, width = self.grid(encoding)
+        kappa = dirichlet(alpha, self.rows, self.members, device)
+        if mixing == "sum":
+            self.masks, self.shares = draw_masks(mixing, kappa, channels, height, width)
+            self.weights = torch.ones_like(self.shares)
+            return
+        masks, shares = draw_masks("linear", kappa, channels, height, width)
+        on = False if mixing == "linear" else _happens(chance, device)
+        if on is not False:
+            drawn = draw_masks(mixing, kappa, channels, height, width)
+            drawn = shuffle_roles(*drawn) if shuffled else drawn
+            pairs = zip(drawn, (masks, shares), strict=True)
+            masks, shares = drawn if on is True else [torch.where(on, *pair) for pair in pairs]
+        self.masks, self.shares, self.weights = masks, shares, balance(shares, r)
+
+    def masks_for(self, encoding: Tensor) -> Tensor:
+        """Shape the masks to be multiplied with a map (B', C, *positions)."""
+        masks = self.masks
+        if masks is None:
+            raise ConfigError("The masks of a pass are drawn before they are used.\nCall draw first.")
+        missing = 4 - encoding.ndim
+        if missing == 0:
+            return masks
+        if masks.shape[-2:] != (1, 1):
+            masks = masks.expand(*masks.shape[:3], *self.grid(encoding))
+        return masks.flatten(-2) if missing == 1 else masks.flatten(2)
+
+    def grid(self, encoding: Tensor) -> tuple[int, int]:
+        """Return rows and columns of a map; tokens are arranged as near to the shape of the image as they can be."""
+        positions = tuple(encoding.shape[2:]) or (1, 1)
+        if len(positions) == 2:
+            return positions[0], positions[1]
+        tokens = positions[0]
+        height, width = self.size
+        rows = [n for n in range(1, tokens + 1) if tokens % n == 0]
+        best = min(rows, key=lambda n: abs(n * n * width - tokens * height))
+        return best, tokens // best
+
+    def member_labels(self, y: Any) -> list[Any]:
+        """Labels of each member's images.
+
+        Args:
+            y: labels of the batch, class indices (B,), soft targets (B, K) or `MixedLabels`; a list of M where
+                the user paired the inputs.
+
+        Raises:
+            TargetError: labels of another batch, or not one for each member.
+        """
+        if self.inputs:
+            if not isinstance(y, (list, tuple)) or len(y) != self.members:
+                raise TargetError(
+                    f"The last pass mixed {self.members} inputs of its own, which have labels each.\n"
+                    f"Pass a list of {self.members} labels, as target= and to fxgraft.loss."
+                )
+            return list(y)
+        self._check_batch(y)
+        return [y[order] for order in self.permutations]
+
+    def soft_labels(self, y: Any, visible: bool = True) -> list[Any]:
+        """Labels of each member's images, those of images that are mixed themselves as soft targets.
+
+        Args:
+            y: as for `member_labels`.
+            visible: weigh the labels of a mixed image by what the masks leave visible of its parts.
+        """
+        labels = self.member_labels(y)
+        masks = [None] * self.members if self.masks is None or not visible else list(self.masks)
+        return [
+            each.soft(self.classes, mask) if isinstance(each, MixedLabels) else each
+            for each, mask in zip(labels, masks, strict=True)
+        ]
+
+    def mixed_label(self) -> Tensor:
+        """Soft targets (B', K) of the mixtures: every member's label with its share of the map."""
+        labels = self.soft_labels(self.labels)
+        shares = [None] if self.shares is None else self.shares.unbind(1)
+        parts = []
+        for label, share in zip(labels, shares, strict=True):
+            soft = label if label.is_floating_point() else F.one_hot(label, self.classes).float()
+            parts.append(soft if share is None else soft * share.unsqueeze(1))
+        return torch.stack(parts).sum(0)
+
+    def _check_batch(self, y: Any) -> None:
+        repeats = self.rows // len(self.labels)
+        if not isinstance(y, (Tensor, MixedLabels)) or len(y) * repeats != self.rows:
+            given = f"{len(y)} labels" if isinstance(y, (Tensor, MixedLabels)) else f"a {type(y).__name__}"
+            raise TargetError(
+                f"The last training pass had labels for {len(self.labels)} samples; the loss was given {given}.\n"
+                "Which sample each member saw is known for the last pass only.\n"
+                "Call fxgraft.loss right after the pass, with the labels of its batch."
+            )
+        if _differ(y, self.labels):
+            raise TargetError(
+                "The loss was given other labels than the last training pass.\n"
+                "Which sample each member saw is known for the last pass only.\n"
+                "Call fxgraft.loss right after the pass, with the labels of its batch."
+            )
+
+
+def _differ(y: Any, other: Any) -> bool:
+    """Say whether labels of one kind differ, where looking costs nothing: on an accelerator it would stall."""
+    if (
+        not (isinstance(y, Tensor) and isinstance(other, Tensor))
+        or not y.device.type == other.device.type == "cpu"
+    ):
+        return False
+    return y.shape == other.shape and y.dtype == other.dtype and not torch.equal(y, other)
+
+
+def _happens(chance: Tensor, device: torch.device) -> Tensor | bool:
+    """Draw for a batch: on the CPU, which stalls no device, or inside compiled code as data."""
+    if torch.compiler.is_compiling():
+        return torch.rand((), device=device) < chance
+    return torch.rand(()).item() < chance.item()
+
+
+def check_pairs(graft: str, members: int, own: Sequence[Tensor], labels: Any) -> None:
+    """Raise unless there is an input and a label for each member where the user paired them, else one label."""
+    if own and len(own) != members:
+        raise ConfigError(
+            f"{graft!r} has {members} members, and MixMoInput holds {len(own)} inputs.\n"
+            "Every member gets one batch of images of its own."
+        )
+    several = isinstance(labels, (list, tuple))
+    if labels is None or (several == bool(own) and (not own or len(labels) == members)):
+        return
+    what = f"a list of {len(labels)}" if several else f"a {type(labels).__name__}"
+    raise TargetError(
+        f"{graft!r} was given {'MixMoInput' if own else 'one batch of images'} with {what} as labels.\n"
+        f"One batch has one tensor of labels, MixMoInput a list of {members}."
+    )
+
+
+def known_pairing(last: Pairing | None, out: Tensor) -> Pairing:
+    """Return the pairing of the last pass if it can be that of the logits ``out`` (M, B', K).
+
+    Raises:
+        TargetError: there was no such pass.
+    """
+    gave = None if last is None else (last.members, last.rows, last.classes)
+    if last is None or tuple(out.shape) != gave:
+        raise TargetError(
+            f"The loss was given logits {tuple(out.shape)} of several members, and the last training pass "
+            f"{f'gave {gave}' if gave else 'is not known'}.\n"
+            "Which sample each member saw is known for the last training pass only.\n"
+            "Call fxgraft.loss right after the pass, on the model that made it."
+        )
+    return last

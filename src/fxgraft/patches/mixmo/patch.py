@@ -1,0 +1,388 @@
+"""MixMo (Ramé, Sun, Cord, ICCV 2021), and MIMO (Havasi et al., ICLR 2021), which is its mixing by sums.
+
+In training M encoders in place of the first layer take M images of the batch, a mixture of their outputs goes
+through the network, and M classifiers in place of the last one tell what each of the images was:
+
+    l = M · Σ_i mask_i · conv(x_i; W_i),    loss = Σ_i w_i · CE(y_i, d_i(l)),    w_i = M · κ_i^{1/r} / Σ_j κ_j^{1/r}.
+
+Evaluation gives every encoder the same image under masks of 1/M and averages the logits. Both ends are linear,
+so that is one pass of the bare network with the weights Σ_i W_i and mean_i D_i, which it computes anew in every
+pass; `fxgraft.merge` writes them into the stock tensors.
+
+It costs the encoders and the mixing at the stem. It needs capacity: on a network that is narrow for its data the
+members compete, and the paper's gains are from wide ones, trained with every batch repeated.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from fxgraft.errors import ConfigError, SiteError, StructureError, WrappedModelError
+from fxgraft.graph.grafting.graft import Graft
+from fxgraft.graph.grafting.labels import check_label_range
+from fxgraft.graph.grafting.placement import Placement
+from fxgraft.graph.grafting.state import state_of
+from fxgraft.graph.grafting.unit import Unit
+from fxgraft.graph.structure.ends import Stem, apply_layer, find_classifiers, find_stems
+from fxgraft.graph.tracing.anatomy import Anatomy
+from fxgraft.graph.tracing.editing import Input, Instead, Output
+from fxgraft.patches.base import Make, Patch
+from fxgraft.patches.mixmo import tensors as core
+from fxgraft.patches.mixmo.copies import LayerCopies, copies_key
+from fxgraft.patches.mixmo.masks import Mixing
+from fxgraft.patches.mixmo.pairing import MixMoInput, Pairing, check_pairs, known_pairing
+from fxgraft.patches.mixmo.tensors import MixedLabels
+from fxgraft.patches.options import check_choices, check_share
+from fxgraft.patches.registry import register
+
+INPUTS, RETURN = "inputs", "members"
+
+
+@register("mixmo")
+@dataclass(frozen=True, kw_only=True)
+class MixMo(Patch):
+    """MixMo: several inputs and outputs through one network, folded back into the stock network at the end.
+
+    A training pass returns one row of logits per member, (M, B, K), and `fxgraft.loss` gives their weighted sum.
+    An evaluation pass returns (B, K), with ``members=True`` in the call (M, B, K).
+
+    The stock stem and classifier stay where they are and are member 0; the tensors of the others sit beside them,
+    as ``<layer>.graft_mixmo.weight_1`` and so on. How they stand to the paper's W_i depends on ``init``:
+
+    - "pretrained": the members V_i start as copies of the stock tensors, and W_i = V_i / M. The mixture is
+      Σ_i mask_i · conv(x_i; V_i), evaluation has mean_i V_i as its stem and starts as the bare network, bit by bit.
+    - "random": W_i = V_i, as in the paper. The members from 1 on are drawn with mean and deviation of the stock
+      tensors. The mixture is M · Σ_i mask_i · conv(x_i; V_i), evaluation has Σ_i V_i: an untrained network whose
+      stem is not the stock one.
+
+    A stem's bias is one of the tensors and follows the same rule. `fxgraft.unpatch` leaves V_0 and D_0 in the
+    stock tensors, one member of several; to keep what was trained, `fxgraft.merge` first.
+
+    Args:
+        members: M, at least 1. One member trains as the bare model.
+        mixing: "cut" (a box of one image in the other), "linear", "sum" (MIMO, equal parts), "cow",
+            "patchup_hard", "patchup_soft", "horizontal", "vertical" or "channel"; with more than two members
+            those beyond the first share what it leaves, linearly.
+        p: probability of that mixing in a batch, else it is linear; in [0, 1].
+        decay: last share of training over which p falls to 0; read from `fxgraft.set_progress`.
+        alpha: of the Dirichlet distribution of the mixing ratios, above 0. Large values mix evenly.
+        r: root of the ratios that weighs the losses, above 0; larger values weigh more evenly.
+        repetitions: how often every image of the batch occurs, in as many mixtures; the output is then
+            (M, repetitions · B, K).
+        kept: share of the rows in which all members get the same image.
+        shuffle_roles: deal in every batch anew whose image is the one that is cut out.
+        visible_labels: weigh the two labels of `MixedLabels` (images mixed before, by `fxgraft.input_cutmix`) by
+            what the mask leaves visible of each, as the authors do, instead of by their share of the image.
+        init: "pretrained" or "random"; see above.
+
+    Raises:
+        ConfigError: an option outside its range, or a mixing that the stem has no positions for.
+        StructureError: no linear stem that all of the image goes through, or no linear classifier.
+    """
+
+    title = "MixMo"
+    paper = (
+        "Ramé, Sun, Cord: MixMo: Mixing Multiple Inputs for Multiple Outputs via Deep Subnetworks. ICCV 2021"
+    )
+    url = "https://arxiv.org/abs/2103.06132"
+    where = "the stem and the classifier"
+    cost = "training: stem and classifier run once per member, and the stem's outputs are mixed; evaluation: none"
+    needs_labels = True
+    adds_parameters = True
+    call_options = ("members",)
+
+    members: int = 2
+    mixing: Mixing = "cut"
+    p: float = 0.5
+    decay: float = 1 / 12
+    alpha: float = 2.0
+    r: float = 3.0
+    repetitions: int = 1
+    kept: float = 0.0
+    shuffle_roles: bool = True
+    visible_labels: bool = True
+    init: Literal["pretrained", "random"] = "pretrained"
+
+    def __post_init__(self) -> None:
+        check_choices(self)
+        check_share("MixMo", p=self.p, decay=self.decay, kept=self.kept)
+        for name in ("members", "repetitions"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ConfigError(f"MixMo: {name} must be a whole number of at least 1, got {value!r}.")
+        for name in ("alpha", "r"):
+            value = getattr(self, name)
+            number = isinstance(value, (int, float)) and not isinstance(value, bool)
+            if not number or not 0 < value < math.inf:
+                raise ConfigError(f"MixMo: {name} must be a positive number, got {value!r}.")
+
+    @property
+    def gain(self) -> float:
+        """Factor of the mixture: 1 where the members' weights stand for W_i / M, M where for W_i."""
+        return 1.0 if self.init == "pretrained" else float(self.members)
+
+    def place(self, anatomy: Anatomy, make: Make) -> Sequence[Placement]:
+        """Put encoders in place of the stems, heads in place of the classifiers, and units around the model."""
+        stems, heads = find_stems(anatomy), find_classifiers(anatomy)
+        self._check_stems(stems)
+        inputs = make(INPUTS, lambda: Inputs(self))
+        members = make(RETURN, lambda: Members(self))
+        if isinstance(inputs, Inputs):
+            inputs.classifier = heads[0]
+        placements = [Placement("", Input(), INPUTS, inputs), Placement("", Output(), RETURN, members)]
+        for stem in stems:
+            unit = self._member_unit(anatomy, make, stem.path, Encoders)
+            unit.stem = stem
+            placements.append(Placement(stem.path, Instead(), stem.path, unit))
+        units = {path: self._member_unit(anatomy, make, path, Heads) for path in heads}
+        return [*placements, *(Placement(path, Instead(), path, unit) for path, unit in units.items())]
+
+    def _member_unit(self, anatomy: Anatomy, make: Make, path: str, kind: type[MemberUnit]) -> Any:
+        module = anatomy.module(path)
+        # A layer of another size that took the place of this one gets units of its own.
+        unit = make(copies_key(path, module), lambda: kind(self, module))
+        if not isinstance(unit, MemberUnit):
+            raise ConfigError(f"{unit!r} is no unit of MixMo.")
+        unit.serve(path, module)
+        return unit
+
+    def _check_stems(self, stems: Sequence[Stem]) -> None:
+        if self.mixing in ("linear", "sum"):
+            return
+        for stem in stems:
+            if stem.layout.name == "NC" and self.mixing != "channel":
+                raise ConfigError(
+                    f"MixMo: mixing={self.mixing!r} needs positions, and {stem.path!r} gives one vector per image.\n"
+                    'Pass mixing="linear", "sum" or "channel".'
+                )
+        widths = {
+            stem.path: stem.layout.canonical(torch.empty(stem.shape, device="meta")).shape[1]
+            for stem in stems
+        }
+        if self.mixing == "channel" and len(set(widths.values())) > 1:
+            raise ConfigError(
+                f'MixMo: mixing="channel" needs stems of one width, and there are {widths}.\n'
+                "One mask says for all of them which channels a member has.\nPass another mixing."
+            )
+
+    def describe(self, graft: Graft) -> str:
+        """Name the two ends, the number of members and the mixing."""
+        kinds = {
+            kind: [u.path for u in graft.units.values() if isinstance(u, kind)] for kind in (Encoders, Heads)
+        }
+        often = f" with probability {self.p:g}" if self.mixing not in ("linear", "sum") else ""
+        repeated = f", each batch {self.repetitions} times" if self.repetitions > 1 else ""
+        return (
+            f"{self.members} encoders at {', '.join(kinds[Encoders])} and heads at {', '.join(kinds[Heads])}, "
+            f"{self.mixing} mixing{often}{repeated}"
+        )
+
+    def criterion(self, graft: Graft, criterion: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        """Return the weighted sum of the members' losses, for what a training pass returned."""
+        unit = graft.units[RETURN]
+
+        def members(out: Tensor, y: Any) -> Tensor:
+            if out.ndim < 3 or not isinstance(unit, Members):
+                return criterion(out, y)
+            record = known_pairing(unit.last, out)
+            targets = record.soft_labels(y, self.visible_labels)
+            weights = out.new_ones(out.shape[1::-1]) if record.weights is None else record.weights
+            return core.member_losses(criterion, out, targets, weights).sum()
+
+        return members
+
+    def merge(self, graft: Graft, model: nn.Module) -> None:
+        """Write the folded stem and classifier into the stock tensors."""
+        for unit in graft.units.values():
+            if isinstance(unit, MemberUnit):
+                unit.fold(model.get_submodule(unit.path))
+
+
+class Inputs(Unit):
+    """Pairs the images of a pass, in front of the model."""
+
+    optional = True
+    transient = ("classifier",)
+
+    def __init__(self, config: MixMo) -> None:
+        super().__init__()
+        self.config = config
+        self.classifier: str
+
+    def forward(self, x: Any) -> Tensor:
+        """Return the images that go through the model as member 0's, (repetitions · B, C, H, W)."""
+        root, config = self.context.root, self.config
+        if root is None or not root.training:
+            if isinstance(x, MixMoInput):
+                raise ConfigError(
+                    "MixMoInput pairs inputs for training, and the model is in evaluation mode.\n"
+                    "There every member sees the same image.\nPass a tensor, or call model.train()."
+                )
+            return x
+        if getattr(root, "_is_replica", False):
+            raise WrappedModelError(
+                f"{self.graft!r} cannot train under DataParallel, which would join the members of its replicas' "
+                "outputs (M, B, K) along M.\nUse DistributedDataParallel; evaluation works under both."
+            )
+        own: tuple[Tensor, ...] = x.inputs if isinstance(x, MixMoInput) else ()
+        images: Tensor = own[0] if own else x  # type: ignore[assignment]
+        head: Any = root.get_submodule(self.classifier)
+        classes: int = head.weight.shape[0]
+        self._check_labels(own, images.shape[0], classes)
+        repetitions = 1 if own else config.repetitions
+        batch, device = images.shape[0], images.device
+        orders = (
+            () if own else core.permutations(batch, config.members, repetitions, device, config.kept).unbind()
+        )
+        if repetitions > 1:
+            images = torch.cat([images] * repetitions)
+        size = (images.shape[-2], images.shape[-1]) if images.ndim == 4 else (1, 1)
+        self.context.values[f"{self.graft}:pairing"] = Pairing(
+            config.members, images.shape[0], size, classes, orders, own, self.context.target
+        )
+        return images
+
+    def _check_labels(self, own: tuple[Tensor, ...], batch: int, classes: int) -> None:
+        context, given = self.context, self.context.target
+        check_pairs(self.graft, self.config.members, own, given)
+        try:
+            every: Sequence[Any] = given if own and given is not None else (given,)  # type: ignore[assignment]
+            for each in every:
+                # Two lists of indices and a mask: the first stands for all of them.
+                context.target = each.first if isinstance(each, MixedLabels) else each
+                check_label_range(self.graft, context.labels(self.graft, batch), classes)
+        finally:
+            context.target = given
+
+
+class MemberUnit(LayerCopies):
+    """A layer with one set of tensors per member.
+
+    Args:
+        config: the options.
+        module: the stock layer, whose own tensors are member 0's.
+    """
+
+    def __init__(self, config: MixMo, module: nn.Module) -> None:
+        super().__init__(module, config.members, config.init)
+        self.config = config
+
+    def pairing(self) -> Pairing:
+        """Return what the pass mixes."""
+        found = self.context.values.get(f"{self.graft}:pairing")
+        if found is None:
+            raise SiteError(
+                f"{self.graft!r} acts inside a training pass of its model.\nCall the model, not its parts, and "
+                "put all of it into the mode you want, with model.train() or model.eval()."
+            )
+        return found
+
+
+class Encoders(MemberUnit):
+    """Runs a stem once per member and mixes; in evaluation, once."""
+
+    transient = (*LayerCopies.transient, "stem")
+    stem: Stem
+
+    def folded(self, module: nn.Module, gain: float | None = None) -> tuple[Tensor, Tensor | None]:
+        """Return the weight and bias of the one layer that evaluation runs."""
+        return super().folded(module, self.config.gain if gain is None else gain)
+
+    def set_progress(self, fraction: float) -> None:
+        """Follow the schedule of the probability. A tensor, since compiled code would guard on a number."""
+        self.chance = torch.tensor(core.cut_probability(self.config.p, fraction, self.config.decay))
+
+    def forward(self, module: nn.Module, x: Tensor) -> Tensor:
+        """Return the mixture of the members' encodings."""
+        # By the layer's own mode: other grafts look ahead through it in evaluation, in the middle of a pass.
+        if not module.training:
+            return apply_layer(module, x, *self.folded(module))
+        config, pairing, layout = self.config, self.pairing(), self.stem.layout
+        members = zip(self._inputs(pairing, x), self.tensors(module), strict=True)
+        encodings = [apply_layer(module, z, *own) for z, own in members]
+        if config.members == 1:
+            return encodings[0]
+        maps = [layout.canonical(each) for each in encodings]
+        if pairing.masks is None:
+            pairing.draw(
+                maps[0],
+                config.mixing,
+                self.chance,
+                alpha=config.alpha,
+                r=config.r,
+                shuffled=config.shuffle_roles,
+            )
+            self._tell_others(pairing)
+        return layout.restore(encodings[0], core.mix(maps, pairing.masks_for(maps[0]), config.gain))
+
+    def _inputs(self, pairing: Pairing, x: Tensor) -> list[Tensor]:
+        """List what every member's copy of the layer gets."""
+        if not pairing.inputs:
+            # Member 0 sees the batch in its order.
+            return [x, *(x[order] for order in pairing.permutations[1:])]
+        before, root = self.stem.before, self.context.root
+        others = pairing.inputs[1:]
+        return [x, *(others if before is None or root is None else (before(root, each) for each in others))]
+
+    def _tell_others(self, pairing: Pairing) -> None:
+        """Leave labels for the other grafts of the model, who see mixtures: mixed alike."""
+        root = self.context.root
+        state = None if root is None else state_of(root)
+        if state is not None and len(state.ledger.grafts) > 1:
+            self.context.target = pairing.mixed_label()
+
+
+class Heads(MemberUnit):
+    """Runs a classifier once per member; in evaluation once for all, or per member where the call asks for them."""
+
+    def forward(self, module: nn.Module, x: Tensor) -> Tensor:
+        """Return logits, those of the members one after the other along the batch."""
+        root = self.context.root
+        asked = self.context.options.get("members") and root is not None and not root.training
+        if not (module.training or asked):
+            return apply_layer(module, x, *self.folded(module))
+        if module.training:
+            self.pairing()
+        return torch.cat([apply_layer(module, x, *own) for own in self.tensors(module)])
+
+
+class Members(Unit):
+    """Gives the members' logits a dimension of their own, behind the model, and keeps the pairing for the loss."""
+
+    optional = True
+
+    def __init__(self, config: MixMo) -> None:
+        super().__init__()
+        self.config = config
+        self.last: Pairing | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Forget the last pass in a copy."""
+        return {**super().__getstate__(), "last": None}
+
+    def forward(self, out: Tensor) -> Tensor:
+        """Return (M, B, K) in training and where the call asks for it, else ``out`` (B, K) as it is."""
+        root, members = self.context.root, self.config.members
+        if root is None or not root.training:
+            asked = self.context.options.get("members")
+            return torch.stack(out.chunk(members)) if asked else out
+        pairing: Pairing = self.context.values[f"{self.graft}:pairing"]
+        if out.shape[0] != members * pairing.rows or (members > 1 and pairing.masks is None):
+            raise StructureError(
+                f"A training pass of {root._get_name()} gave {out.shape[0]} rows of logits for {members} members "
+                f"and {pairing.rows} mixtures.\nThe stem or the classifier was not in training mode, another "
+                "patch acts in its place, or what follows the classifier does not treat every row by itself.\n"
+                "Call model.train(); to freeze these layers, use requires_grad_(False)."
+            )
+        self.last = pairing
+        # A copy, since FSDP warns of outputs that are views.
+        return torch.stack(out.chunk(members))
+
+
+__all__ = ["MixMo", "MixMoInput"]

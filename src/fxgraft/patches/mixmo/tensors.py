@@ -1,0 +1,318 @@
+"""Tensor functions of MixMo (Ramé, Sun, Cord, ICCV 2021), of which MIMO (Havasi et al., ICLR 2021) is a case.
+
+M encoders l_i of M inputs x_i are mixed into one map, which the shared network takes to M heads d_i:
+
+    l = M · Σ_i mask_i · l_i,        loss = Σ_i w_i · CE(y_i, d_i(l)),        w_i = M · κ_i^{1/r} / Σ_j κ_j^{1/r},
+
+with Σ_i mask_i = 1 at every position and κ_i the share that mask_i leaves to member i. The steps of one batch:
+`permutations` pair the samples, `dirichlet` draws κ, `fxgraft.functional.masks.draw_masks` makes masks and
+shares, `mix` mixes, `balance` and `member_losses` weigh the losses. `input_cutmix` goes before all that: CutMix
+of the images themselves, whose labels then depend on what the mixing leaves visible.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import inspect
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fxgraft.errors import ConfigError, TargetError
+from fxgraft.patches.mixmo.masks import box_mask, draw_centres
+
+Criterion = Callable[..., Tensor]
+
+
+def dirichlet(alpha: float, batch: int, members: int, device: torch.device | str = "cpu") -> Tensor:
+    """Draw the mixing ratios κ of every sample from a symmetric Dirichlet distribution.
+
+    Args:
+        alpha: its concentration, above 0; 2 in the paper. Large values mix evenly, small ones hardly.
+        batch: B.
+        members: M.
+        device: where to draw.
+
+    Returns:
+        (B, M), float32; rows sum to 1.
+
+    Raises:
+        ConfigError: alpha is not above 0.
+    """
+    if not alpha > 0 or math.isinf(alpha):
+        raise ConfigError(
+            f"κ is drawn from a Dirichlet distribution, whose alpha must be above 0 and finite, got {alpha!r}.\n"
+            'The paper uses 2. For equal shares of all members (MIMO) use mixing="sum".'
+        )
+    parts = torch.full((batch, members), float(alpha), device=device)
+    return torch._sample_dirichlet(parts)  # type: ignore[attr-defined,reportPrivateImportUsage]
+
+
+def mix(encodings: Sequence[Tensor], masks: Tensor | Sequence[Tensor], gain: float | None = None) -> Tensor:
+    """Mix M encodings: gain · Σ_i mask_i · l_i.
+
+    Where a mask is 0, exactly no gradient reaches that encoding. With a gain of 1 two members are mixed in a
+    single pass over memory; that is what to use where the factor M can go into the encoders' weights.
+
+    Args:
+        encodings: l_i, of one shape and dtype.
+        masks: mask_i, M of them, that sum to 1 and broadcast against the encodings. They are constants: give
+            none that requires a gradient.
+        gain: factor of the whole; M by default.
+
+    Returns:
+        A map shaped as the encodings, in their dtype and memory order.
+    """
+    members = len(encodings)
+    gain = float(members) if gain is None else gain
+    if members == 1:
+        return encodings[0] if gain == 1 else encodings[0] * gain
+    weights = [(mask if gain == 1 else mask * gain).to(encodings[0].dtype) for mask in masks]
+    if members == 2 and gain == 1:
+        return torch.lerp(encodings[1], encodings[0], weights[0])
+    mixed = encodings[0] * weights[0]
+    for encoding, weight in zip(encodings[1:], weights[1:], strict=True):
+        # In place: neither the product before nor this one is kept for the backward pass.
+        mixed = mixed.addcmul_(encoding, weight)
+    return mixed
+
+
+def balance(shares: Tensor, r: float = 3.0) -> Tensor:
+    """Weights of the members' losses: w_i = M · κ_i^{1/r} / Σ_j κ_j^{1/r}.
+
+    Args:
+        shares: (B, M), what each member has of the map; rows sum to 1.
+        r: 1 weighs by the share, larger values more evenly, infinity equally. The paper finds 3 to 6 best.
+
+    Returns:
+        (B, M); rows sum to M. A member without a share has weight 0 (unless r is infinite).
+
+    Raises:
+        ConfigError: r is not above 0.
+    """
+    if not r > 0:
+        raise ConfigError(
+            f"The losses are weighted by the r-th root of the shares; r must be above 0, got {r!r}."
+        )
+    roots = shares ** (1 / r)
+    return shares.shape[1] * roots / roots.sum(1, keepdim=True)
+
+
+def permutations(
+    batch: int,
+    members: int,
+    repetitions: int = 1,
+    device: torch.device | str = "cpu",
+    kept: float = 0.0,
+) -> Tensor:
+    """Pair the samples of a batch: which of them each member sees in every row.
+
+    Args:
+        batch: B, the number of samples.
+        members: M.
+        repetitions: how many times every sample occurs; the rows are repetitions · B.
+        device: where to draw.
+        kept: share of the rows, the first ones, in which all members see the same sample, in [0, 1] (the
+            release's `proba_input_repetition`).
+
+    Returns:
+        (M, repetitions · B) indices in [0, B). Member 0 sees the batch in its order, as often as repeated; the
+        others see the same rows shuffled, each in its own way.
+
+    Raises:
+        ConfigError: repetitions below 1, kept outside [0, 1].
+    """
+    if repetitions < 1 or not 0 <= kept <= 1:
+        raise ConfigError(
+            "Samples are repeated 1 or more times, and a share in [0, 1] of the rows is kept together; "
+            f"got repetitions={repetitions!r}, kept={kept!r}."
+        )
+    rows = batch * repetitions
+    own = torch.arange(batch, device=device).repeat(repetitions)
+    fixed = int(kept * rows)
+    # Sorting noise gives all the permutations at once.
+    keys = torch.rand(members - 1, rows - fixed, device=device)
+    shuffled = own[fixed:][keys.argsort(1)]
+    return torch.cat((own.unsqueeze(0), torch.cat((own[:fixed].expand(members - 1, -1), shuffled), 1)))
+
+
+def cut_probability(p: float, progress: float, decay: float = 1 / 12) -> float:
+    """Probability of the binary mixing: `p`, but falling linearly to 0 over the last `decay` of training.
+
+    Args:
+        p: probability before, in [0, 1]; 0.5 in the paper.
+        progress: share of training that is done, in [0, 1].
+        decay: share of training over which it falls; 0 keeps it constant.
+    """
+    return p if decay <= 0 else p * min(1.0, max(0.0, (1 - progress) / decay))
+
+
+def member_losses(criterion: Criterion, logits: Tensor, targets: Sequence[Tensor], weights: Tensor) -> Tensor:
+    """Losses of the members: for member i, Σ_b w[b, i] · criterion(logits[i, b], target_i[b]) / B.
+
+    The criterion is asked for one value per row: a function (or `functools.partial` of one) that takes
+    `reduction`, or a module that has it as attribute, with "none" (a module in a copy; the user's stays as it
+    is); anything else on every row by itself, through `torch.func.vmap`, or one after the other if that cannot run
+    it. Where it sums over the batch (its reduction is "sum") nothing is divided by B.
+
+    The divisor is B whatever the labels: class weights scale a row's loss and are not divided out again, and
+    rows labelled `ignore_index` count as 0 in the sum and as 1 in B. A criterion without `reduction` sees
+    batches of one, so class weights that it divides out have no effect at all. A single member is given to the
+    criterion as it is, without weights.
+
+    Args:
+        criterion: called with logits (B, K) and a target.
+        logits: (M, B, K).
+        targets: one per member, class indices (B,) or soft targets (B, K).
+        weights: (B, M), from `balance`.
+
+    Returns:
+        (M,).
+    """
+    if len(logits) == 1:
+        return criterion(logits[0], targets[0]).reshape(1)
+    by_row, reduction = _by_row(criterion)
+    losses = []
+    for rows, target, weight in zip(logits, targets, weights.unbind(1), strict=True):
+        values = by_row(rows, target)
+        if values.shape[:1] != rows.shape[:1]:  # it reduces the batch all the same, as timm's BCE can
+            values = _each_row(criterion, rows, target)
+        if values.ndim > 1:  # a loss per class, as those of binary cross-entropy
+            values = values.flatten(1).sum(1) if reduction == "sum" else values.flatten(1).mean(1)
+        total = (values * weight).sum()
+        losses.append(total if reduction == "sum" else total / rows.shape[0])
+    return torch.stack(losses)
+
+
+def _by_row(criterion: Criterion) -> tuple[Criterion, str]:
+    """A version of the criterion that gives one loss per row, and how the original reduces them."""
+    if isinstance(criterion, nn.Module):
+        reduction = getattr(criterion, "reduction", None)
+        if isinstance(reduction, str):
+            criterion = copy.copy(criterion)
+            criterion.reduction = "none"  # type: ignore[assignment]
+            return criterion, reduction
+    else:
+        reduction = _default_reduction(criterion)
+        if reduction is not None:
+            return functools.partial(criterion, reduction="none"), reduction
+    return functools.partial(_each_row, criterion), "mean"
+
+
+def _default_reduction(function: Criterion) -> str | None:
+    try:
+        parameter = inspect.signature(function).parameters.get("reduction")
+    except (TypeError, ValueError):  # builtins may hide their signature
+        return None
+    if parameter is None:
+        return None
+    return parameter.default if isinstance(parameter.default, str) else "mean"
+
+
+def _each_row(criterion: Criterion, logits: Tensor, target: Tensor) -> Tensor:
+    def one(row: Tensor, label: Tensor) -> Tensor:
+        return criterion(row.unsqueeze(0), label.unsqueeze(0)).reshape(())
+
+    try:
+        return torch.func.vmap(one, randomness="different")(logits, target)
+    except RuntimeError:  # it writes in place, or decides by a value: slowly, but the same
+        return torch.stack([one(row, label) for row, label in zip(logits, target, strict=True)])
+
+
+@dataclass(frozen=True)
+class MixedLabels:
+    """Labels of images that are each put together from two.
+
+    Attributes:
+        first: (B,) class indices of the first image of each pair.
+        second: (B,) those of the other.
+        mask: (B, 1, H, W) share of the first image in every pixel, in [0, 1].
+    """
+
+    first: Tensor
+    second: Tensor
+    mask: Tensor
+
+    def __len__(self) -> int:
+        return len(self.first)
+
+    def __getitem__(self, rows: Tensor | slice) -> MixedLabels:
+        """The labels of some rows, such as those that a member of a permuted batch sees."""
+        return MixedLabels(self.first[rows], self.second[rows], self.mask[rows])
+
+    def to(self, device: torch.device | str) -> MixedLabels:
+        """The labels on another device."""
+        return MixedLabels(self.first.to(device), self.second.to(device), self.mask.to(device))
+
+    def soft(self, classes: int, visible: Tensor | None = None) -> Tensor:
+        """Soft targets: each of the two labels with the share of its image.
+
+        Args:
+            classes: K.
+            visible: the mask under which MixMo shows these images, (B, 1 or C, h, w): shares are then those of
+                the visible part, see `visible_shares`. None: those of the whole image.
+
+        Returns:
+            (B, K) in the dtype of the mask; rows sum to 1.
+        """
+        share = self.mask.mean((1, 2, 3)) if visible is None else visible_shares(self.mask, visible)
+        share = share.unsqueeze(1)
+        first, second = (F.one_hot(label, classes).to(share.dtype) for label in (self.first, self.second))
+        return share * first + (1 - share) * second
+
+
+def visible_shares(mixed_mask: Tensor, masks: Tensor) -> Tensor:
+    """Share of the first image of a mixed pair in what MixMo's mask leaves visible of that pair.
+
+    mean(mixed · mask) / (mean(mask) + 1e-8), with the mixed mask average-pooled to the size of the other, as in
+    the authors' pipeline (there for stems that keep or halve the size). Where nothing is visible it is 0; such a
+    row weighs nothing in the loss.
+
+    Args:
+        mixed_mask: (..., 1, H, W), share of the first image per pixel.
+        masks: (..., 1 or C, h, w) or (..., 1 or C, 1, 1), masks of one member's encodings.
+
+    Returns:
+        (...), in the dtype of `mixed_mask`.
+    """
+    seen = masks.to(mixed_mask.dtype).mean(-3, keepdim=True)
+    height, width = seen.shape[-2:]
+    pooled = F.adaptive_avg_pool2d(mixed_mask.flatten(0, -4), (height, width))
+    pooled = pooled.reshape(*mixed_mask.shape[:-2], height, width)
+    return (pooled * seen).mean((-3, -2, -1)) / (seen.mean((-3, -2, -1)) + 1e-8)
+
+
+def input_cutmix(x: Tensor, y: Tensor, alpha: float = 1.0) -> tuple[Tensor, MixedLabels]:
+    """Mix the images of a batch by CutMix (Yun et al., ICCV 2019), and remember which pixel is whose.
+
+    Every image gets a box of its own, whose area follows Beta(alpha, alpha) before it is clipped, and a partner
+    from the batch. As in MixMo's release the image with the larger part counts as the first of the pair.
+
+    Args:
+        x: (B, C, H, W).
+        y: (B,) class indices.
+        alpha: of the Beta distribution, above 0.
+
+    Returns:
+        The mixed images, with row b of `x` as the first image of row b, and their labels.
+
+    Raises:
+        ConfigError: alpha is not above 0.
+        TargetError: labels that are not one class index per image.
+    """
+    if y.shape != x.shape[:1] or y.is_floating_point():
+        raise TargetError(
+            f"Input CutMix pairs class indices of shape {tuple(x.shape[:1])}, got {tuple(y.shape)} of {y.dtype}.\n"
+            "Which of two soft targets a pixel belongs to is not known; apply it before any other mixing."
+        )
+    share = dirichlet(alpha, x.shape[0], 2, x.device)[:, 0]
+    height, width = x.shape[-2:]
+    box = box_mask(share, draw_centres(x.shape[0], height, width, x.device), height, width)
+    mask = torch.where(box.mean((1, 2, 3), keepdim=True) < 0.5, 1 - box, box)
+    partner = torch.rand(x.shape[0], device=x.device).argsort()
+    return torch.where(mask > 0, x, x[partner]), MixedLabels(y, y[partner], mask)
