@@ -23,7 +23,6 @@ from toys import (
     Block,
     Gain,
     Net,
-    Scale,
     Toy,
     TrainToy,
     assert_equal_steps,
@@ -67,7 +66,7 @@ def test_a_graft_is_named_after_its_method_or_as_asked() -> None:
     fxgraft.patch(model, "rsc", layer="stage1", input_size=SIZE)
     fxgraft.patch(model, "rsc", layer="stage2", name="late", input_size=SIZE)
     assert names(model) == ["rsc", "late"]
-    assert repr(fxgraft.grafts(model)[1]).startswith("Graft('late', RSC(layer='stage2'")
+    assert repr(fxgraft.grafts(model)[1]).startswith("Graft('late', RSC(layers='stage2'")
 
 
 @pytest.mark.parametrize(
@@ -240,14 +239,9 @@ def test_a_failure_at_any_site_leaves_everything_as_it_was(fail: int, first: boo
     assert_equal_steps(step(model, images(), **labels), expected)
 
 
-class Refuses(Scale):
-    def installed(self, anatomy: Any) -> None:
-        raise RuntimeError("injected")
-
-
 class RefusingToy(Toy):
-    def unit(self) -> Scale:
-        return Refuses(self.factor)
+    def installed(self, graft, backbone) -> None:
+        raise RuntimeError("injected")
 
 
 @pytest.mark.parametrize("first", [False, True])

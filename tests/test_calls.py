@@ -259,7 +259,7 @@ def spy(model: nn.Module) -> list[Tensor | None]:
 
     class Sees(Scale):
         def forward(self, x: Tensor) -> Tensor:
-            seen.append(self.context.target)
+            seen.append(self.running().target)
             return x
 
     class SeeingToy(Toy):
@@ -285,7 +285,7 @@ def test_labels_come_from_the_call_or_the_innermost_block() -> None:
         model(images())
     model(images())
     assert [s if s is None else int(s[0]) for s in seen] == [None, 0, 0, 1, 2, 0, None]
-    assert ledger_of(model).context.target is None
+    assert ledger_of(model).context.current is None
 
 
 def test_labels_are_forgotten_after_a_failing_block() -> None:
@@ -297,7 +297,7 @@ def test_labels_are_forgotten_after_a_failing_block() -> None:
         model(torch.zeros(1), target=LABELS)
     model(images())
     assert seen == [None]
-    assert ledger_of(model).context.root is None
+    assert ledger_of(model).context.current is None
 
 
 @pytest.mark.parametrize(

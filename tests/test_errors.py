@@ -97,7 +97,7 @@ MISTAKES: dict[str, tuple[Act, type[Exception], str]] = {
     "method far off": (lambda m: fxgraft.patch(m, "zzz"), UnknownMethodError, r"There are: .*'rsc'"),
     "method class": (lambda m: fxgraft.patch(m, fxgraft.RSC), ConfigError, r"fxgraft\.RSC\(\.\.\.\)"),  # type: ignore[arg-type]
     "method of no kind": (lambda m: fxgraft.patch(m, 3), ConfigError, r"a method's name or a patch, got 3"),  # type: ignore[arg-type]
-    "option": (rsc(layers="stage2"), ConfigError, r"'rsc' has no option 'layers'(?s:.*)'layer'"),
+    "option": (rsc(layrs="stage2"), ConfigError, r"'rsc' has no option 'layrs'(?s:.*)'layers'"),
     "option beside a patch": (
         lambda m: fxgraft.patch(m, fxgraft.RSC(), layer="stage1"),
         ConfigError,
@@ -155,7 +155,7 @@ MISTAKES: dict[str, tuple[Act, type[Exception], str]] = {
     "layout that does not fit": (
         rsc(layout="NLC"),
         SiteError,
-        r"told that 'stage2' is NLC, but its shape is \(2, 16",
+        r"'stage2' was said to be NLC, but its shape is \(2, 16",
     ),
     "output": (rsc(output="logits"), StructureError, r"returns a single value, which has no entry 'logits'"),
     "input size": (

@@ -121,7 +121,7 @@ def test_the_recipe_is_data_that_a_person_can_read(tmp_path: Path) -> None:
     assert recipe["progress"] == 0.5
     assert recipe["architecture"]["class"] == "Net"
     assert [g["name"] for g in recipe["grafts"]] == ["rsc", "late"]
-    assert recipe["grafts"][0]["options"] == {"layer": ["layer1", "layer2"], "start": 0.25}
+    assert recipe["grafts"][0]["options"] == {"layers": ["layer1", "layer2"], "start": 0.25}
     assert recipe["grafts"][0]["input_size"] == list(SIZE)
     assert recipe["versions"]["torch"] == torch.__version__
 

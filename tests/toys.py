@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
+from types import SimpleNamespace
 from typing import Any, Literal
 
 import pytest
@@ -11,9 +12,9 @@ import torch
 from torch import Tensor, nn
 
 import fxgraft
-from fxgraft.graph.grafting.graft import Graft
+from fxgraft.graph.grafting.backbone import Backbone
+from fxgraft.graph.grafting.graft import Graft, Make, Placer
 from fxgraft.graph.grafting.ledger import Ledger
-from fxgraft.graph.grafting.passes import Context
 from fxgraft.graph.grafting.placement import Placement
 from fxgraft.graph.grafting.unit import Unit
 from fxgraft.graph.structure.places import site_edit
@@ -162,7 +163,7 @@ class Toy(fxgraft.Patch):
             else Scale(self.factor)
         )
 
-    def place(self, anatomy: Any, make: Callable[[str, Callable[[], Unit]], Unit]) -> Sequence[Placement]:
+    def place(self, backbone: Backbone, make: Make) -> Sequence[Placement]:
         placements = []
         for index, (owner, edit) in enumerate(self.at):
             if index == self.fail:
@@ -265,10 +266,8 @@ def rest(model: nn.Module, words: Any, size: tuple[int, int, int], output: Any =
 
 def value_at(
     model: nn.Module, site: Site, needed: tuple[Captured, ...], x: Tensor
-) -> tuple[Tensor, Tensor, Context]:
-    """Run the model; return the value at the site, the output, and a context with what the rest needs."""
-    context = Context()
-    context.inputs = (x,)
+) -> tuple[Tensor, Tensor, SimpleNamespace]:
+    """Run the model; return the value at the site, the output, and the values and inputs that the rest needs."""
     seen: dict[str, Tensor] = {}
 
     class Keep(Unit):
@@ -280,9 +279,9 @@ def value_at(
             seen[self.key] = value.clone()
             return value
 
-    class Taps:
-        def place(self, anatomy: Anatomy, make: Any) -> list[Placement]:
-            owner, edit = site_edit(anatomy, site)
+    class Taps(Placer):
+        def place(self, backbone: Backbone, make: Make) -> list[Placement]:
+            owner, edit = site_edit(backbone.anatomy, site)
             placed = [Placement(c.owner, c.edit, c.key, Keep(c.key)) for c in needed]
             return [*placed, Placement(owner, edit, "site", Keep("site"))]
 
@@ -290,5 +289,13 @@ def value_at(
     ledger.install(model, [Graft("taps", Taps(), input_size=tuple(x.shape[1:]))])
     out = model(x)
     ledger.install(model, [])
-    context.values = {key: value for key, value in seen.items() if key != "site"}
-    return seen["site"], out, context
+    values = {key: value for key, value in seen.items() if key != "site"}
+    return seen["site"], out, SimpleNamespace(values=values, inputs=(x,))
+
+
+def evaluate(after: Rest, model: nn.Module, z: Tensor, known: Any = None) -> Tensor:
+    """Evaluate the rest of a network with what `value_at` found."""
+    if known is None:
+        return after.evaluate(model, z, (), ())
+    captured = [known.values[each.key] for each in after.captured]
+    return after.evaluate(model, z, captured, [known.inputs[index] for index in after.inputs])

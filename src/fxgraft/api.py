@@ -18,23 +18,18 @@ from fxgraft.errors import (
 )
 from fxgraft.graph.grafting.graft import Graft
 from fxgraft.graph.grafting.ledger import Ledger
-from fxgraft.graph.grafting.state import state_of
+from fxgraft.graph.grafting.lookup import grafts_on, ledger_of, unwrapped
 from fxgraft.graph.structure.outputs import take_logits
 from fxgraft.graph.structure.positions import position_sites
 from fxgraft.graph.structure.sites import Sites, list_sites
 from fxgraft.graph.tracing.anatomy import Anatomy
-from fxgraft.guards import _check_model
-from fxgraft.inspection import Plan, Summary, _action, _left_out
-from fxgraft.patches.base import Patch, unwrapped
+from fxgraft.graph.tracing.names import class_name
+from fxgraft.guards import check_model
+from fxgraft.inspection import Plan, Summary, plan_of, summary_of
+from fxgraft.patches.base import Patch
 from fxgraft.patches.registry import build
 
 M = TypeVar("M", bound=nn.Module)
-
-
-def ledger_of(model: nn.Module) -> Ledger | None:
-    """Return the ledger of a patched model, or None for a bare one."""
-    state = state_of(model)
-    return state.ledger if state is not None else None
 
 
 def patch(
@@ -63,7 +58,7 @@ def patch(
     Raises:
         FxgraftError: what is wrong, why, and what to do; the model is then as it was.
     """
-    _check_model(model)
+    check_model(model)
     if isinstance(method, Patch):
         if options:
             raise ConfigError(
@@ -106,8 +101,7 @@ def _plan(model: nn.Module, present: Sequence[Graft], graft: Graft) -> Plan:
     trial = [Graft(g.name, g.patch, dict(g.units), g.input_size) for g in present]
     with (ledger_of(model) or Ledger()).lifted():
         planned = Ledger().plan(model, [*trial, graft])
-    actions = tuple(_action(p) for g, p in planned.placements if g is graft)
-    return Plan(graft.name, graft.patch, actions, graft.patch.describe(graft))
+    return plan_of(graft, [placement for owner, placement in planned.placements if owner is graft])
 
 
 def unpatch(model: M, *names: str | Graft) -> M:
@@ -145,8 +139,7 @@ def grafts(model: nn.Module) -> list[Graft]:
 
     Looks through DistributedDataParallel and torch.compile, as `loss`, `set_progress` and `summary` do.
     """
-    ledger = ledger_of(unwrapped(model))
-    return list(ledger.grafts) if ledger is not None else []
+    return grafts_on(model)
 
 
 def sites(
@@ -166,24 +159,12 @@ def sites(
     with (ledger_of(model) or Ledger()).lifted():
         anatomy = Anatomy(model, input_size)
         found = position_sites(anatomy) if pattern == "residual" else list_sites(anatomy, pattern)
-    return Sites(found, f"{type(model).__name__.removeprefix('Grafted')}, batch of 2")
+    return Sites(found, f"{class_name(model)}, batch of 2")
 
 
 def summary(model: nn.Module) -> Summary:
     """Summarise the grafts of a model: what each does where, its parameters, and what to look out for."""
-    rows = []
-    for graft in grafts(model):
-        own = graft.parameters()
-        notes = []
-        if graft.patch.needs_labels:
-            notes.append("needs labels in training")
-        if graft.patch.train_only:
-            notes.append("absent in evaluation")
-        if own and _left_out(model, own):
-            notes.append("its parameters are in no optimiser: add graft.parameters() to yours")
-        count = f"{sum(p.numel() for p in own):,}"
-        rows.append((graft.name, graft.patch.method, graft.patch.describe(graft), count, ", ".join(notes)))
-    return Summary(unwrapped(model)._get_name(), tuple(rows))
+    return summary_of(unwrapped(model), grafts_on(model))
 
 
 def set_progress(model: nn.Module, fraction: float) -> None:

@@ -7,7 +7,8 @@ All of them derive from `FxgraftError`, and each also from the builtin it refine
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 
 class FxgraftError(Exception):
@@ -73,8 +74,29 @@ class FxgraftWarning(UserWarning):
     """A setting that works but cannot do what it is for."""
 
 
+class MethodError(ConfigError, TypeError):
+    """A method is not written as fxgraft needs it; says what to write."""
+
+
 class MergeError(FxgraftError, RuntimeError):
     """A patch changes the trained function in a way that stock weights cannot express."""
+
+
+@contextmanager
+def because(why: str) -> Iterator[None]:
+    """Add to what a search of the block raises why it was made, for finders that state neutral facts.
+
+    Args:
+        why: one sentence of the caller.
+
+    Raises:
+        SiteError, StructureError: as in the block, with ``why`` below.
+    """
+    try:
+        yield
+    except (SiteError, StructureError) as error:
+        kind = StructureError if isinstance(error, StructureError) else SiteError
+        raise kind(f"{error}\n{why}") from error
 
 
 def candidates(word: str, known: Iterable[str], limit: int = 8) -> str:

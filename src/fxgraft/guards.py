@@ -12,7 +12,7 @@ from fxgraft.errors import (
 )
 
 
-def _check_model(model: Any) -> None:
+def check_model(model: Any) -> None:
     """Raise unless the model can be patched: a plain module that nothing has wrapped yet."""
     if not isinstance(model, nn.Module):
         kind = type(model).__name__

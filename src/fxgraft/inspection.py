@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import gc
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
 from rich.table import Table
 from torch import nn
 
+from fxgraft.graph.grafting.graft import Graft
 from fxgraft.graph.grafting.placement import Placement
+from fxgraft.graph.tracing.names import class_name
 from fxgraft.patches.base import Patch
 
 
@@ -34,6 +37,11 @@ class Plan:
         lines = [f"{self.name}: {self.description}".rstrip(": ")]
         lines += [f"  {owner or '(the model)'}: {what}, in {modes}" for owner, what, modes in self.actions]
         return "\n".join(lines)
+
+
+def plan_of(graft: Graft, placed: Iterable[Placement]) -> Plan:
+    """Describe what a graft would do by its placements."""
+    return Plan(graft.name, graft.patch, tuple(map(_action, placed)), graft.patch.describe(graft))
 
 
 def _action(placement: Placement) -> tuple[str, str, str]:
@@ -74,6 +82,23 @@ class Summary:
         return "\n".join(lines)
 
     __repr__ = __str__
+
+
+def summary_of(model: nn.Module, grafts: Iterable[Graft]) -> Summary:
+    """Describe the grafts of a model."""
+    rows = []
+    for graft in grafts:
+        own = graft.parameters()
+        notes = []
+        if graft.patch.needs_labels:
+            notes.append("needs labels in training")
+        if graft.patch.train_only:
+            notes.append("absent in evaluation")
+        if own and _left_out(model, own):
+            notes.append("its parameters are in no optimiser: add graft.parameters() to yours")
+        count = f"{sum(p.numel() for p in own):,}"
+        rows.append((graft.name, graft.patch.method, graft.patch.describe(graft), count, ", ".join(notes)))
+    return Summary(class_name(model), tuple(rows))
 
 
 def _left_out(model: nn.Module, own: list[nn.Parameter]) -> bool:

@@ -22,10 +22,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from fxgraft.api import ledger_of
 from fxgraft.errors import FxgraftError, RecipeError
 from fxgraft.graph.grafting.graft import Graft
 from fxgraft.graph.grafting.ledger import Ledger
+from fxgraft.graph.grafting.lookup import ledger_of
 from fxgraft.graph.grafting.state import state_of
 from fxgraft.patches.registry import build
 

@@ -180,5 +180,5 @@ def test_dataparallel_replicas_run_in_threads_with_their_own_labels() -> None:
         if isinstance(results[index], Exception):
             raise results[index]
         assert torch.equal(results[index], expected[index])
-    assert ledger_of(model).context.root is None
+    assert ledger_of(model).context.current is None
     assert_equal_steps(step(model, *halves[0][:1], target=LABELS), step(model, *halves[0][:1], target=LABELS))

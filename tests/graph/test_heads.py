@@ -108,7 +108,9 @@ OTHERS = {
 @pytest.mark.parametrize("kind", OTHERS)
 def test_other_poolings_are_refused_with_the_reason(kind):
     head, features, message = OTHERS[kind]
-    with pytest.raises(StructureError, match=f"{message}[\\s\\S]*Only an average can change places"):
+    with pytest.raises(
+        StructureError, match=f"{message}[\\s\\S]*A head is one linear layer behind an average"
+    ):
         head_of(head, features=features)
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import fxgraft
-from fxgraft.graph.grafting.graft import Graft
+from fxgraft.graph.grafting.graft import Graft, Placer
 from fxgraft.graph.grafting.ledger import Ledger
 from fxgraft.graph.grafting.placement import Placement
 from fxgraft.graph.grafting.unit import Unit
@@ -26,7 +26,7 @@ class Scaled(Unit):
         self.extra = nn.Parameter(torch.zeros(())) if extra else None
 
     def forward(self, module, x):
-        factor = self.gain * self.context.options.get("loudness", 1.0)
+        factor = self.gain * self.running().options.get("loudness", 1.0)
         out = nn.functional.linear(x, module.weight * factor, module.bias)
         return out if self.extra is None else out + self.extra
 
@@ -37,12 +37,12 @@ class Shift(Unit):
 
 
 @dataclass(frozen=True)
-class Placing:
+class Placing(Placer):
     placements: tuple
     call_options: ClassVar[tuple[str, ...]] = ("loudness",)
 
-    def place(self, anatomy, make):
-        units = [make(key, lambda kind=kind: kind()) for key, kind, *_ in self.placements]
+    def place(self, backbone, make):
+        units = [make(key, kind) for key, kind, *_ in self.placements]
         return [
             Placement(owner, edit, key, unit)
             for unit, (key, _, owner, edit) in zip(units, self.placements, strict=True)

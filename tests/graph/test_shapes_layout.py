@@ -159,7 +159,7 @@ def test_a_layout_that_cannot_be_told_asks_for_it() -> None:
 
 
 def test_a_declared_layout_must_fit_the_value() -> None:
-    with pytest.raises(SiteError, match=r"told that 'stage2' is NLC, but its shape is \(2, 16, 4, 4\)"):
+    with pytest.raises(SiteError, match=r"'stage2' was said to be NLC, but its shape is \(2, 16, 4, 4\)"):
         fxgraft.patch(net(), "rsc", layer="stage2", layout="NLC", input_size=(3, 8, 8))
 
 

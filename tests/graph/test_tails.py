@@ -16,7 +16,7 @@ from fxgraft.errors import StructureError
 from fxgraft.graph.structure.pooling import logits_node
 from fxgraft.graph.structure.tail import tail_layer
 from fxgraft.graph.tracing.anatomy import Anatomy
-from toys import LABELS, assert_same, images, net, rest, state_of_everything, value_at
+from toys import LABELS, assert_same, evaluate, images, net, rest, state_of_everything, value_at
 
 
 def built(name: str, **kwargs: Any) -> nn.Module:
@@ -119,7 +119,7 @@ def test_tails_with_anything_between_are_not(kind: str) -> None:
     x = images(size=16)
     with torch.no_grad():
         z, out, context = value_at(model, site, after.captured, x)
-        assert torch.equal(after.evaluate(model, z, context), out)
+        assert torch.equal(evaluate(after, model, z, context), out)
 
 
 def test_a_tail_whose_layer_was_converted_is_no_plain_layer_any_more() -> None:

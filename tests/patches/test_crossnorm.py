@@ -312,7 +312,7 @@ def test_channels_last_stays_channels_last() -> None:
         ({"mode": "three"}, ConfigError, "mode must be one of"),
         ({"layers": "layer9"}, SiteError, "no site 'layer9'"),
         ({"layers": []}, SiteError, "No layer was named"),
-        ({"layers": "fc"}, SiteError, "'fc' has no statistics over space"),
+        ({"layers": "fc"}, SiteError, "'fc' has no positions"),
         ({"layers": "layer1.0.add:middle"}, SiteError, "names no position of a residual join"),
         ({"layers": "layer1.7.add:pre"}, SiteError, "There is no residual join 'layer1.7.add'"),
         ({"layout": "NLC"}, SiteError, "said to be NLC, but its shape is"),
@@ -332,7 +332,7 @@ def test_maps_of_one_pixel() -> None:
     bottleneck = Net(4, 1, 1)
     with pytest.raises(SiteError, match=r"No 'post' of Net has a map of more than one position: block"):
         fxgraft.patch(bottleneck, "crossnorm", input_size=(4, 1, 1))
-    with pytest.raises(SiteError, match="has no statistics over space"):
+    with pytest.raises(SiteError, match="has no positions"):
         fxgraft.patch(bottleneck, "selfnorm", layers="block", input_size=(4, 1, 1))
     fxgraft.patch(bottleneck, "crossnorm", p=1.0, input_size=(4, 8, 8))
     out = bottleneck.train()(torch.randn(3, 4, 1, 1))

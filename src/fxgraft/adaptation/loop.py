@@ -23,8 +23,9 @@ from torch.optim import Optimizer
 
 from fxgraft.adaptation.checkpoint import Checkpoint
 from fxgraft.adaptation.streams import Endless
-from fxgraft.api import ledger_of, set_progress
+from fxgraft.api import set_progress
 from fxgraft.errors import ConfigError, FxgraftWarning, WrappedModelError
+from fxgraft.graph.grafting.lookup import ledger_of
 from fxgraft.graph.tracing.preserve import preserved_modes
 from fxgraft.patches.gam.patch import discriminators, gam_losses, source
 

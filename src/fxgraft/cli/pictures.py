@@ -75,7 +75,7 @@ def look(
         ConfigError: a number out of range, or patches larger than the map.
         StructureError: the model has no such head.
     """
-    from fxgraft.graph.structure.positionwise import class_maps
+    from fxgraft.extend import position_scores as class_maps
 
     if top < 1:
         raise ConfigError(f"There must be at least one class to draw, got top={top}.")

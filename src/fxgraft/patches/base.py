@@ -1,37 +1,31 @@
-"""The contract of a patch, and the registry of methods.
+"""The contract of a method.
 
 A method is a frozen dataclass of its options that derives from `Patch`, is decorated with `register`, and
-says in `place` which units go where. Nothing else has to know it: the API, the documentation table, the test
-sweeps and the benchmarks iterate over the registry.
+says in `place` which units go where. Nothing else has to know it: the API, the documentation, the sweeps of the
+tests and the benchmarks iterate over the registry.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import inspect
-import types
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from types import MappingProxyType
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from fxgraft.errors import (
-    MergeError,
-    SiteError,
-)
-from fxgraft.graph.grafting.graft import Graft
+from fxgraft.errors import ConfigError, MergeError, SiteError
+from fxgraft.graph.grafting.backbone import Backbone
+from fxgraft.graph.grafting.graft import Graft, Make, Placer
 from fxgraft.graph.grafting.placement import Placement
-from fxgraft.graph.grafting.state import state_of
 from fxgraft.graph.grafting.unit import Unit
-from fxgraft.graph.tracing.anatomy import Anatomy
-
-Make = Callable[[str, Callable[[], Unit]], Unit]
-"""``make(key, build)``: the graft's unit of that key, built the first time it is asked for."""
+from fxgraft.graph.structure.sites import Words
+from fxgraft.patches.options import check_choices
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Patch:
+class Patch(Placer):
     """Base of all methods: the options of one, and what it does to a model.
 
     Class attributes describe the method for tables and messages:
@@ -43,6 +37,7 @@ class Patch:
         needs_labels: training passes need ``target``.
         adds_parameters: it has parameters of its own to train.
         call_options: keyword arguments of the model's call that are meant for this method's units.
+        order: (group, rank): at one site the units of one group act by rank, whichever was added first.
         saves: a recipe of its options is enough to make it again; otherwise `fxgraft.save` refuses.
         example: options that sweeps over backbones use, where the method cannot do without any.
     """
@@ -56,15 +51,26 @@ class Patch:
     train_only: ClassVar[bool] = False
     needs_labels: ClassVar[bool] = False
     adds_parameters: ClassVar[bool] = False
-    call_options: ClassVar[tuple[str, ...]] = ()
     saves: ClassVar[bool] = True
-    example: ClassVar[Mapping[str, Any]] = types.MappingProxyType({})
+    example: ClassVar[Mapping[str, Any]] = MappingProxyType({})
 
-    def place(self, anatomy: Anatomy, make: Make) -> Sequence[Placement]:
+    def __post_init__(self) -> None:
+        """Check the options that are declared as a choice; methods add their own checks after this."""
+        check_choices(self)
+
+    def place(self, backbone: Backbone, make: Make) -> Iterable[Placement | list[Placement]]:
         """Say which units go where on a bare model.
 
         Called when the patch is made and again whenever the model has to be planned anew; units come from
         ``make``, so that their parameters survive.
+
+        Args:
+            backbone: the bare model.
+            make: ``make(key, UnitClass, *args)``, the graft's unit of that key, built the first time it is asked
+                for.
+
+        Returns:
+            What ``backbone.place``, ``before``, ``after``, ``instead`` and ``replace_head`` give.
         """
         raise NotImplementedError
 
@@ -73,13 +79,13 @@ class Patch:
         return ""
 
     def losses(
-        self, graft: Graft, out: Any, target: Tensor, criterion: Callable[..., Tensor]
+        self, graft: Graft, out: Any, target: Any, criterion: Callable[..., Tensor]
     ) -> Mapping[str, Tensor]:
         """Return what the method adds to the loss, by name."""
         return {}
 
     def criterion(self, graft: Graft, criterion: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        """Return the criterion to use in place of the user's."""
+        """Return the criterion to use in place of the user's, called as ``criterion(out, y)``."""
         return criterion
 
     def merge(self, graft: Graft, model: nn.Module) -> None:
@@ -95,42 +101,55 @@ class Patch:
             )
 
 
-def unwrapped(model: nn.Module) -> nn.Module:
-    """Look through what is wrapped around a patched model: DistributedDataParallel, torch.compile."""
-    while state_of(model) is None:
-        inner = next((model._modules[n] for n in ("_orig_mod", "module") if n in model._modules), None)
-        if inner is None:
-            break
-        model = inner
-    return model
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LayeredPatch(Patch):
+    """Base of methods that users place with ``layers=``; ``layer=`` means the same for one.
 
+    A method sets its own default, or none: then the option has to be given.
+    """
 
-def grafts_on(model: nn.Module) -> list[Graft]:
-    """List the grafts of a model that nothing is wrapped around; empty for a bare one."""
-    state = state_of(model)
-    return state.ledger.grafts if state is not None and state.ledger is not None else []
+    layers: Words | None = None
+    layer: dataclasses.InitVar[Words | None] = None
+
+    needs_layers: ClassVar[bool] = False
+
+    def __post_init__(self, layer: Words | None) -> None:
+        """Take ``layer`` for ``layers``."""
+        default = next(f.default for f in dataclasses.fields(self) if f.name == "layers")
+        if layer is not None:
+            if self.layers != default and self.layers is not None:
+                raise ConfigError(
+                    f"{type(self).__name__}: layer= and layers= are the same option, and both are given.\n"
+                    "Pass layers= alone."
+                )
+            object.__setattr__(self, "layers", layer)
+        if isinstance(self.layers, list):  # what a recipe gives back, and what no one can change afterwards
+            object.__setattr__(self, "layers", tuple(self.layers))
+        single = self.layers if isinstance(self.layers, (str, int)) else None
+        object.__setattr__(self, "layer", single)  # reads back as it may be given
+        if self.needs_layers and self.layers is None:
+            raise ConfigError(
+                f"{self.method!r} needs layers.\n"
+                'Say where, as layers="layer4", layers=-1 (a stage) or a list; fxgraft.sites(model) lists names.'
+            )
+        super().__post_init__()
 
 
 @contextmanager
-def recording(model: nn.Module, kind: type[Unit], missing: str) -> Iterator[list[Any]]:
-    """Let the units of one kind on a model append to a list, as ``unit.records``, for the time of the block.
+def recording(grafts: Iterable[Graft], kind: type[Unit], missing: str) -> Iterator[list[Any]]:
+    """Let the units of one kind append to a list, as ``unit.records``, for the time of the block.
 
     Raises:
         SiteError: there is none of them; says ``missing``.
     """
-    units: list[Any] = [u for graft in grafts_on(model) for u in graft.units.values() if isinstance(u, kind)]
+    units: list[Any] = [unit for graft in grafts for unit in graft.units_of(kind)]
     if not units:
         raise SiteError(missing)
     records: list[Any] = []
     for unit in units:
-        unit.records = records
+        unit.bind(records=records)
     try:
         yield records
     finally:
         for unit in units:
-            unit.records = None
-
-
-def card(cls: type[Patch]) -> str:
-    """Return the documentation of a method, as written in its class docstring."""
-    return inspect.cleandoc(cls.__doc__ or "")
+            unit.bind(records=None)

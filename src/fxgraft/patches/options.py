@@ -1,26 +1,40 @@
-"""Checks of options."""
+"""Checks of options, by the names that users gave them."""
 
 from __future__ import annotations
 
 import dataclasses
+import math
 import types
 import typing
+from typing import Any
 
-from fxgraft.errors import (
-    ConfigError,
-)
-from fxgraft.patches.base import Patch
+from fxgraft.errors import ConfigError
 
 
-def check_share(owner: str, **shares: float) -> None:
-    """Raise `ConfigError` unless every value is a number in [0, 1]."""
-    for name, value in shares.items():
-        number = isinstance(value, (int, float)) and not isinstance(value, bool)
-        if not number or not 0 <= value <= 1:
-            raise ConfigError(f"{owner}: {name} must be a share in [0, 1], got {value!r}.")
+def check_share(patch: Any, *names: str) -> None:
+    """Raise `ConfigError` unless each of these options is a number in [0, 1]."""
+    for name, value in _values(patch, names):
+        if not is_number(value) or not 0 <= value <= 1:
+            raise ConfigError(f"{type(patch).__name__}: {name} must be a share in [0, 1], got {value!r}.")
 
 
-def check_choices(patch: Patch) -> None:
+def check_positive(patch: Any, *names: str) -> None:
+    """Raise `ConfigError` unless each of these options is a finite number above 0."""
+    for name, value in _values(patch, names):
+        if not is_number(value) or not 0 < value < math.inf:
+            raise ConfigError(f"{type(patch).__name__}: {name} must be a positive number, got {value!r}.")
+
+
+def check_count(patch: Any, *names: str) -> None:
+    """Raise `ConfigError` unless each of these options is a whole number of at least 1."""
+    for name, value in _values(patch, names):
+        if not is_count(value):
+            raise ConfigError(
+                f"{type(patch).__name__}: {name} must be a whole number of at least 1, got {value!r}."
+            )
+
+
+def check_choices(patch: Any) -> None:
     """Raise `ConfigError` for every option declared as a `typing.Literal` that holds something else."""
     hints = typing.get_type_hints(type(patch))
     for f in dataclasses.fields(patch):
@@ -38,3 +52,17 @@ def check_choices(patch: Patch) -> None:
                 f"{type(patch).__name__}: {f.name} must be one of {', '.join(map(repr, allowed))}, "
                 f"got {value!r}."
             )
+
+
+def is_number(value: Any) -> bool:
+    """Say whether a value is a number, which True and False are not."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def is_count(value: Any) -> bool:
+    """Say whether a value is a whole number of at least 1."""
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+
+
+def _values(patch: Any, names: tuple[str, ...]) -> list[tuple[str, Any]]:
+    return [(name, getattr(patch, name)) for name in names]

@@ -1,30 +1,24 @@
-"""The registry of methods."""
+"""The registry of methods: the built-in ones, and those of other packages."""
 
 from __future__ import annotations
 
 import dataclasses
+import importlib
+import inspect
+import pkgutil
 from collections.abc import Callable, Mapping
 from importlib import metadata
+from pathlib import Path
 from typing import Any, TypeVar
 
-from fxgraft.errors import (
-    ConfigError,
-    DuplicateGraftError,
-    UnknownMethodError,
-    candidates,
-)
-from fxgraft.patches.base import Patch
-
-ENTRY_POINT_GROUP = "fxgraft.patches"
-
+from fxgraft.errors import ConfigError, DuplicateGraftError, MethodError, UnknownMethodError, candidates
+from fxgraft.patches.base import LayeredPatch, Patch
 
 P = TypeVar("P", bound=type[Patch])
-
-
 _registry: dict[str, type[Patch]] = {}
-
-
 _entry_points_loaded = False
+
+ENTRY_POINT_GROUP = "fxgraft.patches"
 
 
 def register(name: str, *, override: bool = False) -> Callable[[P], P]:
@@ -35,15 +29,19 @@ def register(name: str, *, override: bool = False) -> Callable[[P], P]:
         override: replace a method of that name instead of raising.
 
     Raises:
+        MethodError: the name is no identifier, or the class is no dataclass that derives from `Patch` and
+            implements ``place``; says what to write.
         DuplicateGraftError: the name is taken; names both classes.
     """
+    if not isinstance(name, str) or not name.isidentifier():
+        raise MethodError(
+            f"A method's name must be an identifier, got {name!r}.\n"
+            "It becomes part of parameter names. Use letters, digits and '_': "
+            '@fxgraft.register("my_method").'
+        )
 
     def add(cls: P) -> P:
-        if not (isinstance(cls, type) and issubclass(cls, Patch)):
-            raise ConfigError(
-                f"{cls!r} is no subclass of fxgraft.Patch.\n"
-                "A method is a dataclass that derives from it and implements place()."
-            )
+        _check_class(name, cls)
         taken = _registry.get(name)
         if taken is not None and not override:
             raise DuplicateGraftError(
@@ -58,6 +56,28 @@ def register(name: str, *, override: bool = False) -> Callable[[P], P]:
     return add
 
 
+def _check_class(name: str, cls: Any) -> None:
+    if not (isinstance(cls, type) and issubclass(cls, Patch)):
+        raise MethodError(
+            f"{cls!r} is no subclass of fxgraft.Patch.\n"
+            "A method is a dataclass that derives from it and implements place()."
+        )
+    declared = [hint for hint in inspect.get_annotations(cls).values() if "ClassVar" not in str(hint)]
+    parameters = cls.__dict__.get("__dataclass_params__")
+    if (declared and parameters is None) or (parameters is not None and not parameters.frozen):
+        what = "no dataclass" if parameters is None else "a dataclass that can be changed"
+        raise MethodError(
+            f"{cls.__name__} is {what}, so its options are not what fxgraft.patch takes.\n"
+            "Decorate it twice, in this order:\n"
+            f'@fxgraft.register("{name}")\n@dataclass(frozen=True, kw_only=True)\nclass {cls.__name__}(...): ...'
+        )
+    if cls.place is Patch.place:
+        raise MethodError(
+            f"{cls.__name__} does not implement place(), which says what goes where.\n"
+            "Write: def place(self, backbone, make): ..."
+        )
+
+
 def methods() -> dict[str, type[Patch]]:
     """Return all methods by name: the built-in ones and those of installed packages.
 
@@ -65,6 +85,8 @@ def methods() -> dict[str, type[Patch]]:
     module that registers, or the patch class itself.
     """
     global _entry_points_loaded
+    for found in pkgutil.iter_modules([str(Path(__file__).parent)]):
+        importlib.import_module(f"{__package__}.{found.name}")
     if not _entry_points_loaded:
         _entry_points_loaded = True
         for point in metadata.entry_points(group=ENTRY_POINT_GROUP):
@@ -82,7 +104,7 @@ def build(method: str, options: Mapping[str, Any]) -> Patch:
         ConfigError: an option the method does not have, or a value it does not take.
     """
     if not isinstance(method, str):
-        hint = f"fxgraft.{method.__name__}(...)" if isinstance(method, type) else "fxgraft.RSC(layer=-1)"
+        hint = f"fxgraft.{method.__name__}(...)" if isinstance(method, type) else "fxgraft.RSC(layers=-1)"
         raise ConfigError(
             f"fxgraft.patch takes a method's name or a patch, got {method!r}.\nPass for example {hint}."
         )
@@ -93,15 +115,17 @@ def build(method: str, options: Mapping[str, Any]) -> Patch:
             "fxgraft.methods() lists them; your own are added with @fxgraft.register."
         )
     cls = known[method]
-    names = [f.name for f in dataclasses.fields(cls) if f.init]
+    fields = [f for f in dataclasses.fields(cls) if f.init]
+    names = [f.name for f in fields]
+    taken = [*names, "layer"] if issubclass(cls, LayeredPatch) else names
     for option in options:
-        if option not in names:
+        if option not in taken:
             raise ConfigError(f"{method!r} has no option {option!r}.\n{candidates(option, names, 30)}")
+    given = {"layers", *options} if "layer" in options else set(options)
     missing = [
         f.name
-        for f in dataclasses.fields(cls)
-        if f.init
-        and f.name not in options
+        for f in fields
+        if f.name not in given
         and f.default is dataclasses.MISSING
         and f.default_factory is dataclasses.MISSING
     ]

@@ -1,16 +1,16 @@
-"""SelfNorm (Tang, Gao, Zhu, Zhang, Li, Metaxas, ICCV 2021).
+"""SelfNorm: learned gates on the channel statistics of maps.
 
-Every residual block gets a unit that recalibrates the statistics of its map: learned gates, one number per
-instance and channel, computed from the map's own means and deviations. It acts in training and in evaluation.
+With mean μ and deviation σ = √(unbiased variance + 1e-12) per instance and channel of a map x (B, C, *S),
 
-With the authors' initialisation a gate starts around 0.5, so a pretrained network starts with halved
-activations in every block and has to be trained again; ``init="identity"`` starts as the bare network,
-exactly, by gates 2 · sigmoid(0).
+    g = sigmoid(BN(w_g · [μ, σ])),      y = x · g                                 (one gate)
+    f = sigmoid(BN(w_f · [μ, σ])),      y = x · g + μ · (f − g)                   (two gates)
+
+so that with two gates g scales the deviation and f the mean. w is one pair of numbers per channel.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -18,21 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fxgraft.errors import ConfigError
+from fxgraft.extend import Backbone, Graft, LayeredPatch, Layout, Make, Placement, Unit, register
 from fxgraft.functional.modulation import modulated
-from fxgraft.graph.grafting.graft import Graft
-from fxgraft.graph.grafting.placement import Placement, both_modes
-from fxgraft.graph.grafting.unit import Unit
-from fxgraft.graph.structure.layout import Layout
-from fxgraft.graph.structure.positions import spot_layout, spots
-from fxgraft.graph.structure.sites import Words
-from fxgraft.graph.tracing.anatomy import Anatomy
-from fxgraft.patches.base import Make, Patch
-from fxgraft.patches.options import check_choices
-from fxgraft.patches.registry import register
-
-ORDER = ("style", 1)
-"""At one site SelfNorm runs after CrossNorm, in the authors' order."""
 
 GateFunction = Callable[[Tensor, Tensor], Tensor]
 """From mean and deviation, (B, C) each, to a gate (B, C)."""
@@ -42,8 +29,16 @@ EPS = 1e-12
 
 @register("selfnorm")
 @dataclass(frozen=True, kw_only=True)
-class SelfNorm(Patch):
+class SelfNorm(LayeredPatch):
     """SelfNorm: gate each map by its own channel statistics.
+
+    Tang, Gao, Zhu, Zhang, Li, Metaxas: "CrossNorm and SelfNorm for Generalization under Distribution Shifts",
+    ICCV 2021. Every residual block gets a unit that recalibrates the statistics of its map by gates computed from
+    the map's own means and deviations. It acts in training and in evaluation.
+
+    With the authors' initialisation a gate starts around 0.5, so a pretrained network starts with halved
+    activations in every block and has to be trained again; ``init="identity"`` starts as the bare network,
+    exactly, by gates 2 · sigmoid(0).
 
     Args:
         position: where in its block a unit sits. Residual blocks: "pre" (what the branch sees of the block's
@@ -53,6 +48,7 @@ class SelfNorm(Patch):
         layers: only these blocks: names of blocks or of modules around them, globs, stage numbers, names from
             ``fxgraft.sites(model, "residual")``; a name without such a block stands for its own output, and
             "input" for the image. Default: every block.
+        layer: the same, for one.
         gates: 1 (the released configurations) or 2 (the paper's form, one gate for mean and one for deviation).
         init: "authors", where a gate starts around 0.5, or "identity", where the unit starts as the identity.
         layout: meaning of the dimensions at the sites, one of NCHW, NHWC, NLC, NCL; found if left out.
@@ -72,30 +68,22 @@ class SelfNorm(Patch):
     where = "inside every residual block, by default before its last activation"
     cost = "one pass over each block's map for its statistics and one to scale it, in training and evaluation"
     adds_parameters = True
+    order = ("style", 1)  # at one site after CrossNorm, in the authors' order
 
     position: Literal[
         "pre", "residual", "identity", "post", "conv1_pre", "conv1_post", "conv2_post", "conv", "norm", "act"
     ] = "post"
-    layers: Words | None = None
     gates: Literal[1, 2] = 1
     init: Literal["authors", "identity"] = "authors"
     layout: Literal["NCHW", "NHWC", "NLC", "NCL"] | None = None
 
-    def __post_init__(self) -> None:
-        check_choices(self)
-
-    def place(self, anatomy: Anatomy, make: Make) -> Sequence[Placement]:
+    def place(self, backbone: Backbone, make: Make) -> Iterator[list[Placement]]:
         """Put one unit in every block."""
-        placements = []
-        for spot in spots(anatomy, self.position, self.layers):
-            layout = spot_layout(anatomy, spot, self.layout)
-            channels = layout.canonical(spot.value).shape[1]  # type: ignore[arg-type]
-            unit = make(spot.name, lambda channels=channels: SelfNormUnit(self, channels))
-            if not isinstance(unit, SelfNormUnit):
-                raise ConfigError(f"{unit!r} is no unit of SelfNorm.")
-            unit.layout = layout
-            placements += both_modes(spot.owner, spot.edit, spot.training_edit, spot.name, unit, ORDER)
-        return placements
+        for spot in backbone.positions(self.position, self.layers):
+            layout = backbone.layout(spot, self.layout)
+            unit = make(spot.name, SelfNormUnit, self, layout.canonical(backbone.value(spot)).shape[1])
+            unit.bind(layout=layout)
+            yield backbone.place(spot, unit)
 
     def describe(self, graft: Graft) -> str:
         """Say how many units there are, where, and how their gates start."""
@@ -112,11 +100,10 @@ class SelfNormUnit(Unit):
         channels: of the site.
     """
 
-    transient = ("layout",)
+    layout: Layout
 
     def __init__(self, config: SelfNorm, channels: int) -> None:
         super().__init__()
-        self.layout: Layout
         self.g = Gate(channels, config.init)
         self.f = Gate(channels, config.init) if config.gates == 2 else None
 

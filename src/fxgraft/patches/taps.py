@@ -1,40 +1,49 @@
-"""Activation taps (used for matching in Huang, Huang, Krähenbühl, ECCV 2018).
-
-Records the activations A_i at chosen sites of every pass, in training and in evaluation, and hands them over
-once. The network computes what it computes without taps. A value is copied only where a later operation of the
-pass writes over it in place; gradients flow through what is recorded into the network, unless it is detached.
-"""
+"""Activation taps: records the values at sites of every pass and hands them over once."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
 
 from torch import nn
 
-from fxgraft.errors import ConfigError, TapError, UnknownGraftError, candidates
-from fxgraft.graph.grafting.graft import Graft
-from fxgraft.graph.grafting.placement import Placement
-from fxgraft.graph.grafting.taps import named_sites, take, tap_placements
-from fxgraft.graph.grafting.unit import Unit
-from fxgraft.graph.structure.sites import Words
-from fxgraft.graph.tracing.anatomy import Anatomy
-from fxgraft.patches.base import Make, Patch, grafts_on, unwrapped
-from fxgraft.patches.registry import register
+from fxgraft.extend import (
+    Backbone,
+    ConfigError,
+    Graft,
+    LayeredPatch,
+    Make,
+    Placement,
+    TapError,
+    Unit,
+    UnknownGraftError,
+    Words,
+    candidates,
+    grafts_on,
+    register,
+    take,
+    tap_placements,
+    unwrapped,
+)
 
 
 @register("taps")
 @dataclass(frozen=True, kw_only=True)
-class Taps(Patch):
+class Taps(LayeredPatch):
     """Taps: record the values at sites, to be fetched after each pass.
+
+    The activations A_i at chosen sites (matched in Huang, Huang, Krähenbühl, ECCV 2018), in training and in
+    evaluation. The network computes what it computes without taps. A value is copied only where a later operation
+    of the pass writes over it in place; gradients flow through what is recorded into the network, unless it is
+    detached.
 
     Args:
         layers: which values: qualified module names (``name_1`` for a second call), node names from
             ``fxgraft.sites(model)``, globs, stage numbers (-1 is the last), alone or several. Values come in
             this order, by these names; globs and stage numbers give the names of the sites they stand for. A
             tap sees what patches added before it make of the value.
+        layer: the same, for one.
         detach: cut the values off the graph, instead of letting gradients flow through them.
         copy: record a copy of every value. By default only of those that are written over later in the pass.
 
@@ -53,19 +62,21 @@ class Taps(Patch):
     cost = "memory of the values until they are fetched, and a copy of those that are written over in place"
 
     example = MappingProxyType({"layers": -1})
+    needs_layers = True
 
-    layers: Words
     detach: bool = False
     copy: bool = False
 
-    def __post_init__(self) -> None:
+    def __post_init__(self, layer: Words | None) -> None:
+        super().__post_init__(layer)
         for name in ("detach", "copy"):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"Taps: {name} must be True or False, got {getattr(self, name)!r}.")
 
-    def place(self, anatomy: Anatomy, make: Make) -> Sequence[Placement]:
+    def place(self, backbone: Backbone, make: Make) -> list[Placement]:
         """Put one tap at every site."""
-        return tap_placements(anatomy, make, named_sites(anatomy, self.layers), self.detach, self.copy)
+        sites = backbone.named_sites(self.layers or ())
+        return tap_placements(backbone, make, sites, self.detach, self.copy)
 
     def describe(self, graft: Graft) -> str:
         """Name the sites."""

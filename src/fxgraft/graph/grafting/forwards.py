@@ -12,7 +12,7 @@ from torch.utils import _pytree as pytree
 from fxgraft.errors import BypassError
 from fxgraft.graph.tracing.compile import compile_graph
 from fxgraft.graph.tracing.editing import (
-    _is_unit,
+    is_unit,
 )
 from fxgraft.graph.tracing.signatures import INPUT, bind
 from fxgraft.graph.tracing.trace import CHECKPOINT_REGION, Traced
@@ -30,7 +30,7 @@ def restore_checkpointing(traced: Traced) -> None:
     grafted = {
         node.meta.get(CHECKPOINT_REGION)
         for unit in nodes
-        if _is_unit(unit)
+        if is_unit(unit)
         for node in (*unit.all_input_nodes, *unit.users)
     }
     for node in nodes:

@@ -2,17 +2,58 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar, Generic, Protocol, TypeVar
 
 from torch import nn
 
+from fxgraft.errors import MethodError
+from fxgraft.graph.grafting.backbone import Backbone
+from fxgraft.graph.grafting.passes import Arguments, Context
+from fxgraft.graph.grafting.placement import Placement
 from fxgraft.graph.grafting.unit import Unit
+
+U = TypeVar("U", bound=Unit)
+
+
+class Make(Protocol):
+    """How a method gets its units, so that they are the same ones when a model is planned again."""
+
+    def __call__(self, key: str, kind: Callable[..., U], *args: Any, **kwargs: Any) -> U:
+        """Return the graft's unit of that key, building it as ``kind(*args, **kwargs)`` the first time."""
+        ...
+
+
+class Placer:
+    """What the ledger asks of a patch.
+
+    Attributes:
+        order: (group, rank): units of one group at one site run by rank, whichever graft was added first.
+        call_options: keyword arguments of the model's call that are meant for the patch.
+    """
+
+    order: ClassVar[tuple[str, int] | None] = None
+    call_options: ClassVar[tuple[str, ...]] = ()
+
+    def place(self, backbone: Backbone, make: Make) -> Iterable[Placement | list[Placement]]:
+        """Say which units go where on a bare model."""
+        raise NotImplementedError
+
+    def installed(self, graft: Graft, backbone: Backbone) -> None:
+        """Look at the model with all of its grafts on it; called where some of them act in evaluation."""
+
+    def replays(self) -> bool:
+        """Say whether the patch runs the model again on the arguments of a training pass."""
+        return False
+
+
+P = TypeVar("P", bound=Placer, covariant=True)
 
 
 @dataclass
-class Graft:
+class Graft(Generic[P]):
     """A patch on a model.
 
     Attributes:
@@ -20,24 +61,100 @@ class Graft:
         patch: the settings, as given.
         units: what it inserted, by key.
         input_size: (C, H, W) that its sites were resolved at, None for the model's own.
+        context: what it shares with the other grafts of its model; None before it is installed.
     """
 
     name: str
-    patch: Any
+    patch: P
     units: dict[str, Unit] = field(default_factory=dict)
     input_size: tuple[int, ...] | None = None
+    context: Context | None = field(default=None, repr=False, compare=False)
 
     def parameters(self) -> list[nn.Parameter]:
         """List the parameters that the graft added, for an optimiser."""
         return [p for unit in self.units.values() for p in unit.parameters()]
 
-    def make(self, key: str, build: Callable[[], Unit]) -> Unit:
-        """Return the unit of that key, building it the first time."""
-        if key not in self.units:
-            self.units[key] = build()
-        unit = self.units[key]
+    def units_of(self, kind: type[U]) -> list[U]:
+        """List the units of one class."""
+        return [unit for unit in self.units.values() if isinstance(unit, kind)]
+
+    def make(self, key: str, kind: Callable[..., U], *args: Any, **kwargs: Any) -> U:
+        """Return the unit of that key, building it as ``kind(*args, **kwargs)`` the first time.
+
+        Raises:
+            MethodError: what is built is no `Unit`, or the key belongs to a unit of another class.
+        """
+        unit = self.units.get(key)
+        if unit is None:
+            unit = kind(*args, **kwargs)
+            if not isinstance(unit, Unit):
+                raise MethodError(
+                    f"{self.name!r}: make({key!r}, ...) was to build a unit, and built a {type(unit).__name__}.\n"
+                    "A unit is told its graft, its pass and the training's progress, which a plain module is not.\n"
+                    f"Derive from fxgraft.extend.Unit: class {type(unit).__name__}(Unit)."
+                )
+            self.units[key] = unit
+        elif isinstance(kind, type) and not isinstance(unit, kind):
+            raise MethodError(
+                f"{self.name!r}: make({key!r}, {kind.__name__}) asks for the key of a {type(unit).__name__}.\n"
+                "One key belongs to one unit.\nGive every unit of the method a key of its own."
+            )
         unit.graft = self.name
-        return unit
+        return unit  # type: ignore[return-value]
+
+    def recall(self, out: Any) -> Any:
+        """Return what the graft remembers of the training pass that gave ``out``; None if nothing.
+
+        What `Pass.remember` was given, for `Patch.criterion` and `Patch.losses`.
+        """
+        return None if self.context is None else self.context.recall(self.name, out)
+
+    def arguments(self) -> Arguments | None:
+        """Return the arguments of this thread's last pass, if it was one of training and the patch replays."""
+        left = None if self.context is None else self.context.left
+        return None if left is None else left.arguments
+
+    def asking(self, **options: Any) -> AbstractContextManager[None]:
+        """Ask something of the graft's units in the passes of a block, in this thread; see `Pass.asked`."""
+        return nullcontext() if self.context is None else self.context.asking(self.name, **options)
+
+    def model(self) -> nn.Module | None:
+        """Return the model that the graft is on."""
+        known = None if self.context is None else self.context.model
+        return None if known is None else known()
 
     def __repr__(self) -> str:
         return f"Graft({self.name!r}, {self.patch!r})"
+
+
+def checked_placements(graft: Graft, placed: Any) -> list[Placement]:
+    """Return what ``place`` returned as a list, flattened by one level.
+
+    Raises:
+        MethodError: it holds something else than placements; says what to return.
+    """
+    what = type(graft.patch).__name__
+    how = (
+        "place() returns what backbone.place(site, unit), .instead(...), .before(...) and .after(...) give, in a "
+        "list or one by one with yield."
+    )
+    if isinstance(placed, Placement):
+        return [placed]
+    if placed is None or isinstance(placed, (str, nn.Module)) or not isinstance(placed, Iterable):
+        given = "nothing" if placed is None else f"a {type(placed).__name__}"
+        raise MethodError(f"{what}.place returned {given}.\n{how}")
+    found: list[Placement] = []
+    for each in placed:
+        inner = each if isinstance(each, list) else [each]
+        for one in inner:
+            if not isinstance(one, Placement):
+                raise MethodError(
+                    f"{what}.place returned a {type(one).__name__} among its placements.\n{how}"
+                )
+            if not isinstance(one.unit, Unit):
+                raise MethodError(
+                    f"{what}.place puts a {type(one.unit).__name__} at {one.key!r}, which is no unit.\n"
+                    f"Derive from fxgraft.extend.Unit: class {type(one.unit).__name__}(Unit)."
+                )
+        found += inner
+    return found

@@ -6,15 +6,16 @@ are views of count their writes together, so a witness sees a write through any 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
 
-from fxgraft.graph.grafting.graft import Graft
+from fxgraft.graph.grafting.backbone import Backbone
+from fxgraft.graph.grafting.graft import Graft, Make, Placer
 from fxgraft.graph.grafting.ledger import Ledger
-from fxgraft.graph.grafting.placement import Placement, both_modes
+from fxgraft.graph.grafting.placement import Placement, placements
 from fxgraft.graph.grafting.unit import Unit
 from fxgraft.graph.structure.places import site_edits
 from fxgraft.graph.structure.sites import Site
@@ -57,20 +58,18 @@ class _Witness(Unit):
         return Fate(seen[-1][0] if seen else None, bool(seen), written)
 
 
-class _Witnesses:
+class _Witnesses(Placer):
     """A patch of nothing but witnesses."""
-
-    call_options: tuple[str, ...] = ()
 
     def __init__(self, places: Mapping[str, tuple[Any, Any, Any]]) -> None:
         self.places = places
 
-    def place(self, anatomy: Anatomy, make: Callable[[str, Callable[[], Unit]], Unit]) -> Sequence[Placement]:
+    def place(self, backbone: Backbone, make: Make) -> list[Placement]:
         """Put one witness at every site, in both modes."""
         return [
             placement
             for key, (owner, edit, training_edit) in self.places.items()
-            for placement in both_modes(owner, edit, training_edit, key, make(key, _Witness))
+            for placement in placements(owner, edit, training_edit, key, make(key, _Witness))
         ]
 
 

@@ -4,18 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 from torch import nn
 
+from fxgraft.graph.grafting.graft import Graft
+from fxgraft.graph.grafting.placement import Placement
 from fxgraft.graph.grafting.state import GraftState
 from fxgraft.graph.grafting.swap import grafted_class
 from fxgraft.graph.grafting.unit import Unit
-from fxgraft.graph.tracing.editing import STATE
-
-if TYPE_CHECKING:
-    from fxgraft.graph.grafting.graft import Graft
-    from fxgraft.graph.grafting.placement import Placement
+from fxgraft.graph.tracing.names import STATE
 
 
 @dataclass

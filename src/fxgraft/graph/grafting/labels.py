@@ -1,10 +1,11 @@
-"""Labels from outside a call, and the checks on labels."""
+"""Labels from outside a call, and what labels must be like."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import TypeVar
+from contextvars import ContextVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -24,14 +25,31 @@ class Labels:
         used: whether a training pass has read them.
     """
 
-    def __init__(self, value: Tensor, reusable: bool) -> None:
+    def __init__(self, value: Any, reusable: bool) -> None:
         self.value = value
         self.reusable = reusable
         self.used = False
 
 
-# The innermost label source is the last one. A plain list, since torch.compile reads it inside graphs.
-_ambient: list[Labels] = []
+# The innermost source is the last one. Of a thread or task alone: what one publishes no other one sees.
+_published: ContextVar[tuple[Labels, ...]] = ContextVar("fxgraft_labels", default=())
+
+
+@contextmanager
+def _publish(value: Any, reusable: bool) -> Iterator[None]:
+    labels = Labels(value, reusable)
+    _published.set((*_published.get(), labels))
+    try:
+        yield
+    finally:
+        # Not reset by a token: a generator may be closed in another context than it was started in.
+        _published.set(tuple(each for each in _published.get() if each is not labels))
+
+
+def published() -> Labels | None:
+    """Return the labels that were set last for this thread or task, and still hold."""
+    every = _published.get()
+    return every[-1] if every else None
 
 
 @contextmanager
@@ -39,17 +57,13 @@ def targets(y: Tensor) -> Iterator[None]:
     """Give labels to every patched model called inside the block.
 
     For training loops that can only call ``model(x)``. The labels hold for the whole block, however
-    many passes it makes.
+    many passes it makes, and for the thread or task that entered it.
 
     Args:
         y: class indices (B,), soft targets (B, K), or whatever the criterion takes.
     """
-    labels = Labels(y, reusable=True)
-    _ambient.append(labels)
-    try:
+    with _publish(y, reusable=True):
         yield
-    finally:
-        _ambient.remove(labels)
 
 
 def with_targets(loader: Iterable[Batch], index: int | str = 1) -> Iterator[Batch]:
@@ -66,12 +80,51 @@ def with_targets(loader: Iterable[Batch], index: int | str = 1) -> Iterator[Batc
         The loader's batches, unchanged.
     """
     for batch in loader:
-        labels = Labels(batch[index], reusable=False)  # type: ignore[index]
-        _ambient.append(labels)
-        try:
+        with _publish(batch[index], reusable=False):  # type: ignore[index]
             yield batch
-        finally:
-            _ambient.remove(labels)
+
+
+def checked_labels(graft: str, target: Any, batch: int) -> Tensor:
+    """Return labels if they can be those of a batch.
+
+    Args:
+        graft: name of the graft that needs them, for the message.
+        target: the labels; None for none.
+        batch: number of samples.
+
+    Raises:
+        TargetError: no labels, no tensor, another batch size, or one floating-point number per sample.
+    """
+    if target is None:
+        raise TargetError(
+            f"{graft!r} needs the labels of the batch in training, and none were given.\n"
+            "Call model(x, target=y), or wrap the call in `with fxgraft.targets(y):`, or iterate over "
+            "fxgraft.with_targets(loader); model.eval() needs none."
+        )
+    if not isinstance(target, Tensor):
+        raise TargetError(
+            f"{graft!r} was given labels of type {type(target).__name__}.\n"
+            "It takes a tensor of class indices (B,) or of soft targets (B, K)."
+        )
+    if target.is_complex():
+        raise TargetError(
+            f"{graft!r} was given complex labels.\n"
+            "It takes a tensor of class indices (B,) or of soft targets (B, K)."
+        )
+    if target.ndim == 0 or target.shape[0] != batch:
+        raise TargetError(
+            f"{graft!r} was given labels for {target.shape[0] if target.ndim else 'no'} "
+            f"samples with a batch of {batch}.\n"
+            "Labels and inputs must be of the same batch; labels set earlier may have been left over."
+        )
+    if target.is_floating_point() and target.ndim < 2:
+        raise TargetError(
+            f"{graft!r} was given one floating-point number per sample as labels.\n"
+            "Class indices are integers (B,), soft targets are floating-point (B, K).\n"
+            "Pass y.long() if these are indices."
+        )
+    # Narrow integers index as masks (uint8, bool) or not at all; cross-entropy takes them as indices.
+    return target if target.is_floating_point() or target.dtype == torch.int64 else target.long()
 
 
 def check_label_range(graft: str, target: Tensor, classes: int, spatial: int = 0) -> None:

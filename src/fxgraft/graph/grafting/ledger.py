@@ -8,34 +8,23 @@ removal leaves exactly what the remaining grafts would have made.
 from __future__ import annotations
 
 import contextlib
-import copy
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from types import SimpleNamespace
-from typing import Any, Protocol
+from typing import Any
 
 from torch import nn
 
 from fxgraft.errors import WrappedModelError
-from fxgraft.graph.grafting.graft import Graft
+from fxgraft.graph.grafting.backbone import Backbone
+from fxgraft.graph.grafting.graft import Graft, Make, Placer, U, checked_placements
 from fxgraft.graph.grafting.journal import Installation, Kept
 from fxgraft.graph.grafting.passes import Context
-from fxgraft.graph.grafting.placement import Placement
 from fxgraft.graph.grafting.planning import compile_placements
-from fxgraft.graph.grafting.state import GraftState, Program, state_of
+from fxgraft.graph.grafting.state import GraftState, state_of
 from fxgraft.graph.grafting.swap import release_orphans
-from fxgraft.graph.grafting.unit import Unit
 from fxgraft.graph.tracing.anatomy import Anatomy
-from fxgraft.graph.tracing.editing import STATE
 from fxgraft.graph.tracing.settings import settings_changed
-
-
-class Placer(Protocol):
-    """What the ledger asks of a patch."""
-
-    def place(self, anatomy: Anatomy, make: Callable[[str, Callable[[], Unit]], Unit]) -> Sequence[Placement]:
-        """Say which units go where; ``make(key, build)`` returns the graft's unit of that key."""
-        ...
 
 
 class Ledger:
@@ -67,14 +56,9 @@ class Ledger:
         for graft in grafts:
             anatomy = anatomies.setdefault(graft.input_size, Anatomy(model, graft.input_size))
             asked: set[str] = set()
-
-            def make(
-                key: str, build: Callable[[], Unit], graft: Graft = graft, asked: set[str] = asked
-            ) -> Unit:
-                asked.add(key)
-                return graft.make(key, build)
-
-            installation.placements += [(graft, p) for p in graft.patch.place(anatomy, make)]
+            make = _noting(graft, asked)
+            placed = checked_placements(graft, graft.patch.place(Backbone(anatomy), make))
+            installation.placements += [(graft, placement) for placement in placed]
             # What an earlier plan made, for a layer that another has replaced since, is of no use any more;
             # what this one asked for is, placed or not.
             for key in [key for key in graft.units if key not in asked]:
@@ -113,17 +97,19 @@ class Ledger:
             runs = (state.training.acts, state.evaluation.acts)
             if path and any(runs):
                 self.owners[path] = runs
-        declared = [option for graft in self.grafts for option in getattr(graft.patch, "call_options", ())]
+        declared = [option for graft in self.grafts for option in graft.patch.call_options]
         self.options = tuple(dict.fromkeys(declared))
-        self.context.remember = any(unit.replays for graft in self.grafts for unit in graft.units.values())
-        self.context.last = None
-        units = [(graft, unit) for graft in self.grafts for unit in graft.units.values()]
-        for _, unit in units:
-            unit.context = self.context
-            unit.set_progress(self.context.progress)
+        self.context.replays = any(graft.patch.replays() for graft in self.grafts)
+        self.context.model = weakref.ref(model)
+        self.context.forget()
+        for graft in self.grafts:
+            graft.context = self.context
+            for unit in graft.units.values():
+                unit.context = self.context
+                unit.set_progress(self.context.progress)
         if any(p.evaluation for _, p in installation.placements):
-            for graft, unit in units:
-                unit.installed(Anatomy(model, graft.input_size))
+            for graft in self.grafts:
+                graft.patch.installed(graft, Backbone.of(model, graft.input_size))
 
     @contextlib.contextmanager
     def lifted(self) -> Iterator[None]:
@@ -187,40 +173,17 @@ class Ledger:
     def portable(self) -> Ledger:
         """Return the ledger without what is compiled, to travel with a copy of the model."""
         twin = Ledger()
-        twin.grafts = [replace(graft) for graft in self.grafts]
+        twin.grafts = [replace(graft, context=None) for graft in self.grafts]
         twin.context.progress = self.context.progress
         return twin
 
-    def localise(self, model: nn.Module) -> None:
-        """Give a DataParallel replica its own context and units, since replicas run in threads."""
-        context = Context()
-        context.progress = self.context.progress
-        twins: dict[int, Unit] = {}
+    def restore(self, model: nn.Module) -> None:
+        """Put the grafts on a copy of the model that they were on."""
+        self.install(model)
 
-        def twin(unit: Unit) -> Unit:
-            if id(unit) not in twins:
-                # Not copy.copy, which leaves out what a copy of the whole model finds again.
-                twins[id(unit)] = object.__new__(type(unit))
-                twins[id(unit)].__dict__.update(unit.__dict__)
-                twins[id(unit)].context = context
-            return twins[id(unit)]
-
-        for path in self.installation.states if self.installation else ():
-            module = model.get_submodule(path)
-            state = copy.copy(module.__dict__[STATE])
-            state.context = context
-            for name, child in module._modules.items():
-                if name.startswith("graft_") and isinstance(child, Unit):
-                    twins[id(state.registered.get(name))] = child
-                    child.context = context
-            state.units = SimpleNamespace(**{k: twin(u) for k, u in vars(state.units).items()})
-            for name in ("training", "evaluation"):
-                program: Program = getattr(state, name)
-                inputs, units = [twin(u) for u in program.inputs], [twin(u) for u in program.units]
-                whole = program.function
-                whole = twin(whole) if isinstance(whole, Unit) else whole
-                setattr(state, name, replace(program, function=whole, inputs=inputs, units=units))
-            module.__dict__[STATE] = state
+    def paths(self) -> list[str]:
+        """Name the grafted modules."""
+        return list(self.installation.states) if self.installation else []
 
 
 def _stale_settings(module: nn.Module, state: GraftState) -> bool:
@@ -230,3 +193,13 @@ def _stale_settings(module: nn.Module, state: GraftState) -> bool:
         if settings_changed(part, settings):
             return True
     return False
+
+
+def _noting(graft: Graft[Placer], asked: set[str]) -> Make:
+    """Return the graft's maker of units, which notes the keys that it was asked for."""
+
+    def make(key: str, kind: Callable[..., U], *args: Any, **kwargs: Any) -> U:
+        asked.add(key)
+        return graft.make(key, kind, *args, **kwargs)
+
+    return make

@@ -1,121 +1,258 @@
-"""What one pass through a patched model shares with its grafts."""
+"""One pass through a patched model: what its grafts share while it runs, and what it leaves behind.
+
+The state of a pass lives with the call: it is found through the thread that makes the call, so that calls of one
+model from several threads do not meet. What a pass leaves behind (values recorded by taps, what a method has to
+know of it for its loss) belongs to the thread that made it, too, and to the output that came of it.
+"""
 
 from __future__ import annotations
 
-from typing import Any
+import threading
+import weakref
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, TypeVar
 
+import torch
 from torch import Tensor, nn
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from fxgraft.errors import TargetError
-from fxgraft.graph.grafting.labels import _ambient
+from fxgraft.graph.grafting.labels import checked_labels, published
+from fxgraft.graph.grafting.sharded import outside_sharded_step
+from fxgraft.graph.structure.rest import Rest
+from fxgraft.graph.tracing.observe import tensors
+
+T = TypeVar("T")
+
+# A plain threading.local, which torch.compile follows, writes included. Passes nest: the innermost is the last.
+_running = threading.local()
+
+
+class Arguments:
+    """The arguments of a pass, kept so that it can be made again."""
+
+    def __init__(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        self.args = args
+        self.kwargs = kwargs
+
+
+class Left:
+    """What a pass leaves behind in its thread, until the next pass of the model there.
+
+    Attributes:
+        notes: what grafts remember of it, by name.
+        recorded: the values that taps recorded and nobody fetched yet; None if there are none.
+        arguments: with which it was called, if it was one of training and a graft runs it again.
+    """
+
+    def __init__(
+        self, notes: dict[str, Any], recorded: dict[str, Any] | None, arguments: Arguments | None
+    ) -> None:
+        self.notes = notes
+        self.recorded = recorded
+        self.arguments = arguments
 
 
 class Context:
-    """The state of one patched model's current pass.
-
-    Every graft of a model refers to the same context. Between passes all fields but ``progress`` are
-    empty, so that compiled code guards on constants only.
+    """What the grafts of one model share beyond a pass.
 
     Attributes:
-        root: the patched model while it runs, else None.
-        target: the labels of this pass, or None.
-        inputs: the model's positional tensor arguments.
-        options: keyword arguments of this pass that a patch declared as its own.
-        values: what `Capture` units recorded in this pass, by key.
-        visited: the owners reached in this pass.
-        recording: where taps put their values during a pass; None outside of one and while a graft looks ahead.
-        recorded: what the taps of the last pass recorded, until it is fetched or the next pass begins.
         progress: share of training done, in [0, 1].
-        remember: whether a graft runs the model again; then the arguments of the last pass outlive it.
-        last: the model and the arguments of the last training pass, or None.
+        replays: whether a graft runs the model again; then the arguments of training passes outlive them.
+        model: a weak reference to the model; set when the grafts are installed.
     """
 
     def __init__(self) -> None:
-        self.root: nn.Module | None = None
-        self.target: Tensor | None = None
-        self.stale = False
-        self.inputs: tuple[Any, ...] = ()
-        self.options: dict[str, Any] = {}
-        self.values: dict[str, Any] = {}
-        self.visited: dict[str, bool] = {}
-        self.recording: dict[str, Any] | None = None
-        self.recorded: dict[str, Any] | None = None
         self.progress = 0.0
-        self.remember = False
-        self.last: tuple[nn.Module, tuple[Any, ...], dict[str, Any]] | None = None
+        self.replays = False
+        self.model: weakref.ref[nn.Module] | None = None
+        self._local = threading.local()
+        self._notes = WeakTensorKeyDictionary()
 
-    def begin(
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Travel with nothing but the progress: passes and what they left belong to the model and its threads."""
+        return Context, (), {"progress": self.progress}
+
+    @property
+    def current(self) -> Pass | None:
+        """The pass of this model that this thread is in; None outside of one."""
+        for each in getattr(_running, "stack", ())[::-1]:
+            if each.context is self:
+                return each
+        return None
+
+    @property
+    def left(self) -> Left | None:
+        """What the last pass of this model in this thread left behind."""
+        return getattr(self._local, "left", None)
+
+    def forget(self) -> None:
+        """Drop what the last pass in this thread left behind."""
+        self._local.left = None
+
+    def leave(self, run: Pass, out: Any, arguments: Arguments) -> None:
+        """Keep what a pass that came through leaves behind."""
+        kept = arguments if self.replays and run.training else None
+        self._local.left = Left(run.notes, run.recording, kept)
+        if not torch.compiler.is_compiling() and (run.notes or len(self._notes)):
+            for each in tensors(out):
+                self._notes[each] = run.notes
+
+    @property
+    def asked(self) -> Mapping[tuple[str, str], Any]:
+        """What `asking` asks of the passes that this thread makes now."""
+        return getattr(self._local, "asked", {})
+
+    @contextmanager
+    def asking(self, graft: str, **options: Any) -> Iterator[None]:
+        """Ask something of a graft's units in all passes that this thread makes in the block; see `Pass.asked`."""
+        before = self.asked
+        self._local.asked = {**before, **{(graft, key): value for key, value in options.items()}}
+        try:
+            yield
+        finally:
+            self._local.asked = before
+
+    def recall(self, graft: str, out: Any) -> Any:
+        """Return what a graft remembers of the pass that gave ``out``; None if it remembers nothing of it.
+
+        An output that is known is told by its identity. One that a wrapper has made anew, or that came out of
+        compiled code, is taken for that of the last pass in this thread.
+        """
+        for each in tensors(out):
+            if each in self._notes:
+                return self._notes[each].get(graft)
+        return None if self.left is None else self.left.notes.get(graft)
+
+
+class Pass:
+    """One call of a patched model.
+
+    Attributes:
+        context: what the grafts of the model share.
+        model: the patched model.
+        target: the labels that grafts see from here on; None if there are none.
+        inputs: the model's positional arguments.
+        options: keyword arguments of the call that a patch declared as its own.
+        notes: what grafts remember of this pass, by name.
+        visited: the owners reached so far.
+        recording: where taps put their values; None while a graft looks ahead.
+    """
+
+    def __init__(
         self,
-        root: nn.Module,
-        target: Tensor | None,
-        inputs: tuple[Any, ...],
-        named: dict[str, Any] | None = None,
-        options: dict[str, Any] | None = None,
+        context: Context,
+        model: nn.Module,
+        target: Any = None,
+        inputs: tuple[Any, ...] = (),
+        options: Mapping[str, Any] | None = None,
     ) -> None:
-        """Start a pass of ``root``; explicit labels win over those set from outside."""
-        self.root = root
-        self.inputs = inputs
-        self.options = options or {}
-        self.recording, self.recorded = {}, None
-        if self.remember:
-            self.last = (root, inputs, named or {}) if root.training else None
-        if target is None and _ambient:
-            labels = _ambient[-1]
-            target = labels.value
-            if root.training:
-                self.stale = labels.used and not labels.reusable
-                labels.used = True
+        self.context = context
+        self.model = model
         self.target = target
+        self.inputs = inputs
+        self.options: Mapping[str, Any] = options or {}
+        self.notes: dict[str, Any] = {}
+        self.visited: dict[str, bool] = {}
+        self.recording: dict[str, Any] | None = {}
+        self._shared: dict[tuple[str, str], Any] = {}
+        self._stale = False
 
-    def end(self) -> None:
-        """Forget everything that belonged to the pass."""
-        self.root = None
-        self.target = None
-        self.stale = False
-        self.inputs = ()
-        self.options = {}
-        self.values = {}
-        self.visited = {}
-        self.recording = None
+    @property
+    def training(self) -> bool:
+        """The mode of the whole model, where parts of it may be frozen in evaluation mode."""
+        return self.model.training
 
-    def labels(self, graft: str, batch: int) -> Tensor:
+    def adopt_published(self) -> None:
+        """Take the labels that were published for this thread or task, where the call gave none."""
+        labels = published()
+        if self.target is not None or labels is None:
+            return
+        self.target = labels.value
+        if self.training:
+            self._stale = labels.used and not labels.reusable
+            labels.used = True
+
+    def enter(self) -> None:
+        """Make this the innermost pass of the thread."""
+        _running.stack = (*getattr(_running, "stack", ()), self)
+
+    def exit(self) -> None:
+        """Go back to the pass around this one, if there is one."""
+        _running.stack = tuple(each for each in getattr(_running, "stack", ()) if each is not self)
+
+    def labels(self, graft: str, batch: int, part: Any = None) -> Tensor:
         """Return the labels of this pass, or raise what is wrong with them.
 
         Args:
             graft: name of the graft that needs them, for the message.
             batch: batch size at the graft's site.
+            part: where the call was given labels in several parts: the one to check and return.
 
         Raises:
             TargetError: no labels, labels that served an earlier batch, or another batch size.
         """
-        if self.target is None:
-            raise TargetError(
-                f"{graft!r} needs the labels of the batch in training, and none were given.\n"
-                "Call model(x, target=y), or wrap the call in `with fxgraft.targets(y):`, or iterate over "
-                "fxgraft.with_targets(loader); model.eval() needs none."
-            )
-        if self.stale:
+        if self._stale:
             raise TargetError(
                 f"{graft!r} was given labels left over from an earlier pass.\n"
                 "Labels set by fxgraft.with_targets serve one training pass, so that no batch is ever "
                 "paired with another batch's labels.\n"
                 "Call model(x, target=y), or use `with fxgraft.targets(y):` around several passes of one batch."
             )
-        if not isinstance(self.target, Tensor):
-            raise TargetError(
-                f"{graft!r} was given labels of type {type(self.target).__name__}.\n"
-                "It takes a tensor of class indices (B,) or of soft targets (B, K)."
-            )
-        if self.target.ndim == 0 or self.target.shape[0] != batch:
-            raise TargetError(
-                f"{graft!r} was given labels for {self.target.shape[0] if self.target.ndim else 'no'} "
-                f"samples with a batch of {batch}.\n"
-                "Labels and inputs must be of the same batch; labels set earlier may have been left over."
-            )
-        if self.target.is_floating_point() and self.target.ndim < 2:
-            raise TargetError(
-                f"{graft!r} was given one floating-point number per sample as labels.\n"
-                "Class indices are integers (B,), soft targets are floating-point (B, K).\n"
-                "Pass y.long() if these are indices."
-            )
-        return self.target
+        return checked_labels(graft, self.target if part is None else part, batch)
+
+    def relabel(self, target: Any) -> None:
+        """Set the labels that grafts see from here on, after a graft has mixed the samples.
+
+        `fxgraft.loss` goes on getting the labels of the batch from the caller.
+        """
+        self.target = target
+
+    def shared(self, graft: str, key: str, make: Callable[[], T]) -> T:
+        """Return what all units of a graft share in this pass; made by the first one that asks.
+
+        Args:
+            graft: the graft's name.
+            key: a name for it.
+            make: makes it; usually a draw.
+        """
+        if (graft, key) not in self._shared:
+            self._shared[graft, key] = make()
+        return self._shared[graft, key]
+
+    def asked(self, graft: str, key: str) -> Any:
+        """Return what `Graft.asking` asks of the graft in this pass, or None."""
+        return self.context.asked.get((graft, key))
+
+    def put(self, graft: str, key: str, value: Any) -> None:
+        """Hand a value to the units of the same graft that run later in this pass."""
+        self._shared[graft, key] = value
+
+    def get(self, graft: str, key: str) -> Any:
+        """Return what `put` or `shared` has under that name, or None."""
+        return self._shared.get((graft, key))
+
+    def remember(self, graft: str, state: Any) -> None:
+        """Keep what the graft's loss has to know of this pass; `Graft.recall` finds it by the output.
+
+        Not for what happens in evaluation: a loss that is computed there is the user's own.
+        """
+        self.notes[graft] = state
+
+    def look_ahead(self, graft: str, rest: Rest, z: Tensor) -> Tensor:
+        """Return the logits for a value at the site that a `Rest` starts from; nothing else notices.
+
+        Args:
+            graft: the graft that captured what the rest needs besides.
+            rest: the rest of the network.
+            z: the value. Nothing is written to it as long as it is not used elsewhere; pass a clone.
+        """
+        captured = [self.get(graft, each.key) for each in rest.captured]
+        inputs = [self.inputs[index] for index in rest.inputs]
+        recording, self.recording = self.recording, None  # taps record the pass, not a look ahead
+        try:
+            with outside_sharded_step(self.model, rest.children):
+                return rest.evaluate(self.model, z, captured, inputs)
+        finally:
+            self.recording = recording

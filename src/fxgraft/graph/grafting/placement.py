@@ -8,18 +8,6 @@ from fxgraft.graph.grafting.unit import Unit
 from fxgraft.graph.tracing.editing import Edit
 
 
-def both_modes(
-    owner: str, edit: Edit, training_edit: Edit, key: str, unit: Unit, order: tuple[str, int] | None = None
-) -> list[Placement]:
-    """Place a unit that acts in both modes: once, unless the two graphs name its site differently."""
-    if edit == training_edit:
-        return [Placement(owner, edit, key, unit, order=order)]
-    return [
-        Placement(owner, training_edit, key, unit, evaluation=False, order=order),
-        Placement(owner, edit, key, unit, training=False, order=order),
-    ]
-
-
 @dataclass(frozen=True)
 class Placement:
     """One unit and where it goes.
@@ -30,7 +18,6 @@ class Placement:
         key: the unit's name within its graft; a unit is kept under it when the model is planned again.
         unit: the unit.
         training, evaluation: the modes in which it acts.
-        order: (group, rank): units of one group at one site run by rank, whichever graft was added first.
     """
 
     owner: str
@@ -39,4 +26,25 @@ class Placement:
     unit: Unit
     training: bool = True
     evaluation: bool = True
-    order: tuple[str, int] | None = None
+
+
+def placements(
+    owner: str, evaluation: Edit | None, training: Edit | None, key: str, unit: Unit
+) -> list[Placement]:
+    """Place a unit: once, unless it acts in both modes and their graphs name its site differently.
+
+    Args:
+        owner: the module to graft.
+        evaluation: what to do there in evaluation; None where the unit does not act in it.
+        training: likewise, in training.
+        key: the unit's name within its graft.
+        unit: the unit.
+    """
+    if evaluation == training and training is not None:
+        return [Placement(owner, training, key, unit)]
+    placed = []
+    if training is not None:
+        placed.append(Placement(owner, training, key, unit, evaluation=False))
+    if evaluation is not None:
+        placed.append(Placement(owner, evaluation, key, unit, training=False))
+    return placed

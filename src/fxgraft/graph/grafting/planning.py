@@ -3,24 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import nn
 
 from fxgraft.errors import FxgraftError, SiteError, WrappedModelError
 from fxgraft.graph.grafting.forwards import as_forward, restore_checkpointing
+from fxgraft.graph.grafting.graft import Graft
 from fxgraft.graph.grafting.journal import Installation
 from fxgraft.graph.grafting.passes import Context
+from fxgraft.graph.grafting.placement import Placement
 from fxgraft.graph.grafting.state import GraftState, Program, state_of
 from fxgraft.graph.tracing.anatomy import Anatomy
-from fxgraft.graph.tracing.editing import STATE, Editor, Input, Instead, Output
+from fxgraft.graph.tracing.editing import Editor, Input, Instead, Output
+from fxgraft.graph.tracing.names import PREFIX, STATE, inside, join
 from fxgraft.graph.tracing.trace import Traced
 
-if TYPE_CHECKING:
-    from fxgraft.graph.grafting.graft import Graft
-    from fxgraft.graph.grafting.placement import Placement
-
-Placed = list[tuple["Graft", "Placement"]]
+Placed = list[tuple[Graft, Placement]]
 
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 _OUTSIDE = (Input, Instead, Output)
@@ -60,13 +59,18 @@ def compile_placements(
 def _by_rank(placed: Placed) -> None:
     """Sort the placements of one group at one site by rank; everything else stays where it is."""
     groups: dict[Any, list[int]] = {}
-    for index, (_, placement) in enumerate(placed):
-        if placement.order is not None:
-            groups.setdefault((placement.edit, placement.order[0]), []).append(index)
+    for index, (graft, placement) in enumerate(placed):
+        if graft.patch.order is not None:
+            groups.setdefault((placement.edit, graft.patch.order[0]), []).append(index)
     for slots in groups.values():
-        ranked = sorted((placed[i] for i in slots), key=lambda each: each[1].order[1])  # type: ignore[index]
+        ranked = sorted((placed[i] for i in slots), key=_rank)
         for slot, each in zip(slots, ranked, strict=True):
             placed[slot] = each
+
+
+def _rank(placed: tuple[Graft, Placement]) -> int:
+    order = placed[0].patch.order
+    return 0 if order is None else order[1]
 
 
 def _check_owner(module: nn.Module, path: str) -> None:
@@ -94,7 +98,7 @@ def _place_unit(
     several = len(keys) > 1
     key = placement.key.removeprefix(placement.owner + ".") if placement.owner else placement.key
     safe = "".join(c if c.isalnum() else "_" for c in key)
-    name = f"graft_{graft.name}_{safe}" if several else f"graft_{graft.name}"
+    name = f"{PREFIX}{graft.name}_{safe}" if several else f"{PREFIX}{graft.name}"
     if not name.isidentifier():
         raise SiteError(f"{graft.name!r} cannot name a graft.\nUse letters, digits and underscores.")
     if unit.registered and not isinstance(module, _CONTAINERS):
@@ -158,7 +162,7 @@ def _program(
 def _called(traced: Traced, path: str) -> frozenset[str]:
     """Name the modules that a forward calls."""
     calls = (str(node.target) for node in traced.graph.nodes if node.op == "call_module")
-    return frozenset(f"{path}.{name}" if path else name for name in calls)
+    return frozenset(join(path, name) for name in calls)
 
 
 def _check_reached(installation: Installation, by_owner: dict[str, Placed]) -> None:
@@ -167,9 +171,8 @@ def _check_reached(installation: Installation, by_owner: dict[str, Placed]) -> N
         for training, program in ((True, state.training), (False, state.evaluation)):
             for skipped in program.skipped:
                 for owner, placed in by_owner.items():
-                    inside = owner == skipped or owner.startswith(f"{skipped}.")
                     acting = [g for g, p in placed if (p.training if training else p.evaluation)]
-                    if inside and acting:
+                    if inside(owner, skipped) and acting:
                         inner = [g for g, p in by_owner[path] if not isinstance(p.edit, _OUTSIDE)]
                         raise SiteError(
                             f"{acting[0].name!r} acts on {owner!r}, which {inner[-1].name!r} leaves out in "

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, Protocol
 
 from torch import nn
 
 from fxgraft.graph.grafting.passes import Context
 from fxgraft.graph.grafting.unit import Unit
-from fxgraft.graph.tracing.editing import STATE
+from fxgraft.graph.tracing.names import STATE
 
 
 @dataclass
@@ -36,6 +36,46 @@ class Program:
         return self.function is not None or not all(u.optional for u in (*self.units, *self.inputs))
 
 
+class Keeper(Protocol):
+    """What a patched model asks of whoever keeps its grafts.
+
+    Attributes:
+        owners: the grafted parts of the model, and in which modes (training, evaluation) they run a graft.
+        options: keyword arguments of a call that are meant for the grafts and not for the model.
+    """
+
+    owners: dict[str, tuple[bool, bool]]
+    options: tuple[str, ...]
+
+    def check(self, model: nn.Module) -> None:
+        """Notice what would run an old graph in silence, and plan again."""
+        ...
+
+    def renew(self, model: nn.Module) -> None:
+        """Plan all grafts again on the model as it is now."""
+        ...
+
+    def restore(self, model: nn.Module) -> None:
+        """Put the grafts on a copy of the model."""
+        ...
+
+    def paths(self) -> list[str]:
+        """Name the grafted modules."""
+        ...
+
+    def names(self, owner: str) -> list[str]:
+        """Name the grafts that act on one module."""
+        ...
+
+    def describe(self) -> str:
+        """Name the grafts, for the model's repr."""
+        ...
+
+    def portable(self) -> Keeper:
+        """Return what travels with a copy of the model."""
+        ...
+
+
 @dataclass
 class GraftState:
     """Everything a grafted module needs beyond its own attributes.
@@ -49,7 +89,7 @@ class GraftState:
         units: units that generated code reaches through this state, by name.
         registered: units that joined the module tree as children of this module, by name.
         settings: plain attributes the graphs were traced under, by module path relative to this one.
-        ledger: (outer only) what the API keeps about the grafts.
+        ledger: (outer only) what keeps the grafts.
         orphan: set on a module that was copied without its model.
     """
 
@@ -62,7 +102,7 @@ class GraftState:
     units: SimpleNamespace = field(default_factory=SimpleNamespace)
     registered: dict[str, Unit] = field(default_factory=dict)
     settings: dict[str, dict[str, Any]] = field(default_factory=dict)
-    ledger: Any = None
+    ledger: Keeper | None = None
     orphan: bool = False
 
 

@@ -17,9 +17,10 @@ import torch
 from torch import Tensor, fx, nn
 
 from fxgraft.errors import BypassError
-from fxgraft.graph.grafting.passes import Context
-from fxgraft.graph.grafting.state import GraftState, state_of
-from fxgraft.graph.tracing.editing import STATE
+from fxgraft.graph.grafting import replicas
+from fxgraft.graph.grafting.passes import Arguments, Context, Pass
+from fxgraft.graph.grafting.state import GraftState, Keeper, state_of
+from fxgraft.graph.tracing.names import PREFIX, STATE
 
 ENTRY_POINTS = ("forward_features", "forward_head", "forward_intermediates", "get_intermediate_layers")
 """Methods through which users run part of a backbone, besides calling it."""
@@ -34,7 +35,9 @@ def _run(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
             "Its grafts work with the rest of the network only.\n"
             "Copy the whole model, or fxgraft.unpatch it first."
         )
-    state.context.visited[state.path] = True
+    run = state.context.current
+    if run is not None:
+        run.visited[state.path] = True
     program = state.training if self.training else state.evaluation
     if program.inputs and kwargs and not args:  # the first argument was given by its name
         named = inspect.signature(state.base.forward).parameters
@@ -54,12 +57,12 @@ def _run(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
 
 def _traced_run(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
     """Run as part of a trace: no pass of anything, but entry points that the forward uses lie inside it."""
-    context = self.__dict__[STATE].context
-    context.root = self
+    run = Pass(self.__dict__[STATE].context, self)
+    run.enter()
     try:
         return _run(self, *args, **kwargs)
     finally:
-        context.end()
+        run.exit()
 
 
 def _outer_call(
@@ -72,31 +75,34 @@ def _outer_call(
 ) -> Any:
     """Run an entry point of the patched model inside a pass of its context."""
     state: GraftState = self.__dict__[STATE]
-    context = state.context
-    if context.root is not None and context.root is self:
+    current = state.context.current
+    if current is not None and current.model is self:
         return call(self, *args, **kwargs)
     if getattr(self, "_is_replica", False):
-        state.ledger.localise(self)
-        context = self.__dict__[STATE].context
+        replicas.localise(self)
     elif not torch.compiler.is_compiling() and state.ledger is not None:
         state.ledger.check(self)
-        context = self.__dict__[STATE].context
-    context.begin(self, target, args, kwargs, options)
+    context = self.__dict__[STATE].context
+    run = Pass(context, self, target, args, options)
+    run.adopt_published()
+    context.forget()
+    run.enter()
     try:
         out = call(self, *args, **kwargs)
-        context.recorded = context.recording  # of a pass that came through only
+        context.leave(run, out, Arguments(args, kwargs))  # of a pass that came through only
         return out
     finally:
-        context.end()
+        run.exit()
 
 
 def _whole_call(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
     """Run the model and make sure that every graft of it was reached."""
     out = _run(self, *args, **kwargs)
     state: GraftState = self.__dict__[STATE]
-    if state.ledger is not None:
+    current = state.context.current
+    if state.ledger is not None and current is not None:
         for path, (training, evaluation) in state.ledger.owners.items():
-            if (training if self.training else evaluation) and path not in state.context.visited:
+            if (training if self.training else evaluation) and path not in current.visited:
                 raise BypassError(
                     f"The forward pass did not reach the graft on {path!r}.\n"
                     "The model now runs that module's parts by themselves, or not at all.\n"
@@ -112,10 +118,11 @@ def _entry_point(name: str, own: Callable[..., Any]) -> Callable[..., Any]:
     def method(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         state: GraftState = self.__dict__[STATE]
         program = state.training if self.training else state.evaluation
-        if state.context.root is None and program.acts:
+        if state.context.current is None and program.acts:
             mode = "training" if self.training else "evaluation"
+            names = state.ledger.names(state.path) if state.ledger is not None else []
             raise BypassError(
-                f"{name}() would bypass {', '.join(map(repr, state.ledger.names(state.path)))}, "
+                f"{name}() would bypass {', '.join(map(repr, names))}, "
                 f"which acts inside {state.base.__name__}.forward in {mode} mode.\n"
                 "Call the model itself, or patch at a module's output, which every entry point passes through."
             )
@@ -124,7 +131,6 @@ def _entry_point(name: str, own: Callable[..., Any]) -> Callable[..., Any]:
     return method
 
 
-@functools.cache
 def grafted_class(base: type[nn.Module], outer: bool) -> type[nn.Module]:
     """Make the subclass of ``base`` that grafted modules get.
 
@@ -132,8 +138,13 @@ def grafted_class(base: type[nn.Module], outer: bool) -> type[nn.Module]:
         base: the module's own class.
         outer: whether for the patched model itself, which takes ``target=`` and opens a pass.
     """
+    # Found among the subclasses, which a class knows weakly: a cache would keep every class for good.
+    for known in base.__subclasses__():
+        if known.__dict__.get("_fxgraft_base") is base and known.__dict__["_fxgraft_outer"] is outer:
+            return known
     declared = inspect.signature(base.forward)
     body: dict[str, Any] = {
+        "_fxgraft_outer": outer,
         "_fxgraft_base": base,
         "_fxgraft_forward": _traced_run if outer else _run,
         "__module__": base.__module__,
@@ -192,7 +203,8 @@ def _set_grad_checkpointing(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
     """Switch checkpointing as the model does, then trace again: graphs hold what the flag decided."""
     state: GraftState = self.__dict__[STATE]
     out = state.base.set_grad_checkpointing(self, *args, **kwargs)  # type: ignore[attr-defined]
-    state.ledger.renew(self)
+    if state.ledger is not None:
+        state.ledger.renew(self)
     return out
 
 
@@ -215,9 +227,9 @@ def _plain(module: nn.Module) -> nn.Module:
     state: GraftState = module.__dict__[STATE]
     plain = object.__new__(state.base)
     plain.__dict__.update({k: v for k, v in module.__dict__.items() if k != STATE})
-    if any(name.startswith("graft_") for name in plain.__dict__["_modules"]):
+    if any(name.startswith(PREFIX) for name in plain.__dict__["_modules"]):
         children = plain.__dict__["_modules"]
-        plain.__dict__["_modules"] = {k: v for k, v in children.items() if not k.startswith("graft_")}
+        plain.__dict__["_modules"] = {k: v for k, v in children.items() if not k.startswith(PREFIX)}
     return plain
 
 
@@ -250,10 +262,10 @@ def _shallow_copy(self: nn.Module) -> nn.Module:
     return new
 
 
-def _restore(module: nn.Module, ledger: Any) -> nn.Module:
+def _restore(module: nn.Module, ledger: Keeper | None) -> nn.Module:
     """Graft a copied model again, or mark a copied part as one that waits for its model."""
     if ledger is not None:
-        ledger.install(module)
+        ledger.restore(module)
         return module
     base = type(module)
     module.__dict__[STATE] = GraftState(base, "", Context(), orphan=True)

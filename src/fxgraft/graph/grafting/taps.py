@@ -7,7 +7,7 @@ there. Copies are decided when a model is patched, for each mode, by `inplace.fa
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -15,12 +15,12 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from fxgraft.errors import SiteError, TapError
+from fxgraft.graph.grafting.backbone import Backbone
+from fxgraft.graph.grafting.graft import Make
 from fxgraft.graph.grafting.inplace import Fate, fates
-from fxgraft.graph.grafting.placement import Placement, both_modes
+from fxgraft.graph.grafting.placement import Placement
 from fxgraft.graph.grafting.unit import Unit
-from fxgraft.graph.structure.places import site_edits
-from fxgraft.graph.structure.sites import Site, Words, is_glob, resolve
-from fxgraft.graph.tracing.anatomy import Anatomy
+from fxgraft.graph.structure.sites import Site
 from fxgraft.graph.tracing.observe import tensors
 
 
@@ -35,8 +35,6 @@ class Tap(Unit):
         detach: cut what is recorded off the graph, instead of letting gradients flow through it.
     """
 
-    transient = ("copies",)
-
     def __init__(self, key: str, detach: bool = False) -> None:
         super().__init__()
         self.key = key
@@ -50,11 +48,11 @@ class Tap(Unit):
 
     def forward(self, x: Any) -> Any:
         """Return ``x`` as it is."""
-        recording, root = self.context.recording, self.context.root
-        if recording is None or root is None or torch.compiler.is_exporting():
+        run = self.current
+        if run is None or run.recording is None or torch.compiler.is_exporting():
             return x
         # By the mode of the whole model: where parts are frozen in evaluation mode, others still train.
-        copied = self.copies[root.training]
+        copied = self.copies[run.training]
 
         def kept(value: Tensor) -> Tensor:
             value = value.detach() if self.detach else value
@@ -63,7 +61,7 @@ class Tap(Unit):
         # Containers are rebuilt: dense networks append to a list after they passed it on.
         value = kept(x) if isinstance(x, Tensor) else pytree.tree_map_only(Tensor, kept, x)
         watched = not copied and not torch.compiler.is_compiling()
-        recording[self.slot] = (value, _versions(value) if watched else None)
+        run.recording[self.slot] = (value, _versions(value) if watched else None)
         return x
 
 
@@ -72,62 +70,38 @@ def _versions(value: Any) -> tuple[int | None, ...]:
     return tuple(None if each.is_inference() else each._version for each in tensors(value))
 
 
-def named_sites(anatomy: Anatomy, words: Words) -> dict[str, Site]:
-    """Resolve a user's words to sites by the names their values get, in the order of the words.
-
-    A word that is the name of one site is the name of its value; globs and stage numbers give the names of
-    the sites they resolve to.
-
-    Args:
-        anatomy: of the bare model.
-        words: as `sites.resolve` takes them.
-
-    Raises:
-        SiteError: nothing or more than one thing has that name; lists candidates.
-    """
-    each = list(words) if isinstance(words, Iterable) and not isinstance(words, str) else [words]
-    found: dict[str, Site] = {}
-    for word in each:
-        for site in resolve(anatomy, word):
-            named = isinstance(word, str) and not is_glob(word)
-            found[word if named else site.name] = site  # type: ignore[index]
-    if not found:
-        raise SiteError('No site was named.\nPass at least one layer, for example layers=["layer3", -1].')
-    return found
-
-
 def tap_placements(
-    anatomy: Anatomy,
-    make: Callable[[str, Callable[[], Unit]], Unit],
+    backbone: Backbone,
+    make: Make,
     sites: Mapping[str, Site],
     detach: bool = False,
     copy: bool = False,
+    kind: type[Tap] = Tap,
 ) -> list[Placement]:
     """Put a tap at every site, in training and in evaluation.
 
     Args:
-        anatomy: of the bare model.
+        backbone: the bare model.
         make: the graft's maker of units; a tap's key is its site's key in ``sites``.
-        sites: where to record, by the names to fetch the values by; see `named_sites`.
+        sites: where to record, by the names to fetch the values by; see `Backbone.named_sites`.
         detach: cut what is recorded off the graph.
         copy: record a copy everywhere, also where nothing is seen to write over the value.
+        kind: of tap.
 
     Raises:
         SiteError: a site that holds no tensor, that one mode does not reach, or where no unit can be placed.
         TraceError: a module that holds a site cannot be traced.
     """
-    placements = []
-    for key, (evaluation, training) in fates(anatomy, sites).items():
-        _check(anatomy, sites[key], evaluation, training)
-        unit = make(key, lambda key=key: Tap(key, detach))
-        if not isinstance(unit, Tap):
-            raise SiteError(f"{key!r} is the key of {type(unit).__name__}, which records nothing.")
-        unit.copies = (copy or evaluation.overwritten, copy or training.overwritten)
-        placements += both_modes(*site_edits(anatomy, sites[key]), key, unit)
-    return placements
+    placed: list[Placement] = []
+    for key, (evaluation, training) in fates(backbone.anatomy, sites).items():
+        _check(sites[key], evaluation, training)
+        unit = make(key, kind, key, detach)
+        unit.bind(copies=(copy or evaluation.overwritten, copy or training.overwritten))
+        placed += backbone.place(sites[key], unit, key=key)
+    return placed
 
 
-def _check(anatomy: Anatomy, site: Site, evaluation: Fate, training: Fate) -> None:
+def _check(site: Site, evaluation: Fate, training: Fate) -> None:
     for mode, fate in (("evaluation", evaluation), ("training", training)):
         if not fate.reached:
             raise SiteError(
@@ -159,7 +133,7 @@ def take(units: Iterable[Unit]) -> dict[str, Any]:
     taps = [unit for unit in units if isinstance(unit, Tap)]
     found: dict[str, Any] = {}
     for tap in taps:
-        recorded = tap.context.recorded
+        recorded = _recorded(tap)
         if recorded is None:
             raise TapError(
                 f"There is nothing to fetch from {tap.graft!r}: no pass of the model was made since the last time.\n"
@@ -182,8 +156,13 @@ def take(units: Iterable[Unit]) -> dict[str, Any]:
             )
         found[tap.key] = value
     for tap in taps:
-        recorded = tap.context.recorded or {}
-        recorded.pop(tap.slot)
-        if not recorded:
-            tap.context.recorded = None
+        left = tap.context.left
+        if left is not None and left.recorded is not None:
+            left.recorded.pop(tap.slot)
+            left.recorded = left.recorded or None
     return found
+
+
+def _recorded(tap: Tap) -> dict[str, Any] | None:
+    left = tap.context.left
+    return None if left is None else left.recorded

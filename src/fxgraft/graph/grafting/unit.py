@@ -6,7 +6,8 @@ from typing import Any
 
 from torch import nn
 
-from fxgraft.graph.grafting.passes import Context
+from fxgraft.errors import SiteError
+from fxgraft.graph.grafting.passes import Context, Pass
 
 
 class Unit(nn.Module):
@@ -17,24 +18,43 @@ class Unit(nn.Module):
     without is not registered at all and leaves no trace in ``children()``.
 
     Attributes:
-        context: the state of the model's current pass; set when the unit is placed.
+        context: what the grafts of the model share; set when the unit is installed.
         graft: the name of its graft.
-        transient: attributes that are found again for every model, and do not travel with copies.
-        replays: whether the graft runs the model again on the arguments of the last training pass.
         optional: whether calls of a part of the model may go around it, since others tell what then happens.
     """
 
     context: Context
     graft: str = ""
-    transient: tuple[str, ...] = ()
-    replays: bool = False
     optional: bool = False
+
+    @property
+    def current(self) -> Pass | None:
+        """The pass that is running in this thread; None outside of one (a part of the model called by itself)."""
+        return self.context.current
+
+    def running(self) -> Pass:
+        """Return the pass that is running in this thread.
+
+        Raises:
+            SiteError: there is none: a part of the model was called by itself.
+        """
+        found = self.context.current
+        if found is None:
+            raise SiteError(
+                f"{self.graft!r} acts inside a pass of its model.\nCall the model, not its parts."
+            )
+        return found
+
+    def bind(self, **found: Any) -> None:
+        """Set attributes that are found again on every model: they do not travel with copies and pickles.
+
+        Modules among them do not become children of the unit.
+        """
+        self.__dict__["_bound"] = tuple(dict.fromkeys((*self.__dict__.get("_bound", ()), *found)))
+        self.__dict__.update(found)
 
     def set_progress(self, fraction: float) -> None:
         """Follow a schedule. Keep what depends on it in plain attributes: compiled code guards on those."""
-
-    def installed(self, anatomy: Any) -> None:
-        """Look at the model once all grafts are on it; called where some of them act in evaluation."""
 
     def stale(self, model: nn.Module) -> bool:
         """Say whether what the unit knows about ``model`` no longer holds, so that it must be planned again."""
@@ -42,7 +62,8 @@ class Unit(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out what belongs to the model the unit sits in; it is set again when a copy is grafted."""
-        return {k: v for k, v in self.__dict__.items() if k not in ("context", *self.transient)}
+        out = {"context", "_bound", *self.__dict__.get("_bound", ())}
+        return {key: value for key, value in self.__dict__.items() if key not in out}
 
     @property
     def registered(self) -> bool:
@@ -51,7 +72,11 @@ class Unit(nn.Module):
 
 
 class Capture(Unit):
-    """Record the value at a site in the context of the pass and hand it on."""
+    """Hands the value at a site to the other units of its graft, and on.
+
+    Args:
+        key: the name to hand it over by.
+    """
 
     def __init__(self, key: str) -> None:
         super().__init__()
@@ -59,5 +84,7 @@ class Capture(Unit):
 
     def forward(self, x: Any) -> Any:
         """Return ``x`` as it is."""
-        self.context.values[self.key] = x
+        run = self.current
+        if run is not None:
+            run.put(self.graft, self.key, x)
         return x

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
 import torch.nn.functional as F
 from timm.layers.conv2d_same import Conv2dSame, conv2d_same
@@ -17,15 +17,14 @@ from torch import Tensor, fx, nn
 
 from fxgraft.errors import StructureError
 from fxgraft.graph.structure.layout import Layout
+from fxgraft.graph.structure.opening import OpaqueError, opening
 from fxgraft.graph.structure.pooling import (
     DROPOUTS,
     SCALES,
     SHAPES,
     SUMS,
-    OpaqueError,
     describe_node,
     is_classifier,
-    model_name,
     node_name,
     pooling_of,
 )
@@ -34,14 +33,12 @@ from fxgraft.graph.tracing.compile import compile_graph
 from fxgraft.graph.tracing.observe import tensors
 from fxgraft.graph.tracing.trace import Traced, is_primitive
 from fxgraft.graph.tracing.values import Values, tensor_inputs
-from fxgraft.graph.tracing.walks import downstream_of, upstream_of
+from fxgraft.graph.tracing.walks import cut, downstream_of, placeholders
 
 _CONVOLUTIONS = (nn.Conv2d.forward, Conv2dSame.forward)
 _LAYOUTS = {2: "NC", 3: "NLC", 4: "NHWC"}
 _SIZES_ONLY = {"zeros_like", "ones_like", "empty_like", "full_like", "rand_like", "randn_like"}
 _SIZES_ONLY |= {"new_zeros", "new_ones", "new_empty", "new_full", "new_tensor"}
-
-Found = TypeVar("Found")
 
 
 @dataclass(frozen=True)
@@ -73,16 +70,16 @@ def find_stems(anatomy: Anatomy) -> tuple[Stem, ...]:
         StructureError: the image meets something else first, goes around the stems, or meets several of
             different sizes; says what.
     """
-    traced, found = _opened(anatomy, True, _first_layers)
-    _, evaluated = _opened(anatomy, False, _first_layers)
+    traced, found, _ = opening(anatomy, True, lambda traced: _first_layers(anatomy, traced))
+    _, evaluated, _ = opening(anatomy, False, lambda traced: _first_layers(anatomy, traced))
     _check_same(anatomy, "first layers", [_path(n) for n in found], [_path(n) for n in evaluated])
-    values = Values(anatomy, "", traced)
+    values = anatomy.values("", traced)
     stems = tuple(_stem(anatomy, traced, node, values) for node in found)
     if len({stem.layout.canonical(values(n)).shape[2:] for stem, n in zip(stems, found, strict=True)}) > 1:
         names = ", ".join(f"{s.path!r} gives {tuple(s.shape[1:])}" for s in stems)
         raise StructureError(
-            f"{model_name(anatomy)} takes in the image through branches of different sizes: {names}.\n"
-            "One mask cannot say for all of them which part of the image a member has.\n"
+            f"{anatomy.name} takes in the image through branches of different sizes: {names}.\n"
+            "They have no positions in common.\n"
             "Choose a backbone with one stem, or with parallel ones of one size."
         )
     return stems
@@ -99,8 +96,8 @@ def find_classifiers(anatomy: Anatomy) -> tuple[str, ...]:
     Raises:
         StructureError: the logits are made in another way; says what stands in the place.
     """
-    _, found = _opened(anatomy, True, _last_layers)
-    _, evaluated = _opened(anatomy, False, _last_layers)
+    _, found, _ = opening(anatomy, True, lambda traced: _last_layers(anatomy, traced))
+    _, evaluated, _ = opening(anatomy, False, lambda traced: _last_layers(anatomy, traced))
     _check_same(anatomy, "classifiers", found, evaluated)
     return tuple(found)
 
@@ -120,29 +117,10 @@ def apply_layer(module: nn.Module, x: Tensor, weight: Tensor, bias: Tensor | Non
     )
 
 
-def _opened(
-    anatomy: Anatomy, training: bool, search: Callable[[Anatomy, Traced], Found]
-) -> tuple[Traced, Found]:
-    """Search the model's trace, opening modules as the search meets them."""
-    opened: tuple[str, ...] = ()
-    while True:
-        traced = anatomy.graph("", training=training, opened=opened)
-        try:
-            return traced, search(anatomy, traced)
-        except OpaqueError as closed:
-            if closed.path in opened:
-                raise StructureError(
-                    f"{closed.path!r} of {model_name(anatomy)} cannot be opened to look for its first and last "
-                    "layers.\nThe model arrived as a graph in which it is one call.\n"
-                    "Patch the model that the graph was made from."
-                ) from closed
-            opened = tuple(sorted({*opened, closed.path}))
-
-
 def _check_same(anatomy: Anatomy, what: str, training: list[str], evaluation: list[str]) -> None:
     if sorted(training) != sorted(evaluation):
         raise StructureError(
-            f"{model_name(anatomy)} has other {what} in training ({', '.join(training)}) than in evaluation "
+            f"{anatomy.name} has other {what} in training ({', '.join(training)}) than in evaluation "
             f"({', '.join(evaluation)}).\nWhat is trained in one mode would not be what predicts in the other.\n"
             "Build the model without auxiliary or distillation outputs."
         )
@@ -154,7 +132,7 @@ def _path(node: fx.Node) -> str:
 
 def _first_layers(anatomy: Anatomy, traced: Traced) -> list[fx.Node]:
     """Follow the image to the first layers that it meets on all of its ways."""
-    values = Values(anatomy, "", traced)
+    values = anatomy.values("", traced)
     image = next(node for node in traced.graph.nodes if node.op == "placeholder")
     raw, encoded, stems = {image}, set[fx.Node](), list[fx.Node]()
     for node in traced.graph.nodes:
@@ -228,9 +206,9 @@ def _shown(node: fx.Node, values: Values) -> str:
 
 def _refused(anatomy: Anatomy, reason: str) -> StructureError:
     return StructureError(
-        f"{model_name(anatomy)} has no stem to give several inputs to: {reason}.\n"
+        f"{anatomy.name} has no stem: {reason}.\n"
         "A stem is a plain convolution or linear layer that all of the image goes through, with nothing to learn "
-        "before it, so that several of them fold into one.\nChoose another backbone, or another method."
+        "before it.\nChoose another backbone, or another method."
     )
 
 
@@ -247,26 +225,19 @@ def _stem(anatomy: Anatomy, traced: Traced, node: fx.Node, values: Values) -> St
 
 def _function(anatomy: Anatomy, traced: Traced, end: fx.Node) -> Callable[..., Any]:
     """Compile the way from the image to a value before the stems."""
-    needed = upstream_of(end) | {end}
-    graph = fx.Graph()
-    copies: dict[fx.Node, fx.Node] = {}
-    for node in traced.graph.nodes:
-        if node in needed or node.op == "placeholder":
-            copies[node] = graph.node_copy(node, copies.__getitem__)
-    graph.output(copies[end])
-    return compile_graph(graph, traced.constants, f"{model_name(anatomy)} before its stem")
+    graph = cut(placeholders(traced.graph), end)
+    return compile_graph(graph, traced.constants, f"{anatomy.name} before its stem")
 
 
 def _last_layers(anatomy: Anatomy, traced: Traced) -> list[str]:
     """Follow the logits back to the layers that give them."""
-    values = Values(anatomy, "", traced)
+    values = anatomy.values("", traced)
     end = next(node for node in traced.graph.nodes if node.op == "output").args[0]
     out = values(end) if isinstance(end, fx.Node) else None
     if not isinstance(end, fx.Node) or not isinstance(out, Tensor) or out.ndim != 2:
         shape = f"a value of shape {tuple(out.shape)}" if isinstance(out, Tensor) else "several values"
         raise StructureError(
-            f"{model_name(anatomy)} returns {shape}, and not one tensor of logits (B, K).\n"
-            "Every member gives one row of logits.\n"
+            f"{anatomy.name} returns {shape}, and not one tensor of logits (B, K).\n"
             "Build the model as a classifier, without auxiliary or distillation outputs."
         )
     carrying = downstream_of(next(node for node in traced.graph.nodes if node.op == "placeholder"))
@@ -283,9 +254,8 @@ def _last_layers(anatomy: Anatomy, traced: Traced) -> list[str]:
         linear = node_name(node, anatomy.model) in SHAPES | DROPOUTS | SCALES | SUMS | {"float", "to"}
         if not sources or not (linear or pooling_of(node, values) is not None):
             raise StructureError(
-                f"The logits of {model_name(anatomy)} do not come from linear layers alone: "
+                f"The logits of {anatomy.name} do not come from linear layers alone: "
                 f"{describe_node(node, values)} has a part in them.\n"
-                "Several classifiers fold into one only where the logits are linear in their weights.\n"
                 "Build the model with a linear classifier (num_classes above 0), or choose another backbone."
             )
         waiting += sources

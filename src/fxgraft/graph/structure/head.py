@@ -12,19 +12,18 @@ from fxgraft.graph.structure.pooling import (
     DROPOUTS,
     SHAPES,
     HeadTrace,
-    ancestors_of,
     describe_node,
     head_in,
-    model_name,
     node_name,
     opened_head,
-    scope_of,
 )
 from fxgraft.graph.structure.tokens import token_grid
 from fxgraft.graph.tracing.anatomy import Anatomy
 from fxgraft.graph.tracing.editing import Span
+from fxgraft.graph.tracing.names import ancestors, inside, join, relative
 from fxgraft.graph.tracing.trace import Traced
 from fxgraft.graph.tracing.values import Values
+from fxgraft.graph.tracing.walks import scope_of
 
 
 @dataclass(frozen=True)
@@ -66,38 +65,28 @@ def find_head(anatomy: Anatomy, head: str | None = None, output: str | int | Non
     Raises:
         StructureError: no average in front of one linear classifier, or several; says what was found.
     """
-    whole, evaluation, deep = opened_head(anatomy, head, output)
+    whole, evaluation, opened = opened_head(anatomy, head, output)
     classifier = "" if evaluation.classifier is None else str(evaluation.classifier.target)
     owner = _owner(anatomy, evaluation)
-    inner = tuple(_relative(each, owner) for each in deep if _inside(each, owner))
-    around = tuple(
-        _relative(each, owner) for each in ancestors_of(classifier) if each != owner and _inside(each, owner)
-    )
-    traced = anatomy.graph(owner, training=True, opened=around, deep=inner)
+    wanted = {*opened, *ancestors(classifier)} - {owner}
+    inner = tuple(sorted(relative(each, owner) for each in wanted if inside(each, owner)))
+    traced = anatomy.graph(owner, training=True, opened=inner)
     if classifier:
-        target = _relative(classifier, owner)
+        target = relative(classifier, owner)
         calls = [node for node in traced.graph.nodes if node.op == "call_module" and node.target == target]
         if len(calls) != 1:
             raise StructureError(
-                f"{classifier!r} is called {len(calls)} times in a training pass of {model_name(anatomy)}.\n"
+                f"{classifier!r} is called {len(calls)} times in a training pass of {anatomy.name}.\n"
                 "One call of the classifier can be rewritten.\nName another head, as head=..."
             )
         training = head_in(anatomy, owner, traced, calls[0])
     else:
         training = head_in(anatomy, owner, traced, logits_node(traced.graph, None, owner))
-    values = Values(anatomy, owner, traced)
+    values = anatomy.values(owner, traced)
     span, ndim = _span(anatomy, owner, traced, training, values)
     shape = tuple(values(training.maps).shape)
     grid = token_grid(anatomy, traced, training.maps, training.pooling.channel, owner)
     return Head(owner, classifier, span, training, evaluation, traced, whole, grid, shape, ndim)
-
-
-def _inside(path: str, owner: str) -> bool:
-    return not owner or path == owner or path.startswith(f"{owner}.")
-
-
-def _relative(path: str, owner: str) -> str:
-    return path if not owner else path[len(owner) + 1 :]
 
 
 def _owner(anatomy: Anatomy, head: HeadTrace) -> str:
@@ -124,7 +113,7 @@ def _span(anatomy: Anatomy, owner: str, opened: Traced, head: HeadTrace, values:
     inside = _top(head.maps) == _top(head.pool) != ""
     if others or inside:
         raise StructureError(
-            f"{str(pool.target)!r} of {model_name(anatomy)} holds the head's pooling and layers before it.\n"
+            f"{str(pool.target)!r} of {anatomy.name} holds the head's pooling and layers before it.\n"
             "The map in between is not in reach of the module around the classifier.\n"
             "Replace it by a module that pools and nothing else."
         )
@@ -136,8 +125,7 @@ def _span(anatomy: Anatomy, owner: str, opened: Traced, head: HeadTrace, values:
 
 
 def _shape(anatomy: Anatomy, owner: str, end: fx.Node) -> int:
-    target = f"{owner}.{end.target}" if owner else str(end.target)
-    return anatomy.observation.output(target).ndim
+    return anatomy.observation.output(join(owner, str(end.target))).ndim
 
 
 def _check_after(anatomy: Anatomy, owner: str, last: fx.Node, values: Values) -> None:

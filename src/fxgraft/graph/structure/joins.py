@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import operator
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
@@ -21,8 +20,10 @@ from torch import Tensor, fx, nn
 from fxgraft.errors import SiteError, TraceError
 from fxgraft.graph.tracing.anatomy import Anatomy
 from fxgraft.graph.tracing.editing import After, Edge, Edit
+from fxgraft.graph.tracing.names import join, relative
 from fxgraft.graph.tracing.proxies import iadd
 from fxgraft.graph.tracing.trace import is_primitive
+from fxgraft.graph.tracing.values import Values
 from fxgraft.graph.tracing.walks import upstream_of
 
 POSITIONS = ("pre", "residual", "identity", "post")
@@ -98,9 +99,8 @@ def residual_joins(anatomy: Anatomy) -> list[Join]:
 
     Modules that cannot be traced are passed over: their insides cannot be edited either.
     """
-    calls = anatomy.observation.calls
     found = []
-    for path in sorted(calls, key=lambda path: calls[path][0].order):
+    for path in anatomy.in_order():
         module = anatomy.module(path)
         # timm keeps some blocks out of traces through them; as the root of one they can still be opened.
         closed = is_primitive(module) and not any(module.children())
@@ -124,7 +124,7 @@ def _joins_in(anatomy: Anatomy, owner: str) -> list[Join]:
     named = {p.total.name: p for p in _find(anatomy, owner, anatomy.graph(owner, training=True).graph)}
     return [
         Join(
-            f"{owner}.{p.total.name}" if owner else p.total.name,
+            join(owner, p.total.name),
             owner,
             p.edits(),
             named[p.total.name].edits(),
@@ -135,7 +135,7 @@ def _joins_in(anatomy: Anatomy, owner: str) -> list[Join]:
     ]
 
 
-def _same_shape(values: dict[str, Any], parts: _Parts) -> bool:
+def _same_shape(values: Values, parts: _Parts) -> bool:
     """Say whether nothing is broadcast: a sum with a bias, a mask or a pooled value is no join."""
     a, b = values.get(parts.identity.name), values.get(parts.branch.name)
     if not isinstance(a, Tensor) or not isinstance(b, Tensor):
@@ -209,16 +209,14 @@ def _given(
         node.op == "call_module" and not _is_neutral(anatomy, owner, node) for node in upstream | {branch}
     ):
         return None
-    caller = owner.rpartition(".")[0]
-    while caller and caller not in anatomy.observation.calls:
-        caller = caller.rpartition(".")[0]
+    caller = anatomy.caller(owner)
     try:
         outer = anatomy.graph(caller, training=False).graph
     except (TraceError, SiteError):
         return None
-    relative = owner[len(caller) + 1 :] if caller else owner
+    called_as = relative(owner, caller)
     for call in outer.nodes:
-        if call.op != "call_module" or call.target != relative:
+        if call.op != "call_module" or call.target != called_as:
             continue
         given = call.all_input_nodes
         if len(given) < 2:
@@ -263,7 +261,7 @@ def _is_neutral(anatomy: Anatomy, owner: str, node: fx.Node) -> bool:
         return True
     if node.op != "call_module":
         return _is_view(node)
-    module = anatomy.module(f"{owner}.{node.target}" if owner else str(node.target))
+    module = anatomy.module(join(owner, str(node.target)))
     if isinstance(module, (nn.Identity, nn.Flatten, nn.Unflatten, nn.modules.dropout._DropoutNd)):
         return True
     # Stochastic depth has no common class: it is a module without tensors that keeps the training flag.
@@ -275,7 +273,7 @@ def _learned(anatomy: Anatomy, owner: str, node: fx.Node) -> int:
     """Count the convolutions and linear layers in a step."""
     if node.op != "call_module":
         return 0
-    module = anatomy.module(f"{owner}.{node.target}" if owner else str(node.target))
+    module = anatomy.module(join(owner, str(node.target)))
     return sum(isinstance(each, _LEARNED) for each in module.modules())
 
 

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from fxgraft.errors import SiteError
-from fxgraft.graph.tracing.observe import default_input_size, observe
+from fxgraft.errors import SiteError, StructureError
+from fxgraft.graph.tracing.anatomy import Anatomy
 
-if TYPE_CHECKING:
-    from fxgraft.graph.tracing.anatomy import Anatomy
+DIMENSIONS = {"NCHW": 4, "NHWC": 4, "NLC": 3, "NCL": 3, "NC": 2}
+"""The layouts by name, with their number of dimensions."""
 
-NAMES = ("NCHW", "NHWC", "NLC", "NCL", "NC")
+NAMES = tuple(DIMENSIONS)
 
 
 @dataclass(frozen=True)
@@ -123,9 +122,24 @@ def layout_of(anatomy: Anatomy, value: Tensor, path: str, strict: bool = True) -
     )
 
 
+def named_layout(anatomy: Anatomy, value: Tensor, path: str, name: str, where: str) -> Layout:
+    """Check the layout that a user names for a value; prefix tokens are counted where that is what is found.
+
+    Raises:
+        SiteError: it does not fit the value; names ``where``.
+    """
+    if value.ndim != DIMENSIONS[name]:
+        raise SiteError(
+            f"{where!r} was said to be {name}, but its shape is {tuple(value.shape)}.\n"
+            f"Leave layout= out, or pass one of {', '.join(NAMES)} that fits."
+        )
+    known = layout_of(anatomy, value, path, strict=False)
+    return known if known is not None and known.name == name else Layout(name)
+
+
 def _like_image(anatomy: Anatomy, height: int, width: int) -> bool:
     """Say whether a map of this size has the shape of the image, up to rounding; of a square image, a square."""
-    size = anatomy.input_size or default_input_size(anatomy.model)
+    size = anatomy.image_size
     image_height, image_width = size[-2:] if len(size) == 3 else (1, 1)
     return abs(height * image_width - width * image_height) < max(image_height, image_width)
 
@@ -134,10 +148,9 @@ def _fixed_dimension(anatomy: Anatomy, value: Tensor, path: str) -> int | None:
     """Run the model on a larger image and return the one dimension of the value that did not change."""
     if not path:
         return None
-    channels, height, width = anatomy.input_size or default_input_size(anatomy.model)
     try:
-        other = observe(anatomy.model, (channels, 2 * height, 3 * width)).output(path)
-    except Exception:
+        other = anatomy.enlarged.observation.output(path)
+    except StructureError:  # a model of one fixed image size tells nothing this way
         return None
     same = [i for i in range(1, value.ndim) if other.shape[i] == value.shape[i]]
     return same[0] if len(same) == 1 else None

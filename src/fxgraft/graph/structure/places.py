@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor, fx, nn
 
 from fxgraft.errors import SiteError
-from fxgraft.graph.structure.pooling import scope_of
 from fxgraft.graph.structure.sites import Site, module_site
 from fxgraft.graph.tracing.anatomy import Anatomy
 from fxgraft.graph.tracing.editing import After, Edit, Output
+from fxgraft.graph.tracing.names import PREFIX, own_name, relative
 from fxgraft.graph.tracing.trace import Traced
-
-
-def ancestors(path: str) -> tuple[str, ...]:
-    """List the qualified names of the modules around ``path``, outermost first, without the model and itself."""
-    parts = path.split(".")
-    return tuple(".".join(parts[:i]) for i in range(1, len(parts)))
+from fxgraft.graph.tracing.walks import scope_of
 
 
 def own_nodes(graph: fx.Graph, scope: str | None) -> list[fx.Node]:
@@ -25,8 +22,15 @@ def own_nodes(graph: fx.Graph, scope: str | None) -> list[fx.Node]:
         for node in graph.nodes
         if node.op not in ("placeholder", "output", "get_attr")
         and (scope is None or scope_of(node) == scope)
-        and not str(node.target).rpartition(".")[2].startswith("graft_")
+        and not own_name(str(node.target)).startswith(PREFIX)
     ]
+
+
+def value_at(anatomy: Anatomy, site: Site) -> Any:
+    """Return the fake value at a site, batch of 2; None where it cannot be told."""
+    if site.path:
+        return anatomy.observation.output(site.path)
+    return anatomy.values(site.owner).get(site.node)
 
 
 def locate(anatomy: Anatomy, site: Site, traced: Traced) -> fx.Node:
@@ -39,7 +43,7 @@ def locate(anatomy: Anatomy, site: Site, traced: Traced) -> fx.Node:
     local = [
         node
         for node in own_nodes(owner.graph, None)
-        if node.name == site.node or (not site.node and node.target == _relative(site.path, site.owner))
+        if node.name == site.node or (not site.node and node.target == relative(site.path, site.owner))
     ]
     if local:
         index = own_nodes(owner.graph, None).index(local[0])
@@ -50,10 +54,6 @@ def locate(anatomy: Anatomy, site: Site, traced: Traced) -> fx.Node:
         f"{site.name!r} is not part of the model's forward pass in evaluation mode.\n"
         "The rest of the network after it cannot be evaluated.\nfxgraft.sites(model) lists what is."
     )
-
-
-def _relative(path: str, owner: str) -> str:
-    return path[len(owner) + 1 :] if owner else path
 
 
 def site_edit(anatomy: Anatomy, site: Site) -> tuple[str, Edit]:
@@ -67,9 +67,9 @@ def site_edit(anatomy: Anatomy, site: Site) -> tuple[str, Edit]:
         return site.path, Output()
     if site.node:
         return site.owner, After(training_name(anatomy, site.owner, site.node))
-    relative = _relative(site.path, site.owner)
+    called_as = relative(site.path, site.owner)
     for node in anatomy.graph(site.owner, training=True).graph.nodes:
-        if node.op == "call_module" and node.target == relative:
+        if node.op == "call_module" and node.target == called_as:
             return site.owner, After(node.name)
     raise SiteError(
         f"{site.name!r} runs under activation checkpointing, in a region that cannot be opened.\n"
@@ -89,9 +89,9 @@ def site_edits(anatomy: Anatomy, site: Site) -> tuple[str, Edit, Edit]:
         return owner, training, training
     name = site.node
     if not name:
-        relative = _relative(site.path, site.owner)
+        called_as = relative(site.path, site.owner)
         nodes = anatomy.graph(site.owner, training=False).graph.nodes
-        name = next(n.name for n in nodes if n.op == "call_module" and n.target == relative)
+        name = next(n.name for n in nodes if n.op == "call_module" and n.target == called_as)
     return owner, After(name), training
 
 
@@ -123,7 +123,7 @@ def blocks_before(anatomy: Anatomy, site: Site) -> list[Site]:
     calls = anatomy.observation.calls
     shape = site.shape or (0,)
     found = [site.path] if _is_block(anatomy, site.path) else []
-    for path in sorted(calls, key=lambda path: -calls[path][0].order):
+    for path in reversed(anatomy.in_order()):
         value = calls[path][0].output
         before = site.path not in calls or calls[path][0].order < calls[site.path][0].order
         alike = isinstance(value, Tensor) and len(shape) == value.ndim and shape[-1] == value.shape[-1]

@@ -13,10 +13,13 @@ from timm.layers.linear import Linear as TimmLinear
 from torch import Tensor, fx, nn
 
 from fxgraft.errors import StructureError, candidates
+from fxgraft.graph.structure.opening import OpaqueError, opening
 from fxgraft.graph.structure.outputs import logits_node
 from fxgraft.graph.tracing.anatomy import Anatomy
+from fxgraft.graph.tracing.names import ancestors, class_name, join
 from fxgraft.graph.tracing.trace import Traced, is_primitive
 from fxgraft.graph.tracing.values import Values, tensor_inputs
+from fxgraft.graph.tracing.walks import scope_of
 
 # timm's own Linear differs under TorchScript only.
 _LINEAR_FORWARDS = (nn.Linear.forward, TimmLinear.forward)
@@ -67,22 +70,6 @@ class HeadTrace:
     affine: bool
 
 
-class OpaqueError(StructureError):
-    """A closed module stands where the walk must look inside; holds its name."""
-
-    def __init__(self, path: str) -> None:
-        super().__init__(f"{path!r} has to be opened to look for the head.\nTrace the model with it opened.")
-        self.path = path
-
-
-def scope_of(node: fx.Node) -> str:
-    """Return the name of the module in whose forward a node was traced, '' for the module traced."""
-    stack = [path for path, _ in node.meta.get("nn_module_stack", {}).values()]
-    if node.op == "call_module" and stack:
-        stack.pop()
-    return stack[-1] if stack else ""
-
-
 def is_classifier(module: nn.Module) -> bool:
     """Say whether a module is one matrix applied to channels: a plain linear layer or 1×1 convolution."""
     if isinstance(module, nn.Linear):
@@ -112,7 +99,7 @@ def pooling_of(node: fx.Node, values: Values) -> Pooling | None:
     value, result = values(sources[0]), values(node)
     if not isinstance(value, Tensor) or not isinstance(result, Tensor) or value.ndim not in (3, 4):
         return None
-    owner = values.anatomy.module(values.path)
+    owner = values.owner
     name = node_name(node, owner)
     if node.op == "call_module" and isinstance(owner.get_submodule(str(node.target)), _AVERAGES):
         name = "avg_pool"
@@ -148,12 +135,12 @@ def head_in(anatomy: Anatomy, path: str, traced: Traced, end: fx.Node) -> HeadTr
         OpaqueError: a closed module is in the way.
         StructureError: there is no such head; says what stands in its place.
     """
-    values = Values(anatomy, path, traced)
+    values = anatomy.values(path, traced)
     found = list(_classifiers(end, values))
     if len(found) > 1:
-        names = sorted({f"{path}.{node.target}" if path else str(node.target) for node in found})
+        names = sorted({join(path, str(node.target)) for node in found})
         raise StructureError(
-            f"{model_name(anatomy)} ends in {len(names)} classifiers: {', '.join(map(repr, names))}.\n"
+            f"{anatomy.name} ends in {len(names)} classifiers: {', '.join(map(repr, names))}.\n"
             "Their logits are put together, and the head to work on could be any of them.\n"
             f"Name one, as head={names[0]!r}."
         )
@@ -169,11 +156,6 @@ def head_in(anatomy: Anatomy, path: str, traced: Traced, end: fx.Node) -> HeadTr
     return HeadTrace(maps, pool, pooling, between, found[0], neutral, affine)
 
 
-def model_name(anatomy: Anatomy) -> str:
-    """Name the class of a model, bare or patched."""
-    return type(anatomy.model).__name__.removeprefix("Grafted")
-
-
 def _affine(node: fx.Node, owner: nn.Module) -> bool:
     if node.op != "call_module":
         return node_name(node, owner) in SHAPES | DROPOUTS | SCALES | {"linear"}
@@ -184,7 +166,7 @@ def _affine(node: fx.Node, owner: nn.Module) -> bool:
 
 def _classifiers(end: fx.Node, values: Values) -> Iterator[fx.Node]:
     """Yield the classifiers whose outputs make up the logits; none where something else does."""
-    owner = values.anatomy.module(values.path)
+    owner = values.owner
     waiting, found = [end], []
     while waiting:
         node = waiting.pop()
@@ -207,7 +189,7 @@ def _classifiers(end: fx.Node, values: Values) -> Iterator[fx.Node]:
 
 def _class_maps(end: fx.Node, values: Values) -> HeadTrace:
     """Recognise a head that pools class maps: 1×1 convolution, perhaps an activation, average."""
-    owner = values.anatomy.module(values.path)
+    owner = values.owner
     node, pool, pooling = end, None, None
     while pooling is None:
         sources = tensor_inputs(node, values)
@@ -221,9 +203,9 @@ def _class_maps(end: fx.Node, values: Values) -> HeadTrace:
     ):
         (node,) = tensor_inputs(node, values)
     module = owner.get_submodule(str(node.target)) if node.op == "call_module" else None
-    if module is not None and not is_primitive(module) and getattr(values.anatomy.model, "num_classes", 1):
+    if module is not None and not is_primitive(module) and getattr(values.model, "num_classes", 1):
         raise OpaqueError(str(node.target))
-    declared = getattr(values.anatomy.model, "num_classes", None)
+    declared = getattr(values.model, "num_classes", None)
     fits = isinstance(module, nn.Conv2d) and declared in (None, module.out_channels)
     if pool is None or module is None or not (fits and is_classifier(module)):
         raise _no_classifier(end, values)
@@ -232,16 +214,16 @@ def _class_maps(end: fx.Node, values: Values) -> HeadTrace:
 
 def _no_classifier(end: fx.Node, values: Values) -> StructureError:
     return StructureError(
-        f"No linear classifier was found at the end of {model_name(values.anatomy)}: its logits come from "
+        f"No linear classifier was found at the end of {class_name(values.model)}: its logits come from "
         f"{describe_node(end, values)}.\n"
-        "Class maps are made with the weight of one linear layer behind an average over positions.\n"
+        "A head is one linear layer behind an average over positions.\n"
         "Name that layer, as head=..., or give the model a classifier (num_classes above 0)."
     )
 
 
 def describe_node(node: fx.Node, values: Values) -> str:
     """Name a node for a message: what it is, and in which module it stands."""
-    owner = values.anatomy.module(values.path)
+    owner = values.owner
     if node.op != "call_module":
         scope = scope_of(node)
         return f"{getattr(node.target, '__name__', node.target)}(){f' in {scope!r}' if scope else ''}"
@@ -250,7 +232,7 @@ def describe_node(node: fx.Node, values: Values) -> str:
 
 def _pooled(classifier: fx.Node, values: Values) -> tuple[list[fx.Node], fx.Node, Pooling]:
     """Follow the classifier's input back to the pooling; list the nodes on the way."""
-    owner = values.anatomy.module(values.path)
+    owner = values.owner
     chain: list[fx.Node] = []
     node = classifier
     while True:
@@ -272,16 +254,16 @@ def _pooled(classifier: fx.Node, values: Values) -> tuple[list[fx.Node], fx.Node
 
 def _no_pooling(classifier: fx.Node, reason: str, values: Values) -> StructureError:
     return StructureError(
-        f"The classifier {str(classifier.target)!r} of {model_name(values.anatomy)} does not read the global "
+        f"The classifier {str(classifier.target)!r} of {class_name(values.model)} does not read the global "
         f"average of a map: it reads {reason}.\n"
-        "Only an average can change places with the classifier, which turns features into class maps.\n"
+        "A head is one linear layer behind an average over positions.\n"
         f"{_REMEDY}"
     )
 
 
 def _obstacle(node: fx.Node, sources: list[fx.Node], values: Values) -> str | None:
     """Say why the walk cannot go on before a node, None if it can."""
-    owner = values.anatomy.module(values.path)
+    owner = values.owner
     name = node_name(node, owner)
     scope = scope_of(node)
     shown = describe_node(node, values)
@@ -340,17 +322,15 @@ def opened_head(
     """
     if head is not None:
         _check_named(anatomy, head)
-    opened, deep = ancestors_of(head or ""), ()
-    while True:
-        traced = anatomy.graph("", training=False, opened=opened, deep=deep)
+
+    def search(traced: Traced) -> HeadTrace:
         if head is None:
-            end = logits_node(traced.graph, output, model_name(anatomy))
+            end = logits_node(traced.graph, output, anatomy.name)
         else:
             end = next(n for n in traced.graph.nodes if n.op == "call_module" and n.target == head)
-        try:
-            return traced, head_in(anatomy, "", traced, end), deep
-        except OpaqueError as closed:
-            deep = tuple(sorted({*deep, closed.path}))
+        return head_in(anatomy, "", traced, end)
+
+    return opening(anatomy, False, search, ancestors(head or ""))
 
 
 def _check_named(anatomy: Anatomy, head: str) -> None:
@@ -358,7 +338,7 @@ def _check_named(anatomy: Anatomy, head: str) -> None:
     known = [path for path in called if path and is_classifier(anatomy.module(path))]
     if head not in called:
         raise StructureError(
-            f"There is no layer {head!r} in a pass of {model_name(anatomy)}.\n{candidates(head, known)}"
+            f"There is no layer {head!r} in a pass of {anatomy.name}.\n{candidates(head, known)}"
         )
     if head not in known:
         inner = [path for path in known if path.startswith(f"{head}.")]
@@ -366,23 +346,3 @@ def _check_named(anatomy: Anatomy, head: str) -> None:
             f"{head!r} is a {type(anatomy.module(head)).__name__}, no linear layer or 1×1 convolution.\n"
             f"A head is named by its classifier.\n{candidates(head, inner or known)}"
         )
-
-
-def ancestors_of(path: str) -> tuple[str, ...]:
-    """List the qualified names of the modules around ``path``, without the model."""
-    return tuple(path[:i] for i, sign in enumerate(path) if sign == ".")
-
-
-__all__ = [
-    "HeadTrace",
-    "OpaqueError",
-    "Pooling",
-    "ancestors_of",
-    "describe_node",
-    "head_in",
-    "is_classifier",
-    "node_name",
-    "opened_head",
-    "pooling_of",
-    "scope_of",
-]

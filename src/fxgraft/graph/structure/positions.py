@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, fx, nn
@@ -16,21 +15,19 @@ from torch import Tensor, fx, nn
 from fxgraft.errors import FxgraftError, SiteError, StructureError, TraceError, candidates
 from fxgraft.graph.structure.joins import POSITIONS as RESIDUAL
 from fxgraft.graph.structure.joins import residual_joins
-from fxgraft.graph.structure.layout import NAMES, Layout, layout_of
-from fxgraft.graph.structure.places import site_edit
-from fxgraft.graph.structure.sites import Site, Words, is_glob, module_site, resolve
-from fxgraft.graph.structure.sites import _matches as match
-from fxgraft.graph.tracing.anatomy import Anatomy, shape_of
+from fxgraft.graph.structure.layout import Layout, layout_of, named_layout
+from fxgraft.graph.structure.places import site_edit, value_at
+from fxgraft.graph.structure.sites import Site, Words, is_glob, matches, module_site, resolve
+from fxgraft.graph.tracing.anatomy import Anatomy
 from fxgraft.graph.tracing.editing import After, Edge, Edit, Input
-from fxgraft.graph.tracing.observe import default_input_size
+from fxgraft.graph.tracing.names import join, relative
+from fxgraft.graph.tracing.values import shape_of
 
 DENSE = ("conv1_pre", "conv1_post", "conv2_post")
 PLAIN = ("conv", "norm", "act")
 IMAGE = "input"
 
 _NORMS = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.LocalResponseNorm)
-_grown: WeakKeyDictionary[Anatomy, Anatomy] = WeakKeyDictionary()
-"""The same models at a larger image."""
 _KINDS = {"conv": "convolutions", "norm": "norms", "act": "activations"}
 
 
@@ -93,7 +90,7 @@ def spots(anatomy: Anatomy, position: str, layers: Words | None = None) -> list[
         for spot in _named(anatomy, word, position):
             if not spot.usable:
                 raise SiteError(
-                    f"{spot.name!r} has no statistics over space: its value is "
+                    f"{spot.name!r} has no positions: its value is "
                     f"{'no tensor' if spot.value is None else f'of shape {tuple(spot.value.shape)}'}.\n"
                     "Maps or tokens of more than one position are needed, one row of the batch per image.\n"
                     "Choose an earlier layer, or pass the input_size=(C, H, W) that you train at."
@@ -120,13 +117,7 @@ def spot_layout(anatomy: Anatomy, spot: Spot, name: str | None = None) -> Layout
         if isinstance(spot.edit, Input):
             return Layout("NCHW")
         return _layout(anatomy, spot, value, path)
-    if value.ndim != {"NC": 2, "NLC": 3, "NCL": 3}.get(name, 4):
-        raise SiteError(
-            f"{spot.name!r} was said to be {name}, but its shape is {tuple(value.shape)}.\n"
-            f"Leave layout= out, or pass one of {', '.join(NAMES)} that fits."
-        )
-    known = layout_of(anatomy, value, path, strict=False)
-    return known if known is not None and known.name == name else Layout(name)
+    return named_layout(anatomy, value, path, name, spot.name)
 
 
 def _layout(anatomy: Anatomy, spot: Spot, value: Tensor, path: str) -> Layout:
@@ -135,11 +126,8 @@ def _layout(anatomy: Anatomy, spot: Spot, value: Tensor, path: str) -> Layout:
     node = getattr(spot.edit, "node", None)
     if known is not None or node is None or value.ndim != 4:
         return known or layout_of(anatomy, value, path) or Layout("NCHW")
-    if anatomy not in _grown:
-        channels, height, width = anatomy.input_size or default_input_size(anatomy.model)
-        _grown[anatomy] = Anatomy(anatomy.model, (channels, 2 * height, 3 * width))
     try:
-        other = _grown[anatomy].values(spot.owner).get(node)
+        other = anatomy.enlarged.values(spot.owner).get(node)
     except FxgraftError:  # a model of one fixed image size tells nothing this way
         other = None
     if isinstance(other, Tensor):
@@ -167,18 +155,18 @@ def _layout_by_layers(anatomy: Anatomy, scope: str, value: Tensor) -> Layout | N
 def position_sites(anatomy: Anatomy) -> list[Site]:
     """List every residual join with its positions, for `fxgraft.sites`."""
     listed = []
-    for join in residual_joins(anatomy):
-        values = anatomy.values(join.owner)
+    for each in residual_joins(anatomy):
+        values = anatomy.values(each.owner)
         for position in RESIDUAL:
-            if position not in join.edits:
+            if position not in each.edits:
                 continue
-            node = join.values[position]
+            node = each.values[position]
             value = values.get(node)
             layout = layout_of(anatomy, value, "", strict=False) if isinstance(value, Tensor) else None
             listed.append(
                 Site(
-                    f"{join.name}:{position}",
-                    join.owner,
+                    f"{each.name}:{position}",
+                    each.owner,
                     node,
                     op=position,
                     shape=shape_of(value),
@@ -197,20 +185,19 @@ def _all(anatomy: Anatomy, position: str) -> list[Spot]:
 
 def _residual(anatomy: Anatomy, position: str) -> list[Spot]:
     found = []
-    for join in residual_joins(anatomy):
-        if position in join.edits:
-            value = anatomy.values(join.owner).get(join.values[position])
+    for each in residual_joins(anatomy):
+        if position in each.edits:
+            value = anatomy.values(each.owner).get(each.values[position])
             value = value if isinstance(value, Tensor) else None
-            edits = join.edits[position], join.training_edits.get(position, join.edits[position])
-            found.append(Spot(join.name, position, join.owner, *edits, value, "", join.owner))
+            edits = each.edits[position], each.training_edits.get(position, each.edits[position])
+            found.append(Spot(each.name, position, each.owner, *edits, value, "", each.owner))
     return found
 
 
 def _dense(anatomy: Anatomy, position: str) -> list[Spot]:
     """Find layers that join their inputs and run two convolutions on them, one after the other."""
     found = []
-    calls = anatomy.observation.calls
-    for owner in sorted(calls, key=lambda path: calls[path][0].order):
+    for owner in anatomy.in_order():
         module = anatomy.module(owner)
         if not any(isinstance(child, nn.Conv2d) for child in module.children()):
             continue
@@ -232,8 +219,7 @@ def _dense_edit(anatomy: Anatomy, owner: str, position: str, training: bool) -> 
     convs = [
         node
         for node in graph.nodes
-        if node.op == "call_module"
-        and isinstance(anatomy.module(f"{owner}.{node.target}" if owner else str(node.target)), nn.Conv2d)
+        if node.op == "call_module" and isinstance(anatomy.module(join(owner, str(node.target))), nn.Conv2d)
     ]
     if len(joined) != 1 or len(convs) != 2:
         return None
@@ -250,7 +236,7 @@ def _of_inputs(node: fx.Node) -> bool:
 def _plain(anatomy: Anatomy, position: str) -> list[Spot]:
     found = []
     calls = anatomy.observation.calls
-    for path in sorted(calls, key=lambda path: calls[path][0].order):
+    for path in anatomy.in_order():
         if not path or not is_kind(anatomy.module(path), position):
             continue
         value = calls[path][0].output
@@ -260,12 +246,12 @@ def _plain(anatomy: Anatomy, position: str) -> list[Spot]:
         if site.on_module:
             found.append(_direct(anatomy, site, position))
             continue
-        relative = path[len(site.owner) + 1 :] if site.owner else path
+        called_as = relative(path, site.owner)
         try:
             nodes = anatomy.graph(site.owner, training=False).graph.nodes
         except TraceError:
             continue
-        for number, node in enumerate(n for n in nodes if n.op == "call_module" and n.target == relative):
+        for number, node in enumerate(n for n in nodes if n.op == "call_module" and n.target == called_as):
             edit = After(node.name)
             name = f"{path}_{number}" if number else path
             output = calls[path][number].output if number < len(calls[path]) else value
@@ -287,8 +273,7 @@ def is_kind(module: nn.Module, kind: str) -> bool:
 
 def _direct(anatomy: Anatomy, site: Site, position: str = "") -> Spot:
     owner, edit = site_edit(anatomy, site)
-    values = {} if site.path else anatomy.values(site.owner)
-    value = anatomy.observation.output(site.path) if site.path else values.get(site.node)
+    value = value_at(anatomy, site)
     value = value if isinstance(value, Tensor) else None
     return Spot(site.name, position, owner, edit, edit, value, site.path, site.path or site.owner)
 
@@ -328,12 +313,12 @@ def _named(anatomy: Anatomy, word: str | int, position: str) -> list[Spot]:
 def _holds(word: str, spot: Spot) -> bool:
     """Say whether a word names a spot, its block, or a module around it."""
     if is_glob(word):
-        return match(word, spot.scope) or match(word, spot.name)
+        return matches(word, spot.scope) or matches(word, spot.name)
     return word in (spot.name, spot.scope) or spot.scope.startswith(word + ".")
 
 
 def _nowhere(anatomy: Anatomy, position: str, found: list[Spot]) -> StructureError | SiteError:
-    model = type(anatomy.model).__name__
+    model = anatomy.name
     if found:
         shapes = ", ".join(
             f"{spot.name} {tuple(spot.value.shape) if spot.value is not None else ''}".strip()
@@ -341,7 +326,7 @@ def _nowhere(anatomy: Anatomy, position: str, found: list[Spot]) -> StructureErr
         )
         return SiteError(
             f"No {position!r} of {model} has a map of more than one position: {shapes}.\n"
-            "Statistics over space need several positions.\n"
+            "Statistics over positions need several of them.\n"
             "Pass input_size=(C, H, W) of larger images, or layers= with other sites."
         )
     joins = len(_residual(anatomy, "post"))

@@ -1,6 +1,6 @@
-"""Class maps: a head's own layers and weight, applied at every position instead of to the average.
+"""A head applied at every position of its map instead of to the average: a score per class and position.
 
-Pooling and a linear classifier may change places: the average of the classes' maps is the classifier's
+Pooling and a linear classifier may change places: the average of the scores at all positions is the classifier's
 answer for the average. Layers between the two are run on the positions as if each were a pooled vector.
 What must not differ from position to position does not: dropout draws one mask per image, and BatchNorm
 keeps the statistics of the pooled vectors, so both commute with the average exactly.
@@ -24,6 +24,7 @@ from fxgraft.graph.tracing.compile import compile_graph
 from fxgraft.graph.tracing.preserve import preserved_modes
 from fxgraft.graph.tracing.settings import plain_settings, settings_changed
 from fxgraft.graph.tracing.trace import Traced
+from fxgraft.graph.tracing.walks import cut, placeholders
 
 Positions = Callable[..., Tensor]
 """``f(module, rows, positions) -> rows``: layers on (B·N, ...) rows, the N positions of an image together."""
@@ -32,8 +33,8 @@ Positions = Callable[..., Tensor]
 _DROPOUTS = (F.dropout, F.dropout1d, F.dropout2d)
 
 
-class ClassMaps:
-    """Computes class maps from the value that a head pools, with the layers that a model has at the time.
+class PositionwiseHead:
+    """Computes class scores at every position of the value that a head pools, with the layers a model has then.
 
     Args:
         path: the module in whose trace the head was found.
@@ -73,7 +74,7 @@ class ClassMaps:
         return any(settings_changed(self.identities[name], kept) for name, kept in self.settings.items())
 
     def __call__(self, model: nn.Module, x: Tensor) -> Tensor:
-        """Return class maps (B, K, H, W) for the value ``x`` that the head pools.
+        """Return class scores (B, K, H, W) for the value ``x`` that the head pools.
 
         Args:
             model: the model, whose layers are looked up by name.
@@ -112,7 +113,7 @@ class ClassMaps:
             raise SiteError(
                 f"{sizes[0]} tokens reach the head, and they are no grid"
                 f"{'' if known is None else f' (the model was looked at with {known[0]}×{known[1]})'}.\n"
-                "Class maps need the place of every token; patch dropout loses it.\n"
+                "A score per position needs the place of every token; patch dropout loses it.\n"
                 "Switch patch dropout off, or pass input_size= of the images you train on."
             )
         return (side, side), sizes[0]
@@ -135,54 +136,15 @@ def _only_shapes(head: HeadTrace, owner: nn.Module) -> bool:
     return not dropouts and all(isinstance(module, (nn.Identity, nn.Flatten)) for module in calls)
 
 
-def cut(traced: Traced, start: fx.Node | None, end: fx.Node) -> tuple[fx.Graph, tuple[Any, ...]]:
-    """Copy the way from a node, or from a trace's inputs, to another node into a graph of its own.
-
-    Returns:
-        The graph, whose inputs are the start (or the trace's) and then constants, and those constants.
-    """
-    graph = fx.Graph()
-    copies: dict[fx.Node, fx.Node] = {}
-    constants: list[Any] = []
-    if start is not None:
-        copies[start] = graph.placeholder("rows")
-    else:
-        for node in traced.graph.nodes:
-            if node.op == "placeholder":
-                copies[node] = graph.placeholder(node.name)
-    needed = {end}
-    waiting = [end]
-    while waiting:
-        for source in waiting.pop().all_input_nodes:
-            if source not in needed and source is not start:
-                needed.add(source)
-                waiting.append(source)
-    for node in sorted(needed):
-        if node.op == "get_attr" and node.target in traced.constants:
-            copies[node] = graph.placeholder(f"constant_{len(constants)}")
-            constants.append(traced.constants[str(node.target)])
-    for node in sorted(needed):
-        if node not in copies:
-            copies[node] = graph.node_copy(node, copies.__getitem__)
-    graph.output(copies[end])
-    # Inputs come first in the source, wherever they were met.
-    first = next(iter(graph.nodes))
-    for node in [n for n in graph.nodes if n.op == "placeholder" and n is not first]:
-        last = [n for n in graph.nodes if n.op == "placeholder" and n < node]
-        if last:
-            last[-1].append(node)
-    return graph, tuple(constants)
-
-
 def _per_position(head: HeadTrace, traced: Traced, model: nn.Module, path: str) -> Positions:
     """Compile the layers between pooling and classifier into a function of rows."""
     if head.classifier is None:
         raise StructureError(
-            "Class maps without a classifier have no layers in front of it.\nUse the maps as they are."
+            "A head without a classifier has no layers in front of it.\nUse its maps as they are."
         )
     owner = model.get_submodule(path)
     end = next(iter(head.classifier.all_input_nodes))
-    graph, constants = cut(traced, head.pool, end)
+    graph = cut([head.pool], end)
     with graph.inserting_before(next(n for n in graph.nodes if n.op != "placeholder")):
         positions = graph.placeholder("positions")
     for node in list(graph.nodes):
@@ -206,16 +168,8 @@ def _per_position(head: HeadTrace, traced: Traced, model: nn.Module, path: str) 
             continue
         node.replace_all_uses_with(call)
         graph.erase_node(node)
-    function = compile_graph(graph, {}, f"layers between pooling and classifier of {type(owner).__name__}")
-
-    def run(module: nn.Module, rows: Tensor, count: int) -> Tensor:
-        return function(module, rows, *(_beside(value, rows) for value in constants), count)
-
-    return run
-
-
-def _beside(value: Any, rows: Tensor) -> Any:
-    return value.to(rows.device) if isinstance(value, Tensor) else value
+    label = f"layers between pooling and classifier of {type(owner).__name__}"
+    return compile_graph(graph, traced.constants, label)
 
 
 def _shared(module: nn.Module) -> Callable[..., Tensor] | None:
@@ -269,10 +223,10 @@ def _pooled_norm(layer: nn.Module, rows: Tensor, positions: int) -> Tensor:
     return (middle.unsqueeze(1) + (grouped - pooled.unsqueeze(1)) * scale).flatten(0, 1)
 
 
-def class_maps(
+def position_scores(
     model: nn.Module, x: Tensor, head: str | None = None, output: str | int | None = None
 ) -> Tensor:
-    """Compute a model's class maps for images, as it is in evaluation; their average is the logits.
+    """Compute a model's class scores by position, as it is in evaluation; their average is the logits.
 
     With a layer that does not commute with the average between pooling and classifier (an activation, a
     norm over channels) the average is close to the logits only.
@@ -292,15 +246,15 @@ def class_maps(
     anatomy = Anatomy(model, tuple(x.shape[1:]))
     traced, found, _ = opened_head(anatomy, head, output)
     grid = token_grid(anatomy, traced, found.maps, found.pooling.channel)
-    maps = ClassMaps("", found, traced, grid, model)
-    graph, constants = cut(traced, None, found.maps)
-    features = compile_graph(graph, {}, f"feature map of {type(model).__name__}")
+    maps = PositionwiseHead("", found, traced, grid, model)
+    graph = cut(placeholders(traced.graph), found.maps)
+    features = compile_graph(graph, traced.constants, f"feature map of {anatomy.name}")
     with preserved_modes(model):
         for each in model.modules():
             each.training = False
-        return maps(model, features(model, x, *(_beside(value, x) for value in constants)))
+        return maps(model, features(model, x))
 
 
-def training_maps(head: Head, model: nn.Module) -> ClassMaps:
-    """Make the class maps of a head as the model trains."""
-    return ClassMaps(head.owner, head.training, head.traced, head.grid, model)
+def positionwise(head: Head, model: nn.Module) -> PositionwiseHead:
+    """Make the positionwise form of a head as the model trains."""
+    return PositionwiseHead(head.owner, head.training, head.traced, head.grid, model)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import operator
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,20 +13,18 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from fxgraft.errors import SiteError
-from fxgraft.graph.grafting.passes import Context
-from fxgraft.graph.grafting.unit import Capture
 from fxgraft.graph.structure.outputs import logits_node
-from fxgraft.graph.structure.places import ancestors, locate, own_nodes, site_edit, training_name
-from fxgraft.graph.structure.pooling import scope_of
+from fxgraft.graph.structure.places import locate, own_nodes, site_edit, training_name
 from fxgraft.graph.structure.sites import Site, module_site
-from fxgraft.graph.structure.tail import LinearTail, _linear_tail
+from fxgraft.graph.structure.tail import LinearTail, linear_tail
 from fxgraft.graph.tracing.anatomy import Anatomy
 from fxgraft.graph.tracing.compile import compile_graph
 from fxgraft.graph.tracing.editing import After, Edit
+from fxgraft.graph.tracing.names import ancestors
 from fxgraft.graph.tracing.proxies import iadd, imul
 from fxgraft.graph.tracing.settings import settings_changed
 from fxgraft.graph.tracing.trace import Traced
-from fxgraft.graph.tracing.walks import downstream_of, upstream_of
+from fxgraft.graph.tracing.walks import cut, downstream_of, placeholders, scope_of, upstream_of
 
 
 @dataclass(frozen=True)
@@ -34,8 +32,8 @@ class Captured:
     """A value that the rest of the network needs besides the site's, recorded as the pass goes by.
 
     Attributes:
-        key: under which it stands in ``context.values``.
-        owner, edit: where a `Capture` unit records it.
+        key: a name for it, the same on every model of this structure.
+        owner, edit: where it can be recorded.
     """
 
     key: str
@@ -78,22 +76,18 @@ class Rest:
             return True
         return any(settings_changed(model.get_submodule(n), kept) for n, kept in self.settings.items())
 
-    def evaluate(self, model: nn.Module, z: Tensor, context: Context) -> Tensor:
-        """Return the logits for a value ``z`` at the site.
+    def evaluate(self, model: nn.Module, z: Tensor, captured: Sequence[Any], inputs: Sequence[Any]) -> Tensor:
+        """Return the logits for a value ``z`` at the site, without a BatchNorm update and without dropout.
 
         Args:
-            model: the model of this pass.
+            model: the model.
             z: value at the site. Nothing is written to it as long as it is not used elsewhere; pass a clone.
-            context: of this pass; holds the captured values and the inputs.
+            captured: the values of ``captured``, in its order. They are copied and cut off the graph.
+            inputs: the inputs of ``inputs``, likewise.
         """
-        others = [_detached(context.values[each.key]) for each in self.captured]
-        inputs = [_detached(context.inputs[index]) for index in self.inputs]
-        recording, context.recording = context.recording, None  # taps record the pass, not a look ahead
-        try:
-            with self.evaluation_mode(model), _outside_sharded_step(model, self.children):
-                return self.function(model, z, *others, *inputs)
-        finally:
-            context.recording = recording
+        others = [_detached(each) for each in (*captured, *inputs)]
+        with self.evaluation_mode(model):
+            return self.function(model, z, *others)
 
     @contextlib.contextmanager
     def evaluation_mode(self, model: nn.Module) -> Iterator[None]:
@@ -108,42 +102,6 @@ class Rest:
         finally:
             for each in switched:
                 each.training = True
-
-
-@contextlib.contextmanager
-def _outside_sharded_step(model: nn.Module, children: tuple[str, ...]) -> Iterator[None]:
-    """Keep what runs in the block out of the step that FSDP2 is in the middle of.
-
-    FSDP2 ends its step in a callback of the first backward that passes its modules, which would be a probe's:
-    the parameters of the model would be sharded again in the middle of its forward. Modules that are in their
-    backward already are run plainly, as activation checkpointing needs it, so they are made to look like that.
-    """
-    sharded = [
-        part
-        for name in children
-        for part in model.get_submodule(name).modules()
-        if hasattr(type(part), "_get_fsdp_state")
-    ]
-    if not sharded:
-        yield
-        return
-    from torch.distributed.fsdp._fully_shard._fsdp_common import TrainingState
-
-    states: list[Any] = [part._get_fsdp_state() for part in sharded]  # type: ignore[operator]
-    before = [state._training_state for state in states]
-    for part, state in zip(sharded, states, strict=True):
-        part.unshard()  # type: ignore[operator]
-        state._training_state = TrainingState.PRE_BACKWARD
-    try:
-        yield
-    finally:
-        for state, kept in zip(states, before, strict=True):
-            state._training_state = kept
-
-
-def _detached(value: Any) -> Any:
-    """Copy what a probe must neither write to nor differentiate through."""
-    return value.detach().clone() if isinstance(value, Tensor) else value
 
 
 _CHEAP_FUNCTIONS = {getattr, operator.getitem, operator.mul, operator.add, operator.sub, operator.floordiv}
@@ -211,7 +169,7 @@ def span_to_output(
     around = ancestors(site.path) if site.path else (*ancestors(site.owner), site.owner)
     opened = tuple(name for name in around if name)
     traced = anatomy.graph("", training=False, opened=opened)
-    model = type(anatomy.model).__name__
+    model = anatomy.name
     start = locate(anatomy, site, traced)
     logits = logits_node(traced.graph, output, model)
     if logits is not start and logits not in downstream_of(start):
@@ -239,7 +197,7 @@ def rest_of_network(anatomy: Anatomy, site: Site, output: str | int | None = Non
     """
     traced, start, logits, opened = span_to_output(anatomy, site, output)
     downstream = downstream_of(start)
-    model = type(anatomy.model).__name__
+    model = anatomy.name
     inside = ({logits} | upstream_of(logits)) & downstream
     graph, captured, inputs = _cut(anatomy, traced, start, logits, inside)
     children = tuple(dict.fromkeys(str(n.target) for n in graph.nodes if n.op == "call_module"))
@@ -250,7 +208,7 @@ def rest_of_network(anatomy: Anatomy, site: Site, output: str | int | None = Non
         captured,
         inputs,
         children,
-        _linear_tail(anatomy, site, opened, children, output) if not captured and not inputs else None,
+        linear_tail(anatomy, site, opened, children, output) if not captured and not inputs else None,
         positions_matter=not (prefix and _reads_prefix_only(anatomy.model, start, inside, prefix)),
         settings=traced.settings,
         identities=inner,
@@ -266,7 +224,6 @@ def _cut(
 ) -> tuple[fx.Graph, tuple[Captured, ...], tuple[int, ...]]:
     """Copy the nodes from ``start`` to ``logits`` into a graph of their own."""
     order = {node: index for index, node in enumerate(traced.graph.nodes)}
-    placeholders = [node for node in traced.graph.nodes if node.op == "placeholder"]
     inside, frontier = set(inside), set()
     waiting = list(inside)
     while waiting:
@@ -279,21 +236,13 @@ def _cut(
                 waiting.append(source)
             else:
                 frontier.add(source)
-    used_inputs = [node for node in placeholders if node in frontier]
-    boundary = sorted(frontier - set(used_inputs), key=order.__getitem__)
-    graph = fx.Graph()
-    copies = {start: graph.placeholder("z")}
-    captured = []
-    for index, node in enumerate(boundary):
-        copies[node] = graph.placeholder(f"captured_{index}")
-        owner, edit = _capture_edit(anatomy, node)
-        captured.append(Captured(f"{start.name}:{node.name}", owner, edit))
-    for node in used_inputs:
-        copies[node] = graph.placeholder(f"input_{placeholders.index(node)}")
-    for node in sorted(inside, key=order.__getitem__):
-        copies[node] = graph.node_copy(node, copies.__getitem__)
-    graph.output(copies[logits])
-    return graph, tuple(captured), tuple(placeholders.index(node) for node in used_inputs)
+    inputs = placeholders(traced.graph)
+    used = [node for node in inputs if node in frontier]
+    boundary = sorted(frontier - set(used), key=order.__getitem__)
+    captured = tuple(
+        Captured(f"{start.name}:{node.name}", *_capture_edit(anatomy, node)) for node in boundary
+    )
+    return cut([start, *boundary, *used], logits), captured, tuple(inputs.index(node) for node in used)
 
 
 def _capture_edit(anatomy: Anatomy, node: fx.Node) -> tuple[str, Edit]:
@@ -307,6 +256,6 @@ def _capture_edit(anatomy: Anatomy, node: fx.Node) -> tuple[str, Edit]:
     return scope, After(training_name(anatomy, scope, local[index].name))
 
 
-def captures(rest: Rest) -> list[tuple[str, Edit, str, Capture]]:
-    """Make the units that record what a rest needs: (owner, edit, key, unit) each."""
-    return [(each.owner, each.edit, each.key, Capture(each.key)) for each in rest.captured]
+def _detached(value: Any) -> Any:
+    """Copy what a look ahead must neither write to nor differentiate through."""
+    return value.detach().clone() if isinstance(value, Tensor) else value

@@ -13,8 +13,10 @@ from fxgraft.errors import SiteError, StructureError, TraceError, candidates
 from fxgraft.graph.structure.layout import Layout, layout_of
 from fxgraft.graph.structure.site import Site as Site
 from fxgraft.graph.structure.site import Sites as Sites
-from fxgraft.graph.tracing.anatomy import Anatomy, shape_of
+from fxgraft.graph.tracing.anatomy import Anatomy
+from fxgraft.graph.tracing.names import join
 from fxgraft.graph.tracing.trace import is_primitive
+from fxgraft.graph.tracing.values import shape_of
 
 Words = str | int | Sequence[str | int]
 """How users name sites: a qualified name, a glob, a node name, a stage number, or several of these."""
@@ -29,10 +31,6 @@ def call_name(node: fx.Node) -> str:
     ]
     rank = sum(1 for n in earlier if n < node)
     return f"{node.target}_{rank}" if rank else str(node.target)
-
-
-def _join(owner: str, name: str) -> str:
-    return f"{owner}.{name}" if owner else name
 
 
 def _describe(anatomy: Anatomy, value: Any, path: str) -> dict[str, Any]:
@@ -50,7 +48,7 @@ def module_site(anatomy: Anatomy, path: str, call: int = 0) -> Site:
     """Describe the output of a module's call as a site."""
     calls = anatomy.observation.calls[path]
     record = calls[call]
-    owner = _owner(anatomy, path)
+    owner = anatomy.caller(path)
     return Site(
         name=path if call == 0 else f"{path}_{call}",
         owner=owner,
@@ -61,16 +59,6 @@ def module_site(anatomy: Anatomy, path: str, call: int = 0) -> Site:
         op=type(anatomy.module(path)).__name__,
         **_describe(anatomy, record.output, path),
     )
-
-
-def _owner(anatomy: Anatomy, path: str) -> str:
-    """Find the module whose forward calls ``path``: the nearest ancestor that is itself called."""
-    if not path:
-        return ""
-    parent = path.rpartition(".")[0]
-    while parent and parent not in anatomy.observation.calls:
-        parent = parent.rpartition(".")[0]
-    return parent
 
 
 def node_sites(anatomy: Anatomy, owner: str) -> list[Site]:
@@ -88,7 +76,7 @@ def node_sites(anatomy: Anatomy, owner: str) -> list[Site]:
         name = call_name(node)
         value = values.get(node.name)
         if node.op == "call_module":
-            path = _join(owner, str(node.target))
+            path = join(owner, str(node.target))
             if name == str(node.target) and path in anatomy.observation.calls:
                 found.append(dataclasses.replace(module_site(anatomy, path), owner=owner, node=node.name))
                 continue
@@ -97,15 +85,15 @@ def node_sites(anatomy: Anatomy, owner: str) -> list[Site]:
             op = getattr(node.target, "__name__", str(node.target))
         else:
             continue
-        found.append(Site(_join(owner, name), owner, node.name, op=op, **_describe(anatomy, value, "")))
+        found.append(Site(join(owner, name), owner, node.name, op=op, **_describe(anatomy, value, "")))
     return found
 
 
 def _called_children(anatomy: Anatomy, owner: str) -> list[Site]:
     """List the children that a module calls, without looking into its forward."""
     calls = anatomy.observation.calls
-    inside = [path for path in calls if path and _owner(anatomy, path) == owner]
-    return [module_site(anatomy, path) for path in sorted(inside, key=lambda path: calls[path][0].order)]
+    inside = {path for path in calls if path and anatomy.caller(path) == owner}
+    return [module_site(anatomy, path) for path in [path for path in anatomy.in_order() if path in inside]]
 
 
 def _walk(anatomy: Anatomy, owner: str, pattern: str | None) -> Iterator[Site]:
@@ -131,10 +119,10 @@ def list_sites(anatomy: Anatomy, pattern: str | None = None) -> list[Site]:
     listed = list({site.name: site for site in _walk(anatomy, "", pattern)}.values())
     if pattern is None:
         return listed
-    matching = [site for site in listed if _matches(pattern, site.name)]
+    matching = [site for site in listed if matches(pattern, site.name)]
     if not matching:
         raise SiteError(
-            f"No site matches {pattern!r} in {type(anatomy.model).__name__}.\n"
+            f"No site matches {pattern!r} in {anatomy.name}.\n"
             f"{candidates(pattern, [site.name for site in listed])}\n"
             "'*' stands for one part of a name, '**' for any number of parts."
         )
@@ -147,7 +135,8 @@ def _regex(pattern: str) -> re.Pattern[str]:
     return re.compile("".join(special.get(p, p if p.startswith("[") else re.escape(p)) for p in parts))
 
 
-def _matches(pattern: str, name: str) -> bool:
+def matches(pattern: str, name: str) -> bool:
+    """Say whether a name matches a glob."""
     return name == pattern or _regex(pattern).fullmatch(name) is not None
 
 
@@ -156,7 +145,7 @@ def _may_match(pattern: str, owner: str) -> bool:
     if "**" in pattern:
         return True
     head = pattern.rpartition(".")[0]
-    return _matches(head, owner) if head else owner == ""
+    return matches(head, owner) if head else owner == ""
 
 
 def is_glob(word: str) -> bool:
@@ -193,9 +182,9 @@ def resolve(anatomy: Anatomy, words: Words) -> list[Site]:
 def _named(anatomy: Anatomy, word: str) -> list[Site]:
     calls = anatomy.observation.calls
     if is_glob(word):
-        matching = [path for path in calls if path and _matches(word, path)]
+        matching = [path for path in anatomy.in_order() if path and matches(word, path)]
         if matching:
-            return [module_site(anatomy, path) for path in sorted(matching, key=lambda p: calls[p][0].order)]
+            return [module_site(anatomy, path) for path in matching]
         return list_sites(anatomy, word)
     if word and word in calls:
         return [module_site(anatomy, word)]
@@ -217,7 +206,7 @@ def _named(anatomy: Anatomy, word: str) -> list[Site]:
 
 def _repeated(anatomy: Anatomy, path: str, call: int) -> list[Site]:
     wanted = f"{path}_{call}"
-    owner = _owner(anatomy, path)
+    owner = anatomy.caller(path)
     for site in node_sites(anatomy, owner):
         if site.name == wanted:
             return [site]
@@ -245,22 +234,21 @@ def _last_called(anatomy: Anatomy, path: str) -> str | None:
 def _unknown(anatomy: Anatomy, word: str) -> SiteError:
     calls = anatomy.observation.calls
     paths = [path for path in calls if path]
-    model = type(anatomy.model).__name__
     tails = [path for path in paths if path.endswith("." + word)]
     if len(tails) > 1:
         return SiteError(
-            f"{word!r} is ambiguous in {model}: {len(tails)} modules end in that name.\n"
+            f"{word!r} is ambiguous in {anatomy.name}: {len(tails)} modules end in that name.\n"
             f"{candidates(word, tails)}\n"
             f"Pass one full name, or the pattern '**.{word}' for all of them."
         )
     named = {name for name, _ in anatomy.model.named_modules()}
     if word and word in named:
         return SiteError(
-            f"{word!r} is a module of {model}, but its forward is never called in a pass.\n"
+            f"{word!r} is a module of {anatomy.name}, but its forward is never called in a pass.\n"
             f"{candidates(word, paths)}\nName one of its parts, or the module that uses it."
         )
     return SiteError(
-        f"There is no site {word!r} in {model}.\n{candidates(word, tails or paths)}\n"
+        f"There is no site {word!r} in {anatomy.name}.\n{candidates(word, tails or paths)}\n"
         "fxgraft.sites(model) lists all of them."
     )
 
@@ -287,7 +275,7 @@ def stages(anatomy: Anatomy) -> list[str]:
             last[positions] = name
     if not last:
         raise StructureError(
-            f"{type(anatomy.model).__name__} has no feature_info and no feature maps to number stages by.\n"
+            f"{anatomy.name} has no feature_info and no feature maps to number stages by.\n"
             "Name the layer instead; fxgraft.sites(model) lists all of them."
         )
     return list(last.values())
@@ -303,7 +291,7 @@ def _feature_maps(anatomy: Anatomy) -> Iterator[tuple[str, Layout, Tensor]]:
                 yield site.name, layout, value  # type: ignore[misc]
         return
     calls = anatomy.observation.calls
-    ordered = sorted((path for path in calls if path), key=lambda path: calls[path][0].order)
+    ordered = [path for path in anatomy.in_order() if path]
     for path in ordered[:-1]:
         around = [path[:i] for i, sign in enumerate(path) if sign == "."]
         if len(calls[path]) == 1 and not any(name in calls and _layout(anatomy, name) for name in around):
@@ -327,8 +315,32 @@ def _stage(anatomy: Anatomy, index: int) -> Site:
     names = stages(anatomy)
     if not -len(names) <= index < len(names):
         raise SiteError(
-            f"There is no stage {index} in {type(anatomy.model).__name__}, which has {len(names)}.\n"
+            f"There is no stage {index} in {anatomy.name}, which has {len(names)}.\n"
             f"They are numbered 0 to {len(names) - 1} (or from -1 backwards): "
             f"{', '.join(map(repr, names))}."
         )
     return dataclasses.replace(_named(anatomy, names[index])[0], numbered=True)
+
+
+def named_sites(anatomy: Anatomy, words: Words) -> dict[str, Site]:
+    """Resolve a user's words to sites by the names their values get, in the order of the words.
+
+    A word that is the name of one site is the name of its value; globs and stage numbers give the names of
+    the sites they resolve to.
+
+    Args:
+        anatomy: of the bare model.
+        words: as `resolve` takes them.
+
+    Raises:
+        SiteError: nothing or more than one thing has that name; lists candidates.
+    """
+    each = list(words) if isinstance(words, Iterable) and not isinstance(words, str) else [words]
+    found: dict[str, Site] = {}
+    for word in each:
+        for site in resolve(anatomy, word):
+            named = isinstance(word, str) and not is_glob(word)
+            found[word if named else site.name] = site  # type: ignore[index]
+    if not found:
+        raise SiteError('No site was named.\nPass at least one layer, for example layers=["layer3", -1].')
+    return found

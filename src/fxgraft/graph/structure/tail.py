@@ -26,7 +26,7 @@ class LinearTail:
     linear: str
 
 
-def _linear_tail(
+def linear_tail(
     anatomy: Anatomy, site: Site, opened: tuple[str, ...], children: tuple[str, ...], output: str | int | None
 ) -> LinearTail | None:
     """Recognise global average pooling, flattening, dropout and one linear layer, and nothing else."""

@@ -6,7 +6,6 @@ from torch import Tensor, fx
 
 from fxgraft.graph.tracing.anatomy import Anatomy
 from fxgraft.graph.tracing.trace import Traced
-from fxgraft.graph.tracing.values import Values
 
 
 def token_grid(
@@ -21,7 +20,7 @@ def token_grid(
         channel: its channel dimension.
         path: the module that was traced.
     """
-    shape = Values(anatomy, path, traced)(node).shape
+    shape = anatomy.values(path, traced)(node).shape
     if len(shape) != 3:
         return None
     tokens = shape[3 - channel]

@@ -2,23 +2,19 @@
 
 from __future__ import annotations
 
-import contextlib
 from typing import Any
 
-from torch import Tensor, fx, nn
-from torch.utils import _pytree as pytree
+from torch import nn
 
 from fxgraft.errors import SiteError, StructureError
-from fxgraft.graph.tracing.observe import Observation, observe
-from fxgraft.graph.tracing.preserve import preserved_attributes, preserved_modes
-from fxgraft.graph.tracing.signatures import INPUT, bind
+from fxgraft.graph.tracing.names import class_name
+from fxgraft.graph.tracing.observe import Observation, default_input_size, observe
 from fxgraft.graph.tracing.trace import Traced, trace
-
-__all__ = ["Anatomy"]
+from fxgraft.graph.tracing.values import Values
 
 
 class Anatomy:
-    """What patches may ask about a bare model. Nothing here changes it.
+    """What can be asked about a bare model. Nothing here changes it.
 
     Args:
         model: the model, with no graft installed.
@@ -30,7 +26,26 @@ class Anatomy:
         self.input_size = input_size
         self._observation: Observation | None = None
         self._graphs: dict[tuple[Any, ...], Traced] = {}
-        self._values: dict[str, dict[str, Any]] = {}
+        self._values: dict[str, Values] = {}
+        self._enlarged: Anatomy | None = None
+
+    @property
+    def name(self) -> str:
+        """The class of the model, for messages."""
+        return class_name(self.model)
+
+    @property
+    def image_size(self) -> tuple[int, ...]:
+        """(C, H, W) of the images that shapes are propagated with."""
+        return self.input_size or default_input_size(self.model)
+
+    @property
+    def enlarged(self) -> Anatomy:
+        """The same model at an image of twice the height and three times the width."""
+        if self._enlarged is None:
+            channels, height, width = self.image_size
+            self._enlarged = Anatomy(self.model, (channels, 2 * height, 3 * width))
+        return self._enlarged
 
     @property
     def observation(self) -> Observation:
@@ -44,7 +59,7 @@ class Anatomy:
                 self._observation = observe(self.model, self.input_size)
             except Exception as error:
                 raise StructureError(
-                    f"{type(self.model).__name__} does not run on a batch of shape (2, "
+                    f"{self.name} does not run on a batch of shape (2, "
                     f"{', '.join(map(str, self.input_size)) if self.input_size else 'C, H, W'}): "
                     f"{type(error).__name__}: {error}\n"
                     "Sites and shapes are found by passing one batch of fake images through the model.\n"
@@ -55,6 +70,18 @@ class Anatomy:
     def module(self, path: str) -> nn.Module:
         """Return the module of that qualified name; '' is the model."""
         return self.model.get_submodule(path)
+
+    def in_order(self) -> list[str]:
+        """List the modules that a pass calls, by the time their first call returned."""
+        calls = self.observation.calls
+        return sorted(calls, key=lambda path: calls[path][0].order)
+
+    def caller(self, path: str) -> str:
+        """Find the module whose forward calls ``path``: the nearest ancestor that is itself called."""
+        parent = path.rpartition(".")[0]
+        while parent and parent not in self.observation.calls:
+            parent = parent.rpartition(".")[0]
+        return parent
 
     def graph(
         self, path: str, training: bool, opened: tuple[str, ...] = (), deep: tuple[str, ...] = ()
@@ -80,48 +107,10 @@ class Anatomy:
             )
         return trace(self.module(path), calls[0], training, opened, deep, path, self.observation.calls)
 
-    def values(self, path: str) -> dict[str, Any]:
-        """Propagate fake tensors through a module's evaluation graph: node name to value."""
+    def values(self, path: str, traced: Traced | None = None) -> Values:
+        """Return the values of a module's evaluation graph, or of another trace of it."""
+        if traced is not None:
+            return Values(self.model, path, traced, self.observation)
         if path not in self._values:
-            traced = self.graph(path, training=False)
-            call = self.observation.calls[path][0]
-            self._values[path] = _propagate(self, traced, path, call.args, call.kwargs)
+            self._values[path] = self.values(path, self.graph(path, training=False))
         return self._values[path]
-
-
-class _Recorder(fx.Interpreter):
-    def __init__(self, module: nn.Module, traced: Traced) -> None:
-        super().__init__(module, garbage_collect_values=False, graph=traced.graph)
-        self.constants = traced.constants
-        self.values: dict[str, Any] = {}
-
-    def fetch_attr(self, target: str) -> Any:
-        return self.constants[target] if target in self.constants else super().fetch_attr(target)
-
-    def call_module(self, target: Any, args: Any, kwargs: Any) -> Any:
-        return self.module.get_submodule(target).forward(*args, **kwargs)  # type: ignore[union-attr]
-
-    def run_node(self, n: fx.Node) -> Any:
-        value = super().run_node(n)
-        self.values[n.name] = value
-        return value
-
-
-def _propagate(anatomy: Anatomy, traced: Traced, path: str, args: Any, kwargs: Any) -> dict[str, Any]:
-    leaves = pytree.tree_leaves(bind(traced.signature, args, kwargs))
-    inputs = [leaf for leaf, fixed in zip(leaves, traced.fixed, strict=True) if fixed is INPUT]
-    module = anatomy.module(path)
-    recorder = _Recorder(module, traced)
-    mode = anatomy.observation.mode
-    with preserved_modes(module), preserved_attributes(module.modules()):
-        for each in module.modules():
-            each.training = False
-        # Shapes are a courtesy of the listing: where a value cannot be propagated, the nodes stand without.
-        with contextlib.suppress(Exception), mode:
-            recorder.run(*inputs, enable_io_processing=False)
-    return recorder.values
-
-
-def shape_of(value: Any) -> tuple[int, ...] | None:
-    """Return a tensor's shape with the batch dimension, or None for anything else."""
-    return tuple(value.shape) if isinstance(value, Tensor) else None

@@ -7,10 +7,8 @@ from dataclasses import dataclass
 from torch import fx
 
 from fxgraft.errors import SiteError, candidates
+from fxgraft.graph.tracing.names import PREFIX, STATE
 from fxgraft.graph.tracing.trace import Traced
-
-STATE = "_fxgraft"
-"""Name under which a grafted module keeps its state; generated code reaches units through it."""
 
 
 @dataclass(frozen=True)
@@ -169,7 +167,7 @@ class Editor:
             node = waiting.pop()
             if node.users or node is value or node.op == "placeholder" or node in self._dropped:
                 continue
-            if _is_unit(node):
+            if is_unit(node):
                 raise SiteError(
                     f"One patch acts between {edit.start!r} and {edit.end!r}, and another rewrites that.\n"
                     "The first would never run in training.\nChoose a site before or after that part."
@@ -200,5 +198,6 @@ class Editor:
             return graph.call_module(unit, (value,))
 
 
-def _is_unit(node: fx.Node) -> bool:
-    return node.op == "call_module" and str(node.target).startswith((STATE + ".", "graft_"))
+def is_unit(node: fx.Node) -> bool:
+    """Say whether a node calls a unit."""
+    return node.op == "call_module" and str(node.target).startswith((f"{STATE}.", PREFIX))

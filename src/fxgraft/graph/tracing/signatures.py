@@ -37,7 +37,7 @@ def forward_signature(module: nn.Module) -> inspect.Signature:
     return declared.replace(parameters=list(declared.parameters.values())[1:])
 
 
-def _names(signature: inspect.Signature, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[str]:
+def leaf_names(signature: inspect.Signature, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[str]:
     """Name every argument leaf after the parameter it belongs to."""
     declared = list(signature.parameters)
     bases = [declared[i] if i < len(declared) else f"input_{i}" for i in range(len(args))]

@@ -21,11 +21,12 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from fxgraft.errors import TraceError
+from fxgraft.graph.tracing.names import join
 from fxgraft.graph.tracing.observe import Call
 from fxgraft.graph.tracing.preserve import preserved_attributes, preserved_random_state, replaced_checkpoint
 from fxgraft.graph.tracing.proxies import InPlaceProxy
 from fxgraft.graph.tracing.settings import plain_settings
-from fxgraft.graph.tracing.signatures import INPUT, _names, bare_forward, bind, forward_signature
+from fxgraft.graph.tracing.signatures import INPUT, bare_forward, bind, forward_signature, leaf_names
 
 CHECKPOINT_REGION = "fxgraft_checkpoint_region"
 """Key in ``node.meta`` of the checkpointed region that a node was traced in."""
@@ -60,10 +61,6 @@ class Traced:
     signature: inspect.Signature
     constants: dict[str, Any] = field(default_factory=dict)
     settings: dict[str, dict[str, Any]] = field(default_factory=dict)
-
-    def node(self, name: str) -> fx.Node:
-        """Return the node called ``name``."""
-        return next(node for node in self.graph.nodes if node.name == name)
 
 
 class ShallowTracer(fx.Tracer):
@@ -117,7 +114,7 @@ class ShallowTracer(fx.Tracer):
         if m not in (self.submodule_paths or ()) and not [*m.parameters(), *m.buffers()]:
             return m.forward(*args, **kwargs)  # a graft's unit without tensors: in no tree, so it has no name
         path = self.path_of_module(m)
-        calls = self.observed.get(_join(self.path, path), [])
+        calls = self.observed.get(join(self.path, path), [])
         count = self.num_calls.get(path, 0)
 
         def bare_forward(*inner: Any, **named: Any) -> Any:
@@ -165,10 +162,6 @@ def _unpacked(proxy: fx.Proxy, seen: Any) -> Any:
             for i, part in enumerate(seen)
         )
     return proxy
-
-
-def _join(path: str, name: str) -> str:
-    return f"{path}.{name}" if path and name else path or name
 
 
 @contextlib.contextmanager
@@ -258,7 +251,7 @@ def trace(
         INPUT if type(leaf) is int and id(leaf) in given else value
         for leaf, value in zip(leaves, tensors_only, strict=True)
     )
-    names = _names(signature, args, kwargs)
+    names = leaf_names(signature, args, kwargs)
     failure: Exception = ValueError("no attempt was made")
     for fixed in dict.fromkeys((with_sizes, tensors_only)):
         tracer = ShallowTracer(opened, deep)

@@ -8,39 +8,63 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
-from fxgraft.graph.tracing.anatomy import Anatomy
-from fxgraft.graph.tracing.observe import Call
+from fxgraft.graph.tracing.names import join
+from fxgraft.graph.tracing.observe import Call, Observation
 from fxgraft.graph.tracing.preserve import preserved_attributes, preserved_modes, preserved_random_state
 from fxgraft.graph.tracing.signatures import INPUT, bind
 from fxgraft.graph.tracing.trace import Traced
 
 
 class Values:
-    """The values of a trace as fake tensors, computed on demand from the recorded calls."""
+    """The values of a trace as fake tensors, computed on demand from the recorded calls.
 
-    def __init__(self, anatomy: Anatomy, path: str, traced: Traced) -> None:
-        self.anatomy = anatomy
+    Args:
+        model: the whole model.
+        path: qualified name of the module that was traced.
+        traced: its trace.
+        observation: recorded calls of the model.
+
+    Attributes:
+        model: the whole model.
+        path: qualified name of the module that was traced.
+        owner: that module.
+        traced: the trace.
+    """
+
+    def __init__(self, model: nn.Module, path: str, traced: Traced, observation: Observation) -> None:
+        self.model = model
         self.path = path
+        self.owner = model.get_submodule(path)
         self.traced = traced
-        self.known: dict[fx.Node, Any] = {}
-        record = anatomy.observation.calls[path][0]
-        leaves = inputs_of(traced, record)
+        self._observation = observation
+        self._named = {node.name: node for node in traced.graph.nodes}
+        leaves = inputs_of(traced, observation.calls[path][0])
         places = [node for node in traced.graph.nodes if node.op == "placeholder"]
-        self.known.update(zip(places, leaves, strict=True))
+        self._known: dict[fx.Node, Any] = dict(zip(places, leaves, strict=True))
 
     def __call__(self, node: fx.Node) -> Any:
         """Return the value of a node; shape and dtype only."""
         for each in self._missing(node):
-            self.known[each] = self._compute(each)
-        return self.known[node]
+            self._known[each] = self._compute(each)
+        return self._known[node]
+
+    def get(self, name: str) -> Any:
+        """Return the value of the node called ``name``; None where there is none, or it cannot be computed."""
+        node = self._named.get(name)
+        if node is None:
+            return None
+        try:
+            return self(node)
+        except Exception:  # shapes are a courtesy of listings: what cannot be propagated stands without
+            return None
 
     def _missing(self, node: fx.Node) -> list[fx.Node]:
-        found: list[fx.Node] = []
+        found: set[fx.Node] = set()
         waiting = [node]
         while waiting:
             each = waiting.pop()
-            if each not in self.known and each not in found:
-                found.append(each)
+            if each not in self._known and each not in found:
+                found.add(each)
                 if self._recorded(each) is None:
                     waiting += each.all_input_nodes
         return sorted(found)
@@ -48,23 +72,21 @@ class Values:
     def _recorded(self, node: fx.Node) -> Any:
         if node.op != "call_module":
             return None
-        target = f"{self.path}.{node.target}" if self.path else str(node.target)
-        calls = self.anatomy.observation.calls.get(target, [])
+        calls = self._observation.calls.get(join(self.path, str(node.target)), [])
         return calls[0].output if len(calls) == 1 else None
 
     def _compute(self, node: fx.Node) -> Any:
         recorded = self._recorded(node)
         if recorded is not None:
             return recorded
-        owner = self.anatomy.module(self.path)
-        args, kwargs = fx.map_arg((node.args, dict(node.kwargs)), self.known.__getitem__)  # type: ignore[misc]
-        mode = self.anatomy.observation.mode
+        args, kwargs = fx.map_arg((node.args, dict(node.kwargs)), self._known.__getitem__)  # type: ignore[misc]
         if node.op == "get_attr":
             constants = self.traced.constants
             name = str(node.target)
-            return constants[name] if name in constants else _attribute(owner, name)
+            return constants[name] if name in constants else _attribute(self.owner, name)
+        owner = self.owner
         kept = preserved_modes(owner), preserved_attributes(owner.modules()), preserved_random_state()
-        with mode, kept[0], kept[1], kept[2], torch.no_grad():  # type: ignore[union-attr]
+        with self._observation.mode, kept[0], kept[1], kept[2], torch.no_grad():  # type: ignore[union-attr]
             if node.op == "call_function":
                 return node.target(*args, **kwargs)  # type: ignore[operator]
             if node.op == "call_method":
@@ -96,3 +118,8 @@ def tensor_inputs(node: fx.Node, values: Values) -> list[fx.Node]:
         if isinstance(value, (tuple, list)) or (isinstance(value, Tensor) and value.is_floating_point()):
             found.append(each)
     return found
+
+
+def shape_of(value: Any) -> tuple[int, ...] | None:
+    """Return a tensor's shape with the batch dimension, or None for anything else."""
+    return tuple(value.shape) if isinstance(value, Tensor) else None

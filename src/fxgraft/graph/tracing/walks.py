@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 from torch import fx
 
@@ -25,3 +25,38 @@ def _reached(node: fx.Node, following: Callable[[fx.Node], Iterable[fx.Node]]) -
         found.update(new)
         waiting += new
     return found
+
+
+def cut(inputs: Sequence[fx.Node], end: fx.Node) -> fx.Graph:
+    """Copy what a value is computed with from other values into a graph of its own.
+
+    Args:
+        inputs: the values to start from: the placeholders of the new graph, in this order.
+        end: the value that the new graph returns. All it depends on must come from ``inputs`` and from attributes.
+    """
+    graph = fx.Graph()
+    copies = {node: graph.placeholder(node.name) for node in inputs}
+    needed: set[fx.Node] = set()
+    waiting = [end]
+    while waiting:
+        node = waiting.pop()
+        if node not in copies and node not in needed:
+            needed.add(node)
+            waiting += node.all_input_nodes
+    for node in sorted(needed):
+        copies[node] = graph.node_copy(node, copies.__getitem__)
+    graph.output(copies[end])
+    return graph
+
+
+def placeholders(graph: fx.Graph) -> list[fx.Node]:
+    """List the inputs of a graph."""
+    return [node for node in graph.nodes if node.op == "placeholder"]
+
+
+def scope_of(node: fx.Node) -> str:
+    """Return the name of the module in whose forward a node was traced, '' for the module traced."""
+    stack = [path for path, _ in node.meta.get("nn_module_stack", {}).values()]
+    if node.op == "call_module" and stack:
+        stack.pop()
+    return stack[-1] if stack else ""

@@ -1,49 +1,53 @@
-"""CrossNorm (Tang, Gao, Zhu, Zhang, Li, Metaxas, ICCV 2021).
-
-In training, maps inside the residual blocks exchange their channel means and deviations with those of other
-images (or of other channels): styles are mixed, labels stay. Each pass, with probability ``p``, exactly
-``active`` of all units are on; the others cost nothing. Evaluation is the bare model's.
-
-With ``consistency=True`` the model's own pass stays clean, and `fxgraft.loss` runs the batch twice more with
-CrossNorm on and adds the Jensen-Shannon divergence among the three predictions: three passes a step.
-
-Under torch.compile which units are on is data, so that nothing is compiled again; then every unit computes,
-whether on or off, and a step costs what all units on cost.
-"""
+"""CrossNorm: the patch and the unit that exchanges styles."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from fxgraft.errors import ConfigError, SiteError
+from fxgraft.extend import (
+    Backbone,
+    ConfigError,
+    Graft,
+    LayeredPatch,
+    Layout,
+    Make,
+    Pass,
+    Placement,
+    SiteError,
+    Spot,
+    Unit,
+    Words,
+    check_positive,
+    check_share,
+    draws,
+    is_count,
+    register,
+    take_logits,
+)
 from fxgraft.functional.divergence import jensen_shannon
-from fxgraft.graph.grafting.graft import Graft
-from fxgraft.graph.grafting.placement import Placement
-from fxgraft.graph.grafting.unit import Unit
-from fxgraft.graph.structure.layout import Layout
-from fxgraft.graph.structure.outputs import take_logits
-from fxgraft.graph.structure.positions import spot_layout, spots
-from fxgraft.graph.structure.sites import Words
-from fxgraft.graph.tracing.anatomy import Anatomy
-from fxgraft.patches.base import Make, Patch
 from fxgraft.patches.crossnorm import tensors as core
-from fxgraft.patches.options import check_choices, check_share
-from fxgraft.patches.registry import register
-
-ORDER = ("style", 0)
-"""At one site CrossNorm runs before SelfNorm, in the authors' order."""
 
 
 @register("crossnorm")
 @dataclass(frozen=True, kw_only=True)
-class CrossNorm(Patch):
+class CrossNorm(LayeredPatch):
     """CrossNorm: exchange the channel statistics of maps within the batch.
+
+    Tang, Gao, Zhu, Zhang, Li, Metaxas: "CrossNorm and SelfNorm for Generalization under Distribution Shifts",
+    ICCV 2021. In training, maps inside the residual blocks exchange their channel means and deviations with those
+    of other images (or of other channels): styles are mixed, labels stay. Each pass, with probability ``p``, exactly
+    ``active`` of all units are on; the others cost nothing. Evaluation is the bare model's.
+
+    With ``consistency=True`` the model's own pass stays clean, and `fxgraft.loss` runs the batch twice more with
+    CrossNorm on and adds the Jensen-Shannon divergence among the three predictions: three passes a step.
+
+    Under torch.compile which units are on is data, so that nothing is compiled again; then every unit computes,
+    whether on or off, and a step costs what all units on cost.
 
     Args:
         position: where in its block a unit sits. Residual blocks: "pre" (what the branch sees of the block's
@@ -53,6 +57,7 @@ class CrossNorm(Patch):
         layers: only these blocks: names of blocks or of modules around them, globs, stage numbers, names from
             ``fxgraft.sites(model, "residual")``; a name without such a block stands for its own output, and
             "input" for the image. Default: every block.
+        layer: the same, for one.
         p: probability that a training pass has any unit on.
         active: how many units are then on (1 on ImageNet, 2 on CIFAR in the paper); None for all.
         mode: whose statistics a map takes: those of another image ("two-instance", the released code), of
@@ -86,11 +91,11 @@ class CrossNorm(Patch):
         "more passes of the model with consistency; evaluation: none"
     )
     train_only = True
+    order = ("style", 0)  # at one site before SelfNorm, in the authors' order
 
     position: Literal[
         "pre", "residual", "identity", "post", "conv1_pre", "conv1_post", "conv2_post", "conv", "norm", "act"
     ] = "post"
-    layers: Words | None = None
     p: float = 0.5
     active: int | None = 1
     mode: Literal["two-instance", "one-instance", "both"] = "two-instance"
@@ -104,55 +109,52 @@ class CrossNorm(Patch):
     layout: Literal["NCHW", "NHWC", "NLC", "NCL"] | None = None
     output: str | int | None = None
 
-    def __post_init__(self) -> None:
-        check_choices(self)
-        check_share("CrossNorm", p=self.p, lam=self.lam, threshold=self.threshold)
-        whole = isinstance(self.active, int) and not isinstance(self.active, bool)
-        if self.active is not None and not (whole and self.active > 0):
+    def __post_init__(self, layer: Words | None) -> None:
+        super().__post_init__(layer)
+        check_share(self, "p", "lam", "threshold")
+        check_positive(self, "beta", "consistency_weight")
+        if self.active is not None and not is_count(self.active):
             raise ConfigError(
                 f"CrossNorm: active must be a number of units, or None for all; got {self.active!r}."
             )
-        for name in ("beta", "consistency_weight"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < float("inf"):
-                raise ConfigError(f"CrossNorm: {name} must be a positive number, got {value!r}.")
 
-    def place(self, anatomy: Anatomy, make: Make) -> Sequence[Placement]:
+    def place(self, backbone: Backbone, make: Make) -> Iterator[list[Placement]]:
         """Put one unit in every block, for training alone."""
-        found = spots(anatomy, self.position, self.layers)
+        found = backbone.positions(self.position, self.layers)
+        self._check_active(found)
+        for index, spot in enumerate(found):
+            layout = backbone.layout(spot, self.layout)
+            if self.crop != "neither" and layout.name not in ("NCHW", "NHWC"):
+                raise SiteError(
+                    f"CrossNorm: crop={self.crop!r} needs maps, and {spot.name!r} holds {layout}.\n"
+                    'A box needs rows and columns.\nPass crop="neither", or layers= with maps.'
+                )
+            unit = make(spot.name, CrossNormUnit, self)
+            unit.bind(layout=layout, index=index, count=len(found))
+            yield backbone.place(spot, unit, evaluation=False)
+
+    def _check_active(self, found: Sequence[Spot]) -> None:
         if self.active is not None and self.active > len(found):
             names = ", ".join(spot.name for spot in found[:8]) + (", …" if len(found) > 8 else "")
             raise ConfigError(
                 f"CrossNorm: active={self.active} units cannot be on, since there are {len(found)}: {names}.\n"
                 "Pass a smaller number, or active=None for all of them."
             )
-        placements = []
-        for index, spot in enumerate(found):
-            unit = make(spot.name, lambda: CrossNormUnit(self))
-            if not isinstance(unit, CrossNormUnit):
-                raise ConfigError(f"{unit!r} is no unit of CrossNorm.")
-            unit.layout = spot_layout(anatomy, spot, self.layout)
-            unit.index, unit.count = index, len(found)
-            if self.crop != "neither" and unit.layout.name not in ("NCHW", "NHWC"):
-                raise SiteError(
-                    f"CrossNorm: crop={self.crop!r} needs maps, and {spot.name!r} holds {unit.layout}.\n"
-                    'A box needs rows and columns.\nPass crop="neither", or layers= with maps.'
-                )
-            edit = spot.training_edit
-            placements.append(Placement(spot.owner, edit, spot.name, unit, evaluation=False, order=ORDER))
-        return placements
+
+    def replays(self) -> bool:
+        """Say that consistency runs the batch again."""
+        return self.consistency
 
     def losses(
-        self, graft: Graft, out: Any, target: Tensor, criterion: Callable[..., Tensor]
+        self, graft: Graft, out: Any, target: Any, criterion: Callable[..., Tensor]
     ) -> Mapping[str, Tensor]:
         """Run the batch twice more with CrossNorm on, and weigh the divergence of the predictions."""
         if not self.consistency:
             return {}
-        units = [unit for unit in graft.units.values() if isinstance(unit, CrossNormUnit)]
-        last = units[0].context.last
-        if last is None:  # the pass was one in evaluation
+        again, model = graft.arguments(), graft.model()
+        if again is None or model is None:  # the pass was one in evaluation
             return {}
-        model, args, kwargs = last
+        args, kwargs = again.args, again.kwargs
         clean = take_logits(out)
         if args and isinstance(args[0], Tensor) and args[0].shape[0] != clean.shape[0]:
             raise ConfigError(
@@ -160,7 +162,7 @@ class CrossNorm(Patch):
                 f"training pass had {args[0].shape[0]} images.\nIt runs that batch again to compare.\n"
                 "Call fxgraft.loss right after the pass it is for."
             )
-        with _forced(units):
+        with graft.asking(forced=True):
             others = [take_logits(model(*args, target=target, **kwargs)) for _ in range(2)]
         return {"consistency": self.consistency_weight * jensen_shannon(clean, *others)}
 
@@ -171,67 +173,41 @@ class CrossNorm(Patch):
         return f"{len(graft.units)} units ({self.position}), {active} on {when}"
 
 
-@contextmanager
-def _forced(units: Sequence[CrossNormUnit]) -> Iterator[None]:
-    for unit in units:
-        unit.forced = True
-    try:
-        yield
-    finally:
-        for unit in units:
-            unit.forced = False
-
-
 class CrossNormUnit(Unit):
     """Restyles the value at one site. Holds no parameters and no buffers."""
 
-    transient = ("layout", "index", "count")
+    layout: Layout
+    index: int
+    count: int
 
     def __init__(self, config: CrossNorm) -> None:
         super().__init__()
         self.config = config
-        self.replays = config.consistency
-        self.layout: Layout
-        self.index: int
-        self.count: int
-        self.forced = False
 
     def forward(self, x: Tensor) -> Tensor:
         """Return ``x``, shaped as it is, restyled if the unit is on in this pass."""
         config = self.config
         alone = x.shape[0] == 1 and config.mode == "two-instance"
-        if alone or config.lam == 1 or not self._may_act():
+        run = self.current
+        if run is None or alone or config.lam == 1:
             return x
-        on = self._on(x.device)
-        if on is False:
+        chance = self._chance(run)
+        if not chance:
             return x
-        restyled = self.layout.restore(x, self._restyled(self.layout.canonical(x)))
-        return restyled if on is True else torch.where(on, restyled, x)
+        chosen = run.shared(self.graft, "on", lambda: self._draw(chance, x.device))
+        on = draws.among(chosen, self.index, x.device)
+        return draws.choose(on, lambda: self.layout.restore(x, self._restyled(self.layout.canonical(x))), x)
 
-    def _may_act(self) -> bool:
-        """Say whether a pass may have units on; only within a pass is there anything to draw for."""
-        usual = self.config.p > 0 and not self.config.consistency
-        return self.context.root is not None and (self.forced or usual)
+    def _chance(self, run: Pass) -> float:
+        """Return the probability that this pass has units on; with consistency only those that the loss makes."""
+        if run.asked(self.graft, "forced"):
+            return 1.0
+        return 0.0 if self.config.consistency else self.config.p
 
-    def _on(self, device: torch.device) -> Tensor | bool:
-        """Say whether this unit is on in this pass; the first unit to ask draws for all of the graft."""
-        values, key = self.context.values, f"{self.graft}:on"
-        if key not in values:
-            values[key] = self._draw(device)
-        drawn = values[key]
-        return drawn[self.index].to(device) if isinstance(drawn, Tensor) else self.index in drawn
-
-    def _draw(self, device: torch.device) -> Tensor | frozenset[int]:
-        """Draw the units of a pass: on the CPU, which stalls no device, or inside compiled code as data."""
-        config = self.config
-        active = self.count if config.active is None else config.active
-        if torch.compiler.is_compiling():
-            rank = torch.rand(self.count, device=device).argsort()
-            happens = torch.rand((), device=device) < (1.0 if self.forced else config.p)
-            return (rank < active) & happens
-        if not self.forced and torch.rand(()).item() >= config.p:
-            return frozenset()
-        return frozenset(torch.randperm(self.count)[:active].tolist())
+    def _draw(self, chance: float, device: torch.device) -> frozenset[int] | Tensor:
+        """Draw the units of a pass; the first unit to ask draws for all of the graft."""
+        active = self.count if self.config.active is None else self.config.active
+        return draws.subset(self.count, active, chance, device)
 
     def _restyled(self, x: Tensor) -> Tensor:
         config = self.config
@@ -252,6 +228,5 @@ class CrossNormUnit(Unit):
 
     def _box(self, x: Tensor) -> core.Box:
         height, width = x.shape[-2:]
-        if torch.compiler.is_compiling():
-            return core.draw_box(height, width, self.config.beta, self.config.threshold, x.device)
-        return core.draw_box(height, width, self.config.beta, self.config.threshold).tolist()
+        beta, threshold = self.config.beta, self.config.threshold
+        return draws.numbers(lambda device: core.draw_box(height, width, beta, threshold, device), x.device)

@@ -1,20 +1,9 @@
-"""Diversification block and gradient-boosting loss (Sun, Cholakkal, Khan, Khan, Shao, AAAI 2020).
-
-Paper: "Fine-grained Recognition: Accounting for Subtle Differences between Similar Classes". In training,
-pooling and the linear classifier change places: the classifier's weight makes one map per class, the largest
-entry and random patches of every map are damped to α of their value, and the average of what is left are the
-logits. The network has to find more than one place that tells classes apart. The loss that goes with it sets
-the label against its k highest-scoring wrong classes alone. Evaluation is the bare model's.
-
-Put it on the head, which is found. It costs one small matrix product per position. It hurts where maps are
-small: below about 7×7 positions one patch is much of the image. Hooks on the pooling and on the classifier do
-not fire in training, since neither module is called.
-"""
+"""The diversification block: the patch and the unit that takes the head's place in training."""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
@@ -23,20 +12,27 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fxgraft.errors import ConfigError, SiteError, StructureError
-from fxgraft.graph.grafting.graft import Graft
-from fxgraft.graph.grafting.placement import Placement
-from fxgraft.graph.grafting.unit import Unit
-from fxgraft.graph.structure.head import Head, find_head
-from fxgraft.graph.structure.positionwise import ClassMaps, training_maps
-from fxgraft.graph.structure.positionwise import class_maps as maps
-from fxgraft.graph.tracing.anatomy import Anatomy
-from fxgraft.graph.tracing.editing import Output
-from fxgraft.patches.base import Make, Patch, recording
+from fxgraft.extend import (
+    Backbone,
+    ConfigError,
+    Graft,
+    Head,
+    Make,
+    Patch,
+    Placement,
+    PositionwiseHead,
+    StructureError,
+    Unit,
+    because,
+    check_count,
+    check_share,
+    grafts_on,
+    recording,
+    register,
+)
+from fxgraft.extend import position_scores as maps
 from fxgraft.patches.diversification import tensors as core
 from fxgraft.patches.diversification.loss import GradientBoostingCrossEntropy, gradient_boosting_cross_entropy
-from fxgraft.patches.options import check_choices, check_share
-from fxgraft.patches.registry import register
 
 HEAD, RETURN = "head", "maps"
 
@@ -45,6 +41,17 @@ HEAD, RETURN = "head", "maps"
 @dataclass(frozen=True, kw_only=True)
 class Diversification(Patch):
     """Diversification block: damp the peak and random patches of every class map in training.
+
+    Sun, Cholakkal, Khan, Khan, Shao: "Fine-grained Recognition: Accounting for Subtle Differences between Similar
+    Classes", AAAI 2020. In training, pooling and the linear classifier change places: the classifier's weight makes
+    one map per class, the largest entry and random patches of every map are damped to α of their value, and the
+    average of what is left are the logits. The network has to find more than one place that tells classes apart. The
+    loss that goes with it sets the label against its k highest-scoring wrong classes alone. Evaluation is the bare
+    model's.
+
+    Put it on the head, which is found. It costs one small matrix product per position. It hurts where maps are
+    small: below about 7×7 positions one patch is much of the image. Hooks on the pooling and on the classifier do
+    not fire in training, since neither module is called.
 
     Args:
         alpha: what damped entries are multiplied by, in [0, 1]; 1 damps nothing.
@@ -91,43 +98,31 @@ class Diversification(Patch):
     return_maps: bool = False
 
     def __post_init__(self) -> None:
-        check_choices(self)
-        check_share(
-            "Diversification",
-            alpha=self.alpha,
-            p_peak=self.p_peak,
-            p_patch=self.p_patch,
-            loss_start=self.loss_start,
-        )
-        for name, value in (("patch", self.patch), ("loss_k", self.loss_k)):
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ConfigError(
-                    f"Diversification: {name} must be a whole number of at least 1, got {value!r}."
-                )
+        super().__post_init__()
+        check_share(self, "alpha", "p_peak", "p_patch", "loss_start")
+        check_count(self, "patch", "loss_k")
 
-    def place(self, anatomy: Anatomy, make: Make) -> Sequence[Placement]:
+    def place(self, backbone: Backbone, make: Make) -> Iterator[Placement]:
         """Replace the head in the training graph of the smallest module that holds it."""
-        found = find_head(anatomy, self.head, self.output)
-        unit = make(HEAD, lambda: DiversificationUnit(self))
-        if not isinstance(unit, DiversificationUnit):
-            raise ConfigError(f"{unit!r} is no unit of Diversification.")
-        unit.head, unit.class_maps = found, training_maps(found, anatomy.model)
+        with because(
+            "Only an average can change places with the classifier, which turns features into class maps."
+        ):
+            found = backbone.head(self.head, self.output)
+        unit = make(HEAD, DiversificationUnit, self)
+        unit.bind(head=found, class_maps=backbone.positionwise(found))
         core.patch_grid(*unit.grid, self.patch, self.border)
-        placements = [Placement(found.owner, found.span, HEAD, unit, evaluation=False)]
+        yield backbone.replace_head(found, unit, HEAD)
         if self.return_maps:
-            if not isinstance(anatomy.observation.output(""), Tensor):
+            if not isinstance(backbone.output, Tensor):
                 raise StructureError(
-                    f"{type(anatomy.model).__name__} does not return one tensor, so maps have no place "
+                    f"{backbone.name} does not return one tensor, so maps have no place "
                     "beside it.\nLeave return_maps out; patches.diversification.record gives the maps."
                 )
-            placements.append(Placement("", Output(), RETURN, make(RETURN, WithMapsUnit), evaluation=False))
-        return placements
+            yield backbone.after(make(RETURN, WithMapsUnit), RETURN, evaluation=False)
 
     def describe(self, graft: Graft) -> str:
         """Name the head, the size of its maps, and whether training and evaluation heads differ."""
-        unit = graft.units[HEAD]
-        if not isinstance(unit, DiversificationUnit):
-            return ""
+        (unit,) = graft.units_of(DiversificationUnit)
         height, width = unit.grid
         where = unit.head.classifier or unit.head.owner
         parts = [f"{where} (class maps of {height}×{width}, patches of {self.patch}×{self.patch})"]
@@ -143,8 +138,8 @@ class Diversification(Patch):
 
     def criterion(self, graft: Graft, criterion: Callable[..., Tensor]) -> Callable[..., Tensor]:
         """Return the gradient-boosting loss, with the settings of the cross-entropy it replaces."""
-        unit = graft.units[HEAD]
-        if self.loss is None or not (isinstance(unit, DiversificationUnit) and unit.boosts):
+        (unit,) = graft.units_of(DiversificationUnit)
+        if self.loss is None or not unit.boosts:
             return criterion
         if isinstance(criterion, nn.CrossEntropyLoss):
             return GradientBoostingCrossEntropy(
@@ -196,19 +191,14 @@ class DiversificationRecord:
 class DiversificationUnit(Unit):
     """Turns the map before the pooling into logits. Holds no parameters: it uses the classifier's own."""
 
-    transient = ("head", "class_maps", "records")
+    head: Head
+    class_maps: PositionwiseHead
+    records: list[DiversificationRecord] | None = None
 
     def __init__(self, config: Diversification) -> None:
         super().__init__()
         self.config = config
-        self.head: Head
-        self.class_maps: ClassMaps
-        self.records: list[DiversificationRecord] | None = None
         self.set_progress(0.0)
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Start without records in a copy."""
-        return {**super().__getstate__(), "records": None}
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -229,12 +219,8 @@ class DiversificationUnit(Unit):
     def forward(self, x: Tensor) -> Tensor:
         """Return logits, shaped as the head's own, from the map (B, C, H, W), (B, H, W, C) or (B, N, C)."""
         config = self.config
-        model = self.context.root
-        if model is None:
-            raise SiteError(
-                "The diversification block acts inside a pass of its model.\nCall the model, not its parts."
-            )
-        found = self.class_maps(model, x)
+        run = self.running()
+        found = self.class_maps(run.model, x)
         mask = None
         if config.alpha < 1 and (config.p_peak > 0 or config.p_patch > 0):
             with torch.no_grad():
@@ -252,7 +238,7 @@ class DiversificationUnit(Unit):
                 DiversificationRecord(found.detach().cpu(), None if mask is None else mask.cpu())
             )
         if config.return_maps:
-            self.context.values[f"{self.graft}.maps"] = found
+            run.put(self.graft, "maps", found)
         kept = found if mask is None else core.damp(found, mask, config.alpha)
         logits = kept.mean((2, 3))
         return logits.reshape(*logits.shape, *[1] * (self.head.ndim - 2))
@@ -263,7 +249,7 @@ class WithMapsUnit(Unit):
 
     def forward(self, out: Tensor) -> WithMaps:
         """Return ``out`` with the maps."""
-        return WithMaps(out, self.context.values[f"{self.graft}.maps"])
+        return WithMaps(out, self.running().get(self.graft, "maps"))
 
 
 @contextmanager
@@ -280,7 +266,7 @@ def record(model: nn.Module) -> Iterator[list[DiversificationRecord]]:
         "There is no diversification block on this model.\n"
         'Call fxgraft.patch(model, "diversification") first.'
     )
-    with recording(model, DiversificationUnit, missing) as records:
+    with recording(grafts_on(model), DiversificationUnit, missing) as records:
         yield records
 
 

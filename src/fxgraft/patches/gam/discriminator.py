@@ -10,8 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fxgraft.errors import ConfigError
-from fxgraft.graph.tracing.preserve import preserved_modes
+from fxgraft.extend import ConfigError, preserved_modes
 
 Activation = Literal["relu", "leaky"]
 

@@ -7,71 +7,82 @@ no parameter that a wrapper or an optimiser of the network would find.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
-from fxgraft.errors import ConfigError
-from fxgraft.graph.grafting.graft import Graft
-from fxgraft.graph.grafting.ledger import Ledger
-from fxgraft.graph.grafting.placement import Placement
-from fxgraft.graph.grafting.state import state_of
-from fxgraft.graph.grafting.taps import Tap, named_sites, tap_placements
-from fxgraft.graph.grafting.unit import Unit
-from fxgraft.graph.structure.layout import Layout
-from fxgraft.graph.structure.sites import Site, Words
-from fxgraft.graph.tracing.anatomy import Anatomy
+from fxgraft.extend import (
+    Backbone,
+    ConfigError,
+    Graft,
+    Layout,
+    Make,
+    Patch,
+    Placement,
+    Site,
+    Tap,
+    Unit,
+    Words,
+    add_graft,
+    copy_with,
+    is_graft_key,
+    tap_placements,
+)
 from fxgraft.patches.gam import tensors as core
 from fxgraft.patches.gam.discriminator import ByTap, Discriminator, check_discriminator
 
-if TYPE_CHECKING:
-    from fxgraft.patches.gam.patch import GAM
 
-Make = Callable[[str, Callable[[], Unit]], Unit]
+@dataclass(frozen=True)
+class Rules:
+    """The options of the patch that a game is played by, under the same names."""
+
+    matching: Literal["gaussian"] | None
+    statistics: Literal["batch", "running"]
+    momentum: float
+    eps: float
+    gan: core.Gan
+    discriminator: Callable[[tuple[int, ...]], nn.Module] | None
+    hidden: int
+    activation: Literal["relu", "leaky"]
+
+    @classmethod
+    def of(cls, patch: Any) -> Rules:
+        """Take the options out of a patch."""
+        return cls(**{f.name: getattr(patch, f.name) for f in fields(cls)})
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Travel without functions: a copy of the model carries what was made of them."""
+        return {**self.__dict__, "discriminator": None}
 
 
 class SwitchedTap(Tap):
-    """A tap that records only while it is listened to."""
-
-    on = False
+    """A tap that records only while it is listened to: in passes that ``graft.asking(listen=True)`` is around."""
 
     def forward(self, x: Any) -> Any:
         """Return ``x`` as it is."""
-        return super().forward(x) if self.on else x
+        run = self.current
+        return super().forward(x) if run is not None and run.asked(self.graft, "listen") else x
 
 
-def switched_taps(anatomy: Anatomy, make: Make, sites: Mapping[str, Site]) -> list[Placement]:
+def switched_taps(backbone: Backbone, make: Make, sites: Mapping[str, Site]) -> list[Placement]:
     """Put a `SwitchedTap` at every site; arguments as `tap_placements`."""
-    return tap_placements(anatomy, lambda key, _: make(key, lambda: SwitchedTap(key)), sites)
+    return tap_placements(backbone, make, sites, kind=SwitchedTap)
 
 
-@contextmanager
-def listening(graft: Graft) -> Iterator[list[SwitchedTap]]:
-    """Let the taps of a graft record for the time of the block."""
-    taps = [unit for unit in graft.units.values() if isinstance(unit, SwitchedTap)]
-    for tap in taps:
-        tap.on = True
-    try:
-        yield taps
-    finally:
-        for tap in taps:
-            tap.on = False
+@dataclass(frozen=True, kw_only=True)
+class SourceTaps(Patch):
+    """The taps on the source network."""
 
+    train_only: ClassVar[bool] = True
 
-class _SourceTaps:
-    """The taps on the source network, as a patch."""
+    layers: Words
 
-    call_options: tuple[str, ...] = ()
-
-    def __init__(self, layers: Words) -> None:
-        self.layers = layers
-
-    def place(self, anatomy: Anatomy, make: Make) -> list[Placement]:
+    def place(self, backbone: Backbone, make: Make) -> list[Placement]:
         """Put a tap on each layer."""
-        return switched_taps(anatomy, make, named_sites(anatomy, self.layers))
+        return switched_taps(backbone, make, backbone.named_sites(self.layers))
 
 
 class Game(Unit):
@@ -83,32 +94,32 @@ class Game(Unit):
 
     source: nn.Module | None
 
-    def __init__(self, patch: GAM) -> None:
+    def __init__(self, rules: Rules) -> None:
         super().__init__()
-        self.patch = patch
+        self.rules = rules
         self.__dict__["source"] = None
         self.discriminators = ByTap()
         self.layouts: dict[str, Layout] = {}
         self.weights: dict[str, float] = {}
         self.input_size: tuple[int, ...] | None = None
-        if patch.matching and patch.statistics == "running":
+        if rules.matching and rules.statistics == "running":
             self.discriminators.register_buffer("steps", torch.zeros(()))
 
-    def add(self, key: str, value: Tensor, layout: Layout, anatomy: Anatomy) -> None:
+    def add(self, key: str, value: Tensor, layout: Layout, backbone: Backbone) -> None:
         """Build the discriminator of a tap from its value (fake)."""
-        patch, dim = self.patch, channel_dim(layout)
-        channels, outputs = value.shape[dim], core.OUTPUTS[patch.gan]
+        rules, dim = self.rules, channel_dim(layout)
+        channels, outputs = value.shape[dim], core.OUTPUTS[rules.gan]
         wide = torch.promote_types(value.dtype, torch.float32)
-        if patch.discriminator is None:
+        if rules.discriminator is None:
             positions = value.ndim - 2 if dim == 1 else 0
             made = Discriminator(
-                channels, outputs, positions, hidden=patch.hidden, activation=patch.activation
+                channels, outputs, positions, hidden=rules.hidden, activation=rules.activation
             )
         else:
-            made = patch.discriminator(tuple(value.shape[1:]))
+            made = rules.discriminator(tuple(value.shape[1:]))
         if isinstance(made, nn.Module):
             made = made.to(value.device, wide)
-        with anatomy.observation.mode:
+        with backbone.fake_mode:
             check_discriminator(made, value.to(wide), outputs, dim, key)
         self.discriminators[key] = made
         if "steps" in self.discriminators._buffers:
@@ -116,28 +127,24 @@ class Game(Unit):
             moments = torch.zeros((2, 2, channels), device=value.device, dtype=wide)
             self.discriminators.register_buffer(_moments(key), moments)
 
-    def installed(self, anatomy: Any) -> None:
-        """Take the copy of the source network, once."""
-        if self.source is None:
-            self.__dict__["source"] = self._frozen(anatomy.model)
+    def take_source(self, model: nn.Module, given: nn.Module | None, layers: Words) -> None:
+        """Copy the network that is the source, with the grafts that act in it, and put taps on the copy; once.
 
-    def _frozen(self, model: nn.Module) -> nn.Module:
-        """Copy the network that is the source, with the grafts that act in it, and put taps on the copy."""
-        if self.patch.source is not None:
-            source = copy.deepcopy(self.patch.source)
-        else:
-            ledger: Ledger = state_of(model).ledger  # type: ignore[union-attr]
-            with ledger.lifted():
-                source = copy.deepcopy(model)
-            ours = ledger.portable()
-            ours.grafts = [g for g in ours.grafts if not g.patch.train_only]
-            if ours.grafts:
-                copy.deepcopy(ours).install(source)
-        state = state_of(source)
-        ledger = state.ledger if state is not None else Ledger()
-        taps = Graft("gam_source", _SourceTaps(self.patch.layers), input_size=self.input_size)
-        ledger.install(source, [*ledger.grafts, taps])
-        return source.requires_grad_(False).eval()
+        Args:
+            model: the target network.
+            given: the source network; None for the target network as it is.
+            layers: the taps.
+        """
+        if self.source is not None:
+            return
+        source = (
+            copy.deepcopy(given)
+            if given is not None
+            else copy_with(model, lambda graft: not graft.patch.train_only)
+        )
+        taps = SourceTaps(layers=layers)
+        add_graft(source, Graft("gam_source", taps, input_size=self.input_size))
+        self.__dict__["source"] = source.requires_grad_(False).eval()
 
     def follow(self, model: nn.Module) -> nn.Module:
         """Bring everything to the model's device and dtype; return the source network, in evaluation mode."""
@@ -153,19 +160,19 @@ class Game(Unit):
 
     def matched(self, key: str, source: Tensor, target: Tensor) -> Tensor:
         """Bring the target's channel moments to the source's."""
-        patch, dim = self.patch, channel_dim(self.layouts[key])
-        if patch.matching is None:
+        rules, dim = self.rules, channel_dim(self.layouts[key])
+        if rules.matching is None:
             return target
-        if patch.statistics == "batch":
-            moments = core.channel_moments(source, dim, eps=patch.eps)
-            return core.gaussian_match(target, *moments, dim=dim, eps=patch.eps)
+        if rules.statistics == "batch":
+            moments = core.channel_moments(source, dim, eps=rules.eps)
+            return core.gaussian_match(target, *moments, dim=dim, eps=rules.eps)
         running = self.discriminators.get_buffer(_moments(key))
-        weight = (1 / (self.discriminators.get_buffer("steps") + 1)).clamp_min(patch.momentum)
+        weight = (1 / (self.discriminators.get_buffer("steps") + 1)).clamp_min(rules.momentum)
         for domain, x in enumerate((source, target)):
             running[domain] = core.update_moments(running[domain], x, weight, dim)
-        mean, std = running[:, 0].clone(), (running[:, 1] + patch.eps).sqrt()
+        mean, std = running[:, 0].clone(), (running[:, 1] + rules.eps).sqrt()
         return core.gaussian_match(
-            target, mean[0], std[0], target_mean=mean[1], target_std=std[1], dim=dim, eps=patch.eps
+            target, mean[0], std[0], target_mean=mean[1], target_std=std[1], dim=dim, eps=rules.eps
         )
 
     def decide(self, key: str, x: Tensor, frozen: bool = False) -> Tensor:
@@ -198,7 +205,7 @@ def paired_weights(source: nn.Module, target: nn.Module) -> tuple[list[Tensor], 
     known = dict(source.named_parameters())
     pairs = []
     for name, parameter in target.named_parameters():
-        if any(part.startswith("graft_") for part in name.split(".")) or not parameter.requires_grad:
+        if is_graft_key(name) or not parameter.requires_grad:
             continue
         if name not in known or known[name].shape != parameter.shape:
             what = f"{tuple(known[name].shape)} there" if name in known else "missing there"

@@ -1,15 +1,4 @@
-"""GAM: deep activation matching (H. Huang, Q. Huang, P. Krähenbühl, ECCV 2018), unsupervised domain adaptation.
-
-A frozen source network sees source images, the target network, which starts as its copy, target images of
-which no label is needed. At each tap A_i the target's activations are shifted and scaled to the source's channel
-moments (Gaussian matching, section 3), a discriminator D_i tells the two apart, and the target network learns
-to be mistaken for the source (general matching), held back by the drift λ·Σ mean((w_s − w_t)²) of its weights.
-
-`gam_losses` computes both sides of the game in one step. Outside of it a patched model is the bare model, in
-training and in evaluation: taps record nothing, and source network and discriminators are no part of its module
-tree. A step costs a pass of the source network without gradients, the usual pass of the target, and two passes
-of each discriminator. Copies of the model carry their own source network and discriminators.
-"""
+"""GAM: the patch, and one step of the game."""
 
 from __future__ import annotations
 
@@ -22,36 +11,61 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from fxgraft.errors import ConfigError, SiteError, StructureError, TraceError, UnknownGraftError, candidates
-from fxgraft.graph.grafting.graft import Graft
-from fxgraft.graph.grafting.placement import Placement
-from fxgraft.graph.grafting.state import state_of
-from fxgraft.graph.grafting.taps import named_sites, take
-from fxgraft.graph.structure.layout import Layout, layout_of
-from fxgraft.graph.structure.rest import span_to_output
-from fxgraft.graph.structure.sites import Site, Words
-from fxgraft.graph.tracing.anatomy import Anatomy
-from fxgraft.graph.tracing.observe import tensors
-from fxgraft.patches.base import Make, Patch, grafts_on, unwrapped
+from fxgraft.extend import (
+    DIMENSIONS,
+    Backbone,
+    ConfigError,
+    Graft,
+    LayeredPatch,
+    Layout,
+    Make,
+    Placement,
+    Site,
+    SiteError,
+    StructureError,
+    Tap,
+    TraceError,
+    UnknownGraftError,
+    Words,
+    candidates,
+    check_count,
+    check_share,
+    grafts_on,
+    is_number,
+    register,
+    take,
+    tensors,
+    unwrapped,
+)
 from fxgraft.patches.gam import tensors as core
 from fxgraft.patches.gam.discriminator import ByTap
-from fxgraft.patches.gam.game import Game, listening, paired_weights, switched_taps
-from fxgraft.patches.options import check_choices, check_share
-from fxgraft.patches.registry import register
+from fxgraft.patches.gam.game import Game, Rules, paired_weights, switched_taps
 
 GAME = "(game)"
 """Key of the unit that holds what lives beside the network."""
-_DIMENSIONS = {"NC": 2, "NLC": 3, "NCL": 3, "NCHW": 4, "NHWC": 4}
 
 
 @register("gam")
 @dataclass(frozen=True, kw_only=True)
-class GAM(Patch):
+class GAM(LayeredPatch):
     """GAM: match the activations of a target network on its domain to those of a source network on its own.
+
+    H. Huang, Q. Huang, P. Krähenbühl: "Domain Transfer Through Deep Activation Matching", ECCV 2018, unsupervised
+    domain adaptation. A frozen source network sees source images, the target network, which starts as its copy,
+    target images of which no label is needed. At each tap A_i the target's activations are shifted and scaled to the
+    source's channel moments (Gaussian matching, section 3), a discriminator D_i tells the two apart, and the target
+    network learns to be mistaken for it (general matching), held back by the drift λ·Σ mean((w_s − w_t)²) of its
+    weights.
+
+    `gam_losses` computes both sides of the game in one step. Outside of it a patched model is the bare model, in
+    training and in evaluation: taps record nothing, and source network and discriminators are no part of its module
+    tree. A step costs a pass of the source network without gradients, the usual pass of the target, and two passes
+    of each discriminator. Copies of the model carry their own source network and discriminators.
 
     Args:
         layers: the taps: names, globs or stage numbers, found in both networks. The authors match the last two
             layers of a classifier (the logits may be one), and four spread over the depth for dense prediction.
+        layer: the same, for one.
         source: the source network, trained and frozen; a copy is kept. Default: a copy of the model as it is.
         matching: "gaussian", or None for general matching alone, as in the authors' release.
         statistics: "batch", or "running" averages over the steps, one per domain, for small batches.
@@ -89,8 +103,8 @@ class GAM(Patch):
     adds_parameters = True
     saves = False
     example = MappingProxyType({"layers": -1})
+    needs_layers = True
 
-    layers: Words
     source: nn.Module | None = None
     matching: Literal["gaussian"] | None = "gaussian"
     statistics: Literal["batch", "running"] = "batch"
@@ -107,21 +121,18 @@ class GAM(Patch):
     layout: Literal["NCHW", "NHWC", "NLC", "NCL", "NC"] | None = None
     output: str | int | None = None
 
-    def __post_init__(self) -> None:
-        for name in ("layers", "weights"):
-            if isinstance(getattr(self, name), list):
-                object.__setattr__(self, name, tuple(getattr(self, name)))
-        check_choices(self)
-        check_share("GAM", momentum=self.momentum)
+    def __post_init__(self, layer: Words | None) -> None:
+        super().__post_init__(layer)
+        if isinstance(self.weights, list):
+            object.__setattr__(self, "weights", tuple(self.weights))
+        check_share(self, "momentum")
         weights = self.weights if self.weights is not None else ()
         if not isinstance(weights, tuple):
             raise ConfigError(f"GAM: weights are one number per tap, in order; got {weights!r}.")
         for name, value in (("eps", self.eps), ("drift", self.drift), *(("weights", w) for w in weights)):
-            number = isinstance(value, (int, float)) and not isinstance(value, bool)
-            if not number or not 0 <= value < float("inf"):
+            if not is_number(value) or not 0 <= value < float("inf"):
                 raise ConfigError(f"GAM: {name} must be 0 or more, got {value!r}.")
-        if isinstance(self.hidden, bool) or not isinstance(self.hidden, int) or self.hidden < 1:
-            raise ConfigError(f"GAM: hidden is the width of a layer, at least 1; got {self.hidden!r}.")
+        check_count(self, "hidden")
         if self.discriminator is not None and not callable(self.discriminator):
             raise ConfigError(
                 f"GAM: discriminator is called with a tap's shape and returns a module; got {self.discriminator!r}."
@@ -142,55 +153,58 @@ class GAM(Patch):
         """Travel without networks and functions: a copy of the model carries what was made of them."""
         return {**self.__dict__, "source": None, "discriminator": None}
 
-    def place(self, anatomy: Anatomy, make: Make) -> Sequence[Placement]:
+    def place(self, backbone: Backbone, make: Make) -> list[Placement]:
         """Put a tap on each layer, and check the taps against the source network's."""
-        sites = _sites(anatomy, self.layers, "target")
-        game = make(GAME, lambda: Game(self))
-        if not isinstance(game, Game):
-            raise ConfigError(f"{game!r} is no unit of GAM.")
+        layers = self.layers or ()
+        sites = _sites(backbone, layers, "target")
+        game = make(GAME, Game, Rules.of(self))
         if self.weights is not None and len(self.weights) != len(sites):
             raise ConfigError(
                 f"GAM: {len(self.weights)} weights were given for {len(sites)} taps: {', '.join(sites)}.\n"
                 "Each tap has one, in the order of layers."
             )
         weights = self.weights or (*[0.1] * (len(sites) - 1), 1.0)
-        values = {key: _value(anatomy, site, "target") for key, site in sites.items()}
+        values = {key: _value(backbone, site, "target") for key, site in sites.items()}
         if self.source is not None:
-            source = Anatomy(self.source, anatomy.input_size)
-            _check_alike(values, source, _sites(source, self.layers, "source"))
+            source = Backbone.of(self.source, backbone.input_size)
+            _check_alike(values, source, _sites(source, layers, "source"))
             if self.drift:
-                paired_weights(self.source, anatomy.model)
+                paired_weights(self.source, backbone.model)
         game.weights = dict(zip(sites, weights, strict=True))
-        game.input_size = anatomy.input_size
+        game.input_size = backbone.input_size
         for key, site in sites.items():
             with suppress(TraceError, StructureError):  # what cannot be seen through is believed
-                span_to_output(anatomy, site, self.output)
-            layout = _layout(self, anatomy, site, values[key])
+                backbone.check_reaches_output(site, self.output)
+            layout = _layout(self, backbone, site, values[key])
             game.layouts[key] = layout
             if key not in game.discriminators:
-                game.add(key, values[key], layout, anatomy)
-        return switched_taps(anatomy, make, sites)
+                game.add(key, values[key], layout, backbone)
+        return switched_taps(backbone, make, sites)
+
+    def installed(self, graft: Graft, backbone: Backbone) -> None:
+        """Take the copy of the source network, once."""
+        game_of(graft).take_source(backbone.model, self.source, self.layers or ())
 
     def describe(self, graft: Graft) -> str:
         """Name the taps, how they are matched and what they are told apart by."""
-        game = _game_of(graft)
+        game = game_of(graft)
         taps = ", ".join(f"{key} ({layout.name})" for key, layout in game.layouts.items())
         matched = f"gaussian ({self.statistics}), " if self.matching else ""
         return f"taps {taps}; {matched}{self.gan}, drift {self.drift:g}"
 
 
-def _sites(anatomy: Anatomy, layers: Words, network: str) -> dict[str, Site]:
+def _sites(backbone: Backbone, layers: Words, network: str) -> dict[str, Site]:
     try:
-        return named_sites(anatomy, layers)
+        return backbone.named_sites(layers)
     except SiteError as error:
         raise SiteError(
             f"GAM: the {network} network has no such tap.\n{error}\nBoth networks need all of them."
         ) from error
 
 
-def _value(anatomy: Anatomy, site: Site, network: str) -> Tensor:
+def _value(backbone: Backbone, site: Site, network: str) -> Tensor:
     """Return the fake tensor at a site, batch of 2."""
-    value = anatomy.observation.output(site.path) if site.path else anatomy.values(site.owner).get(site.node)
+    value = backbone.value(site)
     if not isinstance(value, Tensor) or not value.is_floating_point() or value.ndim not in (2, 3, 4):
         found = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
         raise SiteError(
@@ -201,7 +215,7 @@ def _value(anatomy: Anatomy, site: Site, network: str) -> Tensor:
     return value
 
 
-def _check_alike(values: Mapping[str, Tensor], source: Anatomy, sites: Mapping[str, Site]) -> None:
+def _check_alike(values: Mapping[str, Tensor], source: Backbone, sites: Mapping[str, Site]) -> None:
     """Raise unless the taps of the source network have the shapes of the target's."""
     if len(sites) != len(values):
         raise ConfigError(
@@ -219,10 +233,10 @@ def _check_alike(values: Mapping[str, Tensor], source: Anatomy, sites: Mapping[s
             )
 
 
-def _layout(patch: GAM, anatomy: Anatomy, site: Site, value: Tensor) -> Layout:
-    if patch.layout is not None and _DIMENSIONS[patch.layout] == value.ndim:
-        return Layout(patch.layout)
-    return layout_of(anatomy, value, site.path) or Layout("NCHW")
+def _layout(patch: GAM, backbone: Backbone, site: Site, value: Tensor) -> Layout:
+    """Take the layout that the user names for the taps with as many dimensions; find that of others."""
+    named = patch.layout is not None and DIMENSIONS[patch.layout] == value.ndim
+    return Layout(patch.layout) if named else backbone.layout(site)  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True)
@@ -262,15 +276,15 @@ def gam_losses(model: nn.Module, x_source: Any, x_target: Any, *, name: str | No
         TapError: the model's pass went past a tap.
     """
     inner, graft = _graft(model, name)
-    game, patch = _game_of(graft), graft.patch
+    game, patch = game_of(graft), graft.patch
     source = game.follow(inner)
-    frozen = state_of(source).ledger.grafts[-1]  # type: ignore[union-attr]
-    with listening(frozen) as taps, torch.no_grad():
+    frozen = grafts_on(source)[-1]
+    with frozen.asking(listen=True), torch.no_grad():
         source(x_source)
-        sources = list(take(taps).values())
-    with listening(graft) as taps:
+        sources = list(take(frozen.units_of(Tap)).values())
+    with graft.asking(listen=True):
         out = model(x_target)
-        targets = take(taps)
+        targets = take(graft.units_of(Tap))
     parts: dict[str, Tensor] = {}
     accuracy: dict[str, Tensor] = {}
     for (key, target), s in zip(targets.items(), sources, strict=True):
@@ -310,7 +324,7 @@ def discriminators(model: nn.Module, name: str | None = None) -> ByTap:
     Raises:
         UnknownGraftError: the model has no such patch.
     """
-    return _game_of(_graft(model, name)[1]).discriminators
+    return game_of(_graft(model, name)[1]).discriminators
 
 
 def source(model: nn.Module, name: str | None = None) -> nn.Module:
@@ -324,10 +338,11 @@ def source(model: nn.Module, name: str | None = None) -> nn.Module:
         UnknownGraftError: the model has no such patch.
     """
     inner, graft = _graft(model, name)
-    return _game_of(graft).follow(inner)
+    return game_of(graft).follow(inner)
 
 
-def _game_of(graft: Graft) -> Game:
+def game_of(graft: Graft) -> Game:
+    """Return what a graft keeps beside its network."""
     game = graft.units.get(GAME)
     if not isinstance(game, Game):
         raise UnknownGraftError(f"{graft.name!r} is not on a model.\nPass the model that was patched.")

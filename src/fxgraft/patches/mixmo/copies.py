@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from fxgraft.graph.grafting.unit import Unit
+from fxgraft.extend import Unit
 
 Start = Literal["pretrained", "random"]
 
@@ -28,7 +28,6 @@ class LayerCopies(Unit):
         path: the layer's qualified name; set when the unit is placed.
     """
 
-    transient = ("path", "served")
     path: str
     served: Callable[[], nn.Module | None] | None = None
 
@@ -45,7 +44,7 @@ class LayerCopies(Unit):
     def serve(self, path: str, module: nn.Module) -> None:
         """Remember the layer; where another one took its place, of the same shape, start as its copies anew."""
         replaced = self.served is not None and self.served() is not module
-        self.path, self.served = path, weakref.ref(module)
+        self.bind(path=path, served=weakref.ref(module))
         for index in range(1, self.count) if replaced else ():
             for name, tensor in module.named_parameters(recurse=False):
                 getattr(self, f"{name}_{index}").copy_(_start(tensor, self.start))

@@ -1,6 +1,6 @@
 """Mixing masks of MixMo (Ramé, Sun, Cord, ICCV 2021): who is seen where, drawn for a whole batch at once.
 
-From the ratios κ (B, M) of `fxgraft.functional.mixmo.dirichlet` to masks (M, B, 1 or C, H or 1, W or 1) that sum
+From the ratios κ (B, M) of `fxgraft.patches.mixmo.tensors.dirichlet` to masks (M, B, 1 or C, H or 1, W or 1) that sum
 to 1 over the members at every position, and the shares (B, M) of the map that each member really has.
 
 Linear masks are κ itself. The others give member 0 a mask of its own and its complement to member 1. The

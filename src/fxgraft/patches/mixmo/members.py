@@ -6,9 +6,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from fxgraft.api import ledger_of
-from fxgraft.errors import SiteError
-from fxgraft.graph.tracing.preserve import preserved_modes
+from fxgraft.extend import SiteError, grafts_on, preserved_modes
 from fxgraft.patches.mixmo.ensemble import disagreement, ensemble_entropy
 
 
@@ -41,8 +39,7 @@ def member_logits(model: nn.Module, x: Tensor) -> MemberLogits:
     Raises:
         SiteError: there is no such graft.
     """
-    ledger = ledger_of(model)
-    if ledger is None or "members" not in ledger.options:
+    if not any("members" in graft.patch.call_options for graft in grafts_on(model)):
         raise SiteError(
             f"This {model._get_name()} has no members.\n"
             'Call fxgraft.patch(model, "mixmo") first; what came out of fxgraft.merge is one network.'
@@ -50,6 +47,3 @@ def member_logits(model: nn.Module, x: Tensor) -> MemberLogits:
     with preserved_modes(model):
         logits = model.eval()(x, members=True)
     return MemberLogits(logits, logits.mean(0), disagreement(logits), ensemble_entropy(logits))
-
-
-__all__ = ["MemberLogits", "member_logits"]

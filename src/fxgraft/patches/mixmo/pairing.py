@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fxgraft.errors import ConfigError, TargetError
+from fxgraft.extend import ConfigError, TargetError, draws
 from fxgraft.patches.mixmo.masks import Mixing, draw_masks, shuffle_roles
 from fxgraft.patches.mixmo.tensors import MixedLabels, balance, dirichlet
 
@@ -81,7 +81,7 @@ class Pairing:
 
         Args:
             encoding: what is to be mixed, (B', C, *positions).
-            mixing: see `fxgraft.functional.masks.draw_masks`.
+            mixing: see `fxgraft.patches.mixmo.masks.draw_masks`.
             chance: () on the CPU, probability that the batch is mixed so, else linearly.
             alpha: concentration of the ratios.
             r: root that weighs the losses.
@@ -95,7 +95,7 @@ class Pairing:
             self.weights = torch.ones_like(self.shares)
             return
         masks, shares = draw_masks("linear", kappa, channels, height, width)
-        on = False if mixing == "linear" else _happens(chance, device)
+        on = False if mixing == "linear" else draws.coin(chance, device)
         if on is not False:
             drawn = draw_masks(mixing, kappa, channels, height, width)
             drawn = shuffle_roles(*drawn) if shuffled else drawn
@@ -195,13 +195,6 @@ def _differ(y: Any, other: Any) -> bool:
     ):
         return False
     return y.shape == other.shape and y.dtype == other.dtype and not torch.equal(y, other)
-
-
-def _happens(chance: Tensor, device: torch.device) -> Tensor | bool:
-    """Draw for a batch: on the CPU, which stalls no device, or inside compiled code as data."""
-    if torch.compiler.is_compiling():
-        return torch.rand((), device=device) < chance
-    return torch.rand(()).item() < chance.item()
 
 
 def check_pairs(graft: str, members: int, own: Sequence[Tensor], labels: Any) -> None:

@@ -1,53 +1,66 @@
-"""MixMo (Ramé, Sun, Cord, ICCV 2021), and MIMO (Havasi et al., ICLR 2021), which is its mixing by sums.
-
-In training M encoders in place of the first layer take M images of the batch, a mixture of their outputs goes
-through the network, and M classifiers in place of the last one tell what each of the images was:
-
-    l = M · Σ_i mask_i · conv(x_i; W_i),    loss = Σ_i w_i · CE(y_i, d_i(l)),    w_i = M · κ_i^{1/r} / Σ_j κ_j^{1/r}.
-
-Evaluation gives every encoder the same image under masks of 1/M and averages the logits. Both ends are linear,
-so that is one pass of the bare network with the weights Σ_i W_i and mean_i D_i, which it computes anew in every
-pass; `fxgraft.merge` writes them into the stock tensors.
-
-It costs the encoders and the mixing at the stem. It needs capacity: on a network that is narrow for its data the
-members compete, and the paper's gains are from wide ones, trained with every batch repeated.
-"""
+"""MixMo: the patch, the units at both ends of the network, and those around it."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from fxgraft.errors import ConfigError, SiteError, StructureError, WrappedModelError
-from fxgraft.graph.grafting.graft import Graft
-from fxgraft.graph.grafting.labels import check_label_range
-from fxgraft.graph.grafting.placement import Placement
-from fxgraft.graph.grafting.state import state_of
-from fxgraft.graph.grafting.unit import Unit
-from fxgraft.graph.structure.ends import Stem, apply_layer, find_classifiers, find_stems
-from fxgraft.graph.tracing.anatomy import Anatomy
-from fxgraft.graph.tracing.editing import Input, Instead, Output
-from fxgraft.patches.base import Make, Patch
+from fxgraft.extend import (
+    Backbone,
+    ConfigError,
+    Graft,
+    Make,
+    Pass,
+    Patch,
+    Placement,
+    SiteError,
+    Stem,
+    StructureError,
+    Unit,
+    WrappedModelError,
+    apply_layer,
+    because,
+    check_count,
+    check_label_range,
+    check_positive,
+    check_share,
+    grafts_on,
+    register,
+)
 from fxgraft.patches.mixmo import tensors as core
 from fxgraft.patches.mixmo.copies import LayerCopies, copies_key
 from fxgraft.patches.mixmo.masks import Mixing
 from fxgraft.patches.mixmo.pairing import MixMoInput, Pairing, check_pairs, known_pairing
 from fxgraft.patches.mixmo.tensors import MixedLabels
-from fxgraft.patches.options import check_choices, check_share
-from fxgraft.patches.registry import register
 
-INPUTS, RETURN = "inputs", "members"
+INPUTS, RETURN, PAIRING = "inputs", "members", "pairing"
+
+M = TypeVar("M", bound="MemberUnit")
 
 
 @register("mixmo")
 @dataclass(frozen=True, kw_only=True)
 class MixMo(Patch):
     """MixMo: several inputs and outputs through one network, folded back into the stock network at the end.
+
+    Ramé, Sun, Cord: "MixMo: Mixing Multiple Inputs for Multiple Outputs via Deep Subnetworks", ICCV 2021; MIMO
+    (Havasi et al., ICLR 2021) is its mixing by sums. In training M encoders in place of the first layer take M images
+    of the batch, a mixture of their outputs goes through the network, and M classifiers in place of the last one tell
+    what each of the images was:
+
+        l = M · Σ_i mask_i · conv(x_i; W_i),
+        loss = Σ_i w_i · CE(y_i, d_i(l)),    w_i = M · κ_i^{1/r} / Σ_j κ_j^{1/r}.
+
+    Evaluation gives every encoder the same image under masks of 1/M and averages the logits. Both ends are linear,
+    so that is one pass of the bare network with the weights Σ_i W_i and mean_i D_i, which it computes anew in every
+    pass; `fxgraft.merge` writes them into the stock tensors.
+
+    It costs the encoders and the mixing at the stem. It needs capacity: on a network that is narrow for its data the
+    members compete, and the paper's gains are from wide ones, trained with every batch repeated.
 
     A training pass returns one row of logits per member, (M, B, K), and `fxgraft.loss` gives their weighted sum.
     An evaluation pass returns (B, K), with ``members=True`` in the call (M, B, K).
@@ -110,45 +123,39 @@ class MixMo(Patch):
     init: Literal["pretrained", "random"] = "pretrained"
 
     def __post_init__(self) -> None:
-        check_choices(self)
-        check_share("MixMo", p=self.p, decay=self.decay, kept=self.kept)
-        for name in ("members", "repetitions"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ConfigError(f"MixMo: {name} must be a whole number of at least 1, got {value!r}.")
-        for name in ("alpha", "r"):
-            value = getattr(self, name)
-            number = isinstance(value, (int, float)) and not isinstance(value, bool)
-            if not number or not 0 < value < math.inf:
-                raise ConfigError(f"MixMo: {name} must be a positive number, got {value!r}.")
+        super().__post_init__()
+        check_share(self, "p", "decay", "kept")
+        check_count(self, "members", "repetitions")
+        check_positive(self, "alpha", "r")
 
     @property
     def gain(self) -> float:
         """Factor of the mixture: 1 where the members' weights stand for W_i / M, M where for W_i."""
         return 1.0 if self.init == "pretrained" else float(self.members)
 
-    def place(self, anatomy: Anatomy, make: Make) -> Sequence[Placement]:
+    def place(self, backbone: Backbone, make: Make) -> Iterator[Placement]:
         """Put encoders in place of the stems, heads in place of the classifiers, and units around the model."""
-        stems, heads = find_stems(anatomy), find_classifiers(anatomy)
+        with because(
+            "Several stems and classifiers fold into one only where the image enters through linear layers of one "
+            "size and the logits, one row per image, are linear in the classifiers' weights."
+        ):
+            stems, heads = backbone.stems(), backbone.classifiers()
         self._check_stems(stems)
-        inputs = make(INPUTS, lambda: Inputs(self))
-        members = make(RETURN, lambda: Members(self))
-        if isinstance(inputs, Inputs):
-            inputs.classifier = heads[0]
-        placements = [Placement("", Input(), INPUTS, inputs), Placement("", Output(), RETURN, members)]
+        inputs = make(INPUTS, Inputs, self)
+        inputs.bind(classifier=heads[0])
+        yield backbone.before(inputs, INPUTS)
+        yield backbone.after(make(RETURN, Members, self), RETURN)
         for stem in stems:
-            unit = self._member_unit(anatomy, make, stem.path, Encoders)
-            unit.stem = stem
-            placements.append(Placement(stem.path, Instead(), stem.path, unit))
-        units = {path: self._member_unit(anatomy, make, path, Heads) for path in heads}
-        return [*placements, *(Placement(path, Instead(), path, unit) for path, unit in units.items())]
+            unit = self._member_unit(backbone, make, stem.path, Encoders)
+            unit.bind(stem=stem)
+            yield backbone.instead(stem.path, unit)
+        for path in heads:
+            yield backbone.instead(path, self._member_unit(backbone, make, path, Heads))
 
-    def _member_unit(self, anatomy: Anatomy, make: Make, path: str, kind: type[MemberUnit]) -> Any:
-        module = anatomy.module(path)
+    def _member_unit(self, backbone: Backbone, make: Make, path: str, kind: type[M]) -> M:
+        module = backbone.module(path)
         # A layer of another size that took the place of this one gets units of its own.
-        unit = make(copies_key(path, module), lambda: kind(self, module))
-        if not isinstance(unit, MemberUnit):
-            raise ConfigError(f"{unit!r} is no unit of MixMo.")
+        unit = make(copies_key(path, module), kind, self, module)
         unit.serve(path, module)
         return unit
 
@@ -173,9 +180,7 @@ class MixMo(Patch):
 
     def describe(self, graft: Graft) -> str:
         """Name the two ends, the number of members and the mixing."""
-        kinds = {
-            kind: [u.path for u in graft.units.values() if isinstance(u, kind)] for kind in (Encoders, Heads)
-        }
+        kinds = {kind: [unit.path for unit in graft.units_of(kind)] for kind in (Encoders, Heads)}
         often = f" with probability {self.p:g}" if self.mixing not in ("linear", "sum") else ""
         repeated = f", each batch {self.repetitions} times" if self.repetitions > 1 else ""
         return (
@@ -185,12 +190,11 @@ class MixMo(Patch):
 
     def criterion(self, graft: Graft, criterion: Callable[..., Tensor]) -> Callable[..., Tensor]:
         """Return the weighted sum of the members' losses, for what a training pass returned."""
-        unit = graft.units[RETURN]
 
         def members(out: Tensor, y: Any) -> Tensor:
-            if out.ndim < 3 or not isinstance(unit, Members):
+            if out.ndim < 3:
                 return criterion(out, y)
-            record = known_pairing(unit.last, out)
+            record = known_pairing(graft.recall(out), out)
             targets = record.soft_labels(y, self.visible_labels)
             weights = out.new_ones(out.shape[1::-1]) if record.weights is None else record.weights
             return core.member_losses(criterion, out, targets, weights).sum()
@@ -199,42 +203,40 @@ class MixMo(Patch):
 
     def merge(self, graft: Graft, model: nn.Module) -> None:
         """Write the folded stem and classifier into the stock tensors."""
-        for unit in graft.units.values():
-            if isinstance(unit, MemberUnit):
-                unit.fold(model.get_submodule(unit.path))
+        for unit in graft.units_of(MemberUnit):
+            unit.fold(model.get_submodule(unit.path))
 
 
 class Inputs(Unit):
     """Pairs the images of a pass, in front of the model."""
 
     optional = True
-    transient = ("classifier",)
+    classifier: str
 
     def __init__(self, config: MixMo) -> None:
         super().__init__()
         self.config = config
-        self.classifier: str
 
     def forward(self, x: Any) -> Tensor:
         """Return the images that go through the model as member 0's, (repetitions · B, C, H, W)."""
-        root, config = self.context.root, self.config
-        if root is None or not root.training:
+        run, config = self.current, self.config
+        if run is None or not run.training:
             if isinstance(x, MixMoInput):
                 raise ConfigError(
                     "MixMoInput pairs inputs for training, and the model is in evaluation mode.\n"
                     "There every member sees the same image.\nPass a tensor, or call model.train()."
                 )
             return x
-        if getattr(root, "_is_replica", False):
+        if getattr(run.model, "_is_replica", False):
             raise WrappedModelError(
                 f"{self.graft!r} cannot train under DataParallel, which would join the members of its replicas' "
                 "outputs (M, B, K) along M.\nUse DistributedDataParallel; evaluation works under both."
             )
         own: tuple[Tensor, ...] = x.inputs if isinstance(x, MixMoInput) else ()
         images: Tensor = own[0] if own else x  # type: ignore[assignment]
-        head: Any = root.get_submodule(self.classifier)
+        head: Any = run.model.get_submodule(self.classifier)
         classes: int = head.weight.shape[0]
-        self._check_labels(own, images.shape[0], classes)
+        self._check_labels(run, own, images.shape[0], classes)
         repetitions = 1 if own else config.repetitions
         batch, device = images.shape[0], images.device
         orders = (
@@ -243,22 +245,17 @@ class Inputs(Unit):
         if repetitions > 1:
             images = torch.cat([images] * repetitions)
         size = (images.shape[-2], images.shape[-1]) if images.ndim == 4 else (1, 1)
-        self.context.values[f"{self.graft}:pairing"] = Pairing(
-            config.members, images.shape[0], size, classes, orders, own, self.context.target
-        )
+        pairing = Pairing(config.members, images.shape[0], size, classes, orders, own, run.target)
+        run.put(self.graft, PAIRING, pairing)
         return images
 
-    def _check_labels(self, own: tuple[Tensor, ...], batch: int, classes: int) -> None:
-        context, given = self.context, self.context.target
-        check_pairs(self.graft, self.config.members, own, given)
-        try:
-            every: Sequence[Any] = given if own and given is not None else (given,)  # type: ignore[assignment]
-            for each in every:
-                # Two lists of indices and a mask: the first stands for all of them.
-                context.target = each.first if isinstance(each, MixedLabels) else each
-                check_label_range(self.graft, context.labels(self.graft, batch), classes)
-        finally:
-            context.target = given
+    def _check_labels(self, run: Pass, own: tuple[Tensor, ...], batch: int, classes: int) -> None:
+        check_pairs(self.graft, self.config.members, own, run.target)
+        parts: Sequence[Any] = run.target if own and run.target is not None else (run.target,)
+        for each in parts:
+            # Two lists of indices and a mask: the first stands for all of them.
+            part = each.first if isinstance(each, MixedLabels) else each
+            check_label_range(self.graft, run.labels(self.graft, batch, part), classes)
 
 
 class MemberUnit(LayerCopies):
@@ -275,7 +272,8 @@ class MemberUnit(LayerCopies):
 
     def pairing(self) -> Pairing:
         """Return what the pass mixes."""
-        found = self.context.values.get(f"{self.graft}:pairing")
+        run = self.current
+        found = None if run is None else run.get(self.graft, PAIRING)
         if found is None:
             raise SiteError(
                 f"{self.graft!r} acts inside a training pass of its model.\nCall the model, not its parts, and "
@@ -287,7 +285,6 @@ class MemberUnit(LayerCopies):
 class Encoders(MemberUnit):
     """Runs a stem once per member and mixes; in evaluation, once."""
 
-    transient = (*LayerCopies.transient, "stem")
     stem: Stem
 
     def folded(self, module: nn.Module, gain: float | None = None) -> tuple[Tensor, Tensor | None]:
@@ -326,16 +323,15 @@ class Encoders(MemberUnit):
         if not pairing.inputs:
             # Member 0 sees the batch in its order.
             return [x, *(x[order] for order in pairing.permutations[1:])]
-        before, root = self.stem.before, self.context.root
+        before, model = self.stem.before, self.running().model
         others = pairing.inputs[1:]
-        return [x, *(others if before is None or root is None else (before(root, each) for each in others))]
+        return [x, *(others if before is None else (before(model, each) for each in others))]
 
     def _tell_others(self, pairing: Pairing) -> None:
         """Leave labels for the other grafts of the model, who see mixtures: mixed alike."""
-        root = self.context.root
-        state = None if root is None else state_of(root)
-        if state is not None and len(state.ledger.grafts) > 1:
-            self.context.target = pairing.mixed_label()
+        run = self.running()
+        if len(grafts_on(run.model)) > 1:
+            run.relabel(pairing.mixed_label())
 
 
 class Heads(MemberUnit):
@@ -343,8 +339,8 @@ class Heads(MemberUnit):
 
     def forward(self, module: nn.Module, x: Tensor) -> Tensor:
         """Return logits, those of the members one after the other along the batch."""
-        root = self.context.root
-        asked = self.context.options.get("members") and root is not None and not root.training
+        run = self.current
+        asked = run is not None and run.options.get("members") and not run.training
         if not (module.training or asked):
             return apply_layer(module, x, *self.folded(module))
         if module.training:
@@ -360,29 +356,21 @@ class Members(Unit):
     def __init__(self, config: MixMo) -> None:
         super().__init__()
         self.config = config
-        self.last: Pairing | None = None
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Forget the last pass in a copy."""
-        return {**super().__getstate__(), "last": None}
 
     def forward(self, out: Tensor) -> Tensor:
         """Return (M, B, K) in training and where the call asks for it, else ``out`` (B, K) as it is."""
-        root, members = self.context.root, self.config.members
-        if root is None or not root.training:
-            asked = self.context.options.get("members")
+        run, members = self.current, self.config.members
+        if run is None or not run.training:
+            asked = run is not None and run.options.get("members")
             return torch.stack(out.chunk(members)) if asked else out
-        pairing: Pairing = self.context.values[f"{self.graft}:pairing"]
+        pairing: Pairing = run.get(self.graft, PAIRING)
         if out.shape[0] != members * pairing.rows or (members > 1 and pairing.masks is None):
             raise StructureError(
-                f"A training pass of {root._get_name()} gave {out.shape[0]} rows of logits for {members} members "
+                f"A training pass of {run.model._get_name()} gave {out.shape[0]} rows of logits for {members} members "
                 f"and {pairing.rows} mixtures.\nThe stem or the classifier was not in training mode, another "
                 "patch acts in its place, or what follows the classifier does not treat every row by itself.\n"
                 "Call model.train(); to freeze these layers, use requires_grad_(False)."
             )
-        self.last = pairing
+        run.remember(self.graft, pairing)
         # A copy, since FSDP warns of outputs that are views.
         return torch.stack(out.chunk(members))
-
-
-__all__ = ["MixMo", "MixMoInput"]

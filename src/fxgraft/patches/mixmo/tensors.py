@@ -5,7 +5,7 @@ M encoders l_i of M inputs x_i are mixed into one map, which the shared network 
     l = M · Σ_i mask_i · l_i,        loss = Σ_i w_i · CE(y_i, d_i(l)),        w_i = M · κ_i^{1/r} / Σ_j κ_j^{1/r},
 
 with Σ_i mask_i = 1 at every position and κ_i the share that mask_i leaves to member i. The steps of one batch:
-`permutations` pair the samples, `dirichlet` draws κ, `fxgraft.functional.masks.draw_masks` makes masks and
+`permutations` pair the samples, `dirichlet` draws κ, `fxgraft.patches.mixmo.masks.draw_masks` makes masks and
 shares, `mix` mixes, `balance` and `member_losses` weigh the losses. `input_cutmix` goes before all that: CutMix
 of the images themselves, whose labels then depend on what the mixing leaves visible.
 """

@@ -1,0 +1,192 @@
+'''The door for methods: all that the author of one needs, inside this package or outside of it.
+
+A method's author imports torch, `fxgraft` and `fxgraft.extend`. A whole one, MixStyle (Zhou, Yang, Qiao, Xiang:
+Domain Generalization with MixStyle, ICLR 2021), which mixes the channel statistics of the images of a batch:
+
+    from dataclasses import dataclass
+
+    import torch
+    import fxgraft
+    from fxgraft import extend
+
+    @fxgraft.register("mixstyle")
+    @dataclass(frozen=True, kw_only=True)
+    class MixStyle(extend.LayeredPatch):
+        """MixStyle: mix channel means and deviations within the batch, in training.
+
+        Args:
+            p: probability that a pass is mixed.
+            alpha: of the Beta distribution of the mixing ratio.
+        """
+
+        title = "MixStyle"
+        paper = "Zhou, Yang, Qiao, Xiang: Domain Generalization with MixStyle. ICLR 2021"
+        url = "https://arxiv.org/abs/2104.02008"
+        where = "behind the first stages"
+        cost = "training: one pass over each map; evaluation: none"
+        train_only = True
+
+        layers: extend.Words | None = (0, 1)
+        p: float = 0.5
+        alpha: float = 0.1
+
+        def __post_init__(self, layer):
+            super().__post_init__(layer)
+            extend.check_share(self, "p")
+            extend.check_positive(self, "alpha")
+
+        def place(self, backbone, make):
+            for site in backbone.sites(self.layers):
+                unit = make(site.name, MixStyleUnit, self)
+                unit.bind(layout=backbone.layout(site))
+                yield backbone.place(site, unit, evaluation=False)
+
+        def describe(self, graft):
+            return f"mixes styles at {', '.join(graft.units)} with probability {self.p:g}"
+
+    class MixStyleUnit(extend.Unit):
+        layout: extend.Layout
+
+        def __init__(self, config):
+            super().__init__()
+            self.config = config
+
+        def forward(self, x):
+            run = self.current
+            if run is None:
+                return x
+            on = run.shared(self.graft, "on", lambda: extend.draws.coin(self.config.p, x.device))
+            return extend.draws.choose(on, lambda: self.mixed(x), x)
+
+        def mixed(self, x):
+            z = self.layout.canonical(x)  # (B, C, *positions), whatever the network's layout
+            dims = tuple(range(2, z.ndim))
+            mean = z.mean(dims, keepdim=True).detach()
+            std = (z.var(dims, keepdim=True, correction=0) + 1e-6).sqrt().detach()
+            order = extend.draws.permutation(len(z), z.device)
+            a = torch.full((len(z),) + (1,) * (z.ndim - 1), self.config.alpha, device=z.device)
+            ratio = torch._sample_dirichlet(torch.stack((a, a), -1))[..., 0].to(z.dtype)
+            new_mean = ratio * mean + (1 - ratio) * mean[order]
+            new_std = ratio * std + (1 - ratio) * std[order]
+            return self.layout.restore(x, (z - mean) / std * new_std + new_mean)
+
+What a method can do beyond this:
+
+- Ask the `Backbone`: ``sites``, ``positions`` inside blocks, ``value``, ``layout``, ``joins``, ``head``, ``stems``,
+  ``classifiers``, ``rest`` (the network after a site, as a function).
+- Place units: ``backbone.place`` on a value, ``before`` and ``after`` the model, ``instead`` of a module,
+  ``replace_head``. Units come from ``make(key, UnitClass, *args)``; ``unit.bind(...)`` holds what is found again on
+  every model. ``set_progress`` and ``stale`` of a `Unit` follow a schedule and notice a changed model.
+- Use the `Pass` (``unit.current``, ``unit.running()``): ``labels``, ``relabel`` for those that other grafts see,
+  ``options`` of the call, ``shared`` for one draw for all units of a graft, ``put`` and ``get`` between them,
+  ``look_ahead`` through a rest, and ``remember``, which ``graft.recall(out)`` finds again when the loss is computed.
+- Take part in the loss: `Patch.criterion` and `Patch.losses`; fold into stock weights: `Patch.merge`.
+
+The method is found by name once its module is imported, or without that through an entry point of the group
+``fxgraft.patches`` in its package's metadata.
+'''
+
+from fxgraft.errors import (
+    BypassError,
+    ConfigError,
+    FxgraftWarning,
+    MergeError,
+    MethodError,
+    SiteError,
+    StructureError,
+    TapError,
+    TargetError,
+    TraceError,
+    UnknownGraftError,
+    WrappedModelError,
+    because,
+    candidates,
+)
+from fxgraft.graph.grafting.backbone import Backbone
+from fxgraft.graph.grafting.copies import add_graft, copy_with
+from fxgraft.graph.grafting.graft import Graft, Make
+from fxgraft.graph.grafting.labels import check_label_range
+from fxgraft.graph.grafting.lookup import grafts_on, unwrapped
+from fxgraft.graph.grafting.passes import Arguments, Context, Pass
+from fxgraft.graph.grafting.placement import Placement
+from fxgraft.graph.grafting.taps import Tap, take, tap_placements
+from fxgraft.graph.grafting.unit import Capture, Unit
+from fxgraft.graph.structure.ends import Stem, apply_layer
+from fxgraft.graph.structure.head import Head
+from fxgraft.graph.structure.joins import Join
+from fxgraft.graph.structure.layout import DIMENSIONS, Layout
+from fxgraft.graph.structure.outputs import take_logits
+from fxgraft.graph.structure.positions import Spot
+from fxgraft.graph.structure.positionwise import PositionwiseHead, position_scores
+from fxgraft.graph.structure.rest import Rest
+from fxgraft.graph.structure.site import Site
+from fxgraft.graph.structure.sites import Words
+from fxgraft.graph.structure.tail import tail_layer
+from fxgraft.graph.tracing.names import is_graft_key
+from fxgraft.graph.tracing.observe import tensors
+from fxgraft.graph.tracing.preserve import preserved_modes
+from fxgraft.patches import draws
+from fxgraft.patches.base import LayeredPatch, Patch, recording
+from fxgraft.patches.options import check_count, check_positive, check_share, is_count, is_number
+from fxgraft.patches.registry import register
+
+__all__ = [
+    "DIMENSIONS",
+    "Arguments",
+    "Backbone",
+    "BypassError",
+    "Capture",
+    "ConfigError",
+    "Context",
+    "FxgraftWarning",
+    "Graft",
+    "Head",
+    "Join",
+    "LayeredPatch",
+    "Layout",
+    "Make",
+    "MergeError",
+    "MethodError",
+    "Pass",
+    "Patch",
+    "Placement",
+    "PositionwiseHead",
+    "Rest",
+    "Site",
+    "SiteError",
+    "Spot",
+    "Stem",
+    "StructureError",
+    "Tap",
+    "TapError",
+    "TargetError",
+    "TraceError",
+    "Unit",
+    "UnknownGraftError",
+    "Words",
+    "WrappedModelError",
+    "add_graft",
+    "apply_layer",
+    "because",
+    "candidates",
+    "check_count",
+    "check_label_range",
+    "check_positive",
+    "check_share",
+    "copy_with",
+    "draws",
+    "grafts_on",
+    "is_count",
+    "is_graft_key",
+    "is_number",
+    "position_scores",
+    "preserved_modes",
+    "recording",
+    "register",
+    "tail_layer",
+    "take",
+    "take_logits",
+    "tap_placements",
+    "tensors",
+    "unwrapped",
+]

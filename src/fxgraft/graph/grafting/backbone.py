@@ -1,0 +1,199 @@
+"""The face that a network shows to the methods that patch it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from fxgraft.errors import SiteError
+from fxgraft.graph.grafting.placement import Placement, placements
+from fxgraft.graph.grafting.unit import Unit
+from fxgraft.graph.structure.ends import Stem, find_classifiers, find_stems
+from fxgraft.graph.structure.head import Head, find_head
+from fxgraft.graph.structure.joins import Join, residual_joins
+from fxgraft.graph.structure.layout import Layout, layout_of, named_layout
+from fxgraft.graph.structure.places import blocks_before, site_edit, site_edits, value_at
+from fxgraft.graph.structure.positions import Spot, spot_layout, spots
+from fxgraft.graph.structure.positionwise import PositionwiseHead, positionwise
+from fxgraft.graph.structure.rest import Captured, Rest, rest_of_network, span_to_output
+from fxgraft.graph.structure.site import Site
+from fxgraft.graph.structure.sites import Words, named_sites, resolve
+from fxgraft.graph.tracing.anatomy import Anatomy
+from fxgraft.graph.tracing.editing import Input, Instead, Output
+
+
+class Backbone:
+    """A network to be patched: questions about the bare model, and places for units.
+
+    Nothing here changes the model. All questions raise typed errors that say what was looked for and what is
+    there; see the functions of `fxgraft.graph.structure`.
+
+    Args:
+        anatomy: of the model.
+
+    Attributes:
+        anatomy: of the model, for questions that this class does not answer.
+        model: the model.
+    """
+
+    def __init__(self, anatomy: Anatomy) -> None:
+        self.anatomy = anatomy
+        self.model: nn.Module = anatomy.model
+
+    @classmethod
+    def of(cls, model: nn.Module, input_size: tuple[int, ...] | None = None) -> Backbone:
+        """Look at another model, such as a second network that a method works with."""
+        return cls(Anatomy(model, input_size))
+
+    @property
+    def name(self) -> str:
+        """The class of the model, for messages."""
+        return self.anatomy.name
+
+    @property
+    def input_size(self) -> tuple[int, ...] | None:
+        """(C, H, W) that shapes are propagated with; None for the model's own."""
+        return self.anatomy.input_size
+
+    @property
+    def output(self) -> Any:
+        """What the model returns for a batch of 2, tensors fake."""
+        return self.anatomy.observation.output("")
+
+    @property
+    def fake_mode(self) -> Any:
+        """The `FakeTensorMode` that `value` and `output` are of, to run a module on them."""
+        return self.anatomy.observation.mode
+
+    def module(self, path: str) -> nn.Module:
+        """Return the module of that qualified name; '' is the model."""
+        return self.anatomy.module(path)
+
+    # Questions
+
+    def sites(self, words: Words) -> list[Site]:
+        """Resolve what users write for ``layers=``: names, globs, stage numbers, alone or several."""
+        return resolve(self.anatomy, words)
+
+    def named_sites(self, words: Words) -> dict[str, Site]:
+        """Do the same, by the names that the values get: a word that names one site is its name."""
+        return named_sites(self.anatomy, words)
+
+    def positions(self, position: str, layers: Words | None = None) -> list[Spot]:
+        """Find a position of its blocks ("post", "conv1_pre", "conv", ...), in running order."""
+        return spots(self.anatomy, position, layers)
+
+    def blocks_before(self, site: Site) -> list[Site]:
+        """List the blocks that run before a site and give as many channels, the nearest first."""
+        return blocks_before(self.anatomy, site)
+
+    def value(self, where: Site | Spot) -> Any:
+        """Return the fake value found there, batch of 2; None where it cannot be told."""
+        return where.value if isinstance(where, Spot) else value_at(self.anatomy, where)
+
+    def layout(self, where: Site | Spot, name: str | None = None) -> Layout:
+        """Tell which dimension of the value there holds channels, or check what the user says of it.
+
+        Args:
+            where: a site that holds one tensor.
+            name: the layout that the user names: "NCHW", "NHWC", "NLC", "NCL" or "NC".
+
+        Raises:
+            SiteError: no tensor, a layout that cannot be told, or one that does not fit the value.
+        """
+        if isinstance(where, Spot):
+            return spot_layout(self.anatomy, where, name)
+        value = self.value(where)
+        if not isinstance(value, Tensor):
+            raise SiteError(
+                f"{where.name!r} holds no tensor: {where.op} returns {type(value).__name__}.\n"
+                "fxgraft.sites(model) shows what every layer returns."
+            )
+        if name is not None:
+            return named_layout(self.anatomy, value, where.path, name, where.name)
+        return layout_of(self.anatomy, value, where.path) or Layout("NCHW")
+
+    def joins(self) -> list[Join]:
+        """Find the residual joins, in running order."""
+        return residual_joins(self.anatomy)
+
+    def head(self, name: str | None = None, output: str | int | None = None) -> Head:
+        """Find the average pooling and linear classifier that the network ends in."""
+        return find_head(self.anatomy, name, output)
+
+    def positionwise(self, head: Head) -> PositionwiseHead:
+        """Return a head's layers as they apply to every position of its map, in training."""
+        return positionwise(head, self.model)
+
+    def stems(self) -> tuple[Stem, ...]:
+        """Find the linear layers that all of the image goes through first."""
+        return find_stems(self.anatomy)
+
+    def classifiers(self) -> tuple[str, ...]:
+        """Find the linear layers whose outputs make up the logits, by qualified name."""
+        return find_classifiers(self.anatomy)
+
+    def rest(self, site: Site, output: str | int | None = None, prefix: int = 0) -> Rest:
+        """Split off the rest of the network after a site, as a function of its value.
+
+        Args:
+            site: where it starts.
+            output: which entry of a structured output holds the logits.
+            prefix: how many class and register tokens the value begins with.
+        """
+        return rest_of_network(self.anatomy, site, output, prefix)
+
+    def check_reaches_output(self, site: Site, output: str | int | None = None) -> None:
+        """Raise `SiteError` where the output does not depend on a site."""
+        span_to_output(self.anatomy, site, output)
+
+    # Places
+
+    def place(
+        self,
+        where: Site | Spot | Captured,
+        unit: Unit,
+        *,
+        training: bool = True,
+        evaluation: bool = True,
+        key: str | None = None,
+    ) -> list[Placement]:
+        """Run a unit on a value: what used the value uses the unit's output.
+
+        Args:
+            where: a site, a position of a block, or a value that a `Rest` needs.
+            unit: from ``make``.
+            training: whether it acts in training.
+            evaluation: whether it acts in evaluation.
+            key: the unit's name within its graft; by default that of the place.
+        """
+        if isinstance(where, Spot):
+            owner, inference, learning = where.owner, where.edit, where.training_edit
+        elif isinstance(where, Captured):
+            owner, inference, learning = where.owner, where.edit, where.edit
+        elif evaluation:
+            owner, inference, learning = site_edits(self.anatomy, where)
+        else:
+            owner, learning = site_edit(self.anatomy, where)
+            inference = learning
+        name = key or (where.key if isinstance(where, Captured) else where.name)
+        return placements(
+            owner, inference if evaluation else None, learning if training else None, name, unit
+        )
+
+    def before(self, unit: Unit, key: str, *, training: bool = True, evaluation: bool = True) -> Placement:
+        """Run a unit on the model's first argument."""
+        return Placement("", Input(), key, unit, training, evaluation)
+
+    def after(self, unit: Unit, key: str, *, training: bool = True, evaluation: bool = True) -> Placement:
+        """Run a unit on what the model returns."""
+        return Placement("", Output(), key, unit, training, evaluation)
+
+    def instead(self, path: str, unit: Unit) -> Placement:
+        """Call a unit in place of a module's forward, as ``unit(module, *args, **kwargs)``."""
+        return Placement(path, Instead(), path, unit)
+
+    def replace_head(self, head: Head, unit: Unit, key: str) -> Placement:
+        """Give a unit the map that a head pools, in training, and take the logits from it."""
+        return Placement(head.owner, head.span, key, unit, evaluation=False)

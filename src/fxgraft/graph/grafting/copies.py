@@ -1,0 +1,40 @@
+"""Copies of a patched model for methods that work with a second network."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import TypeVar
+
+from torch import nn
+
+from fxgraft.graph.grafting.graft import Graft
+from fxgraft.graph.grafting.ledger import Ledger
+from fxgraft.graph.grafting.lookup import ledger_of
+
+M = TypeVar("M", bound=nn.Module)
+
+
+def copy_with(model: M, keep: Callable[[Graft], bool]) -> M:
+    """Copy a model with only some of its grafts.
+
+    Args:
+        model: bare or patched; it is left as it was.
+        keep: says which grafts the copy has.
+    """
+    ledger = ledger_of(model)
+    if ledger is None:
+        return copy.deepcopy(model)
+    with ledger.lifted():
+        plain = copy.deepcopy(model)
+    portable = ledger.portable()
+    portable.grafts = [graft for graft in portable.grafts if keep(graft)]
+    if portable.grafts:
+        copy.deepcopy(portable).install(plain)
+    return plain
+
+
+def add_graft(model: nn.Module, graft: Graft) -> None:
+    """Put one more graft on a model, in place."""
+    ledger = ledger_of(model) or Ledger()
+    ledger.install(model, [*ledger.grafts, graft])

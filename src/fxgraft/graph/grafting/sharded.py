@@ -1,0 +1,41 @@
+"""Modules that FSDP2 has sharded, run in the middle of its step."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+from torch import nn
+
+
+@contextlib.contextmanager
+def outside_sharded_step(model: nn.Module, children: tuple[str, ...]) -> Iterator[None]:
+    """Keep what runs in the block out of the step that FSDP2 is in the middle of.
+
+    FSDP2 ends its step in a callback of the first backward that passes its modules, which would be that of
+    a look ahead: the parameters of the model would be sharded again in the middle of its forward. Modules that
+    are in their backward already are run plainly, as activation checkpointing needs it, so they are made to look
+    like that.
+    """
+    sharded = [
+        part
+        for name in children
+        for part in model.get_submodule(name).modules()
+        if hasattr(type(part), "_get_fsdp_state")
+    ]
+    if not sharded:
+        yield
+        return
+    from torch.distributed.fsdp._fully_shard._fsdp_common import TrainingState
+
+    states: list[Any] = [part._get_fsdp_state() for part in sharded]  # type: ignore[operator]
+    before = [state._training_state for state in states]
+    for part, state in zip(sharded, states, strict=True):
+        part.unshard()  # type: ignore[operator]
+        state._training_state = TrainingState.PRE_BACKWARD
+    try:
+        yield
+    finally:
+        for state, kept in zip(states, before, strict=True):
+            state._training_state = kept

@@ -1,0 +1,83 @@
+"""Random decisions: plain numbers drawn on the CPU in eager mode, data inside compiled code.
+
+A number drawn on the CPU stalls no device, and what it rules out is not computed. Under torch.compile a number
+would be frozen into the code (or break the graph), so there the decision is a tensor, and both sides of it are
+computed. All draws come from torch's generators.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+Decision = bool | Tensor
+"""A decision: True or False in eager mode, () bool on the device inside compiled code."""
+
+
+def coin(p: float | Tensor, device: torch.device) -> Decision:
+    """Decide with probability ``p``.
+
+    Args:
+        p: in [0, 1]; a tensor () on the CPU where it follows a schedule that compiled code must not guard on.
+        device: where the decision is needed.
+    """
+    if torch.compiler.is_compiling():
+        return torch.rand((), device=device) < p
+    chance = p.item() if isinstance(p, Tensor) else p
+    return torch.rand(()).item() < chance
+
+
+def choice(count: int, device: torch.device) -> int | Tensor:
+    """Choose one of ``count`` things: its number, () int64 on the device inside compiled code."""
+    if torch.compiler.is_compiling():
+        return torch.randint(count, (), device=device)
+    return int(torch.randint(count, ()))
+
+
+def subset(count: int, size: int, p: float, device: torch.device) -> frozenset[int] | Tensor:
+    """With probability ``p`` choose ``size`` of ``count`` things, else none.
+
+    Returns:
+        Their numbers; inside compiled code (count,) bool.
+    """
+    if torch.compiler.is_compiling():
+        rank = torch.rand(count, device=device).argsort()
+        return (rank < size) & (torch.rand((), device=device) < p)
+    if p < 1 and not coin(p, device):
+        return frozenset()
+    return frozenset(torch.randperm(count)[:size].tolist())
+
+
+def among(chosen: frozenset[int] | Tensor, index: int, device: torch.device) -> Decision:
+    """Say whether a number is in a `subset`."""
+    return chosen[index].to(device) if isinstance(chosen, Tensor) else index in chosen
+
+
+def numbers(draw: Callable[[torch.device], Tensor], device: torch.device) -> Sequence[int] | Tensor:
+    """Draw whole numbers: a list, drawn on the CPU; inside compiled code a tensor on the device.
+
+    Args:
+        draw: makes the tensor on a device.
+        device: where the numbers are needed.
+    """
+    return draw(device) if torch.compiler.is_compiling() else draw(torch.device("cpu")).tolist()
+
+
+def permutation(count: int, device: torch.device) -> Tensor:
+    """Permute ``count`` things, on the device: (count,) int64."""
+    return torch.randperm(count, device=device)
+
+
+def choose(decision: Decision, yes: Callable[[], Tensor], no: Tensor) -> Tensor:
+    """Return what a decision says; in eager mode the other side costs nothing.
+
+    Args:
+        decision: of `coin` or `among`.
+        yes: computes what to return if it is true, shaped as ``no``.
+        no: what to return otherwise.
+    """
+    if decision is False:
+        return no
+    return yes() if decision is True else torch.where(decision, yes(), no)

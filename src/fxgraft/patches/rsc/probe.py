@@ -1,0 +1,149 @@
+"""The probe of RSC: what a prediction leans on, from one gradient through the rest of the network."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fxgraft.extend import Layout, Pass, Rest, check_label_range, tail_layer
+from fxgraft.patches.rsc import tensors as core
+
+
+@dataclass(frozen=True)
+class Scoring:
+    """The options of the patch that a probe follows, under the same names."""
+
+    strategy: core.Strategy
+    saliency: core.Saliency
+    spatial_drop: float
+    channel_drop: float
+    vector_drop: float
+    ignore_index: int
+
+    @classmethod
+    def of(cls, patch: Any) -> Scoring:
+        """Take the options out of a patch."""
+        return cls(**{f.name: getattr(patch, f.name) for f in fields(cls)})
+
+
+class Probe:
+    """Looks through the rest of the network from one value, and leaves no trace of having looked.
+
+    Args:
+        config: the options.
+        run: the pass.
+        graft: name of the graft.
+        rest: the rest of the network after the site.
+        layout: of the value.
+        z: the value, detached.
+        target: the labels of the batch.
+    """
+
+    def __init__(
+        self,
+        config: Scoring,
+        run: Pass,
+        graft: str,
+        rest: Rest,
+        layout: Layout,
+        z: Tensor,
+        target: Tensor,
+    ) -> None:
+        self.config = config
+        self.run = run
+        self.graft = graft
+        self.rest = rest
+        self.layout = layout
+        self.z = z
+        self.target = target
+        self.layer = tail_layer(run.model, rest.tail) if rest.tail is not None else None
+        self.logits: Tensor | None = None
+
+    @property
+    def canonical(self) -> Tensor:
+        """The value as (B, C, *positions)."""
+        return self.layout.canonical(self.z)
+
+    def mask(self, scope: str) -> Tensor:
+        """Mask the canonical map, (B, 1, *positions), (B, C, 1, ...) or, for vectors, (B, D)."""
+        config = self.config
+        gradient = self._gradient() if config.strategy == "top_gradient" else None
+        if scope == "vector":
+            ranked = core.saliency(self.z, gradient, "channel", strategy=config.strategy)
+            return core.vector_keep_mask(ranked, config.vector_drop).to(self.z.dtype)
+        if scope == "either":
+            spatial, channel = self._scored("spatial", gradient), self._scored("channel", gradient)
+            return torch.where(torch.rand((), device=self.z.device) < 0.5, spatial, channel)
+        return self._scored("spatial" if scope == "spatial" else "channel", gradient)
+
+    def _scored(self, scope: core.Scope, gradient: Tensor | None) -> Tensor:
+        config = self.config
+        z = self.canonical
+        if gradient is not None and gradient.ndim == 2 and z.ndim > 2:
+            scores = core.linear_tail_saliency(z, gradient, scope, kind=config.saliency)
+        else:
+            scores = core.saliency(z, gradient, scope, kind=config.saliency, strategy=config.strategy)
+        share = config.spatial_drop if scope == "spatial" else config.channel_drop
+        return core.feature_mask(scores, z, scope, share)
+
+    def _gradient(self) -> Tensor:
+        """Differentiate the label's logit by the map, in canonical form; (B, C) where it is equal everywhere."""
+        if self.layer is not None:
+            weight = _whole(self.layer.weight)
+            self._check(self.layer.out_features)
+            return core.linear_tail_gradient(weight, self.target, self.canonical[0, 0].numel())
+        if torch.compiler.is_compiling():
+            # torch.func.grad compiles into the same graph; torch.autograd.grad would break it.
+            gradient, self.logits = torch.func.grad(self._score, has_aux=True)(self.z.clone())
+        else:
+            # Tensors made in inference mode cannot be differentiated; their copies made outside of it can.
+            with torch.inference_mode(False), torch.enable_grad():
+                leaf = self.z.clone().requires_grad_()
+                if self.target.is_inference():
+                    self.target = self.target.clone()
+                score, logits = self._score(leaf)
+                (gradient,) = torch.autograd.grad(score, leaf)
+                self.logits = logits.detach()
+        return self.layout.canonical(gradient)
+
+    def _score(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        # The clone keeps an in-place first layer from writing to the leaf.
+        logits = self.run.look_ahead(self.graft, self.rest, z.clone())
+        self._check(logits.shape[1], logits.ndim - 2)
+        flat, target, counts = core.label_rows(logits, self.target, self.config.ignore_index)
+        return core.label_score(flat * counts.unsqueeze(1), target), logits
+
+    def probabilities(self, mask: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the label's probability before and after muting, (B,) each."""
+        if self.layer is not None:
+            weight = _whole(self.layer.weight)
+            bias = None if self.layer.bias is None else _whole(self.layer.bias)
+            before = core.linear_tail_logits(self.canonical, None, weight, bias)
+            after = core.linear_tail_logits(self.canonical, mask, weight, bias)
+            self._check(before.shape[1])
+        else:
+            before = self.logits
+            if before is None:
+                before = self.run.look_ahead(self.graft, self.rest, self.z.clone())
+                self._check(before.shape[1], before.ndim - 2)
+            after = self.run.look_ahead(self.graft, self.rest, self.layout.multiply(self.z, mask))
+        return self._probability(before), self._probability(after)
+
+    def _probability(self, logits: Tensor) -> Tensor:
+        return core.sample_probability(logits, self.target, self.config.ignore_index)
+
+    def _check(self, classes: int, spatial: int = 0) -> None:
+        target = self.target
+        ignored = self.config.ignore_index
+        if target.ndim > 1 and not target.is_floating_point():
+            target = target.where(target != ignored, torch.zeros_like(target))
+        check_label_range(self.graft, target, classes, spatial)
+
+
+def _whole(parameter: Tensor) -> Tensor:
+    """Return the values of a parameter, gathered where its layer is a shard of its own (FSDP2)."""
+    value = parameter.detach()
+    return value.full_tensor() if hasattr(value, "full_tensor") else value  # type: ignore[operator]
