@@ -23,6 +23,7 @@ from fxgraft.bench.overhead import BARE, CONTROL, FORWARD, PATCHED, TRAINING_STE
 from fxgraft.bench.report import OverheadReport, Row
 from fxgraft.cli.spec import parse_patch_spec
 from fxgraft.errors import SiteError, StructureError
+from fxgraft.files import write_text
 
 MODELS = ("resnet18", "resnet50", "convnext_tiny", "vit_small_patch16_224")
 RESULTS = Path(__file__).parent / "results"
@@ -72,8 +73,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def save(stem: Path, reports: Sequence[OverheadReport], refused: Sequence[dict[str, str]]) -> None:
     """Write the JSON, the table and the picture."""
     content = {"reports": [report.to_dict() for report in reports], "refused": list(refused)}
-    stem.with_suffix(".json").write_text(json.dumps(content, indent=2) + "\n")
-    stem.with_suffix(".md").write_text(markdown(reports, refused))
+    write_text(stem.with_suffix(".json"), json.dumps(content, indent=2) + "\n")
+    write_text(stem.with_suffix(".md"), markdown(reports, refused))
     plot(stem.with_suffix(".png"), reports)
 
 

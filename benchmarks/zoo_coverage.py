@@ -22,6 +22,7 @@ from rich.progress import track
 
 import fxgraft
 from fxgraft.experiments.training import environment
+from fxgraft.files import write_text
 
 
 def try_one(name: str, method: str) -> tuple[float | None, str]:
@@ -64,8 +65,7 @@ def main() -> None:
         "failures": failed,
         "seconds": seconds,
     }
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps(summary, indent=1) + "\n")
+    write_text(out, json.dumps(summary, indent=1) + "\n")
     print(f"{len(seconds)} patched, {len(failed)} not; written to {out}")
 
 

@@ -162,6 +162,7 @@ def bench(
     os.environ.setdefault("KINETO_LOG_LEVEL", "6")
     from fxgraft.bench.overhead import measure
     from fxgraft.cli.spec import parse_patch_spec
+    from fxgraft.files import write_text
 
     if not patch:
         raise ConfigError(
@@ -187,7 +188,7 @@ def bench(
         )
     _show(report, str(report))
     if json is not None:
-        json.write_text(report.to_json())
+        write_text(json, report.to_json())
 
 
 def _show(table: Any, plain: str | None = None) -> None:

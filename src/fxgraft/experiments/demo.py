@@ -38,6 +38,7 @@ from fxgraft.experiments.backbones import build_model
 from fxgraft.experiments.data import Domain, digits_domains, load_domains
 from fxgraft.experiments.report import DemoReport, Run, muting_picture
 from fxgraft.experiments.training import as_input, environment, evaluate, leave_one_out, train
+from fxgraft.files import write_text
 from fxgraft.patches.rsc.patch import record
 
 BARE = "bare"
@@ -168,7 +169,7 @@ def run_demo(settings: DemoSettings | None = None, *, console: Console | None = 
                         picture = [(model, seen, seed)]
     for trained, seen, seed in picture:
         report.picture = _picture(trained, seen, seed, settings.out / "muted.png")
-    (settings.out / "demo.json").write_text(report.to_json(), encoding="utf-8")
+    write_text(settings.out / "demo.json", report.to_json())
     _print(report, settings.out, console)
     return report
 
