@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from fxgraft.experiments.data import Domain, load_domains
-from fxgraft.experiments.training import environment
+from fxgraft.experiments.environment import environment
 from fxgraft.files import write_text
 
 FORMAT = 1

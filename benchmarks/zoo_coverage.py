@@ -21,7 +21,7 @@ import torch
 from rich.progress import track
 
 import fxgraft
-from fxgraft.experiments.training import environment
+from fxgraft.experiments.environment import environment
 from fxgraft.files import write_text
 
 

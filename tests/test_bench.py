@@ -18,13 +18,13 @@ from fxgraft.bench.overhead import (
     MEASURES,
     PATCHED,
     TRAINING_STEP,
-    checked_device,
     describe,
     measure,
     turn_order,
 )
 from fxgraft.bench.report import OverheadReport, Spread
 from fxgraft.errors import ConfigError
+from fxgraft.experiments.environment import checked_device
 
 CPU = torch.device("cpu")
 

@@ -304,14 +304,14 @@ def test_different_classes_are_listed(tmp_path):
 def test_undecodable_image_is_named(tmp_path):
     root = make_folders(tmp_path)
     (root / "photo" / "dog" / "1.jpg").write_bytes(b"not an image")
-    with pytest.raises(ConfigError, match=r"Cannot decode .*photo.dog.1\.jpg"):
+    with pytest.raises(ConfigError, match=r"Cannot read .*photo.dog.1\.jpg as an image"):
         load_domains(root, 8)
 
 
 def test_truncated_image_in_a_tar_is_named(tmp_path):
     whole = jpeg(3, size=(64, 64))
     path = make_tar(tmp_path / "a.tar", {"dog/7.jpg": whole[: len(whole) // 2]})
-    with pytest.raises(ConfigError, match=r"Cannot decode .*a\.tar:dog/7\.jpg"):
+    with pytest.raises(ConfigError, match=r"Cannot read .*a\.tar:dog/7\.jpg as an image"):
         load_domains(path, 8)
 
 

@@ -10,7 +10,9 @@ import fxgraft
 from fxgraft.errors import ConfigError
 from fxgraft.experiments.augment import Augment
 from fxgraft.experiments.data import Domain
-from fxgraft.experiments.training import as_input, environment, evaluate, leave_one_out, train
+from fxgraft.experiments.environment import environment
+from fxgraft.experiments.images import as_input
+from fxgraft.experiments.training import evaluate, leave_one_out, train
 
 
 class Small(nn.Module):

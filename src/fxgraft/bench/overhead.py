@@ -13,7 +13,6 @@ import contextlib
 import copy
 import gc
 import os
-import platform
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -27,6 +26,7 @@ from fxgraft.bench.memory import memory_kind, peak_memory
 from fxgraft.bench.report import OverheadReport, Row, Spread
 from fxgraft.errors import ConfigError
 from fxgraft.experiments.backbones import build_model
+from fxgraft.experiments.environment import checked_device, processor, versions
 
 FORWARD = "forward"
 TRAINING_STEP = "training step"
@@ -114,14 +114,14 @@ def measure(
         batch=batch,
         size=size,
         device=str(device),
-        processor=_processor(device),
+        processor=processor(device),
         threads=threads,
         compiled=compiled,
         rounds=rounds,
         min_run_time=min_run_time,
         training_step=STEP,
         memory_kind=memory_kind(device),
-        versions=_versions(),
+        versions=versions(),
         rows=tuple(rows),
         allocator={name: os.environ[name] for name in ALLOCATOR if os.environ.get(name)},
     )
@@ -310,40 +310,3 @@ def _check(
     if isinstance(what, str) or not what or not set(what) <= set(MEASURES):
         raise ConfigError(f"what must be one or more of {', '.join(map(repr, MEASURES))}, got {what!r}.")
     return checked_device(device)
-
-
-def checked_device(device: str | torch.device) -> torch.device:
-    """Turn a device name into a device that is there.
-
-    Raises:
-        ConfigError: the name means nothing to torch, or this machine has no such device.
-    """
-    try:
-        found = torch.device(device)
-        torch.empty(0, device=found)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise ConfigError(
-            f"This machine has no device {str(device)!r}: {str(error).splitlines()[0]}"
-        ) from None
-    if found.type == "meta":
-        raise ConfigError("The 'meta' device computes nothing, so nothing can be measured on it.")
-    return found
-
-
-def _processor(device: torch.device) -> str:
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
-
-
-def _versions() -> dict[str, str]:
-    import timm
-
-    import fxgraft
-
-    return {
-        "python": platform.python_version(),
-        "torch": str(torch.__version__),
-        "timm": timm.__version__,
-        "fxgraft": getattr(fxgraft, "__version__", "0"),
-    }

@@ -19,9 +19,9 @@ from typing import IO
 
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageOps, UnidentifiedImageError
 
 from fxgraft.errors import ConfigError, candidates
+from fxgraft.experiments.images import decode
 
 IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".webp"})
 TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz")
@@ -380,19 +380,6 @@ def _decode(name: str, source: Path, members: _Members, size: int, limit: int | 
         if limit is not None:
             order = torch.randperm(len(chosen), generator=generator)[:limit]
             chosen = [chosen[index] for index in sorted(order.tolist())]
-        images.extend(_pixels(shown, opener, size) for shown, opener in chosen)
+        images.extend(decode(shown, opened, size) for shown, opened in chosen)
         labels.extend([label] * len(chosen))
     return Domain(name, torch.stack(images), torch.tensor(labels), classes)
-
-
-def _pixels(shown: str, opener: Callable[[], IO[bytes]], size: int) -> torch.Tensor:
-    try:
-        with opener() as stream, Image.open(stream) as image:
-            rgb = image.convert("RGB")
-    except (UnidentifiedImageError, OSError, ValueError, Image.DecompressionBombError) as error:
-        raise ConfigError(f"Cannot decode {shown}: {error}") from error
-    if rgb.size != (size, size):
-        rgb = ImageOps.fit(rgb, (size, size), method=Image.Resampling.BICUBIC)
-    # bytearray: frombuffer warns about memory that cannot be written to.
-    flat = torch.frombuffer(bytearray(rgb.tobytes()), dtype=torch.uint8)
-    return flat.view(size, size, 3).permute(2, 0, 1).contiguous()

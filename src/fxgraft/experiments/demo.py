@@ -36,8 +36,10 @@ from fxgraft.errors import ConfigError
 from fxgraft.experiments.augment import Augment
 from fxgraft.experiments.backbones import build_model
 from fxgraft.experiments.data import Domain, digits_domains, load_domains
+from fxgraft.experiments.environment import checked_device, environment
+from fxgraft.experiments.images import as_input
 from fxgraft.experiments.report import DemoReport, Run, muting_picture
-from fxgraft.experiments.training import as_input, environment, evaluate, leave_one_out, train
+from fxgraft.experiments.training import evaluate, leave_one_out, train
 from fxgraft.files import write_text
 from fxgraft.patches.rsc.patch import record
 
@@ -103,7 +105,7 @@ def run_demo(settings: DemoSettings | None = None, *, console: Console | None = 
     """
     settings = settings or DemoSettings()
     variants = _variants(settings)
-    device = _device(settings.device)
+    device = checked_device(settings.device)
     _need_matplotlib()
     size = settings.size or (DIGITS_SIZE if settings.data is None else DATA_SIZE)
     epochs = settings.epochs or (DIGITS_EPOCHS if settings.data is None else DATA_EPOCHS)
@@ -194,15 +196,6 @@ def _variants(settings: DemoSettings) -> dict[str, PatchSpec | None]:
             raise ConfigError(f"The patch {spec.text!r} is given twice.")
         variants[spec.text] = spec
     return variants
-
-
-def _device(name: str) -> torch.device:
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise ConfigError(f"There is no device {name!r} here: {str(error).splitlines()[0]}") from error
-    return device
 
 
 def _need_matplotlib() -> None:

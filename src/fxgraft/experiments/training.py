@@ -9,16 +9,13 @@ from __future__ import annotations
 
 import copy
 import math
-import platform
 import statistics
 import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
-from datetime import datetime, timezone
 from typing import Any, Literal
 
-import timm
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -27,6 +24,7 @@ import fxgraft
 from fxgraft.errors import ConfigError, candidates
 from fxgraft.experiments.augment import Augment
 from fxgraft.experiments.data import Domain
+from fxgraft.experiments.images import as_input, normalised, to_floats
 
 ImagesAndLabels = tuple[torch.Tensor, torch.Tensor]
 
@@ -138,8 +136,8 @@ def train(
             for index in range(steps):
                 clock.start()
                 part = slice(index * batch_size, (index + 1) * batch_size)
-                batch = augment.apply(_floats(images[order[part]]), {k: v[part] for k, v in drawn.items()})
-                summed += step(_normalised(batch).contiguous(memory_format=layout), labels[order[part]])
+                batch = augment.apply(to_floats(images[order[part]]), {k: v[part] for k, v in drawn.items()})
+                summed += step(normalised(batch).contiguous(memory_format=layout), labels[order[part]])
                 clock.stop()
                 if progress is not None:
                     progress(step.done, step.total)
@@ -185,7 +183,7 @@ def evaluate(
     try:
         with torch.no_grad(), _autocast(device, amp):
             for start in range(0, len(labels), batch_size):
-                batch = _normalised(_floats(images[start : start + batch_size].to(device)))
+                batch = as_input(images[start : start + batch_size].to(device))
                 guess = model(batch).argmax(1)
                 hits += (guess == labels[start : start + batch_size].to(device)).sum()
     finally:
@@ -235,26 +233,6 @@ def _together(domains: Sequence[Domain]) -> ImagesAndLabels:
     return torch.cat([domain.images for domain in domains]), torch.cat([domain.labels for domain in domains])
 
 
-def as_input(images: torch.Tensor) -> torch.Tensor:
-    """Turn uint8 images (N, 3, S, S) into what `train` and `evaluate` feed to a model: floats in [-1, 1]."""
-    return _normalised(_floats(images))
-
-
-def environment(device: str | torch.device) -> dict[str, Any]:
-    """What a result was measured with: versions, device, threads, date (UTC)."""
-    device = torch.device(device)
-    cpu = f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
-    return {
-        "fxgraft": getattr(fxgraft, "__version__", "0"),
-        "torch": str(torch.__version__),
-        "timm": timm.__version__,
-        "python": platform.python_version(),
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else cpu,
-        "threads": torch.get_num_threads(),
-        "date": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M"),
-    }
-
-
 def _checked(data: ImagesAndLabels) -> ImagesAndLabels:
     images, labels = data
     if images.ndim != 4 or images.shape[1] != 3 or images.dtype != torch.uint8:
@@ -267,14 +245,6 @@ def _checked(data: ImagesAndLabels) -> ImagesAndLabels:
             f"and labels of shape {tuple(labels.shape)}."
         )
     return images, labels
-
-
-def _floats(images: torch.Tensor) -> torch.Tensor:
-    return images.float() / 255
-
-
-def _normalised(images: torch.Tensor) -> torch.Tensor:
-    return images * 2 - 1
 
 
 class _Step:
