@@ -156,6 +156,27 @@ def test_rate_warms_up_and_falls_to_nothing():
     assert rates[-1] < 0.001
 
 
+def test_biases_and_norms_are_not_decayed(monkeypatch):
+    groups = []
+
+    def spy(given, **_):
+        groups.extend(given)
+        raise InterruptedError
+
+    monkeypatch.setattr(torch.optim, "AdamW", spy)
+    model = small()
+    model.body[3].requires_grad_(False)
+    with pytest.raises(InterruptedError):
+        train(model, blocks(), epochs=1, optimizer="adamw", weight_decay=0.1)
+    decayed = [p for group in groups if group["weight_decay"] == 0.1 for p in group["params"]]
+    others = [p for group in groups if group["weight_decay"] == 0.0 for p in group["params"]]
+    assert [id(p) for p in decayed] == [id(model.body[0].weight), id(model.fc.weight)]
+    norm = model.body[1]
+    assert {id(p) for p in others} == {
+        id(p) for p in (model.body[0].bias, norm.weight, norm.bias, model.fc.bias)
+    }
+
+
 def test_best_goes_back_to_the_best_epoch(monkeypatch):
     scores = iter([0.5, 0.9, 0.9, 0.1])
     kept = []

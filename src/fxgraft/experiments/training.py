@@ -18,6 +18,7 @@ from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
+from timm.optim import param_groups_weight_decay
 from torch import nn
 
 import fxgraft
@@ -25,6 +26,7 @@ from fxgraft.errors import ConfigError, candidates
 from fxgraft.experiments.augment import Augment
 from fxgraft.experiments.data import Domain
 from fxgraft.experiments.images import as_input, normalised, to_floats
+from fxgraft.graph.tracing.preserve import preserved_modes
 
 ImagesAndLabels = tuple[torch.Tensor, torch.Tensor]
 
@@ -177,18 +179,12 @@ def evaluate(
     """
     images, labels = _checked((images, labels))
     device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
-    flags = {module: module.training for module in model.modules()}
     hits = torch.zeros((), dtype=torch.long, device=device)
-    model.eval()
-    try:
-        with torch.no_grad(), _autocast(device, amp):
-            for start in range(0, len(labels), batch_size):
-                batch = as_input(images[start : start + batch_size].to(device))
-                guess = model(batch).argmax(1)
-                hits += (guess == labels[start : start + batch_size].to(device)).sum()
-    finally:
-        for module, training in flags.items():
-            module.training = training
+    with preserved_modes(model), torch.no_grad(), _autocast(device, amp):
+        model.eval()
+        for start in range(0, len(labels), batch_size):
+            batch = as_input(images[start : start + batch_size].to(device))
+            hits += (model(batch).argmax(1) == labels[start : start + batch_size].to(device)).sum()
     return hits.item() / len(labels)
 
 
@@ -278,11 +274,7 @@ class _Step:
 def _optimizer(
     model: nn.Module, name: str, lr: float, momentum: float, weight_decay: float
 ) -> torch.optim.Optimizer:
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    groups = [
-        {"params": [p for p in parameters if p.ndim > 1], "weight_decay": weight_decay},
-        {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
-    ]
+    groups = param_groups_weight_decay(model, weight_decay)
     if name == "sgd":
         return torch.optim.SGD(groups, lr=lr, momentum=momentum, nesterov=momentum > 0)
     if name == "adamw":
