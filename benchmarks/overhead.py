@@ -27,7 +27,6 @@ from fxgraft.files import write_text
 
 MODELS = ("resnet18", "resnet50", "convnext_tiny", "vit_small_patch16_224")
 RESULTS = Path(__file__).parent / "results"
-NEEDED = {"taps": {"layers": (-1,)}, "gam": {"layers": (-1,)}}  # options without a default
 COLUMNS = ("model", "method", "evaluation", "training step", "noise", "extra memory in training")
 
 
@@ -46,10 +45,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     refused: list[dict[str, str]] = []
     for model in options.models:
         for spec in specs:
+            # What a method cannot do without, where nothing else is asked for.
+            example = known[spec.method].example if spec.method in known else {}
             try:
                 report = measure(
                     model,
-                    [(spec.method, {**NEEDED.get(spec.method, {}), **spec.options})],
+                    [(spec.method, {**example, **spec.options})],
                     batch=options.batch,
                     size=options.size,
                     device=options.device,
