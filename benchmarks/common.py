@@ -14,8 +14,9 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from fxgraft.experiments.data import Domain, load_domains
+from fxgraft.experiments.domains import Domain
 from fxgraft.experiments.environment import environment
+from fxgraft.experiments.loading import load_domains
 from fxgraft.files import write_text
 
 FORMAT = 1

@@ -19,10 +19,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import fxgraft
-from fxgraft.bench.overhead import BARE, CONTROL, FORWARD, PATCHED, TRAINING_STEP, measure
+from fxgraft.bench.contestants import BARE, CONTROL, FORWARD, PATCHED, TRAINING_STEP
+from fxgraft.bench.overhead import measure
 from fxgraft.bench.report import OverheadReport, Row
-from fxgraft.cli.spec import parse_patch_spec
 from fxgraft.errors import SiteError, StructureError
+from fxgraft.experiments.spec import parse_patch_spec
 from fxgraft.files import write_text
 
 MODELS = ("resnet18", "resnet50", "convnext_tiny", "vit_small_patch16_224")
@@ -157,7 +158,9 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=(__doc__ or "").partition("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
-    parser.add_argument("--models", nargs="+", default=list(MODELS), help="names for fxgraft.zoo.build_model")
+    parser.add_argument(
+        "--models", nargs="+", default=list(MODELS), help="model names, as in `fxgraft sites`"
+    )
     parser.add_argument(
         "--methods", nargs="+", help="as METHOD:key=value,...; default: every registered method"
     )

@@ -9,10 +9,11 @@ from torch import nn
 import fxgraft
 from fxgraft.errors import ConfigError
 from fxgraft.experiments.augment import Augment
-from fxgraft.experiments.data import Domain
+from fxgraft.experiments.domains import Domain, leave_one_out
 from fxgraft.experiments.environment import environment
+from fxgraft.experiments.evaluation import evaluate
 from fxgraft.experiments.images import as_input
-from fxgraft.experiments.training import evaluate, leave_one_out, train
+from fxgraft.experiments.training import train
 
 
 class Small(nn.Module):
