@@ -20,17 +20,16 @@ import fxgraft
 from fxgraft.cli.cards import option_rows
 from fxgraft.errors import ConfigError
 from fxgraft.files import write_text
-from fxgraft.patches.base import Patch
 
 
-def own_methods() -> dict[str, type[Patch]]:
+def own_methods() -> dict[str, type[fxgraft.Patch]]:
     """Return the methods that come with fxgraft, by name."""
     return {
         name: method for name, method in fxgraft.methods().items() if method.__module__.startswith("fxgraft.")
     }
 
 
-def method_table(methods: Mapping[str, type[Patch]]) -> str:
+def method_table(methods: Mapping[str, type[fxgraft.Patch]]) -> str:
     """Return the table of methods: where each goes and what it costs."""
     rows = [
         (f"`{name}`", f"[{method.title}]({method.url})", method.where, method.cost)
@@ -39,7 +38,7 @@ def method_table(methods: Mapping[str, type[Patch]]) -> str:
     return _table(("name", "method", "where it goes", "what it costs"), rows)
 
 
-def option_tables(methods: Mapping[str, type[Patch]]) -> str:
+def option_tables(methods: Mapping[str, type[fxgraft.Patch]]) -> str:
     """Return the options of each method, folded away under its name."""
     parts = []
     for name, method in methods.items():
@@ -52,9 +51,9 @@ def option_tables(methods: Mapping[str, type[Patch]]) -> str:
     return "\n\n".join(parts)
 
 
-def citations(methods: Mapping[str, type[Patch]]) -> str:
+def citations(methods: Mapping[str, type[fxgraft.Patch]]) -> str:
     """Return the list of papers; one that several methods come from is listed once."""
-    papers: dict[str, list[type[Patch]]] = {}
+    papers: dict[str, list[type[fxgraft.Patch]]] = {}
     for method in methods.values():
         papers.setdefault(method.url, []).append(method)
     return "\n".join(
@@ -63,7 +62,7 @@ def citations(methods: Mapping[str, type[Patch]]) -> str:
     )
 
 
-PARTS: dict[str, Callable[[Mapping[str, type[Patch]]], str]] = {
+PARTS: dict[str, Callable[[Mapping[str, type[fxgraft.Patch]]], str]] = {
     "methods": method_table,
     "options": option_tables,
     "citations": citations,
