@@ -60,9 +60,12 @@ def test_demo_on_digits(tmp_path, few_digits):
         assert word in table
 
 
-def test_demo_is_deterministic_and_leaves_the_generator_alone(tmp_path, few_digits):
+@pytest.mark.parametrize("patch", ["rsc", "selfnorm"])
+def test_demo_is_deterministic_and_leaves_the_generator_alone(tmp_path, few_digits, patch):
     before = torch.get_rng_state()
-    first, again = (run_demo(settings(tmp_path, seeds=[3]), console=quiet_console()) for _ in range(2))
+    first, again = (
+        run_demo(settings(tmp_path, seeds=[3], patch=[patch]), console=quiet_console()) for _ in range(2)
+    )
     assert torch.equal(before, torch.get_rng_state())
     numbers = [[(run.accuracy, run.epoch_loss) for run in report.runs] for report in (first, again)]
     assert numbers[0] == numbers[1]

@@ -16,11 +16,11 @@ Write = Callable[[Path], object]
 
 
 def write_files(folder: Path, files: Mapping[str, Write]) -> None:
-    """Write files of a folder so that a reader finds all of them old or all of them new.
+    """Write files of a folder that belong together: each is whole, and a failure leaves all the old ones.
 
-    Each is written beside its target first, and none is moved into place before the last is whole. What a
-    killed process left of such a draft is overwritten by the next save. Savers of the same folder take turns
-    where the file system has locks.
+    Each is written beside its target first, and none is moved into place before the last is whole. A draft
+    that a killed process left is gone after the next save. Savers of the same folder take turns where the file
+    system has locks.
 
     Args:
         folder: made if need be.

@@ -18,6 +18,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 from rich.progress import (
     BarColumn,
@@ -115,7 +116,7 @@ def run_demo(settings: DemoSettings | None = None, *, console: Console | None = 
     leave_one_out(domains, domains[0].name)
     build = RepeatedBackbone(settings.model, len(domains[0].classes), size)
     for spec in variants.values():
-        _patched(build(0), spec)
+        _patched(build(0), spec, 0)
     settings.out.mkdir(parents=True, exist_ok=True)
     augment = Augment(crop_padding=size // 10) if settings.data is None else PHOTO_AUGMENT
     options: dict[str, Any] = {
@@ -137,7 +138,7 @@ def run_demo(settings: DemoSettings | None = None, *, console: Console | None = 
             train_set, _, test = leave_one_out(domains, held_out.name)
             for name, spec in variants.items():
                 step = progress.next_run(f"{name}, unseen: {held_out.name}")
-                model = _patched(build(seed), spec)
+                model = _patched(build(seed), spec, seed)
                 began = time.perf_counter()
                 history = train(
                     model, train_set, **options, seed=seed, device=device, augment=augment, progress=step
@@ -213,9 +214,12 @@ def _need_matplotlib() -> None:
         ) from error
 
 
-def _patched(model: nn.Module, spec: PatchSpec | None) -> nn.Module:
+def _patched(model: nn.Module, spec: PatchSpec | None, seed: int) -> nn.Module:
     if spec is not None:
-        fxgraft.patch(model, spec.method, **spec.options)
+        # A method may have weights of its own to draw.
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            fxgraft.patch(model, spec.method, **spec.options)
     return model
 
 
