@@ -42,7 +42,9 @@ import fxgraft
 import scenes
 from common import Results, argument_parser, cell, part_of, result_path
 from fxgraft.experiments.backbones import build_model
-from fxgraft.experiments.training import as_input, evaluate, train
+from fxgraft.experiments.evaluation import evaluate
+from fxgraft.experiments.images import as_input
+from fxgraft.experiments.training import train
 
 NAME = "adaptation"
 KEY = ("network", "pair", "seed", "variant")

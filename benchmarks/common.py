@@ -14,8 +14,10 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from fxgraft.experiments.data import Domain, load_domains
-from fxgraft.experiments.training import environment
+from fxgraft.experiments.domains import Domain
+from fxgraft.experiments.environment import environment
+from fxgraft.experiments.loading import load_domains
+from fxgraft.files import write_text
 
 FORMAT = 1
 
@@ -138,10 +140,7 @@ class Results:
                 for run in sorted(own, key=lambda run: [str(run[name]) for name in self.key])
             ],
         }
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        draft = self.path.with_suffix(".tmp")
-        draft.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-        draft.replace(self.path)
+        write_text(self.path, json.dumps(content, indent=1) + "\n")
 
     def carry_out(
         self,

@@ -31,8 +31,9 @@ import fxgraft
 from common import Results, argument_parser, cell, part_of, read_cifar10, result_path, step_ratio
 from fxgraft.experiments.augment import Augment
 from fxgraft.experiments.backbones import build_model
-from fxgraft.experiments.data import Domain
-from fxgraft.experiments.training import evaluate, train
+from fxgraft.experiments.domains import Domain
+from fxgraft.experiments.evaluation import evaluate
+from fxgraft.experiments.training import train
 
 NAME = "corruption"
 KEY = ("seed", "variant")

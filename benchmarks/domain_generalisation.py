@@ -29,8 +29,10 @@ import fxgraft
 from common import Results, argument_parser, cell, part_of, result_path, step_ratio
 from fxgraft.experiments.augment import Augment
 from fxgraft.experiments.backbones import build_model
-from fxgraft.experiments.data import Domain, load_domains
-from fxgraft.experiments.training import evaluate, leave_one_out, train
+from fxgraft.experiments.domains import Domain, leave_one_out
+from fxgraft.experiments.evaluation import evaluate
+from fxgraft.experiments.loading import load_domains
+from fxgraft.experiments.training import train
 
 NAME = "domain_generalisation"
 DOMAINS = ("art_painting", "cartoon", "photo", "sketch")

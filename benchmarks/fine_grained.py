@@ -32,8 +32,10 @@ import fxgraft
 from common import Results, argument_parser, cell, part_of, result_path, step_ratio
 from fxgraft.experiments.augment import Augment
 from fxgraft.experiments.backbones import build_model
-from fxgraft.experiments.data import Domain, load_domains
-from fxgraft.experiments.training import evaluate, train
+from fxgraft.experiments.domains import Domain
+from fxgraft.experiments.evaluation import evaluate
+from fxgraft.experiments.loading import load_domains
+from fxgraft.experiments.training import train
 
 NAME = "fine_grained"
 KEY = ("seed", "variant")

@@ -19,14 +19,15 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import fxgraft
-from fxgraft.bench.overhead import BARE, CONTROL, FORWARD, PATCHED, TRAINING_STEP, measure
+from fxgraft.bench.contestants import BARE, CONTROL, FORWARD, PATCHED, TRAINING_STEP
+from fxgraft.bench.overhead import measure
 from fxgraft.bench.report import OverheadReport, Row
-from fxgraft.cli.spec import parse_patch_spec
 from fxgraft.errors import SiteError, StructureError
+from fxgraft.experiments.spec import parse_patch_spec
+from fxgraft.files import write_text
 
 MODELS = ("resnet18", "resnet50", "convnext_tiny", "vit_small_patch16_224")
 RESULTS = Path(__file__).parent / "results"
-NEEDED = {"taps": {"layers": (-1,)}, "gam": {"layers": (-1,)}}  # options without a default
 COLUMNS = ("model", "method", "evaluation", "training step", "noise", "extra memory in training")
 
 
@@ -45,10 +46,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     refused: list[dict[str, str]] = []
     for model in options.models:
         for spec in specs:
+            # What a method cannot do without, where nothing else is asked for.
+            example = known[spec.method].example if spec.method in known else {}
             try:
                 report = measure(
                     model,
-                    [(spec.method, {**NEEDED.get(spec.method, {}), **spec.options})],
+                    [(spec.method, {**example, **spec.options})],
                     batch=options.batch,
                     size=options.size,
                     device=options.device,
@@ -72,8 +75,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def save(stem: Path, reports: Sequence[OverheadReport], refused: Sequence[dict[str, str]]) -> None:
     """Write the JSON, the table and the picture."""
     content = {"reports": [report.to_dict() for report in reports], "refused": list(refused)}
-    stem.with_suffix(".json").write_text(json.dumps(content, indent=2) + "\n")
-    stem.with_suffix(".md").write_text(markdown(reports, refused))
+    write_text(stem.with_suffix(".json"), json.dumps(content, indent=2) + "\n")
+    write_text(stem.with_suffix(".md"), markdown(reports, refused))
     plot(stem.with_suffix(".png"), reports)
 
 
@@ -155,7 +158,9 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=(__doc__ or "").partition("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
-    parser.add_argument("--models", nargs="+", default=list(MODELS), help="names for fxgraft.zoo.build_model")
+    parser.add_argument(
+        "--models", nargs="+", default=list(MODELS), help="model names, as in `fxgraft sites`"
+    )
     parser.add_argument(
         "--methods", nargs="+", help="as METHOD:key=value,...; default: every registered method"
     )

@@ -21,7 +21,8 @@ import torch
 from rich.progress import track
 
 import fxgraft
-from fxgraft.experiments.training import environment
+from fxgraft.experiments.environment import environment
+from fxgraft.files import write_text
 
 
 def try_one(name: str, method: str) -> tuple[float | None, str]:
@@ -30,7 +31,7 @@ def try_one(name: str, method: str) -> tuple[float | None, str]:
         model = timm.create_model(name)
     start = time.perf_counter()
     try:
-        fxgraft.patch(model, method)
+        fxgraft.patch(model, method, **fxgraft.methods()[method].example)
     except fxgraft.FxgraftError as error:
         return None, f"{type(error).__name__}: {error}"
     return time.perf_counter() - start, ""
@@ -38,7 +39,7 @@ def try_one(name: str, method: str) -> tuple[float | None, str]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--method", default="rsc")
+    parser.add_argument("--method", default="rsc", choices=fxgraft.methods())
     parser.add_argument("--filter", default="*", help="glob of architectures, as timm.list_models takes it")
     parser.add_argument("--out", type=Path, default=None)
     arguments = parser.parse_args()
@@ -54,7 +55,7 @@ def main() -> None:
             seconds[name] = round(taken, 3)
     slowest = max(seconds, key=seconds.__getitem__, default=None)
     summary = {
-        "protocol": "default options, meta device, the architecture's own input size",
+        "protocol": "the method's example options, meta device, the architecture's own input size",
         "method": arguments.method,
         "patched": len(seconds),
         "failed": len(failed),
@@ -64,8 +65,7 @@ def main() -> None:
         "failures": failed,
         "seconds": seconds,
     }
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps(summary, indent=1) + "\n")
+    write_text(out, json.dumps(summary, indent=1) + "\n")
     print(f"{len(seconds)} patched, {len(failed)} not; written to {out}")
 
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 import fxgraft
 from adapting import SOURCE, TARGET, Net, adam, equal, everything, loaders, network
+from fxgraft.adaptation import history as recording
 from fxgraft.adaptation import loop as adaptation
 from fxgraft.errors import ConfigError, FxgraftWarning, UnknownGraftError, WrappedModelError
 from fxgraft.patches.gam import patch as gam
@@ -172,7 +173,7 @@ def test_a_game_that_stands_still_is_seen(
     fxgraft.adapt(
         model, [SOURCE], [target], steps=100, optimizers=pair
     )  # shorter than the window: not a word
-    monkeypatch.setattr(adaptation, "WINDOW", 10)
+    monkeypatch.setattr(recording, "WINDOW", 10)
     with pytest.warns(FxgraftWarning, match=said) as caught:
         fxgraft.adapt(model, [SOURCE], [target], steps=40, optimizers=pair)
     assert len(caught) == 1
@@ -180,8 +181,8 @@ def test_a_game_that_stands_still_is_seen(
 
 
 def test_a_game_that_goes_on_is_not_warned_about(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(adaptation, "WINDOW", 10)
-    recorder = adaptation._Recorder(adaptation.AdaptationHistory(), 0)
+    monkeypatch.setattr(recording, "WINDOW", 10)
+    recorder = recording.Recorder(recording.AdaptationHistory(), 0)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         for step in range(40):

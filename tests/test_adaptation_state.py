@@ -91,8 +91,8 @@ def test_a_failed_write_leaves_the_last_checkpoint(tmp_path: Path, monkeypatch: 
     fxgraft.adapt(network(), *loaders(), steps=2, checkpoint=tmp_path)
     before = (tmp_path / "adaptation.pt").read_bytes()
 
-    def broken(content: Any, file: Any) -> None:
-        file.write(b"half")
+    def broken(content: Any, file: Path) -> None:
+        file.write_bytes(b"half")
         raise OSError("disk full")
 
     monkeypatch.setattr(torch, "save", broken)

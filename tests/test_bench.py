@@ -9,22 +9,13 @@ import pytest
 import torch
 from torch import nn
 
+from fxgraft.bench.contestants import BARE, CONTROL, FORWARD, MEASURES, PATCHED, TRAINING_STEP
 from fxgraft.bench.memory import memory_kind, peak_memory, peak_of_events
-from fxgraft.bench.overhead import (
-    ALLOCATOR,
-    BARE,
-    CONTROL,
-    FORWARD,
-    MEASURES,
-    PATCHED,
-    TRAINING_STEP,
-    checked_device,
-    describe,
-    measure,
-    turn_order,
-)
+from fxgraft.bench.overhead import ALLOCATOR, measure, turn_order
 from fxgraft.bench.report import OverheadReport, Spread
 from fxgraft.errors import ConfigError
+from fxgraft.experiments.environment import checked_device
+from fxgraft.experiments.spec import describe
 
 CPU = torch.device("cpu")
 

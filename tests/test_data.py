@@ -10,8 +10,10 @@ import torch
 from PIL import Image
 
 from fxgraft.errors import ConfigError
-from fxgraft.experiments import data
-from fxgraft.experiments.data import DIGIT_DOMAINS, Domain, digits_domains, load_domains
+from fxgraft.experiments import digits as drawing
+from fxgraft.experiments.digits import DIGIT_DOMAINS, digits_domains
+from fxgraft.experiments.domains import Domain
+from fxgraft.experiments.loading import load_domains
 
 REAL = Path(__file__).resolve().parents[2] / "shared" / "data"
 
@@ -69,7 +71,7 @@ def test_digits_have_four_balanced_domains(digits):
 
 def test_digits_share_no_image(monkeypatch):
     # With styles that draw nothing, the domains together are the source, each image once.
-    monkeypatch.setattr(data, "_STYLES", dict.fromkeys(DIGIT_DOMAINS, lambda ink, generator: ink))
+    monkeypatch.setattr(drawing, "_STYLES", dict.fromkeys(DIGIT_DOMAINS, lambda ink, generator: ink))
     images = torch.cat([domain.images for domain in digits_domains(16)]).flatten(1)
     assert len(images) == 1797
     assert len(images.unique(dim=0)) == 1797
@@ -304,14 +306,14 @@ def test_different_classes_are_listed(tmp_path):
 def test_undecodable_image_is_named(tmp_path):
     root = make_folders(tmp_path)
     (root / "photo" / "dog" / "1.jpg").write_bytes(b"not an image")
-    with pytest.raises(ConfigError, match=r"Cannot decode .*photo.dog.1\.jpg"):
+    with pytest.raises(ConfigError, match=r"Cannot read .*photo.dog.1\.jpg as an image"):
         load_domains(root, 8)
 
 
 def test_truncated_image_in_a_tar_is_named(tmp_path):
     whole = jpeg(3, size=(64, 64))
     path = make_tar(tmp_path / "a.tar", {"dog/7.jpg": whole[: len(whole) // 2]})
-    with pytest.raises(ConfigError, match=r"Cannot decode .*a\.tar:dog/7\.jpg"):
+    with pytest.raises(ConfigError, match=r"Cannot read .*a\.tar:dog/7\.jpg as an image"):
         load_domains(path, 8)
 
 

@@ -12,9 +12,12 @@ from rich.console import Console
 
 from fxgraft.errors import ConfigError, SiteError, UnknownMethodError
 from fxgraft.experiments import demo
-from fxgraft.experiments.data import Domain, digits_domains
+from fxgraft.experiments.backbones import RepeatedBackbone
 from fxgraft.experiments.demo import DemoSettings, run_demo
-from fxgraft.experiments.report import DemoReport, Run, muting_picture
+from fxgraft.experiments.digits import digits_domains
+from fxgraft.experiments.domains import Domain
+from fxgraft.experiments.muting import muting_picture
+from fxgraft.experiments.report import DemoReport, Run
 
 
 @pytest.fixture
@@ -57,9 +60,12 @@ def test_demo_on_digits(tmp_path, few_digits):
         assert word in table
 
 
-def test_demo_is_deterministic_and_leaves_the_generator_alone(tmp_path, few_digits):
+@pytest.mark.parametrize("patch", ["rsc", "selfnorm"])
+def test_demo_is_deterministic_and_leaves_the_generator_alone(tmp_path, few_digits, patch):
     before = torch.get_rng_state()
-    first, again = (run_demo(settings(tmp_path, seeds=[3]), console=quiet_console()) for _ in range(2))
+    first, again = (
+        run_demo(settings(tmp_path, seeds=[3], patch=[patch]), console=quiet_console()) for _ in range(2)
+    )
     assert torch.equal(before, torch.get_rng_state())
     numbers = [[(run.accuracy, run.epoch_loss) for run in report.runs] for report in (first, again)]
     assert numbers[0] == numbers[1]
@@ -102,14 +108,14 @@ def test_channel_muting_has_no_picture(tmp_path, few_digits):
 
 
 def test_a_model_that_takes_no_output_stride():
-    backbone = demo._Backbone("test_vit", 10, 32)
+    backbone = RepeatedBackbone("test_vit", 10, 32)
     assert backbone.options == {}
     assert torch.equal(*(backbone(0).state_dict()["head.weight"] for _ in range(2)))
 
 
 def test_large_images_need_no_output_stride():
-    assert demo._Backbone("test_resnet", 10, 96).options == {}
-    assert demo._Backbone("test_resnet", 10, 64).options == {"output_stride": 16}
+    assert RepeatedBackbone("test_resnet", 10, 96).options == {}
+    assert RepeatedBackbone("test_resnet", 10, 64).options == {"output_stride": 16}
 
 
 @pytest.mark.parametrize(

@@ -1,9 +1,11 @@
-"""The README says what is so: its code runs, its commands exist, its table is the registry's."""
+"""The README says what is so: its code runs, its commands exist, its tables are the registry's."""
 
 from __future__ import annotations
 
 import re
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -12,6 +14,7 @@ from typer.testing import CliRunner
 
 import fxgraft
 from fxgraft.cli.commands import app
+from fxgraft.cli.readme import own_methods, regenerated
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -67,20 +70,34 @@ def test_commands_and_their_options_exist(line):
         assert option in text
 
 
-def test_table_of_methods_is_the_registrys():
-    rows = [
-        f"| `{name}` | [{method.title}]({method.url}) | {method.where} | {method.cost} |"
-        for name, method in fxgraft.methods().items()
-    ]
-    table = [line for line in README.splitlines() if line.startswith("| `")]
-    assert table == rows
-
-
-def test_every_method_is_cited():
+def test_what_the_registry_knows_is_generated():
+    assert regenerated(README) == README, "python -m fxgraft.cli.readme --write"
     citing = README.partition("## Citing")[2]
-    for name, method in fxgraft.methods().items():
-        title = method.paper.partition(": ")[2].partition(". ")[0]
-        assert title in citing, f"README does not cite the paper of {name!r}"
+    assert all(f"({method.url})" in citing for method in own_methods().values())
+
+
+def test_methods_of_other_packages_stay_out(monkeypatch):
+    foreign = type("Foreign", (fxgraft.RSC,), {"__module__": "other.package", "title": "Foreign"})
+    with_it = {**fxgraft.methods(), "foreign": foreign}
+    monkeypatch.setattr(fxgraft, "methods", lambda: with_it)
+    assert "foreign" not in own_methods()
+    assert regenerated(README) == README
+
+
+def test_the_generator_writes_and_checks(tmp_path):
+    path = tmp_path / "README.md"
+    run = [sys.executable, "-m", "fxgraft.cli.readme", str(path)]
+    path.write_text(README.replace("what it costs", "what it costed", 1))
+    checked = subprocess.run([*run, "--check"], check=False, capture_output=True, text=True)
+    assert checked.returncode == 1
+    assert "not what the registry says" in checked.stderr
+    assert subprocess.run([*run, "--write"], check=False).returncode == 0
+    assert path.read_text() == README
+
+
+def test_a_readme_without_its_markers_is_refused():
+    with pytest.raises(fxgraft.ConfigError, match="options: written by"):
+        regenerated(README.replace("<!-- options: end -->", ""))
 
 
 def test_changelog_covers_this_version():

@@ -11,8 +11,9 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from fxgraft.cli.commands import app
-from fxgraft.cli.pictures import look, read_image
+from fxgraft.cli.pictures import look
 from fxgraft.errors import ConfigError
+from fxgraft.experiments.images import decode, to_floats
 from fxgraft.patches.diversification.patch import maps
 
 SIZE = ("--model", "resnet18", "--classes", "5", "--size", "96")
@@ -28,6 +29,10 @@ def photo(tmp_path):
     path = tmp_path / "photo.png"
     Image.effect_noise((120, 100), 80).convert("RGB").save(path)
     return path
+
+
+def read_image(path, size):
+    return to_floats(decode(str(path), lambda: path.open("rb"), size))
 
 
 def run(*arguments: str, code: int = 0) -> str:

@@ -2,8 +2,8 @@
 
 import pytest
 
-from fxgraft.cli.spec import parse_patch_spec
 from fxgraft.errors import ConfigError
+from fxgraft.experiments.spec import parse_patch_spec
 
 
 @pytest.mark.parametrize(

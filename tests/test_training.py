@@ -9,8 +9,11 @@ from torch import nn
 import fxgraft
 from fxgraft.errors import ConfigError
 from fxgraft.experiments.augment import Augment
-from fxgraft.experiments.data import Domain
-from fxgraft.experiments.training import as_input, environment, evaluate, leave_one_out, train
+from fxgraft.experiments.domains import Domain, leave_one_out
+from fxgraft.experiments.environment import environment
+from fxgraft.experiments.evaluation import evaluate
+from fxgraft.experiments.images import as_input
+from fxgraft.experiments.training import train
 
 
 class Small(nn.Module):
@@ -152,6 +155,27 @@ def test_rate_warms_up_and_falls_to_nothing():
     assert rates[:5] == sorted(rates[:5])
     assert rates[4:] == sorted(rates[4:], reverse=True)
     assert rates[-1] < 0.001
+
+
+def test_biases_and_norms_are_not_decayed(monkeypatch):
+    groups = []
+
+    def spy(given, **_):
+        groups.extend(given)
+        raise InterruptedError
+
+    monkeypatch.setattr(torch.optim, "AdamW", spy)
+    model = small()
+    model.body[3].requires_grad_(False)
+    with pytest.raises(InterruptedError):
+        train(model, blocks(), epochs=1, optimizer="adamw", weight_decay=0.1)
+    decayed = [p for group in groups if group["weight_decay"] == 0.1 for p in group["params"]]
+    others = [p for group in groups if group["weight_decay"] == 0.0 for p in group["params"]]
+    assert [id(p) for p in decayed] == [id(model.body[0].weight), id(model.fc.weight)]
+    norm = model.body[1]
+    assert {id(p) for p in others} == {
+        id(p) for p in (model.body[0].bias, norm.weight, norm.bias, model.fc.bias)
+    }
 
 
 def test_best_goes_back_to_the_best_epoch(monkeypatch):

@@ -10,9 +10,6 @@ import copy
 import dataclasses
 import hashlib
 import json
-import os
-import tempfile
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -23,6 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from fxgraft.errors import FxgraftError, RecipeError
+from fxgraft.files import Header, write_files
 from fxgraft.graph.grafting.graft import Graft
 from fxgraft.graph.grafting.ledger import Ledger
 from fxgraft.graph.grafting.lookup import ledger_of
@@ -31,8 +29,13 @@ from fxgraft.patches.registry import build
 
 M = TypeVar("M", bound=nn.Module)
 
-FORMAT = "fxgraft-recipe"
-VERSION = 1
+HEADER = Header(
+    "fxgraft-recipe",
+    1,
+    what="recipe of fxgraft",
+    instead="Pass the folder that fxgraft.save wrote.",
+    upgrade="Upgrade fxgraft, or load it with the release that wrote it.",
+)
 RECIPE = "recipe.json"
 WEIGHTS = "weights.safetensors"
 
@@ -80,8 +83,7 @@ def save(model: nn.Module, path: str | Path, *, weights: bool = True) -> Path:
             )
     own = _own_keys(model)
     recipe = {
-        "format": FORMAT,
-        "version": VERSION,
+        **HEADER.entries(),
         "versions": {"torch": torch.__version__, "timm": timm.__version__},
         "architecture": _architecture(model, own),
         "progress": ledger.context.progress,
@@ -96,12 +98,12 @@ def save(model: nn.Module, path: str | Path, *, weights: bool = True) -> Path:
         ) from error
     chosen = {k: v for k, v in model.state_dict().items() if weights or k in own}
     folder = Path(path)
-    folder.mkdir(parents=True, exist_ok=True)
-    _replace(
+    write_files(
+        folder,
         {
-            folder / WEIGHTS: lambda file: save_file(_unshared(chosen), file),
-            folder / RECIPE: lambda file: Path(file).write_text(text + "\n"),
-        }
+            WEIGHTS: lambda file: save_file(_unshared(chosen), file),
+            RECIPE: lambda file: file.write_text(text + "\n"),
+        },
     )
     return folder
 
@@ -127,22 +129,6 @@ def _unshared(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         seen.add(value.data_ptr())
         out[key] = value
     return out
-
-
-def _replace(files: dict[Path, Callable[[str], Any]]) -> None:
-    """Write all files beside their targets before any is moved into place: a failure leaves all the old ones."""
-    written: dict[Path, Path] = {}
-    try:
-        for target, write in files.items():
-            handle, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
-            os.close(handle)
-            written[target] = Path(name)
-            write(name)
-        for target, beside in written.items():
-            beside.replace(target)
-    finally:
-        for beside in written.values():
-            beside.unlink(missing_ok=True)
 
 
 def load(model: M, path: str | Path) -> M:
@@ -241,15 +227,7 @@ def _read_recipe(folder: Path) -> dict[str, Any]:
         raise RecipeError(
             f"{str(file)!r} is damaged or no recipe: {error}.\nSave the model again, or restore the file."
         ) from error
-    if not isinstance(recipe, dict) or recipe.get("format") != FORMAT:
-        raise RecipeError(
-            f"{str(file)!r} is JSON, but no recipe of fxgraft.\nPass the folder that fxgraft.save wrote."
-        )
-    if recipe.get("version") != VERSION:
-        raise RecipeError(
-            f"{str(file)!r} is of version {recipe.get('version')!r}; this fxgraft reads version {VERSION}.\n"
-            "It was written by another release.\nUpgrade fxgraft, or load it with the release that wrote it."
-        )
+    HEADER.check(recipe, file)
     kinds = {"architecture": dict, "progress": (int, float), "weights": str, "grafts": list}
     for key, kind in kinds.items():
         if not isinstance(recipe.get(key), kind):

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import os
 import pickle
-import tempfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -18,9 +16,16 @@ from torch.optim import Optimizer
 from fxgraft.adaptation.streams import Endless
 from fxgraft.api import grafts
 from fxgraft.errors import ConfigError, RecipeError
+from fxgraft.files import Header, write_files
 from fxgraft.graph.grafting.state import state_of
 
-FORMAT, VERSION = "fxgraft-adaptation", 1
+HEADER = Header(
+    "fxgraft-adaptation",
+    1,
+    what="checkpoint of fxgraft.adapt",
+    instead="Name another file, or a folder.",
+    upgrade="Go on with the release that wrote it, or start a new run.",
+)
 FILE = "adaptation.pt"
 
 _DIFFERENCES = {
@@ -77,8 +82,7 @@ class Checkpoint:
         """Write the file in one move, so that an interruption leaves the old one or the new one."""
         cuda = self.device.type == "cuda"
         content = {
-            "format": FORMAT,
-            "version": VERSION,
+            **HEADER.entries(),
             "identity": self.identity,
             "step": step,
             "model": self.model.state_dict(),
@@ -91,14 +95,7 @@ class Checkpoint:
             "streams": [stream.state() for stream in self.streams],
             "history": dataclasses.asdict(history),
         }
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=self.path.parent, prefix=f".{self.path.name}.")
-        try:
-            with os.fdopen(handle, "wb") as file:
-                torch.save(content, file)
-            Path(name).replace(self.path)
-        finally:
-            Path(name).unlink(missing_ok=True)
+        write_files(self.path.parent, {self.path.name: lambda file: torch.save(content, file)})
 
     def resume(self, history: Any, steps: int) -> int:
         """Go on from the file, if there is one; return how many steps are done.
@@ -147,15 +144,7 @@ class Checkpoint:
                 f"The checkpoint {str(self.path)!r} cannot be read: {error}\n"
                 "It is damaged, cut short, or no checkpoint.\nName another one, or remove it to start anew."
             ) from error
-        if not isinstance(content, dict) or content.get("format") != FORMAT:
-            raise RecipeError(
-                f"{str(self.path)!r} is no checkpoint of fxgraft.adapt.\nName another file, or a folder."
-            )
-        if content.get("version") != VERSION:
-            raise RecipeError(
-                f"The checkpoint {str(self.path)!r} is of version {content.get('version')!r}; this fxgraft reads "
-                f"version {VERSION}.\nGo on with the release that wrote it, or start a new run."
-            )
+        HEADER.check(content, self.path)
         return content
 
 

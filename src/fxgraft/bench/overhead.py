@@ -10,53 +10,28 @@ a ratio of two medians.
 from __future__ import annotations
 
 import contextlib
-import copy
 import gc
 import os
-import platform
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 from torch.utils.benchmark import Timer
 
+from fxgraft.bench.contestants import BARE, MEASURES, STEP, Call, Contestant, line_up
 from fxgraft.bench.memory import memory_kind, peak_memory
 from fxgraft.bench.report import OverheadReport, Row, Spread
 from fxgraft.errors import ConfigError
 from fxgraft.experiments.backbones import build_model
-
-FORWARD = "forward"
-TRAINING_STEP = "training step"
-MEASURES = (FORWARD, TRAINING_STEP)
-BARE, CONTROL, PATCHED = "bare", "bare again", "patched"
+from fxgraft.experiments.environment import checked_device, processor, versions
+from fxgraft.experiments.spec import describe
 
 ALLOCATOR = (
     *("LD_PRELOAD", "GLIBC_TUNABLES", "MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_", "MALLOC_CONF"),
     *("THP_MEM_ALLOC_ENABLE", "PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"),
 )
 """Environment variables of glibc, of other allocators and of torch that decide how memory is allocated."""
-
-STEP = "zero_grad, forward with labels, loss, backward, SGD step with momentum (learning rate 0)"
-
-Call = Callable[[], object]
-
-
-@dataclass
-class _Contestant:
-    """One of the networks that are compared, with the calls that are timed."""
-
-    name: str
-    forward: Call
-    step: Call
-    model: nn.Module
-
-    def call(self, what: str) -> Call:
-        """Put the network into the mode that `what` needs and return what is to be timed."""
-        self.model.train(what == TRAINING_STEP)
-        return self.step if what == TRAINING_STEP else self.forward
 
 
 def measure(
@@ -76,7 +51,7 @@ def measure(
     """Measure what the patches cost on a classifier.
 
     Args:
-        model: a name for `fxgraft.zoo.build_model`, or a function that builds the model.
+        model: a name for `fxgraft.experiments.backbones.build_model`, or a function that builds the model.
         patches: pairs of method and options, all grafted on one model, in this order. Without any, only the
             bare model and its control are measured.
         batch: images per call.
@@ -98,7 +73,7 @@ def measure(
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(0)
         bare = build_model(model, input_size=size) if isinstance(model, str) else model()
-        contestants = _contestants(bare.to(device), patches, batch, size, device, compiled)
+        contestants = line_up(bare.to(device), patches, batch, size, device, compiled)
         rows: list[Row] = []
         with _frozen_garbage():
             for index, measured in enumerate(what):
@@ -114,23 +89,17 @@ def measure(
         batch=batch,
         size=size,
         device=str(device),
-        processor=_processor(device),
+        processor=processor(device),
         threads=threads,
         compiled=compiled,
         rounds=rounds,
         min_run_time=min_run_time,
         training_step=STEP,
         memory_kind=memory_kind(device),
-        versions=_versions(),
+        versions=versions(),
         rows=tuple(rows),
         allocator={name: os.environ[name] for name in ALLOCATOR if os.environ.get(name)},
     )
-
-
-def describe(method: str, options: Mapping[str, Any]) -> str:
-    """Write a method and its options the way the command line takes them."""
-    settings = ",".join(f"{key}={value}" for key, value in options.items())
-    return f"{method}:{settings}" if settings else method
 
 
 def turn_order(names: Sequence[str], turn: int) -> list[str]:
@@ -140,98 +109,7 @@ def turn_order(names: Sequence[str], turn: int) -> list[str]:
     return order[::-1] if turn % 2 else order
 
 
-def _contestants(
-    bare: nn.Module,
-    patches: Sequence[tuple[str, Mapping[str, Any]]],
-    batch: int,
-    size: int,
-    device: torch.device,
-    compiled: bool,
-) -> list[_Contestant]:
-    images = torch.randn(batch, 3, size, size, device=device)
-    try:
-        with torch.no_grad():
-            logits = bare.eval()(images)
-    except (AssertionError, RuntimeError, ValueError) as error:
-        raise ConfigError(f"{type(bare).__name__} does not run on {size}×{size} images: {error}") from error
-    if not (isinstance(logits, torch.Tensor) and logits.ndim == 2 and len(logits) == batch):
-        raise ConfigError(
-            f"The overhead is measured on classifiers: {type(bare).__name__} should return logits of shape "
-            f"({batch}, classes), it returned "
-            + (
-                f"a tensor of shape {tuple(logits.shape)}."
-                if isinstance(logits, torch.Tensor)
-                else f"{type(logits)}."
-            )
-        )
-    labels = torch.randint(logits.shape[1], (batch,), device=device)
-    # Copied before anything is patched: the same weights, and no trace of the patch in the control.
-    contestants = [
-        _bare(BARE, copy.deepcopy(bare), images, labels, compiled),
-        _bare(CONTROL, copy.deepcopy(bare), images, labels, compiled),
-    ]
-    if patches:
-        contestants.append(_patched(bare, patches, images, labels, compiled))
-    return contestants
-
-
-def _bare(
-    name: str, model: nn.Module, images: torch.Tensor, labels: torch.Tensor, compiled: bool
-) -> _Contestant:
-    run = _runner(model, compiled)
-
-    def loss() -> torch.Tensor:
-        return F.cross_entropy(run(images), labels)
-
-    return _Contestant(name, _forward(run, images), _training_step(model, loss), model)
-
-
-def _runner(model: nn.Module, compiled: bool) -> Callable[..., Any]:
-    return torch.compile(model, fullgraph=True) if compiled else model
-
-
-def _patched(
-    model: nn.Module,
-    patches: Sequence[tuple[str, Mapping[str, Any]]],
-    images: torch.Tensor,
-    labels: torch.Tensor,
-    compiled: bool,
-) -> _Contestant:
-    import fxgraft
-
-    for method, options in patches:
-        fxgraft.patch(model, method, **{"input_size": tuple(images.shape[1:]), **options})
-
-    run = _runner(model, compiled)
-
-    def loss() -> torch.Tensor:
-        return fxgraft.loss(model, run(images, target=labels), labels)
-
-    return _Contestant(PATCHED, _forward(run, images), _training_step(model, loss), model)
-
-
-def _forward(run: Callable[..., Any], images: torch.Tensor) -> Call:
-    def forward() -> None:
-        with torch.no_grad():
-            run(images)
-
-    return forward
-
-
-def _training_step(model: nn.Module, loss: Callable[[], torch.Tensor]) -> Call:
-    # At a learning rate of 0 every kernel of the update runs and the weights stay: on random labels they
-    # would otherwise drift apart between the networks, and into values whose arithmetic takes another time.
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.0, momentum=0.9)
-
-    def step() -> None:
-        optimizer.zero_grad(set_to_none=True)
-        loss().backward()
-        optimizer.step()
-
-    return step
-
-
-def _warm_up(contestant: _Contestant, what: str, device: torch.device) -> int | None:
+def _warm_up(contestant: Contestant, what: str, device: torch.device) -> int | None:
     # The first calls allocate what stays (optimiser state, workspaces); the peak is read after them. Without
     # the gradients they leave, which the call would free and allocate again under the old peak.
     call = contestant.call(what)
@@ -310,40 +188,3 @@ def _check(
     if isinstance(what, str) or not what or not set(what) <= set(MEASURES):
         raise ConfigError(f"what must be one or more of {', '.join(map(repr, MEASURES))}, got {what!r}.")
     return checked_device(device)
-
-
-def checked_device(device: str | torch.device) -> torch.device:
-    """Turn a device name into a device that is there.
-
-    Raises:
-        ConfigError: the name means nothing to torch, or this machine has no such device.
-    """
-    try:
-        found = torch.device(device)
-        torch.empty(0, device=found)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise ConfigError(
-            f"This machine has no device {str(device)!r}: {str(error).splitlines()[0]}"
-        ) from None
-    if found.type == "meta":
-        raise ConfigError("The 'meta' device computes nothing, so nothing can be measured on it.")
-    return found
-
-
-def _processor(device: torch.device) -> str:
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
-
-
-def _versions() -> dict[str, str]:
-    import timm
-
-    import fxgraft
-
-    return {
-        "python": platform.python_version(),
-        "torch": str(torch.__version__),
-        "timm": timm.__version__,
-        "fxgraft": getattr(fxgraft, "__version__", "0"),
-    }

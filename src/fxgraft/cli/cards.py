@@ -53,11 +53,18 @@ def card(name: str) -> Group:
     options = Table(show_lines=True)
     for heading in ("option", "type", "default", "what it does"):
         options.add_column(heading)
-    documented, hints = option_docs(method), typing.get_type_hints(method)
-    for field in dataclasses.fields(method):
-        row = (field.name, _type(hints[field.name]), _default(field), documented.get(field.name, ""))
+    for row in option_rows(method):
         options.add_row(*map(Text, row))
     return Group(facts, options)
+
+
+def option_rows(method: type) -> list[tuple[str, str, str, str]]:
+    """List the options of a method, each as name, type, default and what it does."""
+    documented, hints = option_docs(method), typing.get_type_hints(method)
+    return [
+        (field.name, _type(hints[field.name]), _default(field), documented.get(field.name, ""))
+        for field in dataclasses.fields(method)
+    ]
 
 
 def option_docs(cls: type) -> dict[str, str]:

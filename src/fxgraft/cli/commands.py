@@ -161,7 +161,8 @@ def bench(
     # torch's profiler, which reads the memory, logs its start and stop to stderr unless told otherwise.
     os.environ.setdefault("KINETO_LOG_LEVEL", "6")
     from fxgraft.bench.overhead import measure
-    from fxgraft.cli.spec import parse_patch_spec
+    from fxgraft.experiments.spec import parse_patch_spec
+    from fxgraft.files import write_text
 
     if not patch:
         raise ConfigError(
@@ -187,7 +188,7 @@ def bench(
         )
     _show(report, str(report))
     if json is not None:
-        json.write_text(report.to_json())
+        write_text(json, report.to_json())
 
 
 def _show(table: Any, plain: str | None = None) -> None:

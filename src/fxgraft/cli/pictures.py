@@ -7,13 +7,13 @@ diversification block would damp in one pass.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
 import torch
 import torch.nn.functional as F
 import typer
-from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor, nn
 
 from fxgraft.errors import ConfigError
@@ -141,21 +141,6 @@ def save_picture(shown: ClassMapsPicture, path: Path, names: dict[int, str] | No
         raise ConfigError(f"Cannot write the picture {str(path)!r}: {error}.") from error
 
 
-def read_image(path: Path, size: int) -> Tensor:
-    """Read an image as (3, size, size), colours in [0, 1], cropped about its centre to a square.
-
-    Raises:
-        ConfigError: the file cannot be read as an image.
-    """
-    try:
-        with Image.open(path) as opened:
-            fitted = ImageOps.fit(opened.convert("RGB"), (size, size), method=Image.Resampling.BICUBIC)
-    except (UnidentifiedImageError, OSError) as error:
-        raise ConfigError(f"Cannot read {str(path)!r} as an image: {error}.") from error
-    flat = torch.frombuffer(bytearray(fitted.tobytes()), dtype=torch.uint8)
-    return flat.view(size, size, 3).permute(2, 0, 1).float() / 255
-
-
 def read_weights(model: nn.Module, path: Path) -> None:
     """Load a ``state_dict`` from a safetensors file or one written by ``torch.save``.
 
@@ -188,10 +173,11 @@ def maps(
 ) -> None:
     """Draw the class maps of an image, with their peaks and what the diversification block damps."""
     from fxgraft.experiments.backbones import build_model
+    from fxgraft.experiments.images import decode, to_floats
 
     if size < 1:
         raise ConfigError(f"--size must be at least 1 pixel, got {size}.")
-    pixels = read_image(image, size)
+    pixels = to_floats(decode(repr(str(image)), partial(image.open, "rb"), size))
     network = build_model(model, classes, pretrained=pretrained, input_size=size).eval()
     if weights is not None:
         read_weights(network, weights)

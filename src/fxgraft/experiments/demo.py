@@ -5,12 +5,13 @@ so that a pair of runs differs in the patch alone. A single seed on small data i
 example of the protocol, not a result to quote; pass several seeds for that.
 
 Without data of your own, the images are scikit-learn's digits in four styles, no image in two of them:
-see `fxgraft.data.digits_domains`.
+see `fxgraft.experiments.digits`.
 """
 
 from __future__ import annotations
 
 import importlib
+import itertools
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
@@ -31,23 +32,28 @@ from rich.text import Text
 from torch import nn
 
 import fxgraft
-from fxgraft.cli.spec import PatchSpec, parse_patch_spec
 from fxgraft.errors import ConfigError
 from fxgraft.experiments.augment import Augment
-from fxgraft.experiments.backbones import build_model
-from fxgraft.experiments.data import Domain, digits_domains, load_domains
-from fxgraft.experiments.report import DemoReport, Run, muting_picture
-from fxgraft.experiments.training import as_input, environment, evaluate, leave_one_out, train
-from fxgraft.patches.rsc.patch import record
+from fxgraft.experiments.backbones import RepeatedBackbone
+from fxgraft.experiments.digits import digits_domains
+from fxgraft.experiments.domains import Domain, leave_one_out
+from fxgraft.experiments.environment import checked_device, environment
+from fxgraft.experiments.evaluation import evaluate
+from fxgraft.experiments.loading import load_domains
+from fxgraft.experiments.muting import draw_muted
+from fxgraft.experiments.report import DemoReport, Run
+from fxgraft.experiments.spec import PatchSpec, parse_patch_spec
+from fxgraft.experiments.training import train
+from fxgraft.files import write_text
 
 BARE = "bare"
-SMALLEST_MAP = 3
 
 # Chosen for the embedded digits on two CPU cores: the whole demo in about two and a half minutes.
 DIGITS_SIZE, DIGITS_EPOCHS = 32, 20
 # For data of one's own nothing bounds the time; these are a start.
 DATA_SIZE, DATA_EPOCHS = 64, 10
 LEARNING_RATE, WEIGHT_DECAY = 2e-3, 0.05
+PHOTO_AUGMENT = Augment(crop_padding=6, flip=0.5, jitter=0.4, gray=0.1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,11 +61,11 @@ class DemoSettings:
     """What the demo does.
 
     Attributes:
-        data: PACS-like data, as `fxgraft.data.load_domains` takes it; None is the embedded digits.
-        model: a name for `fxgraft.zoo.build_model`, trained from scratch. The default is timm's smallest
-            ResNet (0.4 M parameters).
-        patch: patches as `fxgraft.spec.parse_patch_spec` reads them, each compared with the bare model on its
-            own; "none" adds nothing, and leaves the bare model alone.
+        data: PACS-like data, as `load_domains` takes it; None is the embedded digits.
+        model: a name for `build_model`, trained from scratch. The default is timm's smallest ResNet
+            (0.4 M parameters).
+        patch: patches as `parse_patch_spec` reads them, each compared with the bare model on its own;
+            "none" adds nothing, and leaves the bare model alone.
         epochs: passes over the training domains; None is 20 for the digits and 10 for other data.
         size: side of the images; None is 32 for the digits and 64 for other data.
         device: where to train.
@@ -102,17 +108,17 @@ def run_demo(settings: DemoSettings | None = None, *, console: Console | None = 
     """
     settings = settings or DemoSettings()
     variants = _variants(settings)
-    device = _device(settings.device)
+    device = checked_device(settings.device)
     _need_matplotlib()
     size = settings.size or (DIGITS_SIZE if settings.data is None else DATA_SIZE)
     epochs = settings.epochs or (DIGITS_EPOCHS if settings.data is None else DATA_EPOCHS)
     domains = digits_domains(size) if settings.data is None else load_domains(settings.data, size)
     leave_one_out(domains, domains[0].name)
-    build = _Backbone(settings.model, len(domains[0].classes), size)
+    build = RepeatedBackbone(settings.model, len(domains[0].classes), size)
     for spec in variants.values():
-        _patched(build(0), spec)
+        _patched(build(0), spec, 0)
     settings.out.mkdir(parents=True, exist_ok=True)
-    augment = Augment(crop_padding=size // 10) if settings.data is None else _PHOTO_AUGMENT
+    augment = Augment(crop_padding=size // 10) if settings.data is None else PHOTO_AUGMENT
     options: dict[str, Any] = {
         "epochs": epochs,
         "batch_size": settings.batch_size,
@@ -121,59 +127,40 @@ def run_demo(settings: DemoSettings | None = None, *, console: Console | None = 
         "weight_decay": WEIGHT_DECAY,
     }
     report = DemoReport(
-        protocol={
-            "task": "leave one domain out, trained from scratch, weights of the last epoch",
-            "data": "scikit-learn digits in four styles"
-            if settings.data is None
-            else str(settings.data.name),
-            "domains": {domain.name: len(domain) for domain in domains},
-            "classes": list(domains[0].classes),
-            "model": settings.model,
-            "model_options": build.options,
-            "size": size,
-            "variants": {name: spec.text if spec else None for name, spec in variants.items()},
-            "augment": asdict(augment),
-            **options,
-        },
+        protocol=_protocol(settings, domains, variants, build, {"augment": asdict(augment), **options}),
         seeds=list(settings.seeds),
         environment=environment(device),
     )
     progress = _Bar(len(domains) * len(variants) * len(settings.seeds), settings.quiet)
     picture: list[tuple[nn.Module, Sequence[Domain], int]] = []
     with progress:
-        for seed in settings.seeds:
-            for held_out in domains:
-                train_set, _, (images, labels) = leave_one_out(domains, held_out.name)
-                for name, spec in variants.items():
-                    step = progress.next_run(f"{name}, unseen: {held_out.name}")
-                    model = _patched(build(seed), spec)
-                    began = time.perf_counter()
-                    history = train(
-                        model, train_set, **options, seed=seed, device=device, augment=augment, progress=step
-                    )
-                    report.runs.append(
-                        Run(
-                            variant=name,
-                            held_out=held_out.name,
-                            seed=seed,
-                            accuracy=evaluate(model, images, labels),
-                            step_seconds=history.median_step,
-                            steps=len(history.step_seconds),
-                            train_seconds=time.perf_counter() - began,
-                            epoch_loss=history.epoch_loss,
-                        )
-                    )
-                    if spec and spec.method == "rsc":
-                        seen = [domain for domain in domains if domain is not held_out]
-                        picture = [(model, seen, seed)]
+        for seed, held_out in itertools.product(settings.seeds, domains):
+            train_set, _, test = leave_one_out(domains, held_out.name)
+            for name, spec in variants.items():
+                step = progress.next_run(f"{name}, unseen: {held_out.name}")
+                model = _patched(build(seed), spec, seed)
+                began = time.perf_counter()
+                history = train(
+                    model, train_set, **options, seed=seed, device=device, augment=augment, progress=step
+                )
+                run = Run(
+                    variant=name,
+                    held_out=held_out.name,
+                    seed=seed,
+                    accuracy=evaluate(model, *test),
+                    step_seconds=history.median_step,
+                    steps=len(history.step_seconds),
+                    train_seconds=time.perf_counter() - began,
+                    epoch_loss=history.epoch_loss,
+                )
+                report.runs.append(run)
+                if spec and spec.method == "rsc":
+                    picture = [(model, [domain for domain in domains if domain is not held_out], seed)]
     for trained, seen, seed in picture:
-        report.picture = _picture(trained, seen, seed, settings.out / "muted.png")
-    (settings.out / "demo.json").write_text(report.to_json(), encoding="utf-8")
+        report.picture = draw_muted(trained, seen, seed, settings.out / "muted.png")
+    write_text(settings.out / "demo.json", report.to_json())
     _print(report, settings.out, console)
     return report
-
-
-_PHOTO_AUGMENT = Augment(crop_padding=6, flip=0.5, jitter=0.4, gray=0.1)
 
 
 def _variants(settings: DemoSettings) -> dict[str, PatchSpec | None]:
@@ -195,13 +182,25 @@ def _variants(settings: DemoSettings) -> dict[str, PatchSpec | None]:
     return variants
 
 
-def _device(name: str) -> torch.device:
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise ConfigError(f"There is no device {name!r} here: {str(error).splitlines()[0]}") from error
-    return device
+def _protocol(
+    settings: DemoSettings,
+    domains: Sequence[Domain],
+    variants: dict[str, PatchSpec | None],
+    build: RepeatedBackbone,
+    training: dict[str, Any],
+) -> dict[str, Any]:
+    data = "scikit-learn digits in four styles" if settings.data is None else settings.data.name
+    return {
+        "task": "leave one domain out, trained from scratch, weights of the last epoch",
+        "data": data,
+        "domains": {domain.name: len(domain) for domain in domains},
+        "classes": list(domains[0].classes),
+        "model": settings.model,
+        "model_options": build.options,
+        "size": build.size,
+        "variants": {name: spec.text if spec else None for name, spec in variants.items()},
+        **training,
+    }
 
 
 def _need_matplotlib() -> None:
@@ -215,53 +214,13 @@ def _need_matplotlib() -> None:
         ) from error
 
 
-class _Backbone:
-    """Builds the same backbone again and again: equal weights for equal seeds."""
-
-    def __init__(self, model: str, classes: int, size: int) -> None:
-        self.model, self.classes, self.size = model, classes, size
-        self.options: dict[str, Any] = {}
-        self(0)  # an unknown name fails here, before a refused option could hide it
-        stride = next((s for s in (32, 16, 8) if size / s >= SMALLEST_MAP), 8)
-        if stride < 32:
-            self.options = {"output_stride": stride}
-            try:
-                self(0)
-            except ConfigError:
-                self.options = {}
-
-    def __call__(self, seed: int) -> nn.Module:
+def _patched(model: nn.Module, spec: PatchSpec | None, seed: int) -> nn.Module:
+    if spec is not None:
+        # A method may have weights of its own to draw.
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            return build_model(self.model, self.classes, input_size=self.size, **self.options)
-
-
-def _patched(model: nn.Module, spec: PatchSpec | None) -> nn.Module:
-    if spec is not None:
-        fxgraft.patch(model, spec.method, **spec.options)
+            fxgraft.patch(model, spec.method, **spec.options)
     return model
-
-
-def _picture(model: nn.Module, domains: Sequence[Domain], seed: int, path: Path) -> str | None:
-    """Draw what RSC mutes on training images, with the labels it is given there."""
-    generator = torch.Generator().manual_seed(seed)
-    chosen = [(domain, torch.randperm(len(domain), generator=generator)[:24]) for domain in domains]
-    images = torch.cat([domain.images[index] for domain, index in chosen])
-    labels = torch.cat([domain.labels[index] for domain, index in chosen])
-    titles = [f"{domain.name}: {domain.classes[k]}" for domain, index in chosen for k in domain.labels[index]]
-    device = next(model.parameters()).device
-    model.train()
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), torch.no_grad():
-        torch.manual_seed(seed)
-        fxgraft.set_progress(model, 1.0)
-        for _ in range(20):  # the scope is drawn anew in every pass, and only positions can be drawn
-            with record(model) as records:
-                model(as_input(images).to(device), target=labels.to(device))
-            spatial = [r for r in records if r.scope == "spatial" and r.mask.ndim == 4 and r.selected.any()]
-            if spatial:
-                muting_picture(images, titles, spatial[0].mask, spatial[0].selected, path)
-                return path.name
-    return None
 
 
 def _print(report: DemoReport, out: Path, console: Console | None) -> None:

@@ -1,17 +1,13 @@
-"""What the demo reports: its runs as JSON and as a table, and a picture of what RSC muted."""
+"""What the demo reports: its runs as JSON and as a table."""
 
 from __future__ import annotations
 
 import json
-import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Any
 
-import torch
-import torch.nn.functional as F
 from rich.table import Table
 from rich.text import Text
 
@@ -136,46 +132,3 @@ class DemoReport:
 def _percent(values: Sequence[float]) -> str:
     spread = f" ± {100 * statistics.stdev(values):.1f}" if len(values) > 1 else ""
     return f"{100 * statistics.fmean(values):.1f}{spread}"
-
-
-def muting_picture(
-    images: torch.Tensor,
-    titles: Sequence[str],
-    mask: torch.Tensor,
-    selected: torch.Tensor,
-    path: Path,
-    *,
-    count: int = 12,
-) -> None:
-    """Draw images with the positions that were muted, as a PNG.
-
-    Args:
-        images: uint8 (B, 3, S, S).
-        titles: one per image.
-        mask: (B, 1, H, W), 1 keep and 0 mute; spread over the image without smoothing.
-        selected: (B,) bool, the samples that stayed muted; only these are drawn.
-        path: the file to write.
-        count: how many to draw at most, spread evenly over the selected ones.
-    """
-    from matplotlib.figure import Figure
-
-    chosen = selected.nonzero().flatten()
-    chosen = chosen[torch.linspace(0, len(chosen) - 1, min(count, len(chosen))).round().long()]
-    columns = min(6, len(chosen))
-    rows = math.ceil(len(chosen) / columns)
-    figure = Figure(figsize=(1.7 * columns, 3.8 * rows), layout="constrained")
-    axes = figure.subplots(2 * rows, columns, squeeze=False)
-    for axis in axes.flat:
-        axis.set_axis_off()
-    muted = 1 - F.interpolate(mask[chosen].float(), size=images.shape[-2:], mode="nearest")
-    for place, index in enumerate(chosen.tolist()):
-        row, column = divmod(place, columns)
-        plain = images[index].permute(1, 2, 0).float() / 255
-        red = torch.tensor([0.85, 0.1, 0.1])
-        veil = 0.75 * muted[place].permute(1, 2, 0)
-        axes[2 * row][column].imshow(plain.numpy())
-        axes[2 * row][column].set_title(titles[index], fontsize=8)
-        axes[2 * row + 1][column].imshow((plain * (1 - veil) + red * veil).numpy())
-    height, width = mask.shape[-2:]
-    figure.suptitle(f"Muted by RSC in one training step (red), on the {height}×{width} map", fontsize=10)
-    figure.savefig(path, dpi=120)

@@ -9,26 +9,24 @@ from __future__ import annotations
 
 import copy
 import math
-import platform
 import statistics
-import time
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from datetime import datetime, timezone
-from typing import Any, Literal
+from typing import Literal
 
-import timm
 import torch
 import torch.nn.functional as F
+from timm.optim import param_groups_weight_decay  # pyright: ignore[reportPrivateImportUsage]
 from torch import nn
 
 import fxgraft
-from fxgraft.errors import ConfigError, candidates
+from fxgraft.errors import ConfigError
 from fxgraft.experiments.augment import Augment
-from fxgraft.experiments.data import Domain
-
-ImagesAndLabels = tuple[torch.Tensor, torch.Tensor]
+from fxgraft.experiments.domains import ImagesAndLabels, checked_images
+from fxgraft.experiments.evaluation import autocast, evaluate
+from fxgraft.experiments.images import normalised, to_floats
+from fxgraft.experiments.timing import Clock
 
 
 @dataclass
@@ -110,7 +108,7 @@ def train(
         ConfigError: if an argument is out of range, "best" comes without validation, the labels do not
             match the images, or the loss stops being finite.
     """
-    images, labels = _checked(train_set)
+    images, labels = checked_images(train_set)
     if epochs < 1 or batch_size < 1:
         raise ConfigError(f"epochs and batch_size must be at least 1, got {epochs} and {batch_size}.")
     if lr <= 0 or not 0 <= warmup < 1:
@@ -128,7 +126,7 @@ def train(
     step = _Step(model, _optimizer(model, optimizer, lr, momentum, weight_decay), epochs * steps, warmup, amp)
     generator = torch.Generator().manual_seed(seed)
     augment = augment or Augment()
-    history, clock, best = History(), _Clock(device), None
+    history, clock, best = History(), Clock(device), None
     with _seeded(seed, device):
         for epoch in range(epochs):
             order = torch.randperm(len(labels), generator=generator).to(device)
@@ -138,8 +136,8 @@ def train(
             for index in range(steps):
                 clock.start()
                 part = slice(index * batch_size, (index + 1) * batch_size)
-                batch = augment.apply(_floats(images[order[part]]), {k: v[part] for k, v in drawn.items()})
-                summed += step(_normalised(batch).contiguous(memory_format=layout), labels[order[part]])
+                batch = augment.apply(to_floats(images[order[part]]), {k: v[part] for k, v in drawn.items()})
+                summed += step(normalised(batch).contiguous(memory_format=layout), labels[order[part]])
                 clock.stop()
                 if progress is not None:
                     progress(step.done, step.total)
@@ -160,123 +158,6 @@ def train(
     return history
 
 
-def evaluate(
-    model: nn.Module, images: torch.Tensor, labels: torch.Tensor, *, batch_size: int = 256, amp: bool = False
-) -> float:
-    """Share of images that the model, in evaluation mode, gives their label.
-
-    The training flag of every submodule is put back afterwards.
-
-    Args:
-        model: a classifier; the images go to the device of its parameters, a batch at a time.
-        images: uint8 (N, 3, S, S).
-        labels: int64 (N,).
-        batch_size: images per forward pass.
-        amp: run under bfloat16 autocast.
-
-    Raises:
-        ConfigError: if there are no images, or the labels do not match them.
-    """
-    images, labels = _checked((images, labels))
-    device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
-    flags = {module: module.training for module in model.modules()}
-    hits = torch.zeros((), dtype=torch.long, device=device)
-    model.eval()
-    try:
-        with torch.no_grad(), _autocast(device, amp):
-            for start in range(0, len(labels), batch_size):
-                batch = _normalised(_floats(images[start : start + batch_size].to(device)))
-                guess = model(batch).argmax(1)
-                hits += (guess == labels[start : start + batch_size].to(device)).sum()
-    finally:
-        for module, training in flags.items():
-            module.training = training
-    return hits.item() / len(labels)
-
-
-def leave_one_out(
-    domains: Sequence[Domain], held_out: str, *, validation: float = 0.0, seed: int = 0
-) -> tuple[ImagesAndLabels, ImagesAndLabels | None, ImagesAndLabels]:
-    """Deal the domains out for one run of domain generalisation.
-
-    Args:
-        domains: two or more.
-        held_out: name of the domain that is not trained on.
-        validation: share of every class of every training domain that is kept from training, in [0, 1).
-            The held-out domain never takes part in choosing a model.
-        seed: of the split for validation.
-
-    Returns:
-        Images and labels to train on, to validate on (None if the share is 0) and to test on: the whole
-        held-out domain.
-
-    Raises:
-        ConfigError: if there are fewer than two domains, none of that name, or `validation` keeps no image.
-    """
-    names = [domain.name for domain in domains]
-    if len(domains) < 2:
-        raise ConfigError(
-            f"Leaving one domain out needs two or more, and there is {', '.join(names) or 'none'}."
-        )
-    if held_out not in names:
-        raise ConfigError(f"There is no domain {held_out!r}. {candidates(held_out, names)}")
-    rest = [domain.split(validation, seed=seed) for domain in domains if domain.name != held_out]
-    test = domains[names.index(held_out)]
-    train_set, kept = (_together(parts) for parts in zip(*rest, strict=True))
-    if validation and not len(kept[1]):
-        raise ConfigError(
-            f"A validation share of {validation} of each class rounds to no image at all.\n"
-            "Raise it, or use 0 to go without validation."
-        )
-    return train_set, kept if validation else None, (test.images, test.labels)
-
-
-def _together(domains: Sequence[Domain]) -> ImagesAndLabels:
-    return torch.cat([domain.images for domain in domains]), torch.cat([domain.labels for domain in domains])
-
-
-def as_input(images: torch.Tensor) -> torch.Tensor:
-    """Turn uint8 images (N, 3, S, S) into what `train` and `evaluate` feed to a model: floats in [-1, 1]."""
-    return _normalised(_floats(images))
-
-
-def environment(device: str | torch.device) -> dict[str, Any]:
-    """What a result was measured with: versions, device, threads, date (UTC)."""
-    device = torch.device(device)
-    cpu = f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
-    return {
-        "fxgraft": getattr(fxgraft, "__version__", "0"),
-        "torch": str(torch.__version__),
-        "timm": timm.__version__,
-        "python": platform.python_version(),
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else cpu,
-        "threads": torch.get_num_threads(),
-        "date": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M"),
-    }
-
-
-def _checked(data: ImagesAndLabels) -> ImagesAndLabels:
-    images, labels = data
-    if images.ndim != 4 or images.shape[1] != 3 or images.dtype != torch.uint8:
-        raise ConfigError(
-            f"Images must be uint8 of shape (N, 3, S, S), got {images.dtype} of {tuple(images.shape)}."
-        )
-    if labels.shape != images.shape[:1] or len(labels) == 0:
-        raise ConfigError(
-            f"Every image needs a label, and there must be at least one: got {len(images)} images "
-            f"and labels of shape {tuple(labels.shape)}."
-        )
-    return images, labels
-
-
-def _floats(images: torch.Tensor) -> torch.Tensor:
-    return images.float() / 255
-
-
-def _normalised(images: torch.Tensor) -> torch.Tensor:
-    return images * 2 - 1
-
-
 class _Step:
     """One update of the weights, bare or patched, under a rate that warms up and then falls."""
 
@@ -291,7 +172,7 @@ class _Step:
     def __call__(self, batch: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
         """Train on images (B, 3, S, S) and labels (B,); return the loss, detached."""
         self.optimizer.zero_grad(set_to_none=True)
-        with _autocast(batch.device, self.amp):
+        with autocast(batch.device, self.amp):
             if self.patched:
                 fxgraft.set_progress(self.model, self.done / self.total)
                 output = self.model(batch, target=target)
@@ -308,11 +189,7 @@ class _Step:
 def _optimizer(
     model: nn.Module, name: str, lr: float, momentum: float, weight_decay: float
 ) -> torch.optim.Optimizer:
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    groups = [
-        {"params": [p for p in parameters if p.ndim > 1], "weight_decay": weight_decay},
-        {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
-    ]
+    groups = param_groups_weight_decay(model, weight_decay)
     if name == "sgd":
         return torch.optim.SGD(groups, lr=lr, momentum=momentum, nesterov=momentum > 0)
     if name == "adamw":
@@ -327,44 +204,9 @@ def _rate(step: int, total: int, warmup: float) -> float:
     return 0.5 * (1 + math.cos(math.pi * (step - rising) / max(1, total - rising)))
 
 
-def _autocast(device: torch.device, amp: bool) -> AbstractContextManager:
-    return torch.autocast(device.type, dtype=torch.bfloat16) if amp else nullcontext()
-
-
 @contextmanager
 def _seeded(seed: int, device: torch.device):
     devices = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices):
         torch.manual_seed(seed)
         yield
-
-
-class _Clock:
-    """Times steps; on CUDA with events that are read once an epoch, so that no step waits for the host."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.cuda = device.type == "cuda"
-        self.marks: list[tuple[Any, Any]] = []
-        self.begun: Any = None
-
-    def start(self) -> None:
-        self.begun = self._now()
-
-    def stop(self) -> None:
-        self.marks.append((self.begun, self._now()))
-
-    def _now(self) -> Any:
-        if not self.cuda:
-            return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        return event
-
-    def read(self) -> list[float]:
-        if self.cuda:
-            torch.cuda.synchronize()
-            seconds = [begun.elapsed_time(ended) / 1e3 for begun, ended in self.marks]
-        else:
-            seconds = [ended - begun for begun, ended in self.marks]
-        self.marks = []
-        return seconds

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -58,6 +59,12 @@ def parse_patch_spec(text: str) -> PatchSpec:
             raise ConfigError(f"The patch {text!r} gives {key!r} twice.")
         options[key] = _value(value)
     return PatchSpec(written, method, options)
+
+
+def describe(method: str, options: Mapping[str, Any]) -> str:
+    """Write a method and its options the way the command line takes them."""
+    settings = ",".join(f"{key}={value}" for key, value in options.items())
+    return f"{method}:{settings}" if settings else method
 
 
 def _value(word: str) -> Any:

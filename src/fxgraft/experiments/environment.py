@@ -1,0 +1,58 @@
+"""What a result is measured with: device, libraries, threads, date."""
+
+from __future__ import annotations
+
+import platform
+from datetime import datetime, timezone
+from typing import Any
+
+import timm
+import torch
+
+import fxgraft
+from fxgraft.errors import ConfigError
+
+
+def checked_device(device: str | torch.device) -> torch.device:
+    """Turn a device name into a device that is there.
+
+    Raises:
+        ConfigError: the name means nothing to torch, or this machine has no such device.
+    """
+    try:
+        found = torch.device(device)
+        torch.empty(0, device=found)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise ConfigError(
+            f"This machine has no device {str(device)!r}: {str(error).splitlines()[0]}"
+        ) from None
+    if found.type == "meta":
+        raise ConfigError("The 'meta' device computes nothing, so nothing can be measured on it.")
+    return found
+
+
+def processor(device: torch.device) -> str:
+    """Name what a device is: the GPU's product, or the CPU's architecture and vector instructions."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of Python and of the libraries that decide a result."""
+    return {
+        "python": platform.python_version(),
+        "torch": str(torch.__version__),
+        "timm": timm.__version__,
+        "fxgraft": fxgraft.__version__,
+    }
+
+
+def environment(device: str | torch.device) -> dict[str, Any]:
+    """Say what a result was measured with: versions, device, threads, date (UTC)."""
+    return {
+        **versions(),
+        "device": processor(torch.device(device)),
+        "threads": torch.get_num_threads(),
+        "date": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M"),
+    }

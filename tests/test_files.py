@@ -1,0 +1,111 @@
+"""Files are whole or as they were, whatever stops the one who writes them."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from fxgraft.errors import RecipeError
+from fxgraft.files import Header, write_files, write_text
+
+
+def content(folder: Path) -> dict[str, str]:
+    return {path.name: path.read_text() for path in sorted(folder.iterdir())}
+
+
+def text(value: str):
+    return lambda path: path.write_text(value)
+
+
+def test_a_folder_is_made_and_its_files_are_replaced(tmp_path: Path) -> None:
+    folder = tmp_path / "a" / "b"
+    write_files(folder, {"one": text("1"), "two": text("2")})
+    write_files(folder, {"two": text("3")})
+    assert content(folder) == {"one": "1", "two": "3"}
+
+
+def test_a_failure_leaves_all_the_old_ones(tmp_path: Path) -> None:
+    write_files(tmp_path, {"one": text("1"), "two": text("2")})
+
+    def full(path: Path) -> None:
+        path.write_text("half")
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(OSError, match="No space left"):
+        write_files(tmp_path, {"one": text("new"), "two": full})
+    assert content(tmp_path) == {"one": "1", "two": "2"}
+
+
+def test_what_a_killed_process_left_is_gone_after_the_next_save(tmp_path: Path) -> None:
+    code = (
+        "import os, sys; from pathlib import Path; from fxgraft.files import write_files\n"
+        "def write(path): path.write_text('half'); os.kill(os.getpid(), 9)\n"
+        "write_files(Path(sys.argv[1]), {'one': write})\n"
+    )
+    source = str(Path(sys.modules["fxgraft"].__file__).parents[1])
+    killed = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path)], check=False, env={**os.environ, "PYTHONPATH": source}
+    )
+    assert killed.returncode == -9
+    assert len(list(tmp_path.iterdir())) == 1
+    write_files(tmp_path, {"one": text("whole")})
+    assert content(tmp_path) == {"one": "whole"}
+
+
+def test_permissions_are_those_of_any_new_file(tmp_path: Path) -> None:
+    before = os.umask(0o027)
+    try:
+        write_text(tmp_path / "one", "1")
+    finally:
+        os.umask(before)
+    assert (tmp_path / "one").stat().st_mode & 0o777 == 0o640
+
+
+def test_savers_of_one_folder_take_turns(tmp_path: Path) -> None:
+    code = (
+        "import sys, time; from pathlib import Path; from fxgraft.files import write_files\n"
+        "def write(path):\n"
+        "    for _ in range(20):\n"
+        "        with path.open('a') as file: file.write(sys.argv[2])\n"
+        "        time.sleep(0.005)\n"
+        "for _ in range(3): write_files(Path(sys.argv[1]), {'one': write, 'two': write})\n"
+    )
+    source = str(Path(sys.modules["fxgraft"].__file__).parents[1])
+    savers = [
+        subprocess.Popen(
+            [sys.executable, "-c", code, str(tmp_path), mark], env={**os.environ, "PYTHONPATH": source}
+        )
+        for mark in "ab"
+    ]
+    assert [saver.wait() for saver in savers] == [0, 0]
+    assert content(tmp_path) in ({"one": 20 * m, "two": 20 * m} for m in "ab")
+
+
+def test_links_and_pipes_stay_what_they_are(tmp_path: Path) -> None:
+    (tmp_path / "real").mkdir()
+    (tmp_path / "real" / "file").write_text("old")
+    (tmp_path / "link").symlink_to(tmp_path / "real" / "file")
+    write_text(tmp_path / "link", "new")
+    assert (tmp_path / "link").is_symlink()
+    assert (tmp_path / "real" / "file").read_text() == "new"
+    write_text(Path(os.devnull), "nothing")
+    assert not Path(os.devnull).is_file()
+
+
+HEADER = Header("parts", 2, what="list of parts", instead="Name a list.", upgrade="Upgrade.")
+
+
+@pytest.mark.parametrize("other", [[], None, {}, {"format": "wholes", "version": 2}])
+def test_a_file_of_another_kind_is_refused(other) -> None:
+    with pytest.raises(RecipeError, match=r"'here' is no list of parts\.\nName a list\."):
+        HEADER.check(other, Path("here"))
+
+
+def test_a_file_of_another_version_is_refused() -> None:
+    HEADER.check({**HEADER.entries(), "more": 1}, Path("here"))
+    with pytest.raises(RecipeError, match=r"'here' is of version 3; this fxgraft reads version 2.*\n.*\nUp"):
+        HEADER.check({"format": "parts", "version": 3}, Path("here"))
