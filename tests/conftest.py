@@ -1,9 +1,19 @@
-"""One thread per test process, since the suite runs in two; and the same seed for every test."""
+"""One thread per test process, since the suite runs in two; the same seed for every test; two more methods."""
+
+import sys
+import tempfile
+from pathlib import Path
 
 import pytest
 import torch
 
+from third_party_package import install
+
 torch.set_num_threads(1)
+
+# Before anything asks for the methods: whatever sweeps over the registry sweeps over these two as well.
+_folder = tempfile.TemporaryDirectory()
+sys.path.insert(0, str(install(Path(_folder.name))))
 
 
 @pytest.fixture(autouse=True)

@@ -8,6 +8,7 @@ import importlib.util
 import inspect
 import pkgutil
 import re
+import statistics
 import sys
 import types
 from pathlib import Path
@@ -18,10 +19,27 @@ import fxgraft
 
 ROOT = Path(fxgraft.__file__).parent
 FILES = sorted(ROOT.rglob("*.py"))
-GRAPH = [f for f in FILES if f.parent.name == "graph"]
-FUNCTIONAL = [f for f in FILES if f.parent.name == "functional"]
-METHODS = [f for f in FILES if "patches" in f.parts and f.name not in ("__init__.py", "base.py")]
-FOUNDATION = {"fxgraft.graph", "fxgraft.errors"}
+
+# Every file belongs to the first entry that it lies in. A file imports from rows above its own, and from its own
+# row as long as no circle comes of it; `only` narrows that down.
+LAYERS: list[tuple[str, ...]] = [
+    ("errors.py", "files.py"),
+    ("graph/tracing/", "graph/__init__.py"),
+    ("graph/structure/",),
+    ("graph/grafting/",),
+    ("functional/", "patches/base.py", "patches/options.py", "patches/draws.py", "patches/registry.py"),
+    ("extend.py", "patches/__init__.py"),
+    ("patches/",),
+    ("guards.py", "inspection.py"),
+    ("api.py",),
+    ("adaptation/", "recipe.py"),
+    ("__init__.py",),
+    ("experiments/",),
+    ("bench/",),
+    ("cli/",),
+]
+METHODS_USE = ("fxgraft.extend", "fxgraft.errors", "fxgraft.functional")
+"""What a built-in method may use besides its own folder: what anybody's method may, and shared tensor functions."""
 
 
 def name_of(file: Path) -> str:
@@ -31,6 +49,19 @@ def name_of(file: Path) -> str:
 def module_name(file: Path) -> str:
     parts = ("fxgraft", *file.relative_to(ROOT).with_suffix("").parts)
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+MODULES = {module_name(file): file for file in FILES}
+
+
+def rank(file: Path) -> int:
+    name = name_of(file)
+    found = [row for row, layer in enumerate(LAYERS) for each in layer if name == each]
+    found += [
+        row for row, layer in enumerate(LAYERS) for each in layer if each[-1] == "/" and name.startswith(each)
+    ]
+    assert found, f"{name} has no place in LAYERS"
+    return found[0]
 
 
 def imports(source: str, package: str) -> set[str]:
@@ -44,8 +75,15 @@ def imports(source: str, package: str) -> set[str]:
                 ".".join(package.split(".")[: len(package.split(".")) - node.level + 1]) if node.level else ""
             )
             base = ".".join(part for part in (start, node.module or "") if part)
-            found |= {base, *(f"{base}.{alias.name}" for alias in node.names)}
+            inner = {f"{base}.{alias.name}" for alias in node.names}
+            # `from package import name`: the module of that name if there is one, else the package itself
+            found |= {name for name in inner if name in MODULES} or {base}
     return found
+
+
+def own_imports(file: Path) -> set[str]:
+    package = module_name(file) if file.name == "__init__.py" else module_name(file).rpartition(".")[0]
+    return {name for name in imports(file.read_text(), package) if name in MODULES}
 
 
 def inside(names: set[str], *packages: str) -> set[str]:
@@ -53,34 +91,52 @@ def inside(names: set[str], *packages: str) -> set[str]:
 
 
 def test_imports_are_seen_in_every_form() -> None:
-    source = "import fxgraft.patches\ndef f():\n  from ..patches import rsc\n  from fxgraft import patches"
-    assert inside(imports(source, "fxgraft.graph"), "fxgraft.patches") == {
-        "fxgraft.patches",
-        "fxgraft.patches.rsc",
-    }
+    source = (
+        "import fxgraft.api\ndef f():\n  from ..patches import draws\n  from fxgraft.patches.rsc import RSC"
+    )
+    found = imports(source, "fxgraft.graph")
+    assert found == {"fxgraft.api", "fxgraft.patches.draws", "fxgraft.patches.rsc"}
 
 
-@pytest.mark.parametrize("file", GRAPH, ids=name_of)
-def test_the_graph_layer_knows_no_method(file: Path) -> None:
-    ours = inside(imports(file.read_text(), "fxgraft.graph"), "fxgraft")
-    assert {n for n in ours if not inside({n}, "fxgraft.graph", "fxgraft.errors")} == set()
+@pytest.mark.parametrize("file", FILES, ids=name_of)
+def test_no_import_runs_up(file: Path) -> None:
+    own = rank(file)
+    assert {name for name in own_imports(file) if rank(MODULES[name]) > own} == set()
 
 
-@pytest.mark.parametrize("file", FUNCTIONAL, ids=name_of)
-def test_the_tensor_functions_know_no_model(file: Path) -> None:
-    ours = inside(imports(file.read_text(), "fxgraft.functional"), "fxgraft")
-    assert {n for n in ours if not inside({n}, "fxgraft.functional", "fxgraft.errors")} == set()
+def test_no_circle() -> None:
+    """Type-only imports count."""
+    waiting = {module_name(file): own_imports(file) - {module_name(file)} for file in FILES}
+    while free := [name for name, needs in waiting.items() if not needs & waiting.keys()]:
+        for name in free:
+            del waiting[name]
+    assert waiting == {}
 
 
-@pytest.mark.parametrize("file", METHODS, ids=name_of)
-def test_a_method_knows_no_other_method_and_no_api(file: Path) -> None:
-    ours = inside(imports(file.read_text(), "fxgraft.patches"), "fxgraft")
-    known = inside(ours, "fxgraft.patches", "fxgraft.api", "fxgraft.recipe")
-    assert known - inside(known, "fxgraft.patches.base") - {"fxgraft.patches"} == set()
+@pytest.mark.parametrize("file", [f for f in FILES if rank(f) == 6], ids=name_of)
+def test_a_method_goes_through_the_door(file: Path) -> None:
+    home = ".".join(module_name(file).split(".")[:3])
+    assert own_imports(file) - inside(own_imports(file), home, *METHODS_USE) == set()
+
+
+@pytest.mark.parametrize("file", [f for f in FILES if "graph" in f.parts], ids=name_of)
+def test_the_graph_layer_has_no_word_of_a_method(file: Path) -> None:
+    words = {*fxgraft.methods(), *(cls.__name__ for cls in fxgraft.methods().values())} - {"taps", "Taps"}
+    assert (
+        re.findall(
+            rf"\b({'|'.join(words)}|MIMO|class maps?|styles?|mut(?:e|ed|ing)|members?)\b", file.read_text()
+        )
+        == []
+    )
+
+
+def test_nothing_stands_for_a_circle() -> None:
+    """No import for types alone: where a lower room needs an upper one, it declares a protocol."""
+    assert [name_of(file) for file in FILES if "TYPE_CHECKING" in file.read_text()] == []
 
 
 def test_the_graph_layer_works_without_the_methods() -> None:
-    """Import a second fxgraft whose patches cannot be imported."""
+    """Import a second fxgraft that has nothing but the graph layer."""
     kept = {name: module for name, module in sys.modules.items() if name.partition(".")[0] == "fxgraft"}
     package = types.ModuleType("fxgraft")
     package.__path__ = [str(ROOT)]
@@ -88,8 +144,9 @@ def test_the_graph_layer_works_without_the_methods() -> None:
         for name in kept:
             del sys.modules[name]
         sys.modules["fxgraft"] = package
-        sys.modules.update({f"fxgraft.{name}": None for name in ("patches", "api", "functional", "recipe")})  # type: ignore[dict-item]
-        for file in GRAPH:
+        others = {n.split(".")[1] for n in MODULES if n.count(".")} - {"graph", "errors"}
+        sys.modules.update({f"fxgraft.{name}": None for name in others})  # type: ignore[dict-item]
+        for file in (f for f in FILES if "graph" in f.parts):
             module = importlib.import_module(module_name(file))
             assert module.__file__ == str(file)
             assert module is not kept.get(module.__name__)
@@ -97,6 +154,11 @@ def test_the_graph_layer_works_without_the_methods() -> None:
         for name in [n for n in sys.modules if n.partition(".")[0] == "fxgraft"]:
             del sys.modules[name]
         sys.modules.update(kept)
+
+
+def test_the_house_is_one_of_small_rooms() -> None:
+    lengths = [len(file.read_text().splitlines()) for file in FILES if file.name != "__init__.py"]
+    assert statistics.median(lengths) < 150
 
 
 @pytest.mark.parametrize("file", FILES, ids=name_of)

@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 import fxgraft
 from fxgraft.cli.commands import app
 from fxgraft.cli.readme import own_methods, regenerated
+from fxgraft.patches import registry
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -33,6 +34,8 @@ def commands() -> list[str]:
 
 def test_python_blocks_run_in_order(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    fxgraft.methods()
+    monkeypatch.setattr(registry, "_registry", dict(registry._registry))  # a block registers a method
     torch.manual_seed(0)
     batch = (torch.randn(4, 3, 64, 64), torch.randint(7, (4,)))
     loader = [batch, batch]

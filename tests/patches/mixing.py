@@ -22,6 +22,12 @@ def unit(model: nn.Module, kind: Any) -> Any:
     return found
 
 
+def last_pairing(model: nn.Module) -> Any:
+    """What the last pass mixed."""
+    graft = fxgraft.grafts(model)[0]
+    return graft.context.left.notes[graft.name]
+
+
 def trained(model: Any, steps: int = 3) -> Any:
     """The model after a few steps at a rate that moves every member away from where it started."""
     x, y = batch()

@@ -200,9 +200,8 @@ def test_consistency_adds_the_divergence_of_two_more_passes() -> None:
     parts = fxgraft.losses(model, out, y)
     assert len(on[0]) == 16  # eight units, two passes
     torch.manual_seed(1)
-    for unit in fxgraft.grafts(model)[0].units.values():
-        unit.forced = True  # type: ignore[assignment]
-    others = [model(x), model(x)]
+    with fxgraft.grafts(model)[0].asking(forced=True):
+        others = [model(x), model(x)]
     chances = [each.softmax(1) for each in (out, *others)]
     mixture = sum(chances) / 3
     divergence = sum((p * (p / mixture).log()).sum(1).mean() for p in chances) / 3
@@ -217,8 +216,16 @@ def test_consistency_is_a_matter_of_training_and_of_its_own_batch() -> None:
     assert set(fxgraft.losses(model, model(x), y)) == {"criterion"}
     out = model.train()(x)
     model(x[:2])
+    torch.manual_seed(0)
+    parts = fxgraft.losses(model, out, y)  # on the batch that gave these predictions, not on the last one
+    again = model(x)
+    torch.manual_seed(0)
+    torch.testing.assert_close(
+        parts["crossnorm.consistency"], fxgraft.losses(model, again, y)["crossnorm.consistency"]
+    )
+    model(x[:2])
     with pytest.raises(ConfigError, match=r"loss of 3 predictions, but .* had 2 images"):
-        fxgraft.loss(model, out, y)
+        fxgraft.loss(model, out + 0, y)  # made anew, as a wrapper may do: taken for those of the last pass
 
 
 def test_tokens_keep_their_prefix() -> None:

@@ -196,8 +196,8 @@ def test_outside_of_a_step_the_model_is_the_bare_one(training: bool, inplace: bo
         exactly(model.get_parameter(name).grad, gradient)
     unchanged(model, contents(bare))
     context = model.layer1.__dict__["_fxgraft"].context
-    assert not context.recorded
-    assert not context.values
+    assert not context.left.recorded
+    assert context.current is None
 
 
 def test_values_are_those_before_what_writes_over_them():

@@ -65,7 +65,7 @@ REFUSED: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"eps": float("nan")}, ConfigError, "eps must be 0 or more"),
     ({"momentum": 2}, ConfigError, "momentum must be a share"),
     ({"gan": "wgan"}, ConfigError, "gan must be one of 'jsd', 'lsgan'"),
-    ({"hidden": 0}, ConfigError, "hidden is the width"),
+    ({"hidden": 0}, ConfigError, "hidden must be a whole number"),
     ({"discriminator": 3}, ConfigError, "is called with a tap's shape"),
     ({"discriminator": lambda shape: shape}, ConfigError, "'layer1' must be a torch.nn.Module"),
     ({"discriminator": linear(7, 2)}, ConfigError, "does not take a value of shape"),

@@ -18,9 +18,9 @@ from torch import Tensor, nn
 import fxgraft
 from fxgraft.patches.mixmo.masks import MIXINGS
 from fxgraft.patches.mixmo.pairing import Pairing
-from fxgraft.patches.mixmo.patch import Encoders, Heads, Members
+from fxgraft.patches.mixmo.patch import Encoders, Heads
 from golden_data import GoldenCase, load_golden
-from patches.mixing import SMALL, patched, trained, unit
+from patches.mixing import SMALL, last_pairing, patched, trained, unit
 from patches.small import CLASSES, Net, batch, net
 from toys import assert_same, state_of_everything
 
@@ -143,7 +143,7 @@ def test_every_mixing_trains_every_member(mixing: Any, members: int) -> None:
     assert out.shape == (members, len(x), CLASSES)
     fxgraft.loss(model, out, y).backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
-    last = unit(model, Members).last
+    last = last_pairing(model)
     torch.testing.assert_close(last.shares.sum(1), torch.ones(len(x)))
     torch.testing.assert_close(last.masks.expand(members, 6, 8, 12, 12).sum(0), torch.ones(6, 8, 12, 12))
 
@@ -155,7 +155,7 @@ def test_a_pass_mixes_the_encodings_of_its_pairs(init: Any) -> None:
     seen: list[Tensor] = []
     model.layer1[0].register_forward_hook(lambda module, args, out: seen.append(out))
     out = model(x, target=y)
-    last, own = unit(model, Members).last, unit(model, Encoders)
+    last, own = last_pairing(model), unit(model, Encoders)
     first = F.conv2d(x, model.layer1[0].weight, model.layer1[0].bias, 2, 1)
     second = F.conv2d(x[last.permutations[1]], own.weight_1, own.bias_1, 2, 1)
     share = last.shares[:, 0].reshape(-1, 1, 1, 1)
@@ -172,7 +172,7 @@ def test_sums_weigh_all_members_alike() -> None:
     model = patched(mixing="sum", members=3)
     x, y = batch()
     out = model(x, target=y)
-    last = unit(model, Members).last
+    last = last_pairing(model)
     assert torch.equal(last.weights, torch.ones(len(x), 3))
     expected = sum(F.cross_entropy(out[i], y[last.permutations[i]]) for i in range(3))
     torch.testing.assert_close(fxgraft.loss(model, out, y), expected)
@@ -184,13 +184,13 @@ def test_the_probability_falls_at_the_end() -> None:
     for fraction, cut in ((0.0, True), (0.9, True), (1.0, False)):
         fxgraft.set_progress(model, fraction)
         model(x, target=y)
-        masks = unit(model, Members).last.masks
+        masks = last_pairing(model).masks
         assert (masks.shape[-1] > 1) is cut
     patched_half = patched(mixing="cut", p=0.5)
     seen = set()
     for _ in range(20):
         patched_half(x, target=y)
-        seen.add(unit(patched_half, Members).last.masks.shape[-1])
+        seen.add(last_pairing(patched_half).masks.shape[-1])
     assert seen == {1, 12}
 
 
@@ -203,7 +203,7 @@ def test_roles_are_dealt_anew() -> None:
         model, found = patched(members=3, p=1.0, **options), set()
         for _ in range(15):
             model(x, target=y)
-            masks = unit(model, Members).last.masks
+            masks = last_pairing(model).masks
             binary = ((masks == 0) | (masks == 1)).flatten(1).all(1)
             found.add(int(binary.int().argmax()))
         return found
@@ -220,7 +220,7 @@ def test_repetitions_and_kept_rows() -> None:
     fxgraft.loss(model, out, y).backward()
     kept = patched(kept=1.0, repetitions=2)
     kept(x, target=y)
-    first, second = unit(kept, Members).last.permutations
+    first, second = last_pairing(kept).permutations
     assert torch.equal(first, second)
 
 
@@ -378,10 +378,10 @@ def test_others_see_the_labels_of_the_mixtures() -> None:
     x, y = batch()
     seen: list[Tensor] = []
     context = fxgraft.grafts(model)[0].units["inputs"].context
-    model.layer2.register_forward_hook(lambda *_: seen.append(context.target))
+    model.layer2.register_forward_hook(lambda *_: seen.append(context.current.target))
     out = model(x, target=y)
     assert out.shape == (2, 12, CLASSES)
-    last = unit(model, Members).last
+    last = last_pairing(model)
     labels = [F.one_hot(y[order], CLASSES) for order in last.permutations]
     expected = last.shares[:, :1] * labels[0] + last.shares[:, 1:] * labels[1]
     torch.testing.assert_close(seen[-1], expected)

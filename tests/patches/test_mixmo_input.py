@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 import fxgraft
 from fxgraft import ConfigError, MixMo, MixMoInput, StructureError, TargetError
-from fxgraft.patches.mixmo.patch import Encoders, Members
-from patches.mixing import patched, unit
+from fxgraft.patches.mixmo.patch import Encoders
+from patches.mixing import last_pairing, patched, unit
 from patches.small import CLASSES, batch, net
 
 # Labels.
@@ -24,7 +24,7 @@ def test_soft_targets_are_permuted_with_their_images() -> None:
     x, y = batch()
     x, soft = Mixup(mixup_alpha=0.4, num_classes=CLASSES, label_smoothing=0.1, prob=1.0)(x, y)
     out = model(x, target=soft)
-    last = unit(model, Members).last
+    last = last_pairing(model)
     expected = sum(
         (last.weights[:, i] * F.cross_entropy(out[i], soft[order], reduction="none")).mean()
         for i, order in enumerate(last.permutations)
@@ -38,7 +38,7 @@ def test_mixed_images_have_the_labels_of_what_is_seen_of_them(visible: bool) -> 
     x, y = batch()
     mixed, labels = fxgraft.input_cutmix(x, y)
     out = model(mixed, target=labels)
-    last = unit(model, Members).last
+    last = last_pairing(model)
     expected = torch.zeros(())
     for i, order in enumerate(last.permutations):
         shown = labels[order]
@@ -124,7 +124,7 @@ def test_own_pairs(kind: Any) -> None:
     stem = unit(model, Encoders).path
     model.get_submodule(stem).register_forward_hook(lambda module, args, out: maps.append(out))
     out = model(MixMoInput([first[0], second[0]]), target=[first[1], second[1]])
-    last = unit(model, Members).last
+    last = last_pairing(model)
     alone = []
     for x, y in (first, second):  # all members alike from pretrained weights: each image by itself
         with torch.no_grad():
@@ -134,7 +134,7 @@ def test_own_pairs(kind: Any) -> None:
     torch.testing.assert_close(maps[0], share * alone[0] + (1 - share) * alone[1], rtol=1e-4, atol=1e-5)
 
     out = model(MixMoInput([first[0], second[0]]), target=[first[1], second[1]])
-    last = unit(model, Members).last
+    last = last_pairing(model)
     expected = sum(
         (last.weights[:, i] * F.cross_entropy(out[i], y, reduction="none")).mean()
         for i, (_, y) in enumerate((first, second))

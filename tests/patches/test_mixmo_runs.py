@@ -16,8 +16,8 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 import fxgraft
-from fxgraft.patches.mixmo.patch import Encoders, Members
-from patches.mixing import patched, trained, unit
+from fxgraft.patches.mixmo.patch import Encoders
+from patches.mixing import last_pairing, patched, trained, unit
 from patches.small import CLASSES, batch, net
 
 
@@ -47,7 +47,7 @@ def test_compiles_once_in_both_modes(options: dict[str, Any]) -> None:
             fxgraft.set_progress(model, fraction)
             model.zero_grad()
             out = compiled(x.flip(0), target=y.flip(0))
-            last = unit(model, Members).last
+            last = last_pairing(model)
             shapes.add(bool((last.masks == 0).any()))
             expected = sum(
                 (last.weights[:, i] * F.cross_entropy(out[i], y.flip(0)[order], reduction="none")).mean()
@@ -150,7 +150,7 @@ def test_linear_stems_are_mixed_over_rows_and_columns(mapped: bool, mixing: Any)
     model.embed.register_forward_hook(lambda module, args, value: out.append(value))
     y = torch.arange(5)
     model(torch.randn(5, 3, 16, 40), target=y)  # not the shape that the model was looked at with
-    last = unit(model, Members).last
+    last = last_pairing(model)
     found = out[0].unflatten(1, (4, 10)) if out[0].ndim == 3 else out[0]
     assert torch.equal(found.movedim(-1, 1), last.masks[0].expand(5, 4, 4, 10))
     assert 0 < found.mean() < 1

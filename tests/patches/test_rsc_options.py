@@ -221,7 +221,9 @@ def test_several_sites_act_one_after_the_other() -> None:
 @pytest.mark.parametrize("wrong", ["NC", "NLC", "NCL"])
 def test_a_layout_of_other_dimensions_is_an_error(wrong: str) -> None:
     model = net()
-    with pytest.raises(fxgraft.SiteError, match=rf"'layer1' is {wrong}, but its shape is \(2, 8, 12, 12\)"):
+    with pytest.raises(
+        fxgraft.SiteError, match=rf"'layer1' was said to be {wrong}, but its shape is \(2, 8, 12, 12\)"
+    ):
         patched(model, "layer1", layout=wrong)
     assert type(model) is Net
 

@@ -36,7 +36,10 @@ def check_count(patch: Any, *names: str) -> None:
 
 def check_choices(patch: Any) -> None:
     """Raise `ConfigError` for every option declared as a `typing.Literal` that holds something else."""
-    hints = typing.get_type_hints(type(patch))
+    try:
+        hints = typing.get_type_hints(type(patch))
+    except NameError:  # a name that only a type checker sees: nothing can be told of the choices
+        return
     for f in dataclasses.fields(patch):
         hint = hints[f.name]
         parts = (

@@ -11,7 +11,7 @@ from torch import nn
 
 from fxgraft.errors import MethodError
 from fxgraft.graph.grafting.backbone import Backbone
-from fxgraft.graph.grafting.passes import Arguments, Context
+from fxgraft.graph.grafting.passes import ARGUMENTS, Arguments, Context
 from fxgraft.graph.grafting.placement import Placement
 from fxgraft.graph.grafting.unit import Unit
 
@@ -68,7 +68,7 @@ class Graft(Generic[P]):
     patch: P
     units: dict[str, Unit] = field(default_factory=dict)
     input_size: tuple[int, ...] | None = None
-    context: Context | None = field(default=None, repr=False, compare=False)
+    context: Context | None = field(default=None, init=False, repr=False, compare=False)
 
     def parameters(self) -> list[nn.Parameter]:
         """List the parameters that the graft added, for an optimiser."""
@@ -109,10 +109,9 @@ class Graft(Generic[P]):
         """
         return None if self.context is None else self.context.recall(self.name, out)
 
-    def arguments(self) -> Arguments | None:
-        """Return the arguments of this thread's last pass, if it was one of training and the patch replays."""
-        left = None if self.context is None else self.context.left
-        return None if left is None else left.arguments
+    def arguments(self, out: Any) -> Arguments | None:
+        """Return the arguments of the pass that gave ``out``, if it was one of training and the patch replays."""
+        return None if self.context is None else self.context.recall(ARGUMENTS, out)
 
     def asking(self, **options: Any) -> AbstractContextManager[None]:
         """Ask something of the graft's units in the passes of a block, in this thread; see `Pass.asked`."""

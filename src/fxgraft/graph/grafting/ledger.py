@@ -173,7 +173,7 @@ class Ledger:
     def portable(self) -> Ledger:
         """Return the ledger without what is compiled, to travel with a copy of the model."""
         twin = Ledger()
-        twin.grafts = [replace(graft, context=None) for graft in self.grafts]
+        twin.grafts = [replace(graft) for graft in self.grafts]
         twin.context.progress = self.context.progress
         return twin
 

@@ -29,6 +29,10 @@ T = TypeVar("T")
 _running = threading.local()
 
 
+ARGUMENTS = "(arguments)"
+"""What the arguments of a pass are noted under; no graft has such a name."""
+
+
 class Arguments:
     """The arguments of a pass, kept so that it can be made again."""
 
@@ -43,15 +47,11 @@ class Left:
     Attributes:
         notes: what grafts remember of it, by name.
         recorded: the values that taps recorded and nobody fetched yet; None if there are none.
-        arguments: with which it was called, if it was one of training and a graft runs it again.
     """
 
-    def __init__(
-        self, notes: dict[str, Any], recorded: dict[str, Any] | None, arguments: Arguments | None
-    ) -> None:
+    def __init__(self, notes: dict[str, Any], recorded: dict[str, Any] | None) -> None:
         self.notes = notes
         self.recorded = recorded
-        self.arguments = arguments
 
 
 class Context:
@@ -93,8 +93,9 @@ class Context:
 
     def leave(self, run: Pass, out: Any, arguments: Arguments) -> None:
         """Keep what a pass that came through leaves behind."""
-        kept = arguments if self.replays and run.training else None
-        self._local.left = Left(run.notes, run.recording, kept)
+        if self.replays and run.training:
+            run.notes[ARGUMENTS] = arguments
+        self._local.left = Left(run.notes, run.recording)
         if not torch.compiler.is_compiling() and (run.notes or len(self._notes)):
             for each in tensors(out):
                 self._notes[each] = run.notes

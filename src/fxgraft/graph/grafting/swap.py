@@ -78,7 +78,8 @@ def _outer_call(
     current = state.context.current
     if current is not None and current.model is self:
         return call(self, *args, **kwargs)
-    if getattr(self, "_is_replica", False):
+    replica = getattr(self, "_is_replica", False)
+    if replica:
         replicas.localise(self)
     elif not torch.compiler.is_compiling() and state.ledger is not None:
         state.ledger.check(self)
@@ -89,7 +90,8 @@ def _outer_call(
     run.enter()
     try:
         out = call(self, *args, **kwargs)
-        context.leave(run, out, Arguments(args, kwargs))  # of a pass that came through only
+        if not replica:  # what a replica leaves, nobody could tell from what the others leave
+            context.leave(run, out, Arguments(args, kwargs))  # of a pass that came through only
         return out
     finally:
         run.exit()

@@ -188,7 +188,7 @@ def _classifiers(end: fx.Node, values: Values) -> Iterator[fx.Node]:
 
 
 def _class_maps(end: fx.Node, values: Values) -> HeadTrace:
-    """Recognise a head that pools class maps: 1×1 convolution, perhaps an activation, average."""
+    """Recognise a head that classifies every position first: 1×1 convolution, perhaps an activation, average."""
     owner = values.owner
     node, pool, pooling = end, None, None
     while pooling is None:

@@ -217,7 +217,7 @@ def _repeated(anatomy: Anatomy, path: str, call: int) -> list[Site]:
 
 
 def _last_called(anatomy: Anatomy, path: str) -> str | None:
-    """Follow a Sequential whose members are called one by one to the member that gives its output."""
+    """Follow a Sequential whose children are called one by one to the child that gives its output."""
     try:
         module = anatomy.module(path) if path else None
     except AttributeError:

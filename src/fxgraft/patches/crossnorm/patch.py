@@ -151,7 +151,7 @@ class CrossNorm(LayeredPatch):
         """Run the batch twice more with CrossNorm on, and weigh the divergence of the predictions."""
         if not self.consistency:
             return {}
-        again, model = graft.arguments(), graft.model()
+        again, model = graft.arguments(out), graft.model()
         if again is None or model is None:  # the pass was one in evaluation
             return {}
         args, kwargs = again.args, again.kwargs
