@@ -126,7 +126,7 @@ from fxgraft.graph.tracing.names import is_graft_key
 from fxgraft.graph.tracing.observe import tensors
 from fxgraft.graph.tracing.preserve import preserved_modes
 from fxgraft.patches import draws
-from fxgraft.patches.base import LayeredPatch, Patch, recording
+from fxgraft.patches.base import BlockPatch, LayeredPatch, Patch, recording
 from fxgraft.patches.options import check_count, check_positive, check_share, is_count, is_number
 from fxgraft.patches.registry import register
 
@@ -134,6 +134,7 @@ __all__ = [
     "DIMENSIONS",
     "Arguments",
     "Backbone",
+    "BlockPatch",
     "BypassError",
     "Capture",
     "ConfigError",

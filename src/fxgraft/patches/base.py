@@ -11,7 +11,7 @@ import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from types import MappingProxyType
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 from torch import Tensor, nn
 
@@ -133,6 +133,28 @@ class LayeredPatch(Patch):
                 'Say where, as layers="layer4", layers=-1 (a stage) or a list; fxgraft.sites(model) lists names.'
             )
         super().__post_init__()
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class BlockPatch(LayeredPatch):
+    """Base of methods that put one unit into every block of a network.
+
+    Args:
+        position: where in its block a unit sits. Residual blocks: "pre" (what the branch sees of the block's
+            input), "residual" (the end of the branch), "identity" (the shortcut, after any downsampling) or
+            "post" (the sum, before the last activation; the default). Densely connected layers: "conv1_pre",
+            "conv1_post", "conv2_post". Plain stacks: behind every "conv", "norm" or "act".
+        layers: only these blocks: names of blocks or of modules around them, globs, stage numbers, names from
+            ``fxgraft.sites(model, "residual")``; a name without such a block stands for its own output, and
+            "input" for the image. Default: every block.
+        layer: the same, for one.
+        layout: meaning of the dimensions at the sites, one of NCHW, NHWC, NLC, NCL; found if left out.
+    """
+
+    position: Literal[
+        "pre", "residual", "identity", "post", "conv1_pre", "conv1_post", "conv2_post", "conv", "norm", "act"
+    ] = "post"
+    layout: Literal["NCHW", "NHWC", "NLC", "NCL"] | None = None
 
 
 @contextmanager

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fxgraft.extend import Backbone, Graft, LayeredPatch, Layout, Make, Placement, Unit, register
+from fxgraft.extend import Backbone, BlockPatch, Graft, Layout, Make, Placement, Unit, register
 from fxgraft.functional.modulation import modulated
 
 GateFunction = Callable[[Tensor, Tensor], Tensor]
@@ -29,7 +29,7 @@ EPS = 1e-12
 
 @register("selfnorm")
 @dataclass(frozen=True, kw_only=True)
-class SelfNorm(LayeredPatch):
+class SelfNorm(BlockPatch):
     """SelfNorm: gate each map by its own channel statistics.
 
     Tang, Gao, Zhu, Zhang, Li, Metaxas: "CrossNorm and SelfNorm for Generalization under Distribution Shifts",
@@ -38,20 +38,11 @@ class SelfNorm(LayeredPatch):
 
     With the authors' initialisation a gate starts around 0.5, so a pretrained network starts with halved
     activations in every block and has to be trained again; ``init="identity"`` starts as the bare network,
-    exactly, by gates 2 · sigmoid(0).
+    exactly, by gates 2 · sigmoid(0). Where it goes: the options of `BlockPatch`.
 
     Args:
-        position: where in its block a unit sits. Residual blocks: "pre" (what the branch sees of the block's
-            input), "residual" (the end of the branch), "identity" (the shortcut, after any downsampling) or
-            "post" (the sum, before the last activation; the default). Densely connected layers: "conv1_pre",
-            "conv1_post", "conv2_post". Plain stacks: behind every "conv", "norm" or "act".
-        layers: only these blocks: names of blocks or of modules around them, globs, stage numbers, names from
-            ``fxgraft.sites(model, "residual")``; a name without such a block stands for its own output, and
-            "input" for the image. Default: every block.
-        layer: the same, for one.
         gates: 1 (the released configurations) or 2 (the paper's form, one gate for mean and one for deviation).
         init: "authors", where a gate starts around 0.5, or "identity", where the unit starts as the identity.
-        layout: meaning of the dimensions at the sites, one of NCHW, NHWC, NLC, NCL; found if left out.
 
     Raises:
         ConfigError: an option outside its range.
@@ -70,12 +61,8 @@ class SelfNorm(LayeredPatch):
     adds_parameters = True
     order = ("style", 1)  # at one site after CrossNorm, in the authors' order
 
-    position: Literal[
-        "pre", "residual", "identity", "post", "conv1_pre", "conv1_post", "conv2_post", "conv", "norm", "act"
-    ] = "post"
     gates: Literal[1, 2] = 1
     init: Literal["authors", "identity"] = "authors"
-    layout: Literal["NCHW", "NHWC", "NLC", "NCL"] | None = None
 
     def place(self, backbone: Backbone, make: Make) -> Iterator[list[Placement]]:
         """Put one unit in every block."""

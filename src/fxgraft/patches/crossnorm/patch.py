@@ -11,9 +11,9 @@ from torch import Tensor
 
 from fxgraft.extend import (
     Backbone,
+    BlockPatch,
     ConfigError,
     Graft,
-    LayeredPatch,
     Layout,
     Make,
     Pass,
@@ -35,7 +35,7 @@ from fxgraft.patches.crossnorm import tensors as core
 
 @register("crossnorm")
 @dataclass(frozen=True, kw_only=True)
-class CrossNorm(LayeredPatch):
+class CrossNorm(BlockPatch):
     """CrossNorm: exchange the channel statistics of maps within the batch.
 
     Tang, Gao, Zhu, Zhang, Li, Metaxas: "CrossNorm and SelfNorm for Generalization under Distribution Shifts",
@@ -47,17 +47,9 @@ class CrossNorm(LayeredPatch):
     CrossNorm on and adds the Jensen-Shannon divergence among the three predictions: three passes a step.
 
     Under torch.compile which units are on is data, so that nothing is compiled again; then every unit computes,
-    whether on or off, and a step costs what all units on cost.
+    whether on or off, and a step costs what all units on cost. Where it goes: the options of `BlockPatch`.
 
     Args:
-        position: where in its block a unit sits. Residual blocks: "pre" (what the branch sees of the block's
-            input), "residual" (the end of the branch), "identity" (the shortcut, after any downsampling) or
-            "post" (the sum, before the last activation; the default). Densely connected layers: "conv1_pre",
-            "conv1_post", "conv2_post". Plain stacks: behind every "conv", "norm" or "act".
-        layers: only these blocks: names of blocks or of modules around them, globs, stage numbers, names from
-            ``fxgraft.sites(model, "residual")``; a name without such a block stands for its own output, and
-            "input" for the image. Default: every block.
-        layer: the same, for one.
         p: probability that a training pass has any unit on.
         active: how many units are then on (1 on ImageNet, 2 on CIFAR in the paper); None for all.
         mode: whose statistics a map takes: those of another image ("two-instance", the released code), of
@@ -70,7 +62,6 @@ class CrossNorm(LayeredPatch):
         detach: take the partner's statistics as constants instead of letting gradients flow through them.
         consistency: train for consistent predictions instead; see the module.
         consistency_weight: factor of the divergence.
-        layout: meaning of the dimensions at the sites, one of NCHW, NHWC, NLC, NCL; found if left out.
         output: which entry of a structured output holds the logits (a key, an attribute or a position).
 
     Raises:
@@ -93,9 +84,6 @@ class CrossNorm(LayeredPatch):
     train_only = True
     order = ("style", 0)  # at one site before SelfNorm, in the authors' order
 
-    position: Literal[
-        "pre", "residual", "identity", "post", "conv1_pre", "conv1_post", "conv2_post", "conv", "norm", "act"
-    ] = "post"
     p: float = 0.5
     active: int | None = 1
     mode: Literal["two-instance", "one-instance", "both"] = "two-instance"
@@ -106,7 +94,6 @@ class CrossNorm(LayeredPatch):
     detach: bool = False
     consistency: bool = False
     consistency_weight: float = 10.0
-    layout: Literal["NCHW", "NHWC", "NLC", "NCL"] | None = None
     output: str | int | None = None
 
     def __post_init__(self, layer: Words | None) -> None:
