@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from third_party_package import install
+from toys import register_toys
 
 torch.set_num_threads(1)
 
@@ -19,3 +20,9 @@ sys.path.insert(0, str(install(Path(_folder.name))))
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def toy_methods(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Register the toys for the time of a test."""
+    register_toys(monkeypatch)

@@ -32,22 +32,15 @@ from toys import (
     assert_equal_steps,
     assert_same,
     images,
+    names,
     net,
-    register_toys,
     state_of_everything,
     step,
 )
 
+pytestmark = pytest.mark.usefixtures("toy_methods")
+
 SIZE = (3, 16, 16)
-
-
-@pytest.fixture(autouse=True)
-def _registry(monkeypatch: pytest.MonkeyPatch) -> None:
-    register_toys(monkeypatch)
-
-
-def names(model: nn.Module) -> list[str]:
-    return [graft.name for graft in fxgraft.grafts(model)]
 
 
 # The registry.

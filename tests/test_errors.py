@@ -32,18 +32,14 @@ from toys import (
     assert_same,
     images,
     net,
-    register_toys,
     state_of_everything,
     step,
 )
 
+pytestmark = pytest.mark.usefixtures("toy_methods")
+
 SIZE = (3, 16, 16)
 Act = Callable[[nn.Module], Any]
-
-
-@pytest.fixture(autouse=True)
-def _registry(monkeypatch: pytest.MonkeyPatch) -> None:
-    register_toys(monkeypatch)
 
 
 class Odd(Net):

@@ -18,15 +18,11 @@ from toys import (
     Toy,
     images,
     net,
-    register_toys,
 )
 
+pytestmark = pytest.mark.usefixtures("toy_methods")
+
 SIZE = (3, 16, 16)
-
-
-@pytest.fixture(autouse=True)
-def _registry(monkeypatch: pytest.MonkeyPatch) -> None:
-    register_toys(monkeypatch)
 
 
 @pytest.fixture(scope="module")

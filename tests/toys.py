@@ -202,6 +202,11 @@ def register_toys(monkeypatch: pytest.MonkeyPatch) -> None:
     fxgraft.register("train_toy")(TrainToy)
 
 
+def names(model: nn.Module) -> list[str]:
+    """The names of a model's grafts."""
+    return [graft.name for graft in fxgraft.grafts(model)]
+
+
 def state_of_everything(model: nn.Module) -> dict[str, Any]:
     """All that a call must leave alone: classes, identities, flags, hooks, attributes, tensors, chance."""
     modules = list(model.named_modules(remove_duplicate=False))

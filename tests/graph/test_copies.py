@@ -26,16 +26,12 @@ from toys import (
     assert_equal_steps,
     images,
     net,
-    register_toys,
     step,
 )
 
+pytestmark = pytest.mark.usefixtures("toy_methods")
+
 INSIDE = (("stage1.0", After("conv1")),)
-
-
-@pytest.fixture(autouse=True)
-def _registry(monkeypatch: pytest.MonkeyPatch) -> None:
-    register_toys(monkeypatch)
 
 
 def rsc(model: nn.Module, layer: Any = "stage2", **options: Any) -> nn.Module:

@@ -25,17 +25,13 @@ from toys import (
     assert_same,
     images,
     net,
-    register_toys,
     state_of_everything,
     step,
 )
 
+pytestmark = pytest.mark.usefixtures("toy_methods")
+
 INSIDE = (("stage1.0", After("conv1")),)
-
-
-@pytest.fixture(autouse=True)
-def _registry(monkeypatch: pytest.MonkeyPatch) -> None:
-    register_toys(monkeypatch)
 
 
 def rsc(model: nn.Module, layer: Any = "stage2", **options: Any) -> nn.Module:

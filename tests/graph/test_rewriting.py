@@ -22,15 +22,11 @@ from toys import (
     assert_same,
     images,
     net,
-    register_toys,
     state_of_everything,
     step,
 )
 
-
-@pytest.fixture(autouse=True)
-def _registry(monkeypatch: pytest.MonkeyPatch) -> None:
-    register_toys(monkeypatch)
+pytestmark = pytest.mark.usefixtures("toy_methods")
 
 
 def block_forward(
