@@ -13,7 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import fxgraft
 from fxgraft.patches.gam import patch as gam
-from patches.gam_tools import contents, images, patched
+from patches.gam.gam_tools import contents, images, patched
 from patches.small import net
 
 WORLD = 2

@@ -20,7 +20,7 @@ from fxgraft.patches.mixmo.masks import MIXINGS
 from fxgraft.patches.mixmo.pairing import Pairing
 from fxgraft.patches.mixmo.patch import Encoders, Heads
 from golden_data import GoldenCase, load_golden
-from patches.mixing import SMALL, last_pairing, patched, trained, unit
+from patches.mixmo.mixing import SMALL, last_pairing, patched, trained, unit
 from patches.small import CLASSES, Net, batch, net
 from toys import assert_same, state_of_everything
 

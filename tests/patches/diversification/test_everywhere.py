@@ -12,7 +12,7 @@ from torch import nn
 import fxgraft
 from fxgraft.errors import ConfigError, DuplicateGraftError, SiteError
 from fxgraft.patches.diversification.patch import Diversification, record
-from patches.diversified import NEUTRAL, Net, images, net, patched, small_resnet
+from patches.diversification.diversified import NEUTRAL, Net, images, net, patched, small_resnet
 
 
 class TestEverywhere:

@@ -7,7 +7,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from functional.rsc_tools import close, exactly, gradient_at, head
 from fxgraft.patches.rsc.tensors import (
     apply_selection,
     batch_count,
@@ -25,6 +24,7 @@ from fxgraft.patches.rsc.tensors import (
     vector_select,
 )
 from golden_data import GoldenCase, load_golden
+from patches.rsc.rsc_tools import close, exactly, gradient_at, head
 
 OFFICIAL = [*load_golden("rsc_official_spatial"), *load_golden("rsc_official_channel")]
 DOMAINBED = list(load_golden("rsc_domainbed"))

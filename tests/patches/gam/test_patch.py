@@ -18,7 +18,7 @@ import fxgraft
 from fxgraft.patches.gam import patch as gam
 from fxgraft.patches.gam import tensors as core
 from fxgraft.patches.gam.discriminator import Discriminator
-from patches.gam_tools import SIZE, TAPS, contents, gradients, images, patched, unchanged
+from patches.gam.gam_tools import SIZE, TAPS, contents, gradients, images, patched, unchanged
 from patches.small import Net, exactly, net
 
 GANS = pytest.mark.parametrize("gan", ["jsd", "lsgan"])

@@ -17,7 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import fxgraft
 from fxgraft.patches.mixmo.patch import Encoders
-from patches.mixing import last_pairing, patched, trained, unit
+from patches.mixmo.mixing import last_pairing, patched, trained, unit
 from patches.small import CLASSES, batch, net
 
 

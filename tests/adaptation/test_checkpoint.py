@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import fxgraft
-from adapting import Net, adam, equal, everything, loaders, network, with_generators
+from adaptation.adapting import Net, adam, equal, everything, loaders, network, with_generators
 from fxgraft.errors import ConfigError, RecipeError
 
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 import fxgraft
 from fxgraft import ConfigError, MixMo, MixMoInput, StructureError, TargetError
 from fxgraft.patches.mixmo.patch import Encoders
-from patches.mixing import last_pairing, patched, unit
+from patches.mixmo.mixing import last_pairing, patched, unit
 from patches.small import CLASSES, batch, net
 
 # Labels.

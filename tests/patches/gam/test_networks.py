@@ -12,7 +12,7 @@ import torchvision
 
 import fxgraft
 from fxgraft.patches.gam import patch as gam
-from patches.gam_tools import contents, gradients, images, patched, unchanged
+from patches.gam.gam_tools import contents, gradients, images, patched, unchanged
 from patches.small import exactly
 
 BACKBONES: dict[str, tuple[Any, dict[str, Any], list[tuple[int, ...]]]] = {

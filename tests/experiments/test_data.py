@@ -15,7 +15,7 @@ from fxgraft.experiments.digits import DIGIT_DOMAINS, digits_domains
 from fxgraft.experiments.domains import Domain
 from fxgraft.experiments.loading import load_domains
 
-REAL = Path(__file__).resolve().parents[2] / "shared" / "data"
+REAL = Path(__file__).resolve().parents[3] / "shared" / "data"
 
 
 @pytest.fixture(scope="module")

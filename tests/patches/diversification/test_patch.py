@@ -15,7 +15,7 @@ import fxgraft
 from fxgraft.errors import ConfigError, SiteError, StructureError
 from fxgraft.patches.diversification.patch import maps, record
 from fxgraft.patches.diversification.tensors import damp
-from patches.diversified import CLASSES, NEUTRAL, Net, images, net, patched, small_resnet
+from patches.diversification.diversified import CLASSES, NEUTRAL, Net, images, net, patched, small_resnet
 
 
 class TestHead:

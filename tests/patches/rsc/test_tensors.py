@@ -11,7 +11,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from functional.rsc_tools import SCOPES, SHAPES, close, exactly, few, gradient_at, head, random_case
 from fxgraft.errors import ConfigError
 from fxgraft.patches.rsc.tensors import (
     apply_selection,
@@ -30,6 +29,7 @@ from fxgraft.patches.rsc.tensors import (
     vector_keep_mask,
     vector_select,
 )
+from patches.rsc.rsc_tools import SCOPES, SHAPES, close, exactly, few, gradient_at, head, random_case
 
 # --- counts
 

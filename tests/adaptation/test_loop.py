@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 import fxgraft
-from adapting import SOURCE, TARGET, Net, adam, equal, everything, loaders, network
+from adaptation.adapting import SOURCE, TARGET, Net, adam, equal, everything, loaders, network
 from fxgraft.adaptation import history as recording
 from fxgraft.adaptation import loop as adaptation
 from fxgraft.errors import ConfigError, FxgraftWarning, UnknownGraftError, WrappedModelError

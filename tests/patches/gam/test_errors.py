@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 import fxgraft
 from fxgraft import ConfigError, SiteError
-from patches.gam_tools import TAPS, contents, images, patched, unchanged
+from patches.gam.gam_tools import TAPS, contents, images, patched, unchanged
 from patches.small import Net, net
 
 
