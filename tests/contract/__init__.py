@@ -1,0 +1,1 @@
+"""What every method of the registry keeps to, on every backbone of the zoo."""
