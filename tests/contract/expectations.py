@@ -1,0 +1,165 @@
+"""What is known of single methods beyond what their classes say, and where they refuse.
+
+The one place of the contract that names methods. A method that is not listed, of a third party for instance, is
+swept all the same, with its `example` options: whatever its class attributes promise is checked, and where it
+refuses a backbone the error has to be a typed one that leaves the model as it was.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import fxgraft
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """A backbone that a method does not take with the options of the sweep.
+
+    Attributes:
+        match: what the error says.
+        instead: options with which it takes it after all; None where there are none.
+    """
+
+    match: str
+    instead: Mapping[str, Any] | None = None
+
+
+@dataclass(frozen=True)
+class Expectation:
+    """What is known of a method.
+
+    Attributes:
+        options: with them it acts in every training pass, and on the small maps of the zoo.
+        neutral: with them besides, training is the bare model's too, bit by bit; None where there are none.
+        acts: whether its training passes differ from the bare model's; None where that is not known.
+        starts_as_bare: evaluation is the bare model's, bit by bit, until parameters of the method are trained.
+        folds: whether `fxgraft.merge` can fold what it has trained.
+        judged_apart: its own parameters learn from a loss of their own, not from `fxgraft.loss`.
+        refusals: by backbone.
+    """
+
+    options: Mapping[str, Any] = field(default_factory=dict)
+    neutral: Mapping[str, Any] | None = None
+    acts: bool | None = None
+    starts_as_bare: bool = False
+    folds: bool | None = None
+    judged_apart: bool = False
+    refusals: Mapping[str, Refusal] = field(default_factory=dict)
+
+
+# Backbones without a residual join, and the position that their structure offers instead. Of timm's files these
+# are densely connected or plain, or (efficientnet) have their skips configured away.
+_NO_JOIN = {
+    "timm/densenet121": "conv1_post",
+    "timm/inception_v3": "conv",
+    "timm/inception_v4": "conv",
+    "timm/rdnet_tiny": "conv",
+    "timm/selecsls42": "conv",
+    "timm/test_efficientnet": "conv",
+    "timm/vgg11": "act",
+    "timm/ese_vovnet19b_slim_dw": "conv",
+    "torchvision/DenseNet": "conv2_post",
+    "torchvision/alexnet": "act",
+    "torchvision/googlenet": "conv",
+    "torchvision/inception_v3": "conv",
+    "torchvision/shufflenet_v2_x0_5": "conv",
+    "torchvision/squeezenet1_1": "conv",
+    "torchvision/vgg11": "act",
+    "torchvision/vgg11_bn": "norm",
+}
+_STYLES = {name: Refusal("no residual join", {"position": position}) for name, position in _NO_JOIN.items()}
+
+# No average over positions in front of one linear classifier. Of those with two classifiers, the ones that
+# average over positions: either can be named. Not so in repvit, which adds the two up inside the module that
+# holds them.
+_HEADS = {
+    "timm/cait_xxs24_224": Refusal("a class token"),
+    "timm/coat_tiny": Refusal("no plain average over positions"),  # a convolution joins three class tokens
+    "timm/convit_tiny": Refusal("a class token"),
+    "timm/crossvit_tiny_240": Refusal("2 classifiers: 'head.0', 'head.1'"),
+    "timm/deit_tiny_distilled_patch16_224": Refusal("2 classifiers: 'head', 'head_dist'"),
+    "timm/efficientformer_l1": Refusal("2 classifiers: 'head', 'head_dist'", {"head": "head"}),
+    "timm/efficientformerv2_s0": Refusal("2 classifiers: 'head', 'head_dist'", {"head": "head_dist"}),
+    # it weighs the logits of several stages
+    "timm/efficientvim_m1": Refusal("No linear classifier was found"),
+    "timm/levit_128s": Refusal("2 classifiers: 'head.linear', 'head_dist.linear'", {"head": "head.linear"}),
+    "timm/naflexvit_base_patch16_gap": Refusal(r"global_pool_naflex\(\), which is no plain average"),
+    "timm/pit_ti_224": Refusal("a class token"),
+    "timm/repvit_m0_9": Refusal("2 classifiers: 'head.head.l', 'head.head_dist.l'"),
+    "timm/swiftformer_xs": Refusal("2 classifiers: 'head', 'head_dist'", {"head": "head"}),
+    "timm/test_vit": Refusal("a class token"),
+    "timm/tnt_s_patch16_224": Refusal("a class token"),
+    "timm/vit_tiny_r_s16_p8_224": Refusal("a class token"),
+    # it adds a maximum over auxiliary logits
+    "timm/volo_d1_224": Refusal("No linear classifier was found"),
+    "timm/xcit_nano_12_p8_224": Refusal("a class token"),
+    "torchvision/VisionTransformer": Refusal("a class token"),
+    "torchvision/alexnet": Refusal("a whole map of shape"),
+    "torchvision/vgg11": Refusal("a whole map of shape"),
+    "torchvision/vgg11_bn": Refusal("a whole map of shape"),
+}
+
+# What cannot take several inputs.
+_ENDS = {
+    "timm/crossvit_tiny_240": Refusal("branches of different sizes: 'patch_embed.0.proj'"),
+    "timm/gemma4_vit_167m": Refusal("torch.fx cannot trace Gemma4VitClassifier"),
+    "timm/naflexvit_base_patch16_gap": Refusal(r"first meets 'embeds' \(NaFlexEmbeds\)"),
+    "timm/test_nfnet": Refusal(r"'stem.conv1' \(ScaledStdConv2d\) standardises"),
+    "timm/tnt_s_patch16_224": Refusal(
+        r"'pixel_embed.proj' \(Conv2d\) sees pieces of the image as samples of their own"
+    ),
+    "timm/vit_tiny_r_s16_p8_224": Refusal(r"'patch_embed.backbone.conv' \(StdConv2dSame\) standardises"),
+    "timm/volo_d1_224": Refusal(r"do not come from linear layers alone: max\(\)"),
+    "torchvision/squeezenet1_1": Refusal(r"do not come from linear layers alone: 'classifier.2' \(ReLU\)"),
+}
+
+# Their heads read class tokens alone, and their blocks return several values, so that no stage number finds a
+# place whose positions reach the logits: the default raises, a layer named by hand works.
+_CLASS_TOKENS = {
+    "timm/coat_tiny": Refusal("the logits read its class token alone", {"layer": "serial_blocks4.0"}),
+    "timm/tnt_s_patch16_224": Refusal(
+        "the logits read its class token alone", {"layer": "blocks.0.attn_out"}
+    ),
+}
+
+EXPECTED: dict[str, Expectation] = {
+    "crossnorm": Expectation(
+        options={"p": 1.0, "active": None}, neutral={"p": 0.0}, acts=True, folds=True, refusals=_STYLES
+    ),
+    "diversification": Expectation(
+        options={"patch": 1, "p_peak": 1.0},
+        # α = 1 runs the classifier at every position, which rounds elsewhere: see test_heads.py
+        acts=True,
+        folds=True,
+        refusals=_HEADS,
+    ),
+    "gam": Expectation(options={"layers": -1, "hidden": 8}, acts=False, folds=True, judged_apart=True),
+    "mixmo": Expectation(
+        options={"p": 1.0}, neutral={"members": 1}, acts=True, starts_as_bare=True, folds=True, refusals=_ENDS
+    ),
+    "rsc": Expectation(
+        options={"batch_share": 1.0},
+        neutral={"start": 1.0},
+        acts=True,
+        folds=True,
+        refusals=_CLASS_TOKENS,
+    ),
+    "selfnorm": Expectation(
+        options={"init": "identity"}, acts=False, starts_as_bare=True, folds=False, refusals=_STYLES
+    ),
+    "taps": Expectation(options={"layers": -1}, acts=False, starts_as_bare=True, folds=True),
+}
+
+
+# Which do not go on one model together, and what the error says: both act on the classifier.
+APART: dict[frozenset[str], str] = {
+    frozenset({"diversification", "mixmo"}): "'mixmo' acts on '.*', which 'diversification' leaves out",
+}
+
+
+def expectation(method: str) -> Expectation:
+    """What is known of a method; of one that is not listed, its example."""
+    return EXPECTED.get(method) or Expectation(options=fxgraft.methods()[method].example)

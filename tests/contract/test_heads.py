@@ -1,0 +1,93 @@
+"""The head rewrite on every backbone of the zoo: at α = 1 it is the bare head, or it is named here."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+
+import fxgraft
+from contract.cases import Cell, batch, cells, evaluated, fresh
+from fxgraft.patches.diversification import maps
+from zoo.backbones import BACKBONES, NUM_CLASSES
+
+# A norm over channels or an activation stands between pooling and classifier: training and evaluation heads
+# differ, and the summary says so.
+DIFFERENT = {
+    "timm/beit_base_patch16_224",
+    "timm/cpubone_nano",
+    "timm/csatv2",
+    "timm/davit_tiny",
+    "timm/deepseek_vit_412m",
+    "timm/edgenext_xx_small",
+    "timm/efficientvit_b0",
+    "timm/eva02_tiny_patch14_224",
+    "timm/fasternet_t0",
+    "timm/gemma4_vit_167m",
+    "timm/ghostnet_050",
+    "timm/hardcorenas_a",
+    "timm/hgnetv2_b0",
+    "timm/hiera_tiny_224",
+    "timm/inception_next_atto",
+    "timm/lcnetv2_small",
+    "timm/lowformer_b0",
+    "timm/mobilenetv3_small_050",
+    "timm/poolformerv2_s12",
+    "timm/qwen3_vit_88m",
+    "timm/rdnet_tiny",
+    "timm/repghostnet_050",
+    "timm/sam2_hiera_tiny",
+    "timm/test_convnext",
+    "timm/test_mambaout",
+    "timm/tiny_vit_5m_224",
+    "timm/vit_relpos_small_patch16_224",
+    "timm/vitamin_small_224",
+    "torchvision/MaxVit",
+    "torchvision/convnext_tiny",
+    "torchvision/mobilenet_v3_small",
+}
+
+# One backbone of each kind of head runs in every test run; the sweep runs all of them.
+FEW = (
+    "timm/dla46x_c",
+    "timm/mixer_s32_224",
+    "timm/mobilenetv3_small_050",
+    "timm/regnety_002",
+    "timm/swiftformer_xs",
+    "timm/swin_tiny_patch4_window7_224",
+)
+
+
+def test_the_list_names_backbones_of_the_zoo() -> None:
+    assert {backbone.name for backbone in BACKBONES} >= DIFFERENT
+
+
+@pytest.mark.parametrize("cell", cells(lambda cell: cell.method == "diversification" and cell.works, FEW))
+def test_head_rewrite(cell: Cell) -> None:
+    """At α = 1 the training head is the bare one, or it is listed above and the summary says so."""
+    x, _ = batch(cell.backbone)
+    model = cell.patch(fresh(cell.backbone), cell.options(alpha=1.0)).train()
+    bare = fxgraft.unpatch(copy.deepcopy(model))
+    different = cell.backbone.name in DIFFERENT
+    assert ("heads of training and evaluation differ" in str(fxgraft.summary(model))) == different
+    with torch.no_grad():
+        outs = []
+        for each in (bare, model):
+            torch.manual_seed(0)
+            outs.append(each(x))
+        expected, got = outs
+        assert got.shape == expected.shape
+        if different:
+            return
+        close = {"rtol": 0, "atol": 2e-5 * expected.abs().max().item()}
+        torch.testing.assert_close(got, expected, **close)
+        torch.testing.assert_close(
+            dict(model.named_buffers()), dict(bare.named_buffers()), rtol=1e-4, atol=1e-5
+        )
+        if cell.refusal is not None:  # of two classifiers, one was named: maps() takes the only one
+            return
+        found, logits = maps(model, x), evaluated(model, x)
+    assert found.shape[:2] == (4, NUM_CLASSES)
+    close = {"rtol": 0, "atol": 2e-5 * logits.abs().max().item()}
+    torch.testing.assert_close(found.mean((2, 3)), logits, **close)
