@@ -222,7 +222,7 @@ def test_the_error_names_module_line_and_way_out() -> None:
     with pytest.raises(TraceError, match=r"cannot trace 'inner' \(Untraceable\)") as caught:
         graph(CallsUntraceable(), "inner")
     message = str(caught.value)
-    assert "test_tracing.py" in message
+    assert "test_trace.py" in message
     assert "the line to be named" in message
     assert "Choose the output of a whole module" in message
     assert "register_notrace_function" in message
