@@ -109,6 +109,18 @@ def test_dtype_and_memory_order_are_kept(members: int, gain: float | None, layou
     assert all(map(torch.equal, encodings, before))
 
 
+@pytest.mark.parametrize("gain", [None, 1.0])
+@pytest.mark.parametrize("members", [2, 3])
+def test_a_float64_mixture_is_exact_for_masks_of_either_dtype(members: int, gain: float | None):
+    masks, _ = draw_masks("linear", dirichlet(2.0, 3, members), 4, 6, 6)
+    encodings = [torch.randn(3, 4, 6, 6, dtype=torch.float64) for _ in range(members)]
+    factor = members if gain is None else gain
+    # Two members without a factor need one mask only, and take its complement.
+    used = [masks[0].double(), 1 - masks[0].double()] if (members, gain) == (2, 1.0) else masks.double()
+    expected = factor * sum(m * e for m, e in zip(used, encodings, strict=True))
+    torch.testing.assert_close(mix(encodings, masks, gain), expected, rtol=1e-14, atol=1e-14)
+
+
 def test_a_single_member_is_left_alone():
     encoding = torch.randn(2, 3, 4, 4)
     masks, _ = draw_masks("cut", torch.ones(2, 1), 3, 4, 4)

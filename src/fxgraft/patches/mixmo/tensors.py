@@ -29,7 +29,13 @@ from fxgraft.patches.mixmo.masks import box_mask, draw_centres
 Criterion = Callable[..., Tensor]
 
 
-def dirichlet(alpha: float, batch: int, members: int, device: torch.device | str = "cpu") -> Tensor:
+def dirichlet(
+    alpha: float,
+    batch: int,
+    members: int,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
     """Draw the mixing ratios κ of every sample from a symmetric Dirichlet distribution.
 
     Args:
@@ -37,9 +43,10 @@ def dirichlet(alpha: float, batch: int, members: int, device: torch.device | str
         batch: B.
         members: M.
         device: where to draw.
+        dtype: what to draw in. Masks and shares that follow from it sum to 1 as exactly as it can tell.
 
     Returns:
-        (B, M), float32; rows sum to 1.
+        (B, M) of `dtype`; rows sum to 1.
 
     Raises:
         ConfigError: alpha is not above 0.
@@ -49,7 +56,7 @@ def dirichlet(alpha: float, batch: int, members: int, device: torch.device | str
             f"κ is drawn from a Dirichlet distribution, whose alpha must be above 0 and finite, got {alpha!r}.\n"
             'The paper uses 2. For equal shares of all members (MIMO) use mixing="sum".'
         )
-    parts = torch.full((batch, members), float(alpha), device=device)
+    parts = torch.full((batch, members), float(alpha), device=device, dtype=dtype)
     return torch._sample_dirichlet(parts)  # type: ignore[attr-defined,reportPrivateImportUsage]
 
 
@@ -72,7 +79,10 @@ def mix(encodings: Sequence[Tensor], masks: Tensor | Sequence[Tensor], gain: flo
     gain = float(members) if gain is None else gain
     if members == 1:
         return encodings[0] if gain == 1 else encodings[0] * gain
-    weights = [(mask if gain == 1 else mask * gain).to(encodings[0].dtype) for mask in masks]
+    # In the wider dtype of the two: neither masks nor encodings lose what they came with to the gain.
+    dtype = encodings[0].dtype
+    wide = [mask.to(torch.promote_types(mask.dtype, dtype)) for mask in masks]
+    weights = [(mask if gain == 1 else mask * gain).to(dtype) for mask in wide]
     if members == 2 and gain == 1:
         return torch.lerp(encodings[1], encodings[0], weights[0])
     mixed = encodings[0] * weights[0]
