@@ -378,6 +378,28 @@ def test_input_cutmix_mixes():
     assert sorted(labels.second.tolist()) == list(range(64))
 
 
+@pytest.mark.parametrize("mixing", ["cut", "linear", "channel", "patchup_soft"])
+def test_the_first_image_of_a_pair_has_the_larger_part_of_what_is_seen(mixing):
+    x, y = torch.rand(64, 3, 16, 16), torch.arange(64)
+    masks, _ = draw_masks(mixing, dirichlet(2.0, 64, 2), 4, 8, 8)
+    torch.manual_seed(1)
+    mixed, labels = input_cutmix(x, y, visible=masks[1])
+    torch.manual_seed(1)
+    whole = input_cutmix(x, y)[1]
+    seen = masks[1].mean((1, 2, 3)) > 0
+    shares = visible_shares(labels.mask, masks[1])
+    assert (shares[seen] >= 0.5 - 1e-6).all()
+    assert torch.equal(mixed * labels.mask, x * labels.mask)
+    # The pairs and boxes are those of the whole image: some change places, and no label gets another share.
+    assert torch.equal(labels.second, whole.second)
+    swapped = (labels.mask != whole.mask).flatten(1).any(1)
+    assert torch.equal(labels.mask[swapped], 1 - whole.mask[swapped])
+    before = visible_shares(whole.mask, masks[1])
+    assert (before[swapped & seen] <= 0.5 + 1e-6).all()
+    torch.testing.assert_close(shares[seen].maximum(1 - shares[seen]), before[seen].maximum(1 - before[seen]))
+    assert (swapped & seen).any() == (mixing in ("cut", "patchup_soft"))
+
+
 def test_input_cutmix_needs_indices_and_a_positive_alpha():
     x = torch.rand(4, 3, 8, 8)
     for y in (torch.rand(4, 5), torch.zeros(3, dtype=torch.long), torch.rand(4)):
