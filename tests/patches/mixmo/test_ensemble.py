@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fxgraft.errors import ConfigError, TargetError
+from fxgraft.patches.mixmo.calibration import fit_temperature
 from fxgraft.patches.mixmo.ensemble import EnsembleMetrics, disagreement, ensemble_entropy
 
 
@@ -203,3 +204,96 @@ def test_without_torchmetrics(monkeypatch: pytest.MonkeyPatch):
         EnsembleMetrics(4, 2)
     assert disagreement(torch.zeros(2, 3, 4)) == 0
     assert ensemble_entropy(torch.zeros(2, 3, 4)).shape == (3,)
+
+
+# Temperatures.
+
+
+def too_sure(*temperatures: float) -> tuple[Tensor, Tensor]:
+    """Members that are right in three of four samples, and too sure by these factors: fitted, all say 3/4."""
+    guess, target = torch.arange(8) % 2, torch.tensor([0, 1, 0, 1, 0, 1, 1, 0])
+    sides = torch.stack((1.0 - guess, 1.0 * guess), 1)
+    return torch.stack([t * math.log(3) * sides for t in temperatures]), target
+
+
+@pytest.mark.parametrize("factor", [0.05, 0.5, 1.0, 2.5, 80.0])
+def test_a_known_temperature_is_found(factor: float):
+    logits, target = too_sure(factor)
+    found = fit_temperature(logits[0].double(), target)
+    assert found.item() == pytest.approx(factor, rel=1e-6)
+    assert found.dtype == torch.float64
+    torch.testing.assert_close(fit_temperature(logits[0].log_softmax(1), target), found, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("average", ["logits", "probabilities"])
+def test_scaled_metrics_of_fitted_temperatures(average: Any):
+    logits, target = too_sure(2.5, 0.5)
+    fitted = EnsembleMetrics(2, 2, average=average, temperature="fit")
+    for rows in (slice(0, 3), slice(3, 8)):
+        fitted.update(logits[:, rows], target[rows])
+    chance = sum(1 / (1 + 3**-t) for t in (2.5, 0.5)) / 2
+    together = 1.5 if average == "logits" else math.log(chance / (1 - chance)) / math.log(3)
+    expected = {"member_0": 2.5, "member_1": 0.5, "ensemble": together}
+    assert fitted.temperatures() == pytest.approx(expected, rel=1e-5)
+    given = EnsembleMetrics(2, 2, average=average, temperature=fitted.temperatures())
+    given.update(logits, target)
+    plain = EnsembleMetrics(2, 2, average=average)
+    plain.update(logits, target)
+    found, before = fitted.compute(), plain.compute()
+    assert {name: value.item() for name, value in given.compute().items()} == pytest.approx(
+        {name: value.item() for name, value in found.items()}
+    )
+    assert {name: found[name].item() for name in before} == pytest.approx(
+        {name: value.item() for name, value in before.items()}
+    )
+    for name, temperature in expected.items():
+        assert found[f"{name}/temperature"].item() == pytest.approx(temperature, rel=1e-5)
+        assert found[f"{name}/nll_scaled"].item() == pytest.approx(math.log(4) - 0.75 * math.log(3), rel=1e-5)
+        assert found[f"{name}/ece_scaled"].item() == pytest.approx(0, abs=1e-5)
+        assert before[f"{name}/ece"] > 0.03
+    fitted.reset()
+    with pytest.raises(ConfigError, match="nothing to compute"):
+        fitted.temperatures()
+
+
+@given(st.integers(2, 6), st.integers(4, 40), st.integers(0, 999))
+@settings(max_examples=40, deadline=None)
+def test_no_other_temperature_is_better(classes: int, samples: int, seed: int):
+    torch.manual_seed(seed)
+    logits, target = 3 * torch.randn(samples, classes).double(), torch.randint(classes, (samples,))
+    found = fit_temperature(logits, target)
+    best = F.cross_entropy(logits / found, target)
+    for other in torch.logspace(-2, 2, 41).double():
+        assert F.cross_entropy(logits / other, target) >= best - 1e-12
+    assert torch.equal(fit_temperature(logits, target), found)
+
+
+def test_temperatures_end_where_nothing_is_to_be_weighed():
+    logits, target = torch.eye(3).double(), torch.arange(3)
+    assert fit_temperature(logits, target).item() == pytest.approx(0.01)
+    assert fit_temperature(-logits, target).item() == pytest.approx(100)
+
+
+def test_one_temperature_for_all_and_its_formula():
+    logits, target = 2 * torch.randn(2, 50, 4), torch.randint(4, (50,))
+    metrics = EnsembleMetrics(4, 2, average="probabilities", temperature=2.0)
+    metrics.update(logits, target)
+    found = metrics.compute()
+    together = logits.softmax(2).mean(0).log() / 2
+    for name, each in (("member_1", logits[1] / 2), ("ensemble", together)):
+        assert found[f"{name}/nll_scaled"].item() == pytest.approx(F.cross_entropy(each, target).item())
+        assert found[f"{name}/ece_scaled"].item() == pytest.approx(
+            calibration_error(each.softmax(1), target, 15), abs=1e-5
+        )
+    assert metrics.temperatures() == {"member_0": 2.0, "member_1": 2.0, "ensemble": 2.0}
+
+
+@pytest.mark.parametrize(
+    "temperature",
+    [0, -1.0, math.inf, math.nan, True, "fitted", {"ensemble": 1.0}, {"member_0": 1.0, "ensemble": 0}],
+)
+def test_temperatures_that_cannot_be(temperature: Any):
+    with pytest.raises(ConfigError, match=r"one for each of member_0, ensemble(.|\n)*temperatures\(\)"):
+        EnsembleMetrics(4, 1, temperature=temperature)
+    with pytest.raises(ConfigError, match="have no temperatures"):
+        EnsembleMetrics(4, 1).temperatures()

@@ -247,6 +247,19 @@ def test_targets_of_the_pipeline(case: GoldenCase):
         torch.testing.assert_close(targets, case.outputs["targets"][:, member], **near)
 
 
+@pytest.mark.parametrize("case", [c for c in DATASET if c.name.startswith("ds")], ids=str)
+def test_the_authors_first_images_have_the_larger_visible_part(case: GoldenCase):
+    """Of what the mixing leaves, not of the whole image: what `input_cutmix` is told by `visible`."""
+    members = case.settings["M"]
+    stored = case.outputs["mixmo_masks"].float()
+    for member in range(members):
+        for row in range(len(stored)):
+            mask, _ = mixed_pair(case, row, member)
+            seen = 1 - stored[row, 0] if (members, member) == (2, 1) else stored[row, member]
+            if seen.mean() > 0:
+                assert mixmo.visible_shares(mask[None, None], seen[None, None]).item() >= 0.5 - 1e-3
+
+
 def test_some_labels_of_the_pipeline_are_mixed_and_need_the_correction():
     case = DATASET["ds3_M2"]
     corrected = 0

@@ -147,21 +147,36 @@ def test_channels_are_drawn_one_by_one():
     assert 0.04 < shares[:, 0].std().item() < 0.075  # binomial: √(0.3 · 0.7 / 64) = 0.057
 
 
-def covered_by_patches(share: float, size: int, block: int) -> float:
+def covered_by_patches(rate: float, height: int, width: int, block: int) -> float:
     """A cell stays free when none of the cells about it, as far as they exist, is a centre."""
-    rate = patch_rate(torch.tensor(share), size, size, block).item()
-    places = torch.arange(size)
-    reach = (places + block // 2).clamp(max=size - 1) - (places - block // 2).clamp(min=0) + 1
-    return 1 - ((1 - rate) ** (reach.unsqueeze(1) * reach)).float().mean().item()
+
+    def reach(size: int) -> Tensor:
+        places, half = torch.arange(size), block // 2
+        return (places + half).clamp(max=size - 1) - (places - half).clamp(min=0) + 1
+
+    return 1 - ((1 - rate) ** (reach(height).unsqueeze(1) * reach(width))).float().mean().item()
 
 
 @pytest.mark.parametrize("share", [0.35, 0.9])
 def test_patches_cover_what_their_rate_says(share: float):
     _, hard = draw_masks("patchup_hard", two(share, 3000), 4, 16, 16)
-    expected = covered_by_patches(share, 16, 7)
+    expected = covered_by_patches(patch_rate(torch.tensor(share), 16, 16, 7).item(), 16, 16, 7)
     assert hard[:, 0].mean().item() == pytest.approx(expected, abs=0.02)
     _, soft = draw_masks("patchup_soft", two(share, 3000), 4, 16, 16)
     assert soft[:, 0].mean().item() == pytest.approx(expected + (1 - expected) * share, abs=0.02)
+
+
+@pytest.mark.parametrize(("height", "width", "release"), [(16, 32, 0.47), (32, 16, 0.66)])
+def test_patches_cover_as_much_of_a_turned_map(height: int, width: int, release: float):
+    """The authors take the width for the height, so that what they cover depends on how the map lies."""
+    half = torch.tensor(0.5)
+    ours, theirs = patch_rate(half, height, width, 7).item(), patch_rate(half, width, width, 7).item()
+    assert ours == pytest.approx(0.5 * height * width / (49 * (height - 6) * (width - 6)))
+    assert theirs == pytest.approx(0.5 * width**2 / (49 * (width - 6) ** 2))
+    assert covered_by_patches(ours, height, width, 7) == pytest.approx(0.56, abs=0.005)
+    assert covered_by_patches(theirs, height, width, 7) == pytest.approx(release, abs=0.005)
+    _, drawn = draw_masks("patchup_hard", two(0.5, 2000), 4, height, width)
+    assert drawn[:, 0].mean().item() == pytest.approx(0.56, abs=0.02)
 
 
 def test_patches_cover_what_the_authors_do():

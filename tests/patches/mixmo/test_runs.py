@@ -85,6 +85,22 @@ def test_dtype_and_memory_format_are_the_models(dtype: torch.dtype) -> None:
     assert model.eval()(x).dtype == dtype
 
 
+@pytest.mark.parametrize("mixing", ["linear", "cut", "patchup_soft", "sum"])
+@pytest.mark.parametrize("members", [2, 3])
+def test_in_float64_one_image_for_all_members_is_left_as_it_is(members: int, mixing: Any) -> None:
+    """The masks of a pass sum to 1 as exactly as the network computes, or its encoding would change."""
+    model = patched(net().double(), members=members, mixing=mixing, p=1.0)
+    maps: list[Tensor] = []
+    model.layer1[0].register_forward_hook(lambda module, args, out: maps.append(out))
+    x, y = batch()
+    x = x.double()
+    model(fxgraft.MixMoInput([x] * members), target=[y] * members)
+    last = last_pairing(model)
+    assert last.masks.dtype == last.shares.dtype == torch.float64
+    model.eval()(x)
+    torch.testing.assert_close(maps[0], maps[1], rtol=1e-13, atol=1e-13)
+
+
 def test_autocast() -> None:
     model = patched()
     x, y = batch()

@@ -109,6 +109,18 @@ def test_dtype_and_memory_order_are_kept(members: int, gain: float | None, layou
     assert all(map(torch.equal, encodings, before))
 
 
+@pytest.mark.parametrize("gain", [None, 1.0])
+@pytest.mark.parametrize("members", [2, 3])
+def test_a_float64_mixture_is_exact_for_masks_of_either_dtype(members: int, gain: float | None):
+    masks, _ = draw_masks("linear", dirichlet(2.0, 3, members), 4, 6, 6)
+    encodings = [torch.randn(3, 4, 6, 6, dtype=torch.float64) for _ in range(members)]
+    factor = members if gain is None else gain
+    # Two members without a factor need one mask only, and take its complement.
+    used = [masks[0].double(), 1 - masks[0].double()] if (members, gain) == (2, 1.0) else masks.double()
+    expected = factor * sum(m * e for m, e in zip(used, encodings, strict=True))
+    torch.testing.assert_close(mix(encodings, masks, gain), expected, rtol=1e-14, atol=1e-14)
+
+
 def test_a_single_member_is_left_alone():
     encoding = torch.randn(2, 3, 4, 4)
     masks, _ = draw_masks("cut", torch.ones(2, 1), 3, 4, 4)
@@ -364,6 +376,28 @@ def test_input_cutmix_mixes():
     assert shares.unique().numel() > 10
     assert (labels.second != labels.first).float().mean() > 0.8
     assert sorted(labels.second.tolist()) == list(range(64))
+
+
+@pytest.mark.parametrize("mixing", ["cut", "linear", "channel", "patchup_soft"])
+def test_the_first_image_of_a_pair_has_the_larger_part_of_what_is_seen(mixing):
+    x, y = torch.rand(64, 3, 16, 16), torch.arange(64)
+    masks, _ = draw_masks(mixing, dirichlet(2.0, 64, 2), 4, 8, 8)
+    torch.manual_seed(1)
+    mixed, labels = input_cutmix(x, y, visible=masks[1])
+    torch.manual_seed(1)
+    whole = input_cutmix(x, y)[1]
+    seen = masks[1].mean((1, 2, 3)) > 0
+    shares = visible_shares(labels.mask, masks[1])
+    assert (shares[seen] >= 0.5 - 1e-6).all()
+    assert torch.equal(mixed * labels.mask, x * labels.mask)
+    # The pairs and boxes are those of the whole image: some change places, and no label gets another share.
+    assert torch.equal(labels.second, whole.second)
+    swapped = (labels.mask != whole.mask).flatten(1).any(1)
+    assert torch.equal(labels.mask[swapped], 1 - whole.mask[swapped])
+    before = visible_shares(whole.mask, masks[1])
+    assert (before[swapped & seen] <= 0.5 + 1e-6).all()
+    torch.testing.assert_close(shares[seen].maximum(1 - shares[seen]), before[seen].maximum(1 - before[seen]))
+    assert (swapped & seen).any() == (mixing in ("cut", "patchup_soft"))
 
 
 def test_input_cutmix_needs_indices_and_a_positive_alpha():

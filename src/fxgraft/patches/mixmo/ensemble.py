@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fxgraft.errors import ConfigError, TargetError
+from fxgraft.extend import ConfigError, TargetError, is_number
+from fxgraft.patches.mixmo.calibration import fit_temperature, scaled
 
 Average = Literal["logits", "probabilities"]
 """What the ensemble averages over its members."""
+
+Temperature = float | Mapping[str, float] | Literal["fit"] | None
+"""Of the scaled metrics: one for all, one by name, fitted on what is counted, or no such metrics."""
 
 
 def disagreement(member_logits: Tensor) -> Tensor:
@@ -63,6 +68,12 @@ class EnsembleMetrics(nn.Module):
     (negative log-likelihood in nats, per sample) and ``ece`` (expected calibration error). For all together also
     ``ensemble/entropy``, the mean of `ensemble_entropy`, and ``disagreement``.
 
+    With a temperature also ``…/temperature``, and ``…/nll_scaled`` and ``…/ece_scaled`` of what is said at that
+    temperature. All together are scaled after they are averaged. A temperature is to be fitted on validation data:
+
+        fitted = EnsembleMetrics(K, M, temperature="fit")  # update it with the validation set
+        metrics = EnsembleMetrics(K, M, temperature=fitted.temperatures())  # and this one with the test set
+
     As a module it moves with the model that holds it, and it adds nothing to a state dict. Among several
     processes `compute` gathers from all of them, as torchmetrics does.
 
@@ -71,13 +82,23 @@ class EnsembleMetrics(nn.Module):
         members: M.
         average: see `ensemble_entropy`.
         n_bins: bins of the confidence for the calibration error.
+        temperature: above 0, one for all; a dictionary with one for each of ``member_0``, ... and ``ensemble``, as
+            `temperatures` gives it; "fit" fits each on the very samples that are counted, whose logits are all
+            kept for that; None leaves the scaled metrics out.
 
     Raises:
-        ConfigError: torchmetrics is not installed; fewer than 1 member or bin, fewer than 2 classes, no such average.
+        ConfigError: torchmetrics is not installed; fewer than 1 member or bin, fewer than 2 classes, no such average,
+            temperatures that are not above 0 or not one for each.
     """
 
     def __init__(
-        self, num_classes: int, members: int, *, average: Average = "logits", n_bins: int = 15
+        self,
+        num_classes: int,
+        members: int,
+        *,
+        average: Average = "logits",
+        n_bins: int = 15,
+        temperature: Temperature = None,
     ) -> None:
         super().__init__()
         if num_classes < 2 or members < 1 or n_bins < 1:
@@ -88,7 +109,7 @@ class EnsembleMetrics(nn.Module):
         if average not in ("logits", "probabilities"):
             raise ConfigError(f"average must be 'logits' or 'probabilities', got {average!r}.")
         try:
-            from torchmetrics import MeanMetric
+            from torchmetrics import CatMetric, MeanMetric
             from torchmetrics.classification import MulticlassAccuracy, MulticlassCalibrationError
         except ImportError as error:
             raise ConfigError(
@@ -96,20 +117,28 @@ class EnsembleMetrics(nn.Module):
                 'Install it with: pip install "fxgraft[metrics]". '
                 "`disagreement` and `ensemble_entropy` work without it."
             ) from error
-        self.num_classes, self.members = num_classes, members
+        self.num_classes, self.members, self.n_bins = num_classes, members, n_bins
         self.average: Average = average
+        self.names = (*(f"member_{i}" for i in range(members)), "ensemble")
+        self._temperatures = _each_temperature(self.names, temperature)
         self._metrics = nn.ModuleDict()
-        for name in (*(f"member_{i}" for i in range(members)), "ensemble"):
+        self._seen = nn.ModuleDict()
+        self._filled = False
+        if temperature == "fit":
+            for name in ("logits", "target"):
+                self._seen[name] = CatMetric(nan_strategy="disable")
+            return
+        for name in self.names:
             self._metrics[f"{name}/accuracy"] = MulticlassAccuracy(
                 num_classes, average="micro", validate_args=False
             )
-            self._metrics[f"{name}/nll"] = MeanMetric(nan_strategy="disable")
-            self._metrics[f"{name}/ece"] = MulticlassCalibrationError(
-                num_classes, n_bins=n_bins, validate_args=False
-            )
+            for suffix in ("", "_scaled") if self._temperatures else ("",):
+                self._metrics[f"{name}/nll{suffix}"] = MeanMetric(nan_strategy="disable")
+                self._metrics[f"{name}/ece{suffix}"] = MulticlassCalibrationError(
+                    num_classes, n_bins=n_bins, validate_args=False
+                )
         self._metrics["ensemble/entropy"] = MeanMetric(nan_strategy="disable")
         self._metrics["disagreement"] = MeanMetric(nan_strategy="disable")
-        self._filled = False
 
     @torch.no_grad()
     def update(self, member_logits: Tensor, target: Tensor) -> None:
@@ -129,14 +158,20 @@ class EnsembleMetrics(nn.Module):
                 f"({self.members}, B, {self.num_classes}) and class indices (B,); "
                 f"got {tuple(member_logits.shape)} and {tuple(target.shape)} of {target.dtype}."
             )
-        together = _log_probabilities(member_logits, self.average)
-        members = [_log_probabilities(each.unsqueeze(0), "logits") for each in member_logits]
-        for i, scores in enumerate(members):
-            self._count(f"member_{i}", scores, target)
-        self._count("ensemble", together, target)
-        self._update("ensemble/entropy", torch.special.entr(together.exp()).sum(-1))
-        self._update("disagreement", _row_disagreement(member_logits))
         self._filled = True
+        if self._seen:
+            self._update("logits", member_logits.transpose(0, 1).float())
+            self._update("target", target)
+            return
+        scores = self._scores(member_logits)
+        for name, each in scores.items():
+            # Probabilities, since the calibration error takes what lies outside [0, 1] for logits.
+            self._update(f"{name}/accuracy", each.exp(), target)
+            self._count(name, "", each, target)
+            if self._temperatures:
+                self._count(name, "_scaled", scaled(each, self._temperatures[name]), target)
+        self._update("ensemble/entropy", torch.special.entr(scores["ensemble"].exp()).sum(-1))
+        self._update("disagreement", _row_disagreement(member_logits))
 
     def compute(self) -> dict[str, Tensor]:
         """The metrics of all batches since the last `reset`, scalars by name.
@@ -144,9 +179,37 @@ class EnsembleMetrics(nn.Module):
         Raises:
             ConfigError: nothing was counted.
         """
-        if not self._filled:
-            raise ConfigError("There is nothing to compute: call update(member_logits, target) first.")
-        return {name: metric.compute() for name, metric in self._named()}
+        self._check_filled()
+        if self._seen:
+            logits, target = self._all_seen()
+            fitted = EnsembleMetrics(
+                self.num_classes,
+                self.members,
+                average=self.average,
+                n_bins=self.n_bins,
+                temperature=self._fitted(logits, target),
+            ).to(logits.device)
+            fitted.update(logits, target)
+            return fitted.compute()
+        found = {name: metric.compute() for name, metric in self._named()}
+        device = found["disagreement"].device
+        given = {f"{k}/temperature": torch.tensor(t, device=device) for k, t in self._temperatures.items()}
+        return found | given
+
+    def temperatures(self) -> dict[str, float]:
+        """The temperature of every member and of all together, by name: as given, or as fitted to all batches.
+
+        Raises:
+            ConfigError: there are none, or nothing was counted to fit them to.
+        """
+        if not self._seen:
+            if not self._temperatures:
+                raise ConfigError(
+                    'These metrics have no temperatures.\nFit them on validation data: pass temperature="fit".'
+                )
+            return dict(self._temperatures)
+        self._check_filled()
+        return self._fitted(*self._all_seen())
 
     def reset(self) -> None:
         """Forget every batch."""
@@ -154,16 +217,41 @@ class EnsembleMetrics(nn.Module):
         for _, metric in self._named():
             metric.reset()
 
-    def _count(self, name: str, log_probabilities: Tensor, target: Tensor) -> None:
-        # Probabilities, since the calibration error takes what lies outside [0, 1] for logits.
-        probabilities = log_probabilities.exp()
-        self._update(f"{name}/accuracy", probabilities, target)
-        self._update(f"{name}/ece", probabilities, target)
-        self._update(f"{name}/nll", F.nll_loss(log_probabilities, target, reduction="none"))
+    def _check_filled(self) -> None:
+        if not self._filled:
+            raise ConfigError("There is nothing to compute: call update(member_logits, target) first.")
+
+    def _scores(self, member_logits: Tensor) -> dict[str, Tensor]:
+        """Log-probabilities (B, K) of every member and of all together."""
+        members = [_log_probabilities(each.unsqueeze(0), "logits") for each in member_logits]
+        return dict(zip(self.names, [*members, _log_probabilities(member_logits, self.average)], strict=True))
+
+    def _all_seen(self) -> tuple[Tensor, Tensor]:
+        kept: Any = self._seen
+        return kept["logits"].compute().transpose(0, 1), kept["target"].compute().long()
+
+    def _fitted(self, logits: Tensor, target: Tensor) -> dict[str, float]:
+        return {name: fit_temperature(each, target).item() for name, each in self._scores(logits).items()}
+
+    def _count(self, name: str, suffix: str, scores: Tensor, target: Tensor) -> None:
+        self._update(f"{name}/ece{suffix}", scores.exp(), target)
+        self._update(f"{name}/nll{suffix}", F.nll_loss(scores, target, reduction="none"))
 
     def _update(self, name: str, *values: Tensor) -> None:
-        metric: Any = self._metrics[name]
-        metric.update(*values)
+        dict(self._named())[name].update(*values)
 
     def _named(self) -> list[tuple[str, Any]]:
-        return list(self._metrics.items())
+        return [*self._metrics.items(), *self._seen.items()]
+
+
+def _each_temperature(names: tuple[str, ...], given: Temperature) -> dict[str, float]:
+    """Spell out a temperature for every name; none where there is none yet."""
+    if given is None or given == "fit":
+        return {}
+    each: dict[str, float] = dict(given if isinstance(given, Mapping) else dict.fromkeys(names, given))
+    if set(each) != set(names) or not all(is_number(t) and 0 < t < math.inf for t in each.values()):
+        raise ConfigError(
+            f"temperature must be a finite number above 0, one for each of {', '.join(names)}, or 'fit'; "
+            f"got {given!r}.\nWhat another `EnsembleMetrics` of as many members fitted is in its temperatures()."
+        )
+    return each

@@ -89,7 +89,9 @@ class Pairing:
         """
         device, channels = encoding.device, encoding.shape[1]
         height, width = self.grid(encoding)
-        kappa = dirichlet(alpha, self.rows, self.members, device)
+        # As exact as the network, and never coarser than float32.
+        dtype = torch.promote_types(encoding.dtype, torch.float32)
+        kappa = dirichlet(alpha, self.rows, self.members, device, dtype)
         if mixing == "sum":
             self.masks, self.shares = draw_masks(mixing, kappa, channels, height, width)
             self.weights = torch.ones_like(self.shares)

@@ -29,7 +29,13 @@ from fxgraft.patches.mixmo.masks import box_mask, draw_centres
 Criterion = Callable[..., Tensor]
 
 
-def dirichlet(alpha: float, batch: int, members: int, device: torch.device | str = "cpu") -> Tensor:
+def dirichlet(
+    alpha: float,
+    batch: int,
+    members: int,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
     """Draw the mixing ratios κ of every sample from a symmetric Dirichlet distribution.
 
     Args:
@@ -37,9 +43,10 @@ def dirichlet(alpha: float, batch: int, members: int, device: torch.device | str
         batch: B.
         members: M.
         device: where to draw.
+        dtype: what to draw in. Masks and shares that follow from it sum to 1 as exactly as it can tell.
 
     Returns:
-        (B, M), float32; rows sum to 1.
+        (B, M) of `dtype`; rows sum to 1.
 
     Raises:
         ConfigError: alpha is not above 0.
@@ -49,7 +56,7 @@ def dirichlet(alpha: float, batch: int, members: int, device: torch.device | str
             f"κ is drawn from a Dirichlet distribution, whose alpha must be above 0 and finite, got {alpha!r}.\n"
             'The paper uses 2. For equal shares of all members (MIMO) use mixing="sum".'
         )
-    parts = torch.full((batch, members), float(alpha), device=device)
+    parts = torch.full((batch, members), float(alpha), device=device, dtype=dtype)
     return torch._sample_dirichlet(parts)  # type: ignore[attr-defined,reportPrivateImportUsage]
 
 
@@ -72,7 +79,10 @@ def mix(encodings: Sequence[Tensor], masks: Tensor | Sequence[Tensor], gain: flo
     gain = float(members) if gain is None else gain
     if members == 1:
         return encodings[0] if gain == 1 else encodings[0] * gain
-    weights = [(mask if gain == 1 else mask * gain).to(encodings[0].dtype) for mask in masks]
+    # In the wider dtype of the two: neither masks nor encodings lose what they came with to the gain.
+    dtype = encodings[0].dtype
+    wide = [mask.to(torch.promote_types(mask.dtype, dtype)) for mask in masks]
+    weights = [(mask if gain == 1 else mask * gain).to(dtype) for mask in wide]
     if members == 2 and gain == 1:
         return torch.lerp(encodings[1], encodings[0], weights[0])
     mixed = encodings[0] * weights[0]
@@ -287,16 +297,26 @@ def visible_shares(mixed_mask: Tensor, masks: Tensor) -> Tensor:
     return (pooled * seen).mean((-3, -2, -1)) / (seen.mean((-3, -2, -1)) + 1e-8)
 
 
-def input_cutmix(x: Tensor, y: Tensor, alpha: float = 1.0) -> tuple[Tensor, MixedLabels]:
+def input_cutmix(
+    x: Tensor, y: Tensor, alpha: float = 1.0, visible: Tensor | None = None
+) -> tuple[Tensor, MixedLabels]:
     """Mix the images of a batch by CutMix (Yun et al., ICCV 2019), and remember which pixel is whose.
 
     Every image gets a box of its own, whose area follows Beta(alpha, alpha) before it is clipped, and a partner
     from the batch. As in MixMo's release the image with the larger part counts as the first of the pair.
 
+    The release asks for the larger part of what MixMo's mask leaves visible, which `visible` gives; where it is
+    smaller, the two images change places. In training the patch draws its masks only after the images were mixed,
+    so there the larger part of the whole image is all that is known. What the network learns from is the same: a
+    pair is as likely either way round, and its label names both images by their visible parts, see
+    `visible_shares`. The order only decides which of the two is the one that every sample is once.
+
     Args:
         x: (B, C, H, W).
         y: (B,) class indices.
         alpha: of the Beta distribution, above 0.
+        visible: the mask under which these images will be shown, (B, 1 or C, h, w), for whoever draws masks
+            first. None: all of the image is seen.
 
     Returns:
         The mixed images, with row b of `x` as the first image of row b, and their labels.
@@ -313,6 +333,7 @@ def input_cutmix(x: Tensor, y: Tensor, alpha: float = 1.0) -> tuple[Tensor, Mixe
     share = dirichlet(alpha, x.shape[0], 2, x.device)[:, 0]
     height, width = x.shape[-2:]
     box = box_mask(share, draw_centres(x.shape[0], height, width, x.device), height, width)
-    mask = torch.where(box.mean((1, 2, 3), keepdim=True) < 0.5, 1 - box, box)
+    part = box.mean((1, 2, 3)) if visible is None else visible_shares(box, visible)
+    mask = torch.where(part[:, None, None, None] < 0.5, 1 - box, box)
     partner = torch.rand(x.shape[0], device=x.device).argsort()
     return torch.where(mask > 0, x, x[partner]), MixedLabels(y, y[partner], mask)
