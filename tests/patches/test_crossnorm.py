@@ -69,7 +69,7 @@ def test_authors_numbers_in_a_bottleneck(
     x = inputs["x"].requires_grad_()
     wanted = {"sn": ["selfnorm"], "cn": ["crossnorm"], "cnsn": ["crossnorm", "selfnorm"]}[setting["type"]]
     for method in reversed(wanted) if reverse else wanted:
-        options = {"p": 1.0} if method == "crossnorm" else {}
+        options: Any = {"p": 1.0} if method == "crossnorm" else {"init": "authors"}
         size = tuple(x.shape[1:])
         fxgraft.patch(model, method, position=setting["pos"], input_size=size, **options)
     state = {k.removeprefix("sd_").replace("/", "."): v for k, v in inputs.items() if k.startswith("sd_")}

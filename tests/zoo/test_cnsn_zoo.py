@@ -84,7 +84,7 @@ def test_cnsn(backbone: Backbone) -> None:
     fxgraft.patch(model, "crossnorm", position=position, p=1.0, active=None, **size)
     assert list(model.state_dict()) == keys
     assert torch.equal(evaluated(model, x), expected)
-    fxgraft.patch(model, "selfnorm", position=position, init="identity", **size)
+    fxgraft.patch(model, "selfnorm", position=position, **size)
     assert isinstance(model, cls)
     assert [key for key in model.state_dict() if "graft_" not in key] == keys
     assert torch.equal(evaluated(model, x), expected)
@@ -131,7 +131,7 @@ def test_the_other_positions(backbone: Backbone) -> None:
         model = copy.deepcopy(bare)
         size = {"input_size": backbone.input_size, "position": position}
         fxgraft.patch(model, "crossnorm", p=1.0, active=None, **size)
-        fxgraft.patch(model, "selfnorm", init="identity", **size)
+        fxgraft.patch(model, "selfnorm", **size)
         assert torch.equal(evaluated(model, x), expected)
         gradients = trained(model, x, y)
         assert not [name for name, gradient in gradients.items() if not gradient.isfinite().all()]
