@@ -64,12 +64,12 @@ def test_rsc(backbone: Backbone) -> None:
     cls, keys, state = type(model), list(model.state_dict()), copy.deepcopy(model.state_dict())
     expected = evaluated(bare, x)
 
-    layer: Any = -1
+    where: dict[str, Any] = {}
     if backbone.name in EXCEPTIONS:
         with pytest.raises(fxgraft.SiteError, match="the logits read its class token alone"):
             fxgraft.patch(model, "rsc", input_size=backbone.input_size)
-        layer = EXCEPTIONS[backbone.name]
-    fxgraft.patch(model, "rsc", layer=layer, input_size=backbone.input_size)
+        where = {"layers": EXCEPTIONS[backbone.name]}
+    fxgraft.patch(model, "rsc", **where, input_size=backbone.input_size)
     assert isinstance(model, cls)
     assert list(model.state_dict()) == keys
     assert torch.equal(evaluated(model, x), expected)
