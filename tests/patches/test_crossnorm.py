@@ -191,7 +191,7 @@ def test_every_crop_trains(crop: Any) -> None:
 
 def test_consistency_adds_the_divergence_of_two_more_passes() -> None:
     model = fxgraft.patch(
-        resnet(), "crossnorm", consistency=True, active=None, consistency_weight=3.0, **SMALL
+        resnet(), "crossnorm", consistency=True, p=1.0, active=None, consistency_weight=3.0, **SMALL
     )
     on, x, y = watch(model.train()), torch.randn(3, 3, 64, 64), torch.tensor([0, 1, 2])
     out = model(x)
@@ -210,8 +210,29 @@ def test_consistency_adds_the_divergence_of_two_more_passes() -> None:
     assert set(parts) == {"criterion", "crossnorm.consistency"}
 
 
+def test_a_step_compares_with_probability_p() -> None:
+    bare = resnet()
+    x, y = torch.randn(2, 3, 64, 64), torch.tensor([0, 1])
+
+    def compares(p: float, steps: int) -> list[bool]:
+        model = fxgraft.patch(copy.deepcopy(bare), "crossnorm", consistency=True, p=p, **SMALL).train()
+        with torch.no_grad():
+            found = [set(fxgraft.losses(model, model(x), y)) for _ in range(steps)]
+        return ["crossnorm.consistency" in parts for parts in found]
+
+    before = torch.get_rng_state()
+    assert not any(compares(0.0, 3))
+    assert torch.equal(torch.get_rng_state(), before)
+    assert all(compares(1.0, 3))
+    assert 8 <= sum(compares(0.5, 30)) <= 22
+    model = fxgraft.patch(copy.deepcopy(bare), "crossnorm", consistency=True, p=0.1, **SMALL).train()
+    torch.manual_seed(0)  # the first draw is above 0.1: one clean pass and nothing else
+    loss = fxgraft.loss(model, model(x), y)
+    assert torch.equal(loss, torch.nn.functional.cross_entropy(bare.train()(x), y))
+
+
 def test_consistency_is_a_matter_of_training_and_of_its_own_batch() -> None:
-    model = fxgraft.patch(resnet(), "crossnorm", consistency=True, **SMALL).eval()
+    model = fxgraft.patch(resnet(), "crossnorm", consistency=True, p=1.0, **SMALL).eval()
     x, y = torch.randn(3, 3, 64, 64), torch.tensor([0, 1, 2])
     assert set(fxgraft.losses(model, model(x), y)) == {"criterion"}
     out = model.train()(x)

@@ -45,7 +45,7 @@ def trained(kind: str | None) -> tuple[list[float], dict[str, Tensor]]:
     """Three steps with SelfNorm and the consistency loss; every process sees the same batch and draws alike."""
     torch.manual_seed(0)
     original = Net()
-    fxgraft.patch(original, "crossnorm", consistency=True, active=None, input_size=(3, 16, 16))
+    fxgraft.patch(original, "crossnorm", consistency=True, p=1.0, active=None, input_size=(3, 16, 16))
     fxgraft.patch(original, "selfnorm", input_size=(3, 16, 16))
     x, y = torch.randn(6, 3, 16, 16), torch.randint(5, (6,))
     model: nn.Module = original
