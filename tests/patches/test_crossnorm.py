@@ -264,6 +264,30 @@ def test_tokens_keep_their_prefix() -> None:
     assert not torch.equal(seen["after"][:, 1:], seen["before"][:, 1:])
 
 
+def test_without_the_last_unit_the_pooled_features_keep_their_own_statistics() -> None:
+    x = torch.randn(4, 3, 64, 64) * torch.rand(4, 3, 1, 1) + torch.randn(4, 3, 1, 1)
+    for skip in (False, True):
+        model = fxgraft.patch(resnet(), "crossnorm", p=1.0, active=None, skip_last=skip, **SMALL).train()
+        assert ("layer4.1.add" in fxgraft.grafts(model)[0].units) is not skip
+        seen: dict[str, Tensor] = {}
+        last = model.layer4[1]
+        last.register_forward_pre_hook(lambda _, args: seen.update(given=args[0]))
+        last.act2.register_forward_pre_hook(lambda _, args: seen.update(summed=args[0].clone()))
+        model.global_pool.register_forward_pre_hook(lambda _, args: seen.update(pooled=args[0]))
+        model(x)
+        branch = last.bn2(last.conv2(last.act1(last.bn1(last.conv1(seen["given"])))))
+        own = instance_moments(branch + seen["given"])
+        found = instance_moments(seen["summed"])
+        # The unit hands on a permutation of the batch's statistics; without it they are those of the block itself.
+        assert torch.allclose(found[0], own[0], atol=1e-4) is skip
+        assert torch.allclose(found[1], own[1], rtol=1e-3) is skip
+        torch.testing.assert_close(found[0].sum(0), own[0].sum(0), rtol=1e-3, atol=1e-3)
+        if skip:
+            torch.testing.assert_close(seen["pooled"], (branch + seen["given"]).relu(), rtol=1e-3, atol=1e-4)
+    model = fxgraft.patch(resnet(), "crossnorm", layers=("layer3.1", "layer4"), skip_last=True, **SMALL)
+    assert list(fxgraft.grafts(model)[0].units) == ["layer3.1.add", "layer4.0.add"]
+
+
 def test_layers_narrow_and_override() -> None:
     def units(layers: Any, model: nn.Module | None = None, **options: Any) -> list[str]:
         patched = fxgraft.patch(model or resnet(), "crossnorm", layers=layers, **options, **SMALL)
@@ -335,6 +359,7 @@ def test_channels_last_stays_channels_last() -> None:
         ({"beta": 0}, ConfigError, "beta must be a positive number"),
         ({"consistency_weight": -1}, ConfigError, "consistency_weight must be a positive number"),
         ({"active": 0}, ConfigError, "active must be a number of units"),
+        ({"skip_last": True, "layers": "layer4.1"}, ConfigError, "leaves out 'layer4.1.add', and there is no"),
         ({"active": 9}, ConfigError, r"active=9 units cannot be on, since there are 8: layer1.0.add"),
         ({"position": "middle"}, ConfigError, "position must be one of 'pre', 'residual'"),
         ({"mode": "three"}, ConfigError, "mode must be one of"),

@@ -61,6 +61,9 @@ class CrossNorm(BlockPatch):
         beta: the box's share of the map is drawn from Beta(beta, beta).
         threshold: smallest share of the map that a box may have; on maps too small for it, all of the map.
         lam: share of the original map that is blended in, in [0, 1].
+        skip_last: leave out the unit of the network's last block. Behind it comes global pooling, which reads the
+            mean of each channel: where that unit is on, the pooled features are the partner's alone and the image's
+            own label is trained on them.
         detach: take the partner's statistics as constants instead of letting gradients flow through them.
         consistency: train for consistent predictions instead; see the class.
         consistency_weight: factor of the divergence.
@@ -93,6 +96,7 @@ class CrossNorm(BlockPatch):
     beta: float = 1.0
     threshold: float = 0.1
     lam: float = 0.0
+    skip_last: bool = False
     detach: bool = False
     consistency: bool = False
     consistency_weight: float = 10.0
@@ -110,6 +114,14 @@ class CrossNorm(BlockPatch):
     def place(self, backbone: Backbone, make: Make) -> Iterator[list[Placement]]:
         """Put one unit in every block, for training alone."""
         found = backbone.positions(self.position, self.layers)
+        if self.skip_last:
+            last = (found if self.layers is None else backbone.positions(self.position))[-1].name
+            found = [spot for spot in found if spot.name != last]
+            if not found:
+                raise ConfigError(
+                    f"CrossNorm: skip_last leaves out {last!r}, and there is no other unit.\n"
+                    "Pass skip_last=False, or layers= with earlier blocks."
+                )
         self._check_active(found)
         for index, spot in enumerate(found):
             layout = backbone.layout(spot, self.layout)
