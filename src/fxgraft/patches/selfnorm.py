@@ -19,7 +19,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fxgraft.extend import Backbone, BlockPatch, FxgraftWarning, Graft, Layout, Make, Placement, Unit, register
+from fxgraft.extend import (
+    Backbone,
+    BlockPatch,
+    FxgraftWarning,
+    Graft,
+    Layout,
+    Make,
+    Placement,
+    Unit,
+    register,
+)
 from fxgraft.functional.modulation import modulated
 
 GateFunction = Callable[[Tensor, Tensor], Tensor]
@@ -87,13 +97,13 @@ class SelfNorm(BlockPatch):
             layout = backbone.layout(spot, self.layout)
             unit = make(spot.name, build, self, layout.canonical(backbone.value(spot)).shape[1])
             unit.bind(layout=layout)
-            yield backbone.place(spot, unit)
+            yield from self.put(backbone, make, spot, unit)
 
     def describe(self, graft: Graft) -> str:
         """Say how many units there are, where, and how their gates start."""
         start = "start as the identity" if self.init == "identity" else "start around 0.5"
         gates = "gates" if self.gates == 2 else "gate"
-        return f"{len(graft.units)} units ({self.position}), {self.gates} {gates} each, which {start}"
+        return f"{len(graft.units_of(SelfNormUnit))} units ({self.position}), {self.gates} {gates} each, which {start}"
 
 
 def _trained(model: nn.Module) -> bool:

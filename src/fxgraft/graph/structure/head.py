@@ -105,7 +105,9 @@ def pooled_map(anatomy: Anatomy, output: str | int | None = None) -> Site | None
     try:
         traced, head, _ = opened_head(anatomy, output=output)
         node = head.maps
-        while _is_identity(anatomy, node):  # a placeholder for an option that was not taken: name what is before it
+        while _is_identity(
+            anatomy, node
+        ):  # a placeholder for an option that was not taken: name what is before it
             (node,) = node.all_input_nodes
         if head.classifier is None or node.op in ("placeholder", "get_attr"):
             return None

@@ -132,7 +132,7 @@ class CrossNorm(BlockPatch):
                 )
             unit = make(spot.name, CrossNormUnit, self)
             unit.bind(layout=layout, index=index, count=len(found))
-            yield backbone.place(spot, unit, evaluation=False)
+            yield from self.put(backbone, make, spot, unit, evaluation=False)
 
     def _check_active(self, found: Sequence[Spot]) -> None:
         if self.active is not None and self.active > len(found):
@@ -176,7 +176,7 @@ class CrossNorm(BlockPatch):
         """Say how many units there are, where, and how often they act."""
         active = "all" if self.active is None else str(self.active)
         when = f"{'in two more passes ' if self.consistency else ''}with probability {self.p:g}"
-        return f"{len(graft.units)} units ({self.position}), {active} on {when}"
+        return f"{len(graft.units_of(CrossNormUnit))} units ({self.position}), {active} on {when}"
 
 
 class CrossNormUnit(Unit):
