@@ -131,7 +131,7 @@ def test_sharding_after_patching_and_taking_off_again() -> None:
 )
 def test_looking_on_needs_no_unwrapping(wrap):
     model = timm.create_model("test_resnet", num_classes=4)
-    fxgraft.patch(model, "crossnorm", consistency=True, input_size=(3, 32, 32))
+    fxgraft.patch(model, "crossnorm", consistency=True, p=1.0, input_size=(3, 32, 32))
     wrapped = wrap(model)
     assert [graft.name for graft in fxgraft.grafts(wrapped)] == ["crossnorm"]
     assert str(fxgraft.summary(wrapped)) == str(fxgraft.summary(model))

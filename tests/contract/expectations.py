@@ -147,9 +147,7 @@ EXPECTED: dict[str, Expectation] = {
         folds=True,
         refusals=_CLASS_TOKENS,
     ),
-    "selfnorm": Expectation(
-        options={"init": "identity"}, acts=False, starts_as_bare=True, folds=False, refusals=_STYLES
-    ),
+    "selfnorm": Expectation(options={}, acts=False, starts_as_bare=True, folds=False, refusals=_STYLES),
     "taps": Expectation(options={"layers": -1}, acts=False, starts_as_bare=True, folds=True),
 }
 

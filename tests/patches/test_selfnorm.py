@@ -13,7 +13,7 @@ from timm.optim import param_groups_weight_decay
 from torch import nn
 
 import fxgraft
-from fxgraft import ConfigError, MergeError, SelfNorm
+from fxgraft import ConfigError, FxgraftWarning, MergeError, SelfNorm
 
 SMALL: dict[str, Any] = {"input_size": (3, 64, 64)}
 
@@ -25,11 +25,9 @@ def resnet() -> nn.Module:
 
 @pytest.mark.parametrize("gates", [1, 2])
 @pytest.mark.parametrize("position", ["pre", "residual", "identity", "post"])
-def test_identity_init_changes_no_bit_and_then_trains(gates: Any, position: Any) -> None:
+def test_the_start_changes_no_bit_and_then_trains(gates: Any, position: Any) -> None:
     bare = resnet()
-    model = fxgraft.patch(
-        copy.deepcopy(bare), "selfnorm", gates=gates, position=position, init="identity", **SMALL
-    )
+    model = fxgraft.patch(copy.deepcopy(bare), "selfnorm", gates=gates, position=position, **SMALL)
     x, y = torch.randn(4, 3, 64, 64), torch.arange(4)
     assert torch.equal(model.eval()(x), bare.eval()(x))
     assert torch.equal(model.train()(x), bare.train()(x))
@@ -45,13 +43,28 @@ def test_identity_init_changes_no_bit_and_then_trains(gates: Any, position: Any)
 
 
 def test_authors_init_opens_gates_to_about_a_half() -> None:
-    model = fxgraft.patch(resnet(), "selfnorm", **SMALL).train()
+    model = fxgraft.patch(resnet(), "selfnorm", init="authors", **SMALL).train()
     seen = []
     for unit in fxgraft.grafts(model)[0].units.values():
         unit.g.register_forward_hook(lambda *args: seen.append(args[2].mean()))  # type: ignore[union-attr]
     model(torch.randn(8, 3, 64, 64))
     assert torch.stack(seen).mean().item() == pytest.approx(0.5, abs=0.05)
     assert "start around 0.5" in str(fxgraft.summary(model))
+    other = fxgraft.patch(resnet(), "selfnorm", **SMALL)
+    assert "start as the identity" in str(fxgraft.summary(other))
+
+
+def test_the_authors_start_warns_on_a_trained_network_once(recwarn: pytest.WarningsRecorder) -> None:
+    fxgraft.patch(resnet(), "selfnorm", init="authors", **SMALL)
+    trained = resnet()
+    trained.train()(torch.randn(4, 3, 64, 64))
+    fxgraft.patch(copy.deepcopy(trained), "selfnorm", **SMALL)
+    assert not recwarn
+    with pytest.warns(FxgraftWarning, match=r'halve its activations.*init="identity"'):
+        fxgraft.patch(trained, "selfnorm", init="authors", **SMALL)
+    recwarn.clear()
+    fxgraft.patch(trained, "crossnorm", **SMALL)  # planned again, with the units it has
+    assert not recwarn
 
 
 @pytest.mark.parametrize("gates", [1, 2])

@@ -13,7 +13,7 @@ CASES = [*load_golden("selfnorm_onegate"), *load_golden("selfnorm_twogate")]
 def gate(case: GoldenCase, which: str, dtype: torch.dtype) -> Gate:
     inputs = case.inputs_as(dtype)
     weight = inputs[f"{which}_fc_weight"]
-    made = Gate(weight.shape[0]).to(dtype).train(case.settings["train"])
+    made = Gate(weight.shape[0], "authors").to(dtype).train(case.settings["train"])
     state = {"mean_weight": weight[:, 0, 0], "std_weight": weight[:, 0, 1]}
     for name in ("weight", "bias", "running_mean", "running_var"):
         state[f"norm.{name}"] = inputs[f"{which}_bn_{name}"]

@@ -20,7 +20,9 @@ from fxgraft.graph.grafting.backbone import Backbone
 from fxgraft.graph.grafting.graft import Graft, Make, Placer
 from fxgraft.graph.grafting.placement import Placement
 from fxgraft.graph.grafting.unit import Unit
+from fxgraft.graph.structure.positions import Spot
 from fxgraft.graph.structure.sites import Words
+from fxgraft.graph.tracing.editing import Edge
 from fxgraft.patches.options import check_choices
 
 
@@ -142,7 +144,8 @@ class BlockPatch(LayeredPatch):
     Args:
         position: where in its block a unit sits. Residual blocks: "pre" (what the branch sees of the block's
             input), "residual" (the end of the branch), "identity" (the shortcut, after any downsampling) or
-            "post" (the sum, before the last activation; the default). Densely connected layers: "conv1_pre",
+            "post" (the sum, before the last activation; the default). Densely connected layers: "conv1_pre" (the
+            layer's joined input, before its first norm and for all that is concatenated with it onwards),
             "conv1_post", "conv2_post". Plain stacks: behind every "conv", "norm" or "act".
         layers: only these blocks: names of blocks or of modules around them, globs, stage numbers, names from
             ``fxgraft.sites(model, "residual")``; a name without such a block stands for its own output, and
@@ -155,6 +158,90 @@ class BlockPatch(LayeredPatch):
         "pre", "residual", "identity", "post", "conv1_pre", "conv1_post", "conv2_post", "conv", "norm", "act"
     ] = "post"
     layout: Literal["NCHW", "NHWC", "NLC", "NCL"] | None = None
+
+    def put(
+        self, backbone: Backbone, make: Make, spot: Spot, unit: Unit, *, evaluation: bool = True
+    ) -> Iterator[list[Placement]]:
+        """Place a unit at a position of a block; the parts of a value that was joined for it go on changed.
+
+        Args:
+            backbone: the bare model.
+            make: of `place`.
+            spot: of ``backbone.positions``.
+            unit: what acts there.
+            evaluation: whether it acts in evaluation, too.
+        """
+        yield backbone.place(spot, unit, evaluation=evaluation)
+        if not any(_users(part) for part in spot.onward):
+            return
+        joined = make(f"{spot.name}:joined", Joined, spot.name)
+        joined.bind(sizes=[part.value.shape[1] for part in spot.onward if part.value is not None])
+        yield backbone.place(spot, joined, key=f"{spot.name}:joined", evaluation=evaluation)
+        for index, part in enumerate(spot.onward):
+            if _users(part):
+                unit = make(part.name, Part, spot.name, index)
+                unit.bind(always=evaluation)
+                yield backbone.place(part, unit, evaluation=evaluation)
+
+
+def _users(part: Spot) -> bool:
+    return isinstance(part.edit, Edge) and bool(part.edit.users)
+
+
+class Joined(Unit):
+    """Hands a joined value, as it was changed, to the `Part` units of its graft, and on.
+
+    Args:
+        key: the name to hand it over by.
+    """
+
+    sizes: list[int]
+
+    def __init__(self, key: str) -> None:
+        super().__init__()
+        self.key = key
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return ``x`` (B, C, *S) as it is; its parts go to the units that hand them on."""
+        run = self.current
+        if run is not None:
+            run.put(self.graft, self.key, x.split(self.sizes, 1))
+        return x
+
+
+class Part(Unit):
+    """Hands one part of a joined value on, as it was changed, in place of what it was joined from.
+
+    Args:
+        key: the name that `Joined` hands it over by.
+        index: number of the part.
+    """
+
+    always: bool
+
+    def __init__(self, key: str, index: int) -> None:
+        super().__init__()
+        self.key = key
+        self.index = index
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the part (B, C_i, *S); ``x`` outside of a pass, where what acts in passes alone changed nothing.
+
+        Raises:
+            SiteError: a part of the model was called by itself, and what acts in evaluation too changed the value;
+                or the inside of the block is looked at apart from its layers.
+        """
+        run = self.running() if self.always else self.current
+        if run is None:
+            return x
+        parts = run.get(self.graft, self.key)
+        if parts is None:
+            raise SiteError(
+                f"{self.graft!r} changes what {self.key!r} joins, and the block around it was looked at without it.\n"
+                "A method cannot start inside a densely connected block that another changes from within.\n"
+                "Choose a site outside of the block, or another position."
+            )
+        return parts[self.index]
 
 
 @contextmanager

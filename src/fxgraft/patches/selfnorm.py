@@ -10,6 +10,7 @@ so that with two gates g scales the deviation and f the mean. w is one pair of n
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Literal
@@ -18,7 +19,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fxgraft.extend import Backbone, BlockPatch, Graft, Layout, Make, Placement, Unit, register
+from fxgraft.extend import (
+    Backbone,
+    BlockPatch,
+    FxgraftWarning,
+    Graft,
+    Layout,
+    Make,
+    Placement,
+    Unit,
+    register,
+)
 from fxgraft.functional.modulation import modulated
 
 GateFunction = Callable[[Tensor, Tensor], Tensor]
@@ -36,13 +47,14 @@ class SelfNorm(BlockPatch):
     ICCV 2021. Every residual block gets a unit that recalibrates the statistics of its map by gates computed from
     the map's own means and deviations. It acts in training and in evaluation.
 
-    With the authors' initialisation a gate starts around 0.5, so a pretrained network starts with halved
-    activations in every block and has to be trained again; ``init="identity"`` starts as the bare network,
-    exactly, by gates 2 · sigmoid(0). Where it goes: the options of `BlockPatch`.
+    A patched network starts as the bare one, exactly, by gates 2 · sigmoid(0), and keeps what it was trained to.
+    The authors train from scratch with gates that start around 0.5 (``init="authors"``): each block then halves its
+    activations, and a pretrained ResNet-18 hands about 2⁻⁸ of them to its head, so patching one that way warns.
+    Where it goes: the options of `BlockPatch`.
 
     Args:
         gates: 1 (the released configurations) or 2 (the paper's form, one gate for mean and one for deviation).
-        init: "authors", where a gate starts around 0.5, or "identity", where the unit starts as the identity.
+        init: "identity", where a unit starts as the identity, or "authors", where a gate starts around 0.5.
 
     Raises:
         ConfigError: an option outside its range.
@@ -62,21 +74,45 @@ class SelfNorm(BlockPatch):
     order = ("style", 1)  # at one site after CrossNorm, in the authors' order
 
     gates: Literal[1, 2] = 1
-    init: Literal["authors", "identity"] = "authors"
+    init: Literal["identity", "authors"] = "identity"
 
     def place(self, backbone: Backbone, make: Make) -> Iterator[list[Placement]]:
         """Put one unit in every block."""
+        warned = self.init == "identity" or not _trained(backbone.model)
+
+        def build(config: SelfNorm, channels: int) -> SelfNormUnit:
+            nonlocal warned  # once, and only where a unit is new: not when the model is planned again
+            if not warned:
+                warned = True
+                warnings.warn(
+                    f'SelfNorm: init="authors" opens each gate to about 0.5, and this {backbone.name} has been '
+                    "trained: every block will halve its activations, and what it has learned is lost until it is "
+                    'trained again. Use init="identity" (the default) to start from it as it is.',
+                    FxgraftWarning,
+                    stacklevel=2,
+                )
+            return SelfNormUnit(config, channels)
+
         for spot in backbone.positions(self.position, self.layers):
             layout = backbone.layout(spot, self.layout)
-            unit = make(spot.name, SelfNormUnit, self, layout.canonical(backbone.value(spot)).shape[1])
+            unit = make(spot.name, build, self, layout.canonical(backbone.value(spot)).shape[1])
             unit.bind(layout=layout)
-            yield backbone.place(spot, unit)
+            yield from self.put(backbone, make, spot, unit)
 
     def describe(self, graft: Graft) -> str:
         """Say how many units there are, where, and how their gates start."""
         start = "start as the identity" if self.init == "identity" else "start around 0.5"
         gates = "gates" if self.gates == 2 else "gate"
-        return f"{len(graft.units)} units ({self.position}), {self.gates} {gates} each, which {start}"
+        return f"{len(graft.units_of(SelfNormUnit))} units ({self.position}), {self.gates} {gates} each, which {start}"
+
+
+def _trained(model: nn.Module) -> bool:
+    """Say whether a network has seen images: one look at a BatchNorm, whose mean starts at zero."""
+    for module in model.modules():
+        mean = module.running_mean if isinstance(module, nn.BatchNorm2d) else None
+        if mean is not None:
+            return mean.device.type != "meta" and bool(mean.any())
+    return False
 
 
 class SelfNormUnit(Unit):
@@ -105,11 +141,12 @@ class Gate(nn.Module):
 
     Args:
         channels: C.
-        init: "authors" (weights uniform in ±1/√2, as a convolution of kernel 2 starts) or "identity" (the
-            gate is 2 · sigmoid of a normalisation whose scale and offset start at 0: exactly 1).
+        init: "identity" (the gate is 2 · sigmoid of a normalisation whose scale and offset start at 0: exactly 1)
+            or "authors" (sigmoid of one whose scale starts at 1). Weights start uniform in ±1/√2 in both, as a
+            convolution of kernel 2 does.
     """
 
-    def __init__(self, channels: int, init: Literal["authors", "identity"] = "authors") -> None:
+    def __init__(self, channels: int, init: Literal["identity", "authors"] = "identity") -> None:
         super().__init__()
         self.factor = 2.0 if init == "identity" else 1.0
         bound = 0.5**0.5

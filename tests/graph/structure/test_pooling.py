@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 import fxgraft
 from fxgraft.errors import SiteError, StructureError
+from fxgraft.graph.grafting.backbone import Backbone
 from fxgraft.graph.grafting.unit import Unit
 from fxgraft.graph.structure.head import Head, find_head
 from fxgraft.graph.tracing.anatomy import Anatomy
@@ -283,3 +284,29 @@ class TestSpan:
         x = torch.randn(2, 3)
         got = compile_graph(traced.graph, {}, "shared")(Shared(), x)
         assert torch.equal(got, 2 * torch.relu(x) + torch.exp(torch.relu(x)))
+
+
+@pytest.mark.parametrize(
+    ("name", "where", "closed"),
+    [
+        ("resnet18", "layer4", True),
+        ("efficientnet_b0", "bn2", True),
+        ("densenet121", "features", True),
+        ("mobilenetv3_small_050", "blocks", False),
+        ("convnext_atto", "stages", False),
+        ("swin_tiny_patch4_window7_224", "norm", True),
+        ("vit_tiny_patch16_224", None, False),
+    ],
+)
+def test_the_pooled_map_is_the_last_before_the_average(name: str, where: str | None, closed: bool) -> None:
+    backbone = Backbone.of(timm.create_model(name, num_classes=4))
+    site = backbone.pooled_map()
+    assert (site and site.name) == where
+    assert site is None or bool(backbone.rest(site).tail) == closed
+
+
+def test_the_pooled_map_is_a_value_where_no_module_gives_it() -> None:
+    site = Backbone.of(Body(lambda m, x: m.fc(x.relu().mean((2, 3)))), SIZE).pooled_map()
+    assert (site and (site.name, site.path, site.shape)) == ("relu", "", (2, 6, 8, 8))
+    for head in (lambda m, x: m.fc(x.amax((2, 3))), lambda m, x: m.conv_fc(x).mean((2, 3))):
+        assert Backbone.of(Body(head), SIZE).pooled_map() is None  # a maximum; maps that hold classes

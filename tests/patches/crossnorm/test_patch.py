@@ -69,7 +69,7 @@ def test_authors_numbers_in_a_bottleneck(
     x = inputs["x"].requires_grad_()
     wanted = {"sn": ["selfnorm"], "cn": ["crossnorm"], "cnsn": ["crossnorm", "selfnorm"]}[setting["type"]]
     for method in reversed(wanted) if reverse else wanted:
-        options = {"p": 1.0} if method == "crossnorm" else {}
+        options: Any = {"p": 1.0} if method == "crossnorm" else {"init": "authors"}
         size = tuple(x.shape[1:])
         fxgraft.patch(model, method, position=setting["pos"], input_size=size, **options)
     state = {k.removeprefix("sd_").replace("/", "."): v for k, v in inputs.items() if k.startswith("sd_")}
@@ -189,45 +189,6 @@ def test_every_crop_trains(crop: Any) -> None:
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
 
 
-def test_consistency_adds_the_divergence_of_two_more_passes() -> None:
-    model = fxgraft.patch(
-        resnet(), "crossnorm", consistency=True, active=None, consistency_weight=3.0, **SMALL
-    )
-    on, x, y = watch(model.train()), torch.randn(3, 3, 64, 64), torch.tensor([0, 1, 2])
-    out = model(x)
-    assert on == [[]]
-    torch.manual_seed(1)
-    parts = fxgraft.losses(model, out, y)
-    assert len(on[0]) == 16  # eight units, two passes
-    torch.manual_seed(1)
-    with fxgraft.grafts(model)[0].asking(forced=True):
-        others = [model(x), model(x)]
-    chances = [each.softmax(1) for each in (out, *others)]
-    mixture = sum(chances) / 3
-    divergence = sum((p * (p / mixture).log()).sum(1).mean() for p in chances) / 3
-    torch.testing.assert_close(parts["crossnorm.consistency"], 3.0 * divergence, rtol=1e-3, atol=1e-6)
-    parts["crossnorm.consistency"].backward()
-    assert set(parts) == {"criterion", "crossnorm.consistency"}
-
-
-def test_consistency_is_a_matter_of_training_and_of_its_own_batch() -> None:
-    model = fxgraft.patch(resnet(), "crossnorm", consistency=True, **SMALL).eval()
-    x, y = torch.randn(3, 3, 64, 64), torch.tensor([0, 1, 2])
-    assert set(fxgraft.losses(model, model(x), y)) == {"criterion"}
-    out = model.train()(x)
-    model(x[:2])
-    torch.manual_seed(0)
-    parts = fxgraft.losses(model, out, y)  # on the batch that gave these predictions, not on the last one
-    again = model(x)
-    torch.manual_seed(0)
-    torch.testing.assert_close(
-        parts["crossnorm.consistency"], fxgraft.losses(model, again, y)["crossnorm.consistency"]
-    )
-    model(x[:2])
-    with pytest.raises(ConfigError, match=r"loss of 3 predictions, but .* had 2 images"):
-        fxgraft.loss(model, out + 0, y)  # made anew, as a wrapper may do: taken for those of the last pass
-
-
 def test_tokens_keep_their_prefix() -> None:
     model = timm.create_model("test_vit", num_classes=4, img_size=64)
     fxgraft.patch(model, "crossnorm", p=1.0, active=None, input_size=(3, 64, 64))
@@ -268,11 +229,12 @@ def test_the_image_itself_is_restyled() -> None:
 
 def test_dense_and_plain_positions() -> None:
     dense = timm.create_model("densenet121", num_classes=3, growth_rate=4, block_config=(2, 2))
-    for position, node in (("conv1_pre", "norm1"), ("conv1_post", "conv1"), ("conv2_post", "conv2")):
+    for position, node in (("conv1_pre", "cat"), ("conv1_post", "conv1"), ("conv2_post", "conv2")):
         fxgraft.patch(dense, "crossnorm", position=position, name=position, p=1.0, **SMALL)
         units = fxgraft.grafts(dense)[-1].units
-        assert len(units) == 4
-        assert all(name.endswith(node) for name in units)
+        names = [name for name, unit in units.items() if isinstance(unit, CrossNormUnit)]
+        assert len(names) == 4
+        assert all(name.endswith(node) for name in names)
     with pytest.raises(StructureError, match="no residual join in DenseNet"):
         fxgraft.patch(dense, "crossnorm", name="post", **SMALL)
     plain = torchvision.models.vgg11_bn(num_classes=3)
@@ -314,6 +276,11 @@ def test_channels_last_stays_channels_last() -> None:
         ({"beta": 0}, ConfigError, "beta must be a positive number"),
         ({"consistency_weight": -1}, ConfigError, "consistency_weight must be a positive number"),
         ({"active": 0}, ConfigError, "active must be a number of units"),
+        (
+            {"skip_last": True, "layers": "layer4.1"},
+            ConfigError,
+            "leaves out 'layer4.1.add', and there is no",
+        ),
         ({"active": 9}, ConfigError, r"active=9 units cannot be on, since there are 8: layer1.0.add"),
         ({"position": "middle"}, ConfigError, "position must be one of 'pre', 'residual'"),
         ({"mode": "three"}, ConfigError, "mode must be one of"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import timm
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -223,3 +224,14 @@ def test_evaluation_is_the_probe_of_the_reference(case: GoldenCase) -> None:
     model = patched_head(case, torch.float64).eval()
     close(model(inputs["z"]), case.outputs["logits_before"])
     exactly(model(inputs["z"]), F.linear(inputs["z"].mean((2, 3)), inputs["W"], inputs["b"]))
+
+
+def test_it_goes_to_the_map_before_pooling_and_by_number_to_the_stage() -> None:
+    def described(name: str, **options: Any) -> str:
+        model = timm.create_model(name, num_classes=4)
+        return str(fxgraft.summary(fxgraft.patch(model, "rsc", **options)))
+
+    assert "bn2 (NCHW; closed form)" in described("test_efficientnet")
+    assert "blocks.4 (NCHW; " in described("test_efficientnet", layers=-1)
+    assert "layer4 (NCHW; closed form)" in described("test_resnet")
+    assert "blocks." in described("test_vit")  # its head reads the class token: a block before it

@@ -10,7 +10,7 @@ from fxgraft.errors import SiteError
 from fxgraft.graph.grafting.placement import Placement, placements
 from fxgraft.graph.grafting.unit import Unit
 from fxgraft.graph.structure.ends import Stem, find_classifiers, find_stems
-from fxgraft.graph.structure.head import Head, find_head
+from fxgraft.graph.structure.head import Head, find_head, pooled_map
 from fxgraft.graph.structure.joins import Join, residual_joins
 from fxgraft.graph.structure.layout import Layout, layout_of, named_layout
 from fxgraft.graph.structure.places import blocks_before, site_edit, site_edits, value_at
@@ -121,6 +121,10 @@ class Backbone:
     def head(self, name: str | None = None, output: str | int | None = None) -> Head:
         """Find the average pooling and linear classifier that the network ends in."""
         return find_head(self.anatomy, name, output)
+
+    def pooled_map(self, output: str | int | None = None) -> Site | None:
+        """Find the last map before the average that a linear classifier reads; None if there is no such head."""
+        return pooled_map(self.anatomy, output)
 
     def positionwise(self, head: Head) -> PositionwiseHead:
         """Return a head's layers as they apply to every position of its map, in training."""

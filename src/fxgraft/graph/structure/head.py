@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from torch import fx
+from torch import fx, nn
 
-from fxgraft.errors import StructureError
+from fxgraft.errors import SiteError, StructureError, TraceError
 from fxgraft.graph.structure.outputs import logits_node
+from fxgraft.graph.structure.places import own_nodes
 from fxgraft.graph.structure.pooling import (
     DROPOUTS,
     SHAPES,
@@ -17,6 +18,7 @@ from fxgraft.graph.structure.pooling import (
     node_name,
     opened_head,
 )
+from fxgraft.graph.structure.sites import Site, module_site, node_sites
 from fxgraft.graph.structure.tokens import token_grid
 from fxgraft.graph.tracing.anatomy import Anatomy
 from fxgraft.graph.tracing.editing import Span
@@ -87,6 +89,43 @@ def find_head(anatomy: Anatomy, head: str | None = None, output: str | int | Non
     shape = tuple(values(training.maps).shape)
     grid = token_grid(anatomy, traced, training.maps, training.pooling.channel, owner)
     return Head(owner, classifier, span, training, evaluation, traced, whole, grid, shape, ndim)
+
+
+def pooled_map(anatomy: Anatomy, output: str | int | None = None) -> Site | None:
+    """Find the map, or the tokens, whose average over all positions a linear classifier reads.
+
+    Args:
+        anatomy: of the bare model.
+        output: which entry of a structured output holds the logits.
+
+    Returns:
+        Where the value is; None where the network has no such head (it reads a class token, a maximum, attention,
+        or maps that hold classes already), or where the value cannot be named or its layout told.
+    """
+    try:
+        traced, head, _ = opened_head(anatomy, output=output)
+        node = head.maps
+        while _is_identity(
+            anatomy, node
+        ):  # a placeholder for an option that was not taken: name what is before it
+            (node,) = node.all_input_nodes
+        if head.classifier is None or node.op in ("placeholder", "get_attr"):
+            return None
+        path = str(node.target)
+        if node.op == "call_module" and len(anatomy.observation.calls.get(path, [])) == 1:
+            site = module_site(anatomy, path)
+        else:
+            scope = scope_of(node)
+            index = own_nodes(traced.graph, scope).index(node)
+            name = own_nodes(anatomy.graph(scope, training=False).graph, None)[index].name
+            site = next(each for each in node_sites(anatomy, scope) if each.node == name)
+    except (StructureError, TraceError, SiteError, StopIteration):
+        return None
+    return site if site.layout else None
+
+
+def _is_identity(anatomy: Anatomy, node: fx.Node) -> bool:
+    return node.op == "call_module" and type(anatomy.module(str(node.target))) is nn.Identity
 
 
 def _owner(anatomy: Anatomy, head: HeadTrace) -> str:

@@ -22,6 +22,7 @@ from fxgraft.graph.tracing.anatomy import Anatomy
 from fxgraft.graph.tracing.editing import After, Edge, Edit, Input
 from fxgraft.graph.tracing.names import join, relative
 from fxgraft.graph.tracing.values import shape_of
+from fxgraft.graph.tracing.walks import placeholders
 
 DENSE = ("conv1_pre", "conv1_post", "conv2_post")
 PLAIN = ("conv", "norm", "act")
@@ -43,6 +44,8 @@ class Spot:
         value: fake tensor found there, batch of 2; None where it is no tensor.
         path: the module whose output it is, or "".
         scope: qualified name of the block it belongs to.
+        onward: the values that this one was joined from, as what runs after the block goes on using them: a unit
+            that replaces the joined value has to hand its parts on there. Empty where nothing else uses them.
     """
 
     name: str
@@ -53,6 +56,7 @@ class Spot:
     value: Tensor | None
     path: str
     scope: str
+    onward: tuple[Spot, ...] = ()
 
     @property
     def usable(self) -> bool:
@@ -206,14 +210,26 @@ def _dense(anatomy: Anatomy, position: str) -> list[Spot]:
         except (TraceError, SiteError):
             continue
         if edits[0] is not None and edits[1] is not None:
-            node = edits[0].node  # type: ignore[union-attr]
+            node = edits[0].node
             value = anatomy.values(owner).get(node)
             value = value if isinstance(value, Tensor) else None
-            found.append(Spot(f"{owner}.{node}", position, owner, edits[0], edits[1], value, "", owner))
+            name = f"{owner}.{node}"
+            onward = _onward(anatomy, owner, name) if position == "conv1_pre" else ()
+            found.append(Spot(name, position, owner, edits[0], edits[1], value, "", owner, onward))
     return found
 
 
-def _dense_edit(anatomy: Anatomy, owner: str, position: str, training: bool) -> Edit | None:
+def _dense_edit(anatomy: Anatomy, owner: str, position: str, training: bool) -> After | None:
+    joined, convs = _joined(anatomy, owner, training)
+    if len(joined) != 1 or len(convs) != 2:
+        return None
+    if position == "conv1_pre":
+        return After(joined[0].name)
+    return After(convs[0 if position == "conv1_post" else 1].name)
+
+
+def _joined(anatomy: Anatomy, owner: str, training: bool) -> tuple[list[fx.Node], list[fx.Node]]:
+    """List where a forward joins inputs of its own, and its convolutions."""
     graph = anatomy.graph(owner, training).graph
     joined = [n for n in graph.nodes if n.target in (torch.cat, torch.concat) and _of_inputs(n)]
     convs = [
@@ -221,11 +237,43 @@ def _dense_edit(anatomy: Anatomy, owner: str, position: str, training: bool) -> 
         for node in graph.nodes
         if node.op == "call_module" and isinstance(anatomy.module(join(owner, str(node.target))), nn.Conv2d)
     ]
-    if len(joined) != 1 or len(convs) != 2:
-        return None
-    if position == "conv1_pre":
-        return Edge(convs[0].all_input_nodes[0].name, (convs[0].name,))
-    return After(convs[0 if position == "conv1_post" else 1].name)
+    return joined, convs
+
+
+def _onward(anatomy: Anatomy, owner: str, name: str) -> tuple[Spot, ...]:
+    """Find the values that a layer joins as the module around it uses them after the layer."""
+    block = anatomy.caller(owner)
+    try:
+        evaluation, training = (_edges(anatomy, owner, block, mode) for mode in (False, True))
+    except (TraceError, SiteError) as error:
+        raise StructureError(
+            f"{owner!r} joins its inputs, and {block or 'the model'!r} goes on using them in a way that cannot be "
+            f"followed: {str(error).splitlines()[0]}\n"
+            "What replaces its input before the first norm has to be what is concatenated onwards.\n"
+            'Pass position="conv1_post" or "conv2_post", or layers= with names of sites.'
+        ) from error
+    values = anatomy.values(block)
+    return tuple(
+        Spot(f"{name}:{i}", "conv1_pre", block, edges[0], edges[1], values.get(edges[0].node), "", block)
+        for i, edges in enumerate(zip(evaluation, training, strict=True))
+    )
+
+
+def _edges(anatomy: Anatomy, owner: str, block: str, mode: bool) -> list[Edge]:
+    """Return, for each value that a layer joins, the edges to what uses it after the layer."""
+    inner = anatomy.graph(owner, mode).graph
+    called_as = relative(owner, block)
+    graph = anatomy.graph(block, mode).graph
+    calls = [node for node in graph.nodes if node.op == "call_module" and node.target == called_as]
+    given = calls[0].all_input_nodes if len(calls) == 1 else []
+    inputs = placeholders(inner)
+    if len(given) != len(inputs):
+        raise SiteError(
+            f"it is called {len(calls)} times, with {len(given)} values for {len(inputs)} inputs."
+        )
+    joined = _joined(anatomy, owner, mode)[0][0].all_input_nodes
+    sources = [given[inputs.index(each)] for each in joined]
+    return [Edge(x.name, tuple(user.name for user in sorted(x.users) if calls[0] < user)) for x in sources]
 
 
 def _of_inputs(node: fx.Node) -> bool:

@@ -43,14 +43,16 @@ class CrossNorm(BlockPatch):
     of other images (or of other channels): styles are mixed, labels stay. Each pass, with probability ``p``, exactly
     ``active`` of all units are on; the others cost nothing. Evaluation is the bare model's.
 
-    With ``consistency=True`` the model's own pass stays clean, and `fxgraft.loss` runs the batch twice more with
-    CrossNorm on and adds the Jensen-Shannon divergence among the three predictions: three passes a step.
+    With ``consistency=True`` the model's own pass stays clean. With probability ``p``, one draw per call of
+    `fxgraft.loss`, the batch runs twice more with CrossNorm on, and the loss is CE(clean) + weight · JS(clean, first,
+    second); otherwise it is the criterion on the clean pass and nothing else. Processes that share one model by
+    FSDP have to draw alike: seed them alike, or compare in every step (``p=1``).
 
     Under torch.compile which units are on is data, so that nothing is compiled again; then every unit computes,
     whether on or off, and a step costs what all units on cost. Where it goes: the options of `BlockPatch`.
 
     Args:
-        p: probability that a training pass has any unit on.
+        p: probability that a training pass has any unit on; with consistency, that a step compares.
         active: how many units are then on (1 on ImageNet, 2 on CIFAR in the paper); None for all.
         mode: whose statistics a map takes: those of another image ("two-instance", the released code), of
             other channels of its own ("one-instance"), or of other channels of another image ("both").
@@ -59,8 +61,11 @@ class CrossNorm(BlockPatch):
         beta: the box's share of the map is drawn from Beta(beta, beta).
         threshold: smallest share of the map that a box may have; on maps too small for it, all of the map.
         lam: share of the original map that is blended in, in [0, 1].
+        skip_last: leave out the unit of the network's last block. Behind it comes global pooling, which reads the
+            mean of each channel: where that unit is on, the pooled features are the partner's alone and the image's
+            own label is trained on them.
         detach: take the partner's statistics as constants instead of letting gradients flow through them.
-        consistency: train for consistent predictions instead; see the module.
+        consistency: train for consistent predictions instead; see the class.
         consistency_weight: factor of the divergence.
         output: which entry of a structured output holds the logits (a key, an attribute or a position).
 
@@ -79,7 +84,7 @@ class CrossNorm(BlockPatch):
     where = "inside every residual block, by default before its last activation"
     cost = (
         "training: one pass over a map for its statistics and one to restyle it, for each unit that is on, and two "
-        "more passes of the model with consistency; evaluation: none"
+        "more passes of the model in steps that compare, with consistency; evaluation: none"
     )
     train_only = True
     order = ("style", 0)  # at one site before SelfNorm, in the authors' order
@@ -91,6 +96,7 @@ class CrossNorm(BlockPatch):
     beta: float = 1.0
     threshold: float = 0.1
     lam: float = 0.0
+    skip_last: bool = False
     detach: bool = False
     consistency: bool = False
     consistency_weight: float = 10.0
@@ -108,6 +114,14 @@ class CrossNorm(BlockPatch):
     def place(self, backbone: Backbone, make: Make) -> Iterator[list[Placement]]:
         """Put one unit in every block, for training alone."""
         found = backbone.positions(self.position, self.layers)
+        if self.skip_last:
+            last = (found if self.layers is None else backbone.positions(self.position))[-1].name
+            found = [spot for spot in found if spot.name != last]
+            if not found:
+                raise ConfigError(
+                    f"CrossNorm: skip_last leaves out {last!r}, and there is no other unit.\n"
+                    "Pass skip_last=False, or layers= with earlier blocks."
+                )
         self._check_active(found)
         for index, spot in enumerate(found):
             layout = backbone.layout(spot, self.layout)
@@ -118,7 +132,7 @@ class CrossNorm(BlockPatch):
                 )
             unit = make(spot.name, CrossNormUnit, self)
             unit.bind(layout=layout, index=index, count=len(found))
-            yield backbone.place(spot, unit, evaluation=False)
+            yield from self.put(backbone, make, spot, unit, evaluation=False)
 
     def _check_active(self, found: Sequence[Spot]) -> None:
         if self.active is not None and self.active > len(found):
@@ -130,34 +144,39 @@ class CrossNorm(BlockPatch):
 
     def replays(self) -> bool:
         """Say that consistency runs the batch again."""
-        return self.consistency
+        return self.consistency and self.p > 0
 
     def losses(
         self, graft: Graft, out: Any, target: Any, criterion: Callable[..., Tensor]
     ) -> Mapping[str, Tensor]:
-        """Run the batch twice more with CrossNorm on, and weigh the divergence of the predictions."""
-        if not self.consistency:
-            return {}
+        """In a step that compares, run the batch twice more with CrossNorm on and weigh the divergence."""
         again, model = graft.arguments(out), graft.model()
-        if again is None or model is None:  # the pass was one in evaluation
+        if not self.replays() or again is None or model is None:  # the pass may have been one in evaluation
             return {}
-        args, kwargs = again.args, again.kwargs
         clean = take_logits(out)
-        if args and isinstance(args[0], Tensor) and args[0].shape[0] != clean.shape[0]:
+        first = again.args[0] if again.args else None
+        if isinstance(first, Tensor) and first.shape[0] != clean.shape[0]:
             raise ConfigError(
                 f"{graft.name!r} was asked for the loss of {clean.shape[0]} predictions, but the model's last "
-                f"training pass had {args[0].shape[0]} images.\nIt runs that batch again to compare.\n"
+                f"training pass had {first.shape[0]} images.\nIt runs that batch again to compare.\n"
                 "Call fxgraft.loss right after the pass it is for."
             )
-        with graft.asking(forced=True):
-            others = [take_logits(model(*args, target=target, **kwargs)) for _ in range(2)]
-        return {"consistency": self.consistency_weight * jensen_shannon(clean, *others)}
+        on = self.p == 1 or draws.coin(self.p, clean.device)
+        if on is False:
+            return {}
+
+        def compared() -> Tensor:
+            with graft.asking(forced=True):
+                others = [take_logits(model(*again.args, target=target, **again.kwargs)) for _ in range(2)]
+            return self.consistency_weight * jensen_shannon(clean, *others)
+
+        return {"consistency": draws.choose(on, compared, clean.new_zeros(()))}
 
     def describe(self, graft: Graft) -> str:
         """Say how many units there are, where, and how often they act."""
         active = "all" if self.active is None else str(self.active)
-        when = "in two more passes" if self.consistency else f"with probability {self.p:g}"
-        return f"{len(graft.units)} units ({self.position}), {active} on {when}"
+        when = f"{'in two more passes ' if self.consistency else ''}with probability {self.p:g}"
+        return f"{len(graft.units_of(CrossNormUnit))} units ({self.position}), {active} on {when}"
 
 
 class CrossNormUnit(Unit):

@@ -48,13 +48,16 @@ class RSC(LayeredPatch):
     that suffer most from it; the loss is taken on what is left. Where the part is follows from one gradient
     through the rest of the network, evaluated without side effects. Evaluation is the bare model's.
 
-    Put it on the last stage (``layers=-1``); where a transformer's head reads the class token alone, that is the
-    last block whose positions still reach the logits. The rest of the network runs twice more on the map's batch,
-    once with a gradient to the map; behind pooling and one linear layer both are closed forms. Small maps lose too
-    much: below about 3×3 positions the spatial scope mutes most of what there is.
+    It goes to the last map before global pooling, whatever gives it (ResNet's ``layer4``, EfficientNet's ``bn2``):
+    between that map and the logits there is then no BatchNorm, whose statistics zeros would change in training
+    alone, and where one linear layer is all that follows, what RSC needs to know of the network has a closed form.
+    Elsewhere the rest of the network runs twice more on the map's batch, once with a gradient to the map. Small
+    maps lose too much: below about 3×3 positions the spatial scope mutes most of what there is.
 
     Args:
-        layers: where, by name, glob or stage number; several give one unit each. Default: the last stage.
+        layers: where, by name, glob or stage number (-1 is the last stage); several give one unit each. Default:
+            the last map before global pooling. Where the head averages no map, as one that reads the class token
+            alone, the last stage, and in it the last block whose positions still reach the logits.
         layer: the same, for one.
         scope: what is muted in one batch: positions ("spatial"), channels ("channel"), or one of the two
             drawn for each batch with probability 1/2 ("both", the default).
@@ -81,14 +84,14 @@ class RSC(LayeredPatch):
     title = "Representation Self-Challenging"
     paper = "Huang, Wang, Xing, Huang: Self-Challenging Improves Cross-Domain Generalization. ECCV 2020"
     url = "https://arxiv.org/abs/2007.02454"
-    where = "the output of a layer, by default the last stage"
+    where = "the output of a layer, by default the last map before global pooling"
     cost = (
         "training: the layers after the site run twice more, nothing after pooling + linear; evaluation: none"
     )
     train_only = True
     needs_labels = True
 
-    layers: Words | None = -1
+    layers: Words | None = None
     scope: Literal["both", "spatial", "channel"] = "both"
     strategy: core.Strategy = "top_gradient"
     saliency: core.Saliency = "grad_cam"
@@ -135,7 +138,9 @@ class RSC(LayeredPatch):
 
     def _sites(self, backbone: Backbone) -> Iterator[tuple[Site, Layout, Rest]]:
         """Find the sites; a stage number means the last block of the stage whose positions reach the logits."""
-        for site in backbone.sites(-1 if self.layers is None else self.layers):
+        pooled = backbone.pooled_map(self.output) if self.layers is None else None
+        named = -1 if self.layers is None else self.layers
+        for site in backbone.sites(named) if pooled is None else [pooled]:
             for choice in [site, *(backbone.blocks_before(site) if site.numbered else ())]:
                 layout = self._layout(backbone, choice)
                 rest = backbone.rest(choice, self.output, layout.prefix)

@@ -1,0 +1,145 @@
+"""Densely connected layers: what replaces a layer's input is what is concatenated onwards."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import timm
+import torch
+import torchvision
+from torch import Tensor, nn
+
+import fxgraft
+from fxgraft import StructureError
+from fxgraft.patches.crossnorm.patch import CrossNormUnit
+from fxgraft.patches.crossnorm.tensors import crossnorm
+from fxgraft.patches.selfnorm import SelfNormUnit
+
+SMALL: dict[str, Any] = {"input_size": (3, 64, 64)}
+MODELS: dict[str, Callable[[], nn.Module]] = {
+    "timm": lambda: timm.create_model("densenet121", num_classes=3, growth_rate=4, block_config=(3, 2)),
+    "torchvision": lambda: torchvision.models.DenseNet(4, (3, 2), num_classes=3),
+}
+
+
+def block(layers: nn.Module, x: Tensor, unit: Callable[[int, Tensor], Tensor]) -> Tensor:
+    """The authors' dense block: each layer changes all that came before, and what it concatenates is the changed."""
+    for index, layer in enumerate(layers.values() if hasattr(layers, "values") else layers.children()):
+        x = unit(index, x)
+        h = layer.norm1(x)
+        h = layer.norm2(layer.conv1(layer.relu1(h) if hasattr(layer, "relu1") else h))
+        x = torch.cat((x, layer.conv2(layer.relu2(h) if hasattr(layer, "relu2") else h)), 1)
+    return x
+
+
+@pytest.mark.parametrize("make", MODELS.values(), ids=MODELS)
+def test_crossnorm_replaces_what_all_later_layers_see(make: Callable[[], nn.Module]) -> None:
+    bare = make().double().train()
+    model = fxgraft.patch(
+        copy.deepcopy(bare), "crossnorm", position="conv1_pre", p=1.0, active=None, **SMALL
+    ).train()
+    orders = [torch.randperm(4) for _ in range(5)]
+    for unit, order in zip(fxgraft.grafts(model)[0].units_of(CrossNormUnit), orders, strict=True):
+        unit._restyled = lambda x, order=order: crossnorm(x, order)  # type: ignore[assignment]
+    x = torch.randn(4, 3, 64, 64, dtype=torch.float64)
+    seen: dict[str, Tensor] = {}
+    first = model.features.denseblock1
+    first.register_forward_pre_hook(lambda _, args: seen.update(given=args[0]))
+    first.register_forward_hook(lambda _, args, out: seen.update(out=out))
+    out = model(x)
+    wanted = block(bare.features.denseblock1, seen["given"], lambda i, z: crossnorm(z, orders[i]))
+    torch.testing.assert_close(seen["out"], wanted)
+    grads = [
+        torch.autograd.grad(each.square().sum(), seen["given"], retain_graph=True)[0]
+        for each in (seen["out"], wanted)
+    ]
+    torch.testing.assert_close(*grads)
+    out.sum().backward()
+    assert torch.equal(model.eval()(x), (bare.load_state_dict(model.state_dict()), bare.eval()(x))[1])
+
+
+@pytest.mark.parametrize("make", MODELS.values(), ids=MODELS)
+@pytest.mark.parametrize("training", [True, False])
+def test_selfnorm_replaces_what_all_later_layers_see(make: Callable[[], nn.Module], training: bool) -> None:
+    bare = make().double().train(training)
+    model = fxgraft.patch(copy.deepcopy(bare), "selfnorm", position="conv1_pre", init="authors", **SMALL)
+    model.train(training)
+    units = fxgraft.grafts(model)[0].units_of(SelfNormUnit)
+    plain = copy.deepcopy(units)
+    x = torch.randn(4, 3, 64, 64, dtype=torch.float64)
+    seen: dict[str, Tensor] = {}
+    model.features.denseblock1.register_forward_pre_hook(lambda _, args: seen.update(given=args[0]))
+    model.features.denseblock1.register_forward_hook(lambda _, args, out: seen.update(out=out))
+    model(x)
+    for unit, original in zip(plain, units, strict=True):
+        unit.bind(layout=original.layout)
+    wanted = block(bare.features.denseblock1, seen["given"], lambda i, z: plain[i](z))
+    torch.testing.assert_close(seen["out"], wanted)
+
+
+def test_both_together_in_either_order_and_taken_off() -> None:
+    bare = MODELS["timm"]()
+    x = torch.randn(4, 3, 64, 64)
+    outs = []
+    for methods in (("crossnorm", "selfnorm"), ("selfnorm", "crossnorm")):
+        model = copy.deepcopy(bare).train()
+        for method in methods:
+            options = {"p": 1.0, "active": None} if method == "crossnorm" else {}
+            fxgraft.patch(model, method, position="conv1_pre", **options, **SMALL)
+        torch.manual_seed(0)
+        outs.append(model(x))
+        assert list(fxgraft.unpatch(model).state_dict()) == list(bare.state_dict())
+    torch.testing.assert_close(*outs)
+
+
+def test_evaluation_compiles_exports_and_looks_ahead() -> None:
+    torch._dynamo.reset()
+    model = fxgraft.patch(MODELS["timm"](), "selfnorm", position="conv1_pre", init="authors", **SMALL).eval()
+    x = torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        expected = model(x)
+        torch.testing.assert_close(torch.compile(model, backend="eager", fullgraph=True)(x), expected)
+        torch.testing.assert_close(torch.export.export(model, (x,)).module()(x), expected)
+        torch.testing.assert_close(model.forward_head(model.forward_features(x)), expected)
+        with pytest.raises(fxgraft.SiteError, match="Call the model, not its parts"):
+            model.features.denseblock1(torch.randn(2, 8, 16, 16))
+    with pytest.raises(
+        fxgraft.FxgraftError, match="cannot start inside a densely connected block|cannot trace"
+    ):
+        fxgraft.patch(model, "rsc", layer="features.denseblock1.denselayer2", **SMALL)
+    fxgraft.patch(model, "rsc", layer="features.denseblock1", **SMALL)
+    fxgraft.loss(model, model.train()(x, target=torch.tensor([0, 1])), torch.tensor([0, 1])).backward()
+
+
+class Around(nn.Module):
+    """Calls its dense layer twice, so that no one value is what the layer joined."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 3, 2, 1)
+        self.layer = Layer()
+        self.fc = nn.Linear(12, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        return self.fc(torch.cat((x, self.layer(x, x[:, :4]) + self.layer(x, x[:, 4:])), 1).mean((2, 3)))
+
+
+class Layer(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1, self.conv2 = nn.Conv2d(12, 8, 1), nn.Conv2d(8, 4, 3, 1, 1)
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        return self.conv2(self.conv1(torch.cat((x, y), 1)).relu())
+
+
+def test_where_the_parts_cannot_be_followed_it_says_so() -> None:
+    with pytest.raises(
+        StructureError, match=r"it is called 2 times.*\n.*before the first norm.*\n.*conv1_post"
+    ):
+        fxgraft.patch(Around(), "crossnorm", position="conv1_pre", input_size=(3, 16, 16))
+    fxgraft.patch(Around(), "crossnorm", position="conv1_post", input_size=(3, 16, 16))
