@@ -85,8 +85,13 @@ class Values:
             name = str(node.target)
             return constants[name] if name in constants else _attribute(self.owner, name)
         owner = self.owner
-        kept = preserved_modes(owner), preserved_attributes(owner.modules()), preserved_random_state()
-        with self._observation.mode, kept[0], kept[1], kept[2], torch.no_grad():  # type: ignore[union-attr]
+        with (
+            preserved_modes(owner),
+            preserved_attributes(owner.modules()),
+            preserved_random_state(),
+            torch.no_grad(),
+            self._observation.mode,  # type: ignore[union-attr]
+        ):
             if node.op == "call_function":
                 return node.target(*args, **kwargs)  # type: ignore[operator]
             if node.op == "call_method":
