@@ -20,7 +20,7 @@ from fxgraft.graph.tracing.preserve import (
     preserved_random_state,
     replaced_checkpoint,
 )
-from fxgraft.graph.tracing.whole import afterwards, alone
+from fxgraft.graph.tracing.whole import afterwards, alone, within
 
 
 @dataclass
@@ -96,8 +96,7 @@ def fake_inputs(
         raise ConfigError(f"input_size must be positive, as (C, H, W); got {tuple(input_size)}.")
     reference = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
     size = input_size or default_input_size(model)
-    with mode:
-        return (torch.empty((batch, *size), dtype=reference.dtype, device=reference.device),)
+    return (within(mode, torch.empty, (batch, *size), dtype=reference.dtype, device=reference.device),)
 
 
 @alone
@@ -166,7 +165,6 @@ def observe(
         preserved_modes(model),
         preserved_attributes(model.modules()),
         preserved_random_state(),
-        torch.no_grad(),
         replaced_checkpoint(checkpoint),
     ):
         for module in model.modules():
@@ -174,9 +172,9 @@ def observe(
             if training:  # BatchNorm counts on its real buffers, also in a fake pass
                 own = module._buffers
                 own.update({name: None if b is None else b.clone() for name, b in own.items()})
-        with afterwards(restore), mode:
+        with afterwards(restore):
             nn.Module.__call__ = call  # type: ignore[method-assign]
-            call(model, *inputs)
+            within(torch.no_grad(), within, mode, call, model, *inputs)
     return seen
 
 

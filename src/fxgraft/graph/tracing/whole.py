@@ -13,6 +13,7 @@ import os
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any, ParamSpec, TypeVar
 
@@ -48,6 +49,13 @@ def _forked() -> None:
 
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_forked)
+
+
+def within(
+    context: AbstractContextManager[Any], function: Callable[P, R], *args: P.args, **kwargs: P.kwargs
+) -> R:
+    """Call a function in a context that changes what the whole thread does, and surely leave it."""
+    with context: return function(*args, **kwargs)  # fmt: skip # noqa: E701 - as above
 
 
 def at_once(steps: Iterable[Step]) -> None:
