@@ -26,7 +26,7 @@ from fxgraft.errors import (
 )
 from fxgraft.functional.divergence import jensen_shannon
 from fxgraft.graph.grafting.graft import Graft
-from fxgraft.graph.grafting.labels import targets, with_targets
+from fxgraft.graph.grafting.published import targets, with_targets
 from fxgraft.graph.structure.sites import Site, Sites
 from fxgraft.inspection import Plan, Summary
 from fxgraft.patches.base import Patch

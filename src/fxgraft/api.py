@@ -24,6 +24,8 @@ from fxgraft.graph.structure.positions import position_sites
 from fxgraft.graph.structure.sites import Sites, list_sites
 from fxgraft.graph.tracing.anatomy import Anatomy
 from fxgraft.graph.tracing.names import class_name
+from fxgraft.graph.tracing.preserve import preserved_random_state
+from fxgraft.graph.tracing.whole import alone
 from fxgraft.guards import check_model
 from fxgraft.inspection import Plan, Summary, plan_of, summary_of
 from fxgraft.patches.base import Patch
@@ -32,6 +34,7 @@ from fxgraft.patches.registry import build
 M = TypeVar("M", bound=nn.Module)
 
 
+@alone
 def patch(
     model: M,
     method: str | Patch,
@@ -99,11 +102,13 @@ def _check_new(graft: Graft, present: Sequence[Graft], named: bool) -> None:
 def _plan(model: nn.Module, present: Sequence[Graft], graft: Graft) -> Plan:
     """Plan on the bare model, then put back what was there."""
     trial = [Graft(g.name, g.patch, dict(g.units), g.input_size) for g in present]
-    with (ledger_of(model) or Ledger()).lifted():
+    # Units are built for the trial, and draw what they start from.
+    with preserved_random_state(), (ledger_of(model) or Ledger()).lifted():
         planned = Ledger().plan(model, [*trial, graft])
     return plan_of(graft, [placement for owner, placement in planned.placements if owner is graft])
 
 
+@alone
 def unpatch(model: M, *names: str | Graft) -> M:
     """Take grafts off a model, in place: exactly as before those patches.
 
@@ -142,6 +147,7 @@ def grafts(model: nn.Module) -> list[Graft]:
     return grafts_on(model)
 
 
+@alone
 def sites(
     model: nn.Module, pattern: str | None = None, *, input_size: tuple[int, int, int] | None = None
 ) -> Sites:
@@ -156,7 +162,7 @@ def sites(
     Raises:
         SiteError: nothing matches; lists close matches.
     """
-    with (ledger_of(model) or Ledger()).lifted():
+    with preserved_random_state(), (ledger_of(model) or Ledger()).lifted():
         anatomy = Anatomy(model, input_size)
         found = position_sites(anatomy) if pattern == "residual" else list_sites(anatomy, pattern)
     return Sites(found, f"{class_name(model)}, batch of 2")
@@ -219,6 +225,7 @@ def loss(model: nn.Module, out: Any, y: Any, criterion: Callable[..., Tensor] = 
     )
 
 
+@alone
 def merge(model: M) -> M:
     """Return a copy of a patched model with every graft folded into stock weights or gone.
 

@@ -11,10 +11,12 @@ from torch import nn
 from fxgraft.graph.grafting.graft import Graft
 from fxgraft.graph.grafting.ledger import Ledger
 from fxgraft.graph.grafting.lookup import ledger_of
+from fxgraft.graph.tracing.whole import alone
 
 M = TypeVar("M", bound=nn.Module)
 
 
+@alone
 def copy_with(model: M, keep: Callable[[Graft], bool]) -> M:
     """Copy a model with only some of its grafts.
 
@@ -34,6 +36,7 @@ def copy_with(model: M, keep: Callable[[Graft], bool]) -> M:
     return plain
 
 
+@alone
 def add_graft(model: nn.Module, graft: Graft) -> None:
     """Put one more graft on a model, in place."""
     ledger = ledger_of(model) or Ledger()

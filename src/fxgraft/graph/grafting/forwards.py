@@ -55,33 +55,35 @@ def as_forward(traced: Traced, label: str) -> Callable[..., Any]:
         BypassError: (when called) a non-tensor argument differs from the one the graph was traced with.
     """
     function = compile_graph(traced.graph, traced.constants, label)
-    inputs = traced.fixed.count(INPUT)
-    positional = len(traced.spec.children()[0].children()) if traced.fixed else 0
+    # By themselves: the graph is of no use any more, and its nodes hold each other.
+    signature, spec, fixed = traced.signature, traced.spec, traced.fixed
+    inputs = fixed.count(INPUT)
+    positional = len(spec.children()[0].children()) if fixed else 0
     simple = (
-        all(value is INPUT for value in traced.fixed[:inputs])
-        and positional == len(traced.fixed)
-        and all(child.is_leaf() for child in traced.spec.children()[0].children())
+        all(value is INPUT for value in fixed[:inputs])
+        and positional == len(fixed)
+        and all(child.is_leaf() for child in spec.children()[0].children())
     )
-    names = list(traced.signature.parameters)
+    names = list(signature.parameters)
 
     def forward(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         if simple and not kwargs and len(args) == inputs:
             return function(module, *args)
-        leaves, spec = pytree.tree_flatten(bind(traced.signature, args, kwargs))
-        if spec != traced.spec:
+        leaves, given_spec = pytree.tree_flatten(bind(signature, args, kwargs))
+        if given_spec != spec:
             raise BypassError(
                 f"{label} was called with arguments of another structure than when it was patched.\n"
-                f"Its graph was traced for {traced.spec}.\nUnpatch it, or call it as the model's forward does."
+                f"Its graph was traced for {spec}.\nUnpatch it, or call it as the model's forward does."
             )
         given = []
-        for index, (leaf, fixed) in enumerate(zip(leaves, traced.fixed, strict=True)):
-            if fixed is INPUT:
+        for index, (leaf, traced_with) in enumerate(zip(leaves, fixed, strict=True)):
+            if traced_with is INPUT:
                 given.append(leaf)
-            elif leaf is not fixed and (isinstance(leaf, Tensor) or leaf != fixed):
+            elif leaf is not traced_with and (isinstance(leaf, Tensor) or leaf != traced_with):
                 shown = f"a tensor of shape {tuple(leaf.shape)}" if isinstance(leaf, Tensor) else repr(leaf)
                 name = names[index] if simple and index < len(names) else f"argument {index}"
                 raise BypassError(
-                    f"{label} was called with {name}={shown}, but its graph was traced with {fixed!r}.\n"
+                    f"{label} was called with {name}={shown}, but its graph was traced with {traced_with!r}.\n"
                     "Running the original code instead would bypass the patch in silence.\n"
                     "Unpatch it for such calls, or choose a module's output as the site."
                 )

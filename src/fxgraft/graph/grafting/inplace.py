@@ -21,6 +21,7 @@ from fxgraft.graph.structure.places import site_edits
 from fxgraft.graph.structure.sites import Site
 from fxgraft.graph.tracing.anatomy import Anatomy
 from fxgraft.graph.tracing.observe import observe, tensors
+from fxgraft.graph.tracing.whole import afterwards
 
 
 @dataclass(frozen=True)
@@ -88,11 +89,9 @@ def fates(anatomy: Anatomy, sites: Mapping[str, Site]) -> dict[str, tuple[Fate, 
     places = {key: site_edits(anatomy, site) for key, site in sites.items()}
     graft = Graft("witness", _Witnesses(places), input_size=anatomy.input_size)
     ledger = Ledger()
-    ledger.install(model, [graft])
-    try:
+    with afterwards(lambda: ledger.install(model, [])):
+        ledger.install(model, [graft])
         found = [_pass(anatomy, graft, training) for training in (False, True)]
-    finally:
-        ledger.install(model, [])
     return {key: (found[0][key], found[1][key]) for key in sites}
 
 

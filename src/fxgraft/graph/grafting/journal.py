@@ -1,9 +1,12 @@
-"""The journal: what is written on a patched model, and the exact inverse of it."""
+"""The journal: what is written on a patched model, and the exact inverse of it, as steps that are done at once."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+import operator
+import weakref
+from collections.abc import Iterator, Sequence
+from functools import partial
+from typing import cast
 
 from torch import nn
 
@@ -13,50 +16,85 @@ from fxgraft.graph.grafting.state import GraftState
 from fxgraft.graph.grafting.swap import grafted_class
 from fxgraft.graph.grafting.unit import Unit
 from fxgraft.graph.tracing.names import STATE
+from fxgraft.graph.tracing.whole import Step, refilling, setting
 
 
-@dataclass
 class Installation:
-    """Compiled grafts and the exact inverse of writing them.
+    """Compiled grafts and the steps that write them and undo that.
+
+    Modules are known weakly: the model reaches its installation, which must not keep the model alive in turn.
+
+    Args:
+        model: the patched model.
 
     Attributes:
-        model: the patched model.
         states: what each grafted module gets, by qualified name.
         modules: the grafted modules, by qualified name.
         registered: (holder, name, unit) of every unit that joins the module tree.
         placements: what was planned, with its graft.
     """
 
-    model: nn.Module
-    states: dict[str, GraftState] = field(default_factory=dict)
-    modules: dict[str, nn.Module] = field(default_factory=dict)
-    registered: list[tuple[nn.Module, str, Unit]] = field(default_factory=list)
-    placements: list[tuple[Graft, Placement]] = field(default_factory=list)
+    def __init__(self, model: nn.Module) -> None:
+        self._model = weakref.ref(model)
+        self.states: dict[str, GraftState] = {}
+        self.modules: dict[str, weakref.ref[nn.Module]] = {}
+        self.registered: list[tuple[weakref.ref[nn.Module], str, Unit]] = []
+        self.placements: list[tuple[Graft, Placement]] = []
 
-    def write(self) -> None:
-        """Swap the classes and register the units."""
+    @property
+    def model(self) -> nn.Module:
+        """The patched model, which whoever works with its installation holds."""
+        return cast(nn.Module, self._model())
+
+    def _parts(self) -> Iterator[tuple[str, GraftState, nn.Module]]:
+        """List the grafted modules; those that were replaced and are gone need nothing."""
         for path, state in self.states.items():
-            module = self.modules[path]
-            module.__dict__[STATE] = state
-            module.__class__ = grafted_class(state.base, state.outer)
-        for holder, name, unit in self.registered:
-            holder._modules[name] = unit
+            module = self.modules[path]()
+            if module is not None:
+                yield path, state, module
+
+    def _units(self) -> Iterator[tuple[nn.Module, str, Unit]]:
+        for known, name, unit in self.registered:
+            holder = known()
+            if holder is not None:
+                yield holder, name, unit
+
+    def writing(self) -> list[Step]:
+        """Return the steps that swap the classes and register the units."""
+        steps: list[Step] = []
+        for _, state, module in self._parts():
+            steps.append(partial(operator.setitem, module.__dict__, STATE, state))
+            steps.append(setting(module, "__class__", grafted_class(state.base, state.outer)))
+        steps += [
+            partial(operator.setitem, holder._modules, name, unit) for holder, name, unit in self._units()
+        ]
+        return steps
+
+    def erasing(self) -> list[Step]:
+        """Return the steps that undo `writing`: class, attribute and registration, each exactly as before."""
+        steps: list[Step] = [
+            partial(holder._modules.pop, name, None)
+            for holder, name, unit in self._units()
+            if holder._modules.get(name) is unit
+        ]
+        for _, state, module in self._parts():
+            steps.append(partial(module.__dict__.pop, STATE, None))
+            steps.append(setting(module, "__class__", state.base))
+        return steps
+
+    def rewriting(self) -> list[Step]:
+        """Return the steps that bring back what is written now: like `writing`, and children in their order."""
+        return [
+            *self.writing(),
+            *(step for holder, *_ in self._units() for step in refilling(holder._modules)),
+        ]
 
     def intact(self) -> str | None:
         """Return the name of a module that was wrapped again since, or None."""
-        for path, state in self.states.items():
-            if type(self.modules[path]) is not grafted_class(state.base, state.outer):
-                return path or type(self.model).__name__
+        for path, state, module in self._parts():
+            if type(module) is not grafted_class(state.base, state.outer):
+                return path or state.base.__name__
         return None
-
-    def erase(self) -> None:
-        """Undo `write`: class, attribute and registration, each exactly as before."""
-        for holder, name, _ in reversed(self.registered):
-            holder._modules.pop(name, None)
-        for path, state in self.states.items():
-            module = self.modules[path]
-            module.__dict__.pop(STATE, None)
-            module.__class__ = state.base
 
 
 class Kept:
@@ -66,11 +104,10 @@ class Kept:
         self.units = [(graft.units, dict(graft.units)) for graft in grafts]
         self.attributes = [(u, dict(u.__dict__)) for _, units in self.units for u in units.values()]
 
-    def restore(self) -> None:
-        """Put everything back."""
-        for now, then in [*self.units, *((unit.__dict__, then) for unit, then in self.attributes)]:
-            now.clear()
-            now.update(then)
+    def restoring(self) -> list[Step]:
+        """Return the steps that put everything back."""
+        kept = [*self.units, *((unit.__dict__, then) for unit, then in self.attributes)]
+        return [step for now, then in kept for step in refilling(now, then)]
 
     def settle_new(self, installation: Installation) -> None:
         """Give units that were not there before the training flag, device and dtype of their place."""
@@ -78,7 +115,7 @@ class Kept:
         for _, placement in installation.placements:
             if id(placement.unit) in known:
                 continue
-            owner = installation.modules[placement.owner]
+            owner = installation.model.get_submodule(placement.owner)
             placement.unit.train(owner.training)
             near = (p for module in (owner, installation.model) for p in module.parameters())
             like = next((p for p in near if p.is_floating_point()), None)

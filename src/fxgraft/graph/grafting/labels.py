@@ -1,87 +1,13 @@
-"""Labels from outside a call, and what labels must be like."""
+"""What labels must be like."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
-from contextvars import ContextVar
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from fxgraft.errors import TargetError
-
-Batch = TypeVar("Batch")
-
-
-class Labels:
-    """Labels set from outside a call, by `targets` or `with_targets`.
-
-    Attributes:
-        value: class indices (B,) or soft targets (B, K).
-        reusable: whether several training passes may read them. Labels that a loader sets belong to
-            one batch and one pass; those of a ``with targets(y):`` block hold for the whole block.
-        used: whether a training pass has read them.
-    """
-
-    def __init__(self, value: Any, reusable: bool) -> None:
-        self.value = value
-        self.reusable = reusable
-        self.used = False
-
-
-# The innermost source is the last one. Of a thread or task alone: what one publishes no other one sees.
-_published: ContextVar[tuple[Labels, ...]] = ContextVar("fxgraft_labels", default=())
-
-
-@contextmanager
-def _publish(value: Any, reusable: bool) -> Iterator[None]:
-    labels = Labels(value, reusable)
-    _published.set((*_published.get(), labels))
-    try:
-        yield
-    finally:
-        # Not reset by a token: a generator may be closed in another context than it was started in.
-        _published.set(tuple(each for each in _published.get() if each is not labels))
-
-
-def published() -> Labels | None:
-    """Return the labels that were set last for this thread or task, and still hold."""
-    every = _published.get()
-    return every[-1] if every else None
-
-
-@contextmanager
-def targets(y: Tensor) -> Iterator[None]:
-    """Give labels to every patched model called inside the block.
-
-    For training loops that can only call ``model(x)``. The labels hold for the whole block, however
-    many passes it makes, and for the thread or task that entered it.
-
-    Args:
-        y: class indices (B,), soft targets (B, K), or whatever the criterion takes.
-    """
-    with _publish(y, reusable=True):
-        yield
-
-
-def with_targets(loader: Iterable[Batch], index: int | str = 1) -> Iterator[Batch]:
-    """Iterate over a loader and set each batch's labels for the patched models called on it.
-
-    Each batch's labels serve one training pass. A second pass before the next batch raises
-    `TargetError`, since nothing says that those are still the right labels; use `targets` for that.
-
-    Args:
-        loader: yields batches that hold their labels at ``batch[index]``.
-        index: position or key of the labels in a batch.
-
-    Yields:
-        The loader's batches, unchanged.
-    """
-    for batch in loader:
-        with _publish(batch[index], reusable=False):  # type: ignore[index]
-            yield batch
 
 
 def checked_labels(graft: str, target: Any, batch: int) -> Tensor:

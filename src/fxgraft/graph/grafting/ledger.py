@@ -11,6 +11,7 @@ import contextlib
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from torch import nn
@@ -22,9 +23,10 @@ from fxgraft.graph.grafting.journal import Installation, Kept
 from fxgraft.graph.grafting.passes import Context
 from fxgraft.graph.grafting.planning import compile_placements
 from fxgraft.graph.grafting.state import GraftState, state_of
-from fxgraft.graph.grafting.swap import release_orphans
+from fxgraft.graph.grafting.swap import orphaning, parts_without_model, releasing
 from fxgraft.graph.tracing.anatomy import Anatomy
 from fxgraft.graph.tracing.settings import settings_changed
+from fxgraft.graph.tracing.whole import Step, afterwards, alone, at_once, refilling
 
 
 class Ledger:
@@ -45,6 +47,7 @@ class Ledger:
         self.owners: dict[str, tuple[bool, bool]] = {}
         self.options: tuple[str, ...] = ()
 
+    @alone
     def plan(self, model: nn.Module, grafts: Sequence[Graft]) -> Installation:
         """Plan and compile grafts on a bare model; nothing is written.
 
@@ -67,28 +70,28 @@ class Ledger:
         installation.states[""].ledger = self
         return installation
 
+    @alone
     def install(self, model: nn.Module, grafts: Sequence[Graft] | None = None) -> None:
         """Put grafts on a model in place of those that are there; on failure nothing changes."""
+        self._check_intact()
         wanted = list(self.grafts if grafts is None else grafts)
-        release_orphans(model)
-        before = self.grafts, self.installation, self.owners
+        orphans = parts_without_model(model)
         kept = Kept(self.grafts)
-        self._erase()
+        undo = [*self._as_now(), *kept.restoring(), *(step for each in orphans for step in orphaning(each))]
         after = None
         try:
+            at_once([*self._erasing(), *(step for each in orphans for step in releasing(each))])
             after = self.plan(model, wanted) if wanted else None
-            self.grafts, self.installation, self.owners = wanted, after, {}
+            written: list[Step] = []
             if after is not None:
                 kept.settle_new(after)
-                after.write()
+                written = after.writing()
+            now = {"grafts": wanted, "installation": after, "owners": {}}
+            at_once([*written, partial(self.__dict__.update, now)])
+            if after is not None:
                 self._connect(model, after)
         except BaseException:
-            if after is not None:
-                after.erase()
-            self.grafts, self.installation, self.owners = before
-            kept.restore()
-            if self.installation is not None:
-                self.installation.write()
+            at_once([*(after.erasing() if after is not None else ()), *undo])
             raise
 
     def _connect(self, model: nn.Module, installation: Installation) -> None:
@@ -101,7 +104,6 @@ class Ledger:
         self.options = tuple(dict.fromkeys(declared))
         self.context.replays = any(graft.patch.replays() for graft in self.grafts)
         self.context.model = weakref.ref(model)
-        self.context.forget()
         for graft in self.grafts:
             graft.context = self.context
             for unit in graft.units.values():
@@ -110,29 +112,36 @@ class Ledger:
         if any(p.evaluation for _, p in installation.placements):
             for graft in self.grafts:
                 graft.patch.installed(graft, Backbone.of(model, graft.input_size))
+        self.context.forget()
 
     @contextlib.contextmanager
     def lifted(self) -> Iterator[None]:
         """Take the grafts off for the block, to look at the bare model, and put them back as they were."""
-        kept = Kept(self.grafts)
-        self._erase()
-        try:
+        self._check_intact()
+        undo = [*self._as_now(), *Kept(self.grafts).restoring()]
+        with afterwards(partial(at_once, undo)):
+            at_once(self._erasing())
             yield
-        finally:
-            kept.restore()
-            if self.installation is not None:
-                self.installation.write()
 
-    def _erase(self) -> None:
-        if self.installation is None:
-            return
-        wrapped = self.installation.intact()
+    def _as_now(self) -> list[Step]:
+        """Return the steps that bring back what is on the model, and in the books, now."""
+        books = [
+            *refilling(self.__dict__),
+            partial(self.context.__dict__.update, dict(self.context.__dict__)),
+        ]
+        return [*(self.installation.rewriting() if self.installation is not None else ()), *books]
+
+    def _erasing(self) -> list[Step]:
+        return self.installation.erasing() if self.installation is not None else []
+
+    def _check_intact(self) -> None:
+        """Raise where taking the grafts off would take off what another library has put on since."""
+        wrapped = None if self.installation is None else self.installation.intact()
         if wrapped is not None:
             raise WrappedModelError(
                 f"{wrapped!r} was wrapped or converted after it was patched (by FSDP, parametrize, ...).\n"
                 "Taking the graft off would take that off as well.\nUnpatch first, wrap after."
             )
-        self.installation.erase()
 
     def renew(self, model: nn.Module) -> None:
         """Plan all grafts again on the model as it is now, keeping their units."""
@@ -140,19 +149,25 @@ class Ledger:
 
     def check(self, model: nn.Module) -> None:
         """Notice what would run an old graph in silence, and plan again."""
+        if self._stale(model):
+            self._renew_stale(model)
+
+    @alone
+    def _renew_stale(self, model: nn.Module) -> None:
+        if self._stale(model):  # still: another thread that noticed it may have been here first
+            self.renew(model)
+
+    def _stale(self, model: nn.Module) -> bool:
         if self.installation is None:
-            return
+            return False
         for path, state in self.installation.states.items():
             try:
                 module = model.get_submodule(path)
             except AttributeError:
-                break
+                return True
             if state_of(module) is not state or (state.settings and _stale_settings(module, state)):
-                break
-        else:
-            if not any(unit.stale(model) for graft in self.grafts for unit in graft.units.values()):
-                return
-        self.renew(model)
+                return True
+        return any(unit.stale(model) for graft in self.grafts for unit in graft.units.values())
 
     def names(self, owner: str) -> list[str]:
         """Name the grafts that act on one module."""

@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from fxgraft.errors import TargetError
-from fxgraft.graph.grafting.labels import checked_labels, published
+from fxgraft.graph.grafting.labels import checked_labels
+from fxgraft.graph.grafting.published import Labels, published
 from fxgraft.graph.grafting.sharded import outside_sharded_step
 from fxgraft.graph.structure.rest import Rest
 from fxgraft.graph.tracing.observe import tensors
@@ -158,7 +159,8 @@ class Pass:
         self.visited: dict[str, bool] = {}
         self.recording: dict[str, Any] | None = {}
         self._shared: dict[tuple[str, str], Any] = {}
-        self._stale = False
+        self._stale = self._guessed = False
+        self._published: Labels | None = None
 
     @property
     def training(self) -> bool:
@@ -167,12 +169,16 @@ class Pass:
 
     def adopt_published(self) -> None:
         """Take the labels that were published for this thread or task, where the call gave none."""
-        labels = published()
-        if self.target is not None or labels is None:
+        if self.target is not None:
             return
-        self.target = labels.value
+        labels, self._guessed = published(self.model, self.inputs)
+        if labels is None:
+            return
+        self.target, self._published = labels.value, labels
         if self.training:
-            self._stale = labels.used and not labels.reusable
+            # A patched model inside of this one reads them in the same pass.
+            around = [each for each in getattr(_running, "stack", ()) if each._published is labels]
+            self._stale = around[-1]._stale if around else labels.used and not labels.reusable
             labels.used = True
 
     def enter(self) -> None:
@@ -192,8 +198,16 @@ class Pass:
             part: where the call was given labels in several parts: the one to check and return.
 
         Raises:
-            TargetError: no labels, labels that served an earlier batch, or another batch size.
+            TargetError: no labels, labels that served an earlier batch, labels of which of several loaders
+                nobody says, or another batch size.
         """
+        if self._guessed:
+            raise TargetError(
+                f"{graft!r} cannot tell which labels are those of this batch: two loaders of fxgraft.with_targets "
+                "are open.\nThe input is a tensor of neither one's last batches, and both are for any model.\n"
+                "Say which model a loader is for, fxgraft.with_targets(loader, model=model), or call "
+                "model(x, target=y)."
+            )
         if self._stale:
             raise TargetError(
                 f"{graft!r} was given labels left over from an earlier pass.\n"

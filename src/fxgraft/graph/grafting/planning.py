@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Mapping
 from typing import Any
 
@@ -52,7 +53,7 @@ def compile_placements(
         state.training = _program(anatomy, state, module, placed, names, True)
         state.evaluation = _program(anatomy, state, module, placed, names, False)
         installation.states[path] = state
-        installation.modules[path] = module
+        installation.modules[path] = weakref.ref(module)
     _check_reached(installation, by_owner)
 
 
@@ -103,7 +104,7 @@ def _place_unit(
         raise SiteError(f"{graft.name!r} cannot name a graft.\nUse letters, digits and underscores.")
     if unit.registered and not isinstance(module, _CONTAINERS):
         if name not in state.registered:  # placed twice where the two graphs name its site differently
-            installation.registered.append((module, name, unit))
+            installation.registered.append((weakref.ref(module), name, unit))
         state.registered[name] = unit
         return name
     setattr(state.units, name, unit)
@@ -116,7 +117,7 @@ def _place_unit(
         holder = installation.model.get_submodule(holder_path)
         if isinstance(holder, _CONTAINERS):  # there is no beside: the model itself is one
             holder = next((m for m in holder.modules() if not isinstance(m, _CONTAINERS)), holder)
-        installation.registered.append((holder, f"{name}_{own}".rstrip("_"), unit))
+        installation.registered.append((weakref.ref(holder), f"{name}_{own}".rstrip("_"), unit))
     return f"{STATE}.units.{name}"
 
 

@@ -10,7 +10,9 @@ from __future__ import annotations
 import copy
 import functools
 import inspect
+import operator
 from collections.abc import Callable
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -21,6 +23,7 @@ from fxgraft.graph.grafting import replicas
 from fxgraft.graph.grafting.passes import Arguments, Context, Pass
 from fxgraft.graph.grafting.state import GraftState, Keeper, state_of
 from fxgraft.graph.tracing.names import PREFIX, STATE
+from fxgraft.graph.tracing.whole import Step, afterwards, setting
 
 ENTRY_POINTS = ("forward_features", "forward_head", "forward_intermediates", "get_intermediate_layers")
 """Methods through which users run part of a backbone, besides calling it."""
@@ -58,11 +61,9 @@ def _run(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
 def _traced_run(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
     """Run as part of a trace: no pass of anything, but entry points that the forward uses lie inside it."""
     run = Pass(self.__dict__[STATE].context, self)
-    run.enter()
-    try:
+    with afterwards(run.exit):
+        run.enter()
         return _run(self, *args, **kwargs)
-    finally:
-        run.exit()
 
 
 def _outer_call(
@@ -87,8 +88,8 @@ def _outer_call(
     run = Pass(context, self, target, args, options)
     run.adopt_published()
     context.forget()
-    run.enter()
     try:
+        run.enter()
         out = call(self, *args, **kwargs)
         if not replica:  # what a replica leaves, nobody could tell from what the others leave
             context.leave(run, out, Arguments(args, kwargs))  # of a pass that came through only
@@ -194,11 +195,9 @@ def grafted_class(base: type[nn.Module], outer: bool) -> type[nn.Module]:
 def _recompile(self: fx.GraphModule) -> Any:
     """Regenerate a GraphModule's code on its own class: it writes ``forward`` onto ``type(self)``."""
     grafted = type(self)
-    self.__class__ = grafted._fxgraft_base  # type: ignore[attr-defined]
-    try:
+    with afterwards(partial(object.__setattr__, self, "__class__", grafted)):
+        self.__class__ = grafted._fxgraft_base  # type: ignore[attr-defined]
         return self.recompile()
-    finally:
-        self.__class__ = grafted
 
 
 def _set_grad_checkpointing(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -275,13 +274,22 @@ def _restore(module: nn.Module, ledger: Keeper | None) -> nn.Module:
     return module
 
 
-def release_orphans(model: nn.Module) -> None:
-    """Turn parts that were copied together with their model back into plain modules."""
-    for module in model.modules():
-        state = state_of(module)
-        if state is not None and state.orphan:
-            del module.__dict__[STATE]
-            module.__class__ = state.base
+def parts_without_model(model: nn.Module) -> list[nn.Module]:
+    """List the parts of a model that were copied out of a patched one without it."""
+    states = ((module, state_of(module)) for module in model.modules())
+    return [module for module, state in states if state is not None and state.orphan]
+
+
+def releasing(part: nn.Module) -> list[Step]:
+    """Return the steps that turn such a part back into a plain module."""
+    state: GraftState = part.__dict__[STATE]
+    return [partial(part.__dict__.pop, STATE, None), setting(part, "__class__", state.base)]
+
+
+def orphaning(part: nn.Module) -> list[Step]:
+    """Return the steps that undo `releasing`."""
+    state: GraftState = part.__dict__[STATE]
+    return [partial(operator.setitem, part.__dict__, STATE, state), setting(part, "__class__", type(part))]
 
 
 def _replicate(self: nn.Module) -> nn.Module:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,6 +20,7 @@ from fxgraft.graph.tracing.preserve import (
     preserved_random_state,
     replaced_checkpoint,
 )
+from fxgraft.graph.tracing.whole import afterwards, alone, within
 
 
 @dataclass
@@ -94,10 +96,10 @@ def fake_inputs(
         raise ConfigError(f"input_size must be positive, as (C, H, W); got {tuple(input_size)}.")
     reference = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
     size = input_size or default_input_size(model)
-    with mode:
-        return (torch.empty((batch, *size), dtype=reference.dtype, device=reference.device),)
+    return (within(mode, torch.empty, (batch, *size), dtype=reference.dtype, device=reference.device),)
 
 
+@alone
 def observe(
     model: nn.Module,
     input_size: tuple[int, ...] | None = None,
@@ -106,7 +108,10 @@ def observe(
 ) -> Observation:
     """Run ``model`` once on fake tensors and record every module's calls.
 
-    No hook fires and no flag, buffer or random state changes; nothing is computed.
+    No hook fires and no flag, buffer or random state changes; nothing is computed. Calls of modules are recorded
+    where they go through ``torch.nn.Module.__call__``, which is replaced meanwhile, as torch.fx does while it
+    traces. Other threads pass through the replacement: what they call runs as ever, with its hooks. The model
+    that is looked at must not run in them, since its modes change.
 
     Args:
         model: any module that takes one tensor.
@@ -125,8 +130,12 @@ def observe(
     names = {module: name for name, module in model.named_modules()}
     depth = 0
     order = 0
+    here = threading.get_ident()
+    original = nn.Module.__call__
 
     def call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        if threading.get_ident() != here:
+            return original(module, *args, **kwargs)
         nonlocal order
         # Containers are copied: dense networks append to a list after they passed it on.
         record = Call(*pytree.tree_map(lambda leaf: leaf, (args, kwargs)), checkpointed=depth > 0)
@@ -148,21 +157,24 @@ def observe(
         finally:
             depth -= 1
 
-    original = nn.Module.__call__
+    def restore() -> None:
+        nn.Module.__call__ = original
+
     inputs = fake_inputs(model, mode, input_size, batch)
-    kept = preserved_modes(model), preserved_attributes(model.modules()), preserved_random_state()
-    with kept[0], kept[1], kept[2], torch.no_grad(), replaced_checkpoint(checkpoint):
+    with (
+        preserved_modes(model),
+        preserved_attributes(model.modules()),
+        preserved_random_state(),
+        replaced_checkpoint(checkpoint),
+    ):
         for module in model.modules():
             module.training = training
             if training:  # BatchNorm counts on its real buffers, also in a fake pass
                 own = module._buffers
                 own.update({name: None if b is None else b.clone() for name, b in own.items()})
-        nn.Module.__call__ = call  # type: ignore[method-assign]
-        try:
-            with mode:
-                call(model, *inputs)
-        finally:
-            nn.Module.__call__ = original
+        with afterwards(restore):
+            nn.Module.__call__ = call  # type: ignore[method-assign]
+            within(torch.no_grad(), within, mode, call, model, *inputs)
     return seen
 
 

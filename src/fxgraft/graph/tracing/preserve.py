@@ -5,12 +5,15 @@ from __future__ import annotations
 import contextlib
 import copy
 import random
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
 import torch.utils.checkpoint
 from torch import nn
+
+from fxgraft.graph.tracing.whole import afterwards
 
 
 @contextlib.contextmanager
@@ -20,12 +23,14 @@ def preserved_modes(model: nn.Module) -> Iterator[None]:
     ``model.train()`` on the way out would thaw a BatchNorm that the user froze in evaluation mode.
     """
     flags = [(module, module.training) for module in model.modules()]
-    try:
-        yield
-    finally:
+
+    def restore() -> None:
         for module, flag in flags:
             if module.training is not flag:
                 module.training = flag
+
+    with afterwards(restore):
+        yield
 
 
 # What is registered, and what a graft keeps: no forward pass sets them, and planning anew may.
@@ -44,9 +49,8 @@ def preserved_attributes(modules: Iterable[nn.Module]) -> Iterator[None]:
         own = {k: v for k, v in module.__dict__.items() if k not in _LASTING}
         inner = {k: copy.copy(v) for k, v in own.items() if type(v) in (dict, list)}
         kept.append((module, own, inner))
-    try:
-        yield
-    finally:
+
+    def restore() -> None:
         for module, own, inner in kept:
             for name in [k for k in module.__dict__ if k not in own and k not in _LASTING]:
                 del module.__dict__[name]
@@ -58,39 +62,60 @@ def preserved_attributes(modules: Iterable[nn.Module]) -> Iterator[None]:
                 else:
                     own[name][:] = value
 
+    with afterwards(restore):
+        yield
+
 
 @contextlib.contextmanager
 def preserved_random_state() -> Iterator[None]:
-    """Restore the CPU generators on exit: a trace executes the user's own Python code."""
+    """Restore the global generators on exit: a trace executes the user's own Python code.
+
+    They are the process's, so what other threads draw meanwhile is drawn again.
+    """
     state = random.getstate()
     torch_state = torch.get_rng_state()
-    try:
-        yield
-    finally:
+    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
+    cuda_states = [(device, torch.cuda.get_rng_state(device)) for device in devices]
+
+    def restore() -> None:
         random.setstate(state)
         torch.set_rng_state(torch_state)
+        for device, kept in cuda_states:
+            torch.cuda.set_rng_state(kept, device)
+
+    with afterwards(restore):
+        yield
+
+
+_CHECKPOINT_OPTIONS = (
+    "use_reentrant",
+    "context_fn",
+    "determinism_check",
+    "debug",
+    "preserve_rng_state",
+    "early_stop",
+)
 
 
 @contextlib.contextmanager
 def replaced_checkpoint(run: Callable[..., Any]) -> Iterator[None]:
-    """Route ``torch.utils.checkpoint.checkpoint`` to ``run(function, args, kwargs)`` for the time of the block."""
-    original = torch.utils.checkpoint.checkpoint
+    """Route ``torch.utils.checkpoint.checkpoint`` to ``run(function, args, kwargs)`` for the time of the block.
 
-    def checkpoint(
-        function: Callable[..., Any],
-        *args: Any,
-        use_reentrant: bool | None = None,
-        context_fn: Any = None,
-        determinism_check: Any = None,
-        debug: Any = None,
-        preserve_rng_state: Any = None,
-        early_stop: Any = None,
-        **kwargs: Any,
-    ) -> Any:
+    Only for calls from this thread: others go on checkpointing.
+    """
+    original = torch.utils.checkpoint.checkpoint
+    here = threading.get_ident()
+
+    def checkpoint(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        if threading.get_ident() != here:
+            return original(function, *args, **kwargs)
+        for name in _CHECKPOINT_OPTIONS:
+            kwargs.pop(name, None)
         return run(function, args, kwargs)
 
-    torch.utils.checkpoint.checkpoint = checkpoint  # type: ignore[assignment]
-    try:
-        yield
-    finally:
+    def restore() -> None:
         torch.utils.checkpoint.checkpoint = original
+
+    with afterwards(restore):
+        torch.utils.checkpoint.checkpoint = checkpoint  # type: ignore[assignment]
+        yield

@@ -10,12 +10,12 @@ from __future__ import annotations
 import contextlib
 import inspect
 import sys
+import threading
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from timm.layers import get_notrace_functions, get_notrace_modules  # pyright: ignore[reportPrivateImportUsage]
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
@@ -27,6 +27,7 @@ from fxgraft.graph.tracing.preserve import preserved_attributes, preserved_rando
 from fxgraft.graph.tracing.proxies import InPlaceProxy
 from fxgraft.graph.tracing.settings import plain_settings
 from fxgraft.graph.tracing.signatures import INPUT, bare_forward, bind, forward_signature, leaf_names
+from fxgraft.graph.tracing.whole import afterwards, alone
 
 CHECKPOINT_REGION = "fxgraft_checkpoint_region"
 """Key in ``node.meta`` of the checkpointed region that a node was traced in."""
@@ -64,13 +65,18 @@ class Traced:
 
 
 class ShallowTracer(fx.Tracer):
-    """A tracer that opens the modules named, and those below ``deep`` down to primitives."""
+    """A tracer that opens the modules named, and those below ``deep`` down to primitives.
+
+    While it traces, torch.fx replaces ``torch.nn.Module.__call__`` and ``__getattr__`` for the whole process.
+    What other threads call and read meanwhile is none of this trace, and is handed through.
+    """
 
     def __init__(self, opened: Sequence[str], deep: Sequence[str]) -> None:
         super().__init__(autowrap_functions=tuple(get_notrace_functions()))
         self.opened = frozenset(opened)
         self.deep = tuple(deep)
         self.region = 0
+        self.thread = threading.get_ident()
         self.touched: set[str] = {""}
 
     def prepare(
@@ -111,6 +117,8 @@ class ShallowTracer(fx.Tracer):
         self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
         """Open a module through its bare ``forward``: hooks belong to calls that compute, not to a trace."""
+        if threading.get_ident() != self.thread:
+            return forward(*args, **kwargs)
         if m not in (self.submodule_paths or ()) and not [*m.parameters(), *m.buffers()]:
             return m.forward(*args, **kwargs)  # a graft's unit without tensors: in no tree, so it has no name
         path = self.path_of_module(m)
@@ -125,6 +133,12 @@ class ShallowTracer(fx.Tracer):
         if isinstance(out, fx.Proxy) and count < len(calls):
             return _unpacked(out, calls[count].output)
         return out
+
+    def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
+        """Hand out an attribute of a module, as a proxy where it is a parameter."""
+        if threading.get_ident() != self.thread:
+            return attr_val
+        return super().getattr(attr, attr_val, parameter_proxy_cache)
 
     def create_args_for_root(
         self, root_fn: Callable[..., Any], is_module: bool, concrete_args: Any = None
@@ -175,20 +189,21 @@ def _untouched(module: nn.Module, opened: Sequence[nn.Module], training: bool) -
     attributes = set(module.__dict__)
     buffers = [(b, b._version, b.clone()) for each in opened for b in each.buffers(recurse=False)]
     added: dict[str, Any] = {}
-    for each in opened:
-        each.training = training
-    try:
-        with preserved_random_state():
-            yield added
-    finally:
+    changed: list[tuple[Tensor, Tensor]] = []
+
+    def restore() -> None:
         for each, flag in flags:
             each.training = flag
         for name in set(module.__dict__) - attributes:
             added[name] = module.__dict__.pop(name)
-        changed = [(b, saved) for b, version, saved in buffers if b._version != version]
+        changed[:] = changed or [(b, saved) for b, version, saved in buffers if b._version != version]
         for buffer, saved in changed:
-            with torch.no_grad():
-                buffer.copy_(saved)
+            buffer.detach().copy_(saved)
+
+    with afterwards(restore), preserved_random_state():
+        for each in opened:
+            each.training = training
+        yield added
     if changed:
         raise TraceError(
             f"{type(module).__name__} changes a buffer in its own forward.\n"
@@ -211,6 +226,7 @@ def _trace_error(module: nn.Module, path: str, error: BaseException) -> TraceErr
     )
 
 
+@alone
 def trace(
     module: nn.Module,
     call: Call,
@@ -271,12 +287,17 @@ def trace(
         except Exception as error:
             failure = error
             continue
+        finally:
+            tracer._autowrap_function_ids.clear()  # threads that are still in a call must not wrap any more
         settings = {
             name: plain_settings(module.get_submodule(name) if name else module)
             for name in sorted(tracer.touched)
         }
         return Traced(graph, spec, fixed, signature, constants, settings)
-    raise _trace_error(module, path, failure) from failure
+    try:
+        raise _trace_error(module, path, failure) from failure
+    finally:
+        del failure  # its traceback holds this frame, and the frame the model
 
 
 def _copy_graph(module: fx.GraphModule, training: bool) -> fx.Graph:

@@ -13,6 +13,7 @@ from fxgraft.graph.tracing.observe import Call, Observation
 from fxgraft.graph.tracing.preserve import preserved_attributes, preserved_modes, preserved_random_state
 from fxgraft.graph.tracing.signatures import INPUT, bind
 from fxgraft.graph.tracing.trace import Traced
+from fxgraft.graph.tracing.whole import within
 
 
 class Values:
@@ -85,16 +86,21 @@ class Values:
             name = str(node.target)
             return constants[name] if name in constants else _attribute(self.owner, name)
         owner = self.owner
-        kept = preserved_modes(owner), preserved_attributes(owner.modules()), preserved_random_state()
-        with self._observation.mode, kept[0], kept[1], kept[2], torch.no_grad():  # type: ignore[union-attr]
+        with (
+            preserved_modes(owner),
+            preserved_attributes(owner.modules()),
+            preserved_random_state(),
+        ):
             if node.op == "call_function":
-                return node.target(*args, **kwargs)  # type: ignore[operator]
-            if node.op == "call_method":
-                return getattr(args[0], str(node.target))(*args[1:], **kwargs)
-            module = owner.get_submodule(str(node.target))
-            for each in module.modules():
-                each.training = False
-            return module.forward(*args, **kwargs)
+                function: Any = node.target
+            elif node.op == "call_method":
+                function, args = getattr(args[0], str(node.target)), args[1:]
+            else:
+                module = owner.get_submodule(str(node.target))
+                for each in module.modules():
+                    each.training = False
+                function = module.forward
+            return within(torch.no_grad(), within, self._observation.mode, function, *args, **kwargs)
 
 
 def inputs_of(traced: Traced, call: Call) -> list[Any]:
