@@ -63,7 +63,7 @@ ALIKE: dict[str, Mapping[str, Any]] = {
         for method in METHODS
         if method not in BY_SAMPLE
     },
-    "crossnorm, consistency": {"consistency": True, "active": None},
+    "crossnorm, consistency": {"consistency": True, "p": 1.0, "active": None},
 }
 KINDS = ("ddp", "fsdp2", "fsdp2_nested")
 CASES = [(kind, name) for kind in KINDS for name in (*BY_SAMPLE, *ALIKE)]
