@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import fxgraft
-from fxgraft.patches.mixmo.patch import Encoders, Members
+from fxgraft.patches.mixmo.patch import Encoders
+from patches.mixing import last_pairing
 from properties.random_models import Recipe, gradients, recipes, same
 
 QUIET: dict[str, Any] = {
@@ -66,7 +67,7 @@ def test_an_encoder_is_reached_from_its_own_region_only(examples: int) -> None:
         images = [x.clone().requires_grad_(), x.flip(0).requires_grad_()]
         torch.manual_seed(seed)
         logits = model(fxgraft.MixMoInput(images), target=[y, y])
-        masks = unit(model, Members).last.masks
+        masks = last_pairing(model).masks
         (through,) = torch.autograd.grad(fxgraft.loss(model, logits, [y, y]), out[0], retain_graph=True)
         found = torch.autograd.grad((out[0] * through.detach()).sum(), images)
         for mask, gradient in zip(masks, found, strict=True):
