@@ -213,7 +213,7 @@ class Flat(nn.Module):
 
 
 def test_vectors_mix_without_positions() -> None:
-    for mixing in ("linear", "sum", "channel"):
+    for mixing in ("linear", "sum", "channel", "stack_channel"):
         model: Any = fxgraft.patch(Flat(), "mixmo", mixing=mixing, p=1.0, input_size=(3, 4, 4))
         y = torch.arange(4)
         fxgraft.loss(model, model(torch.randn(4, 3, 4, 4), target=y), y).backward()

@@ -22,14 +22,14 @@ QUIET: dict[str, Any] = {
     "derandomize": True,
     "phases": [Phase.generate, Phase.shrink],
 }
-BINARY = ("cut", "cow", "patchup_hard", "horizontal", "vertical", "channel")
+BINARY = ("cut", "cow", "patchup_hard", "horizontal", "vertical", "channel", "stack_channel")
 
 
 def options(*mixings: str, members: int = 3) -> Any:
     return st.fixed_dictionaries(
         {
             "members": st.integers(1, members),
-            "mixing": st.sampled_from(mixings or ("linear", "sum", *BINARY)),
+            "mixing": st.sampled_from(mixings or ("linear", "sum", "noise", *BINARY)),
             "init": st.sampled_from(["pretrained", "random"]),
             "repetitions": st.integers(1, 2),
             "p": st.just(1.0),

@@ -33,7 +33,7 @@ from fxgraft.extend import (
 )
 from fxgraft.patches.mixmo import tensors as core
 from fxgraft.patches.mixmo.copies import LayerCopies, copies_key
-from fxgraft.patches.mixmo.masks import Mixing
+from fxgraft.patches.mixmo.masks import BY_CHANNEL, WITHOUT_POSITIONS, Mixing
 from fxgraft.patches.mixmo.pairing import MixMoInput, Pairing, check_pairs, known_pairing
 from fxgraft.patches.mixmo.tensors import MixedLabels
 
@@ -88,8 +88,8 @@ class MixMo(Patch):
     Args:
         members: M, at least 1. One member trains as the bare model.
         mixing: "cut" (a box of one image in the other), "linear", "sum" (MIMO, equal parts), "cow",
-            "patchup_hard", "patchup_soft", "horizontal", "vertical" or "channel"; with more than two members
-            those beyond the first share what it leaves, linearly.
+            "patchup_hard", "patchup_soft", "horizontal", "vertical", "channel", "stack_channel" or "noise"; with more
+            than two members those beyond the first share what it leaves, linearly.
         p: probability of that mixing in a batch, else it is linear; in [0, 1].
         decay: last share of training over which p falls to 0; read from `fxgraft.set_progress`.
         alpha: of the Dirichlet distribution of the mixing ratios, above 0. Large values mix evenly.
@@ -175,18 +175,18 @@ class MixMo(Patch):
         if self.mixing in ("linear", "sum"):
             return
         for stem in stems:
-            if stem.layout.name == "NC" and self.mixing != "channel":
+            if stem.layout.name == "NC" and self.mixing not in WITHOUT_POSITIONS:
                 raise ConfigError(
                     f"MixMo: mixing={self.mixing!r} needs positions, and {stem.path!r} gives one vector per image.\n"
-                    'Pass mixing="linear", "sum" or "channel".'
+                    f"Pass mixing={' or '.join(map(repr, WITHOUT_POSITIONS))}."
                 )
         widths = {
             stem.path: stem.layout.canonical(torch.empty(stem.shape, device="meta")).shape[1]
             for stem in stems
         }
-        if self.mixing == "channel" and len(set(widths.values())) > 1:
+        if self.mixing in BY_CHANNEL and len(set(widths.values())) > 1:
             raise ConfigError(
-                f'MixMo: mixing="channel" needs stems of one width, and there are {widths}.\n'
+                f'MixMo: mixing="{self.mixing}" needs stems of one width, and there are {widths}.\n'
                 "One mask says for all of them which channels a member has.\nPass another mixing."
             )
 
