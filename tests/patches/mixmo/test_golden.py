@@ -55,26 +55,42 @@ def test_cut_masks(case: GoldenCase):
     assert_masks(case, *maker.share_out(maker.box_mask(kappa[:, 0], centres, 16, 16), kappa))
 
 
-@pytest.mark.parametrize("case", mask_cases("stackhorizontal", "stackvertical"), ids=str)
+STACKED = {"stackchannel": 0, "stackhorizontal": 1, "stackvertical": 2}
+
+
+def stacked(case: GoldenCase) -> Tensor:
+    """The authors' band along the dimension that they stack on."""
+    mask = case.outputs["masks"][0].double()
+    line = mask.movedim(STACKED[case.settings["method"]], 0).flatten(1)
+    assert torch.equal(line, line[:, :1].expand_as(line))
+    return line[:, 0]
+
+
+@pytest.mark.parametrize("case", mask_cases(*STACKED), ids=str)
 def test_bands(case: GoldenCase):
-    kappa = kappa_of(case)
-    rows = case.settings["method"] == "stackhorizontal"
-    expected = case.outputs["masks"][0, 0].double()
-    line = expected[:, 0] if rows else expected[0]
-    assert torch.equal(expected, (line.unsqueeze(1) if rows else line).expand(16, 16))
+    line, kappa = stacked(case), kappa_of(case)
     # At the end the authors' band has the other member's share.
     at_end = bool(line[-1])
     share = 1 - kappa[:, 0] if at_end else kappa[:, 0]
-    band = maker.band_mask(share, torch.tensor([at_end]), 16)
+    band = maker.band_mask(share, torch.tensor([at_end]), len(line))
     assert torch.equal(band[0], line)
     assert at_end is False or case.settings["config_mix"] == {}
 
 
 def test_bands_lie_at_either_end():
-    ends = {
-        bool(case.outputs["masks"][0, 0, -1, -1]) for case in mask_cases("stackhorizontal", "stackvertical")
-    }
-    assert ends == {False, True}
+    assert {bool(stacked(case)[-1]) for case in mask_cases(*STACKED)} == {False, True}
+
+
+@pytest.mark.parametrize("case", mask_cases("noise"), ids=str)
+def test_noise(case: GoldenCase):
+    """The mask of the reference's draw, one for all channels or, here as a batch, one for each."""
+    expected = case.outputs["masks"][0].unsqueeze(1)
+    if case.settings["config_mix"]["noise_2d"]:
+        assert torch.equal(expected, expected[:1].expand_as(expected))
+        expected = expected[:1]
+    noise = torch.rand(expected.shape, generator=torch.Generator().manual_seed(case.settings["seed"]))
+    share = torch.full((len(expected),), case.settings["lams"][0])
+    torch.testing.assert_close(maker.noise_mask(share, noise), expected, rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("case", mask_cases("patchuphard", "patchuphard2d", "patchupsoft"), ids=str)

@@ -118,7 +118,7 @@ class Padded(nn.Module):
 @pytest.mark.parametrize("kind", [net, Padded])
 def test_own_pairs(kind: Any) -> None:
     torch.manual_seed(0)
-    model = patched(kind(), mixing="linear", members=2)
+    model = patched(kind(), mixing="linear", members=2, spread=0)
     first, second = batch(seed=1), batch(seed=2)
     maps: list[Tensor] = []
     stem = unit(model, Encoders).path
@@ -126,7 +126,7 @@ def test_own_pairs(kind: Any) -> None:
     out = model(MixMoInput([first[0], second[0]]), target=[first[1], second[1]])
     last = last_pairing(model)
     alone = []
-    for x, y in (first, second):  # all members alike from pretrained weights: each image by itself
+    for x, y in (first, second):  # all members alike: each image by itself
         with torch.no_grad():
             model(MixMoInput([x, x]), target=[y, y])
         alone.append(maps[-1])
@@ -191,6 +191,7 @@ def test_own_pairs_compile() -> None:
         ({"p": 1.1}, r"p must be a share in \[0, 1\]"),
         ({"decay": -0.1}, "decay must be a share"),
         ({"kept": 2}, "kept must be a share"),
+        ({"spread": -0.1}, "spread must be a share"),
         ({"mixing": "cutmix"}, "mixing must be one of 'linear', 'sum', 'cut'"),
         ({"init": "zeros"}, "init must be one of 'pretrained', 'random'"),
     ],
@@ -212,7 +213,7 @@ class Flat(nn.Module):
 
 
 def test_vectors_mix_without_positions() -> None:
-    for mixing in ("linear", "sum", "channel"):
+    for mixing in ("linear", "sum", "channel", "stack_channel"):
         model: Any = fxgraft.patch(Flat(), "mixmo", mixing=mixing, p=1.0, input_size=(3, 4, 4))
         y = torch.arange(4)
         fxgraft.loss(model, model(torch.randn(4, 3, 4, 4), target=y), y).backward()
@@ -234,7 +235,7 @@ class Two(nn.Module):
 
 
 def test_parallel_stems_share_their_masks() -> None:
-    model: Any = fxgraft.patch(Two(), "mixmo", p=1.0, input_size=(3, 8, 8))
+    model: Any = fxgraft.patch(Two(), "mixmo", p=1.0, spread=0, input_size=(3, 8, 8))
     maps: list[Tensor] = []
     for stem in (model.a, model.b):
         stem.register_forward_hook(lambda module, args, out: maps.append(out))

@@ -13,6 +13,7 @@ from fxgraft.patches.mixmo.masks import (
     box_mask,
     draw_centres,
     draw_masks,
+    noise_mask,
     patch_rate,
     patch_size,
     share_out,
@@ -20,11 +21,12 @@ from fxgraft.patches.mixmo.masks import (
 )
 from fxgraft.patches.mixmo.tensors import dirichlet, mix
 
-BINARY = ("cut", "cow", "patchup_hard", "horizontal", "vertical", "channel")
+BINARY = ("cut", "cow", "patchup_hard", "horizontal", "vertical", "channel", "stack_channel")
 SHAPES = {
     "linear": (1, 1, 1),
     "sum": (1, 1, 1),
     "channel": (5, 1, 1),
+    "stack_channel": (5, 1, 1),
     "horizontal": (1, 6, 1),
     "vertical": (1, 1, 7),
 }
@@ -65,7 +67,7 @@ def test_two_members_divide_the_map(mixing: Mixing):
     assert set(masks.unique().tolist()) == {0, 1}
 
 
-@pytest.mark.parametrize("mixing", [*BINARY, "patchup_soft"])
+@pytest.mark.parametrize("mixing", [*BINARY, "patchup_soft", "noise"])
 def test_more_members_share_the_rest_in_proportion(mixing: Mixing):
     kappa = dirichlet(2.0, 32, 4)
     masks, _ = draw_masks(mixing, kappa, 8, 12, 12)
@@ -129,9 +131,9 @@ def test_centres_are_uniform():
     assert torch.bincount(columns, minlength=5).div(800).tolist() == pytest.approx([1] * 5, abs=0.12)
 
 
-@pytest.mark.parametrize(("mixing", "dim"), [("horizontal", 3), ("vertical", 4)])
+@pytest.mark.parametrize(("mixing", "dim"), [("horizontal", 3), ("vertical", 4), ("stack_channel", 2)])
 def test_bands_keep_their_share_at_either_end(mixing: Mixing, dim: int):
-    masks, shares = draw_masks(mixing, two(0.35, 400), 4, 16, 16)
+    masks, shares = draw_masks(mixing, two(0.35, 400), 16, 16, 16)
     assert shares[:, 0].eq(5 / 16).all()
     bands = masks[0].movedim(dim - 1, 1).flatten(1)
     ends = {tuple(band.tolist()) for band in bands}
@@ -201,6 +203,20 @@ def test_patches_fit_small_maps(height: int, width: int, block: int):
     assert 0 < patch_rate(torch.tensor(1.0), height, width, block) <= 1
     masks, _ = draw_masks("patchup_hard", two(0.5, 8), 4, height, width)
     assert masks.shape[-2:] == (height, width)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.3, 0.8, 1.0])
+def test_noise_lies_about_its_share(share: float):
+    masks, shares = draw_masks("noise", two(share, 500), 4, 16, 16)
+    assert shares[:, 0].mean().item() == pytest.approx(0.25 + share / 2, abs=0.005)
+    assert (masks[0] < share).float().mean().item() == pytest.approx(0.5 if share else 0, abs=0.01)
+    for low, high in ((0.0, share), (share, 1.0)):  # evenly on either side
+        inside = masks[0][(masks[0] > low) & (masks[0] < high)]
+        if len(inside):
+            assert inside.mean().item() == pytest.approx((low + high) / 2, abs=0.005)
+    given_noise = torch.tensor([0.0, 0.25, 0.5, 0.75, 1.0]).reshape(1, 1, 1, 5)
+    expected = torch.tensor([0, share / 2, share, (1 + share) / 2, 1])
+    torch.testing.assert_close(noise_mask(torch.tensor([share]), given_noise).flatten(), expected)
 
 
 def test_blobs_ignore_kappa():
@@ -275,7 +291,7 @@ def test_roles_are_dealt_the_same_way_to_masks_and_shares():
     assert len(orders) == 6
 
 
-@pytest.mark.parametrize("mixing", ["cut", "cow", "patchup_soft"])
+@pytest.mark.parametrize("mixing", ["cut", "cow", "patchup_soft", "stack_channel", "noise"])
 def test_drawing_and_mixing_compile_in_one_graph(mixing: Mixing):
     encodings = [torch.randn(4, 5, 8, 8) for _ in range(2)]
 

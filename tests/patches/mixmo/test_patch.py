@@ -46,7 +46,9 @@ class Ends(nn.Module):
 @pytest.mark.parametrize("case", list(load_golden("mixmo_net")), ids=str)
 def test_both_ends_are_the_authors(case: GoldenCase, init: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     members, given = case.settings["M"], case.inputs_as(torch.float64)
-    model: Any = fxgraft.patch(Ends(), "mixmo", members=members, init=init, input_size=(3, 12, 12)).double()
+    model: Any = fxgraft.patch(
+        Ends(), "mixmo", members=members, init=init, spread=0, input_size=(3, 12, 12)
+    ).double()
     scale = members if init == "pretrained" else 1
     with torch.no_grad():
         for index in range(members):
@@ -85,52 +87,6 @@ def test_both_ends_are_the_authors(case: GoldenCase, init: Any, monkeypatch: pyt
     torch.testing.assert_close(maps[1], case.outputs["stem_infer_3ch"], rtol=1e-12, atol=1e-12)
 
 
-# Where it starts.
-
-
-@pytest.mark.parametrize("members", [1, 2, 3, 4])
-def test_evaluation_starts_as_the_bare_network(members: int) -> None:
-    bare, model = net().eval(), patched(members=members).eval()
-    x, _ = batch()
-    assert torch.equal(model(x), bare(x))
-    assert torch.equal(model(x, members=True), bare(x).expand(members, -1, -1))
-
-
-def test_random_members_have_the_deviation_of_the_stock_ones() -> None:
-    torch.manual_seed(0)
-    model = patched(members=3, init="random")
-    stem, head = unit(model, Encoders), unit(model, Heads)
-    for stock, drawn in (
-        (model.layer1[0].weight, [stem.weight_1, stem.weight_2]),
-        (model.fc.weight, [head.weight_1, head.weight_2]),
-    ):
-        for each in drawn:
-            assert not torch.equal(each, stock)
-            assert each.std().item() == pytest.approx(stock.std().item(), rel=0.2)
-        assert not torch.equal(*drawn)
-    x, _ = batch()
-    weights = [model.layer1[0].weight, stem.weight_1, stem.weight_2]
-    biases = [model.layer1[0].bias, stem.bias_1, stem.bias_2]
-    expected = F.conv2d(x, torch.stack(weights).sum(0), torch.stack(biases).sum(0), 2, 1)
-    torch.testing.assert_close(model.layer1[0].eval()(x), expected)
-
-
-@pytest.mark.parametrize("init", ["pretrained", "random"])
-def test_one_member_trains_as_the_bare_network(init: Any) -> None:
-    bare, model = net(dropout=0.3), patched(net(dropout=0.3), members=1, init=init)
-    x, y = batch()
-    torch.manual_seed(3)
-    expected = bare(x)
-    F.cross_entropy(expected, y).backward()
-    torch.manual_seed(3)
-    out = model(x, target=y)
-    fxgraft.loss(model, out, y).backward()
-    assert torch.equal(out, expected.unsqueeze(0))
-    assert list(model.state_dict()) == list(bare.state_dict())
-    for mine, theirs in zip(model.parameters(), bare.parameters(), strict=True):
-        assert torch.equal(mine.grad, theirs.grad)
-
-
 # Training.
 
 
@@ -150,7 +106,7 @@ def test_every_mixing_trains_every_member(mixing: Any, members: int) -> None:
 
 @pytest.mark.parametrize("init", ["pretrained", "random"])
 def test_a_pass_mixes_the_encodings_of_its_pairs(init: Any) -> None:
-    model = patched(mixing="linear", init=init, r=1.0)
+    model = patched(mixing="linear", init=init, r=1.0, spread=0)
     x, y = batch()
     seen: list[Tensor] = []
     model.layer1[0].register_forward_hook(lambda module, args, out: seen.append(out))
@@ -258,7 +214,10 @@ def test_evaluation_follows_the_weights_and_merges(members: int, init: Any) -> N
 def test_unpatching_leaves_member_zero_and_everything_else_to_the_bit() -> None:
     model = net()
     before = state_of_everything(model)
+    fxgraft.unpatch(patched(model, spread=0))
+    assert_same(before, state_of_everything(model))
     fxgraft.unpatch(patched(model))
+    torch.set_rng_state(before["random"])  # the members' offsets were drawn
     assert_same(before, state_of_everything(model))
     weight = trained(patched(model)).layer1[0].weight.clone()
     fxgraft.unpatch(model)
@@ -318,10 +277,10 @@ def test_copies_predict_the_same_and_share_nothing(tmp_path: Path) -> None:
         ModelEmaV3(model).module,
     ]
     expected = model(x, members=True)
-    own = {p.data_ptr() for p in model.parameters()}
+    own = {tensor.data_ptr() for tensor in model.state_dict().values()}
     for each in copies:
         assert torch.equal(each.eval()(x, members=True), expected)
-        assert not own & {p.data_ptr() for p in each.parameters()}
+        assert not own & {tensor.data_ptr() for tensor in each.state_dict().values()}
         trained(each, 1)
     assert torch.equal(model.eval()(x, members=True), expected)
 
@@ -346,9 +305,11 @@ def test_another_classifier_gets_heads_of_its_own() -> None:
     assert unit(model, Heads).weight_1.shape == (3, 20)
     assert {id(p) for p in graft.parameters()} <= {id(p) for p in model.parameters()}
     head = nn.Linear(20, 3)
+    nn.init.constant_(head.weight, 50)
     model.fc = head
     model.eval()(x)
     assert torch.equal(unit(model, Heads).weight_1, head.weight)
+    assert unit(model, Heads).offset_0.abs().mean() > 1
 
 
 def test_another_stem_gets_encoders_of_its_own() -> None:

@@ -89,7 +89,7 @@ def test_dtype_and_memory_format_are_the_models(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("members", [2, 3])
 def test_in_float64_one_image_for_all_members_is_left_as_it_is(members: int, mixing: Any) -> None:
     """The masks of a pass sum to 1 as exactly as the network computes, or its encoding would change."""
-    model = patched(net().double(), members=members, mixing=mixing, p=1.0)
+    model = patched(net().double(), members=members, mixing=mixing, p=1.0, spread=0)
     maps: list[Tensor] = []
     model.layer1[0].register_forward_hook(lambda module, args, out: maps.append(out))
     x, y = batch()
@@ -156,7 +156,9 @@ class Tokens(nn.Module):
 @pytest.mark.parametrize("mapped", [False, True], ids=["tokens", "channels last"])
 def test_linear_stems_are_mixed_over_rows_and_columns(mapped: bool, mixing: Any) -> None:
     torch.manual_seed(0)
-    model: Any = fxgraft.patch(Tokens(mapped), "mixmo", mixing=mixing, p=1.0, input_size=(3, 16, 16))
+    model: Any = fxgraft.patch(
+        Tokens(mapped), "mixmo", mixing=mixing, p=1.0, spread=0, input_size=(3, 16, 16)
+    )
     own = unit(model, Encoders)
     with torch.no_grad():
         for parameter in (model.embed.weight, own.weight_1, own.bias_1):

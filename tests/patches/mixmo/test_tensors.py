@@ -27,7 +27,7 @@ from fxgraft.patches.mixmo.tensors import (
     visible_shares,
 )
 
-BINARY = ("cut", "cow", "patchup_hard", "horizontal", "vertical", "channel")
+BINARY = ("cut", "cow", "patchup_hard", "horizontal", "vertical", "channel", "stack_channel")
 
 
 @given(st.floats(0.05, 50), st.integers(1, 6), st.integers(1, 5), st.integers(0, 99))
@@ -338,6 +338,7 @@ def test_visible_shares_of_all_members_at_once(mixing):
         "linear",
         "sum",
         "channel",
+        "stack_channel",
     ):  # constant over space: nothing to correct, unless all is hidden
         seen = masks.mean((2, 3, 4)) > 0
         torch.testing.assert_close(shares[seen], mixed.mean((2, 3, 4))[seen], rtol=1e-4, atol=1e-5)

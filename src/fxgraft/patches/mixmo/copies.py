@@ -19,10 +19,16 @@ class LayerCopies(Unit):
 
     The tensors are ``weight_1``, ``bias_1``, ``weight_2``, ... They follow the layer's ``requires_grad``.
 
+    With a spread the copies act with weights that lie apart from these: the buffer ``offset_0``, drawn once and not
+    trained, is added to the weight of copy 0 and taken from that of copy 1, ``offset_1`` likewise for the copies 2 and
+    3, and so on; the last of an odd number has none. The offsets of all copies cancel, whatever is trained, so the
+    folded layer is that of the tensors alone, and where they start as the layer's own it is the layer to the bit.
+
     Args:
         module: the layer.
         count: how many copies there are in all, at least 1.
         start: "pretrained" copies its tensors, "random" draws them with its tensors' means and deviations.
+        spread: length of the offsets, as a share of the weight's; used with "pretrained".
 
     Attributes:
         path: the layer's qualified name; set when the unit is placed.
@@ -31,23 +37,27 @@ class LayerCopies(Unit):
     path: str
     served: Callable[[], nn.Module | None] | None = None
 
-    def __init__(self, module: nn.Module, count: int, start: Start) -> None:
+    def __init__(self, module: Any, count: int, start: Start, spread: float = 0.0) -> None:
         super().__init__()
-        self.count = count
+        self.count, self.spread = count, spread
         self.start: Start = start
         for index in range(1, count):
             for name, tensor in module.named_parameters(recurse=False):
                 started = nn.Parameter(_start(tensor.detach(), start), tensor.requires_grad)
                 self.register_parameter(f"{name}_{index}", started)
+        for pair in range(count // 2) if spread > 0 and start == "pretrained" else ():
+            self.register_buffer(f"offset_{pair}", _offset(module.weight.detach(), spread))
 
     @torch.no_grad()
-    def serve(self, path: str, module: nn.Module) -> None:
+    def serve(self, path: str, module: Any) -> None:
         """Remember the layer; where another one took its place, of the same shape, start as its copies anew."""
         replaced = self.served is not None and self.served() is not module
         self.bind(path=path, served=weakref.ref(module))
         for index in range(1, self.count) if replaced else ():
             for name, tensor in module.named_parameters(recurse=False):
                 getattr(self, f"{name}_{index}").copy_(_start(tensor, self.start))
+        for offset in self.buffers() if replaced else ():
+            offset.copy_(_offset(module.weight, self.spread))
 
     def tensors(self, module: Any) -> list[tuple[Tensor, Tensor | None]]:
         """List weight and bias of every copy.
@@ -60,6 +70,20 @@ class LayerCopies(Unit):
             bias = None if module.bias is None else getattr(self, f"bias_{index}")
             pairs.append((getattr(self, f"weight_{index}"), bias))
         return pairs
+
+    def spread_out(self, module: Any) -> list[tuple[Tensor, Tensor | None]]:
+        """List weight and bias with which every copy acts by itself: its tensors, moved by its offset.
+
+        Args:
+            module: the layer.
+        """
+        acting = self.tensors(module)
+        for pair, offset in enumerate(self.buffers()):
+            for index, sign in ((2 * pair, 1), (2 * pair + 1, -1)):
+                weight, bias = acting[index]
+                # Wrappers may run the layer in another dtype, and tell only its parameters.
+                acting[index] = (torch.add(weight, offset.to(weight.dtype), alpha=sign), bias)
+        return acting
 
     def folded(self, module: nn.Module, gain: float = 1.0) -> tuple[Tensor, Tensor | None]:
         """Return ``gain`` times the mean of the copies: weight and bias of the layer that gives the mean output."""
@@ -84,6 +108,10 @@ def _start(tensor: Tensor, start: Start) -> Tensor:
     if start == "pretrained":
         return tensor.clone()
     return torch.randn_like(tensor) * tensor.std(correction=0) + tensor.mean()
+
+
+def _offset(weight: Tensor, spread: float) -> Tensor:
+    return torch.randn_like(weight) * (spread * weight.square().mean().sqrt())
 
 
 def _mean(parts: Sequence[Tensor], gain: float) -> Tensor:

@@ -27,11 +27,23 @@ from torch import Tensor
 from fxgraft.errors import ConfigError, candidates
 
 Mixing = Literal[
-    "linear", "sum", "cut", "cow", "patchup_hard", "patchup_soft", "horizontal", "vertical", "channel"
+    "linear",
+    "sum",
+    "cut",
+    "cow",
+    "patchup_hard",
+    "patchup_soft",
+    "horizontal",
+    "vertical",
+    "channel",
+    "stack_channel",
+    "noise",
 ]
 """How the encodings are mixed; see `draw_masks`."""
 
 MIXINGS: tuple[Mixing, ...] = get_args(Mixing)
+WITHOUT_POSITIONS: tuple[Mixing, ...] = ("linear", "sum", "channel", "stack_channel")
+BY_CHANNEL: tuple[Mixing, ...] = ("channel", "stack_channel")
 
 PATCHUP_BLOCK = 7
 COW_PROPORTION = (0.2, 0.8)
@@ -50,6 +62,8 @@ def draw_masks(
       the linear mixture outside them.
     - "horizontal", "vertical": a band of rows or of columns for member 0, see `band_mask`.
     - "channel": each channel goes to member 0 with probability κ_0; a mask per channel, constant over space.
+    - "stack_channel": the first or the last channels go to member 0, see `band_mask`.
+    - "noise": noise for member 0, cell by cell, see `noise_mask`.
 
     Args:
         mixing: one of the above.
@@ -59,9 +73,9 @@ def draw_masks(
         width: W of the encodings.
 
     Returns:
-        Masks (M, B, ...): (1, 1, 1) for "linear" and "sum", (C, 1, 1) for "channel", (1, H, 1) for "horizontal",
-        (1, 1, W) for "vertical", (1, H, W) for the rest. And shares (B, M), the mean of each mask. Both in the
-        dtype and on the device of `kappa`. A single member has everything, whatever the mixing.
+        Masks (M, B, ...): (1, 1, 1) for "linear" and "sum", (C, 1, 1) for "channel" and "stack_channel", (1, H, 1)
+        for "horizontal", (1, 1, W) for "vertical", (1, H, W) for the rest. And shares (B, M), the mean of each mask.
+        Both in the dtype and on the device of `kappa`. A single member has everything, whatever the mixing.
 
     Raises:
         ConfigError: no such mixing.
@@ -96,6 +110,10 @@ def _first_mask(mixing: Mixing, share: Tensor, channels: int, height: int, width
         return band_mask(share, uniform() < 0.5, width)[:, None, None, :]
     if mixing == "channel":
         return (uniform(channels) < share.unsqueeze(1)).to(share.dtype)[..., None, None]
+    if mixing == "stack_channel":
+        return band_mask(share, uniform() < 0.5, channels)[..., None, None]
+    if mixing == "noise":
+        return noise_mask(share, uniform(1, height, width))
     block, share = patch_size(height, width), share[:, None, None, None]
     centres = uniform(1, height, width) < patch_rate(share, height, width, block)
     patches = patches_mask(centres.to(share.dtype), block)
@@ -169,6 +187,23 @@ def band_mask(share: Tensor, at_end: Tensor, size: int) -> Tensor:
     places = torch.arange(size, device=share.device)
     places = torch.where(at_end.unsqueeze(1), size - 1 - places, places)
     return (places < (share * size).long().unsqueeze(1)).to(share.dtype)
+
+
+def noise_mask(share: Tensor, noise: Tensor) -> Tensor:
+    """Noise from 0 to 1 with `share` in the middle: half of the cells lie evenly below it, half evenly above it.
+
+    The mean is therefore 1/4 + share / 2, as in the release. One mask for all channels, as the release mixes,
+    though it can draw one per channel.
+
+    Args:
+        share: (B,), in [0, 1].
+        noise: (B, 1, H, W), uniform from 0 to 1.
+
+    Returns:
+        (B, 1, H, W) in [0, 1], in the dtype of `noise`.
+    """
+    share, centred = share[:, None, None, None], 2 * noise - 1
+    return share + torch.where(centred < 0, share, 1 - share) * centred
 
 
 def cow_mask(proportion: Tensor, sigma: Tensor, noise: Tensor) -> Tensor:
