@@ -34,6 +34,7 @@ from fxgraft.extend import (
     register,
 )
 from fxgraft.patches.rsc import tensors as core
+from fxgraft.patches.rsc.presets import PRESETS
 from fxgraft.patches.rsc.probe import Probe, Scoring
 
 
@@ -93,6 +94,7 @@ class RSC(LayeredPatch):
     )
     train_only = True
     needs_labels = True
+    presets = PRESETS
 
     layers: Words | None = None
     scope: Literal["both", "spatial", "channel"] = "both"

@@ -72,7 +72,7 @@ def keep_mask(scores: Tensor, count: int) -> Tensor:
 def random_top_half_mask(scores: Tensor, share: float) -> Tensor:
     """Mute a random ⌊N · share⌋ of the top half of each row of `scores` (B, N); 1 keep, 0 mute, as in `scores`.
 
-    The rule of the authors' ImageNet code. The top half is what is strictly greater than the (⌊N/2⌋ + 1)-th largest;
+    The rule of the authors' ImageNet code. The top half is what is greater than the (⌊N/2⌋ + 1)-th largest;
     in a row where that is less than what is to be muted, any entry may be. Draws from torch's generator.
     """
     size = scores.shape[1]
@@ -133,8 +133,8 @@ def saliency(
     - "top_activation": mean_c(z_c) and mean_S(z_c);
     - "random": uniform on [0, 1), from torch's generator.
 
-    `gradient` is g, shaped as `z`; None does for the last two strategies, which are rows of the paper's ablation. Of the
-    two kinds, "grad_cam" is the authors' code and "gradient" the paper's text.
+    `gradient` is g, shaped as `z`; None does for the last two strategies, which are rows of the paper's ablation.
+    Of the two kinds, "grad_cam" is the authors' code and "gradient" the paper's text.
     """
     if strategy == "random":
         shape = z.shape[:1] + (z.shape[1:2] if scope == "channel" else z.shape[2:])
