@@ -39,6 +39,7 @@ def patch(
     model: M,
     method: str | Patch,
     *,
+    preset: str | None = None,
     name: str | None = None,
     dry_run: bool = False,
     input_size: tuple[int, int, int] | None = None,
@@ -50,6 +51,8 @@ def patch(
         model: a timm or torchvision backbone, or any module from one image batch to logits. It keeps its class
             (as a subclass of it), weights, hooks and ``state_dict`` keys.
         method: name of a method (see `fxgraft.methods`), or the patch itself: ``fxgraft.RSC(layer=-1)``.
+        preset: settings that the method's authors published, by name; ``fxgraft info METHOD`` lists them. Options
+            given besides win over the preset's.
         name: what to call the graft, by default the method's name. Needed to use a method twice.
         dry_run: return the plan instead of carrying it out.
         input_size: (C, H, W) of the images, where the model's own default is not the size it is trained at.
@@ -62,6 +65,8 @@ def patch(
         FxgraftError: what is wrong, why, and what to do; the model is then as it was.
     """
     check_model(model)
+    if preset is not None:
+        options = {"preset": preset, **options}
     if isinstance(method, Patch):
         if options:
             raise ConfigError(

@@ -81,6 +81,7 @@ What a method can do beyond this:
   ``options`` of the call, ``shared`` for one draw for all units of a graft, ``put`` and ``get`` between them,
   ``look_ahead`` through a rest, and ``remember``, which ``graft.recall(out)`` finds again when the loss is computed.
 - Take part in the loss: `Patch.criterion` and `Patch.losses`; fold into stock weights: `Patch.merge`.
+- Name published settings: ``presets = presets_by_name(Preset(name=..., options=..., source=...))``.
 
 The method is found by name once its module is imported, or without that through an entry point of the group
 ``fxgraft.patches`` in its package's metadata.
@@ -128,6 +129,7 @@ from fxgraft.graph.tracing.preserve import preserved_modes
 from fxgraft.patches import draws
 from fxgraft.patches.base import BlockPatch, LayeredPatch, Patch, recording
 from fxgraft.patches.options import check_count, check_positive, check_share, is_count, is_number
+from fxgraft.patches.presets import Preset, Training, presets_by_name
 from fxgraft.patches.registry import register
 
 __all__ = [
@@ -152,6 +154,7 @@ __all__ = [
     "Patch",
     "Placement",
     "PositionwiseHead",
+    "Preset",
     "Rest",
     "Site",
     "SiteError",
@@ -162,6 +165,7 @@ __all__ = [
     "TapError",
     "TargetError",
     "TraceError",
+    "Training",
     "Unit",
     "UnknownGraftError",
     "Words",
@@ -182,6 +186,7 @@ __all__ = [
     "is_number",
     "position_scores",
     "preserved_modes",
+    "presets_by_name",
     "recording",
     "register",
     "tail_layer",

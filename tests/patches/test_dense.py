@@ -106,9 +106,7 @@ def test_evaluation_compiles_exports_and_looks_ahead() -> None:
         torch.testing.assert_close(model.forward_head(model.forward_features(x)), expected)
         with pytest.raises(fxgraft.SiteError, match="Call the model, not its parts"):
             model.features.denseblock1(torch.randn(2, 8, 16, 16))
-    with pytest.raises(
-        fxgraft.FxgraftError, match="cannot start inside a densely connected block|cannot trace"
-    ):
+    with pytest.raises(fxgraft.FxgraftError, match=r"cannot start inside a densely|cannot trace"):
         fxgraft.patch(model, "rsc", layer="features.denseblock1.denselayer2", **SMALL)
     fxgraft.patch(model, "rsc", layer="features.denseblock1", **SMALL)
     fxgraft.loss(model, model.train()(x, target=torch.tensor([0, 1])), torch.tensor([0, 1])).backward()

@@ -30,7 +30,7 @@ def overview() -> Table:
 
 
 def card(name: str) -> Group:
-    """Return the card of one method: what it is, where it goes, what it costs, and its options.
+    """Return the card of one method: what it is, where it goes, what it costs, its options and its presets.
 
     Raises:
         UnknownMethodError: no such method (with close matches).
@@ -55,7 +55,24 @@ def card(name: str) -> Group:
         options.add_column(heading)
     for row in option_rows(method):
         options.add_row(*map(Text, row))
-    return Group(facts, options)
+    if not method.presets:
+        return Group(facts, options)
+    presets = Table(show_lines=True)
+    for heading in ("preset", "source", "options", "training"):
+        presets.add_column(heading)
+    for row in preset_rows(method):
+        presets.add_row(*map(Text, row))
+    return Group(facts, options, presets)
+
+
+def preset_rows(method: Any) -> list[tuple[str, str, str, str]]:
+    """List the presets of a method, each as name, source, the options that it sets, and how it was trained."""
+    rows = []
+    for name, preset in method.presets.items():
+        settings = [f"{key}={_value(value)}" for key, value in preset.options.items()]
+        asked = [f"{key}=… (yours)" for key in preset.needs]
+        rows.append((name, preset.source, ", ".join(settings + asked), str(preset.training)))
+    return rows
 
 
 def option_rows(method: type) -> list[tuple[str, str, str, str]]:
@@ -120,4 +137,8 @@ def _default(field: dataclasses.Field) -> str:
         value = field.default_factory()
     else:
         return "required"
+    return _value(value)
+
+
+def _value(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) else repr(value)

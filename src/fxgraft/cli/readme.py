@@ -47,6 +47,10 @@ def option_tables(methods: Mapping[str, type[fxgraft.Patch]]) -> str:
             for option, kind, default, text in option_rows(method)
         ]
         table = _table(("option", "type", "default", "what it does"), rows)
+        if method.presets:
+            table += (
+                f"\n\nPresets (`fxgraft info {name}`): {', '.join(f'`{each}`' for each in method.presets)}."
+            )
         parts.append(f"<details>\n<summary>Options of <code>{name}</code></summary>\n\n{table}\n\n</details>")
     return "\n\n".join(parts)
 

@@ -11,11 +11,11 @@ import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from types import MappingProxyType
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, TypeVar
 
 from torch import Tensor, nn
 
-from fxgraft.errors import ConfigError, MergeError, SiteError
+from fxgraft.errors import ConfigError, MergeError, SiteError, candidates
 from fxgraft.graph.grafting.backbone import Backbone
 from fxgraft.graph.grafting.graft import Graft, Make, Placer
 from fxgraft.graph.grafting.placement import Placement
@@ -23,7 +23,10 @@ from fxgraft.graph.grafting.unit import Unit
 from fxgraft.graph.structure.positions import Spot
 from fxgraft.graph.structure.sites import Words
 from fxgraft.graph.tracing.editing import Edge
-from fxgraft.patches.options import check_choices
+from fxgraft.patches.options import check_choices, check_known
+from fxgraft.patches.presets import Preset
+
+P = TypeVar("P", bound="Patch")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -42,6 +45,7 @@ class Patch(Placer):
         order: (group, rank): at one site the units of one group act by rank, whichever was added first.
         saves: a recipe of its options is enough to make it again; otherwise `fxgraft.save` refuses.
         example: options that sweeps over backbones use, where the method cannot do without any.
+        presets: settings that its authors published, by name.
     """
 
     method: ClassVar[str] = ""
@@ -55,10 +59,39 @@ class Patch(Placer):
     adds_parameters: ClassVar[bool] = False
     saves: ClassVar[bool] = True
     example: ClassVar[Mapping[str, Any]] = MappingProxyType({})
+    presets: ClassVar[Mapping[str, Preset]] = MappingProxyType({})
 
     def __post_init__(self) -> None:
         """Check the options that are declared as a choice; methods add their own checks after this."""
         check_choices(self)
+
+    @classmethod
+    def preset(cls: type[P], name: str, **overrides: Any) -> P:
+        """Make the patch with settings that its authors published.
+
+        Args:
+            name: of the preset; ``fxgraft info METHOD`` lists them, with the training that they belong to.
+            **overrides: options of the method; they win over the preset's.
+
+        Raises:
+            ConfigError: no such preset (lists close matches), no such option, or one missing that it needs.
+        """
+        found = cls.presets.get(name)
+        if found is None:
+            raise ConfigError(
+                f"{cls.method!r} has no preset {name!r}.\n{candidates(str(name), cls.presets, 30)}\n"
+                f"fxgraft info {cls.method} shows what each sets."
+            )
+        check_known(cls, cls.method, overrides)
+        given = {"layers" if key == "layer" else key for key, value in overrides.items() if value is not None}
+        missing = [each for each in found.needs if each not in given]
+        if missing:
+            raise ConfigError(
+                f"The preset {name!r} of {cls.method!r} needs {' and '.join(missing)}, which depends on your "
+                f"network or training.\nPass {', '.join(f'{each}=...' for each in missing)} with it."
+            )
+        options = {key: value for key, value in found.options.items() if key not in given}
+        return cls(**{**options, **overrides})
 
     def place(self, backbone: Backbone, make: Make) -> Iterable[Placement | list[Placement]]:
         """Say which units go where on a bare model.

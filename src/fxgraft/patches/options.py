@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import math
 import types
 import typing
+from collections.abc import Iterable
 from typing import Any
 
-from fxgraft.errors import ConfigError
+from fxgraft.errors import ConfigError, candidates
 
 
 def check_share(patch: Any, *names: str) -> None:
@@ -32,6 +34,15 @@ def check_count(patch: Any, *names: str) -> None:
             raise ConfigError(
                 f"{type(patch).__name__}: {name} must be a whole number of at least 1, got {value!r}."
             )
+
+
+def check_known(cls: type, who: str, options: Iterable[str]) -> None:
+    """Raise `ConfigError` for an option that a patch class does not take; lists close matches."""
+    taken = inspect.signature(cls).parameters
+    names = [f.name for f in dataclasses.fields(cls) if f.init]
+    for option in options:
+        if option not in taken:
+            raise ConfigError(f"{who!r} has no option {option!r}.\n{candidates(option, names, 30)}")
 
 
 def check_choices(patch: Any) -> None:

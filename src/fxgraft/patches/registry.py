@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from fxgraft.errors import ConfigError, DuplicateGraftError, MethodError, UnknownMethodError, candidates
-from fxgraft.patches.base import LayeredPatch, Patch
+from fxgraft.patches.base import Patch
+from fxgraft.patches.options import check_known
 
 P = TypeVar("P", bound=type[Patch])
 _registry: dict[str, type[Patch]] = {}
@@ -97,7 +98,7 @@ def methods() -> dict[str, type[Patch]]:
 
 
 def build(method: str, options: Mapping[str, Any]) -> Patch:
-    """Make a patch from its name and options.
+    """Make a patch from its name and options, ``preset`` among them.
 
     Raises:
         UnknownMethodError: no method of that name; lists close matches.
@@ -115,12 +116,12 @@ def build(method: str, options: Mapping[str, Any]) -> Patch:
             "fxgraft.methods() lists them; your own are added with @fxgraft.register."
         )
     cls = known[method]
+    given_options = dict(options)
+    preset = given_options.pop("preset", None)
+    check_known(cls, method, given_options)
+    if preset is not None:
+        return cls.preset(preset, **given_options)
     fields = [f for f in dataclasses.fields(cls) if f.init]
-    names = [f.name for f in fields]
-    taken = [*names, "layer"] if issubclass(cls, LayeredPatch) else names
-    for option in options:
-        if option not in taken:
-            raise ConfigError(f"{method!r} has no option {option!r}.\n{candidates(option, names, 30)}")
     given = {"layers", *options} if "layer" in options else set(options)
     missing = [
         f.name
@@ -131,4 +132,4 @@ def build(method: str, options: Mapping[str, Any]) -> Patch:
     ]
     if missing:
         raise ConfigError(f"{method!r} needs {', '.join(missing)}.\nSee help(fxgraft.{cls.__name__}).")
-    return cls(**options)
+    return cls(**given_options)

@@ -27,7 +27,10 @@ from fxgraft.extend import (
     Layout,
     Make,
     Placement,
+    Preset,
+    Training,
     Unit,
+    presets_by_name,
     register,
 )
 from fxgraft.functional.modulation import modulated
@@ -36,6 +39,24 @@ GateFunction = Callable[[Tensor, Tensor], Tensor]
 """From mean and deviation, (B, C) each, to a gate (B, C)."""
 
 EPS = 1e-12
+
+
+def _preset(
+    name: str, network: str, data: str, position: str, *, epochs: int | None = None, decay: str | None = None
+) -> Preset:
+    """Return a preset of the authors' release; ``..._cnsn`` goes with CrossNorm's of the same name."""
+    training = Training(
+        network=network,
+        data=data,
+        optimiser="SGD 0.1, momentum 0.9",
+        epochs=epochs,
+        batch=128,
+        weight_decay=f"{decay or 'not stated'}, on every parameter",
+        note=f"with crossnorm's preset {name!r}" if "_cnsn" in name else None,
+    )
+    source = "release, github.com/amazon-research/crossnorm-selfnorm"
+    options = {"position": position, "gates": 1, "init": "authors"}
+    return Preset(name=name, options=options, source=source, training=training)
 
 
 @register("selfnorm")
@@ -48,7 +69,7 @@ class SelfNorm(BlockPatch):
     the map's own means and deviations. It acts in training and in evaluation.
 
     A patched network starts as the bare one, exactly, by gates 2 · sigmoid(0), and keeps what it was trained to.
-    The authors train from scratch with gates that start around 0.5 (``init="authors"``): each block then halves its
+    The gates of the authors' release start around 0.5 (``init="authors"``): each block then halves its
     activations, and a pretrained ResNet-18 hands about 2⁻⁸ of them to its head, so patching one that way warns.
     Where it goes: the options of `BlockPatch`.
 
@@ -71,6 +92,29 @@ class SelfNorm(BlockPatch):
     where = "inside every residual block, by default before its last activation"
     cost = "one pass over each block's map for its statistics and one to scale it, in training and evaluation"
     adds_parameters = True
+    presets = presets_by_name(
+        _preset("imagenet", "ResNet-50", "ImageNet", "post", epochs=90, decay="1e-4"),
+        _preset("imagenet_cnsn", "ResNet-50", "ImageNet", "post", epochs=90, decay="1e-4"),
+        _preset("imagenet_cnsn_consistency", "ResNet-50", "ImageNet", "post", epochs=90, decay="1e-4"),
+        _preset("imagenet_cnsn_ibn_augmix", "ResNet-50", "ImageNet", "residual", epochs=90, decay="1e-4"),
+        _preset("cifar10_wrn", "WRN-40-2", "CIFAR-10", "pre"),
+        _preset("cifar10_wrn_cnsn", "WRN-40-2", "CIFAR-10", "post"),
+        _preset("cifar10_wrn_cnsn_consistency", "WRN-40-2", "CIFAR-10", "post"),
+        _preset("cifar100_wrn", "WRN-40-2", "CIFAR-100", "post"),
+        _preset("cifar100_wrn_cnsn", "WRN-40-2", "CIFAR-100", "post"),
+        _preset("cifar100_wrn_cnsn_consistency", "WRN-40-2", "CIFAR-100", "post"),
+        _preset("cifar10_resnext", "ResNeXt-29", "CIFAR-10", "pre"),
+        _preset("cifar10_resnext_cnsn", "ResNeXt-29", "CIFAR-10", "post"),
+        _preset("cifar10_resnext_cnsn_consistency", "ResNeXt-29", "CIFAR-10", "post"),
+        _preset("cifar100_resnext", "ResNeXt-29", "CIFAR-100", "residual"),
+        _preset("cifar100_resnext_cnsn", "ResNeXt-29", "CIFAR-100", "post"),
+        _preset("cifar100_resnext_cnsn_consistency", "ResNeXt-29", "CIFAR-100", "post"),
+        _preset("cifar10_densenet", "DenseNet", "CIFAR-10", "conv1_post"),
+        _preset("cifar10_densenet_cnsn", "DenseNet", "CIFAR-10", "conv1_pre"),
+        _preset("cifar100_densenet", "DenseNet", "CIFAR-100", "conv1_pre"),
+        _preset("cifar100_densenet_cnsn", "DenseNet", "CIFAR-100", "conv1_pre"),
+        _preset("cifar10_allconv_cnsn", "AllConv", "CIFAR-10", "conv"),
+    )
     order = ("style", 1)  # at one site after CrossNorm, in the authors' order
 
     gates: Literal[1, 2] = 1

@@ -31,6 +31,7 @@ from fxgraft.extend import (
 )
 from fxgraft.functional.divergence import jensen_shannon
 from fxgraft.patches.crossnorm import tensors as core
+from fxgraft.patches.crossnorm.presets import PRESETS
 
 
 @register("crossnorm")
@@ -87,6 +88,7 @@ class CrossNorm(BlockPatch):
         "more passes of the model in steps that compare, with consistency; evaluation: none"
     )
     train_only = True
+    presets = PRESETS
     order = ("style", 0)  # at one site before SelfNorm, in the authors' order
 
     p: float = 0.5

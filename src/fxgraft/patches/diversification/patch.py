@@ -33,6 +33,7 @@ from fxgraft.extend import (
 from fxgraft.extend import position_scores as maps
 from fxgraft.patches.diversification import tensors as core
 from fxgraft.patches.diversification.loss import GradientBoostingCrossEntropy, gradient_boosting_cross_entropy
+from fxgraft.patches.diversification.presets import PRESETS
 
 HEAD, RETURN = "head", "maps"
 
@@ -83,6 +84,7 @@ class Diversification(Patch):
     where = "the head: average pooling and linear classifier"
     cost = "training: the classifier runs at every position of the last map; evaluation: none"
     train_only = True
+    presets = PRESETS
 
     alpha: float = 0.1
     p_peak: float = 0.5

@@ -40,6 +40,7 @@ from fxgraft.extend import (
 from fxgraft.patches.gam import tensors as core
 from fxgraft.patches.gam.discriminator import ByTap
 from fxgraft.patches.gam.game import Game, Rules, paired_weights, switched_taps
+from fxgraft.patches.gam.presets import PRESETS
 
 GAME = "(game)"
 """Key of the unit that holds what lives beside the network."""
@@ -104,6 +105,7 @@ class GAM(LayeredPatch):
     saves = False
     example = MappingProxyType({"layers": -1})
     needs_layers = True
+    presets = PRESETS
 
     source: nn.Module | None = None
     matching: Literal["gaussian"] | None = "gaussian"

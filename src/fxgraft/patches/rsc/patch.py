@@ -34,6 +34,7 @@ from fxgraft.extend import (
     register,
 )
 from fxgraft.patches.rsc import tensors as core
+from fxgraft.patches.rsc.presets import PRESETS
 from fxgraft.patches.rsc.probe import Probe, Scoring
 
 
@@ -61,16 +62,19 @@ class RSC(LayeredPatch):
         layer: the same, for one.
         scope: what is muted in one batch: positions ("spatial"), channels ("channel"), or one of the two
             drawn for each batch with probability 1/2 ("both", the default).
-        strategy: what ranks them: the gradient of the label's logit ("top_gradient", the method), the
-            activation ("top_activation") or chance ("random"); the latter two are the paper's ablation.
+        strategy: what is muted: the top share by the gradient of the label's logit ("top_gradient", the method), a
+            random share of all within the top half by it ("random_top_half", the authors' ImageNet code, which
+            rounds the share down), the top share by activation ("top_activation") or a "random" one; the latter two
+            are the paper's ablation.
         saliency: how positions are ranked by gradient: "grad_cam" as in the authors' code, or the mean
             "gradient" as in the paper's text. Channels are ranked by their mean gradient in both.
         spatial_drop: share of positions to mute, in [0, 1]; rounded up to a count.
         channel_drop: share of channels to mute, in [0, 1]; 1/3.2 in the authors' code, 1/3 in the paper.
         vector_drop: share of features to mute where the site is a vector (B, D), as DomainBed does.
         batch_share: share of the batch that stays muted, those whose label loses most probability.
-        batch_schedule: "constant", or "authors": 0.3 + 0.2·⌊epoch/10⌋ capped at 1 in place of batch_share.
-        epochs: length of the training in epochs, which "authors" needs to turn progress into epochs.
+        batch_schedule: "constant", or one in place of batch_share: "authors", 0.3 + 0.2·⌊epoch/10⌋ capped at 1, or
+            "imagenet", 1/6, 1/5.5, 1/5, 1/4.5 and 1/4 from epochs 0, 19, 39, 59 and 79.
+        epochs: length of the training in epochs, which a schedule needs to turn progress into epochs.
         start: share of training before which nothing is muted; read from `fxgraft.set_progress`.
         layout: meaning of the dimensions at the site, one of NCHW, NHWC, NLC, NCL, NC; found if left out.
         output: which entry of a structured output holds the logits (a key, an attribute or a position).
@@ -90,6 +94,7 @@ class RSC(LayeredPatch):
     )
     train_only = True
     needs_labels = True
+    presets = PRESETS
 
     layers: Words | None = None
     scope: Literal["both", "spatial", "channel"] = "both"
@@ -99,7 +104,7 @@ class RSC(LayeredPatch):
     channel_drop: float = 1 / 3.2
     vector_drop: float = 1 / 3
     batch_share: float = 1 / 3
-    batch_schedule: Literal["constant", "authors"] = "constant"
+    batch_schedule: Literal["constant", "authors", "imagenet"] = "constant"
     epochs: int | None = None
     start: float = 0.0
     layout: Literal["NCHW", "NHWC", "NLC", "NCL", "NC"] | None = None
@@ -109,9 +114,10 @@ class RSC(LayeredPatch):
     def __post_init__(self, layer: Words | None) -> None:
         super().__post_init__(layer)
         check_share(self, "spatial_drop", "channel_drop", "vector_drop", "batch_share", "start")
-        if (self.epochs is not None or self.batch_schedule == "authors") and not is_count(self.epochs):
+        if (self.epochs is not None or self.batch_schedule != "constant") and not is_count(self.epochs):
             raise ConfigError(
-                f'RSC: batch_schedule="authors" counts epochs; epochs must be their number, got {self.epochs!r}.'
+                f'RSC: batch_schedule="{self.batch_schedule}" counts epochs; epochs must be their number, '
+                f"got {self.epochs!r}."
             )
 
     def place(self, backbone: Backbone, make: Make) -> Iterator[list[Placement]]:
@@ -209,9 +215,10 @@ class RSCUnit(Unit):
         """Switch muting on at ``start`` and follow the schedule of the batch share."""
         config = self.config
         self.batch_share = config.batch_share
-        if config.batch_schedule == "authors" and config.epochs:
+        schedule = {"authors": core.batch_share_schedule, "imagenet": core.imagenet_share_schedule}
+        if config.batch_schedule != "constant" and config.epochs:
             # A fraction of k/epochs may come out just below k; it means that epoch k begins.
-            self.batch_share = core.batch_share_schedule(int(fraction * config.epochs + 1e-9))
+            self.batch_share = schedule[config.batch_schedule](int(fraction * config.epochs + 1e-9))
         self.active = fraction >= config.start and self.batch_share > 0
 
     def stale(self, model: nn.Module) -> bool:

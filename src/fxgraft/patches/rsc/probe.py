@@ -70,9 +70,11 @@ class Probe:
     def mask(self, scope: str) -> Tensor:
         """Mask the canonical map, (B, 1, *positions), (B, C, 1, ...) or, for vectors, (B, D)."""
         config = self.config
-        gradient = self._gradient() if config.strategy == "top_gradient" else None
+        gradient = self._gradient() if config.strategy in core.GRADIENT_STRATEGIES else None
         if scope == "vector":
             ranked = core.saliency(self.z, gradient, "channel", strategy=config.strategy)
+            if config.strategy == "random_top_half":
+                return core.random_top_half_mask(ranked, config.vector_drop).to(self.z.dtype)
             return core.vector_keep_mask(ranked, config.vector_drop).to(self.z.dtype)
         if scope == "either":
             spatial, channel = self._scored("spatial", gradient), self._scored("channel", gradient)
@@ -87,7 +89,7 @@ class Probe:
         else:
             scores = core.saliency(z, gradient, scope, kind=config.saliency, strategy=config.strategy)
         share = config.spatial_drop if scope == "spatial" else config.channel_drop
-        return core.feature_mask(scores, z, scope, share)
+        return core.feature_mask(scores, z, scope, share, strategy=config.strategy)
 
     def _gradient(self) -> Tensor:
         """Differentiate the label's logit by the map, in canonical form; (B, C) where it is equal everywhere."""

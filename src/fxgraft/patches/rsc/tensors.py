@@ -30,7 +30,8 @@ from fxgraft.errors import ConfigError
 
 Scope = Literal["spatial", "channel"]
 Saliency = Literal["grad_cam", "gradient"]
-Strategy = Literal["top_gradient", "top_activation", "random"]
+Strategy = Literal["top_gradient", "random_top_half", "top_activation", "random"]
+GRADIENT_STRATEGIES = ("top_gradient", "random_top_half")
 
 
 def mute_count(size: int, share: float) -> int:
@@ -53,6 +54,11 @@ def batch_share_schedule(epoch: int) -> float:
     return min(1.0, (3 + 2 * (epoch // 10)) / 10)
 
 
+def imagenet_share_schedule(epoch: int) -> float:
+    """The batch share of the authors' ImageNet code: 1/6, 1/5.5, 1/5, 1/4.5, 1/4 from epochs 0, 19, 39, 59, 79."""
+    return 1 / (6 - 0.5 * sum(epoch >= start for start in (19, 39, 59, 79)))
+
+
 def keep_mask(scores: Tensor, count: int) -> Tensor:
     """Mute the `count` highest of each row of `scores` (B, N); 1 keep, 0 mute, in the dtype of `scores`.
 
@@ -61,6 +67,20 @@ def keep_mask(scores: Tensor, count: int) -> Tensor:
     the largest but is itself kept (unless all are muted), so the mask is always finite.
     """
     return _above_rank(scores, count).logical_not().to(scores.dtype)
+
+
+def random_top_half_mask(scores: Tensor, share: float) -> Tensor:
+    """Mute a random ⌊N · share⌋ of the top half of each row of `scores` (B, N); 1 keep, 0 mute, as in `scores`.
+
+    The rule of the authors' ImageNet code. The top half is what is greater than the (⌊N/2⌋ + 1)-th largest;
+    in a row where that is less than what is to be muted, any entry may be. Draws from torch's generator.
+    """
+    size = scores.shape[1]
+    count = min(math.floor(_snapped(size * share)), size)
+    top = _above_rank(scores, size // 2)
+    enough = top.sum(1, keepdim=True) >= count
+    order = torch.rand(scores.shape, device=scores.device).masked_fill(enough & ~top, -1.0)
+    return torch.ones_like(scores).scatter(1, order.topk(count, dim=1).indices, 0.0)
 
 
 def label_score(logits: Tensor, target: Tensor) -> Tensor:
@@ -108,13 +128,13 @@ def saliency(
 ) -> Tensor:
     """Score the positions, (B, *S), or the channels, (B, C), of every sample; the highest are to be muted.
 
-    - "top_gradient": positions by Σ_c z_c · mean_S(g_c) ("grad_cam") or mean_c(g_c) ("gradient"),
+    - "top_gradient" and "random_top_half": positions by Σ_c z_c · mean_S(g_c) ("grad_cam") or mean_c(g_c) ("gradient"),
       channels by mean_S(g_c);
     - "top_activation": mean_c(z_c) and mean_S(z_c);
     - "random": uniform on [0, 1), from torch's generator.
 
-    `gradient` is g, shaped as `z`; None does for the last two, which are rows of the paper's ablation. Of the
-    two kinds, "grad_cam" is the authors' code and "gradient" the paper's text.
+    `gradient` is g, shaped as `z`; None does for the last two strategies, which are rows of the paper's ablation.
+    Of the two kinds, "grad_cam" is the authors' code and "gradient" the paper's text.
     """
     if strategy == "random":
         shape = z.shape[:1] + (z.shape[1:2] if scope == "channel" else z.shape[2:])
@@ -122,20 +142,26 @@ def saliency(
     if strategy == "top_activation":
         return _spatial_mean(z) if scope == "channel" else _channel_mean(z)
     if gradient is None:
-        raise ConfigError('strategy="top_gradient" ranks by the gradient: pass gradient=.')
+        raise ConfigError(f'strategy="{strategy}" ranks by the gradient: pass gradient=.')
     if scope == "spatial" and kind == "gradient":
         return _channel_mean(gradient)
     return linear_tail_saliency(z, _spatial_mean(gradient), scope)
 
 
-def feature_mask(scores: Tensor, z: Tensor, scope: Scope, share: float) -> Tensor:
+def feature_mask(
+    scores: Tensor, z: Tensor, scope: Scope, share: float, *, strategy: Strategy = "top_gradient"
+) -> Tensor:
     """Mute the top `share`, rounded up, of the positions or channels of every sample.
+
+    With "random_top_half" it is a random share, rounded down, of their top half; see `random_top_half_mask`.
 
     From the `scores` of `saliency` in the same scope to a mask (B, 1, *S) or (B, C, 1, ...) in the dtype of
     `z`. The share is 1/3 of positions and 1/3.2 of channels in the authors' code, 1/3 of either in the paper.
     """
     rows = scores.flatten(1)
     shape = (*z.shape[:2], *[1] * (z.ndim - 2)) if scope == "channel" else (z.shape[0], 1, *z.shape[2:])
+    if strategy == "random_top_half":
+        return random_top_half_mask(rows, share).reshape(shape).to(z.dtype)
     return keep_mask(rows, mute_count(rows.shape[1], share)).reshape(shape).to(z.dtype)
 
 

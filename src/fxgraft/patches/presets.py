@@ -1,0 +1,65 @@
+"""Presets: settings that authors published, by name, with the training that they belong to."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Training:
+    """How a published result was trained; None where the source does not say.
+
+    Attributes:
+        network: the network, and what it starts from.
+        data: the data set, and how many pixels an image has.
+        optimiser: with its learning rate.
+        schedule: of the learning rate.
+        epochs: how many.
+        batch: images in a step.
+        weight_decay: how much, on which parameters.
+        augmentation: of the images.
+        repetition: how often an image occurs in a batch.
+        note: what else matters.
+    """
+
+    network: str | None = None
+    data: str | None = None
+    optimiser: str | None = None
+    schedule: str | None = None
+    epochs: int | None = None
+    batch: int | None = None
+    weight_decay: str | None = None
+    augmentation: str | None = None
+    repetition: str | None = None
+    note: str | None = None
+
+    def __str__(self) -> str:
+        known = [(f.name.replace("_", " "), getattr(self, f.name)) for f in dataclasses.fields(self)]
+        return "; ".join(f"{name}: {value}" for name, value in known if value is not None)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Preset:
+    """Options that authors published together.
+
+    Attributes:
+        name: what to pass as ``preset=``.
+        options: of the method; those that the user gives besides win over them.
+        source: where they are from.
+        training: how the result was trained. A patch changes the model alone: this is for whoever trains it.
+        needs: options without which the preset means nothing, and that only the user knows.
+    """
+
+    name: str
+    options: Mapping[str, Any]
+    source: str
+    training: Training = Training()
+    needs: tuple[str, ...] = ()
+
+
+def presets_by_name(*presets: Preset) -> Mapping[str, Preset]:
+    """Return presets by their names, read-only, for `Patch.presets`."""
+    return MappingProxyType({each.name: each for each in presets})
