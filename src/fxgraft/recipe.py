@@ -25,6 +25,7 @@ from fxgraft.graph.grafting.graft import Graft
 from fxgraft.graph.grafting.ledger import Ledger
 from fxgraft.graph.grafting.lookup import ledger_of
 from fxgraft.graph.grafting.state import state_of
+from fxgraft.graph.grafting.unit import Unit
 from fxgraft.patches.registry import build
 
 M = TypeVar("M", bound=nn.Module)
@@ -50,7 +51,8 @@ def _architecture(model: nn.Module, own: set[str]) -> dict[str, str]:
 
 
 def _own_keys(model: nn.Module) -> set[str]:
-    return {key for key in model.state_dict() if any(p.startswith("graft_") for p in key.split("."))}
+    units = [name for name, each in model.named_modules(remove_duplicate=False) if isinstance(each, Unit)]
+    return {key for key in model.state_dict() if any(key.startswith(f"{name}.") for name in units)}
 
 
 def save(model: nn.Module, path: str | Path, *, weights: bool = True) -> Path:
