@@ -39,7 +39,7 @@ LAYERS: list[tuple[str, ...]] = [
     ("patches/",),
     ("guards.py", "inspection.py"),
     ("api.py",),
-    ("adaptation/", "recipe.py"),
+    ("adaptation/", "recipe.py", "reading.py"),
     ("__init__.py",),
     ("experiments/",),
     ("bench/",),

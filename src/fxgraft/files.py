@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -18,9 +19,10 @@ Write = Callable[[Path], object]
 def write_files(folder: Path, files: Mapping[str, Write]) -> None:
     """Write files of a folder that belong together: each is whole, and a failure leaves all the old ones.
 
-    Each is written beside its target first, and none is moved into place before the last is whole. A draft
-    that a killed process left is gone after the next save. Savers of the same folder take turns where the file
-    system has locks.
+    Each is written beside its target first, in their order, and none is moved into place before the last is whole.
+    A process that is killed between two moves leaves files of two saves; where that matters, let the last file hold
+    the digests of the others. A draft that a killed process left is gone after the next
+    save. Savers of the same folder take turns where the file system has locks.
 
     Args:
         folder: made if need be.
@@ -28,17 +30,37 @@ def write_files(folder: Path, files: Mapping[str, Write]) -> None:
     """
     folder.mkdir(parents=True, exist_ok=True)
     drafts = {folder / name: folder / f".{name}.part" for name in files}
+    former = {folder / name: folder / f".{name}.old" for name in files}
     with _alone_in(folder):
         try:
             for draft, write in zip(drafts.values(), files.values(), strict=True):
                 # Of a killed process, perhaps another user's: it could be removed, but not written over.
                 draft.unlink(missing_ok=True)
                 write(draft)
-            for target, draft in drafts.items():
-                draft.replace(target)
+            for target, old in former.items():
+                old.unlink(missing_ok=True)
+                with contextlib.suppress(OSError):  # nothing there yet, or a file system without links
+                    os.link(target, old)
+            try:
+                for target, draft in drafts.items():
+                    draft.replace(target)
+            except BaseException:
+                for target, old in former.items():
+                    if old.exists():
+                        old.replace(target)
+                raise
         finally:
-            for draft in drafts.values():
+            for draft in (*drafts.values(), *former.values()):
                 draft.unlink(missing_ok=True)
+
+
+def digest_of(path: Path) -> str:
+    """Return the SHA-256 of a file, in hexadecimal."""
+    found = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            found.update(block)
+    return found.hexdigest()
 
 
 def write_text(path: Path, text: str) -> None:

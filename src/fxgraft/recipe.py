@@ -20,12 +20,17 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from fxgraft.errors import FxgraftError, RecipeError
-from fxgraft.files import Header, write_files
+from fxgraft.files import Header, digest_of, write_files
 from fxgraft.graph.grafting.graft import Graft
 from fxgraft.graph.grafting.ledger import Ledger
 from fxgraft.graph.grafting.lookup import ledger_of
 from fxgraft.graph.grafting.state import state_of
+from fxgraft.graph.grafting.unit import Unit
+from fxgraft.graph.tracing.preserve import preserved_random_state
+from fxgraft.graph.tracing.whole import alone
+from fxgraft.guards import check_model
 from fxgraft.patches.registry import build
+from fxgraft.reading import check_counts, read_recipe, recipe_digest
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -50,7 +55,8 @@ def _architecture(model: nn.Module, own: set[str]) -> dict[str, str]:
 
 
 def _own_keys(model: nn.Module) -> set[str]:
-    return {key for key in model.state_dict() if any(p.startswith("graft_") for p in key.split("."))}
+    units = [name for name, each in model.named_modules(remove_duplicate=False) if isinstance(each, Unit)]
+    return {key for key in model.state_dict() if any(key.startswith(f"{name}.") for name in units)}
 
 
 def save(model: nn.Module, path: str | Path, *, weights: bool = True) -> Path:
@@ -91,20 +97,23 @@ def save(model: nn.Module, path: str | Path, *, weights: bool = True) -> Path:
         "grafts": [_entry(graft) for graft in ledger.grafts],
     }
     try:
-        text = json.dumps(recipe, indent=2)
+        json.dumps(recipe)
     except TypeError as error:
         raise RecipeError(
             f"A graft has an option that JSON cannot hold: {error}.\nUse plain values."
         ) from error
     chosen = {k: v for k, v in model.state_dict().items() if weights or k in own}
     folder = Path(path)
-    write_files(
-        folder,
-        {
-            WEIGHTS: lambda file: save_file(_unshared(chosen), file),
-            RECIPE: lambda file: file.write_text(text + "\n"),
-        },
-    )
+
+    def write_weights(file: Path) -> None:
+        save_file(_unshared(chosen), file)
+        recipe["sha256"] = {"weights": digest_of(file)}
+
+    def write_recipe(file: Path) -> None:  # after the weights, in drafting and in moving
+        recipe["sha256"]["recipe"] = recipe_digest(recipe)
+        file.write_text(json.dumps(recipe, indent=2) + "\n")
+
+    write_files(folder, {WEIGHTS: write_weights, RECIPE: write_recipe})
     return folder
 
 
@@ -131,6 +140,7 @@ def _unshared(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return out
 
 
+@alone
 def load(model: M, path: str | Path) -> M:
     """Patch a bare model as a saved one was, and load its weights.
 
@@ -146,11 +156,12 @@ def load(model: M, path: str | Path) -> M:
             architecture; or the model is patched already. The model is then as it was.
     """
     folder = Path(path)
-    recipe = _read_recipe(folder)
+    recipe = read_recipe(folder / RECIPE, HEADER)
     if ledger_of(model) is not None:
         raise RecipeError(
             "The model is patched already, and a recipe starts from a bare one.\nCall fxgraft.unpatch(model) first."
         )
+    check_model(model)
     saved, present = recipe["architecture"], _architecture(model, set())
     if saved != present:
         what = (
@@ -163,13 +174,35 @@ def load(model: M, path: str | Path) -> M:
             "Sites and weights are those of one architecture.\n"
             "Build the model as it was built then (same name, num_classes and arguments)."
         )
-    try:
-        weights = load_file(folder / WEIGHTS)
-    except (SafetensorError, OSError, ValueError) as error:
-        raise RecipeError(
-            f"The weights in {str(folder / WEIGHTS)!r} cannot be read: {error}.\n"
-            "The file is damaged, cut short, or no safetensors file.\nSave the model again."
-        ) from error
+    weights = _read_weights(folder / WEIGHTS, recipe)
+    check_counts(recipe["grafts"], weights, folder)
+    ledger = Ledger()
+    ledger.context.progress = float(recipe["progress"])
+    kept = {key: value.detach().to("cpu", copy=True) for key, value in model.state_dict().items()}
+    flags = [(module, module.training) for module in model.modules()]
+    # Units are built before they are loaded, and draw what they start from.
+    with preserved_random_state():
+        try:
+            _install(ledger, model, recipe, folder)
+            _load_weights(model, weights, recipe["weights"] == "all", folder)
+        except BaseException:
+            ledger.install(model, [])
+            _put_back(model, kept, flags)
+            raise
+    return model
+
+
+def _put_back(model: nn.Module, kept: dict[str, Tensor], flags: list[tuple[nn.Module, bool]]) -> None:
+    """Undo what a failed load has written: weights may have been half way in."""
+    for key, value in model.state_dict().items():
+        if key in kept:
+            value.detach().copy_(kept[key])
+    for module, flag in flags:
+        module.training = flag
+
+
+def _install(ledger: Ledger, model: nn.Module, recipe: dict[str, Any], folder: Path) -> None:
+    """Build the grafts of a recipe and put them on; whatever a method makes of odd options is the recipe's fault."""
     try:
         wanted = [
             Graft(
@@ -178,20 +211,31 @@ def load(model: M, path: str | Path) -> M:
             )
             for e in recipe["grafts"]
         ]  # fmt: skip
-    except FxgraftError as error:
+        ledger.install(model, wanted)
+    except Exception as error:
         raise RecipeError(
-            f"The recipe in {str(folder)!r} asks for what this fxgraft does not have.\n{error}\n"
+            f"The recipe in {str(folder)!r} asks for what this fxgraft does not have, or not on this model.\n"
+            f"{error if isinstance(error, FxgraftError) else repr(error)}\n"
             "It was damaged, or written by another release or with other methods registered."
         ) from error
-    ledger = Ledger()
-    ledger.context.progress = recipe["progress"]
-    ledger.install(model, wanted)
+
+
+def _read_weights(file: Path, recipe: dict[str, Any]) -> dict[str, Tensor]:
     try:
-        _load_weights(model, weights, recipe["weights"] == "all", folder)
-    except FxgraftError:
-        ledger.install(model, [])
-        raise
-    return model
+        if "sha256" in recipe and digest_of(file) != recipe["sha256"]["weights"]:
+            raise RecipeError(
+                f"The weights in {str(file)!r} do not fit the recipe beside them: their digest is another one.\n"
+                "The two files were not saved together, a save was cut off between them, or one is damaged.\n"
+                "Save the model again. For weights changed on purpose, remove the entry 'sha256' from the recipe."
+            )
+        return load_file(file)
+    except (SafetensorError, OSError, ValueError) as error:
+        if isinstance(error, RecipeError):
+            raise
+        raise RecipeError(
+            f"The weights in {str(file)!r} cannot be read: {error}.\n"
+            "The file is damaged, cut short, or no safetensors file.\nSave the model again."
+        ) from error
 
 
 def _options(options: dict[str, Any]) -> dict[str, Any]:
@@ -211,37 +255,10 @@ def _load_weights(model: nn.Module, weights: dict[str, Tensor], whole: bool, fol
             f"The weights in {str(folder)!r} do not fit the recipe: {len(odd)} tensors differ, "
             f"the first is {odd[0]!r}.\nThe two files were not saved together.\nSave the model again."
         )
-    model.load_state_dict(weights, strict=whole)
-
-
-def _read_recipe(folder: Path) -> dict[str, Any]:
-    file = folder / RECIPE
     try:
-        recipe = json.loads(file.read_text())
-    except OSError as error:
+        model.load_state_dict(weights, strict=whole)
+    except RuntimeError as error:
         raise RecipeError(
-            f"There is no recipe at {str(file)!r}: {error.strerror}.\n"
-            "fxgraft.save writes a folder with recipe.json and weights.safetensors; pass that folder."
+            f"The weights in {str(folder)!r} cannot be put into this model: {error}\n"
+            "A layer refuses them, or tensors of the model share memory.\nBuild the model as it was built then."
         ) from error
-    except ValueError as error:
-        raise RecipeError(
-            f"{str(file)!r} is damaged or no recipe: {error}.\nSave the model again, or restore the file."
-        ) from error
-    HEADER.check(recipe, file)
-    kinds = {"architecture": dict, "progress": (int, float), "weights": str, "grafts": list}
-    for key, kind in kinds.items():
-        if not isinstance(recipe.get(key), kind):
-            raise RecipeError(
-                f"{str(file)!r} is damaged: {key!r} is missing or of the wrong kind.\nSave again."
-            )
-    entries = {"name": str, "method": str, "options": dict}
-    for entry in recipe["grafts"]:
-        if not isinstance(entry, dict) or not all(isinstance(entry.get(k), t) for k, t in entries.items()):
-            raise RecipeError(f"{str(file)!r} is damaged: a graft in it is not whole.\nSave again.")
-        entry.setdefault("input_size", None)
-    names = [entry["name"] for entry in recipe["grafts"]]
-    if len(set(names)) < len(names) or not all(name.isidentifier() for name in names):
-        raise RecipeError(f"{str(file)!r} is damaged: its grafts are not named once each.\nSave again.")
-    if not {"class", "tensors"} <= set(recipe["architecture"]):
-        raise RecipeError(f"{str(file)!r} is damaged: its architecture is not whole.\nSave again.")
-    return recipe

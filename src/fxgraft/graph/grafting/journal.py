@@ -12,7 +12,7 @@ from torch import nn
 
 from fxgraft.graph.grafting.graft import Graft
 from fxgraft.graph.grafting.placement import Placement
-from fxgraft.graph.grafting.state import GraftState
+from fxgraft.graph.grafting.state import GraftState, foreign_forward, state_of
 from fxgraft.graph.grafting.swap import grafted_class
 from fxgraft.graph.grafting.unit import Unit
 from fxgraft.graph.tracing.names import STATE
@@ -79,6 +79,9 @@ class Installation:
         ]
         for _, state, module in self._parts():
             steps.append(partial(module.__dict__.pop, STATE, None))
+            if state_of(module) is not None and not foreign_forward(module):
+                # What undid a wrapper may have left the class's forward on the instance, where it would outlive it.
+                steps.append(partial(module.__dict__.pop, "forward", None))
             steps.append(setting(module, "__class__", state.base))
         return steps
 
@@ -95,6 +98,12 @@ class Installation:
             if type(module) is not grafted_class(state.base, state.outer):
                 return path or state.base.__name__
         return None
+
+    def hidden(self) -> str | None:
+        """Return the name of a module that was given a forward of its own since, or None."""
+        return next(
+            (path or s.base.__name__ for path, s, part in self._parts() if foreign_forward(part)), None
+        )
 
 
 class Kept:

@@ -22,7 +22,7 @@ from fxgraft.graph.grafting.graft import Graft, Make, Placer, U, checked_placeme
 from fxgraft.graph.grafting.journal import Installation, Kept
 from fxgraft.graph.grafting.passes import Context
 from fxgraft.graph.grafting.planning import compile_placements
-from fxgraft.graph.grafting.state import GraftState, state_of
+from fxgraft.graph.grafting.state import GraftState, hidden_forward, state_of
 from fxgraft.graph.grafting.swap import orphaning, parts_without_model, releasing
 from fxgraft.graph.tracing.anatomy import Anatomy
 from fxgraft.graph.tracing.settings import settings_changed
@@ -142,6 +142,9 @@ class Ledger:
                 f"{wrapped!r} was wrapped or converted after it was patched (by FSDP, parametrize, ...).\n"
                 "Taking the graft off would take that off as well.\nUnpatch first, wrap after."
             )
+        hidden = None if self.installation is None else self.installation.hidden()
+        if hidden is not None:
+            raise WrappedModelError(hidden_forward(hidden))
 
     def renew(self, model: nn.Module) -> None:
         """Plan all grafts again on the model as it is now, keeping their units."""

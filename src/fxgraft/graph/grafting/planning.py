@@ -14,7 +14,7 @@ from fxgraft.graph.grafting.graft import Graft
 from fxgraft.graph.grafting.journal import Installation
 from fxgraft.graph.grafting.passes import Context
 from fxgraft.graph.grafting.placement import Placement
-from fxgraft.graph.grafting.state import GraftState, Program, state_of
+from fxgraft.graph.grafting.state import GraftState, Program, foreign_forward, state_of
 from fxgraft.graph.tracing.anatomy import Anatomy
 from fxgraft.graph.tracing.editing import Editor, Input, Instead, Output
 from fxgraft.graph.tracing.names import PREFIX, STATE, inside, join
@@ -76,7 +76,7 @@ def _rank(placed: tuple[Graft, Placement]) -> int:
 
 def _check_owner(module: nn.Module, path: str) -> None:
     who = repr(path) if path else "The model"
-    if "forward" in module.__dict__:
+    if foreign_forward(module):
         raise WrappedModelError(
             f"{who} has a forward of its own, set on the instance.\n"
             "A patch works through the class, which that forward hides.\n"
@@ -103,6 +103,7 @@ def _place_unit(
     if not name.isidentifier():
         raise SiteError(f"{graft.name!r} cannot name a graft.\nUse letters, digits and underscores.")
     if unit.registered and not isinstance(module, _CONTAINERS):
+        _check_free(module, name, graft)
         if name not in state.registered:  # placed twice where the two graphs name its site differently
             installation.registered.append((weakref.ref(module), name, unit))
         state.registered[name] = unit
@@ -117,8 +118,20 @@ def _place_unit(
         holder = installation.model.get_submodule(holder_path)
         if isinstance(holder, _CONTAINERS):  # there is no beside: the model itself is one
             holder = next((m for m in holder.modules() if not isinstance(m, _CONTAINERS)), holder)
-        installation.registered.append((weakref.ref(holder), f"{name}_{own}".rstrip("_"), unit))
+        beside = f"{name}_{own}".rstrip("_")
+        _check_free(holder, beside, graft)
+        installation.registered.append((weakref.ref(holder), beside, unit))
     return f"{STATE}.units.{name}"
+
+
+def _check_free(holder: nn.Module, name: str, graft: Graft) -> None:
+    """Raise where the model has something of its own under the name that a unit would get."""
+    if hasattr(holder, name):
+        raise SiteError(
+            f"{graft.name!r} would put its unit where {holder._get_name()} has {name!r} of its own.\n"
+            "Units stand beside the layers they serve, under names that start with 'graft_'.\n"
+            f'Give the graft another name, as name="{graft.name}_2", or rename that layer.'
+        )
 
 
 def _program(

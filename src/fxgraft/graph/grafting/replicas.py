@@ -10,7 +10,7 @@ from torch import nn
 
 from fxgraft.graph.grafting.state import GraftState, Program, state_of
 from fxgraft.graph.grafting.unit import Unit
-from fxgraft.graph.tracing.names import PREFIX, STATE
+from fxgraft.graph.tracing.names import STATE
 
 
 def localise(model: nn.Module) -> None:
@@ -26,7 +26,7 @@ def localise(model: nn.Module) -> None:
     for module in owned:
         registered = module.__dict__[STATE].registered
         for name, child in module._modules.items():
-            if name.startswith(PREFIX) and isinstance(child, Unit) and name in registered:
+            if isinstance(child, Unit) and name in registered:
                 twins[id(registered[name])] = child
     for module in owned:
         module.__dict__[STATE] = _localised(module.__dict__[STATE], twins)

@@ -106,6 +106,24 @@ class GraftState:
     orphan: bool = False
 
 
+def foreign_forward(module: nn.Module) -> bool:
+    """Say whether a forward was set on the instance that is not just the class's own, bound to it."""
+    own = module.__dict__.get("forward")
+    if own is None:
+        return False
+    bound_here = getattr(own, "__self__", None) is module
+    return not (state_of(module) is not None and bound_here and own.__func__ is type(module).forward)
+
+
+def hidden_forward(who: str) -> str:
+    """Say what is wrong with a grafted module that has a forward of its own."""
+    return (
+        f"{who!r} was given a forward of its own after it was patched (mixed precision of accelerate or transformers "
+        "does so).\nIt holds on to the patched forward, which would be left without its graft.\n"
+        "Undo it first: del module.forward, or accelerator.unwrap_model(model, keep_fp32_wrapper=False)."
+    )
+
+
 def state_of(module: nn.Module) -> GraftState | None:
     """Return the graft state of a module, or None for a bare one."""
     return module.__dict__.get(STATE)

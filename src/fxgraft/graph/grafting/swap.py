@@ -18,11 +18,12 @@ from typing import Any, cast
 import torch
 from torch import Tensor, fx, nn
 
-from fxgraft.errors import BypassError
+from fxgraft.errors import BypassError, WrappedModelError
 from fxgraft.graph.grafting import replicas
 from fxgraft.graph.grafting.passes import Arguments, Context, Pass
-from fxgraft.graph.grafting.state import GraftState, Keeper, state_of
-from fxgraft.graph.tracing.names import PREFIX, STATE
+from fxgraft.graph.grafting.state import GraftState, Keeper, foreign_forward, hidden_forward, state_of
+from fxgraft.graph.grafting.unit import Unit
+from fxgraft.graph.tracing.names import STATE
 from fxgraft.graph.tracing.whole import Step, afterwards, setting
 
 ENTRY_POINTS = ("forward_features", "forward_head", "forward_intermediates", "get_intermediate_layers")
@@ -227,10 +228,12 @@ def _plain(module: nn.Module) -> nn.Module:
     """View a grafted module as an instance of its own class, sharing everything but the graft."""
     state: GraftState = module.__dict__[STATE]
     plain = object.__new__(state.base)
-    plain.__dict__.update({k: v for k, v in module.__dict__.items() if k != STATE})
-    if any(name.startswith(PREFIX) for name in plain.__dict__["_modules"]):
-        children = plain.__dict__["_modules"]
-        plain.__dict__["_modules"] = {k: v for k, v in children.items() if not k.startswith(PREFIX)}
+    if foreign_forward(module):
+        raise WrappedModelError(hidden_forward(state.path or state.base.__name__))
+    plain.__dict__.update({k: v for k, v in module.__dict__.items() if k not in (STATE, "forward")})
+    children = plain.__dict__["_modules"]
+    if any(isinstance(child, Unit) for child in children.values()):
+        plain.__dict__["_modules"] = {k: v for k, v in children.items() if not isinstance(v, Unit)}
     return plain
 
 

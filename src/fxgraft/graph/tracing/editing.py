@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from torch import fx
 
 from fxgraft.errors import SiteError, candidates
-from fxgraft.graph.tracing.names import PREFIX, STATE
 from fxgraft.graph.tracing.trace import Traced
+
+_UNIT = "fxgraft_unit"
+"""Key in ``node.meta`` of a node that calls a unit."""
 
 
 @dataclass(frozen=True)
@@ -124,7 +127,7 @@ class Editor:
         if isinstance(edit, Replace):
             node = self._node(edit.node)
             with graph.inserting_before(node):
-                call = graph.call_module(unit, node.args, node.kwargs)
+                call = _unit_call(graph, unit, node.args, node.kwargs)
             node.replace_all_uses_with(call)
             graph.erase_node(node)
             self._named[edit.node] = call
@@ -151,7 +154,7 @@ class Editor:
                 value = self._latest_on_edge.get((node, user), self._latest.get(node, node))
                 if value not in calls:
                     with graph.inserting_before(user):
-                        calls[value] = graph.call_module(unit, (value,))
+                        calls[value] = _unit_call(graph, unit, (value,))
                 user.replace_input_with(value, calls[value])
                 self._latest_on_edge[node, user] = calls[value]
 
@@ -160,7 +163,7 @@ class Editor:
         start, end = self._node(edit.start), self._node(edit.end)
         value, last = self._latest.get(start, start), self._latest.get(end, end)
         with graph.inserting_before(end):
-            call = graph.call_module(unit, (value,))
+            call = _unit_call(graph, unit, (value,))
         last.replace_all_uses_with(call)
         waiting = [last]
         while waiting:
@@ -195,9 +198,17 @@ class Editor:
     def _insert_after(self, value: fx.Node, unit: str) -> fx.Node:
         graph = self.traced.graph
         with graph.inserting_after(value):
-            return graph.call_module(unit, (value,))
+            return _unit_call(graph, unit, (value,))
+
+
+def _unit_call(
+    graph: fx.Graph, unit: str, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None
+) -> fx.Node:
+    call = graph.call_module(unit, args, kwargs)
+    call.meta[_UNIT] = True
+    return call
 
 
 def is_unit(node: fx.Node) -> bool:
-    """Say whether a node calls a unit."""
-    return node.op == "call_module" and str(node.target).startswith((f"{STATE}.", PREFIX))
+    """Say whether a node calls a unit; a name alone does not say it, since a model may have one like that."""
+    return node.meta.get(_UNIT, False)
