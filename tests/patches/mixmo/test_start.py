@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import fxgraft
 from fxgraft.patches.mixmo.patch import Encoders, Heads
-from patches.mixing import patched, unit
+from patches.mixmo.mixing import patched, unit
 from patches.small import CLASSES, batch, net
 
 
