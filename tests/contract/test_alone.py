@@ -10,8 +10,6 @@ from torch import nn
 
 import fxgraft
 from contract.cases import (
-    FEW,
-    REPRESENTATIVE,
     Cell,
     Pass,
     anatomy,
@@ -125,7 +123,7 @@ def test_taking_it_off(grafted: Grafted) -> None:
 
 
 @pytest.mark.parametrize(
-    "cell", cells(lambda cell: cell.works and cell.expected.neutral is not None, FEW, REPRESENTATIVE)
+    "cell", cells(lambda cell: cell.works and cell.expected.neutral is not None, ("small", "timm/resnet18"))
 )
 def test_neutral_settings(cell: Cell) -> None:
     """They train as the bare model does, bit by bit, and draw nothing."""

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 import fxgraft
 from contract.cases import (
-    FEW,
     METHODS,
+    SMALL,
     Cell,
     bare,
     batch,
@@ -29,11 +29,9 @@ from contract.cases import (
     seeded,
     stack,
 )
-from properties.random_models import Recipe
-from zoo.backbones import Backbone
 
 
-@pytest.fixture(scope="module", params=cells(representative=FEW))
+@pytest.fixture(scope="module", params=cells(representative=("small", "timm/test_vit")))
 def grafted(request: pytest.FixtureRequest) -> tuple[Cell, nn.Module]:
     """A patched model, whose own parameters have moved away from where they started."""
     cell: Cell = request.param
@@ -96,16 +94,15 @@ WAYS: dict[str, Callable[[nn.Module], nn.Module]] = {
     "fxgraft.save": _recipe,
     "ema": lambda model: ModelEmaV3(model).module,
 }
-SMALL = Recipe(width=6, residual=(True, False), size=(16, 16))
 
 
 @pytest.mark.parametrize("way", WAYS)
 def test_a_stack_copied_in_other_ways(way: str) -> None:
     wanted = [m for m in METHODS if way != "fxgraft.save" or fxgraft.methods()[m].saves]
     model = SMALL.build()
-    stack(model, Backbone("", "", (3, *SMALL.size)), wanted)
+    stack(model, SMALL, wanted)
     fxgraft.set_progress(model, 0.5)
-    check(moved(model), WAYS[way](model), SMALL.build(), *SMALL.batch(4))
+    check(moved(model), WAYS[way](model), SMALL.build(), *batch(SMALL))
 
 
 def test_merged(grafted: tuple[Cell, nn.Module]) -> None:

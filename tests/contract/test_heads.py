@@ -51,11 +51,10 @@ DIFFERENT = {
 # One backbone of each kind of head runs in every test run; the sweep runs all of them.
 FEW = (
     "timm/dla46x_c",
-    "timm/mixer_s32_224",
+    "timm/efficientvit_m0",
     "timm/mobilenetv3_small_050",
-    "timm/regnety_002",
     "timm/swiftformer_xs",
-    "timm/swin_tiny_patch4_window7_224",
+    "torchvision/squeezenet1_1",
 )
 
 

@@ -16,7 +16,9 @@ NO_JOIN = EXPECTED["selfnorm"].refusals
 FEW = {"timm/resnet18"}
 
 
-@pytest.mark.parametrize("position", ["pre", "residual", "identity"])
+@pytest.mark.parametrize(
+    "position", ["pre", *(pytest.param(each, marks=pytest.mark.sweep) for each in ("residual", "identity"))]
+)
 @pytest.mark.parametrize("backbone", [each for each in available(FEW) if each.id not in NO_JOIN])
 def test_the_other_positions(backbone: Backbone, position: str) -> None:
     """Evaluation starts as the bare model's, training restyles, and everything learns."""

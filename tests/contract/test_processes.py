@@ -16,9 +16,8 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 import fxgraft
-from contract.cases import METHODS, Cell
+from contract.cases import METHODS, SMALL, Cell
 from fxgraft.patches import gam
-from zoo.backbones import Backbone
 
 pytestmark = pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="needs gloo")
 
@@ -58,11 +57,7 @@ BY_SAMPLE: dict[str, Mapping[str, Any]] = {
 }
 # Others see the same batch in every process and draw alike.
 ALIKE: dict[str, Mapping[str, Any]] = {
-    **{
-        method: Cell(method, Backbone("", "", SIZE)).options()
-        for method in METHODS
-        if method not in BY_SAMPLE
-    },
+    **{method: Cell(method, SMALL).options() for method in METHODS if method not in BY_SAMPLE},
     "crossnorm, consistency": {"consistency": True, "p": 1.0, "active": None},
 }
 KINDS = ("ddp", "fsdp2", "fsdp2_nested")

@@ -1,4 +1,4 @@
-"""RSC compiled and in half precision: what it mutes there is what it mutes in an eager float32 pass."""
+"""RSC compiled, in half precision and with activation checkpointing: what it mutes there is what it mutes plainly."""
 
 from __future__ import annotations
 
@@ -105,8 +105,7 @@ def check(layer: str, scope: str, name: str, batch_share: float) -> None:
 
 
 @pytest.mark.usefixtures("_compiler")
-@SITES
-@SCOPES
+@pytest.mark.parametrize(("layer", "scope"), [("layer1", "spatial"), ("act2", "channel")])
 def test_compiled_training_and_evaluation_are_the_eager_ones(layer: str, scope: str) -> None:
     check(layer, scope, "", 0.5)
 
@@ -194,3 +193,24 @@ def test_autocast_mutes_what_full_precision_does(name: str, layer: str, dtype: t
     full, half = records
     assert (half.mask == 0).sum() >= 0.9 * (full.mask == 0).sum() > 0
     assert (half.mask == full.mask).float().mean() > 0.7
+
+
+@pytest.mark.parametrize(("name", "layer"), [("timm/resnet18", "layer2"), ("timm/test_vit", "blocks.2")])
+def test_checkpointed_regions_are_muted_once(name: str, layer: str) -> None:
+    """What is computed again in backward, a whole stage for instance, is not searched and muted again."""
+    x, y = named(name).inputs(), torch.arange(4)
+    results = []
+    for checkpointing in (False, True):
+        model = fresh(named(name))
+        model.set_grad_checkpointing(checkpointing)
+        fxgraft.patch(
+            model, "rsc", layer=layer, scope="spatial", batch_share=1.0, input_size=named(name).input_size
+        )
+        torch.manual_seed(2)
+        with record(model) as records:
+            loss = fxgraft.loss(model, model.train()(x, target=y), y)
+            loss.backward()
+        assert len(records) == 1
+        results.append((loss.detach(), records[0].mask))
+    assert torch.equal(results[0][0], results[1][0])
+    assert torch.equal(results[0][1], results[1][1])

@@ -21,7 +21,6 @@ FEW = (
     "timm/mobilenetv3_small_050",
     "timm/resnet18",
     "timm/swin_tiny_patch4_window7_224",
-    "timm/vgg11",
 )
 
 # Modules whose forward is set on the instance, which a graft on the class would not reach: not tapped here.

@@ -16,11 +16,8 @@ import torch
 from torch import Tensor, nn
 
 import fxgraft
-from contract.cases import FEW, METHODS, Cell, bare, batch, cells, evaluated
-from properties.random_models import Recipe
-from zoo.backbones import NUM_CLASSES, Backbone
-
-SMALL = Recipe(width=6, residual=(True, False), size=(16, 16))
+from contract.cases import METHODS, SMALL, Cell, bare, batch, cells, evaluated
+from zoo.backbones import NUM_CLASSES
 
 
 class Subject:
@@ -28,22 +25,20 @@ class Subject:
 
     def __init__(self, cell: Cell) -> None:
         self.cell = cell
-        self.small = not cell.backbone.name
 
     def bare(self) -> nn.Module:
-        return SMALL.build() if self.small else copy.deepcopy(bare(self.cell.backbone))
+        return copy.deepcopy(bare(self.cell.backbone))
 
     def patched(self, **to: Any) -> nn.Module:
         return self.cell.patch(self.bare().to(**to))
 
     def batch(self) -> tuple[Tensor, Tensor]:
-        return SMALL.batch(4) if self.small else batch(self.cell.backbone)
+        return batch(self.cell.backbone)
 
 
-_SMALL = [pytest.param(Cell(method, Backbone("", "", (3, *SMALL.size))), id=method) for method in METHODS]
-
-
-@pytest.fixture(params=[*_SMALL, *cells(backbones=FEW, representative=())])
+@pytest.fixture(
+    params=cells(backbones=("small", "timm/resnet18", "timm/test_vit"), representative=("small",))
+)
 def subject(request: pytest.FixtureRequest) -> Subject:
     return Subject(request.param)
 
@@ -65,7 +60,7 @@ def learns(subject: Subject, model: nn.Module, loss: Tensor) -> None:
     for name, p in model.named_parameters():
         if not p.requires_grad or (p.grad is None and elsewhere and "graft_" in name):
             continue
-        assert p.grad is not None or not subject.small, name
+        assert p.grad is not None or subject.cell.backbone is not SMALL, name
         assert p.grad is None or (p.grad.isfinite().all() and p.grad.dtype == p.dtype), name
     model.zero_grad(set_to_none=True)
 
@@ -104,14 +99,13 @@ def test_onnx_is_that_of_the_bare_model(tmp_path: Path) -> None:
     onnx = pytest.importorskip("onnx")
     pytest.importorskip("onnxscript")
     model = SMALL.build().eval()
-    x, _ = SMALL.batch()
+    x = SMALL.inputs()
     protos = []
     for name in ("bare", "patched"):
         if name == "patched":
-            for each in _SMALL:
-                (cell,) = each.values
-                if fxgraft.methods()[cell.method].train_only:
-                    cell.patch(model)
+            for method in METHODS:
+                if fxgraft.methods()[method].train_only:
+                    Cell(method, SMALL).patch(model)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the exporter's own
             torch.onnx.export(model, (x,), tmp_path / f"{name}.onnx", dynamo=True, verbose=False)
@@ -128,7 +122,9 @@ def test_onnx_is_that_of_the_bare_model(tmp_path: Path) -> None:
         assert (onnx.numpy_helper.to_array(mine) == onnx.numpy_helper.to_array(theirs)).all()
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(
+    "dtype", [torch.bfloat16, pytest.param(torch.float16, marks=pytest.mark.sweep)], ids=str
+)
 def test_autocast(subject: Subject, dtype: torch.dtype) -> None:
     model, plain = subject.patched(), subject.bare()
     x, y = subject.batch()
