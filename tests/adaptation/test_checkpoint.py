@@ -160,3 +160,34 @@ def test_one_generator_for_both_loaders_cannot_be_resumed(tmp_path: Path) -> Non
     fxgraft.adapt(network(), *pair, steps=1)
     with pytest.raises(ConfigError, match=r"Both loaders draw from one torch\.Generator"):
         fxgraft.adapt(network(), *pair, steps=1, checkpoint=tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (
+            lambda c: c["model"].update({next(iter(c["model"])): torch.zeros(1)}),
+            "of 'model' is missing or of another",
+        ),
+        (lambda c: c["optimizers"][0].pop("param_groups"), "state of an optimiser is not whole"),
+        (lambda c: c["streams"][1].pop("start"), "the place in a loader is not whole"),
+        (lambda c: c["random"].update(cpu=torch.zeros(3, dtype=torch.uint8)), "the random state is none"),
+        (lambda c: c.pop("history"), "'history' is missing or of the wrong kind"),
+        (lambda c: c.update(sha256="0"), "its digest is that of another content"),
+    ],
+)
+def test_a_checkpoint_that_is_not_whole_changes_nothing(
+    tmp_path: Path, change: Callable[[Any], Any], said: str
+) -> None:
+    file = tmp_path / "run.pt"
+    fxgraft.adapt(network(), *loaders(), steps=2, checkpoint=file)
+    content = torch.load(file, weights_only=True)
+    if "sha256" not in said and "digest" not in said:
+        del content["sha256"]
+    change(content)
+    torch.save(content, file)
+    model = network()
+    before = [value.clone() for value in model.state_dict().values()]
+    with pytest.raises(RecipeError, match=said):
+        fxgraft.adapt(model, *loaders(), steps=3, checkpoint=file)
+    assert all(torch.equal(a, b) for a, b in zip(before, model.state_dict().values(), strict=True))

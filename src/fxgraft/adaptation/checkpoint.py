@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import pickle
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from fxgraft.adaptation.streams import Endless
@@ -95,6 +94,7 @@ class Checkpoint:
             "streams": [stream.state() for stream in self.streams],
             "history": dataclasses.asdict(history),
         }
+        content["sha256"] = _content_digest(content)
         write_files(self.path.parent, {self.path.name: lambda file: torch.save(content, file)})
 
     def resume(self, history: Any, steps: int) -> int:
@@ -121,6 +121,7 @@ class Checkpoint:
                 f"The checkpoint {str(self.path)!r} has made {content['step']} steps, more than steps={steps}.\n"
                 "Steps count from the start of the run.\nAsk for more, or name another checkpoint."
             )
+        self._check(content, history)
         for stream, state in zip(self.streams, content["streams"], strict=True):
             stream.resume(state)
         self.model.load_state_dict(content["model"])
@@ -139,13 +140,83 @@ class Checkpoint:
         try:
             # On the CPU: random states stay there, and load_state_dict moves the rest.
             content = torch.load(self.path, map_location="cpu", weights_only=True)
-        except (OSError, RuntimeError, ValueError, EOFError, KeyError, pickle.UnpicklingError) as error:
+        except Exception as error:  # of a damaged archive nearly anything can come
             raise RecipeError(
                 f"The checkpoint {str(self.path)!r} cannot be read: {error}\n"
                 "It is damaged, cut short, or no checkpoint.\nName another one, or remove it to start anew."
             ) from error
         HEADER.check(content, self.path)
+        kinds = {
+            "identity": dict,
+            "step": int,
+            "random": dict,
+            "history": dict,
+            "streams": list,
+            "optimizers": list,
+        }
+        for key, kind in {**kinds, "model": dict, "discriminators": dict}.items():
+            if not isinstance(content.get(key), kind):
+                raise self._damaged(f"{key!r} is missing or of the wrong kind")
+        # Checkpoints of earlier releases have no digest.
+        if "sha256" in content and content["sha256"] != _content_digest(content):
+            raise self._damaged("its digest is that of another content")
         return content
+
+    def _check(self, content: dict[str, Any], history: Any) -> None:
+        """Raise for whatever could not be taken up, before any of it is: half of a run is none."""
+        for name, module in (("model", self.model), ("discriminators", self.players)):
+            own, kept = module.state_dict(), content[name]
+            differing = [
+                key
+                for key in {**own, **kept}
+                if key not in own
+                or not isinstance(kept.get(key), Tensor)
+                or kept[key].shape != own[key].shape
+            ]
+            if differing:
+                raise self._damaged(f"the tensor {differing[0]!r} of {name!r} is missing or of another shape")
+        if content["step"] < 0 or len(content["streams"]) != 2 or len(content["optimizers"]) != 2:
+            raise self._damaged("it does not hold two sides of a run")
+        for optimizer, state in zip(self.pair, content["optimizers"], strict=True):
+            groups = state.get("param_groups") if isinstance(state, dict) else None
+            sizes = [len(group["params"]) for group in optimizer.state_dict()["param_groups"]]
+            if not isinstance(groups, list) or [len(group.get("params", ())) for group in groups] != sizes:
+                raise self._damaged("the state of an optimiser is not whole")
+        for state in content["streams"]:
+            whole = isinstance(state, dict) and {"epoch", "taken", "largest", "start"} <= set(state)
+            if not whole or not {"random", "generators"} <= set(state["start"]):
+                raise self._damaged("the place in a loader is not whole")
+        random = content["random"].get("cpu")
+        if not isinstance(random, Tensor) or random.shape != torch.get_rng_state().shape:
+            raise self._damaged("the random state is none")
+        if set(content["history"]) != {field.name for field in dataclasses.fields(history)}:
+            raise self._damaged("the history of losses is not whole")
+
+    def _damaged(self, what: str) -> RecipeError:
+        return RecipeError(
+            f"The checkpoint {str(self.path)!r} is damaged: {what}.\nName another one, or remove it to start anew."
+        )
+
+
+def _content_digest(content: Mapping[str, Any]) -> str:
+    """Digest all entries but the digest, tensors by their bytes."""
+    found = hashlib.sha256()
+    waiting: list[Any] = [{key: value for key, value in content.items() if key != "sha256"}]
+    while waiting:
+        each = waiting.pop()
+        if isinstance(each, Mapping):
+            found.update(f"{{{len(each)}".encode())
+            waiting += [part for item in each.items() for part in item]
+        elif isinstance(each, (tuple, list)):
+            found.update(f"[{len(each)}".encode())
+            waiting += each
+        elif isinstance(each, Tensor):
+            flat = each.detach().cpu().contiguous().reshape(-1)
+            found.update(f"{each.dtype} {tuple(each.shape)}".encode())
+            found.update(flat.view(torch.uint8).numpy().tobytes() if flat.numel() else b"")
+        else:
+            found.update(f"{type(each).__name__} {each!r}\n".encode())
+    return found.hexdigest()
 
 
 def _digest(lines: Iterable[Any], *more: str) -> str:

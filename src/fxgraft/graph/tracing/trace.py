@@ -27,7 +27,7 @@ from fxgraft.graph.tracing.preserve import preserved_attributes, preserved_rando
 from fxgraft.graph.tracing.proxies import InPlaceProxy
 from fxgraft.graph.tracing.settings import plain_settings
 from fxgraft.graph.tracing.signatures import INPUT, bare_forward, bind, forward_signature, leaf_names
-from fxgraft.graph.tracing.whole import afterwards, alone
+from fxgraft.graph.tracing.whole import afterwards, alone, at_once, refilling
 
 CHECKPOINT_REGION = "fxgraft_checkpoint_region"
 """Key in ``node.meta`` of the checkpointed region that a node was traced in."""
@@ -98,6 +98,18 @@ class ShallowTracer(fx.Tracer):
         self.spec = spec
         self.fixed = fixed
         self.names = names
+
+    def retire(self) -> set[str]:
+        """Let go of the model, which closures of torch.fx would keep until the next collection.
+
+        What threads need that are still in a call stays, and functions to wrap are none of it any more.
+
+        Returns:
+            The modules that were opened, by path.
+        """
+        touched = self.touched
+        at_once(refilling(self.__dict__, {"thread": self.thread, "_autowrap_function_ids": set()}))
+        return touched
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
         """Stand in for a node's value."""
@@ -288,11 +300,13 @@ def trace(
             failure = error
             continue
         finally:
-            tracer._autowrap_function_ids.clear()  # threads that are still in a call must not wrap any more
+            touched = tracer.retire()
         settings = {
-            name: plain_settings(module.get_submodule(name) if name else module)
-            for name in sorted(tracer.touched)
+            name: plain_settings(module.get_submodule(name) if name else module) for name in sorted(touched)
         }
+        failure = ValueError(
+            "none"
+        )  # the traceback of another attempt holds this frame, and the frame the model
         return Traced(graph, spec, fixed, signature, constants, settings)
     try:
         raise _trace_error(module, path, failure) from failure
