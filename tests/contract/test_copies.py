@@ -18,6 +18,7 @@ from torch import Tensor, nn
 import fxgraft
 from contract.cases import (
     METHODS,
+    REPRESENTATIVE,
     SMALL,
     Cell,
     bare,
@@ -30,8 +31,10 @@ from contract.cases import (
     stack,
 )
 
+FEW = ("small", "timm/test_vit")
 
-@pytest.fixture(scope="module", params=cells(representative=("small", "timm/test_vit")))
+
+@pytest.fixture(scope="module", params=cells(representative=FEW))
 def grafted(request: pytest.FixtureRequest) -> tuple[Cell, nn.Module]:
     """A patched model, whose own parameters have moved away from where they started."""
     cell: Cell = request.param
@@ -70,8 +73,9 @@ def check(model: nn.Module, twin: nn.Module, plain: nn.Module, x: Tensor, y: Ten
     assert fxgraft.grafts(model)
 
 
-def test_pickled(grafted: tuple[Cell, nn.Module]) -> None:
-    cell, model = grafted
+@pytest.mark.parametrize("cell", cells(representative=FEW, backbones=REPRESENTATIVE))
+def test_pickled(cell: Cell) -> None:
+    model = moved(cell.patch(fresh(cell.backbone)))
     twin = pickle.loads(pickle.dumps(model))
     check(model, twin, bare(cell.backbone), *batch(cell.backbone))
 

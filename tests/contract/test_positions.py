@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import fxgraft
-from contract.cases import bare, batch, evaluated, reference, same, seeded
+from contract.cases import REPRESENTATIVE, bare, batch, evaluated, reference, same, seeded
 from contract.expectations import EXPECTED
 from zoo.backbones import Backbone, available
 
@@ -16,10 +16,17 @@ NO_JOIN = EXPECTED["selfnorm"].refusals
 FEW = {"timm/resnet18"}
 
 
-@pytest.mark.parametrize(
-    "position", ["pre", *(pytest.param(each, marks=pytest.mark.sweep) for each in ("residual", "identity"))]
-)
-@pytest.mark.parametrize("backbone", [each for each in available(FEW) if each.id not in NO_JOIN])
+POSITIONS = [
+    pytest.param(each.values[0], position, id=f"{each.id}-{position}", marks=marks)
+    for each in available(FEW)
+    if each.id not in NO_JOIN
+    for position in ("pre", "residual", "identity")
+    if position == "pre" or each.id in REPRESENTATIVE
+    for marks in [[*each.marks, *([] if position == "pre" else [pytest.mark.sweep])]]
+]
+
+
+@pytest.mark.parametrize(("backbone", "position"), POSITIONS)
 def test_the_other_positions(backbone: Backbone, position: str) -> None:
     """Evaluation starts as the bare model's, training restyles, and everything learns."""
     model = copy.deepcopy(bare(backbone))
