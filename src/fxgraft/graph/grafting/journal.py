@@ -35,7 +35,15 @@ class Installation:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self._model = weakref.ref(model)
+        own = weakref.ref(self)
+
+        def forget(_: object) -> None:
+            # The model's state holds the ledger, and that this installation: with the model, the circle goes.
+            left = own()
+            if left is not None:
+                left.states.clear()
+
+        self._model = weakref.ref(model, forget)
         self.states: dict[str, GraftState] = {}
         self.modules: dict[str, weakref.ref[nn.Module]] = {}
         self.registered: list[tuple[weakref.ref[nn.Module], str, Unit]] = []
