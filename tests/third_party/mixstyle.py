@@ -38,6 +38,7 @@ class MixStyle(extend.LayeredPatch):
     where = "behind the first stages"
     cost = "training: one pass over each map; evaluation: none"
     train_only = True
+    example = {"layers": 0}  # noqa: RUF012 - as fxgraft reads it; two stages are not everywhere
 
     layers: extend.Words | None = (0, 1)
     p: float = 0.5

@@ -6,12 +6,12 @@ import copy
 
 import pytest
 import torch
-from patches.test_crossnorm import SMALL, resnet, watch
 from torch import Tensor
 
 import fxgraft
 from fxgraft import ConfigError
 from fxgraft.functional.modulation import instance_moments
+from patches.crossnorm.test_patch import SMALL, resnet, watch
 
 
 def test_consistency_adds_the_divergence_of_two_more_passes() -> None:

@@ -14,6 +14,7 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
+import torch
 from torch import nn
 
 from fxgraft.errors import WrappedModelError
@@ -78,6 +79,7 @@ class Ledger:
         orphans = parts_without_model(model)
         kept = Kept(self.grafts)
         undo = [*self._as_now(), *kept.restoring(), *(step for each in orphans for step in orphaning(each))]
+        undo.append(partial(torch.set_rng_state, torch.get_rng_state()))  # new units draw their weights
         after = None
         try:
             at_once([*self._erasing(), *(step for each in orphans for step in releasing(each))])
@@ -197,6 +199,11 @@ class Ledger:
 
     def restore(self, model: nn.Module) -> None:
         """Put the grafts on a copy of the model that they were on."""
+        # Units beside a part that is not grafted itself were copied along with that part.
+        own = {id(unit) for graft in self.grafts for unit in graft.units.values()}
+        for module in model.modules():
+            for name in [name for name, child in module._modules.items() if id(child) in own]:
+                del module._modules[name]
         self.install(model)
 
     def paths(self) -> list[str]:
