@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -66,8 +67,10 @@ CASES = [(kind, name) for kind in KINDS for name in (*BY_SAMPLE, *ALIKE)]
 
 def patched(name: str) -> nn.Module:
     torch.manual_seed(0)
-    options = {**BY_SAMPLE, **ALIKE}[name]
-    return fxgraft.patch(Net(), name.partition(",")[0], input_size=SIZE, **options)
+    method = name.partition(",")[0]
+    options = {**BY_SAMPLE, **ALIKE}.get(name)
+    options = Cell(method, SMALL).options() if options is None else options  # a method that came later
+    return fxgraft.patch(Net(), method, input_size=SIZE, **options)
 
 
 def batch() -> tuple[Tensor, Tensor]:
@@ -124,12 +127,14 @@ def case(kind: str, name: str) -> dict[str, Any]:
     return {**found, "refused": str(refused.value)}
 
 
-def worker(rank: int, folder: str) -> None:
+def worker(rank: int, folder: str, modules: list[str], cases: list[tuple[str, str]]) -> None:
     """Train every case in one process of the group, and write down what came of it."""
     torch.set_num_threads(1)
+    for module in modules:  # which register the methods
+        importlib.import_module(module)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=WORLD)
     try:
-        for index, (kind, name) in enumerate(CASES):
+        for index, (kind, name) in enumerate(cases):
             try:
                 result: Any = case(kind, name)
             except Exception as error:  # reported by the test of this case
@@ -148,7 +153,8 @@ def worker(rank: int, folder: str) -> None:
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What two processes left behind; started once, since starting them is most of the time."""
     folder = tmp_path_factory.mktemp("processes")
-    mp.spawn(worker, (str(folder),), nprocs=WORLD)
+    modules = sorted({method.__module__ for method in fxgraft.methods().values()})
+    mp.spawn(worker, (str(folder), modules, CASES), nprocs=WORLD)
     return folder
 
 
