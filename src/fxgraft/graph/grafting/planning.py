@@ -15,6 +15,7 @@ from fxgraft.graph.grafting.journal import Installation
 from fxgraft.graph.grafting.passes import Context
 from fxgraft.graph.grafting.placement import Placement
 from fxgraft.graph.grafting.state import GraftState, Program, foreign_forward, state_of
+from fxgraft.graph.grafting.unit import Unit
 from fxgraft.graph.tracing.anatomy import Anatomy
 from fxgraft.graph.tracing.editing import Editor, Input, Instead, Output
 from fxgraft.graph.tracing.names import PREFIX, STATE, inside, join
@@ -126,7 +127,8 @@ def _place_unit(
 
 def _check_free(holder: nn.Module, name: str, graft: Graft) -> None:
     """Raise where the model has something of its own under the name that a unit would get."""
-    if hasattr(holder, name):
+    # A unit there came along when the model was copied, with a module that is not grafted itself.
+    if hasattr(holder, name) and not isinstance(getattr(holder, name), Unit):
         raise SiteError(
             f"{graft.name!r} would put its unit where {holder._get_name()} has {name!r} of its own.\n"
             "Units stand beside the layers they serve, under names that start with 'graft_'.\n"
