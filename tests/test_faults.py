@@ -144,34 +144,23 @@ def lines_of(act: str) -> list[tuple[str, int]]:
     return lines.places
 
 
-@pytest.mark.parametrize("act", ACTS)
-def test_an_interruption_at_some_lines(act: str) -> None:
-    places = lines_of(act)
-    stop = time.monotonic() + 2
-    for at in random.Random(act).sample(range(len(places)), len(places)):  # as many as there is time for
-        check(act, at, KeyboardInterrupt)
-        if time.monotonic() > stop:
-            break
-
-
-@pytest.mark.sweep
-@pytest.mark.parametrize("kind", [KeyboardInterrupt, MemoryError, OSError])
-@pytest.mark.parametrize("act", ACTS)
-def test_an_interruption_at_every_line_the_first_and_the_last_time(
-    act: str, kind: type[BaseException]
-) -> None:
-    places = lines_of(act)
-    first = {place: at for at, place in reversed(list(enumerate(places)))}
-    last = {place: at for at, place in enumerate(places)}
-    for at in sorted({*first.values(), *last.values()}):
+def interrupt(act: str, kind: type[BaseException], count: int) -> None:
+    """Interrupt an act at some of its lines, the same ones in every run."""
+    places = range(len(lines_of(act)))
+    for at in random.Random(f"{act} {kind.__name__}").sample(places, min(count, len(places))):
         check(act, at, kind)
 
 
-@pytest.mark.sweep
 @pytest.mark.parametrize("act", ACTS)
-def test_an_interruption_at_any_line(act: str) -> None:
-    for at in range(len(lines_of(act))):
-        check(act, at, KeyboardInterrupt)
+def test_an_interruption_at_some_lines(act: str) -> None:
+    interrupt(act, KeyboardInterrupt, 6)
+
+
+@pytest.mark.sweep
+@pytest.mark.parametrize(("kind", "count"), [(KeyboardInterrupt, 60), (MemoryError, 20), (OSError, 20)])
+@pytest.mark.parametrize("act", ACTS)
+def test_an_interruption_at_more_lines(act: str, kind: type[BaseException], count: int) -> None:
+    interrupt(act, kind, count)
 
 
 # Names like those of grafts, and forwards set on instances.
