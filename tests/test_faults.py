@@ -151,11 +151,14 @@ def interrupt(act: str, kind: type[BaseException], count: int) -> None:
         check(act, at, kind)
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.parametrize("act", ACTS)
 def test_an_interruption_at_some_lines(act: str) -> None:
     interrupt(act, KeyboardInterrupt, 6)
 
 
+# What is raised in a finaliser goes nowhere: Python reports it and goes on.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.sweep
 @pytest.mark.parametrize(("kind", "count"), [(KeyboardInterrupt, 60), (MemoryError, 20), (OSError, 20)])
 @pytest.mark.parametrize("act", ACTS)
