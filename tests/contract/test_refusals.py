@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +59,17 @@ def test_wrong_calls(method: str, wrong: str) -> None:
     model = fresh(SMALL)
     with untouched(model), pytest.raises(error, match=message):
         Cell(method, SMALL).patch(model, {**Cell(method, SMALL).options(), **more})
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("place", ["nowhere", "no.such.place", 99])
+def test_wrong_places(method: str, place: str | int) -> None:
+    named = [f.name for f in dataclasses.fields(fxgraft.methods()[method]) if f.name in ("layer", "layers")]
+    if not named:
+        return  # it finds its places by itself
+    model = fresh(SMALL)
+    with untouched(model), pytest.raises(fxgraft.SiteError, match=r"(?i)there (is|are) "):
+        Cell(method, SMALL).patch(model, {**Cell(method, SMALL).options(), named[0]: place})
 
 
 @pytest.mark.parametrize("cell", cells(backbones=[SMALL.name]))
