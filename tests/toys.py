@@ -207,8 +207,8 @@ def names(model: nn.Module) -> list[str]:
     return [graft.name for graft in fxgraft.grafts(model)]
 
 
-def state_of_everything(model: nn.Module) -> dict[str, Any]:
-    """All that a call must leave alone: classes, identities, flags, hooks, attributes, tensors, chance."""
+def parts_of(model: nn.Module) -> dict[str, Any]:
+    """What a model is made of, by identity where there is one: classes, flags, attributes, children, hooks."""
     modules = list(model.named_modules(remove_duplicate=False))
     return {
         "modules": [(name, id(module), type(module)) for name, module in modules],
@@ -221,6 +221,13 @@ def state_of_everything(model: nn.Module) -> dict[str, Any]:
             for key, value in module.__dict__.items()
             if key.endswith("_hooks")
         ],
+    }
+
+
+def state_of_everything(model: nn.Module) -> dict[str, Any]:
+    """All that a call must leave alone: classes, identities, flags, hooks, attributes, tensors, chance."""
+    return {
+        **parts_of(model),
         "requires_grad": [(name, id(p), p.requires_grad) for name, p in model.named_parameters()],
         "tensors": [(key, value.clone()) for key, value in model.state_dict().items()],
         "random": torch.get_rng_state(),

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 import fxgraft
 from contract.expectations import APART, EXPECTED, Expectation, Refusal, expectation
 from properties.random_models import Recipe
+from toys import parts_of
 from zoo.backbones import BACKBONES, NUM_CLASSES, Backbone
 
 METHODS = tuple(fxgraft.methods())
@@ -209,18 +210,8 @@ def same(actual: Any, expected: Any) -> bool:
 
 def anatomy(model: nn.Module) -> dict[str, Any]:
     """Everything about a model but the values of its tensors, by identity where there is one."""
-    modules = list(model.named_modules(remove_duplicate=False))
     return {
-        "classes": [(name, id(module), type(module)) for name, module in modules],
-        "training flags": [(name, module.training) for name, module in modules],
-        "attributes": [(name, list(module.__dict__)) for name, module in modules],
-        "children": [(name, list(module._modules)) for name, module in modules],
-        "hooks": [
-            (name, key, list(value.items()))
-            for name, module in modules
-            for key, value in module.__dict__.items()
-            if key.endswith("_hooks")
-        ],
+        **parts_of(model),
         "parameters": [(name, id(p), p.requires_grad) for name, p in model.named_parameters()],
         "buffers": [(name, id(b)) for name, b in model.named_buffers()],
         "keys": list(model.state_dict()),

@@ -65,10 +65,10 @@ def test_what_it_leaves_alone(grafted: Grafted) -> None:
     """The class, the keys, the tensors, the hooks and the modes are the backbone's; new names say whose they are."""
     model, method = grafted.model, fxgraft.methods()[grafted.cell.method]
     before, after = grafted.before, anatomy(model)
-    (_, identity, cls), *_ = before["classes"]
+    (_, identity, cls), *_ = before["modules"]
     assert id(model) == identity
     assert isinstance(model, cls)
-    for part in ("parameters", "buffers", "keys", "training flags"):
+    for part in ("parameters", "buffers", "keys", "training"):
         names = [entry if isinstance(entry, str) else entry[0] for entry in after[part]]
         mine = [each for each, name in zip(after[part], names, strict=True) if "graft_" not in name]
         assert mine == before[part], part
