@@ -152,9 +152,10 @@ EXPECTED: dict[str, Expectation] = {
 }
 
 
-# Which do not go on one model together, and what the error says: both act on the classifier.
+# Which do not go on one model together, and what the error says.
 APART: dict[frozenset[str], str] = {
     frozenset({"diversification", "mixmo"}): "'mixmo' acts on '.*', which 'diversification' leaves out",
+    frozenset({"manifold_mixup", "mixmo"}): "both pair every row of the output with labels of other rows",
 }
 
 

@@ -201,14 +201,15 @@ def test_activation_checkpointing(cell: Cell, when: str, request: pytest.Fixture
         if checkpointed and when == "after":
             model.set_grad_checkpointing(True)
         reentered: list[None] = []
-        inner = model.get_submodule("layer1.0.conv1" if "resnet" in cell.backbone.name else "blocks.0.attn")
+        # A region that holds a unit, or reads what one gives, is not computed again: this one is neither.
+        inner = model.get_submodule("layer1.0.conv1" if "resnet" in cell.backbone.name else "blocks.2.attn")
         handle = inner.register_forward_hook(lambda *_, seen=reentered: seen.append(None))
         model.train()
         torch.manual_seed(2)
         out = model(x, target=y)
         before = len(reentered)
         fxgraft.loss(model, out, y).backward()
-        assert (len(reentered) > before) == checkpointed, "the first block is computed again in backward"
+        assert (len(reentered) > before) == checkpointed, "an untouched block is computed again in backward"
         handle.remove()
         results.append((out.detach(), {name: p.grad for name, p in model.named_parameters()}))
     (plain, gradients), (out, checked) = results

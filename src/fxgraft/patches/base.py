@@ -41,6 +41,7 @@ class Patch(Placer):
         train_only: evaluation is bitwise the bare model's.
         needs_labels: training passes need ``target``.
         adds_parameters: it has parameters of its own to train.
+        pairs_labels: its loss judges rows of the output by labels of several rows; a model takes one such method.
         call_options: keyword arguments of the model's call that are meant for this method's units.
         order: (group, rank): at one site the units of one group act by rank, whichever was added first.
         saves: a recipe of its options is enough to make it again; otherwise `fxgraft.save` refuses.
@@ -57,6 +58,7 @@ class Patch(Placer):
     train_only: ClassVar[bool] = False
     needs_labels: ClassVar[bool] = False
     adds_parameters: ClassVar[bool] = False
+    pairs_labels: ClassVar[bool] = False
     saves: ClassVar[bool] = True
     example: ClassVar[Mapping[str, Any]] = MappingProxyType({})
     presets: ClassVar[Mapping[str, Preset]] = MappingProxyType({})
@@ -120,7 +122,10 @@ class Patch(Placer):
         return {}
 
     def criterion(self, graft: Graft, criterion: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        """Return the criterion to use in place of the user's, called as ``criterion(out, y)``."""
+        """Return the criterion to use in place of the user's, called as ``criterion(out, y)``.
+
+        Where it judges a row by labels of several rows, set ``pairs_labels``.
+        """
         return criterion
 
     def merge(self, graft: Graft, model: nn.Module) -> None:

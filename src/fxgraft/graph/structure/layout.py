@@ -110,9 +110,10 @@ def layout_of(anatomy: Anatomy, value: Tensor, path: str, strict: bool = True) -
             return Layout("NCHW")
         if channels == c and channels != a:
             return Layout("NHWC")
-        if b == c and a != b:
+        # Two pairs like the image say nothing of which one is; none, and a square one may be all the same.
+        if not first and b == c and a != b:
             return Layout("NCHW")
-        if a == b and b != c:
+        if not first and a == b and b != c:
             return Layout("NHWC")
     if not strict:
         return None

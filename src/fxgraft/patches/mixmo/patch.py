@@ -119,6 +119,7 @@ class MixMo(Patch):
     cost = "training: stem and classifier run once per member, and the stem's outputs are mixed; evaluation: none"
     needs_labels = True
     adds_parameters = True
+    pairs_labels = True
     call_options = ("members",)
 
     members: int = 2
