@@ -99,9 +99,9 @@ def layout_of(anatomy: Anatomy, value: Tensor, path: str, strict: bool = True) -
         return Layout("NLC", prefix_tokens(anatomy, value.shape[1]))
     if value.ndim == 4:
         _, a, b, c = value.shape
-        first, last = _like_image(anatomy, b, c), _like_image(anatomy, a, b)
-        if first != last:
-            return Layout("NCHW" if first else "NHWC")
+        first, last = _unlike_image(anatomy, b, c), _unlike_image(anatomy, a, b)
+        if (first < 1) != (last < 1):
+            return Layout("NCHW" if first < 1 else "NHWC")
         fixed = _fixed_dimension(anatomy, value, path) if strict else None
         if fixed in (1, 3):
             return Layout("NCHW" if fixed == 1 else "NHWC")
@@ -110,10 +110,11 @@ def layout_of(anatomy: Anatomy, value: Tensor, path: str, strict: bool = True) -
             return Layout("NCHW")
         if channels == c and channels != a:
             return Layout("NHWC")
-        # Two pairs like the image say nothing of which one is; none, and a square one may be all the same.
-        if not first and b == c and a != b:
+        if first < 1 and first != last:
+            return Layout("NCHW" if first < last else "NHWC")
+        if b == c and a != b:  # a square map of an image that is none, or a pooled one
             return Layout("NCHW")
-        if not first and a == b and b != c:
+        if first >= 1 and a == b and b != c:
             return Layout("NHWC")
     if not strict:
         return None
@@ -138,11 +139,11 @@ def named_layout(anatomy: Anatomy, value: Tensor, path: str, name: str, where: s
     return known if known is not None and known.name == name else Layout(name)
 
 
-def _like_image(anatomy: Anatomy, height: int, width: int) -> bool:
-    """Say whether a map of this size has the shape of the image, up to rounding; of a square image, a square."""
+def _unlike_image(anatomy: Anatomy, height: int, width: int) -> float:
+    """Say how far a map of this size is from the shape of the image; below 1 it may be rounding."""
     size = anatomy.image_size
     image_height, image_width = size[-2:] if len(size) == 3 else (1, 1)
-    return abs(height * image_width - width * image_height) < max(image_height, image_width)
+    return abs(height * image_width - width * image_height) / max(image_height, image_width)
 
 
 def _fixed_dimension(anatomy: Anatomy, value: Tensor, path: str) -> int | None:
