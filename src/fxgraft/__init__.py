@@ -33,7 +33,8 @@ from fxgraft.patches.base import Patch
 from fxgraft.patches.crossnorm.patch import CrossNorm
 from fxgraft.patches.diversification.loss import GradientBoostingCrossEntropy, gradient_boosting_cross_entropy
 from fxgraft.patches.diversification.patch import Diversification
-from fxgraft.patches.gam.patch import GAM, gam_losses
+from fxgraft.patches.gam.patch import GAM
+from fxgraft.patches.gam.step import gam_losses
 from fxgraft.patches.mixmo.ensemble import EnsembleMetrics, disagreement, ensemble_entropy
 from fxgraft.patches.mixmo.members import MemberLogits, member_logits
 from fxgraft.patches.mixmo.pairing import MixMoInput

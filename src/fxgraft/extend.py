@@ -73,7 +73,7 @@ Domain Generalization with MixStyle, ICLR 2021), which mixes the channel statist
 What a method can do beyond this:
 
 - Ask the `Backbone`: ``sites``, ``positions`` inside blocks, ``value``, ``layout``, ``joins``, ``head``, ``stems``,
-  ``classifiers``, ``rest`` (the network after a site, as a function).
+  ``classifiers``, ``rest`` (the network after a site, as a function), ``absorber`` (who can take in a scale).
 - Place units: ``backbone.place`` on a value, ``before`` and ``after`` the model, ``instead`` of a module,
   ``replace_head``. Units come from ``make(key, UnitClass, *args)``; ``unit.bind(...)`` holds what is found again on
   every model. ``set_progress`` and ``stale`` of a `Unit` follow a schedule and notice a changed model.
@@ -112,6 +112,7 @@ from fxgraft.graph.grafting.passes import Arguments, Context, Pass
 from fxgraft.graph.grafting.placement import Placement
 from fxgraft.graph.grafting.taps import Tap, take, tap_placements
 from fxgraft.graph.grafting.unit import Capture, Unit
+from fxgraft.graph.structure.absorbing import Absorber
 from fxgraft.graph.structure.ends import Stem, apply_layer
 from fxgraft.graph.structure.head import Head
 from fxgraft.graph.structure.joins import Join
@@ -134,6 +135,7 @@ from fxgraft.patches.registry import register
 
 __all__ = [
     "DIMENSIONS",
+    "Absorber",
     "Arguments",
     "Backbone",
     "BlockPatch",

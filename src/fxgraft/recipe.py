@@ -85,7 +85,8 @@ def save(model: nn.Module, path: str | Path, *, weights: bool = True) -> Path:
             raise RecipeError(
                 f"{graft.name!r} ({graft.patch.title}) cannot be saved: a recipe holds options, and it works with "
                 "networks besides.\n"
-                f"Take it off first, fxgraft.unpatch(model, {graft.name!r}): what it has trained stays in the model."
+                f"Take it off first, fxgraft.unpatch(model, {graft.name!r}): what it has trained stays in the model. "
+                "Or save what it folds into, fxgraft.merge(model)."
             )
     own = _own_keys(model)
     recipe = {

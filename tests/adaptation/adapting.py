@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import fxgraft
-from fxgraft.patches.gam import patch as gam
+from fxgraft.patches.gam import step as gam
 
 SOURCE = torch.randn(14, 3, 6, 6, generator=torch.Generator().manual_seed(1))
 TARGET = 2 * torch.randn(11, 3, 6, 6, generator=torch.Generator().manual_seed(2)) + 1

@@ -17,7 +17,7 @@ from adaptation.adapting import SOURCE, TARGET, Net, adam, equal, everything, lo
 from fxgraft.adaptation import history as recording
 from fxgraft.adaptation import loop as adaptation
 from fxgraft.errors import ConfigError, FxgraftWarning, UnknownGraftError, WrappedModelError
-from fxgraft.patches.gam import patch as gam
+from fxgraft.patches.gam import step as gam
 
 
 def test_it_is_the_loop_written_by_hand() -> None:

@@ -136,7 +136,9 @@ EXPECTED: dict[str, Expectation] = {
         folds=True,
         refusals=_HEADS,
     ),
-    "gam": Expectation(options={"layers": -1, "hidden": 8}, acts=False, folds=True, judged_apart=True),
+    "gam": Expectation(
+        options={"layers": -1, "hidden": 8}, acts=False, starts_as_bare=True, folds=True, judged_apart=True
+    ),
     "mixmo": Expectation(
         options={"p": 1.0}, neutral={"members": 1}, acts=True, starts_as_bare=True, folds=True, refusals=_ENDS
     ),

@@ -26,7 +26,7 @@ from fxgraft.api import set_progress
 from fxgraft.errors import ConfigError, WrappedModelError
 from fxgraft.graph.grafting.lookup import ledger_of
 from fxgraft.graph.tracing.preserve import preserved_modes
-from fxgraft.patches.gam.patch import discriminators, gam_losses, source
+from fxgraft.patches.gam.step import discriminators, gam_losses, source
 
 
 def adapt(

@@ -11,7 +11,7 @@ import torch
 import torchvision
 
 import fxgraft
-from fxgraft.patches.gam import patch as gam
+from fxgraft.patches.gam import step as gam
 from patches.gam.gam_tools import contents, gradients, images, patched, unchanged
 from patches.small import exactly
 

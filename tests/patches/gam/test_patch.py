@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fxgraft
-from fxgraft.patches.gam import patch as gam
+from fxgraft.patches.gam import step as gam
 from fxgraft.patches.gam import tensors as core
 from fxgraft.patches.gam.discriminator import Discriminator
 from patches.gam.gam_tools import SIZE, TAPS, contents, gradients, images, patched, unchanged
@@ -44,7 +44,8 @@ def test_losses_are_those_of_the_functions(gan: Any, invert: Any, matching: Any)
     source, target = net(seed=0), net(seed=3)
     source.eval().requires_grad_(False)
     reference = copy.deepcopy(target)
-    patched(target, source=source, gan=gan, invert=invert, matching=matching, drift=0.5, weights=[1, 2, 3])
+    options = {"matching": matching, "match_in": "discriminators", "drift": 0.5, "weights": [1, 2, 3]}
+    patched(target, source=source, gan=gan, invert=invert, **options)
     x_source, x_target = images(5, 1), images(7, 2)
     step = fxgraft.gam_losses(target, x_source, x_target)
     judges = gam.discriminators(target)
@@ -179,9 +180,10 @@ def test_a_patched_source_is_taken_as_it_is():
 
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("inplace", [False, True])
-def test_outside_of_a_step_the_model_is_the_bare_one(training: bool, inplace: bool):
+@pytest.mark.parametrize("options", [{"matching": None}, {"match_in": "discriminators"}], ids=str)
+def test_outside_of_a_step_the_model_is_the_bare_one(training: bool, inplace: bool, options: Any):
     bare = net(inplace=inplace, dropout=0.3).train(training)
-    model = patched(copy.deepcopy(bare))
+    model = patched(copy.deepcopy(bare), **options)
     assert list(model.state_dict()) == list(bare.state_dict())
     assert [name for name, _ in model.named_parameters()] == [name for name, _ in bare.named_parameters()]
     assert [name for name, _ in model.named_modules()] == [name for name, _ in bare.named_modules()]
@@ -216,7 +218,8 @@ def test_values_are_those_before_what_writes_over_them():
 
 
 def test_running_statistics():
-    model = patched(net(seed=1), source=net(seed=2).requires_grad_(False), statistics="running", momentum=0.5)
+    options = {"match_in": "discriminators", "statistics": "running", "momentum": 0.5}
+    model = patched(net(seed=1), source=net(seed=2).requires_grad_(False), **options)
     reference = copy.deepcopy(model).eval()
     model.eval()
     source = gam.source(model)
@@ -235,7 +238,7 @@ def test_running_statistics():
     t = core.gaussian_match(seen[-1][1], mean[0], std[0], target_mean=mean[1], target_std=std[1])
     torch.testing.assert_close(step.parts["mapping.fc"], core.mapping_loss(judges["fc"](t)))
     assert not [name for name, _ in judges.named_parameters() if "moments" in name]
-    again = patched(net(seed=1), statistics="running", momentum=0.5)
+    again = patched(net(seed=1), **options)
     gam.discriminators(again).load_state_dict(judges.state_dict())
     assert gam.discriminators(again).get_buffer("steps") == 4
 
@@ -298,7 +301,7 @@ def test_copies_behave_the_same_and_share_nothing(how: str):
 
 def test_unpatch_and_merge_leave_the_adapted_network():
     bare = net()
-    model = patched(copy.deepcopy(bare))
+    model = patched(copy.deepcopy(bare), match_in="discriminators")
     fxgraft.gam_losses(model, images(), images()).mapping.backward()
     with torch.no_grad():
         model.fc.weight.add_(1)

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from fxgraft.errors import SiteError
 from fxgraft.graph.grafting.placement import Placement, placements
 from fxgraft.graph.grafting.unit import Unit
+from fxgraft.graph.structure.absorbing import Absorber, absorber_of
 from fxgraft.graph.structure.ends import Stem, find_classifiers, find_stems
 from fxgraft.graph.structure.head import Head, find_head, pooled_map
 from fxgraft.graph.structure.joins import Join, residual_joins
@@ -147,6 +148,10 @@ class Backbone:
             prefix: how many class and register tokens the value begins with.
         """
         return rest_of_network(self.anatomy, site, output, prefix)
+
+    def absorber(self, site: Site, layout: Layout) -> Absorber | None:
+        """Find the layer that can take a scale and a shift per channel of a site's value into its weights."""
+        return absorber_of(self.anatomy, site, layout)
 
     def check_reaches_output(self, site: Site, output: str | int | None = None) -> None:
         """Raise `SiteError` where the output does not depend on a site."""

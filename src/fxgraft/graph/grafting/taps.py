@@ -7,7 +7,7 @@ there. Copies are decided when a model is patched, for each mode, by `inplace.fa
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -76,7 +76,7 @@ def tap_placements(
     sites: Mapping[str, Site],
     detach: bool = False,
     copy: bool = False,
-    kind: type[Tap] = Tap,
+    kind: Callable[[str, bool], Tap] = Tap,
 ) -> list[Placement]:
     """Put a tap at every site, in training and in evaluation.
 
@@ -86,7 +86,7 @@ def tap_placements(
         sites: where to record, by the names to fetch the values by; see `Backbone.named_sites`.
         detach: cut what is recorded off the graph.
         copy: record a copy everywhere, also where nothing is seen to write over the value.
-        kind: of tap.
+        kind: makes a tap from its key and ``detach``.
 
     Raises:
         SiteError: a site that holds no tensor, that one mode does not reach, or where no unit can be placed.

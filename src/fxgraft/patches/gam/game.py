@@ -7,7 +7,7 @@ no parameter that a wrapper or an optimiser of the network would find.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar, Literal
 
@@ -22,9 +22,8 @@ from fxgraft.extend import (
     Make,
     Patch,
     Placement,
-    Site,
-    Tap,
     Unit,
+    UnknownGraftError,
     Words,
     add_graft,
     copy_with,
@@ -33,6 +32,7 @@ from fxgraft.extend import (
 )
 from fxgraft.patches.gam import tensors as core
 from fxgraft.patches.gam.discriminator import ByTap, Discriminator, check_discriminator
+from fxgraft.patches.gam.matching import SwitchedTap
 
 
 @dataclass(frozen=True)
@@ -40,6 +40,7 @@ class Rules:
     """The options of the patch that a game is played by, under the same names."""
 
     matching: Literal["gaussian"] | None
+    match_in: Literal["network", "discriminators"]
     statistics: Literal["batch", "running"]
     momentum: float
     eps: float
@@ -58,20 +59,6 @@ class Rules:
         return {**self.__dict__, "discriminator": None}
 
 
-class SwitchedTap(Tap):
-    """A tap that records only while it is listened to: in passes that ``graft.asking(listen=True)`` is around."""
-
-    def forward(self, x: Any) -> Any:
-        """Return ``x`` as it is."""
-        run = self.current
-        return super().forward(x) if run is not None and run.asked(self.graft, "listen") else x
-
-
-def switched_taps(backbone: Backbone, make: Make, sites: Mapping[str, Site]) -> list[Placement]:
-    """Put a `SwitchedTap` at every site; arguments as `tap_placements`."""
-    return tap_placements(backbone, make, sites, kind=SwitchedTap)
-
-
 @dataclass(frozen=True, kw_only=True)
 class SourceTaps(Patch):
     """The taps on the source network."""
@@ -82,7 +69,7 @@ class SourceTaps(Patch):
 
     def place(self, backbone: Backbone, make: Make) -> list[Placement]:
         """Put a tap on each layer."""
-        return switched_taps(backbone, make, backbone.named_sites(self.layers))
+        return tap_placements(backbone, make, backbone.named_sites(self.layers), kind=SwitchedTap)
 
 
 class Game(Unit):
@@ -91,6 +78,9 @@ class Game(Unit):
     It is never placed in the network, so that nothing of it joins the module tree. The source network is a
     plain attribute, so that it is not among the parameters to train.
     """
+
+    KEY: ClassVar[str] = "(game)"
+    """What it is called among the units of its graft."""
 
     source: nn.Module | None
 
@@ -102,8 +92,13 @@ class Game(Unit):
         self.layouts: dict[str, Layout] = {}
         self.weights: dict[str, float] = {}
         self.input_size: tuple[int, ...] | None = None
-        if rules.matching and rules.statistics == "running":
+        if self.matches and rules.statistics == "running":
             self.discriminators.register_buffer("steps", torch.zeros(()))
+
+    @property
+    def matches(self) -> bool:
+        """Whether activations are matched for the discriminators alone."""
+        return self.rules.matching is not None and self.rules.match_in == "discriminators"
 
     def add(self, key: str, value: Tensor, layout: Layout, backbone: Backbone) -> None:
         """Build the discriminator of a tap from its value (fake)."""
@@ -127,12 +122,13 @@ class Game(Unit):
             moments = torch.zeros((2, 2, channels), device=value.device, dtype=wide)
             self.discriminators.register_buffer(_moments(key), moments)
 
-    def take_source(self, model: nn.Module, given: nn.Module | None, layers: Words) -> None:
+    def take_source(self, model: nn.Module, given: nn.Module | None, own: Graft, layers: Words) -> None:
         """Copy the network that is the source, with the grafts that act in it, and put taps on the copy; once.
 
         Args:
             model: the target network.
             given: the source network; None for the target network as it is.
+            own: the graft that asks, which is no part of the copy.
             layers: the taps.
         """
         if self.source is not None:
@@ -140,7 +136,7 @@ class Game(Unit):
         source = (
             copy.deepcopy(given)
             if given is not None
-            else copy_with(model, lambda graft: not graft.patch.train_only)
+            else copy_with(model, lambda graft: graft.name != own.name and not graft.patch.train_only)
         )
         taps = SourceTaps(layers=layers)
         add_graft(source, Graft("gam_source", taps, input_size=self.input_size))
@@ -159,9 +155,9 @@ class Game(Unit):
         return source.eval() if source.training else source
 
     def matched(self, key: str, source: Tensor, target: Tensor) -> Tensor:
-        """Bring the target's channel moments to the source's."""
+        """Bring what the discriminators see of the target to the source's channel moments, if they are who sees it."""
         rules, dim = self.rules, channel_dim(self.layouts[key])
-        if rules.matching is None:
+        if not self.matches:
             return target
         if rules.statistics == "batch":
             moments = core.channel_moments(source, dim, eps=rules.eps)
@@ -189,6 +185,14 @@ class Game(Unit):
             found = module(x)
         last = channel_dim(self.layouts[key]) == -1 and found.ndim > 2
         return found.flatten(0, -2) if last else found
+
+
+def game_of(graft: Graft) -> Game:
+    """Return what a graft keeps beside its network."""
+    game = graft.units.get(Game.KEY)
+    if not isinstance(game, Game):
+        raise UnknownGraftError(f"{graft.name!r} is not on a model.\nPass the model that was patched.")
+    return game
 
 
 def _moments(key: str) -> str:

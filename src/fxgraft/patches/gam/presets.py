@@ -27,7 +27,7 @@ PRESETS = presets_by_name(
     ),
     Preset(
         name="segmentation",
-        options={"matching": "gaussian", "gan": "lsgan", "drift": 0.1},
+        options={"task": "dense", "matching": "gaussian", "gan": "lsgan", "drift": 0.1},
         source="paper, ECCV 2018",
         training=Training(note="layers= names four taps, spread over the depth"),
         needs=("layers",),

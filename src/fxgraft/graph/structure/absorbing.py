@@ -1,0 +1,149 @@
+"""Layers that can take a scale and a shift per channel of a value into their own weights.
+
+y = a · x + b per channel is linear, so the layer that gives x, or the one that alone reads it, can compute y or
+what follows from it with other weights, exactly: with no operation more, and none less.
+"""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from fxgraft.errors import SiteError, StructureError, TraceError
+from fxgraft.graph.structure.layout import Layout
+from fxgraft.graph.structure.places import locate, value_at
+from fxgraft.graph.structure.pooling import (
+    DROPOUTS,
+    SHAPES,
+    is_classifier,
+    node_name,
+    opened_head,
+    pooling_of,
+)
+from fxgraft.graph.structure.sites import Site
+from fxgraft.graph.tracing.anatomy import Anatomy
+
+LAYERS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.GroupNorm, nn.LayerNorm, nn.Linear, nn.Conv1d, nn.Conv2d)
+"""Whose forward ends in a weight and a bias per channel; subclasses may do more."""
+
+
+@dataclass(frozen=True)
+class Absorber:
+    """A layer that takes a scale and a shift per channel of a value into its weights.
+
+    Attributes:
+        path: qualified name of the layer.
+        side: "output" where the layer gives the value, "input" where it reads it.
+    """
+
+    path: str
+    side: Literal["output", "input"]
+
+    def absorb(self, model: nn.Module, scale: Tensor, shift: Tensor) -> None:
+        """Change the layer's weights in place.
+
+        Args:
+            model: the network that the layer is in.
+            scale: (C,), of the value's channels.
+            shift: (C,).
+        """
+        layer = model.get_submodule(self.path)
+        weight, bias = layer.get_parameter("weight"), layer.get_parameter("bias")
+        with torch.no_grad():
+            wide = weight.to(scale.dtype) if scale.element_size() > weight.element_size() else weight
+            if self.side == "output":
+                bias.copy_(bias * scale + shift)
+                weight.copy_(wide * scale.view(-1, *[1] * (weight.ndim - 1)))
+                return
+            # A flattened map has the cells of its channels one after the other.
+            times = weight.shape[1] // len(scale)
+            scale, shift = (each.repeat_interleave(times) for each in (scale, shift))
+            across = (1, -1, *[1] * (weight.ndim - 2))
+            bias.add_((wide * shift.view(across)).flatten(1).sum(1))
+            weight.copy_(wide * scale.view(across))
+
+
+def absorber_of(anatomy: Anatomy, site: Site, layout: Layout) -> Absorber | None:
+    """Find the layer that can take in a scale and a shift per channel of a site's value.
+
+    That is the layer whose output the value is (a normalisation, a linear layer, a convolution), else the linear
+    layer that alone reads it, through averages over all positions, changes of shape and dropout.
+
+    Args:
+        anatomy: of the bare model.
+        site: where the value is.
+        layout: of the value.
+
+    Returns:
+        None where there is no such layer: then nothing but an operation of its own can scale the value.
+    """
+    value = value_at(anatomy, site)
+    channels = value.shape[-1] if layout.name in ("NHWC", "NLC") else value.shape[1]
+    giver = _last_of(anatomy, site.path)
+    if site.path and site.calls == 1 and _gives(anatomy.module(giver), channels):
+        return _owned(anatomy, Absorber(giver, "output"))
+    reader = _reader(anatomy, site, layout, channels)
+    return _owned(anatomy, Absorber(reader, "input")) if reader else None
+
+
+def _last_of(anatomy: Anatomy, path: str) -> str:
+    """Name the child that gives a plain sequence's output, or the module itself."""
+    module = anatomy.module(path)
+    while type(module) is nn.Sequential and len(module) and path:
+        path = f"{path}.{list(module._modules)[-1]}"
+        module = module[-1]
+    return path
+
+
+def _gives(layer: nn.Module, channels: int) -> bool:
+    """Say whether a layer's output has a weight and a bias per channel, and nothing behind them."""
+    bias = getattr(layer, "bias", None)
+    known = type(layer) in LAYERS or is_classifier(layer)
+    return known and isinstance(bias, Tensor) and bias.shape == (channels,)
+
+
+def _owned(anatomy: Anatomy, absorber: Absorber) -> Absorber | None:
+    """Leave out a layer that computes its weight from others, runs twice, or shares it."""
+    layer = anatomy.module(absorber.path)
+    own = dict(layer.named_parameters(recurse=False))
+    holders = [
+        m for m in anatomy.model.modules() if any(p is own.get("weight") for p in m._parameters.values())
+    ]
+    once = len(anatomy.observation.calls.get(absorber.path, ())) == 1
+    return absorber if {"weight", "bias"} <= own.keys() and len(holders) == 1 and once else None
+
+
+def _reader(anatomy: Anatomy, site: Site, layout: Layout, channels: int) -> str | None:
+    """Follow a value to the linear layer that reads it, if nothing else does and nothing mixes it up before."""
+    traced = None
+    with suppress(
+        StructureError, TraceError, SiteError
+    ):  # a network without such a head may still have a reader
+        traced = opened_head(anatomy)[0]
+    try:
+        traced = traced or anatomy.graph("", training=False)
+        node = locate(anatomy, site, traced)
+    except (StructureError, TraceError, SiteError):
+        return None
+    values = anatomy.values("", traced)
+    pooled = False
+    while len(node.users) == 1:
+        (user,) = node.users
+        if user.op == "call_module" and is_classifier(anatomy.module(str(user.target))):
+            path = str(user.target)
+            width = anatomy.module(path).get_parameter("weight").shape[1]
+            # Cells stay with their channel where the channels come first and all the rest is flattened.
+            whole = not width % channels and layout.name in ("NCHW", "NCL") and not pooled
+            return path if width == channels or whole else None
+        found = pooling_of(user, values)
+        name = node_name(user, anatomy.model)
+        if found is not None and not pooled:
+            pooled = True
+        elif not (name in DROPOUTS | {"flatten", "identity"} or (pooled and name in SHAPES)):
+            return None
+        node = user
+    return None
