@@ -78,7 +78,9 @@ def test_weights_that_come_after_the_patch_are_noticed_at_the_first_training_pas
     model.eval()(x)
     assert not recwarn
     assert "has been trained: every block will halve" in str(fxgraft.summary(model))
-    with pytest.warns(FxgraftWarning, match=r'of this ResNet to about 0.5.*has been trained.*init="identity"'):
+    with pytest.warns(
+        FxgraftWarning, match=r'of this ResNet to about 0.5.*has been trained.*init="identity"'
+    ):
         model.train()(x)
     recwarn.clear()
     model(x)  # once, and now the gates train, too

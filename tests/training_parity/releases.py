@@ -67,7 +67,9 @@ class Typed(nn.Module):
         for index, (inner, outer) in enumerate(zip((64, *WIDTHS), WIDTHS, strict=False), 1):
             block = Block(inner, outer, 1 if index == 1 else 2)
             if index == 1:
-                block.downsample = nn.Sequential(nn.Conv2d(inner, outer, 1, bias=False), nn.BatchNorm2d(outer))
+                block.downsample = nn.Sequential(
+                    nn.Conv2d(inner, outer, 1, bias=False), nn.BatchNorm2d(outer)
+                )
             setattr(self, f"layer{index}", nn.Sequential(block))
         self.fc = nn.Linear(WIDTHS[-1], getattr(network, "fc").out_features)  # noqa: B009
         self.double().load_state_dict(copy.deepcopy(network.state_dict()))

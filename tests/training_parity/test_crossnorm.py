@@ -104,9 +104,7 @@ def test_five_steps_of_crossnorm(preset: str, chance: float) -> None:
 
 def test_five_steps_with_consistency() -> None:
     model, reference, compared = stock(CLASSES), Release(stock(CLASSES), "both"), []
-    fxgraft.patch(
-        model, "crossnorm", preset="cifar100_wrn_cnsn_consistency", input_size=(3, PIXELS, PIXELS)
-    )
+    fxgraft.patch(model, "crossnorm", preset="cifar100_wrn_cnsn_consistency", input_size=(3, PIXELS, PIXELS))
 
     def ours(step: int) -> Tensor:
         x, y = batch(step, SIZE, PIXELS, CLASSES)

@@ -84,7 +84,9 @@ class Release(Typed):
         found = {}
         for key, value in self.state_dict().items():
             layer, _, name = key.removeprefix("second_").rpartition(".")
-            found[f"{layer.replace('conv', 'conv1')}.graft_mixmo.{name}_1" if "second" in key else key] = value
+            found[f"{layer.replace('conv', 'conv1')}.graft_mixmo.{name}_1" if "second" in key else key] = (
+                value
+            )
         return found
 
 

@@ -54,7 +54,9 @@ class Recorder:
         if self.pending:
             names = list(self.pending[0])
             dtypes = {each.dtype for each in self.pending[0].values()}
-            dtype = reduce(torch.promote_types, dtypes, torch.float32)  # the losses of float64 networks as they are
+            dtype = reduce(
+                torch.promote_types, dtypes, torch.float32
+            )  # the losses of float64 networks as they are
             table = torch.stack([torch.stack([row[n].to(dtype) for n in names]) for row in self.pending])
             self.pending.clear()
             for row in table.tolist():
