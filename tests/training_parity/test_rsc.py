@@ -9,9 +9,9 @@ from torch import Tensor
 import fxgraft
 from training_parity.releases import STEPS, TOLERANCE, Typed, batch, deviation, stepping, stock
 
-CLASSES, EPOCHS = 7, 20
-EPOCH = (0, 3, 9, 10, 19)
-"""The epoch that each step is in: the share of the batch grows from the fourth on."""
+CLASSES, EPOCHS = 7, 40
+EPOCH = (0, 9, 10, 20, 35)
+"""The epoch that each step is in: the share of the batch grows to 0.9, where the least change decides who is muted."""
 SGD = {"lr": 0.01, "momentum": 0.9, "weight_decay": 5e-4}
 
 

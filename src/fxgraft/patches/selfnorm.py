@@ -70,7 +70,8 @@ class SelfNorm(BlockPatch):
 
     A patched network starts as the bare one, exactly, by gates 2 · sigmoid(0), and keeps what it was trained to.
     The gates of the authors' release start around 0.5 (``init="authors"``): each block then halves its
-    activations, and a pretrained ResNet-18 hands about 2⁻⁸ of them to its head, so patching one that way warns.
+    activations, and a pretrained ResNet-18 hands about 2⁻⁸ of them to its head, so patching one that way warns,
+    and so does its first training pass (not inside compiled code).
     Where it goes: the options of `BlockPatch`.
 
     Args:
