@@ -13,7 +13,7 @@ import timm
 from rich.console import Console
 
 import fxgraft
-from fxgraft import RSC, ConfigError, CrossNorm, SelfNorm, extend
+from fxgraft import RSC, ConfigError, CrossNorm, Diversification, MixMo, SelfNorm, extend
 from fxgraft.cli.cards import card
 
 ALL = [
@@ -53,6 +53,32 @@ def test_rows_of_one_experiment_have_one_name() -> None:
     )
     assert SelfNorm.preset("imagenet_cnsn_ibn_augmix").position == "residual"
     assert SelfNorm.preset("cifar10_wrn").init == "authors"
+
+
+def test_mixmo_starts_from_scratch_and_leaves_repeating_to_the_sampler() -> None:
+    made = {name: MixMo.preset(name) for name in MixMo.presets}
+    assert {(each.init, each.members, each.repetitions) for each in made.values()} == {("random", 2, 1)}
+    assert (made["cifar_cut"].p, made["cifar_cut"].decay, made["cifar_cut"].r) == (0.5, 1 / 12, 3.0)
+    assert {name for name, each in made.items() if each.mixing == "sum"} == {
+        "cifar_mimo",
+        "tiny_imagenet_mimo",
+    }
+    assert made["tiny_imagenet_linear"] == made["cifar_linear"]
+    for name, rows in (("cifar_cut", 64), ("tiny_imagenet_cut", 100)):
+        training = MixMo.presets[name].training
+        assert training.batch == rows
+        assert f"RepeatedBatchSampler(batch_size={rows}, repetitions=4)" in str(training)
+        assert "input_cutmix" in str(training)
+
+
+def test_diversification_says_which_row_of_the_paper_is_which() -> None:
+    block, paper = (Diversification.presets[name] for name in ("block", "paper"))
+    assert ("86.3" in block.source, "87.7" in paper.source) == (True, True)
+    assert (Diversification.preset("block").loss, Diversification.preset("paper").loss) == (
+        None,
+        "gradient_boosting",
+    )
+    assert Diversification.preset("block") == Diversification()
 
 
 def test_what_is_given_wins() -> None:

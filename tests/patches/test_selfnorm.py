@@ -67,6 +67,50 @@ def test_the_authors_start_warns_on_a_trained_network_once(recwarn: pytest.Warni
     assert not recwarn
 
 
+def test_weights_that_come_after_the_patch_are_noticed_at_the_first_training_pass(
+    recwarn: pytest.WarningsRecorder,
+) -> None:
+    trained, x = resnet(), torch.randn(4, 3, 64, 64)
+    trained.train()(x)
+    model = fxgraft.patch(resnet(), "selfnorm", init="authors", **SMALL)
+    assert "has been trained" not in str(fxgraft.summary(model))
+    model.load_state_dict(trained.state_dict(), strict=False)
+    model.eval()(x)
+    assert not recwarn
+    assert "has been trained: every block will halve" in str(fxgraft.summary(model))
+    with pytest.warns(
+        FxgraftWarning, match=r'of this ResNet to about 0.5.*has been trained.*init="identity"'
+    ):
+        model.train()(x)
+    recwarn.clear()
+    model(x)  # once, and now the gates train, too
+    assert "has been trained" not in str(fxgraft.summary(model))
+    again = fxgraft.patch(resnet(), "selfnorm", init="authors", **SMALL)
+    again.load_state_dict(model.state_dict())
+    again.train()(x)  # a checkpoint with its gates
+    fresh = fxgraft.patch(resnet(), "selfnorm", init="authors", **SMALL)
+    for _ in range(2):
+        fresh.train()(x)
+    assert "has been trained" not in str(fxgraft.summary(fresh))
+    identity = fxgraft.patch(copy.deepcopy(trained), "selfnorm", **SMALL)
+    identity.train()(x)
+    assert not recwarn
+
+
+def test_the_warning_of_the_first_training_pass_breaks_no_compiled_graph() -> None:
+    torch._dynamo.reset()
+    trained, x = resnet(), torch.randn(4, 3, 64, 64)
+    trained.train()(x)
+    with pytest.warns(FxgraftWarning):
+        model = fxgraft.patch(trained, "selfnorm", init="authors", **SMALL)
+    twin = copy.deepcopy(model)
+    torch.compile(model, backend="eager", fullgraph=True)(x)
+    with pytest.warns(FxgraftWarning, match="has been trained"):
+        expected = twin(x)
+    torch.testing.assert_close(model(x), twin(x), rtol=1e-4, atol=1e-5)
+    assert expected.isfinite().all()
+
+
 @pytest.mark.parametrize("gates", [1, 2])
 def test_parameters_beside_their_block_and_without_weight_decay(gates: Any) -> None:
     bare = resnet()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import reduce
 from typing import Any
 
 import torch
@@ -52,7 +53,11 @@ class Recorder:
         """Move what is pending into the history; return the latest values by name."""
         if self.pending:
             names = list(self.pending[0])
-            table = torch.stack([torch.stack([row[n].float() for n in names]) for row in self.pending])
+            dtypes = {each.dtype for each in self.pending[0].values()}
+            dtype = reduce(
+                torch.promote_types, dtypes, torch.float32
+            )  # the losses of float64 networks as they are
+            table = torch.stack([torch.stack([row[n].to(dtype) for n in names]) for row in self.pending])
             self.pending.clear()
             for row in table.tolist():
                 self._note(dict(zip(names, row, strict=True)))  # type: ignore[arg-type]

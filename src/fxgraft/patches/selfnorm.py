@@ -70,7 +70,8 @@ class SelfNorm(BlockPatch):
 
     A patched network starts as the bare one, exactly, by gates 2 · sigmoid(0), and keeps what it was trained to.
     The gates of the authors' release start around 0.5 (``init="authors"``): each block then halves its
-    activations, and a pretrained ResNet-18 hands about 2⁻⁸ of them to its head, so patching one that way warns.
+    activations, and a pretrained ResNet-18 hands about 2⁻⁸ of them to its head, so patching one that way warns,
+    and so does its first training pass (not inside compiled code).
     Where it goes: the options of `BlockPatch`.
 
     Args:
@@ -128,13 +129,7 @@ class SelfNorm(BlockPatch):
             nonlocal warned  # once, and only where a unit is new: not when the model is planned again
             if not warned:
                 warned = True
-                warnings.warn(
-                    f'SelfNorm: init="authors" opens each gate to about 0.5, and this {backbone.name} has been '
-                    "trained: every block will halve its activations, and what it has learned is lost until it is "
-                    'trained again. Use init="identity" (the default) to start from it as it is.',
-                    FxgraftWarning,
-                    stacklevel=2,
-                )
+                _warn(backbone.name)
             return SelfNormUnit(config, channels)
 
         for spot in backbone.positions(self.position, self.layers):
@@ -143,11 +138,41 @@ class SelfNorm(BlockPatch):
             unit.bind(layout=layout)
             yield from self.put(backbone, make, spot, unit)
 
+    def starting(self, graft: Graft, model: nn.Module) -> None:
+        """Warn where weights that were trained have come to the network since it was patched, or still are there."""
+        if self._halves(graft, model):
+            _warn(model._get_name())
+
     def describe(self, graft: Graft) -> str:
-        """Say how many units there are, where, and how their gates start."""
+        """Say how many units there are, where, and how their gates start; on trained weights, what that does."""
         start = "start as the identity" if self.init == "identity" else "start around 0.5"
         gates = "gates" if self.gates == 2 else "gate"
-        return f"{len(graft.units_of(SelfNormUnit))} units ({self.position}), {self.gates} {gates} each, which {start}"
+        units = f"{len(graft.units_of(SelfNormUnit))} units ({self.position}), {self.gates} {gates} each, which {start}"
+        model = graft.model()
+        return units if model is None or not self._halves(graft, model) else f"{units}; {HALVED}"
+
+    def _halves(self, graft: Graft, model: nn.Module) -> bool:
+        """Say whether gates that never trained are about to halve what a trained network passes on."""
+        return (
+            self.init == "authors"
+            and all(unit.fresh for unit in graft.units_of(SelfNormUnit))
+            and _trained(model)
+        )
+
+
+HALVED = (
+    "this network has been trained: every block will halve its activations, and what it has learned is lost until "
+    "it is trained again"
+)
+
+
+def _warn(name: str) -> None:
+    warnings.warn(
+        f'SelfNorm: init="authors" opens each gate of this {name} to about 0.5, and {HALVED}. '
+        'Use init="identity" (the default) to start from it as it is.',
+        FxgraftWarning,
+        stacklevel=3,
+    )
 
 
 def _trained(model: nn.Module) -> bool:
@@ -155,8 +180,13 @@ def _trained(model: nn.Module) -> bool:
     for module in model.modules():
         mean = module.running_mean if isinstance(module, nn.BatchNorm2d) else None
         if mean is not None:
-            return mean.device.type != "meta" and bool(mean.any())
+            return _holds_other_than_zero(mean)
     return False
+
+
+def _holds_other_than_zero(tensor: Tensor) -> bool:
+    # Only a plain tensor can be asked: a fake one, or one on the meta device, has no values.
+    return type(tensor) is Tensor and tensor.device.type != "meta" and bool(tensor.any())
 
 
 class SelfNormUnit(Unit):
@@ -173,6 +203,12 @@ class SelfNormUnit(Unit):
         super().__init__()
         self.g = Gate(channels, config.init)
         self.f = Gate(channels, config.init) if config.gates == 2 else None
+
+    @property
+    def fresh(self) -> bool:
+        """Whether the gates have seen no training pass, here or in a checkpoint."""
+        seen = self.g.norm.num_batches_tracked
+        return seen is not None and not _holds_other_than_zero(seen)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return ``x``, shaped as it is, gated."""

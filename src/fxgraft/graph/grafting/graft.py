@@ -44,6 +44,9 @@ class Placer:
     def installed(self, graft: Graft, backbone: Backbone) -> None:
         """Look at the model with all of its grafts on it; called where some of them act in evaluation."""
 
+    def starting(self, graft: Graft, model: nn.Module) -> None:
+        """Look at the model before its first training pass with the graft on it; not called in compiled code."""
+
     def replays(self) -> bool:
         """Say whether the patch runs the model again on the arguments of a training pass."""
         return False
@@ -62,6 +65,7 @@ class Graft(Generic[P]):
         units: what it inserted, by key.
         input_size: (C, H, W) that its sites were resolved at, None for the model's own.
         context: what it shares with the other grafts of its model; None before it is installed.
+        started: whether a training pass was made with it.
     """
 
     name: str
@@ -69,6 +73,7 @@ class Graft(Generic[P]):
     units: dict[str, Unit] = field(default_factory=dict)
     input_size: tuple[int, ...] | None = None
     context: Context | None = field(default=None, init=False, repr=False, compare=False)
+    started: bool = field(default=False, init=False, repr=False, compare=False)
 
     def parameters(self) -> list[nn.Parameter]:
         """List the parameters that the graft added, for an optimiser."""

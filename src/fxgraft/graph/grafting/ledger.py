@@ -153,9 +153,13 @@ class Ledger:
         self.install(model)
 
     def check(self, model: nn.Module) -> None:
-        """Notice what would run an old graph in silence, and plan again."""
+        """Before a pass: notice what would run an old graph in silence, and plan again; tell who waits for training."""
         if self._stale(model):
             self._renew_stale(model)
+        for graft in self.grafts if model.training else ():
+            if not graft.started:
+                graft.started = True
+                graft.patch.starting(graft, model)
 
     @alone
     def _renew_stale(self, model: nn.Module) -> None:

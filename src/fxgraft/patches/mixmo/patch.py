@@ -35,6 +35,7 @@ from fxgraft.patches.mixmo import tensors as core
 from fxgraft.patches.mixmo.copies import LayerCopies, copies_key
 from fxgraft.patches.mixmo.masks import BY_CHANNEL, WITHOUT_POSITIONS, Mixing
 from fxgraft.patches.mixmo.pairing import MixMoInput, Pairing, check_pairs, known_pairing
+from fxgraft.patches.mixmo.presets import PRESETS
 from fxgraft.patches.mixmo.tensors import MixedLabels
 
 INPUTS, RETURN, PAIRING = "inputs", "members", "pairing"
@@ -120,6 +121,7 @@ class MixMo(Patch):
     needs_labels = True
     adds_parameters = True
     pairs_labels = True
+    presets = PRESETS
     call_options = ("members",)
 
     members: int = 2

@@ -1,0 +1,88 @@
+"""SelfNorm's training (Tang, Gao, Zhu, Zhang, Li, Metaxas, ICCV 2021): five steps from the release's own start."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import fxgraft
+from training_parity.releases import TOLERANCE, WIDTHS, Typed, batch, deviation, stepping, stock
+
+CLASSES, SIZE, PIXELS = 5, 5, 96
+SGD = {"lr": 0.1, "momentum": 0.9, "weight_decay": 5e-4}
+
+
+class Gate(nn.Module):
+    """A convolution of each channel's mean and deviation, and its normalisation."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.fc = nn.Conv1d(channels, channels, 2, groups=channels, bias=False)
+        self.bn = nn.BatchNorm1d(channels)
+
+    def forward(self, statistics: Tensor) -> Tensor:
+        return torch.sigmoid(self.bn(self.fc(statistics)))[..., None]
+
+
+class Release(Typed):
+    """The network with a SelfNorm at the end of every block."""
+
+    def __init__(self, network: nn.Module, gates: int) -> None:
+        super().__init__(network)
+        names = ("g", "f")[:gates]
+        self.gates = nn.ModuleList(nn.ModuleDict({n: Gate(width) for n in names}) for width in WIDTHS)
+        self.double()
+
+    def post(self, index: int, x: Tensor) -> Tensor:
+        flat = x.flatten(2)
+        mean, std = flat.mean(2, keepdim=True), (flat.var(2, keepdim=True) + 1e-12).sqrt()
+        statistics = torch.cat((mean, std), 2)
+        gates: Any = self.gates[index]
+        g = gates["g"](statistics)
+        if "f" not in gates:
+            return x * g
+        return x * g + mean[..., None] * (gates["f"](statistics) - g)
+
+    def named(self) -> dict[str, Tensor]:
+        """The state under the names that the patched network has for it."""
+        found: dict[str, Tensor] = {}
+        for key, value in self.state_dict().items():
+            if not key.startswith("gates."):
+                found[key] = value
+                continue
+            _, index, gate, kind, name = key.split(".")
+            unit = f"layer{int(index) + 1}.0.graft_selfnorm.{gate}"
+            if kind == "fc":
+                found[f"{unit}.mean_weight"], found[f"{unit}.std_weight"] = value[:, 0].unbind(1)
+            else:
+                found[f"{unit}.norm.{name}"] = value
+        return found
+
+
+@pytest.mark.parametrize("gates", [1, 2])
+def test_five_steps_of_the_release(gates: int) -> None:
+    model, reference = stock(CLASSES), Release(stock(CLASSES), gates)
+    fxgraft.patch(model, "selfnorm", preset="cifar100_wrn", gates=gates, input_size=(3, PIXELS, PIXELS))
+    with torch.no_grad():
+        started = model.state_dict()
+        for key, value in reference.named().items():
+            value.copy_(started[key])
+
+    def ours(step: int) -> Tensor:
+        x, y = batch(step, SIZE, PIXELS, CLASSES)
+        return fxgraft.loss(model, model(x), y)
+
+    def theirs(step: int) -> Tensor:
+        x, y = batch(step, SIZE, PIXELS, CLASSES)
+        return F.cross_entropy(reference(x), y)
+
+    worst = deviation(
+        stepping(ours, torch.optim.SGD(model.parameters(), **SGD)),
+        stepping(theirs, torch.optim.SGD(reference.parameters(), **SGD)),
+        (model.state_dict, reference.named),
+    )
+    assert worst < TOLERANCE
