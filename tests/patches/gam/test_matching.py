@@ -7,6 +7,7 @@ import pickle
 from typing import Any
 
 import pytest
+import timm
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -282,3 +283,26 @@ def test_a_compiled_model_matches_alike() -> None:
     torch.testing.assert_close(dict(twin.named_buffers()), dict(model.named_buffers()))
     for name, p in model.named_parameters():
         torch.testing.assert_close(twin.get_parameter(name).grad, p.grad, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["test_resnet", "test_convnext", "test_efficientnet", "test_vit"])
+def test_timms_pooled_features_merge(name: str) -> None:
+    options = {"global_pool": "avg"} if name == "test_vit" else {}
+    torch.manual_seed(0)
+    model = timm.create_model(name, num_classes=5, **options).double()
+    names = dict(model.named_modules())
+    last = {
+        "test_vit": "fc_norm",
+        "test_convnext": "head.norm",
+    }  # a normalisation stands behind the pooling there
+    pool = last.get(name) or next(each for each in names if each.endswith("global_pool"))
+    ends = ("fc", "classifier", "head")
+    head = next(n for n in names if n.split(".")[-1] in ends and hasattr(names[n], "weight"))
+    fxgraft.patch(model, "gam", layers=[pool, head])
+    for index in range(2):
+        size = model.default_cfg["input_size"][-1]
+        fxgraft.gam_losses(model, *(images(4, index + i, size).double() * (i + 1) + i for i in (0, 1)))
+    x = images(3, 9, size).double()
+    expected = model.eval()(x)
+    torch.testing.assert_close(fxgraft.merge(model)(x), expected, rtol=1e-9, atol=1e-11)
+    assert (fxgraft.unpatch(model)(x) - expected).abs().max() > 1e-3

@@ -11,11 +11,11 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from fxgraft.errors import SiteError, StructureError, TraceError
 from fxgraft.graph.structure.layout import Layout
-from fxgraft.graph.structure.places import locate, value_at
+from fxgraft.graph.structure.places import value_at
 from fxgraft.graph.structure.pooling import (
     DROPOUTS,
     SHAPES,
@@ -26,6 +26,8 @@ from fxgraft.graph.structure.pooling import (
 )
 from fxgraft.graph.structure.sites import Site
 from fxgraft.graph.tracing.anatomy import Anatomy
+from fxgraft.graph.tracing.names import ancestors
+from fxgraft.graph.tracing.trace import Traced
 
 LAYERS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.GroupNorm, nn.LayerNorm, nn.Linear, nn.Conv1d, nn.Conv2d)
 """Whose forward ends in a weight and a bias per channel; subclasses may do more."""
@@ -117,31 +119,40 @@ def _owned(anatomy: Anatomy, absorber: Absorber) -> Absorber | None:
     return absorber if {"weight", "bias"} <= own.keys() and len(holders) == 1 and once else None
 
 
+def _node_of(anatomy: Anatomy, site: Site) -> tuple[Traced, fx.Node] | None:
+    """Find a site's node, with the head opened or what is around it: whichever trace holds exactly that node."""
+    outer = tuple(each for each in ancestors(site.path) if each)
+    for trace in (lambda: opened_head(anatomy)[0], lambda: anatomy.graph("", training=False, opened=outer)):
+        with suppress(StructureError, TraceError, SiteError):
+            traced = trace()
+            for node in traced.graph.nodes:
+                own = node.op == "call_module" and node.target == site.path and site.calls == 1
+                if own or (not outer and not site.owner and not site.path and node.name == site.node):
+                    return traced, node
+    return None
+
+
 def _reader(anatomy: Anatomy, site: Site, layout: Layout, channels: int) -> str | None:
     """Follow a value to the linear layer that reads it, if nothing else does and nothing mixes it up before."""
-    traced = None
-    with suppress(
-        StructureError, TraceError, SiteError
-    ):  # a network without such a head may still have a reader
-        traced = opened_head(anatomy)[0]
-    try:
-        traced = traced or anatomy.graph("", training=False)
-        node = locate(anatomy, site, traced)
-    except (StructureError, TraceError, SiteError):
+    found = _node_of(anatomy, site)
+    if found is None:
         return None
+    traced, node = found
     values = anatomy.values("", traced)
     pooled = False
     while len(node.users) == 1:
         (user,) = node.users
+        if user.op == "output":
+            return None
         if user.op == "call_module" and is_classifier(anatomy.module(str(user.target))):
             path = str(user.target)
             width = anatomy.module(path).get_parameter("weight").shape[1]
             # Cells stay with their channel where the channels come first and all the rest is flattened.
             whole = not width % channels and layout.name in ("NCHW", "NCL") and not pooled
             return path if width == channels or whole else None
-        found = pooling_of(user, values)
+        average = pooling_of(user, values)
         name = node_name(user, anatomy.model)
-        if found is not None and not pooled:
+        if average is not None and not pooled:
             pooled = True
         elif not (name in DROPOUTS | {"flatten", "identity"} or (pooled and name in SHAPES)):
             return None
