@@ -50,8 +50,16 @@ def write_files(folder: Path, files: Mapping[str, Write]) -> None:
                         old.replace(target)
                 raise
         finally:
-            for draft in (*drafts.values(), *former.values()):
-                draft.unlink(missing_ok=True)
+            try:
+                _remove(*drafts.values(), *former.values())
+            except BaseException:  # an interruption, which is no reason to leave any
+                _remove(*drafts.values(), *former.values())
+                raise
+
+
+def _remove(*paths: Path) -> None:
+    for path in paths:
+        path.unlink(missing_ok=True)
 
 
 def digest_of(path: Path) -> str:

@@ -92,6 +92,7 @@ def _outer_call(
     try:
         run.enter()
         out = call(self, *args, **kwargs)
+        run.came_through()
         if not replica:  # what a replica leaves, nobody could tell from what the others leave
             context.leave(run, out, Arguments(args, kwargs))  # of a pass that came through only
         return out
