@@ -35,9 +35,14 @@ class Lines:
     def _line(self, frame: Any, event: str, arg: Any) -> Any:
         if event == "line":
             self.places.append((frame.f_code.co_filename, frame.f_lineno))
-            if len(self.places) - 1 == self.at and self.error is not None:
-                raise self.error
+            if len(self.places) - 1 == self.at:
+                self.strike()
         return self._line
+
+    def strike(self) -> None:
+        """Do what is to happen at that line."""
+        if self.error is not None:
+            raise self.error
 
     def _call(self, frame: Any, event: str, arg: Any) -> Any:
         return self._line if frame.f_code.co_filename.startswith(HOME) else None

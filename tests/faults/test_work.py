@@ -19,6 +19,7 @@ import fxgraft
 from adaptation.adapting import adam, everything, network, with_generators
 from contract.cases import same
 from faults.lines import SIZE, Lines, bare, distinct, nothing_else_changes
+from fxgraft.graph.grafting import published
 from fxgraft.patches.gam import patch as gam
 from toys import LABELS, images, net
 
@@ -122,6 +123,12 @@ def read(world: World) -> Tensor:
     return world["model"](world["x"]).detach()
 
 
+def served(world: World) -> Any:
+    """The state of the model, and whether the labels of the batch have served their pass."""
+    (source,) = [each for each in published._published.get() if each.serves(world["model"])]
+    return without_statistics(world), source.known[-1].used
+
+
 def losing(folder: Path) -> World:
     model = fxgraft.patch(bare(), "diversification", patch=1, p_peak=1.0, input_size=SIZE).train()
     fxgraft.patch(model, "manifold_mixup", layers="stage1", input_size=SIZE)
@@ -190,7 +197,7 @@ ACTS = {
         again=lambda w: shape(fxgraft.merge(w["model"])),
     ),
     "pass": Act(passing, do=passed, seen=without_statistics, draws=True, again=passed),
-    "pass of a loader": Act(reading, do=read, seen=without_statistics, draws=True),
+    "pass of a loader": Act(reading, do=read, seen=served, draws=True),
     "loss": Act(losing, do=lost, seen=lambda w: (shape(w["model"]), w["out"].detach()), again=lost),
     "resume": Act(adapting, do=lambda w: adapted(w, 2), seen=resumed, draws=True),
 }

@@ -97,7 +97,18 @@ class Checkpoint:
             "history": dataclasses.asdict(history),
         }
         content["sha256"] = _content_digest(content)
-        write_files(self.path.parent, {self.path.name: lambda file: torch.save(content, file)})
+
+        def write_content(file: Path) -> None:
+            try:
+                torch.save(content, file)
+            except RuntimeError as error:  # of its writer, for what the system refuses
+                raise OSError(
+                    f"The checkpoint {str(self.path)!r} cannot be written: {error}\n"
+                    "The disk is full, perhaps, or the folder cannot be written to.\n"
+                    "The last checkpoint is as it was, and the run can go on from there."
+                ) from error
+
+        write_files(self.path.parent, {self.path.name: write_content})
 
     def resume(self, history: Any, steps: int) -> int:
         """Go on from the file, if there is one; return how many steps are done.
