@@ -13,7 +13,7 @@ from torch import nn
 import fxgraft
 from faults.lines import INSIDE, SIZE, bare
 from fxgraft.graph.tracing.editing import Output
-from toys import Net, Toy, assert_same, images, state_of_everything
+from toys import LABELS, Net, Toy, assert_same, images, state_of_everything
 
 
 class Named(Net):
@@ -44,6 +44,39 @@ def test_layers_that_are_called_as_grafts_are_stay(tmp_path: Path) -> None:
     fxgraft.unpatch(model)
     assert list(model.state_dict()) == keys
     assert torch.equal(model(images()), bare)
+
+
+class Twice(Named):
+    """Calls such a layer twice, so that its values are told by their nodes."""
+
+    def forward_features(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.graft_own(self.stem(x))
+        return self.stage2(self.down(self.stage1(self.graft_own(x) + x)))
+
+
+@pytest.mark.parametrize("site", ["graft_own", "graft_own_1", "stage1"])
+def test_a_value_of_such_a_layer_is_a_site_like_any(site: str) -> None:
+    torch.manual_seed(0)
+    model = fxgraft.patch(Twice(), "rsc", layer=site, batch_share=1.0, input_size=(3, 6, 6))
+    x = images(size=6)
+    out = model(x, target=LABELS)
+    fxgraft.loss(model, out, LABELS).backward()
+    assert model.graft_own.weight.grad.isfinite().all()
+    assert not torch.equal(out, fxgraft.unpatch(model)(x))
+
+
+def test_such_a_layer_is_part_of_what_drifts() -> None:
+    torch.manual_seed(0)
+    model = fxgraft.patch(Named(), "gam", layers="stage2", hidden=4, input_size=SIZE)
+    fxgraft.patch(model, "selfnorm", input_size=SIZE)
+    drifts = []
+    for change in (0.0, 1.0):
+        with torch.no_grad():
+            model.graft_own.weight += change
+        torch.manual_seed(0)
+        drifts.append(fxgraft.gam_losses(model, images(), images()).parts["drift"].item())
+    assert drifts[0] == 0
+    assert drifts[1] > 0
 
 
 def test_a_taken_name_is_refused() -> None:
