@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import gc
+import os
+import pickle
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -71,44 +75,101 @@ def test_a_class_made_in_a_function_goes_with_its_model() -> None:
     assert kind() is None
 
 
+def resident() -> int:
+    """Memory of this process that is in use, in bytes; 0 where the system does not say."""
+    try:
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+    except OSError:
+        return 0
+    return pages * os.sysconf("SC_PAGE_SIZE")
+
+
+class Flat:
+    """Says whether a loop keeps objects, or memory that no object of Python holds."""
+
+    def __init__(self, count: int) -> None:
+        # The first quarter fills what is made once and kept.
+        self.at = {count // 4, count * 7 // 8, count - 1}
+        self.count, self.number = count, 0
+        self.objects: list[int] = []
+        self.bytes: list[int] = []
+
+    def measure(self) -> None:
+        """Take note of one round of the loop."""
+        if self.number in self.at:
+            gc.collect()
+            self.objects.append(len(gc.get_objects()))
+            self.bytes.append(resident())
+        self.number += 1
+
+    def check(self, objects: int) -> None:
+        """Compare the end with what was there after a quarter of the loop."""
+        assert self.number == self.count
+        assert self.objects[-1] - self.objects[0] < objects, self.objects
+        # Allocators round up, and keep what may be needed again: less than a page in each round is none.
+        grown = min(self.bytes[1:]) - self.bytes[0]
+        assert grown < SLACK + 1024 * self.count, self.bytes
+
+
+SLACK = 4 * 2**20
+
+
 def cycles(count: int) -> None:
     model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU(), nn.Flatten(1), nn.Linear(16, 4))
     toy = Toy(at=(("0", Output()), ("", After("_1"))), learned=True)
-    before: list[int] = []
-    for number in range(count):
-        if number in (count // 4, count - 1):
-            gc.collect()
-            before.append(len(gc.get_objects()))
+    flat = Flat(count)
+    for _ in range(count):
         fxgraft.patch(model, toy, name="toy", input_size=(3, 2, 2))
         fxgraft.unpatch(model)
-    assert before[1] - before[0] < 50 + count // 20
+        flat.measure()
+    flat.check(50 + count // 20)
 
 
 def steps(count: int) -> None:
     model = fxgraft.patch(net(), "rsc", layer="stage2", input_size=SIZE)
     fxgraft.patch(model, "taps", layers="stage1", input_size=SIZE)
     optimizer = torch.optim.SGD(model.parameters(), 1e-3)
-    before: list[int] = []
+    flat = Flat(count)
     x = images()
-    for number, (_, y) in enumerate(fxgraft.with_targets([(x, LABELS)] * count)):
-        if number in (count // 4, count - 1):
-            gc.collect()
-            before.append(len(gc.get_objects()))
+    for _, y in fxgraft.with_targets([(x, LABELS)] * count):
         fxgraft.loss(model, model(x), y).backward()
         optimizer.step()
         optimizer.zero_grad()
-    assert before[1] - before[0] < 50
+        flat.measure()
+    flat.check(50)
 
 
-def test_patching_again_and_again_keeps_nothing() -> None:
-    cycles(40)
+def copies(count: int) -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU(), nn.Flatten(1), nn.Linear(16, 4))
+    toy = Toy(at=(("0", Output()), ("", After("_1"))), learned=True)
+    fxgraft.patch(model, toy, name="toy", input_size=(3, 2, 2))
+    flat = Flat(count)
+    for number in range(count):
+        twin = pickle.loads(pickle.dumps(model)) if number % 2 else copy.deepcopy(model)
+        assert twin(torch.zeros(1, 3, 2, 2)).shape == (1, 4)
+        flat.measure()
+    flat.check(50 + count // 20)
 
 
-def test_steps_keep_nothing() -> None:
-    steps(40)
+def test_a_leak_is_noticed() -> None:
+    kept: list[Any] = []
+    flat = Flat(20)
+    for number in range(20):
+        kept.append((bytearray(2**20), {number: []}))
+        flat.measure()
+    with pytest.raises(AssertionError):
+        flat.check(10)
+    if resident():
+        with pytest.raises(AssertionError):
+            flat.check(1000)
+
+
+@pytest.mark.parametrize(("loop", "count"), [(cycles, 40), (steps, 40), (copies, 40)])
+def test_again_and_again_keeps_nothing(loop: Callable[[int], None], count: int) -> None:
+    loop(count)
 
 
 @pytest.mark.sweep
-def test_thousands_of_cycles_and_steps_keep_nothing() -> None:
-    cycles(2000)
-    steps(2000)
+@pytest.mark.parametrize(("loop", "count"), [(cycles, 2000), (steps, 2000), (copies, 1000)])
+def test_thousands_of_times_keep_nothing(loop: Callable[[int], None], count: int) -> None:
+    loop(count)

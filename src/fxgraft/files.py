@@ -31,27 +31,40 @@ def write_files(folder: Path, files: Mapping[str, Write]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     drafts = {folder / name: folder / f".{name}.part" for name in files}
     former = {folder / name: folder / f".{name}.old" for name in files}
-    with _alone_in(folder):
+    with _alone_in(folder), _cleared(*drafts.values(), *former.values()):
+        for draft, write in zip(drafts.values(), files.values(), strict=True):
+            # Of a killed process, perhaps another user's: it could be removed, but not written over.
+            draft.unlink(missing_ok=True)
+            write(draft)
+        new = [target for target in former if not target.exists()]
+        for target, old in former.items():
+            old.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # nothing there yet, or a file system without links
+                os.link(target, old)
         try:
-            for draft, write in zip(drafts.values(), files.values(), strict=True):
-                # Of a killed process, perhaps another user's: it could be removed, but not written over.
-                draft.unlink(missing_ok=True)
-                write(draft)
+            for target, draft in drafts.items():
+                draft.replace(target)
+        except BaseException:
             for target, old in former.items():
-                old.unlink(missing_ok=True)
-                with contextlib.suppress(OSError):  # nothing there yet, or a file system without links
-                    os.link(target, old)
-            try:
-                for target, draft in drafts.items():
-                    draft.replace(target)
-            except BaseException:
-                for target, old in former.items():
-                    if old.exists():
-                        old.replace(target)
-                raise
+                if old.exists():
+                    old.replace(target)
+                elif target in new:
+                    target.unlink(missing_ok=True)
+            raise
+
+
+@contextlib.contextmanager
+def _cleared(*paths: Path) -> Iterator[None]:
+    """Remove files after the block, and once more in case an interruption hit that."""
+    try:
+        try:
+            yield
         finally:
-            for draft in (*drafts.values(), *former.values()):
-                draft.unlink(missing_ok=True)
+            for path in paths:
+                path.unlink(missing_ok=True)
+    finally:
+        for path in paths:
+            path.unlink(missing_ok=True)
 
 
 def digest_of(path: Path) -> str:

@@ -107,7 +107,14 @@ def save(model: nn.Module, path: str | Path, *, weights: bool = True) -> Path:
     folder = Path(path)
 
     def write_weights(file: Path) -> None:
-        save_file(_unshared(chosen), file)
+        try:
+            save_file(_unshared(chosen), file)
+        except SafetensorError as error:  # its own, also for what the system refuses
+            raise OSError(
+                f"The weights cannot be written to {str(folder)!r}: {error}.\n"
+                "The disk is full, perhaps, or the folder cannot be written to.\n"
+                "What was saved there before is as it was."
+            ) from error
         recipe["sha256"] = {"weights": digest_of(file)}
 
     def write_recipe(file: Path) -> None:  # after the weights, in drafting and in moving

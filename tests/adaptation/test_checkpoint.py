@@ -8,9 +8,10 @@ from typing import Any
 
 import pytest
 import torch
+from torch.utils.data import DataLoader, TensorDataset
 
 import fxgraft
-from adaptation.adapting import Net, adam, equal, everything, loaders, network, with_generators
+from adaptation.adapting import SOURCE, Net, adam, equal, everything, loaders, network, with_generators
 from fxgraft.errors import ConfigError, RecipeError
 
 
@@ -191,3 +192,36 @@ def test_a_checkpoint_that_is_not_whole_changes_nothing(
     with pytest.raises(RecipeError, match=said):
         fxgraft.adapt(model, *loaders(), steps=3, checkpoint=file)
     assert all(torch.equal(a, b) for a, b in zip(before, model.state_dict().values(), strict=True))
+
+
+class HearsOfEpochs(torch.utils.data.RandomSampler):
+    """A sampler that keeps the epoch it was told."""
+
+    epoch = 7
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+
+def test_a_resume_that_fails_leaves_loaders_optimisers_and_chance_as_they_were(tmp_path: Path) -> None:
+    earlier = network()
+    fxgraft.adapt(earlier, *with_generators(), steps=4, checkpoint=tmp_path, optimizers=adam(earlier))
+    model = network()
+    pair, made = adam(model), with_generators()
+    shorter = DataLoader(TensorDataset(SOURCE[:4]), 4, generator=torch.Generator().manual_seed(1))
+    sampler = HearsOfEpochs(TensorDataset(SOURCE), generator=torch.Generator().manual_seed(0))
+    first = DataLoader(TensorDataset(SOURCE), 4, sampler=sampler)
+
+    def now() -> list[torch.Tensor]:
+        generators = [each.generator.get_state() for each in (sampler, shorter, *made)]
+        return [*everything(model, pair), *generators, torch.get_rng_state()]
+
+    before = now()
+    with pytest.raises(RecipeError, match="The target loader is not the one of the checkpoint"):
+        fxgraft.adapt(model, first, shorter, steps=6, checkpoint=tmp_path, optimizers=pair)
+    assert equal(now(), before)
+    assert sampler.epoch == 7
+    fxgraft.adapt(model, *made, steps=6, checkpoint=tmp_path, optimizers=pair)
+    straight = network()
+    fxgraft.adapt(straight, *with_generators(), steps=6, optimizers=adam(straight))
+    assert equal(everything(model), everything(straight))

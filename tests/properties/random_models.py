@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import fxgraft
+from properties.other_models import ChannelsLast, Dense, Tokens
 
 CLASSES = 4
 TIMM = {
@@ -73,9 +74,11 @@ class Recipe:
 
     Attributes:
         name: a timm model, or '' for a random network of the other fields.
+        kind: "maps" for `Random`; "dense", "tokens", "class token" or "channels last" for a network of `other_models`.
     """
 
     name: str = ""
+    kind: str = "maps"
     width: int = 4
     residual: tuple[bool, ...] = (True,)
     norm: str = "batch"
@@ -89,9 +92,17 @@ class Recipe:
         """The model, in training mode, the same one each time."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
-            model = timm.create_model(self.name, num_classes=CLASSES) if self.name else Random(self)
+            model = timm.create_model(self.name, num_classes=CLASSES) if self.name else self._random()
         layout = torch.channels_last if self.channels_last else torch.contiguous_format
         return model.to(dtype=self.dtype).to(memory_format=layout)
+
+    def _random(self) -> nn.Module:
+        if self.kind == "maps":
+            return Random(self)
+        depth = len(self.residual)
+        if self.kind in ("tokens", "class token"):
+            return Tokens(self.width, depth, CLASSES, self.kind == "class token")
+        return {"dense": Dense, "channels last": ChannelsLast}[self.kind](self.width, depth, CLASSES)
 
     def batch(self, images: int = 3, seed: int = 0) -> tuple[Tensor, Tensor]:
         """Images in the recipe's dtype and layout, and labels."""
@@ -105,14 +116,19 @@ class Recipe:
         """Names to patch at, from early to late."""
         if self.name:
             return TIMM[self.name]
+        if self.kind != "maps":
+            return ("stem", *(f"blocks.{i}" for i in range(len(self.residual))), "norm")
         inner = [f"blocks.{i}{part}" for i in range(len(self.residual)) for part in ("", ".norm", ".conv")]
         # A pooled grid of a fixed size does not tell its layout.
         return ("stem", *inner, *([] if self.head == "grid" else ["pool"]))
 
 
+KINDS = ("maps", "dense", "tokens", "class token", "channels last")
+
+
 @st.composite
-def recipes(draw: st.DrawFn, timm_share: int = 4) -> Recipe:
-    """Random networks, and a tiny timm model once in `timm_share`."""
+def recipes(draw: st.DrawFn, timm_share: int = 4, kinds: tuple[str, ...] = ("maps",)) -> Recipe:
+    """Random networks of some kinds, and a tiny timm model once in `timm_share`."""
     dtype = draw(st.sampled_from([torch.float32, torch.float64]))
     channels_last = draw(st.booleans())
     if timm_share and draw(st.integers(1, timm_share)) == timm_share:
@@ -120,6 +136,7 @@ def recipes(draw: st.DrawFn, timm_share: int = 4) -> Recipe:
         size = (160, 160) if name == "test_vit" else (96, 64)
         return Recipe(name, dtype=dtype, channels_last=channels_last, size=size)
     return Recipe(
+        kind=draw(st.sampled_from(kinds)),
         width=2 * draw(st.integers(1, 4)),
         residual=tuple(draw(st.lists(st.booleans(), min_size=1, max_size=3))),
         norm=draw(st.sampled_from(["batch", "group", "none"])),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 from collections.abc import Iterable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from fxgraft.api import grafts
 from fxgraft.errors import ConfigError, RecipeError
 from fxgraft.files import Header, write_files
 from fxgraft.graph.grafting.state import state_of
+from fxgraft.graph.tracing.whole import Step, at_once, refilling
 
 HEADER = Header(
     "fxgraft-adaptation",
@@ -95,7 +97,18 @@ class Checkpoint:
             "history": dataclasses.asdict(history),
         }
         content["sha256"] = _content_digest(content)
-        write_files(self.path.parent, {self.path.name: lambda file: torch.save(content, file)})
+
+        def write_content(file: Path) -> None:
+            try:
+                torch.save(content, file)
+            except RuntimeError as error:  # of its writer, for what the system refuses
+                raise OSError(
+                    f"The checkpoint {str(self.path)!r} cannot be written: {error}\n"
+                    "The disk is full, perhaps, or the folder cannot be written to.\n"
+                    "The last checkpoint is as it was, and the run can go on from there."
+                ) from error
+
+        write_files(self.path.parent, {self.path.name: write_content})
 
     def resume(self, history: Any, steps: int) -> int:
         """Go on from the file, if there is one; return how many steps are done.
@@ -122,19 +135,42 @@ class Checkpoint:
                 "Steps count from the start of the run.\nAsk for more, or name another checkpoint."
             )
         self._check(content, history)
-        for stream, state in zip(self.streams, content["streams"], strict=True):
-            stream.resume(state)
-        self.model.load_state_dict(content["model"])
-        self.players.load_state_dict(content["discriminators"])
-        for optimizer, state in zip(self.pair, content["optimizers"], strict=True):
-            optimizer.load_state_dict(state)
+        undo = self._as_now(history)
+        try:
+            for stream, state in zip(self.streams, content["streams"], strict=True):
+                stream.resume(state)
+            self._take_up(content, history)
+            return content["step"]
+        except BaseException:
+            at_once(undo)
+            raise
+
+    def _take_up(self, content: dict[str, Any], history: Any) -> None:
+        try:
+            self.model.load_state_dict(content["model"])
+            self.players.load_state_dict(content["discriminators"])
+            for optimizer, state in zip(self.pair, content["optimizers"], strict=True):
+                optimizer.load_state_dict(state)
+        except (RuntimeError, TypeError, ValueError, KeyError, AttributeError) as error:
+            raise self._damaged(f"what it holds cannot be taken up ({error})") from error
         for name, values in content["history"].items():
             setattr(history, name, values)
         # Last, since whatever ran above may have drawn.
         torch.set_rng_state(content["random"]["cpu"])
         if self.device.type == "cuda" and content["random"]["cuda"] is not None:
             torch.cuda.set_rng_state(content["random"]["cuda"], self.device)
-        return content["step"]
+
+    def _as_now(self, history: Any) -> list[Step]:
+        """Return the steps that put back all that going on from a checkpoint writes to."""
+        held = [*self.model.state_dict().values(), *self.players.state_dict().values()]
+        return [
+            *(partial(v.detach().copy_, v.detach().clone()) for v in held if isinstance(v, Tensor)),
+            # An optimiser loads into new dictionaries, so the old ones are as they were.
+            *(partial(each.__dict__.update, dict(each.__dict__)) for each in self.pair),
+            *(step for stream in self.streams for step in stream.restoring()),
+            *refilling(history.__dict__),
+            partial(torch.set_rng_state, torch.get_rng_state()),
+        ]
 
     def _read(self) -> dict[str, Any]:
         try:
@@ -171,31 +207,78 @@ class Checkpoint:
                 for key in {**own, **kept}
                 if key not in own
                 or not isinstance(kept.get(key), Tensor)
-                or kept[key].shape != own[key].shape
+                or (kept[key].shape, kept[key].dtype) != (own[key].shape, own[key].dtype)
             ]
             if differing:
-                raise self._damaged(f"the tensor {differing[0]!r} of {name!r} is missing or of another shape")
+                raise self._damaged(
+                    f"the tensor {differing[0]!r} of {name!r} is missing or of another shape or dtype"
+                )
         if content["step"] < 0 or len(content["streams"]) != 2 or len(content["optimizers"]) != 2:
             raise self._damaged("it does not hold two sides of a run")
         for optimizer, state in zip(self.pair, content["optimizers"], strict=True):
-            groups = state.get("param_groups") if isinstance(state, dict) else None
-            sizes = [len(group["params"]) for group in optimizer.state_dict()["param_groups"]]
-            if not isinstance(groups, list) or [len(group.get("params", ())) for group in groups] != sizes:
+            if not _is_like(state, optimizer.state_dict()):
                 raise self._damaged("the state of an optimiser is not whole")
-        for state in content["streams"]:
-            whole = isinstance(state, dict) and {"epoch", "taken", "largest", "start"} <= set(state)
-            if not whole or not {"random", "generators"} <= set(state["start"]):
-                raise self._damaged("the place in a loader is not whole")
-        random = content["random"].get("cpu")
-        if not isinstance(random, Tensor) or random.shape != torch.get_rng_state().shape:
+        if not all(map(_is_place, content["streams"])):
+            raise self._damaged("the place in a loader is not whole")
+        if not _is_random_state(content["random"].get("cpu")):
             raise self._damaged("the random state is none")
-        if set(content["history"]) != {field.name for field in dataclasses.fields(history)}:
+        if set(content["history"]) != {field.name for field in dataclasses.fields(history)} or not all(
+            _is_history(values, content["step"]) for values in content["history"].values()
+        ):
             raise self._damaged("the history of losses is not whole")
 
     def _damaged(self, what: str) -> RecipeError:
         return RecipeError(
             f"The checkpoint {str(self.path)!r} is damaged: {what}.\nName another one, or remove it to start anew."
         )
+
+
+def _is_like(state: Any, own: dict[str, Any]) -> bool:
+    """Say whether the state of an optimiser fits one: the same groups of parameters, and settings of their kinds."""
+    if not isinstance(state, dict) or not isinstance(state.get("state"), dict):
+        return False
+    groups = state.get("param_groups")
+    if not isinstance(groups, list) or len(groups) != len(own["param_groups"]):
+        return False
+    return all(
+        isinstance(group, dict)
+        and group.get("params") == mine["params"]
+        and all(key in group and _is_kin(group[key], value) for key, value in mine.items())
+        for group, mine in zip(groups, own["param_groups"], strict=True)
+    ) and all(isinstance(values, dict) for values in state["state"].values())
+
+
+def _is_kin(value: Any, own: Any) -> bool:
+    numbers = (int, float)
+    return own is None or isinstance(value, numbers if isinstance(own, numbers) else type(own))
+
+
+def _is_random_state(value: Any) -> bool:
+    if not isinstance(value, Tensor):
+        return False
+    try:
+        torch.Generator().set_state(value)
+    except (RuntimeError, TypeError):
+        return False
+    return True
+
+
+def _is_place(state: Any) -> bool:
+    """Say whether something is what `Endless.state` returns."""
+    if not isinstance(state, dict) or not isinstance(state.get("start"), dict):
+        return False
+    numbers = [state.get(key) for key in ("epoch", "taken", "largest")]
+    if not all(type(n) is int and n >= low for n, low in zip(numbers, (-1, 0, 0), strict=True)):
+        return False
+    generators = state["start"].get("generators")
+    return _is_random_state(state["start"].get("random")) and isinstance(generators, list)
+
+
+def _is_history(values: Any, steps: int) -> bool:
+    return isinstance(values, dict) and all(
+        isinstance(each, list) and len(each) <= steps and all(isinstance(v, float) for v in each)
+        for each in values.values()
+    )
 
 
 def _content_digest(content: Mapping[str, Any]) -> str:

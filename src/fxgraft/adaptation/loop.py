@@ -109,13 +109,17 @@ def adapt(
     for each in (model, players, frozen):
         each.to(place)
     pair = _optimizers(model, players, optimizers, lr, betas)
-    streams = Endless(source_loader, "source"), Endless(target_loader, "target")
-    history = AdaptationHistory()
+    chance = torch.get_rng_state()
     saved = None
-    done = 0
-    if checkpoint is not None:
-        saved = Checkpoint(checkpoint, model, players, frozen, pair, streams)
-        done = saved.resume(history, steps)
+    try:
+        streams = Endless(source_loader, "source"), Endless(target_loader, "target")
+        history = AdaptationHistory()
+        if checkpoint is not None:
+            saved = Checkpoint(checkpoint, model, players, frozen, pair, streams)
+        done = 0 if saved is None else saved.resume(history, steps)
+    except BaseException:
+        torch.set_rng_state(chance)  # a run that does not start has drawn nothing
+        raise
     recorder = Recorder(history, done)
     with preserved_modes(model), _bar(progress, steps, done) as bar:
         if not model.training:

@@ -9,12 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from fxgraft.errors import ConfigError, RecipeError
+from fxgraft.graph.tracing.whole import Step, afterwards
 
 IMAGE_KEYS = ("pixel_values", "image", "images", "x", "input", "inputs")
 _END = object()
@@ -90,14 +92,25 @@ class Endless:
         if len(start["generators"]) != len(self.generators):
             raise self._another(f"{len(self.generators)} generators, not {len(start['generators'])}")
         self._random = start["random"]
-        for generator, kept in zip(self.generators, start["generators"], strict=True):
-            generator.set_state(kept)
+        try:
+            for generator, kept in zip(self.generators, start["generators"], strict=True):
+                generator.set_state(kept)
+        except (RuntimeError, TypeError) as error:
+            raise self._another(f"a generator that does not take the state of then ({error})") from error
         self._epoch, self._largest = max(state["epoch"] - 1, -1), state["largest"]
         with self._own_randomness():
             self._close()
             for index in range(state["taken"]):
                 if self._fetch() is _END:
                     raise self._another(f"{index} batches where {state['taken']} were read")
+
+    def restoring(self) -> list[Step]:
+        """Return the steps that put back what reading moves and the user holds: generators, and samplers' epochs."""
+        heard = [s for s in self.samplers if hasattr(s, "set_epoch") and hasattr(s, "epoch")]
+        return [
+            *(partial(each.set_state, each.get_state()) for each in self.generators),
+            *(partial(sampler.set_epoch, sampler.epoch) for sampler in heard),
+        ]
 
     def _another(self, difference: str) -> RecipeError:
         return RecipeError(
@@ -135,13 +148,11 @@ class Endless:
 
     @contextmanager
     def _own_randomness(self) -> Iterator[None]:
-        kept = torch.get_rng_state()
-        torch.set_rng_state(self._random)
-        try:
+        # A stream whose loader has failed is not read on, so only a block that came through moves its place.
+        with afterwards(partial(torch.set_rng_state, torch.get_rng_state())):
+            torch.set_rng_state(self._random)
             yield
-        finally:
             self._random = torch.get_rng_state()
-            torch.set_rng_state(kept)
 
 
 def _parts(loader: Any) -> list[Any]:

@@ -179,7 +179,11 @@ class Pass:
             # A patched model inside of this one reads them in the same pass.
             around = [each for each in getattr(_running, "stack", ()) if each._published is labels]
             self._stale = around[-1]._stale if around else labels.used and not labels.reusable
-            labels.used = True
+
+    def came_through(self) -> None:
+        """Note that the labels have served their pass; one that failed may be made again."""
+        if self.training and self._published is not None:
+            self._published.used = True
 
     def enter(self) -> None:
         """Make this the innermost pass of the thread."""

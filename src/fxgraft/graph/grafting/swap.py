@@ -90,13 +90,17 @@ def _outer_call(
     run.adopt_published()
     context.forget()
     try:
-        run.enter()
-        out = call(self, *args, **kwargs)
-        if not replica:  # what a replica leaves, nobody could tell from what the others leave
-            context.leave(run, out, Arguments(args, kwargs))  # of a pass that came through only
-        return out
+        try:
+            run.enter()
+            out = call(self, *args, **kwargs)
+            run.came_through()
+            if not replica:  # what a replica leaves, nobody could tell from what the others leave
+                context.leave(run, out, Arguments(args, kwargs))  # of a pass that came through only
+            return out
+        finally:
+            run.exit()
     finally:
-        run.exit()
+        run.exit()  # once more, where an interruption hit that; written out, for torch.compile to follow
 
 
 def _whole_call(self: nn.Module, *args: Any, **kwargs: Any) -> Any:

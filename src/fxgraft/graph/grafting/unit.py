@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import nn
 
@@ -22,6 +22,8 @@ class Unit(nn.Module):
         graft: the name of its graft.
         optional: whether calls of a part of the model may go around it, since others tell what then happens.
     """
+
+    _fxgraft_unit: ClassVar[bool] = True  # `names.UNIT`: tracing, below, tells units by it
 
     context: Context
     graft: str = ""

@@ -9,8 +9,8 @@ from torch import Tensor, fx, nn
 from fxgraft.errors import SiteError
 from fxgraft.graph.structure.sites import Site, module_site
 from fxgraft.graph.tracing.anatomy import Anatomy
-from fxgraft.graph.tracing.editing import After, Edit, Output
-from fxgraft.graph.tracing.names import PREFIX, own_name, relative
+from fxgraft.graph.tracing.editing import After, Edit, Output, is_unit
+from fxgraft.graph.tracing.names import relative
 from fxgraft.graph.tracing.trace import Traced
 from fxgraft.graph.tracing.walks import scope_of
 
@@ -22,7 +22,7 @@ def own_nodes(graph: fx.Graph, scope: str | None) -> list[fx.Node]:
         for node in graph.nodes
         if node.op not in ("placeholder", "output", "get_attr")
         and (scope is None or scope_of(node) == scope)
-        and not own_name(str(node.target)).startswith(PREFIX)
+        and not is_unit(node)
     ]
 
 

@@ -8,10 +8,8 @@ from typing import Any
 from torch import fx
 
 from fxgraft.errors import SiteError, candidates
+from fxgraft.graph.tracing.names import UNIT
 from fxgraft.graph.tracing.trace import Traced
-
-_UNIT = "fxgraft_unit"
-"""Key in ``node.meta`` of a node that calls a unit."""
 
 
 @dataclass(frozen=True)
@@ -205,10 +203,10 @@ def _unit_call(
     graph: fx.Graph, unit: str, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None
 ) -> fx.Node:
     call = graph.call_module(unit, args, kwargs)
-    call.meta[_UNIT] = True
+    call.meta[UNIT] = True
     return call
 
 
 def is_unit(node: fx.Node) -> bool:
     """Say whether a node calls a unit; a name alone does not say it, since a model may have one like that."""
-    return node.meta.get(_UNIT, False)
+    return node.meta.get(UNIT, False)

@@ -11,6 +11,11 @@ STATE = "_fxgraft"
 """Name under which a grafted module keeps its state; generated code reaches units through it."""
 
 
+UNIT = "_fxgraft_unit"
+"""What tells a graft's unit, by identity where a name would be a guess: an attribute of its class, which is below
+what is traced here, and the key in ``node.meta`` of what a graph computes in it."""
+
+
 def join(path: str, name: str) -> str:
     """Name a descendant of the module ``path``; '' is the model."""
     return f"{path}.{name}" if path and name else path or name
@@ -29,11 +34,6 @@ def inside(path: str, owner: str) -> bool:
 def ancestors(path: str) -> tuple[str, ...]:
     """List the modules around ``path``, outermost first, without the model and without itself."""
     return tuple(path[:i] for i, sign in enumerate(path) if sign == ".")
-
-
-def own_name(path: str) -> str:
-    """Return the last part of a qualified name."""
-    return path.rpartition(".")[2]
 
 
 def is_graft_key(key: str) -> bool:

@@ -21,7 +21,7 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from fxgraft.errors import TraceError
-from fxgraft.graph.tracing.names import join
+from fxgraft.graph.tracing.names import UNIT, join
 from fxgraft.graph.tracing.observe import Call
 from fxgraft.graph.tracing.preserve import preserved_attributes, preserved_random_state, replaced_checkpoint
 from fxgraft.graph.tracing.proxies import InPlaceProxy
@@ -131,6 +131,13 @@ class ShallowTracer(fx.Tracer):
         """Open a module through its bare ``forward``: hooks belong to calls that compute, not to a trace."""
         if threading.get_ident() != self.thread:
             return forward(*args, **kwargs)
+        if getattr(type(m), UNIT, False):
+            return self._marked(UNIT, True, self._call, m, forward, args, kwargs)
+        return self._call(m, forward, args, kwargs)
+
+    def _call(
+        self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
         if m not in (self.submodule_paths or ()) and not [*m.parameters(), *m.buffers()]:
             return m.forward(*args, **kwargs)  # a graft's unit without tensors: in no tree, so it has no name
         path = self.path_of_module(m)
@@ -172,11 +179,15 @@ class ShallowTracer(fx.Tracer):
     ) -> Any:
         """Trace a checkpointed region in place and mark its nodes."""
         self.region += 1
+        return self._marked(CHECKPOINT_REGION, self.region, function, *args, **kwargs)
+
+    def _marked(self, key: str, value: Any, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Call a function and note something on all nodes that come of it."""
         before = set(self.graph.nodes)
         out = function(*args, **kwargs)
         for node in self.graph.nodes:
             if node not in before:
-                node.meta[CHECKPOINT_REGION] = self.region
+                node.meta[key] = value
         return out
 
 

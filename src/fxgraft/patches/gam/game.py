@@ -27,7 +27,6 @@ from fxgraft.extend import (
     Words,
     add_graft,
     copy_with,
-    is_graft_key,
     tap_placements,
 )
 from fxgraft.patches.gam import tensors as core
@@ -207,9 +206,10 @@ def channel_dim(layout: Layout) -> int:
 def paired_weights(source: nn.Module, target: nn.Module) -> tuple[list[Tensor], list[Tensor]]:
     """Pair the target's weights that train with the source's, by name; other patches' are no part of it."""
     known = dict(source.named_parameters())
+    grafted = {id(p) for each in target.modules() if isinstance(each, Unit) for p in each.parameters()}
     pairs = []
     for name, parameter in target.named_parameters():
-        if is_graft_key(name) or not parameter.requires_grad:
+        if id(parameter) in grafted or not parameter.requires_grad:
             continue
         if name not in known or known[name].shape != parameter.shape:
             what = f"{tuple(known[name].shape)} there" if name in known else "missing there"
