@@ -38,7 +38,7 @@ LAYERS: list[tuple[str, ...]] = [
     ("extend.py", "patches/__init__.py"),
     ("patches/",),
     ("guards.py", "inspection.py"),
-    ("api.py",),
+    ("api.py", "terms.py"),
     ("adaptation/", "recipe.py", "reading.py"),
     ("__init__.py",),
     ("experiments/",),

@@ -5,7 +5,7 @@ from importlib.metadata import version as _version
 
 from fxgraft.adaptation.batchnorm import adapt_batchnorm
 from fxgraft.adaptation.loop import AdaptationHistory, adapt
-from fxgraft.api import grafts, loss, losses, merge, patch, set_progress, sites, summary, unpatch
+from fxgraft.api import grafts, merge, patch, set_progress, sites, summary, unpatch
 from fxgraft.errors import (
     BypassError,
     ConfigError,
@@ -45,6 +45,7 @@ from fxgraft.patches.rsc.patch import RSC
 from fxgraft.patches.selfnorm import SelfNorm
 from fxgraft.patches.taps import Taps, activations, tapped
 from fxgraft.recipe import load, save
+from fxgraft.terms import extra_loss, loss, losses
 
 try:
     __version__ = _version("fxgraft")
@@ -94,6 +95,7 @@ __all__ = [
     "adapt_batchnorm",
     "disagreement",
     "ensemble_entropy",
+    "extra_loss",
     "gam_losses",
     "gradient_boosting_cross_entropy",
     "grafts",

@@ -107,7 +107,7 @@ from fxgraft.graph.grafting.backbone import Backbone
 from fxgraft.graph.grafting.copies import add_graft, copy_with
 from fxgraft.graph.grafting.graft import Graft, Make
 from fxgraft.graph.grafting.labels import check_label_range
-from fxgraft.graph.grafting.lookup import grafts_on, unwrapped
+from fxgraft.graph.grafting.lookup import grafts_in, grafts_on, unwrapped
 from fxgraft.graph.grafting.passes import Arguments, Context, Pass
 from fxgraft.graph.grafting.placement import Placement
 from fxgraft.graph.grafting.taps import Tap, take, tap_placements
@@ -180,6 +180,7 @@ __all__ = [
     "check_share",
     "copy_with",
     "draws",
+    "grafts_in",
     "grafts_on",
     "is_count",
     "is_graft_key",

@@ -29,3 +29,25 @@ def grafts_on(model: nn.Module) -> list[Graft]:
     """List the grafts of a model, wrapped or not, in the order they were added; empty for a bare one."""
     ledger = ledger_of(unwrapped(model))
     return list(ledger.grafts) if ledger is not None else []
+
+
+def patched_parts(model: nn.Module) -> dict[str, nn.Module]:
+    """Find the patched models in a model by their names in it, outermost first.
+
+    The name of the model itself, wrapped or not, is "". Empty where nothing is patched.
+    """
+    inside = unwrapped(model).named_modules()
+    return {path: module for path, module in inside if ledger_of(module) is not None}
+
+
+def named_grafts(model: nn.Module) -> dict[str, Graft]:
+    """Find the grafts of a model and of the patched models inside of it, by the part's name and their own."""
+    parts = patched_parts(model).items()
+    return {
+        ".".join(filter(None, (path, each.name))): each for path, part in parts for each in grafts_on(part)
+    }
+
+
+def grafts_in(model: nn.Module) -> list[Graft]:
+    """List the grafts of a model and of the patched models inside of it."""
+    return list(named_grafts(model).values())
