@@ -22,6 +22,7 @@ from fxgraft.errors import (
     TraceError,
     UnknownGraftError,
     UnknownMethodError,
+    WeightsError,
     WrappedModelError,
 )
 from fxgraft.functional.divergence import jensen_shannon
@@ -45,6 +46,7 @@ from fxgraft.patches.rsc.patch import RSC
 from fxgraft.patches.selfnorm import SelfNorm
 from fxgraft.patches.taps import Taps, activations, tapped
 from fxgraft.recipe import load, save
+from fxgraft.stock import load_backbone
 from fxgraft.terms import extra_loss, loss, losses
 
 try:
@@ -88,6 +90,7 @@ __all__ = [
     "TraceError",
     "UnknownGraftError",
     "UnknownMethodError",
+    "WeightsError",
     "WrappedModelError",
     "__version__",
     "activations",
@@ -102,6 +105,7 @@ __all__ = [
     "input_cutmix",
     "jensen_shannon",
     "load",
+    "load_backbone",
     "loss",
     "losses",
     "member_logits",

@@ -76,7 +76,8 @@ What a method can do beyond this:
   ``classifiers``, ``rest`` (the network after a site, as a function).
 - Place units: ``backbone.place`` on a value, ``before`` and ``after`` the model, ``instead`` of a module,
   ``replace_head``. Units come from ``make(key, UnitClass, *args)``; ``unit.bind(...)`` holds what is found again on
-  every model. ``set_progress`` and ``stale`` of a `Unit` follow a schedule and notice a changed model.
+  every model. ``set_progress``, ``stale`` and ``restart`` of a `Unit` follow a schedule, notice a changed model, and
+  take up weights that were loaded into it.
 - Use the `Pass` (``unit.current``, ``unit.running()``): ``labels``, ``relabel`` for those that other grafts see,
   ``options`` of the call, ``shared`` for one draw for all units of a graft, ``put`` and ``get`` between them,
   ``look_ahead`` through a rest, and ``remember``, which ``graft.recall(out)`` finds again when the loss is computed.

@@ -7,6 +7,7 @@ from torch import nn
 from fxgraft.graph.grafting.graft import Graft
 from fxgraft.graph.grafting.ledger import Ledger
 from fxgraft.graph.grafting.state import state_of
+from fxgraft.graph.grafting.unit import Unit
 
 
 def ledger_of(model: nn.Module) -> Ledger | None:
@@ -51,3 +52,9 @@ def named_grafts(model: nn.Module) -> dict[str, Graft]:
 def grafts_in(model: nn.Module) -> list[Graft]:
     """List the grafts of a model and of the patched models inside of it."""
     return list(named_grafts(model).values())
+
+
+def own_keys(model: nn.Module) -> set[str]:
+    """Return the ``state_dict`` keys of a model that its grafts have added."""
+    units = [name for name, each in model.named_modules(remove_duplicate=False) if isinstance(each, Unit)]
+    return {key for key in model.state_dict() if any(key.startswith(f"{name}.") for name in units)}
