@@ -101,7 +101,7 @@ def save(model: nn.Module, path: str | Path, *, weights: bool = True) -> Path:
     folder = Path(path)
 
     def write_weights(file: Path) -> None:
-        save_file(_unshared(chosen), file)
+        save_file(unshared(chosen), file)
         recipe["sha256"] = {"weights": digest_of(file)}
 
     def write_recipe(file: Path) -> None:  # after the weights, in drafting and in moving
@@ -122,8 +122,12 @@ def _entry(graft: Graft) -> dict[str, Any]:
     return {"name": graft.name, "method": graft.patch.method, "options": options, "input_size": size}
 
 
-def _unshared(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Give every tensor memory of its own, which safetensors asks for."""
+def unshared(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Give every tensor memory of its own, which safetensors asks for.
+
+    Args:
+        tensors: a state dict.
+    """
     seen: set[int] = set()
     out = {}
     for key, value in tensors.items():

@@ -60,15 +60,13 @@ def load_backbone(model: M, state_dict: Mapping[str, Any]) -> M:
         WeightsError: keys are missing, unexpected, or of another shape; lists them. The model is then as it was.
     """
     inner = unwrapped(model)
-    present = inner.state_dict()
-    stock = present.keys() - own_keys(inner)
-    shapes = [key for key in stock & state_dict.keys() if _shape(present[key]) != _shape(state_dict[key])]
-    _check(
-        inner._get_name(),
-        [key for key in present if key in stock and key not in state_dict],
-        [key for key in state_dict if key not in stock],
-        [f"{key} {_shape(state_dict[key])} for {_shape(present[key])}" for key in present if key in shapes],
-    )
+    own = own_keys(inner)
+    stock = {key: value for key, value in inner.state_dict().items() if key not in own}
+    found = differences(stock, state_dict)
+    if found:
+        raise WeightsError(
+            f"The checkpoint is not that of a bare {inner._get_name()}: {found}.\n{_hint(stock, state_dict)}"
+        )
     kept, random = Weights(inner), torch.get_rng_state()
     try:
         inner.load_state_dict(state_dict, strict=False)
@@ -87,22 +85,37 @@ def _shape(value: Any) -> tuple[int, ...] | None:
     return tuple(value.shape) if isinstance(value, Tensor) else None
 
 
-def _check(model: str, missing: list[str], unexpected: list[str], shapes: list[str]) -> None:
-    """Raise unless all lists are empty; says what the checkpoint may be instead."""
-    wrong = {"missing": missing, "unexpected": unexpected, "of another shape": shapes}
-    if not any(wrong.values()):
-        return
-    listed = "; ".join(
+def differences(wanted: Mapping[str, Any], given: Mapping[str, Any]) -> str:
+    """List what sets one state dict apart from another; empty where keys and shapes are the same.
+
+    Args:
+        wanted: of the model.
+        given: of the checkpoint.
+    """
+    common = [key for key in wanted if key in given]
+    found = {
+        "missing": [key for key in wanted if key not in given],
+        "unexpected": [key for key in given if key not in wanted],
+        "of another shape": [
+            f"{key} {_shape(given[key])} for {_shape(wanted[key])}"
+            for key in common
+            if _shape(given[key]) != _shape(wanted[key])
+        ],
+    }
+    return "; ".join(
         f"{len(keys)} {what}: {', '.join(keys[:SHOWN])}{', …' if len(keys) > SHOWN else ''}"
-        for what, keys in wrong.items()
+        for what, keys in found.items()
         if keys
     )
+
+
+def _hint(wanted: Mapping[str, Any], given: Mapping[str, Any]) -> str:
+    """Say what the checkpoint may be instead."""
+    unexpected = [key for key in given if key not in wanted]
     if any(map(is_graft_key, unexpected)):
-        hint = "It is that of a patched model: patch this one alike, and call model.load_state_dict."
-    elif unexpected and all(key.startswith(("module.", "_orig_mod.")) for key in unexpected):
-        hint = "It was saved with its wrapper: take the first part off its keys."
-    elif any(key in ("state_dict", "model", "state_dict_ema") for key in unexpected):
-        hint = "The weights are one entry of what was saved: pass that."
-    else:
-        hint = "Build the model as it was built then (same name, num_classes and arguments)."
-    raise WeightsError(f"The checkpoint is not that of a bare {model}: {listed}.\n{hint}")
+        return "It is that of a patched model: patch this one alike, and call model.load_state_dict."
+    if unexpected and all(key.startswith(("module.", "_orig_mod.")) for key in unexpected):
+        return "It was saved with its wrapper: take the first part off its keys."
+    if any(key in ("state_dict", "model", "state_dict_ema") for key in unexpected):
+        return "The weights are one entry of what was saved: pass that."
+    return "Build the model as it was built then (same name, num_classes and arguments)."
