@@ -40,7 +40,7 @@ LAYERS: list[tuple[str, ...]] = [
     ("guards.py", "inspection.py"),
     ("api.py", "terms.py"),
     ("adaptation/", "recipe.py", "reading.py", "stock.py"),
-    ("__init__.py",),
+    ("public.py", "__init__.py"),
     ("experiments/",),
     ("bench/",),
     ("cli/",),

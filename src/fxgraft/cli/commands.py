@@ -1,6 +1,7 @@
 """The command line: ``fxgraft demo | sites | info | bench | merge | show``.
 
-What goes wrong for a reason that fxgraft knows is one plain message on stderr and exit code 2.
+What goes wrong for a reason that fxgraft knows is one plain message on stderr and exit code 2. Commands import what
+they need when they run: torch and the model libraries take seconds, which help and a mistyped option do not need.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from rich.console import Console
 from rich.progress import Progress
 from typer.core import TyperGroup
 
-from fxgraft.cli.pictures import app as show_app
+from fxgraft.cli.show import app as show_app
 from fxgraft.errors import ConfigError, FxgraftError
 
 
