@@ -81,7 +81,8 @@ What a method can do beyond this:
 - Use the `Pass` (``unit.current``, ``unit.running()``): ``labels``, ``relabel`` for those that other grafts see,
   ``options`` of the call, ``shared`` for one draw for all units of a graft, ``put`` and ``get`` between them,
   ``look_ahead`` through a rest, and ``remember``, which ``graft.recall(out)`` finds again when the loss is computed.
-- Take part in the loss: `Patch.criterion` and `Patch.losses`; fold into stock weights: `Patch.merge`.
+- Take part in the loss: `Patch.criterion` and `Patch.losses`; where options switch these off, say so in
+  `Patch.replaces_criterion` and `Patch.judges`. Fold into stock weights: `Patch.merge`.
 - Name published settings: ``presets = presets_by_name(Preset(name=..., options=..., source=...))``.
 
 The method is found by name once its module is imported, or without that through an entry point of the group
