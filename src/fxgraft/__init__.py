@@ -1,119 +1,31 @@
 """fxgraft: graft published training methods onto timm and torchvision backbones, and take them off again."""
 
+import importlib as _importlib
 from importlib.metadata import PackageNotFoundError as _NotFound
 from importlib.metadata import version as _version
-
-from fxgraft.adaptation.batchnorm import adapt_batchnorm
-from fxgraft.adaptation.loop import AdaptationHistory, adapt
-from fxgraft.api import grafts, loss, losses, merge, patch, set_progress, sites, summary, unpatch
-from fxgraft.errors import (
-    BypassError,
-    ConfigError,
-    DuplicateGraftError,
-    FxgraftError,
-    FxgraftWarning,
-    MergeError,
-    MethodError,
-    RecipeError,
-    SiteError,
-    StructureError,
-    TapError,
-    TargetError,
-    TraceError,
-    UnknownGraftError,
-    UnknownMethodError,
-    WrappedModelError,
-)
-from fxgraft.functional.divergence import jensen_shannon
-from fxgraft.graph.grafting.graft import Graft
-from fxgraft.graph.grafting.published import targets, with_targets
-from fxgraft.graph.structure.sites import Site, Sites
-from fxgraft.inspection import Plan, Summary
-from fxgraft.patches.base import Patch
-from fxgraft.patches.crossnorm.patch import CrossNorm
-from fxgraft.patches.diversification.loss import GradientBoostingCrossEntropy, gradient_boosting_cross_entropy
-from fxgraft.patches.diversification.patch import Diversification
-from fxgraft.patches.gam.patch import GAM
-from fxgraft.patches.gam.step import gam_losses
-from fxgraft.patches.mixmo.ensemble import EnsembleMetrics, disagreement, ensemble_entropy
-from fxgraft.patches.mixmo.members import MemberLogits, member_logits
-from fxgraft.patches.mixmo.pairing import MixMoInput
-from fxgraft.patches.mixmo.patch import MixMo
-from fxgraft.patches.mixmo.sampling import RepeatedBatchSampler
-from fxgraft.patches.mixmo.tensors import MixedLabels, input_cutmix
-from fxgraft.patches.registry import methods, register
-from fxgraft.patches.rsc.patch import RSC
-from fxgraft.patches.selfnorm import SelfNorm
-from fxgraft.patches.taps import Taps, activations, tapped
-from fxgraft.recipe import load, save
+from importlib.util import find_spec as _find_spec
+from typing import Any as _Any
 
 try:
     __version__ = _version("fxgraft")
 except _NotFound:  # a source tree that was never installed
     __version__ = "0.0.0"
 
-__all__ = [
-    "GAM",
-    "RSC",
-    "AdaptationHistory",
-    "BypassError",
-    "ConfigError",
-    "CrossNorm",
-    "Diversification",
-    "DuplicateGraftError",
-    "EnsembleMetrics",
-    "FxgraftError",
-    "FxgraftWarning",
-    "GradientBoostingCrossEntropy",
-    "Graft",
-    "MemberLogits",
-    "MergeError",
-    "MethodError",
-    "MixMo",
-    "MixMoInput",
-    "MixedLabels",
-    "Patch",
-    "Plan",
-    "RecipeError",
-    "RepeatedBatchSampler",
-    "SelfNorm",
-    "Site",
-    "SiteError",
-    "Sites",
-    "StructureError",
-    "Summary",
-    "TapError",
-    "Taps",
-    "TargetError",
-    "TraceError",
-    "UnknownGraftError",
-    "UnknownMethodError",
-    "WrappedModelError",
-    "__version__",
-    "activations",
-    "adapt",
-    "adapt_batchnorm",
-    "disagreement",
-    "ensemble_entropy",
-    "gam_losses",
-    "gradient_boosting_cross_entropy",
-    "grafts",
-    "input_cutmix",
-    "jensen_shannon",
-    "load",
-    "loss",
-    "losses",
-    "member_logits",
-    "merge",
-    "methods",
-    "patch",
-    "register",
-    "save",
-    "set_progress",
-    "sites",
-    "summary",
-    "tapped",
-    "targets",
-    "unpatch",
-    "with_targets",
-]
+
+def __getattr__(name: str) -> _Any:
+    """Import what a name stands for when it is first asked for: the command line does without most of it."""
+    if name.startswith("_") and name != "__all__":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if name != "__all__" and _find_spec(f"{__name__}.{name}") is not None:
+        return _importlib.import_module(f"{__name__}.{name}")
+    public = _importlib.import_module(f"{__name__}.public")
+    known = {each: getattr(public, each) for each in public.__all__}
+    globals().update(known, __all__=sorted([*known, "__version__"]))
+    if name not in globals():
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return globals()[name]
+
+
+def __dir__() -> list[str]:
+    """List the public names."""
+    return __getattr__("__all__")

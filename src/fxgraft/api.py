@@ -1,14 +1,12 @@
-"""The public calls: put patches on, take them off, look at them, and get the loss."""
+"""The public calls: put patches on, take them off, and look at them."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, TypeVar
 
-import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 
 from fxgraft.errors import (
     ConfigError,
@@ -18,8 +16,14 @@ from fxgraft.errors import (
 )
 from fxgraft.graph.grafting.graft import Graft
 from fxgraft.graph.grafting.ledger import Ledger
-from fxgraft.graph.grafting.lookup import grafts_on, ledger_of, unwrapped
-from fxgraft.graph.structure.outputs import take_logits
+from fxgraft.graph.grafting.lookup import (
+    grafts_in,
+    grafts_on,
+    ledger_of,
+    named_grafts,
+    patched_parts,
+    unwrapped,
+)
 from fxgraft.graph.structure.positions import position_sites
 from fxgraft.graph.structure.sites import Sites, list_sites
 from fxgraft.graph.tracing.anatomy import Anatomy
@@ -144,7 +148,9 @@ def unpatch(model: M, *names: str | Graft) -> M:
     if ledger is None:
         if names:
             return model
-        raise UnknownGraftError(f"There is no graft on this {model._get_name()}.\nPatch it first.")
+        inside = next(iter(patched_parts(model)), None)
+        hint = f"Its part {inside!r} is patched: unpatch that." if inside else "Patch it first."
+        raise UnknownGraftError(f"There is no graft on this {model._get_name()}.\n{hint}")
     ledger.install(model, [g for g in present if names and g.name not in wanted])
     return model
 
@@ -152,9 +158,11 @@ def unpatch(model: M, *names: str | Graft) -> M:
 def grafts(model: nn.Module) -> list[Graft]:
     """List the grafts of a model, in the order they were added; empty for a bare one.
 
-    Looks through DistributedDataParallel and torch.compile, as `loss`, `set_progress` and `summary` do.
+    Looks through DistributedDataParallel and torch.compile, and into a model of your own for the patched backbones in
+    it, as `loss`, `losses`, `extra_loss`, `set_progress`, `summary`, `merge` and `activations` do. Those of the model
+    itself come first, then those of its parts, in the order of ``named_modules``.
     """
-    return grafts_on(model)
+    return grafts_in(model)
 
 
 @alone
@@ -179,15 +187,18 @@ def sites(
 
 
 def summary(model: nn.Module) -> Summary:
-    """Summarise the grafts of a model: what each does where, its parameters, and what to look out for."""
-    return summary_of(unwrapped(model), grafts_on(model))
+    """Summarise the grafts of a model: what each does where, its parameters, and what to look out for.
+
+    Grafts of a patched part of the model are listed under the part's name: ``backbone.rsc``.
+    """
+    return summary_of(unwrapped(model), named_grafts(model))
 
 
 def set_progress(model: nn.Module, fraction: float) -> None:
     """Tell the schedules of a model's grafts how much of the training is done.
 
     Args:
-        model: a patched model; a bare one is left alone.
+        model: a patched model, or one with patched parts, all of which are told; a bare one is left alone.
         fraction: in [0, 1]: 0 at the start, 1 at the end; once per epoch or per step.
 
     Raises:
@@ -195,49 +206,15 @@ def set_progress(model: nn.Module, fraction: float) -> None:
     """
     if not 0.0 <= fraction <= 1.0:
         raise ConfigError(f"Progress is the share of training done, in [0, 1]; got {fraction!r}.")
-    ledger = ledger_of(unwrapped(model))
-    if ledger is not None:
-        ledger.set_progress(float(fraction))
-
-
-def losses(
-    model: nn.Module, out: Any, y: Any, criterion: Callable[..., Tensor] = F.cross_entropy
-) -> dict[str, Tensor]:
-    """Return the parts of the loss by name: "criterion", then what each graft adds.
-
-    Args:
-        model: bare or patched.
-        out: what the model returned; of a structured output the logits are taken.
-        y: labels, as the criterion takes them, or as the call took them as ``target``.
-        criterion: called as ``criterion(logits, y)``.
-
-    Returns:
-        Scalars by name, those of grafts as ``"<graft>.<part>"``.
-    """
-    here = grafts(model)
-    for graft in here:
-        criterion = graft.patch.criterion(graft, criterion)
-    names = [getattr(graft.patch, "output", None) for graft in here]
-    parts = {"criterion": criterion(take_logits(out, names), y)}
-    for graft in here:
-        for part, value in graft.patch.losses(graft, out, y, criterion).items():
-            parts[f"{graft.name}.{part}"] = value
-    return parts
-
-
-def loss(model: nn.Module, out: Any, y: Any, criterion: Callable[..., Tensor] = F.cross_entropy) -> Tensor:
-    """Return the whole loss as one scalar: the sum of `losses`."""
-    parts = losses(model, out, y, criterion)
-    return (
-        torch.stack([value.reshape(()) for value in parts.values()]).sum()
-        if len(parts) > 1
-        else parts["criterion"]
-    )
+    for part in patched_parts(model).values():
+        ledger = ledger_of(part)
+        if ledger is not None:
+            ledger.set_progress(float(fraction))
 
 
 @alone
 def merge(model: M) -> M:
-    """Return a copy of a patched model with every graft folded into stock weights or gone.
+    """Return a copy of a patched model, its parts included, with every graft folded into stock weights or gone.
 
     The copy has the original class and keys, loads into a fresh model with ``strict=True``, and knows nothing
     of fxgraft. The patched model is left alone.
@@ -245,11 +222,12 @@ def merge(model: M) -> M:
     Raises:
         MergeError: a graft cannot be folded; names it.
     """
-    here = grafts(model)
-    for graft in here:
+    for graft in grafts(model):
         if type(graft.patch).merge is Patch.merge:
             graft.patch.merge(graft, model)
     merged = copy.deepcopy(model)
-    for graft in grafts(merged):
-        graft.patch.merge(graft, merged)
-    return unpatch(merged) if here else merged
+    for part in reversed(patched_parts(merged).values()):  # from the inside
+        for graft in grafts_on(part):
+            graft.patch.merge(graft, part)
+        unpatch(part)
+    return merged

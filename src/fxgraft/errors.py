@@ -70,6 +70,10 @@ class RecipeError(FxgraftError, ValueError):
     """A saved recipe is damaged, foreign, of an unknown version, or made for another architecture."""
 
 
+class WeightsError(FxgraftError, RuntimeError):
+    """A state dict is not that of the model that it is to be loaded into."""
+
+
 class FxgraftWarning(UserWarning):
     """A setting that works but cannot do what it is for."""
 

@@ -76,11 +76,13 @@ What a method can do beyond this:
   ``classifiers``, ``rest`` (the network after a site, as a function), ``absorber`` (who can take in a scale).
 - Place units: ``backbone.place`` on a value, ``before`` and ``after`` the model, ``instead`` of a module,
   ``replace_head``. Units come from ``make(key, UnitClass, *args)``; ``unit.bind(...)`` holds what is found again on
-  every model. ``set_progress`` and ``stale`` of a `Unit` follow a schedule and notice a changed model.
+  every model. ``set_progress``, ``stale`` and ``restart`` of a `Unit` follow a schedule, notice a changed model, and
+  take up weights that were loaded into it.
 - Use the `Pass` (``unit.current``, ``unit.running()``): ``labels``, ``relabel`` for those that other grafts see,
   ``options`` of the call, ``shared`` for one draw for all units of a graft, ``put`` and ``get`` between them,
   ``look_ahead`` through a rest, and ``remember``, which ``graft.recall(out)`` finds again when the loss is computed.
-- Take part in the loss: `Patch.criterion` and `Patch.losses`; fold into stock weights: `Patch.merge`.
+- Take part in the loss: `Patch.criterion` and `Patch.losses`; where options switch these off, say so in
+  `Patch.replaces_criterion` and `Patch.judges`. Fold into stock weights: `Patch.merge`.
 - Name published settings: ``presets = presets_by_name(Preset(name=..., options=..., source=...))``.
 
 The method is found by name once its module is imported, or without that through an entry point of the group
@@ -107,7 +109,7 @@ from fxgraft.graph.grafting.backbone import Backbone
 from fxgraft.graph.grafting.copies import add_graft, copy_with
 from fxgraft.graph.grafting.graft import Graft, Make
 from fxgraft.graph.grafting.labels import check_label_range
-from fxgraft.graph.grafting.lookup import grafts_on, unwrapped
+from fxgraft.graph.grafting.lookup import grafts_in, grafts_on, unwrapped
 from fxgraft.graph.grafting.passes import Arguments, Context, Pass
 from fxgraft.graph.grafting.placement import Placement
 from fxgraft.graph.grafting.taps import Tap, take, tap_placements
@@ -182,6 +184,7 @@ __all__ = [
     "check_share",
     "copy_with",
     "draws",
+    "grafts_in",
     "grafts_on",
     "is_count",
     "is_graft_key",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import gc
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -84,10 +84,10 @@ class Summary:
     __repr__ = __str__
 
 
-def summary_of(model: nn.Module, grafts: Iterable[Graft]) -> Summary:
-    """Describe the grafts of a model."""
+def summary_of(model: nn.Module, grafts: Mapping[str, Graft]) -> Summary:
+    """Describe the grafts of a model, by name."""
     rows = []
-    for graft in grafts:
+    for name, graft in grafts.items():
         own = graft.parameters()
         notes = []
         if graft.patch.needs_labels:
@@ -97,7 +97,7 @@ def summary_of(model: nn.Module, grafts: Iterable[Graft]) -> Summary:
         if own and _left_out(model, own):
             notes.append("its parameters are in no optimiser: add graft.parameters() to yours")
         count = f"{sum(p.numel() for p in own):,}"
-        rows.append((graft.name, graft.patch.method, graft.patch.describe(graft), count, ", ".join(notes)))
+        rows.append((name, graft.patch.method, graft.patch.describe(graft), count, ", ".join(notes)))
     return Summary(class_name(model), tuple(rows))
 
 

@@ -23,14 +23,14 @@ from fxgraft.errors import FxgraftError, RecipeError
 from fxgraft.files import Header, digest_of, write_files
 from fxgraft.graph.grafting.graft import Graft
 from fxgraft.graph.grafting.ledger import Ledger
-from fxgraft.graph.grafting.lookup import ledger_of
+from fxgraft.graph.grafting.lookup import ledger_of, own_keys
 from fxgraft.graph.grafting.state import state_of
-from fxgraft.graph.grafting.unit import Unit
 from fxgraft.graph.tracing.preserve import preserved_random_state
 from fxgraft.graph.tracing.whole import alone
 from fxgraft.guards import check_model
 from fxgraft.patches.registry import build
 from fxgraft.reading import check_counts, read_recipe, recipe_digest
+from fxgraft.stock import Weights
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -52,11 +52,6 @@ def _architecture(model: nn.Module, own: set[str]) -> dict[str, str]:
     lines = [f"{key} {tuple(value.shape)}" for key, value in model.state_dict().items() if key not in own]
     digest = hashlib.sha256("\n".join(sorted(lines)).encode()).hexdigest()
     return {"class": cls.__name__, "tensors": digest}
-
-
-def _own_keys(model: nn.Module) -> set[str]:
-    units = [name for name, each in model.named_modules(remove_duplicate=False) if isinstance(each, Unit)]
-    return {key for key in model.state_dict() if any(key.startswith(f"{name}.") for name in units)}
 
 
 def save(model: nn.Module, path: str | Path, *, weights: bool = True) -> Path:
@@ -88,7 +83,7 @@ def save(model: nn.Module, path: str | Path, *, weights: bool = True) -> Path:
                 f"Take it off first, fxgraft.unpatch(model, {graft.name!r}): what it has trained stays in the model. "
                 "Or save what it folds into, fxgraft.merge(model)."
             )
-    own = _own_keys(model)
+    own = own_keys(model)
     recipe = {
         **HEADER.entries(),
         "versions": {"torch": torch.__version__, "timm": timm.__version__},
@@ -108,7 +103,7 @@ def save(model: nn.Module, path: str | Path, *, weights: bool = True) -> Path:
 
     def write_weights(file: Path) -> None:
         try:
-            save_file(_unshared(chosen), file)
+            save_file(unshared(chosen), file)
         except SafetensorError as error:  # its own, also for what the system refuses
             raise OSError(
                 f"The weights cannot be written to {str(folder)!r}: {error}.\n"
@@ -135,8 +130,12 @@ def _entry(graft: Graft) -> dict[str, Any]:
     return {"name": graft.name, "method": graft.patch.method, "options": options, "input_size": size}
 
 
-def _unshared(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Give every tensor memory of its own, which safetensors asks for."""
+def unshared(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Give every tensor memory of its own, which safetensors asks for.
+
+    Args:
+        tensors: a state dict.
+    """
     seen: set[int] = set()
     out = {}
     for key, value in tensors.items():
@@ -186,7 +185,7 @@ def load(model: M, path: str | Path) -> M:
     check_counts(recipe["grafts"], weights, folder)
     ledger = Ledger()
     ledger.context.progress = float(recipe["progress"])
-    kept = {key: value.detach().to("cpu", copy=True) for key, value in model.state_dict().items()}
+    kept = Weights(model)
     flags = [(module, module.training) for module in model.modules()]
     # Units are built before they are loaded, and draw what they start from.
     with preserved_random_state():
@@ -195,18 +194,11 @@ def load(model: M, path: str | Path) -> M:
             _load_weights(model, weights, recipe["weights"] == "all", folder)
         except BaseException:
             ledger.install(model, [])
-            _put_back(model, kept, flags)
+            kept.put_back(model)
+            for module, flag in flags:
+                module.training = flag
             raise
     return model
-
-
-def _put_back(model: nn.Module, kept: dict[str, Tensor], flags: list[tuple[nn.Module, bool]]) -> None:
-    """Undo what a failed load has written: weights may have been half way in."""
-    for key, value in model.state_dict().items():
-        if key in kept:
-            value.detach().copy_(kept[key])
-    for module, flag in flags:
-        module.training = flag
 
 
 def _install(ledger: Ledger, model: nn.Module, recipe: dict[str, Any], folder: Path) -> None:
@@ -255,7 +247,7 @@ def _options(options: dict[str, Any]) -> dict[str, Any]:
 
 def _load_weights(model: nn.Module, weights: dict[str, Tensor], whole: bool, folder: Path) -> None:
     expected = model.state_dict()
-    wanted = set(expected) if whole else _own_keys(model)
+    wanted = set(expected) if whole else own_keys(model)
     shapes = {key for key in wanted & set(weights) if weights[key].shape != expected[key].shape}
     if wanted != set(weights) or shapes:
         odd = sorted((wanted ^ set(weights)) | shapes)

@@ -1,1 +1,1 @@
-"""The command line: ``fxgraft demo | sites | info | bench | show``."""
+"""The command line: ``fxgraft demo | sites | info | bench | merge | show``."""

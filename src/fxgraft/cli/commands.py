@@ -1,6 +1,7 @@
-"""The command line: ``fxgraft demo | sites | info | bench``.
+"""The command line: ``fxgraft demo | sites | info | bench | merge | show``.
 
-What goes wrong for a reason that fxgraft knows is one plain message on stderr and exit code 2.
+What goes wrong for a reason that fxgraft knows is one plain message on stderr and exit code 2. Commands import what
+they need when they run: torch and the model libraries take seconds, which help and a mistyped option do not need.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from rich.console import Console
 from rich.progress import Progress
 from typer.core import TyperGroup
 
-from fxgraft.cli.pictures import app as show_app
+from fxgraft.cli.show import app as show_app
 from fxgraft.errors import ConfigError, FxgraftError
 
 
@@ -132,6 +133,35 @@ def sites(
     shape = None if input_size is None else (3, input_size, input_size)
     found = fxgraft.sites(build_model(name, input_size=input_size), pattern, input_size=shape)
     _show(found, str(found))
+
+
+@app.command()
+def merge(
+    source: Annotated[
+        Path,
+        typer.Argument(help="Folder of fxgraft.save, output folder of timm's train.py, or a checkpoint."),
+    ],
+    out: Annotated[Path, typer.Option(help="The file to write.")] = Path("model.safetensors"),
+    model: Annotated[str | None, typer.Option(help="Backbone, where the checkpoint does not say.")] = None,
+    graft: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="SPEC", help="METHOD:key=value,…, as the model was patched; may be given several times."
+        ),
+    ] = None,
+    num_classes: Annotated[
+        int | None, typer.Option(help="Classes; read from the weights without it.")
+    ] = None,
+    input_size: Annotated[int | None, typer.Option(help="Side of the images it was patched for.")] = None,
+    ema: Annotated[bool, typer.Option("--ema", help="Take the averaged weights of the checkpoint.")] = False,
+) -> None:
+    """Fold a trained model's grafts into stock weights, for timm.create_model(..., checkpoint_path=...)."""
+    from fxgraft.cli.merging import merge_file
+
+    said = merge_file(
+        source, out, model=model, grafts=graft or (), classes=num_classes, input_size=input_size, ema=ema
+    )
+    typer.echo(said)
 
 
 @app.command()

@@ -1,4 +1,4 @@
-"""Pictures of what a method sees: ``fxgraft show maps``.
+"""Pictures of what a method sees.
 
 Draws an image's class maps, those of its highest-scoring classes, with the peak and the patches that the
 diversification block would damp in one pass.
@@ -7,13 +7,11 @@ diversification block would damp in one pass.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-import typer
 from torch import Tensor, nn
 
 from fxgraft.errors import ConfigError
@@ -21,8 +19,6 @@ from fxgraft.patches.diversification.tensors import Border, Draws, draw, peak_ma
 
 IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 """Mean and deviation of the colours, for models that do not say what they were trained with."""
-
-app = typer.Typer(no_args_is_help=True, help="Draw what a method sees in an image.")
 
 
 @dataclass(frozen=True)
@@ -153,37 +149,3 @@ def read_weights(model: nn.Module, path: Path) -> None:
         load_checkpoint(model, str(path), strict=True)
     except (OSError, RuntimeError, ValueError, KeyError) as error:
         raise ConfigError(f"Cannot load {str(path)!r} into {type(model).__name__}: {error}") from error
-
-
-@app.command()
-def maps(
-    image: Annotated[Path, typer.Argument(help="The image.")],
-    model: Annotated[str, typer.Option(help="resnet50, timm/resnet50, torchvision/resnet50, …")] = "resnet50",
-    out: Annotated[Path, typer.Option(help="The picture to write.")] = Path("maps.png"),
-    pretrained: Annotated[
-        bool, typer.Option("--pretrained", help="Download the library's weights; else they are random.")
-    ] = False,
-    weights: Annotated[Path | None, typer.Option(help="Weights of your own: a saved state_dict.")] = None,
-    classes: Annotated[int | None, typer.Option(help="Number of classes of those weights.")] = None,
-    top: Annotated[int, typer.Option(help="How many classes to draw.")] = 3,
-    size: Annotated[int, typer.Option(help="Side that the image is brought to.")] = 224,
-    patch: Annotated[int, typer.Option(help="Side of the patches, in cells of the map.")] = 3,
-    head: Annotated[str | None, typer.Option(help="The classifier, where there are several.")] = None,
-    seed: Annotated[int, typer.Option(help="Of the draw of peaks and patches.")] = 0,
-) -> None:
-    """Draw the class maps of an image, with their peaks and what the diversification block damps."""
-    from fxgraft.experiments.backbones import build_model
-    from fxgraft.experiments.images import decode, to_floats
-
-    if size < 1:
-        raise ConfigError(f"--size must be at least 1 pixel, got {size}.")
-    pixels = to_floats(decode(repr(str(image)), partial(image.open, "rb"), size))
-    network = build_model(model, classes, pretrained=pretrained, input_size=size).eval()
-    if weights is not None:
-        read_weights(network, weights)
-    shown = look(network, pixels, top=top, patch=patch, seed=seed, head=head)
-    save_picture(shown, out)
-    scores = ", ".join(
-        f"{index} ({score:.2f})" for index, score in zip(shown.classes, shown.scores, strict=True)
-    )
-    typer.echo(f"{out}: class maps of {shown.maps.shape[1]}×{shown.maps.shape[2]} for classes {scores}")

@@ -1,4 +1,4 @@
-"""Patches on the command line: ``rsc:layer=layer4,spatial_drop=0.5``."""
+"""Patches as one string, on command lines and in settings: ``rsc:layer=layer4,spatial_drop=0.5``."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Any
 from fxgraft.errors import ConfigError
 
 _FORM = "Write it as METHOD:key=value,key=value, for example rsc:layer=layer4,spatial_drop=0.5"
+_TAKEN = ("model", "method", "dry_run")
 _BRACKETS = {")": "(", "]": "[", "}": "{"}
 
 
@@ -29,19 +30,19 @@ class PatchSpec:
 
 
 def parse_patch_spec(text: str) -> PatchSpec:
-    """Read ``method:key=value,key=value``.
+    """Read ``METHOD[:key=value[,key=value...]]``.
 
     A value that is a Python literal (number, ``True``, ``None``, quoted string, tuple, list) is taken as
     one; anything else is a string: ``layer=layer4`` and ``layer="layer4"`` are the same. Commas inside
     brackets and quotes belong to the value: ``layer=("layer3","layer4")``. Whether the method exists, and
-    what its options allow, is left to `fxgraft.patch`.
+    what its options allow, is left to `fxgraft.patch`, which also takes ``preset=``, ``name=`` and ``input_size=``.
 
     Args:
         text: the specification; the part from the colon on may be missing.
 
     Raises:
-        ConfigError: if the method is missing, an option is not ``key=value`` or comes twice, or a
-            bracket or quote stays open.
+        ConfigError: the method is missing, an option is not ``key=value`` or comes twice, or a bracket or quote
+            stays open; shows the grammar and an example.
     """
     written = text.strip()
     method, colon, rest = written.partition(":")
@@ -56,7 +57,9 @@ def parse_patch_spec(text: str) -> PatchSpec:
         if not equals or not value or not key.isidentifier():
             raise ConfigError(f"{part.strip()!r} in the patch {text!r} is not key=value.\n{_FORM}.")
         if key in options:
-            raise ConfigError(f"The patch {text!r} gives {key!r} twice.")
+            raise ConfigError(f"The patch {text!r} gives {key!r} twice.\n{_FORM}.")
+        if key in _TAKEN:
+            raise ConfigError(f"{key!r} in the patch {text!r} is no option of a method.\n{_FORM}.")
         options[key] = _value(value)
     return PatchSpec(written, method, options)
 
@@ -88,10 +91,10 @@ def _split(text: str, whole: str) -> list[str]:
         elif sign in _BRACKETS:
             # Glob sites such as `layer[34]` bring balanced brackets; a lone one is a slip of the pen.
             if not open_brackets or open_brackets.pop() != _BRACKETS[sign]:
-                raise ConfigError(f"The patch {whole!r} closes a {sign!r} that was never opened.")
+                raise ConfigError(f"The patch {whole!r} closes a {sign!r} that was never opened.\n{_FORM}.")
         elif sign == "," and not open_brackets:
             parts.append(text[start:index])
             start = index + 1
     if quote or open_brackets:
-        raise ConfigError(f"The patch {whole!r} leaves a {quote or open_brackets[-1]!r} open.")
+        raise ConfigError(f"The patch {whole!r} leaves a {quote or open_brackets[-1]!r} open.\n{_FORM}.")
     return [*parts, text[start:]]

@@ -128,6 +128,14 @@ class Patch(Placer):
         """
         return criterion
 
+    def judges(self) -> bool:
+        """Say whether, with these options, `losses` adds something or `criterion` stands in for the user's."""
+        return type(self).losses is not Patch.losses or self.replaces_criterion()
+
+    def replaces_criterion(self) -> bool:
+        """Say whether, with these options, `criterion` stands in for the user's, now or later in training."""
+        return type(self).criterion is not Patch.criterion
+
     def merge(self, graft: Graft, model: nn.Module) -> None:
         """Fold the graft into the stock weights of ``model``; a method of training alone has nothing to fold.
 

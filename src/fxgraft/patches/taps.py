@@ -20,7 +20,7 @@ from fxgraft.extend import (
     UnknownGraftError,
     Words,
     candidates,
-    grafts_on,
+    grafts_in,
     register,
     take,
     tap_placements,
@@ -132,7 +132,7 @@ def tapped(model: nn.Module, *args: Any, **kwargs: Any) -> tuple[Any, dict[str, 
 def _units(model: nn.Module, name: str | None) -> list[Unit]:
     """List the taps of a model, or of its graft of one name."""
     inner = unwrapped(model)
-    known = {graft.name: graft for graft in grafts_on(inner) if isinstance(graft.patch, Taps)}
+    known = {graft.name: graft for graft in grafts_in(inner) if isinstance(graft.patch, Taps)}
     if not known:
         raise UnknownGraftError(
             f"There are no taps on this {inner._get_name()}.\n"

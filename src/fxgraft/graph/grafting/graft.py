@@ -51,6 +51,10 @@ class Placer:
         """Say whether the patch runs the model again on the arguments of a training pass."""
         return False
 
+    def judges(self) -> bool:
+        """Say whether the patch has a share in the loss of training passes."""
+        return False
+
 
 P = TypeVar("P", bound=Placer, covariant=True)
 

@@ -105,6 +105,7 @@ class Ledger:
         declared = [option for graft in self.grafts for option in graft.patch.call_options]
         self.options = tuple(dict.fromkeys(declared))
         self.context.replays = any(graft.patch.replays() for graft in self.grafts)
+        self.context.judges = tuple(graft.name for graft in self.grafts if graft.patch.judges())
         self.context.model = weakref.ref(model)
         for graft in self.grafts:
             graft.context = self.context

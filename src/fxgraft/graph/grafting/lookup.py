@@ -7,6 +7,7 @@ from torch import nn
 from fxgraft.graph.grafting.graft import Graft
 from fxgraft.graph.grafting.ledger import Ledger
 from fxgraft.graph.grafting.state import state_of
+from fxgraft.graph.grafting.unit import Unit
 
 
 def ledger_of(model: nn.Module) -> Ledger | None:
@@ -29,3 +30,31 @@ def grafts_on(model: nn.Module) -> list[Graft]:
     """List the grafts of a model, wrapped or not, in the order they were added; empty for a bare one."""
     ledger = ledger_of(unwrapped(model))
     return list(ledger.grafts) if ledger is not None else []
+
+
+def patched_parts(model: nn.Module) -> dict[str, nn.Module]:
+    """Find the patched models in a model by their names in it, outermost first.
+
+    The name of the model itself, wrapped or not, is "". Empty where nothing is patched.
+    """
+    inside = unwrapped(model).named_modules()
+    return {path: module for path, module in inside if ledger_of(module) is not None}
+
+
+def named_grafts(model: nn.Module) -> dict[str, Graft]:
+    """Find the grafts of a model and of the patched models inside of it, by the part's name and their own."""
+    parts = patched_parts(model).items()
+    return {
+        ".".join(filter(None, (path, each.name))): each for path, part in parts for each in grafts_on(part)
+    }
+
+
+def grafts_in(model: nn.Module) -> list[Graft]:
+    """List the grafts of a model and of the patched models inside of it."""
+    return list(named_grafts(model).values())
+
+
+def own_keys(model: nn.Module) -> set[str]:
+    """Return the ``state_dict`` keys of a model that its grafts have added."""
+    units = [name for name, each in model.named_modules(remove_duplicate=False) if isinstance(each, Unit)]
+    return {key for key in model.state_dict() if any(key.startswith(f"{name}.") for name in units)}

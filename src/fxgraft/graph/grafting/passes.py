@@ -21,6 +21,7 @@ from fxgraft.errors import TargetError
 from fxgraft.graph.grafting.labels import checked_labels
 from fxgraft.graph.grafting.published import Labels, published
 from fxgraft.graph.grafting.sharded import outside_sharded_step
+from fxgraft.graph.grafting.watch import LossWatch
 from fxgraft.graph.structure.rest import Rest
 from fxgraft.graph.tracing.observe import tensors
 
@@ -48,11 +49,13 @@ class Left:
     Attributes:
         notes: what grafts remember of it, by name.
         recorded: the values that taps recorded and nobody fetched yet; None if there are none.
+        shapes: of the tensors that it returned; None where no graft has a share in the loss, and in compiled code.
     """
 
     def __init__(self, notes: dict[str, Any], recorded: dict[str, Any] | None) -> None:
         self.notes = notes
         self.recorded = recorded
+        self.shapes: list[tuple[int, ...]] | None = None
 
 
 class Context:
@@ -61,12 +64,16 @@ class Context:
     Attributes:
         progress: share of training done, in [0, 1].
         replays: whether a graft runs the model again; then the arguments of training passes outlive them.
+        judges: names of the grafts that have a share in the loss.
+        watch: notices that the loss is never asked for.
         model: a weak reference to the model; set when the grafts are installed.
     """
 
     def __init__(self) -> None:
         self.progress = 0.0
         self.replays = False
+        self.judges: tuple[str, ...] = ()
+        self.watch = LossWatch()
         self.model: weakref.ref[nn.Module] | None = None
         self._local = threading.local()
         self._notes = WeakTensorKeyDictionary()
@@ -97,9 +104,15 @@ class Context:
         if self.replays and run.training:
             run.notes[ARGUMENTS] = arguments
         self._local.left = Left(run.notes, run.recording)
-        if not torch.compiler.is_compiling() and (run.notes or len(self._notes)):
+        if torch.compiler.is_compiling():
+            return
+        if run.notes or len(self._notes):
             for each in tensors(out):
                 self._notes[each] = run.notes
+        if self.judges:
+            self._local.left.shapes = [tuple(each.shape) for each in tensors(out)]
+            if run.training and torch.is_grad_enabled():
+                self.watch.note(run.model, self.judges, out)
 
     @property
     def asked(self) -> Mapping[tuple[str, str], Any]:

@@ -58,6 +58,9 @@ class Unit(nn.Module):
     def set_progress(self, fraction: float) -> None:
         """Follow a schedule. Keep what depends on it in plain attributes: compiled code guards on those."""
 
+    def restart(self, model: nn.Module) -> None:
+        """Take up new weights of the network, where tensors of the unit are made from them."""
+
     def stale(self, model: nn.Module) -> bool:
         """Say whether what the unit knows about ``model`` no longer holds, so that it must be planned again."""
         return False

@@ -47,7 +47,8 @@ class CrossNorm(BlockPatch):
     With ``consistency=True`` the model's own pass stays clean. With probability ``p``, one draw per call of
     `fxgraft.loss`, the batch runs twice more with CrossNorm on, and the loss is CE(clean) + weight · JS(clean, first,
     second); otherwise it is the criterion on the clean pass and nothing else. Processes that share one model by
-    FSDP have to draw alike: seed them alike, or compare in every step (``p=1``).
+    FSDP have to draw alike: seed them alike, or compare in every step (``p=1``). The model that is patched has to be
+    the one that gives the predictions.
 
     Under torch.compile which units are on is data, so that nothing is compiled again; then every unit computes,
     whether on or off, and a step costs what all units on cost. Where it goes: the options of `BlockPatch`.
@@ -148,6 +149,10 @@ class CrossNorm(BlockPatch):
         """Say that consistency runs the batch again."""
         return self.consistency and self.p > 0
 
+    def judges(self) -> bool:
+        """Say that consistency is a term of the loss."""
+        return self.replays()
+
     def losses(
         self, graft: Graft, out: Any, target: Any, criterion: Callable[..., Tensor]
     ) -> Mapping[str, Tensor]:
@@ -155,7 +160,7 @@ class CrossNorm(BlockPatch):
         again, model = graft.arguments(out), graft.model()
         if not self.replays() or again is None or model is None:  # the pass may have been one in evaluation
             return {}
-        clean = take_logits(out)
+        clean = take_logits(out, [self.output])
         first = again.args[0] if again.args else None
         if isinstance(first, Tensor) and first.shape[0] != clean.shape[0]:
             raise ConfigError(
@@ -169,7 +174,14 @@ class CrossNorm(BlockPatch):
 
         def compared() -> Tensor:
             with graft.asking(forced=True):
-                others = [take_logits(model(*again.args, target=target, **again.kwargs)) for _ in range(2)]
+                passes = [model(*again.args, target=target, **again.kwargs) for _ in range(2)]
+            others = [take_logits(each, [self.output]) for each in passes]
+            if others[0].shape != clean.shape:
+                raise ConfigError(
+                    f"{graft.name!r} compares predictions, and the model that it is on gives {tuple(others[0].shape)} "
+                    f"where the loss is for {tuple(clean.shape)}.\nIt is on a part whose output is not the "
+                    "predictions.\nPatch the whole model instead of the part; layers= takes names inside of it."
+                )
             return self.consistency_weight * jensen_shannon(clean, *others)
 
         return {"consistency": draws.choose(on, compared, clean.new_zeros(()))}

@@ -26,7 +26,7 @@ from fxgraft.extend import (
     because,
     check_count,
     check_share,
-    grafts_on,
+    grafts_in,
     recording,
     register,
 )
@@ -139,6 +139,10 @@ class Diversification(Patch):
             start = f" from {self.loss_start:.0%} of the training" if self.loss_start else ""
             parts.append(f"gradient-boosting loss with k={self.loss_k}{start}")
         return "; ".join(parts)
+
+    def replaces_criterion(self) -> bool:
+        """Say whether there is a loss that goes with the block."""
+        return self.loss is not None
 
     def criterion(self, graft: Graft, criterion: Callable[..., Tensor]) -> Callable[..., Tensor]:
         """Return the gradient-boosting loss, with the settings of the cross-entropy it replaces."""
@@ -270,7 +274,7 @@ def record(model: nn.Module) -> Iterator[list[DiversificationRecord]]:
         "There is no diversification block on this model.\n"
         'Call fxgraft.patch(model, "diversification") first.'
     )
-    with recording(grafts_on(model), DiversificationUnit, missing) as records:
+    with recording(grafts_in(model), DiversificationUnit, missing) as records:
         yield records
 
 

@@ -48,15 +48,23 @@ class LayerCopies(Unit):
         for pair in range(count // 2) if spread > 0 and start == "pretrained" else ():
             self.register_buffer(f"offset_{pair}", _offset(module.weight.detach(), spread))
 
-    @torch.no_grad()
     def serve(self, path: str, module: Any) -> None:
         """Remember the layer; where another one took its place, of the same shape, start as its copies anew."""
         replaced = self.served is not None and self.served() is not module
         self.bind(path=path, served=weakref.ref(module))
-        for index in range(1, self.count) if replaced else ():
+        if replaced:
+            self._start_anew(module)
+
+    def restart(self, model: nn.Module) -> None:
+        """Start anew as copies of the layer, which has new weights."""
+        self._start_anew(model.get_submodule(self.path))
+
+    @torch.no_grad()
+    def _start_anew(self, module: Any) -> None:
+        for index in range(1, self.count):
             for name, tensor in module.named_parameters(recurse=False):
                 getattr(self, f"{name}_{index}").copy_(_start(tensor, self.start))
-        for offset in self.buffers() if replaced else ():
+        for offset in self.buffers():
             offset.copy_(_offset(module.weight, self.spread))
 
     def tensors(self, module: Any) -> list[tuple[Tensor, Tensor | None]]:

@@ -28,7 +28,7 @@ from fxgraft.extend import (
     Words,
     check_share,
     draws,
-    grafts_on,
+    grafts_in,
     is_count,
     recording,
     register,
@@ -280,6 +280,6 @@ def record(model: nn.Module) -> Iterator[list[RSCRecord]]:
         The list that fills up.
     """
     with recording(
-        grafts_on(model), RSCUnit, 'There is no RSC on this model.\nCall fxgraft.patch(model, "rsc") first.'
+        grafts_in(model), RSCUnit, 'There is no RSC on this model.\nCall fxgraft.patch(model, "rsc") first.'
     ) as records:
         yield records

@@ -1,0 +1,214 @@
+"""From what a training has left to a file of stock weights: ``fxgraft merge``."""
+
+from __future__ import annotations
+
+import argparse
+import pickle
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+import fxgraft
+from fxgraft.errors import ConfigError, WeightsError
+from fxgraft.experiments.backbones import build_model, split_name
+from fxgraft.experiments.spec import parse_patch_spec
+from fxgraft.files import write_files
+from fxgraft.recipe import RECIPE, WEIGHTS, unshared
+from fxgraft.stock import differences
+
+RUN_FILES = ("model_best.pth.tar", "last.pth.tar")
+"""What a run of timm's train.py leaves in its folder, the best first."""
+
+_WRAPPERS = ("module.", "_orig_mod.")
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What a training has left.
+
+    Attributes:
+        file: that was read.
+        weights: of the patched model.
+        model: name of the architecture, if it is noted there.
+        classes: number of classes, if noted.
+        options: further arguments of the model's constructor that are noted.
+    """
+
+    file: Path
+    weights: dict[str, Tensor]
+    model: str | None = None
+    classes: int | None = None
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+def merge_file(
+    source: Path,
+    out: Path,
+    *,
+    model: str | None = None,
+    grafts: Sequence[str] = (),
+    classes: int | None = None,
+    input_size: int | None = None,
+    ema: bool = False,
+) -> str:
+    """Fold the grafts of a trained model into stock weights, and write them as safetensors.
+
+    Args:
+        source: a folder that `fxgraft.save` wrote, the output folder of timm's train.py, or a checkpoint.
+        out: the file to write; its name ends in ``.safetensors``.
+        model: name of the backbone; a checkpoint of timm's train.py knows it.
+        grafts: how the model was patched, as `parse_patch_spec` reads it; a folder of `fxgraft.save` knows it.
+        classes: number of classes; by default read from the checkpoint.
+        input_size: side of the images that it was patched for.
+        ema: take the averaged weights of the checkpoint.
+
+    Returns:
+        What was written, and how to build the model from it.
+
+    Raises:
+        ConfigError: a file that cannot be read or written, an unknown model, or grafts that do not go on it.
+        WeightsError: the checkpoint is not that of this model with these grafts; lists the keys.
+        MergeError: a graft cannot be folded.
+    """
+    if out.suffix != ".safetensors":
+        raise ConfigError(f"The file to write must end in .safetensors, got {str(out)!r}.")
+    saved = (source / RECIPE).is_file()
+    trained = Trained(source, _read(source / WEIGHTS)) if saved else read_checkpoint(source, ema)
+    name = model or trained.model
+    if name is None:
+        raise ConfigError(
+            f"{str(trained.file)!r} does not say which model it is of.\nGive it: --model resnet50."
+        )
+    classes = classes or trained.classes or _classes(name, trained.weights)
+    network = build_model(name, classes, input_size=input_size, **trained.options)
+    if saved:
+        if grafts or ema:
+            raise ConfigError(
+                f"{str(source)!r} was written by fxgraft.save, and says itself which grafts and weights it holds.\n"
+                "Leave --graft and --ema out."
+            )
+        fxgraft.load(network, source)
+    else:
+        _patch(network, grafts, input_size)
+        _load(network, trained)
+    merged = fxgraft.merge(network)
+    folded = ", ".join(graft.name for graft in fxgraft.grafts(network)) or "no graft"
+    tensors = unshared(merged.state_dict())
+    try:
+        write_files(out.parent, {out.name: lambda file: save_file(tensors, file, {"format": "pt"})})
+    except OSError as error:
+        raise ConfigError(f"Cannot write {str(out)!r}: {error.strerror or error}.") from error
+    known = "" if classes is None else f", num_classes={classes}"
+    library, plain = split_name(name)
+    how = f"timm.create_model({plain!r}{known}, checkpoint_path={str(out)!r})"
+    return f"{out}: {name} with {folded} folded in, {len(tensors)} tensors" + (
+        f"\n{how}" if library == "timm" else ""
+    )
+
+
+def read_checkpoint(source: Path, ema: bool = False) -> Trained:
+    """Read a checkpoint: of timm's train.py, a plain state dict, or safetensors. No code in it is run.
+
+    Args:
+        source: the file, or the output folder of timm's train.py.
+        ema: take the averaged weights.
+
+    Raises:
+        ConfigError: there is none, it cannot be read, or it has no averaged weights.
+    """
+    if source.is_dir():
+        found = next((source / each for each in RUN_FILES if (source / each).is_file()), None)
+        if found is None:
+            raise ConfigError(
+                f"There is nothing to merge in {str(source)!r}: neither {RECIPE}, which fxgraft.save writes, nor "
+                f"{' or '.join(RUN_FILES)}, which timm's train.py does.\nPass the checkpoint itself."
+            )
+        source = found
+    content = _read(source)
+    key = "state_dict_ema" if ema else next((k for k in ("state_dict", "model") if k in content), None)
+    if ema and content.get("state_dict_ema") is None:
+        raise ConfigError(f"{str(source)!r} has no averaged weights.\nLeave --ema out.")
+    weights = content if key is None else content[key]
+    if not isinstance(weights, Mapping) or not all(isinstance(each, Tensor) for each in weights.values()):
+        raise ConfigError(
+            f"{str(source)!r} holds no weights that can be told: it has the entries "
+            f"{', '.join(map(repr, list(content)[:8]))}.\n"
+            "Pass a state dict, or a dictionary with one under 'state_dict'."
+        )
+    given = vars(content["args"]) if isinstance(content.get("args"), argparse.Namespace) else {}
+    options = dict(given.get("model_kwargs") or {})
+    if given.get("in_chans") is not None:
+        options["in_chans"] = given["in_chans"]
+    # Without arguments beside it, "arch" is the name of the class.
+    return Trained(source, _unwrapped(weights), given.get("model"), given.get("num_classes"), options)
+
+
+def _read(file: Path) -> dict[str, Any]:
+    try:
+        if file.suffix == ".safetensors":
+            return load_file(file)
+        with torch.serialization.safe_globals([argparse.Namespace]):  # timm keeps its arguments in one
+            content = torch.load(file, map_location="cpu", weights_only=True)
+    except (OSError, SafetensorError, RuntimeError, EOFError, pickle.UnpicklingError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+        raise ConfigError(f"The checkpoint {str(file)!r} cannot be read: {reason}") from error
+    if not isinstance(content, dict):
+        raise ConfigError(f"{str(file)!r} holds a {type(content).__name__}, not a dictionary of weights.")
+    return content
+
+
+def _unwrapped(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Take off what DistributedDataParallel and torch.compile put before the names."""
+    found = dict(weights)
+    while (prefix := next((w for w in _WRAPPERS if all(k.startswith(w) for k in found)), None)) and found:
+        found = {key.removeprefix(prefix): value for key, value in found.items()}
+    return found
+
+
+def _classes(name: str, weights: Mapping[str, Tensor]) -> int | None:
+    """Count the classes of a timm model's classifier; None where it cannot be told."""
+    library, model = split_name(name)
+    architecture = model.partition(".")[0]
+    config = (
+        timm.get_pretrained_cfg(architecture) if library == "timm" and timm.is_model(architecture) else None
+    )
+    layer = None if config is None else config.classifier
+    weight = weights.get(f"{layer if isinstance(layer, str) else (layer or ('',))[0]}.weight")
+    return None if weight is None else weight.shape[0]
+
+
+def _patch(network: nn.Module, grafts: Sequence[str], input_size: int | None) -> None:
+    for text in grafts:
+        spec = parse_patch_spec(text)
+        size = {} if input_size is None else {"input_size": (3, input_size, input_size)}
+        fxgraft.patch(network, spec.method, **{**size, **spec.options})
+
+
+def _load(network: nn.Module, trained: Trained) -> None:
+    found = differences(network.state_dict(), trained.weights)
+    if not found:
+        network.load_state_dict(trained.weights)
+        return
+    have = {graft.name for graft in fxgraft.grafts(network)}
+    there = {
+        each for key in trained.weights for each in re.findall(r"\bgraft_([A-Za-z0-9_]+?)(?:_\d+)?\.", key)
+    }
+    unknown = sorted(there - have)
+    raise WeightsError(
+        f"{str(trained.file)!r} is not a checkpoint of this {type(network).__name__.removeprefix('Grafted')} with "
+        f"{', '.join(sorted(have)) or 'no grafts'}: {found}.\n"
+        + (
+            f"It has tensors of {', '.join(map(repr, unknown))}: say how it was patched, "
+            f"--graft {unknown[0]}:key=value,key=value."
+            if unknown
+            else "Give the model and the grafts that it was trained with: --model resnet50 --graft rsc:layer=layer4."
+        )
+    )

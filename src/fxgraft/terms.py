@@ -1,0 +1,156 @@
+"""The loss of a model with grafts: the criterion, and what the grafts add to it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fxgraft.errors import ConfigError, StructureError
+from fxgraft.graph.grafting.graft import Graft
+from fxgraft.graph.grafting.lookup import grafts_on, ledger_of, named_grafts, patched_parts
+from fxgraft.graph.structure.outputs import take_logits
+from fxgraft.graph.tracing.observe import tensors
+
+Criterion = Callable[..., Tensor]
+
+
+def losses(
+    model: nn.Module, out: Any, y: Any, criterion: Callable[..., Tensor] = F.cross_entropy
+) -> dict[str, Tensor]:
+    """Return the parts of the loss by name: "criterion", then what each graft adds.
+
+    Args:
+        model: bare, patched, or with patched parts (a backbone inside a model of your own). Every graft of every part
+            adds its terms. A graft that stands in for the criterion (MixMo, the gradient-boosting loss) may be on
+            one part, whose output is then the model's.
+        out: what the model returned; of a structured output the logits are taken: "out" of torchvision's
+            segmentation models, whose "aux" is left to you, or "logits".
+        y: labels, as the criterion takes them, or as the call took them as ``target``.
+        criterion: called as ``criterion(logits, y)``.
+
+    Returns:
+        Scalars by name, those of grafts as ``"<graft>.<term>"``, with the part's name before it where a graft is on a
+        part: ``"backbone.crossnorm.consistency"``.
+
+    Raises:
+        StructureError: it is not clear what in the output are the logits; or a graft on a part stands in for the
+            criterion, and the model's output is not that part's.
+        ConfigError: grafts of several parts stand in for the criterion.
+    """
+    _ask(model)
+    names = [getattr(graft.patch, "output", None) for graft in grafts_on(model)]
+    logits = take_logits(out, names)
+    for graft in _judging(model, logits):
+        criterion = graft.patch.criterion(graft, criterion)
+    return {"criterion": criterion(logits, y), **_terms(model, out, y, criterion)}
+
+
+def loss(model: nn.Module, out: Any, y: Any, criterion: Callable[..., Tensor] = F.cross_entropy) -> Tensor:
+    """Return the whole loss as one scalar: the sum of `losses`.
+
+    Args:
+        model: as in `losses`.
+        out: what the model returned.
+        y: labels.
+        criterion: called as ``criterion(logits, y)``.
+
+    Raises:
+        StructureError, ConfigError: as `losses`.
+    """
+    parts = losses(model, out, y, criterion)
+    return _sum(parts) if len(parts) > 1 else parts["criterion"]
+
+
+def extra_loss(
+    model: nn.Module, out: Any, y: Any, criterion: Callable[..., Tensor] = F.cross_entropy
+) -> Tensor:
+    """Return what the grafts add to the loss, without the criterion: to be added to a loss of your own.
+
+    For criteria that take more than the logits (auxiliary heads, reference scripts), and for models that compute
+    their loss themselves (detectors, transformers): ``out.loss + fxgraft.extra_loss(model, out, y)``.
+
+    Args:
+        model: as in `losses`.
+        out: what the model returned.
+        y: labels, as the call took them as ``target``.
+        criterion: for terms that use it, called as ``criterion(logits, y)``.
+
+    Returns:
+        A scalar; zero, without a gradient, where no graft adds anything.
+
+    Raises:
+        ConfigError: a graft stands in for the criterion, so that a loss without it would not be the method's.
+        StructureError: a term needs the logits, and it is not clear what in the output they are.
+    """
+    _ask(model)
+    for name, graft in named_grafts(model).items():
+        if graft.patch.replaces_criterion():
+            raise ConfigError(
+                f"{name!r} ({graft.patch.title}) stands in for the criterion, and extra_loss is there for losses of "
+                "your own.\nWhat it does to the criterion would be missing.\n"
+                "Call fxgraft.loss(model, out, y, criterion=...), or unpatch it."
+            )
+    terms = _terms(model, out, y, criterion)
+    if terms:
+        return _sum(terms)
+    return next((each.new_zeros(()) for each in tensors(out) if each.is_floating_point()), torch.zeros(()))
+
+
+def _sum(parts: Mapping[str, Tensor]) -> Tensor:
+    return torch.stack([value.reshape(()) for value in parts.values()]).sum()
+
+
+def _ask(model: nn.Module) -> None:
+    """Note that the loss of every patched part is asked for."""
+    for part in patched_parts(model).values():
+        ledger = ledger_of(part)
+        if ledger is not None:
+            ledger.context.watch.asked = True
+
+
+def _terms(model: nn.Module, out: Any, y: Any, criterion: Criterion) -> dict[str, Tensor]:
+    return {
+        f"{name}.{term}": value
+        for name, graft in named_grafts(model).items()
+        for term, value in graft.patch.losses(graft, out, y, criterion).items()
+    }
+
+
+def _judging(model: nn.Module, logits: Any) -> list[Graft]:
+    """List the grafts of the one part that may stand in for the criterion.
+
+    Raises:
+        ConfigError: there are several such parts.
+        StructureError: the logits are not the output of that part.
+    """
+    found = {
+        path: grafts
+        for path, part in patched_parts(model).items()
+        if (grafts := [each for each in grafts_on(part) if each.patch.replaces_criterion()])
+    }
+    if len(found) > 1:
+        names = " and ".join(
+            f"{grafts[0].name!r} on {path or 'the model'!r}" for path, grafts in found.items()
+        )
+        raise ConfigError(
+            f"{names} each stand in for the criterion.\nEach judges the output of its own part by its own rule.\n"
+            "Call fxgraft.loss on each part with that part's output, and add the results."
+        )
+    for path, grafts in found.items():
+        context = grafts[0].context
+        left = None if context is None else context.left
+        shapes = None if left is None else left.shapes
+        if path and shapes is not None and tuple(logits.shape) not in shapes:
+            method = grafts[0].patch.method
+            raise StructureError(
+                f"{grafts[0].name!r} on the part {path!r} stands in for the criterion, and the model's output "
+                f"{tuple(logits.shape)} is not that part's {', '.join(map(str, shapes))}.\n"
+                "It judges the predictions of the model that it was put on.\n"
+                f"Patch the whole model, fxgraft.patch(model, {method!r}, ...), or call fxgraft.loss on the part with "
+                "the part's own output."
+            )
+    return [graft for grafts in found.values() for graft in grafts]

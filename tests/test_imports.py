@@ -1,0 +1,84 @@
+"""What importing costs: the command line and the bare package load no more than they need."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import fxgraft
+from fxgraft import public
+
+HEAVY = ("torch", "timm", "torchvision", "numpy", "sklearn", "matplotlib", "fxgraft.public")
+SOURCE = str(Path(fxgraft.__file__).parents[1])
+
+
+def loaded_after(code: str) -> set[str]:
+    """Run code in a new process; return which heavy modules it has loaded."""
+    script = (
+        f"import sys; sys.path.insert(0, {SOURCE!r})\n{code}\n"
+        f"print('loaded:', *(name for name in {HEAVY!r} if name in sys.modules))"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return set(done.stdout.splitlines()[-1].split()[1:])
+
+
+COMMAND = """
+from fxgraft.cli.commands import app
+try:
+    app({arguments!r})
+except SystemExit as left:
+    assert left.code == {code}, left.code
+"""
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code"),
+    [
+        (["--help"], 0),
+        (["--version"], 0),
+        *((([command, "--help"]), 0) for command in ("demo", "sites", "info", "bench", "merge", "show")),
+        (["show", "maps", "--help"], 0),
+        (["sites", "--no-such-option"], 2),
+        (["no-such-command"], 2),
+    ],
+)
+def test_help_and_mistakes_load_nothing(arguments: list[str], code: int) -> None:
+    assert loaded_after(COMMAND.format(arguments=arguments, code=code)) == set()
+
+
+def test_the_package_is_empty_until_it_is_asked() -> None:
+    assert loaded_after("import fxgraft; assert fxgraft.__version__") == set()
+    assert loaded_after("import fxgraft.errors; from fxgraft import errors; errors.ConfigError") == set()
+    assert loaded_after("import fxgraft; hasattr(fxgraft, '__wrapped__')") == set()
+    assert loaded_after("import fxgraft; fxgraft.patch") >= {"torch", "timm", "fxgraft.public"}
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "from fxgraft import *; patch, RSC, SiteError",
+        "from fxgraft import patch, extend; extend.Unit",
+        "import fxgraft; fxgraft.extend.Unit; fxgraft.patches.registry.build",
+        "from fxgraft.api import patch; import timm; patch(timm.create_model('resnet10t'), 'rsc', layer=-1)",
+    ],
+)
+def test_names_are_found_in_every_way(code: str) -> None:
+    assert "torch" in loaded_after(code)
+
+
+def test_all_names_are_listed() -> None:
+    assert dir(fxgraft) == sorted([*public.__all__, "__version__"]) == sorted(fxgraft.__all__)
+    assert {"patch", "unpatch", "loss", "extra_loss", "load_backbone", "RSC", "SiteError"} <= set(
+        dir(fxgraft)
+    )
+    assert all(getattr(fxgraft, name) is getattr(public, name) for name in public.__all__)
+
+
+@pytest.mark.parametrize("name", ["pathc", "_hidden", "annotations"])
+def test_what_is_not_there_is_an_attribute_error(name: str) -> None:
+    with pytest.raises(AttributeError, match=rf"module 'fxgraft' has no attribute '{name}'"):
+        getattr(fxgraft, name)
