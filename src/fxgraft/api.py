@@ -101,16 +101,16 @@ def _check_new(graft: Graft, present: Sequence[Graft], named: bool) -> None:
                 f"{graft.patch.method!r} is on the model already with these settings, as {other.name!r}.\n"
                 "Twice the same would act twice at the same place.\nChange a setting, or unpatch it first."
             )
-        if other.patch.pairs_labels and graft.patch.pairs_labels:
-            raise ConfigError(
-                f"{graft.patch.method!r} and {other.name!r}, which is on the model, both pair every row of the output "
-                "with labels of other rows.\nNeither's loss knows what the other has mixed.\nUnpatch one of them."
-            )
         if other.name == graft.name:
             hint = (
                 "Choose another name." if named else f'Give the second one a name, as name="{graft.name}_2".'
             )
             raise DuplicateGraftError(f"There is a graft named {graft.name!r} on the model already.\n{hint}")
+        if other.patch.pairs_labels and graft.patch.pairs_labels:
+            raise ConfigError(
+                f"{graft.patch.method!r} and {other.name!r}, which is on the model, both pair every row of the output "
+                "with labels of other rows.\nNeither's loss knows what the other has mixed.\nUnpatch one of them."
+            )
 
 
 def _plan(model: nn.Module, present: Sequence[Graft], graft: Graft) -> Plan:

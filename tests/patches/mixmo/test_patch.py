@@ -352,6 +352,8 @@ def test_others_see_the_labels_of_the_mixtures() -> None:
     assert model(x, target=y).shape == (2, 12, CLASSES)
 
 
-def test_two_of_them_cannot_share_a_stem() -> None:
-    with pytest.raises(fxgraft.SiteError, match="cannot share"):
+def test_two_of_them_do_not_go_together() -> None:
+    with pytest.raises(
+        fxgraft.ConfigError, match="both pair every row of the output with labels of other rows"
+    ):
         fxgraft.patch(patched(), "mixmo", members=3, name="more", **SMALL)
