@@ -20,7 +20,7 @@ from adaptation.adapting import adam, everything, network, with_generators
 from contract.cases import same
 from faults.lines import SIZE, Lines, bare, distinct, nothing_else_changes
 from fxgraft.graph.grafting import published
-from fxgraft.patches.gam import patch as gam
+from fxgraft.patches.gam import step as gam
 from toys import LABELS, images, net
 
 KINDS = (KeyboardInterrupt, MemoryError, OSError)

@@ -60,6 +60,7 @@ class Net(nn.Module):
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
 @pytest.mark.parametrize("case", [c for p in POSITIONS for c in load_golden(f"cnsn_pos_{p}")], ids=str)
 @pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.filterwarnings("ignore:SelfNorm. init=.authors. opens each gate:fxgraft.FxgraftWarning")
 def test_authors_numbers_in_a_bottleneck(
     case: GoldenCase, dtype: torch.dtype, reverse: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
