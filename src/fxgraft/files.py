@@ -29,8 +29,8 @@ def write_files(folder: Path, files: Mapping[str, Write]) -> None:
         files: by name in the folder, what writes each.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    drafts = {folder / name: folder / f".{name}.part" for name in files}
-    former = {folder / name: folder / f".{name}.old" for name in files}
+    drafts = {folder / name: _beside(folder / name, "part") for name in files}
+    former = {folder / name: _beside(folder / name, "old") for name in files}
     with _alone_in(folder), _cleared(*drafts.values(), *former.values()):
         for draft, write in zip(drafts.values(), files.values(), strict=True):
             # Of a killed process, perhaps another user's: it could be removed, but not written over.
@@ -51,6 +51,16 @@ def write_files(folder: Path, files: Mapping[str, Write]) -> None:
                 elif target in new:
                     target.unlink(missing_ok=True)
             raise
+
+
+def clear_drafts(target: Path) -> None:
+    """Remove what a process that was killed while it wrote a file has left beside it."""
+    with _alone_in(target.parent), _cleared(_beside(target, "part"), _beside(target, "old")):
+        pass
+
+
+def _beside(target: Path, what: str) -> Path:
+    return target.parent / f".{target.name}.{what}"
 
 
 @contextlib.contextmanager

@@ -63,7 +63,7 @@ def everything(model: nn.Module, optimizers: Any = ()) -> list[Tensor]:
     held = [*model.state_dict().values(), *gam.discriminators(model).state_dict().values()]
     for optimizer in optimizers:
         for state in optimizer.state_dict()["state"].values():
-            held += [torch.as_tensor(value) for value in state.values()]
+            held += [torch.as_tensor(value) for value in state.values() if value is not None]
     return [each.clone() for each in held]
 
 

@@ -246,9 +246,9 @@ def chosen() -> Callable[[Callable[..., None]], Callable[..., None]]:
     """A few interruptions of one kind each in every run, many of all kinds in the sweep."""
     cells = []
     for index, name in enumerate((*ACTS, "adapt")):
-        cells.append(pytest.param(name, KINDS[index % 3], 3, id=f"{name}-few"))
+        cells.append(pytest.param(name, KINDS[index % 3], 2, id=f"{name}-few"))
         for kind in KINDS:
-            many = pytest.param(name, kind, 15, id=f"{name}-{kind.__name__}", marks=pytest.mark.sweep)
+            many = pytest.param(name, kind, 10, id=f"{name}-{kind.__name__}", marks=pytest.mark.sweep)
             cells.append(many)
     return pytest.mark.parametrize(("name", "kind", "count"), cells)
 

@@ -42,8 +42,13 @@ def close(actual: Tensor, expected: Tensor) -> None:
 
 
 @pytest.mark.usefixtures("_compiler")
-@pytest.mark.parametrize("training", [True, False])
-@pytest.mark.parametrize("detach", [True, False])
+@pytest.mark.parametrize(
+    ("training", "detach"),
+    [
+        (True, False),
+        *(pytest.param(*each, marks=pytest.mark.sweep) for each in ((True, True), (False, False))),
+    ],
+)
 def test_compiled_taps_give_the_eager_values_and_gradients(training: bool, detach: bool) -> None:
     model = tapped_net(SITES, detach=detach).train(training)
     twin = copy.deepcopy(model)
@@ -169,7 +174,13 @@ def test_without_gradients(way: Any) -> None:
 
 @pytest.mark.parametrize(
     ("layer", "when"),
-    [("layer2", "before"), ("layer2", "after"), ("layer2.0.conv1", "after"), ("layer2.0.add", "before")],
+    [
+        ("layer2.0.add", "before"),
+        *(
+            pytest.param(*each, marks=pytest.mark.sweep)
+            for each in (("layer2", "before"), ("layer2", "after"), ("layer2.0.conv1", "after"))
+        ),
+    ],
 )
 def test_checkpointed_regions_are_recorded_once(layer: str, when: str) -> None:
     """In backward they run again; what was recorded in the pass stays, and gradients flow through it."""
@@ -262,8 +273,8 @@ def test_torchvisions_feature_extractor(training: bool) -> None:
     ("name", "options", "size"),
     [
         ("resnet18", {"channels": (8, 16, 16, 24)}, 64),
-        ("convnext_atto", {}, 64),
-        ("mobilenetv3_small_050", {}, 64),
+        pytest.param("convnext_atto", {}, 64, marks=pytest.mark.sweep),
+        pytest.param("mobilenetv3_small_050", {}, 64, marks=pytest.mark.sweep),
     ],
 )
 def test_timms_features_only(name: str, options: dict[str, Any], size: int) -> None:

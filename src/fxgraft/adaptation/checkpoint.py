@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 from fxgraft.adaptation.streams import Endless
 from fxgraft.api import grafts
 from fxgraft.errors import ConfigError, RecipeError
-from fxgraft.files import Header, write_files
+from fxgraft.files import Header, clear_drafts, write_files
 from fxgraft.graph.grafting.state import state_of
 from fxgraft.graph.tracing.whole import Step, at_once, refilling
 
@@ -119,6 +119,7 @@ class Checkpoint:
         """
         if not self.path.exists():
             return 0
+        clear_drafts(self.path)  # of a run that was killed after its last step, too
         content = self._read()
         differing = [
             text for key, text in _DIFFERENCES.items() if content["identity"].get(key) != self.identity[key]
@@ -245,7 +246,16 @@ def _is_like(state: Any, own: dict[str, Any]) -> bool:
         and group.get("params") == mine["params"]
         and all(key in group and _is_kin(group[key], value) for key, value in mine.items())
         for group, mine in zip(groups, own["param_groups"], strict=True)
-    ) and all(isinstance(values, dict) for values in state["state"].values())
+    ) and all(
+        isinstance(values, dict) and all(map(_is_slot, values.values())) for values in state["state"].values()
+    )
+
+
+def _is_slot(value: Any) -> bool:
+    """Say whether an optimiser may keep this for a parameter: tensors and numbers, or lists of them."""
+    if isinstance(value, (list, tuple)):
+        return all(map(_is_slot, value))
+    return value is None or isinstance(value, (Tensor, int, float))
 
 
 def _is_kin(value: Any, own: Any) -> bool:

@@ -70,7 +70,9 @@ SEGMENTERS = {
 }
 
 
-@pytest.mark.parametrize("name", SEGMENTERS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(each, marks=[pytest.mark.sweep] if "resnet" in each else []) for each in SEGMENTERS]
+)
 def test_dense_prediction(name: str):
     build = getattr(torchvision.models.segmentation, name)
     torch.manual_seed(0)
