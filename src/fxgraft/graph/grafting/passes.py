@@ -77,6 +77,8 @@ class Context:
         self.model: weakref.ref[nn.Module] | None = None
         self._local = threading.local()
         self._notes = WeakTensorKeyDictionary()
+        # Compiled code asks whether a thread has it: it should not appear between the first call and the second.
+        _running.stack = getattr(_running, "stack", ())
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Travel with nothing but the progress: passes and what they left belong to the model and its threads."""
