@@ -10,6 +10,7 @@ from torch import nn
 
 import fxgraft
 from contract.cases import (
+    REPRESENTATIVE,
     Cell,
     Pass,
     anatomy,
@@ -123,7 +124,12 @@ def test_taking_it_off(grafted: Grafted) -> None:
 
 
 @pytest.mark.parametrize(
-    "cell", cells(lambda cell: cell.works and cell.expected.neutral is not None, ("small", "timm/resnet18"))
+    "cell",
+    cells(
+        lambda cell: cell.works and cell.expected.neutral is not None,
+        ("small", "timm/resnet18"),
+        ("small", *REPRESENTATIVE),
+    ),
 )
 def test_neutral_settings(cell: Cell) -> None:
     """They train as the bare model does, bit by bit, and draw nothing."""

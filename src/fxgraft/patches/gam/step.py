@@ -96,8 +96,8 @@ def discriminators(model: nn.Module, name: str | None = None) -> ByTap:
     """Return the discriminators of a patched model by the names of their taps, for an optimiser of their own.
 
     Its ``state_dict`` also holds the running statistics, where these are used. Under DistributedDataParallel
-    every process has its own: give them the same seed, and average their gradients before the optimiser's step. The moments
-    that the network matches by are buffers of it, and come from the first process, as BatchNorm's do.
+    every process has its own: give them the same seed, and average their gradients before the optimiser's step.
+    The moments that the network matches by are buffers of it, and come from the first process, as BatchNorm's do.
 
     Args:
         model: patched with "gam".
