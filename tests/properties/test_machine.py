@@ -204,7 +204,9 @@ class Machine(RuleBasedStateMachine):
         assert outs[0].dtype == outs[1].dtype
         if not self.grafts or (not self.model.training and self.exact):
             assert same(outs[0], outs[1])
-            assert same([mine[name].grad for name in trains], [theirs[name].grad for name in trains])
+            # What acts in evaluation has a share in the gradients, also where its output is the bare one.
+            if all(patch.train_only for patch in self.grafts.values()):
+                assert same([mine[name].grad for name in trains], [theirs[name].grad for name in trains])
         with torch.no_grad():
             for p in mine.values():
                 if p.grad is not None:
@@ -279,11 +281,12 @@ class Machine(RuleBasedStateMachine):
     @rule(rarely=st.integers(1, 8))
     def compile(self, rarely: int) -> None:
         if rarely == 1:
-            wanted = self.evaluated(self.model)
-            compiled = torch.compile(self.model, backend="eager")
-            with evaluation(self.model), torch.no_grad():
-                assert same(compiled(self.batch()[0]), wanted)
-            torch._dynamo.reset()
+            for model in self.both:  # the compiler leaves notes of its own on a model
+                wanted = self.evaluated(model)
+                compiled = torch.compile(model, backend="eager")
+                with evaluation(model), torch.no_grad():
+                    assert same(compiled(self.batch()[0]), wanted)
+                torch._dynamo.reset()
 
     # What holds all the time.
 
@@ -344,7 +347,7 @@ def evaluation(model: nn.Module) -> Iterator[None]:
 
 @pytest.mark.parametrize(
     ("examples", "steps"),
-    [pytest.param(6, 12, id="few"), pytest.param(20, 20, id="many", marks=pytest.mark.sweep)],
+    [pytest.param(6, 12, id="few")],
 )
 def test_machine(examples: int, steps: int) -> None:
     run_state_machine_as_test(
