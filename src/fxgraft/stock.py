@@ -15,6 +15,9 @@ from fxgraft.graph.tracing.whole import alone
 
 M = TypeVar("M", bound=nn.Module)
 
+WRAPPERS = ("module.", "_orig_mod.")
+"""What DistributedDataParallel and torch.compile put before the names."""
+
 SHOWN = 5
 """How many keys a message lists."""
 
@@ -114,7 +117,7 @@ def _hint(wanted: Mapping[str, Any], given: Mapping[str, Any]) -> str:
     unexpected = [key for key in given if key not in wanted]
     if any(map(is_graft_key, unexpected)):
         return "It is that of a patched model: patch this one alike, and call model.load_state_dict."
-    if unexpected and all(key.startswith(("module.", "_orig_mod.")) for key in unexpected):
+    if unexpected and all(key.startswith(WRAPPERS) for key in unexpected):
         return "It was saved with its wrapper: take the first part off its keys."
     if any(key in ("state_dict", "model", "state_dict_ema") for key in unexpected):
         return "The weights are one entry of what was saved: pass that."

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -74,3 +75,12 @@ def equal(left: list[Tensor], right: list[Tensor]) -> bool:
 def adam(model: nn.Module) -> tuple[torch.optim.Optimizer, torch.optim.Optimizer]:
     players = gam.discriminators(model)
     return torch.optim.Adam(players.parameters(), 1e-2), torch.optim.Adam(model.parameters(), 1e-2)
+
+
+def adapted(folder: Path, steps: int) -> list[Any]:
+    """Adapt with a checkpoint after every step, or go on from one; return all that the run ends with."""
+    model = network()
+    pair = adam(model)
+    loaders = with_generators()
+    fxgraft.adapt(model, *loaders, steps=steps, optimizers=pair, checkpoint=folder, checkpoint_every=1)
+    return everything(model, pair)

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 import fxgraft
-from adaptation.adapting import adam, everything, network, with_generators
+from adaptation.adapting import adapted
 from contract.cases import same
 from faults.lines import SIZE, Lines, bare, distinct
 from toys import net
@@ -93,14 +93,6 @@ def saves(count: int, folder: Path) -> int:
         assert same(dict(fxgraft.load(net(), folder).state_dict()), dict(models[1].state_dict()))
     assert refused <= max(2, done // 10), refused
     return done
-
-
-def adapted(folder: Path, steps: int) -> list[Any]:
-    model = network()
-    pair = adam(model)
-    loaders = with_generators()
-    fxgraft.adapt(model, *loaders, steps=steps, optimizers=pair, checkpoint=folder, checkpoint_every=1)
-    return everything(model, pair)
 
 
 def adaptations(count: int, folder: Path) -> int:

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 import fxgraft
-from adaptation.adapting import adam, everything, network, with_generators
+from adaptation.adapting import adapted
 from contract.cases import same
 from faults.lines import SIZE, bare
 from toys import net
@@ -86,13 +86,6 @@ def test_a_save_to_a_full_disk(
 def test_a_checkpoint_on_a_full_disk(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, share: float, full: str
 ) -> None:
-    def adapted(folder: Path, steps: int) -> list[Any]:
-        model = network()
-        pair = adam(model)
-        made = with_generators()
-        fxgraft.adapt(model, *made, steps=steps, optimizers=pair, checkpoint=folder, checkpoint_every=1)
-        return everything(model, pair)
-
     adapted(tmp_path, 1)
     before = contents(tmp_path)
     size = int(share * len(before["adaptation.pt"]))

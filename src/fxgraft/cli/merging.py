@@ -22,12 +22,10 @@ from fxgraft.experiments.backbones import build_model, split_name
 from fxgraft.experiments.spec import parse_patch_spec
 from fxgraft.files import write_files
 from fxgraft.recipe import RECIPE, WEIGHTS, unshared
-from fxgraft.stock import differences
+from fxgraft.stock import WRAPPERS, differences
 
 RUN_FILES = ("model_best.pth.tar", "last.pth.tar")
 """What a run of timm's train.py leaves in its folder, the best first."""
-
-_WRAPPERS = ("module.", "_orig_mod.")
 
 
 @dataclass(frozen=True)
@@ -168,7 +166,7 @@ def _read(file: Path) -> dict[str, Any]:
 def _unwrapped(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Take off what DistributedDataParallel and torch.compile put before the names."""
     found = dict(weights)
-    while (prefix := next((w for w in _WRAPPERS if all(k.startswith(w) for k in found)), None)) and found:
+    while (prefix := next((w for w in WRAPPERS if all(k.startswith(w) for k in found)), None)) and found:
         found = {key.removeprefix(prefix): value for key, value in found.items()}
     return found
 
