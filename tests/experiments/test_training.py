@@ -8,6 +8,7 @@ from torch import nn
 
 import fxgraft
 from fxgraft.errors import ConfigError
+from fxgraft.experiments import training
 from fxgraft.experiments.augment import Augment
 from fxgraft.experiments.domains import Domain, leave_one_out
 from fxgraft.experiments.environment import environment
@@ -176,6 +177,55 @@ def test_biases_and_norms_are_not_decayed(monkeypatch):
     assert {id(p) for p in others} == {
         id(p) for p in (model.body[0].bias, norm.weight, norm.bias, model.fc.bias)
     }
+
+
+class StopError(Exception):
+    pass
+
+
+@pytest.mark.parametrize("method", [None, "rsc", "selfnorm"])
+@pytest.mark.parametrize("options", [{}, {"optimizer": "adamw", "schedule": "step"}])
+def test_an_interrupted_run_goes_on_to_the_same_weights(tmp_path, method, options):
+    def run(checkpoint, stop_at=None):
+        model = small()
+        torch.manual_seed(0)  # a method may draw weights of its own
+        if method is not None:
+            fxgraft.patch(model, method, layer=-1)
+
+        def progress(step, total):
+            if step == stop_at:
+                raise StopError
+
+        arguments = {"epochs": 3, "batch_size": 8, "lr": 0.01, "validation": blocks(12)} | options
+        history = train(
+            model, blocks(), augment=Augment(flip=0.5), progress=progress, checkpoint=checkpoint, **arguments
+        )
+        return model.state_dict(), history
+
+    straight, whole = run(None)
+    file = tmp_path / "folder" / "run.pt"
+    with pytest.raises(StopError):
+        run(file, stop_at=15)  # in the third of three epochs of six steps
+    weights, history = run(file)
+    assert all(torch.equal(weights[key], straight[key]) for key in straight)
+    assert history.epoch_loss == whole.epoch_loss
+    assert history.validation == whole.validation
+    assert len(history.step_seconds) == 18
+
+
+def test_a_checkpoint_of_another_run_is_refused(tmp_path):
+    file = tmp_path / "run.pt"
+    train(small(), blocks(), epochs=1, batch_size=8, checkpoint=file)
+    with pytest.raises(ConfigError, match="damaged or of another run"):
+        train(Watched(), blocks(), epochs=1, batch_size=8, checkpoint=file)
+    file.write_bytes(b"nothing")
+    with pytest.raises(ConfigError, match="Cannot go on from"):
+        train(small(), blocks(), epochs=1, batch_size=8, checkpoint=file)
+
+
+def test_step_schedule_falls_once():
+    rates = [training._rate(step, 100, 0.0, "step") for step in range(100)]
+    assert rates == [1.0] * 80 + [0.1] * 20
 
 
 def test_best_goes_back_to_the_best_epoch(monkeypatch):

@@ -12,8 +12,9 @@ import math
 import statistics
 from collections.abc import Callable
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from typing import Literal
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -26,6 +27,7 @@ from fxgraft.experiments.augment import Augment
 from fxgraft.experiments.domains import ImagesAndLabels, checked_images
 from fxgraft.experiments.evaluation import autocast, evaluate
 from fxgraft.experiments.images import normalised, to_floats
+from fxgraft.experiments.resuming import keep, resume
 from fxgraft.experiments.timing import Clock
 
 
@@ -62,6 +64,7 @@ def train(
     momentum: float = 0.9,
     weight_decay: float = 5e-4,
     warmup: float = 0.05,
+    schedule: Literal["cosine", "step"] = "cosine",
     seed: int = 0,
     device: str | torch.device = "cpu",
     augment: Augment | None = None,
@@ -70,6 +73,7 @@ def train(
     validation: ImagesAndLabels | None = None,
     select: Literal["last", "best"] = "last",
     progress: Callable[[int, int], None] | None = None,
+    checkpoint: Path | None = None,
 ) -> History:
     """Train a classifier in place, bare or patched.
 
@@ -78,8 +82,9 @@ def train(
     same seed are the same, image for image, for every model. torch's global generators are seeded for
     the run and put back as they were; they serve the model alone (dropout, the draws of a patch).
 
-    The rate rises linearly over the first `warmup` of the steps, then falls to 0 on a half cosine. A last
-    batch that is not full is dropped (unless it is the only one), since a batch of one image stops BatchNorm.
+    The rate rises linearly over the first `warmup` of the steps, then falls to 0 on a half cosine or once to a
+    tenth. A last batch that is not full is dropped (unless it is the only one), since a batch of one image stops
+    BatchNorm.
 
     Args:
         model: moved to `device`.
@@ -91,6 +96,7 @@ def train(
         momentum: of SGD.
         weight_decay: of either.
         warmup: share of all steps, in [0, 1).
+        schedule: "cosine", or "step": a tenth of the rate from 80 % of the steps on.
         seed: of the batch order, the augmentation and torch's global generators.
         device: where to train.
         augment: what to do to each batch; None leaves the images as they are.
@@ -100,6 +106,9 @@ def train(
         select: "last" keeps the weights of the last epoch (the default: nothing is chosen by looking);
             "best" goes back to the epoch with the best validation accuracy, the earliest on a tie.
         progress: called after each step with the steps done and the steps in all.
+        checkpoint: a file to which every finished epoch is written, whole or not at all, and from which a run
+            with the same arguments goes on, to the same weights as one that was never interrupted. The caller
+            deletes it. None keeps nothing.
 
     Returns:
         Step times, losses and validation accuracies.
@@ -113,6 +122,8 @@ def train(
         raise ConfigError(f"epochs and batch_size must be at least 1, got {epochs} and {batch_size}.")
     if lr <= 0 or not 0 <= warmup < 1:
         raise ConfigError(f"lr must be above 0 and warmup in [0, 1), got {lr} and {warmup}.")
+    if schedule not in ("cosine", "step"):
+        raise ConfigError(f'schedule must be "cosine" or "step", got {schedule!r}.')
     if select not in ("last", "best"):
         raise ConfigError(f'select must be "last" or "best", got {select!r}.')
     if select == "best" and validation is None:
@@ -123,12 +134,17 @@ def train(
     images, labels = images.to(device), labels.to(device)
     batch_size = min(batch_size, len(labels))
     steps = len(labels) // batch_size
-    step = _Step(model, _optimizer(model, optimizer, lr, momentum, weight_decay), epochs * steps, warmup, amp)
+    step = _Step(
+        model, _optimizer(model, optimizer, lr, momentum, weight_decay), epochs * steps, warmup, schedule, amp
+    )
     generator = torch.Generator().manual_seed(seed)
     augment = augment or Augment()
     history, clock, best = History(), Clock(device), None
     with _seeded(seed, device):
-        for epoch in range(epochs):
+        if checkpoint is not None and checkpoint.exists():
+            extra = resume(checkpoint, step.stateful(), generator, device)
+            history, best, step.done = History(**extra["history"]), extra["best"], extra["done"]
+        for epoch in range(len(history.epoch_loss), epochs):
             order = torch.randperm(len(labels), generator=generator).to(device)
             drawn = {key: value.to(device) for key, value in augment.draw(len(labels), generator).items()}
             model.train()
@@ -151,6 +167,9 @@ def train(
                 history.validation.append(evaluate(model, *validation, amp=amp))
                 if select == "best" and (best is None or history.validation[-1] > best[0]):
                     best = history.validation[-1], epoch, copy.deepcopy(model.state_dict())
+            if checkpoint is not None:
+                extra = {"history": asdict(history), "best": best, "done": step.done}
+                keep(checkpoint, step.stateful(), generator, device, extra)
     history.selected_epoch = epochs - 1
     if best is not None:
         history.selected_epoch = best[1]
@@ -162,12 +181,24 @@ class _Step:
     """One update of the weights, bare or patched, under a rate that warms up and then falls."""
 
     def __init__(
-        self, model: nn.Module, optimizer: torch.optim.Optimizer, total: int, warmup: float, amp: bool
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        total: int,
+        warmup: float,
+        schedule: str,
+        amp: bool,
     ) -> None:
         self.model, self.optimizer, self.amp = model, optimizer, amp
         self.done, self.total = 0, total
         self.patched = bool(fxgraft.grafts(model))
-        self.schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step, total, warmup))
+        self.schedule = torch.optim.lr_scheduler.LambdaLR(
+            optimizer, lambda step: _rate(step, total, warmup, schedule)
+        )
+
+    def stateful(self) -> dict[str, Any]:
+        """Return the parts that a checkpoint holds."""
+        return {"model": self.model, "optimizer": self.optimizer, "schedule": self.schedule}
 
     def __call__(self, batch: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
         """Train on images (B, 3, S, S) and labels (B,); return the loss, detached."""
@@ -197,10 +228,12 @@ def _optimizer(
     raise ConfigError(f'optimizer must be "sgd" or "adamw", got {name!r}.')
 
 
-def _rate(step: int, total: int, warmup: float) -> float:
+def _rate(step: int, total: int, warmup: float, schedule: str) -> float:
     rising = warmup * total
     if step < rising:
         return (step + 1) / (math.ceil(rising) + 1)
+    if schedule == "step":
+        return 1.0 if step < 0.8 * total else 0.1
     return 0.5 * (1 + math.cos(math.pi * (step - rising) / max(1, total - rising)))
 
 
