@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from faults.lines import Lines
 from fxgraft.errors import RecipeError
 from fxgraft.files import Header, write_files, write_text
 
@@ -83,6 +84,27 @@ def test_savers_of_one_folder_take_turns(tmp_path: Path) -> None:
     ]
     assert [saver.wait() for saver in savers] == [0, 0]
     assert content(tmp_path) in ({"one": 20 * m, "two": 20 * m} for m in "ab")
+
+
+def test_an_interrupted_save_locks_nobody_out(tmp_path: Path) -> None:
+    fcntl = pytest.importorskip("fcntl", reason="no locks of this kind here")
+
+    def save() -> None:
+        write_files(tmp_path, {"a": lambda draft: draft.write_text("whole")})
+
+    with Lines() as lines:
+        save()
+    held = []  # as an interactive session keeps the last error, with its frames and what they hold
+    for at in range(len(lines.places)):
+        try:
+            with Lines(at, KeyboardInterrupt()):
+                save()
+        except KeyboardInterrupt as error:
+            held.append(error)
+        folder = os.open(tmp_path, os.O_RDONLY)
+        fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        os.close(folder)
+    assert len(held) == len(lines.places)
 
 
 def test_links_and_pipes_stay_what_they_are(tmp_path: Path) -> None:
