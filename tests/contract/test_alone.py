@@ -109,17 +109,18 @@ def test_training(grafted: Grafted) -> None:
     assert actual.out.dtype == expected.out.dtype
     if cell.expected.acts is not None:
         assert same(actual.out, expected.out) == (not cell.expected.acts)
-    again = seeded(grafted.model, *batch(cell.backbone), True)
-    assert again.differences(actual) == []
+    if cell.backbone.name in REPRESENTATIVE:  # of every kind of structure
+        again = seeded(grafted.model, *batch(cell.backbone), True)
+        assert again.differences(actual) == []
 
 
 def test_taking_it_off(grafted: Grafted) -> None:
-    """Everything is what it was before, and computes what it computed, to the bit."""
+    """Everything is what it was before, object by object, and computes what it computed, to the bit."""
     backbone = grafted.cell.backbone
     plain = grafted.taken_off()
     after = anatomy(plain)
     assert [part for part in after if after[part] != grafted.before[part]] == []
-    for training in (True, False):
+    for training in (True, False) if backbone.name in REPRESENTATIVE else (True,):
         assert seeded(plain, *batch(backbone), training).differences(reference(backbone, training)) == []
 
 

@@ -11,7 +11,7 @@ from PIL import Image
 from rich.console import Console
 
 from fxgraft.errors import ConfigError, SiteError, UnknownMethodError
-from fxgraft.experiments import demo
+from fxgraft.experiments import demo, surgery
 from fxgraft.experiments.backbones import RepeatedBackbone
 from fxgraft.experiments.demo import DemoSettings, run_demo
 from fxgraft.experiments.digits import digits_domains
@@ -41,22 +41,32 @@ def quiet_console():
 def test_demo_on_digits(tmp_path, few_digits):
     console = quiet_console()
     report = run_demo(settings(tmp_path), console=console)
-    assert [(run.held_out, run.variant) for run in report.runs] == [
-        (domain, variant)
-        for domain in ("plain", "inverted", "thick", "sketch")
-        for variant in ("bare", "rsc")
+    variants = ["bare", "rsc", "crossnorm", "rsc + crossnorm"]
+    assert [(run.seed, run.held_out, run.variant) for run in report.runs] == [
+        (seed, "sketch", variant) for seed in (0, 1, 2) for variant in variants
     ]
+    assert len(report.surgery) == 7
+    assert all(check.holds for check in report.surgery)
     assert all(0 <= run.accuracy <= 1 and run.step_seconds > 0 and run.steps == 2 for run in report.runs)
     written = json.loads((tmp_path / "out" / "demo.json").read_text())
     assert written == json.loads(report.to_json())
     assert written["protocol"]["model_options"] == {"output_stride": 8}
-    assert written["seeds"] == [0]
+    assert written["seeds"] == [0, 1, 2]
     assert set(written["environment"]) >= {"torch", "timm", "fxgraft", "python", "device"}
-    assert [row["variant"] for row in written["summary"]] == ["bare", "rsc"]
+    assert [row["variant"] for row in written["summary"]] == variants
     with Image.open(tmp_path / "out" / "muted.png") as picture:
         assert min(picture.size) > 100
     table = console.file.getvalue()
-    for word in ("bare", "rsc", "inverted", "sketch", "ratio", "demo.json", "muted.png"):
+    for word in (
+        "✓ undone by fxgraft.unpatch",
+        "bare",
+        "rsc + crossnorm",
+        "sketch",
+        "cannot show",
+        "ratio",
+        "demo.json",
+        "muted.png",
+    ):
         assert word in table
 
 
@@ -73,7 +83,7 @@ def test_demo_is_deterministic_and_leaves_the_generator_alone(tmp_path, few_digi
 
 def test_first_loss_is_shared_by_the_variants(tmp_path, few_digits):
     # Nothing is muted before `start`, so the variants differ in nothing: same weights, same batches.
-    report = run_demo(settings(tmp_path, patch=["rsc:start=1.0"]), console=quiet_console())
+    report = run_demo(settings(tmp_path, patch=["rsc:start=1.0"], seeds=[0]), console=quiet_console())
     for bare, patched in zip(report.runs[::2], report.runs[1::2], strict=True):
         assert bare.epoch_loss == pytest.approx(patched.epoch_loss, rel=1e-4)
 
@@ -86,7 +96,14 @@ def test_demo_on_own_data(tmp_path):
             for index in range(4):
                 Image.new("RGB", (40, 40), (200 * label, 10 * index, 0)).save(folder / f"{index}.jpg")
     report = run_demo(
-        settings(tmp_path, data=tmp_path / "data", size=32, seeds=[0, 1], patch=["rsc", "rsc:scope=spatial"]),
+        settings(
+            tmp_path,
+            data=tmp_path / "data",
+            size=32,
+            seeds=[0, 1],
+            patch=["rsc", "rsc:scope=spatial"],
+            all=True,
+        ),
         console=quiet_console(),
     )
     assert len(report.runs) == 2 * 2 * 3
@@ -95,15 +112,30 @@ def test_demo_on_own_data(tmp_path):
     assert len(report.accuracies("rsc:scope=spatial", "photo")) == 2
 
 
+def test_the_domains_that_are_named_are_left_out(tmp_path, few_digits):
+    report = run_demo(
+        settings(tmp_path, patch=["none"], seeds=[0], held_out=["thick", "plain"]), console=quiet_console()
+    )
+    assert report.held_out == ["plain", "thick"]
+
+
+def test_a_line_that_does_not_hold_is_marked(tmp_path, few_digits, monkeypatch):
+    monkeypatch.setattr(surgery, "_exported", lambda *_: object())
+    console = quiet_console()
+    report = run_demo(settings(tmp_path, patch=["none"], seeds=[0]), console=console)
+    assert [check.holds for check in report.surgery] == [True] * 6 + [False]
+    assert "✗ and the graph" in console.file.getvalue()
+
+
 def test_bare_alone(tmp_path, few_digits):
-    report = run_demo(settings(tmp_path, patch=["none"]), console=quiet_console())
+    report = run_demo(settings(tmp_path, patch=["none"], seeds=[0]), console=quiet_console())
     assert report.variants == ["bare"]
     assert report.picture is None
     assert not (tmp_path / "out" / "muted.png").exists()
 
 
 def test_channel_muting_has_no_picture(tmp_path, few_digits):
-    report = run_demo(settings(tmp_path, patch=["rsc:scope=channel"]), console=quiet_console())
+    report = run_demo(settings(tmp_path, patch=["rsc:scope=channel"], seeds=[0]), console=quiet_console())
     assert report.picture is None
 
 
@@ -126,6 +158,9 @@ def test_large_images_need_no_output_stride():
         ({"seeds": []}, ConfigError, "one or more different numbers"),
         ({"seeds": [1, 1]}, ConfigError, "one or more different numbers"),
         ({"patch": ["rsc", "rsc"]}, ConfigError, "'rsc' is given twice"),
+        ({"patch": ["rsc + rscc"]}, UnknownMethodError, "rscc"),
+        ({"held_out": ["paintings"]}, ConfigError, "no domain 'paintings'"),
+        ({"held_out": ["plain"], "all": True}, ConfigError, "give one of the two"),
         ({"patch": ["rsc:"]}, ConfigError, "no options"),
         ({"patch": ["rscc"]}, UnknownMethodError, "rscc"),
         ({"patch": ["rsc:layer=layer9"]}, SiteError, "layer9"),

@@ -223,6 +223,26 @@ def test_a_checkpoint_of_another_run_is_refused(tmp_path):
         train(small(), blocks(), epochs=1, batch_size=8, checkpoint=file)
 
 
+def test_repetitions_show_each_image_several_times_in_a_batch():
+    model = Watched()
+    images, labels = blocks(12)
+    train(model, (images, labels), epochs=1, batch_size=6, repetitions=3)
+    assert [len(batch) for batch in model.seen] == [6] * 6
+    assert all(len(batch.flatten(1).unique(dim=0)) == 2 for batch in model.seen)
+
+
+def test_decay_all_shrinks_norms_too():
+    groups = []
+    for decay_all in (False, True):
+        model = small()
+        for parameter in model.parameters():
+            parameter.register_hook(torch.zeros_like)
+        train(model, blocks(), epochs=1, lr=0.1, weight_decay=0.5, decay_all=decay_all)
+        groups.append(model.body[1].weight.detach())
+    assert torch.equal(groups[0], torch.ones(8))
+    assert (groups[1] < 1).all()
+
+
 def test_step_schedule_falls_once():
     rates = [training._rate(step, 100, 0.0, "step") for step in range(100)]
     assert rates == [1.0] * 80 + [0.1] * 20

@@ -88,6 +88,10 @@ def demo(
     ] = None,
     model: Annotated[str | None, typer.Option(help="Backbone, as in `fxgraft sites`.")] = None,
     patch: PatchOption = None,
+    held_out: Annotated[
+        list[str] | None, typer.Option(help="Domain to leave out; the last one without it.")
+    ] = None,
+    all_domains: Annotated[bool, typer.Option("--all", help="Leave out every domain in turn.")] = False,
     epochs: Annotated[int | None, typer.Option(help="Passes over the training domains.")] = None,
     size: Annotated[int | None, typer.Option(help="Side of the images.")] = None,
     device: DeviceOption = None,
@@ -96,13 +100,15 @@ def demo(
     batch_size: Annotated[int | None, typer.Option(help="Images per step.")] = None,
     quiet: Annotated[bool, typer.Option("--quiet", help="No progress bar.")] = False,
 ) -> None:
-    """Train bare and patched on all domains but one, and compare them on the one left out."""
+    """Patch, train, fold and undo a model; then compare bare and patched on a domain they never saw."""
     from fxgraft.experiments.demo import DemoSettings, run_demo
 
     given = {
         "data": data,
         "model": model,
         "patch": patch or None,
+        "held_out": held_out or None,
+        "all": all_domains,
         "epochs": epochs,
         "size": size,
         "device": device,

@@ -1,8 +1,9 @@
-"""The demo: train on all domains but one, test on the one left out, bare against patched.
+"""The demo: what a patch does to a model, and then whether it helps on a domain never seen.
 
-Every domain is left out once, and every variant starts from the same weights and sees the same batches,
-so that a pair of runs differs in the patch alone. A single seed on small data is noisy: the table is an
-example of the protocol, not a result to quote; pass several seeds for that.
+First the surgery, each line checked: `fxgraft.experiments.surgery`. Then training on all domains but one and testing on
+the one left out, bare against patched. Every variant starts from the same weights and sees the same batches, so
+that a pair of runs differs in the patch alone. Short training from scratch on small data is noisy: the table is an
+example of the protocol, not a result to quote.
 
 Without data of your own, the images are scikit-learn's digits in four styles, no image in two of them:
 see `fxgraft.experiments.digits`.
@@ -43,16 +44,21 @@ from fxgraft.experiments.loading import load_domains
 from fxgraft.experiments.muting import draw_muted
 from fxgraft.experiments.report import DemoReport, Run
 from fxgraft.experiments.spec import PatchSpec, parse_patch_spec
+from fxgraft.experiments.surgery import surgery
 from fxgraft.experiments.training import train
 from fxgraft.files import write_text
 
 BARE = "bare"
 
-# Chosen for the embedded digits on two CPU cores: the whole demo in about two and a half minutes.
-DIGITS_SIZE, DIGITS_EPOCHS = 32, 20
+# Chosen for the embedded digits on two CPU cores: the whole demo in about a minute.
+DIGITS_SIZE, DIGITS_EPOCHS = 32, 5
 # For data of one's own nothing bounds the time; these are a start.
 DATA_SIZE, DATA_EPOCHS = 64, 10
 LEARNING_RATE, WEIGHT_DECAY = 2e-3, 0.05
+MEANING = (
+    "What this shows: the patches train, and what a step costs. What it cannot show: whether a method helps with your "
+    'data and a pretrained network that has converged; for that see benchmarks/ and the README\'s "Does it help?".'
+)
 PHOTO_AUGMENT = Augment(crop_padding=6, flip=0.5, jitter=0.4, gray=0.1)
 
 
@@ -64,9 +70,11 @@ class DemoSettings:
         data: PACS-like data, as `load_domains` takes it; None is the embedded digits.
         model: a name for `build_model`, trained from scratch. The default is timm's smallest ResNet
             (0.4 M parameters).
-        patch: patches as `parse_patch_spec` reads them, each compared with the bare model on its own;
-            "none" adds nothing, and leaves the bare model alone.
-        epochs: passes over the training domains; None is 20 for the digits and 10 for other data.
+        patch: variants, each compared with the bare model: patches as `parse_patch_spec` reads them, several of them
+            in a stack with " + " between them; "none" adds nothing, and leaves the bare model alone.
+        held_out: the domains that are left out, one after the other; None is the last one.
+        all: leave out every domain in turn.
+        epochs: passes over the training domains; None is 5 for the digits and 10 for other data.
         size: side of the images; None is 32 for the digits and 64 for other data.
         device: where to train.
         seeds: of initial weights, batches and patches; every one repeats all runs.
@@ -77,18 +85,20 @@ class DemoSettings:
 
     data: Path | None = None
     model: str = "test_resnet"
-    patch: list[str] = field(default_factory=lambda: ["rsc"])
+    patch: list[str] = field(default_factory=lambda: ["rsc", "crossnorm", "rsc + crossnorm"])
+    held_out: list[str] | None = None
+    all: bool = False
     epochs: int | None = None
     size: int | None = None
     device: str = "cpu"
-    seeds: list[int] = field(default_factory=lambda: [0])
+    seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
     out: Path = Path("fxgraft-demo")
     batch_size: int = 32
     quiet: bool = False
 
 
 def run_demo(settings: DemoSettings | None = None, *, console: Console | None = None) -> DemoReport:
-    """Run the demo: train, print the table, write the JSON and the picture of what RSC muted.
+    """Run the demo: surgery, training, the table, the JSON and the picture of what RSC muted.
 
     The backbone is built with the output stride at which the last feature map is 3×3 or larger, as far as
     its constructor lets one choose: a stock ResNet would shrink a 32-pixel image to a single position, on
@@ -113,10 +123,13 @@ def run_demo(settings: DemoSettings | None = None, *, console: Console | None = 
     size = settings.size or (DIGITS_SIZE if settings.data is None else DATA_SIZE)
     epochs = settings.epochs or (DIGITS_EPOCHS if settings.data is None else DATA_EPOCHS)
     domains = digits_domains(size) if settings.data is None else load_domains(settings.data, size)
-    leave_one_out(domains, domains[0].name)
+    left_out = _left_out(settings, domains)
     build = RepeatedBackbone(settings.model, len(domains[0].classes), size)
-    for spec in variants.values():
-        _patched(build(0), spec, 0)
+    for specs in variants.values():
+        _patched(build(0), specs, 0)
+    console = console or Console()
+    if not console.is_terminal:
+        console.width = max(console.width, 110)  # rich assumes 80 columns of a pipe and would cut the table
     settings.out.mkdir(parents=True, exist_ok=True)
     augment = Augment(crop_padding=size // 10) if settings.data is None else PHOTO_AUGMENT
     options: dict[str, Any] = {
@@ -131,14 +144,22 @@ def run_demo(settings: DemoSettings | None = None, *, console: Console | None = 
         seeds=list(settings.seeds),
         environment=environment(device),
     )
-    progress = _Bar(len(domains) * len(variants) * len(settings.seeds), settings.quiet)
+    progress = _Bar(1 + len(left_out) * len(variants) * len(settings.seeds), settings.quiet)
     picture: list[tuple[nn.Module, Sequence[Domain], int]] = []
     with progress:
-        for seed, held_out in itertools.product(settings.seeds, domains):
+        step = progress.next_run("patched, trained, folded, undone")
+        for check in surgery(
+            build(0).to(device), domains[0], batch_size=settings.batch_size, device=device, progress=step
+        ):
+            console.print(
+                Text(f"{'✓' if check.holds else '✗'} {check.text}", "green" if check.holds else "bold red")
+            )
+            report.surgery.append(check)
+        for seed, held_out in itertools.product(settings.seeds, left_out):
             train_set, _, test = leave_one_out(domains, held_out.name)
-            for name, spec in variants.items():
+            for name, specs in variants.items():
                 step = progress.next_run(f"{name}, unseen: {held_out.name}")
-                model = _patched(build(seed), spec, seed)
+                model = _patched(build(seed), specs, seed)
                 began = time.perf_counter()
                 history = train(
                     model, train_set, **options, seed=seed, device=device, augment=augment, progress=step
@@ -154,7 +175,7 @@ def run_demo(settings: DemoSettings | None = None, *, console: Console | None = 
                     epoch_loss=history.epoch_loss,
                 )
                 report.runs.append(run)
-                if spec and spec.method == "rsc":
+                if any(spec.method == "rsc" for spec in specs):
                     picture = [(model, [domain for domain in domains if domain is not held_out], seed)]
     for trained, seen, seed in picture:
         report.picture = draw_muted(trained, seen, seed, settings.out / "muted.png")
@@ -163,29 +184,41 @@ def run_demo(settings: DemoSettings | None = None, *, console: Console | None = 
     return report
 
 
-def _variants(settings: DemoSettings) -> dict[str, PatchSpec | None]:
-    """The bare model and one variant per patch, by the name in the table."""
+def _left_out(settings: DemoSettings, domains: Sequence[Domain]) -> list[Domain]:
+    """The domains to leave out, each checked."""
+    if settings.all and settings.held_out:
+        raise ConfigError("held_out names domains, and all means every one: give one of the two.")
+    names = [domain.name for domain in domains]
+    for name in settings.held_out or names[-1:]:
+        leave_one_out(domains, name)
+    chosen = names if settings.all else settings.held_out or names[-1:]
+    return [domain for domain in domains if domain.name in chosen]
+
+
+def _variants(settings: DemoSettings) -> dict[str, tuple[PatchSpec, ...]]:
+    """The bare model and one variant per stack of patches, by the name in the table."""
     for name in ("epochs", "size", "batch_size"):
         value = getattr(settings, name)
         if value is not None and value < 1:
             raise ConfigError(f"{name} must be at least 1, got {value}.")
     if not settings.seeds or len(set(settings.seeds)) < len(settings.seeds):
         raise ConfigError(f"seeds must be one or more different numbers, got {settings.seeds}.")
-    variants: dict[str, PatchSpec | None] = {BARE: None}
+    variants: dict[str, tuple[PatchSpec, ...]] = {BARE: ()}
     for text in settings.patch:
         if text.strip() == "none":
             continue
-        spec = parse_patch_spec(text)
-        if spec.text in variants:
-            raise ConfigError(f"The patch {spec.text!r} is given twice.")
-        variants[spec.text] = spec
+        specs = tuple(parse_patch_spec(part.strip()) for part in text.split(" + "))
+        name = " + ".join(spec.text for spec in specs)
+        if name in variants:
+            raise ConfigError(f"The patch {name!r} is given twice.")
+        variants[name] = specs
     return variants
 
 
 def _protocol(
     settings: DemoSettings,
     domains: Sequence[Domain],
-    variants: dict[str, PatchSpec | None],
+    variants: dict[str, tuple[PatchSpec, ...]],
     build: RepeatedBackbone,
     training: dict[str, Any],
 ) -> dict[str, Any]:
@@ -198,7 +231,7 @@ def _protocol(
         "model": settings.model,
         "model_options": build.options,
         "size": build.size,
-        "variants": {name: spec.text if spec else None for name, spec in variants.items()},
+        "variants": {name: [spec.text for spec in specs] for name, specs in variants.items()},
         **training,
     }
 
@@ -214,20 +247,18 @@ def _need_matplotlib() -> None:
         ) from error
 
 
-def _patched(model: nn.Module, spec: PatchSpec | None, seed: int) -> nn.Module:
-    if spec is not None:
-        # A method may have weights of its own to draw.
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
+def _patched(model: nn.Module, specs: Sequence[PatchSpec], seed: int) -> nn.Module:
+    # A method may have weights of its own to draw.
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        for spec in specs:
             fxgraft.patch(model, spec.method, **spec.options)
     return model
 
 
-def _print(report: DemoReport, out: Path, console: Console | None) -> None:
-    console = console or Console()
-    if not console.is_terminal:
-        console.width = max(console.width, 110)  # rich assumes 80 columns of a pipe and would cut the table
+def _print(report: DemoReport, out: Path, console: Console) -> None:
     console.print(report)
+    console.print(Text(MEANING), soft_wrap=True)
     written = ["demo.json", *([report.picture] if report.picture else [])]
     console.print(Text("Written: " + ", ".join(str(out / name) for name in written)), soft_wrap=True)
 

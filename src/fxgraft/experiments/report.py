@@ -11,7 +11,9 @@ from typing import Any
 from rich.table import Table
 from rich.text import Text
 
-FORMAT = 1
+from fxgraft.experiments.surgery import Check
+
+FORMAT = 2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,6 +50,7 @@ class DemoReport:
         seeds: the seeds of the runs.
         environment: versions, device, threads and date.
         runs: one per seed, held-out domain and variant.
+        surgery: what was done to a model before anything was compared, and whether each line held.
         picture: file name of the picture, None if nothing was muted that can be drawn.
     """
 
@@ -55,6 +58,7 @@ class DemoReport:
     seeds: list[int]
     environment: dict[str, Any]
     runs: list[Run] = field(default_factory=list)
+    surgery: list[Check] = field(default_factory=list)
     picture: str | None = None
 
     @property

@@ -59,10 +59,12 @@ def train(
     *,
     epochs: int,
     batch_size: int = 64,
+    repetitions: int = 1,
     lr: float = 0.01,
     optimizer: Literal["sgd", "adamw"] = "sgd",
     momentum: float = 0.9,
     weight_decay: float = 5e-4,
+    decay_all: bool = False,
     warmup: float = 0.05,
     schedule: Literal["cosine", "step"] = "cosine",
     seed: int = 0,
@@ -91,10 +93,13 @@ def train(
         train_set: images uint8 (N, 3, S, S) and labels int64 (N,); moved to `device` as a whole.
         epochs: passes over the images.
         batch_size: images per step; no more than N are used.
+        repetitions: how often each image is in its batch, augmented anew each time; an epoch has as many times the
+            steps (batch repetition of MIMO and MixMo).
         lr: highest learning rate.
-        optimizer: SGD with Nesterov momentum, or AdamW. Biases and norms are not decayed.
+        optimizer: SGD with Nesterov momentum, or AdamW.
         momentum: of SGD.
         weight_decay: of either.
+        decay_all: decay biases and norms as well.
         warmup: share of all steps, in [0, 1).
         schedule: "cosine", or "step": a tenth of the rate from 80 % of the steps on.
         seed: of the batch order, the augmentation and torch's global generators.
@@ -120,6 +125,8 @@ def train(
     images, labels = checked_images(train_set)
     if epochs < 1 or batch_size < 1:
         raise ConfigError(f"epochs and batch_size must be at least 1, got {epochs} and {batch_size}.")
+    if repetitions < 1 or batch_size % repetitions:
+        raise ConfigError(f"repetitions must divide batch_size {batch_size}, got {repetitions}.")
     if lr <= 0 or not 0 <= warmup < 1:
         raise ConfigError(f"lr must be above 0 and warmup in [0, 1), got {lr} and {warmup}.")
     if schedule not in ("cosine", "step"):
@@ -132,11 +139,12 @@ def train(
     layout = torch.channels_last if channels_last else torch.contiguous_format
     model.to(device).to(memory_format=layout)  # pyright: ignore[reportCallIssue]
     images, labels = images.to(device), labels.to(device)
-    batch_size = min(batch_size, len(labels))
-    steps = len(labels) // batch_size
-    step = _Step(
-        model, _optimizer(model, optimizer, lr, momentum, weight_decay), epochs * steps, warmup, schedule, amp
-    )
+    shown = len(labels) * repetitions
+    batch_size = min(batch_size, shown)
+    steps = shown // batch_size
+    groups = model.parameters() if decay_all else param_groups_weight_decay(model, weight_decay)
+    chosen = _optimizer(groups, optimizer, lr, momentum, weight_decay)
+    step = _Step(model, chosen, epochs * steps, warmup, schedule, amp)
     generator = torch.Generator().manual_seed(seed)
     augment = augment or Augment()
     history, clock, best = History(), Clock(device), None
@@ -145,8 +153,8 @@ def train(
             extra = resume(checkpoint, step.stateful(), generator, device)
             history, best, step.done = History(**extra["history"]), extra["best"], extra["done"]
         for epoch in range(len(history.epoch_loss), epochs):
-            order = torch.randperm(len(labels), generator=generator).to(device)
-            drawn = {key: value.to(device) for key, value in augment.draw(len(labels), generator).items()}
+            order = torch.randperm(len(labels), generator=generator).repeat_interleave(repetitions).to(device)
+            drawn = {key: value.to(device) for key, value in augment.draw(shown, generator).items()}
             model.train()
             summed = torch.zeros((), device=device)
             for index in range(steps):
@@ -218,13 +226,15 @@ class _Step:
 
 
 def _optimizer(
-    model: nn.Module, name: str, lr: float, momentum: float, weight_decay: float
+    groups: Any, name: str, lr: float, momentum: float, weight_decay: float
 ) -> torch.optim.Optimizer:
-    groups = param_groups_weight_decay(model, weight_decay)
+    # Groups that say nothing of their own take the weight decay given here.
     if name == "sgd":
-        return torch.optim.SGD(groups, lr=lr, momentum=momentum, nesterov=momentum > 0)
+        return torch.optim.SGD(
+            groups, lr=lr, momentum=momentum, nesterov=momentum > 0, weight_decay=weight_decay
+        )
     if name == "adamw":
-        return torch.optim.AdamW(groups, lr=lr)
+        return torch.optim.AdamW(groups, lr=lr, weight_decay=weight_decay)
     raise ConfigError(f'optimizer must be "sgd" or "adamw", got {name!r}.')
 
 

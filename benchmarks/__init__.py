@@ -1,0 +1,1 @@
+"""What the methods cost, and whether they help: measured, with the results beside the code in ``results``."""

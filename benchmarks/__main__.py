@@ -1,0 +1,158 @@
+"""Learning benchmarks: does a method help, on which data, and what does it cost?
+
+    python -m benchmarks quick --data DIR
+    python -m benchmarks full --data DIR --device cuda --minutes 9
+    python -m benchmarks table
+    python -m benchmarks readme --write
+
+Everything that is missing is run, in the order of the studies; what is there is kept. A run that is cut off goes on
+from its last finished epoch when the same command is given again.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from benchmarks.evidence import help_table, plot_gains, scores_table
+from benchmarks.results import FOLDER, Results
+from benchmarks.runner import Settings, carry_out
+from benchmarks.studies import STUDIES
+from benchmarks.study import SIZES
+from fxgraft.errors import ConfigError, candidates
+from fxgraft.files import write_text
+
+README = Path(__file__).parents[1] / "README.md"
+MARKS = ("<!-- evidence -->", "<!-- /evidence -->")
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, help=__doc__, pretty_exceptions_enable=False)
+
+Names = Annotated[list[str] | None, typer.Argument(help=f"Only these: {', '.join(STUDIES)}.")]
+Data = Annotated[Path, typer.Option(help="Directory with the data.")]
+Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, …")]
+Seeds = Annotated[str | None, typer.Option(metavar="N,N,…", help="Instead of those of the protocol.")]
+Workers = Annotated[int, typer.Option(min=1, help="Runs side by side, one thread each.")]
+Minutes = Annotated[float | None, typer.Option(help="Stop after this long; the next call goes on.")]
+Out = Annotated[Path, typer.Option(help="Folder of the result files.")]
+
+
+@app.command()
+def quick(
+    data: Data,
+    names: Names = None,
+    device: Device = "cpu",
+    seeds: Seeds = None,
+    workers: Workers = 2,
+    minutes: Minutes = None,
+    out: Out = FOLDER,
+) -> None:
+    """Run what is missing of the protocols for two CPU cores."""
+    _run(
+        "quick",
+        names,
+        Settings(data=data, device=device, workers=workers, minutes=minutes, seeds=_seeds(seeds)),
+        out,
+    )
+
+
+@app.command()
+def full(
+    data: Data,
+    names: Names = None,
+    device: Device = "cuda",
+    seeds: Seeds = None,
+    workers: Workers = 1,
+    minutes: Minutes = None,
+    out: Out = FOLDER,
+) -> None:
+    """Run what is missing of the protocols to quote, for a GPU."""
+    _run(
+        "full",
+        names,
+        Settings(data=data, device=device, workers=workers, minutes=minutes, seeds=_seeds(seeds)),
+        out,
+    )
+
+
+@app.command()
+def table(names: Names = None, out: Out = FOLDER) -> None:
+    """Print what the result files hold, and draw the pictures."""
+    console = Console()
+    for results in read_all(names, out):
+        _present(results, console)
+
+
+@app.command()
+def readme(write: Annotated[bool, typer.Option("--write", help="Put it into README.md.")] = False) -> None:
+    """Write the README's table from the committed results."""
+    text = help_table(read_all(None, FOLDER))
+    if not write:
+        typer.echo(text)
+        return
+    write_text(README, with_evidence(README.read_text(encoding="utf-8"), text))
+
+
+def with_evidence(document: str, text: str) -> str:
+    """Return a README with the table between its two marks."""
+    head, _, rest = document.partition(MARKS[0])
+    _, _, tail = rest.partition(MARKS[1])
+    return f"{head}{MARKS[0]}\n{text}\n{MARKS[1]}{tail}"
+
+
+def read_all(names: list[str] | None, folder: Path) -> list[Results]:
+    """Return the result files there are, the larger protocol of each study last."""
+    found = [Results(STUDIES[name], size, folder) for name in _chosen(names) for size in SIZES]
+    return [results for results in found if results.runs]
+
+
+def _chosen(names: list[str] | None) -> list[str]:
+    for name in names or ():
+        if name not in STUDIES:
+            raise ConfigError(f"There is no study {name!r}. {candidates(name, list(STUDIES))}")
+    return names or list(STUDIES)
+
+
+def _run(size: str, names: list[str] | None, settings: Settings, out: Path) -> None:
+    console = Console()
+    chosen = [STUDIES[name] for name in _chosen(names)]
+    for study in chosen:
+        study.check(settings.data)
+    for study in chosen:
+        results = Results(study, size, out)
+        complete = carry_out(results, settings, console)
+        if results.runs:
+            _present(results, console)
+        if not complete:
+            console.print("The time is over; the same command goes on.")
+            return
+
+
+def _present(results: Results, console: Console) -> None:
+    if not console.is_terminal:
+        console.width = max(console.width, 120)
+    console.print(scores_table(results))
+    plot_gains(results, results.path.with_suffix(".png"))
+
+
+def _seeds(text: str | None) -> tuple[int, ...] | None:
+    if text is None:
+        return None
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise ConfigError(f"--seeds takes whole numbers with commas, such as 0,1,2; got {text!r}.") from None
+
+
+def main() -> None:
+    """Run the command line; what goes wrong for a known reason is a message and exit code 2."""
+    try:
+        app(prog_name="python -m benchmarks")
+    except ConfigError as error:
+        raise SystemExit(f"Error: {error}") from None
+
+
+if __name__ == "__main__":
+    main()
