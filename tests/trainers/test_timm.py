@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 import re
 import runpy
@@ -34,6 +35,8 @@ SCRIPTS = os.environ.get("FXGRAFT_TIMM_SCRIPTS")
 
 seen: list[tuple[Tensor, float]] = []
 """Labels and progress of every training pass of `Witness`."""
+judged: list[int] = []
+"""Rows of every output whose loss it was asked for."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,6 +51,7 @@ class Witness(extend.LayeredPatch):
             yield backbone.place(site, make(site.name, WitnessUnit, self))
 
     def losses(self, graft: extend.Graft, out: Any, y: Any, criterion: Any) -> Mapping[str, Tensor]:
+        judged.append(len(out))
         return {"term": torch.tensor(TERM)}
 
 
@@ -212,6 +216,17 @@ def test_teachers_of_distillation_are_left_alone() -> None:
         assert fxgraft.grafts(distillation.create_model("test_resnet")) == []
 
 
+def test_what_compares_rows_is_refused_where_images_share_them() -> None:
+    tasks = pytest.importorskip("timm.task", reason="this version of timm has no tasks")
+    with Grafting(["mixmo"]):
+        model = timm.create_model("test_resnet", num_classes=CLASSES)
+        teacher = tasks.distillation.create_model("test_resnet", num_classes=CLASSES)
+        with pytest.raises(fxgraft.ConfigError, match=r"'mixmo' has several images share.*teacher"):
+            tasks.LogitDistillationTask(model, teacher)
+        with pytest.raises(fxgraft.ConfigError, match=r"'mixmo' has several images share.*Jensen-Shannon"):
+            timm.loss.JsdCrossEntropy()(torch.zeros(3, 2), torch.tensor([0, 1, 1]))
+
+
 def test_losses_in_evaluation_and_of_others_are_what_they_were() -> None:
     y = torch.tensor([0, 1])
     criterion = nn.CrossEntropyLoss()
@@ -219,8 +234,9 @@ def test_losses_in_evaluation_and_of_others_are_what_they_were() -> None:
         assert criterion(torch.zeros(2, 2), y) < TERM
         model = timm.create_model("test_resnet", num_classes=CLASSES)
         assert criterion(torch.zeros(2, 2), target=y) > TERM
-        jsd = timm.loss.JsdCrossEntropy(num_splits=2)  # which calls another one
+        jsd = timm.loss.JsdCrossEntropy(num_splits=2)  # which calls another one for the first half
         assert TERM < jsd(torch.zeros(4, 2), y.repeat(2)) < 2 * TERM
+        assert judged[-1] == 4
         with torch.no_grad():
             assert criterion(torch.zeros(2, 2), y) < TERM
         model.eval()
@@ -330,12 +346,23 @@ def start(*words: object, **environment: str) -> str:
     return done.stdout
 
 
-def test_as_a_module_that_the_script_imports(images: Path, tmp_path: Path) -> None:
-    start(
-        *(SCRIPT, images, "--output", tmp_path, "--epochs", 1, "--device-modules", "fxgraft.timm.auto"),
-        FXGRAFT_GRAFTS="selfnorm; rsc:layer=layer4",
-    )
-    assert any("graft_selfnorm" in key for key in torch.load(tmp_path / "weights-0.pt"))
+def test_as_a_module_that_the_script_imports(
+    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Names that the script has taken from timm before are seen to, too."""
+    monkeypatch.setenv("FXGRAFT_GRAFTS", "witness; rsc:layer=layer4")
+    given = [str(images), "--output", str(tmp_path), "--device-modules", "fxgraft.timm.auto", "--mixup", "1"]
+    try:
+        with launching._as_program(SCRIPT, [*given, "--no-prefetcher"]):
+            runpy.run_path(str(SCRIPT), run_name="__main__")
+    finally:
+        grafting = sys.modules.pop("fxgraft.timm.auto")._grafting
+        grafting.__exit__()
+        atexit.unregister(grafting.warn_unless_used)
+    for (target, loss), (labels, _) in zip(steps_of(tmp_path), seen, strict=True):
+        assert torch.equal(labels, target)
+        assert loss > TERM
+    assert [progress for _, progress in seen] == [0, 0.25, 0.5, 0.75]
 
 
 def test_the_module_wants_grafts(monkeypatch: pytest.MonkeyPatch) -> None:

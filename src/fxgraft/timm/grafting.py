@@ -22,6 +22,7 @@ import timm.models
 import timm.scheduler
 import torch
 from timm.data.mixup import Mixup
+from timm.loss.jsd import JsdCrossEntropy
 from timm.scheduler.scheduler import Scheduler
 from torch import nn
 
@@ -69,14 +70,16 @@ class Grafting:
             factory = importlib.import_module("timm.scheduler.scheduler_factory")
             self._replace(factory, "create_scheduler_v2", self._create_scheduler, timm.scheduler)
             self._replace(Mixup, "__call__", self._mix)
+            for task in _classes(sys.modules.get("timm.task"), nn.Module):
+                if "Distillation" in task.__name__ and "__init__" in vars(task):
+                    self._replace(task, "__init__", self._distil)
             for loss in _classes(timm.loss, nn.Module) | {nn.CrossEntropyLoss, nn.BCEWithLogitsLoss}:
-                if "forward" in vars(loss):
-                    self._replace(loss, "forward", self._judge)
+                for name in {"forward", "__call__"} & vars(loss).keys():
+                    self._replace(loss, name, self._judge)
             for schedule in _classes(timm.scheduler, Scheduler) | {Scheduler}:
-                if "step" in vars(schedule):
-                    self._replace(schedule, "step", self._step)
-                if "step_update" in vars(schedule):
-                    self._replace(schedule, "step_update", self._step_update)
+                for name, wrapper in (("step", self._step), ("step_update", self._step_update)):
+                    if name in vars(schedule):
+                        self._replace(schedule, name, wrapper)
             self._undo = self._undo.pop_all()
         return self
 
@@ -162,11 +165,21 @@ class Grafting:
         relabel(y, (x, y))
         return x, y
 
+    def _distil(self, start: Callable[..., None], task: nn.Module, *args: Any, **kwargs: Any) -> None:
+        self._refuse_paired(
+            "distillation compares each row with what a teacher says of the image in that row"
+        )
+        start(task, *args, **kwargs)
+
     def _judge(self, forward: Callable[..., Any], criterion: nn.Module, *args: Any, **kwargs: Any) -> Any:
         model = self.model
         # Losses call others, and in evaluation they are what they always are.
         if self._judging or model is None or not model.training or not torch.is_grad_enabled():
             return forward(criterion, *args, **kwargs)
+        if isinstance(criterion, JsdCrossEntropy):
+            self._refuse_paired(
+                "the Jensen-Shannon loss compares the rows of one image in several augmentations"
+            )
         out, y = inspect.signature(forward).bind(criterion, *args, **kwargs).args[1:]
         self._judging = True
         try:
@@ -193,11 +206,21 @@ class Grafting:
         if self.model is not None and total:
             fxgraft.set_progress(self.model, min(1.0, done / total))
 
+    def _refuse_paired(self, why: str) -> None:
+        """Raise if a graft has several images in a row of the output."""
+        for graft in () if self.model is None else fxgraft.grafts(self.model):
+            if graft.patch.pairs_labels:
+                raise ConfigError(
+                    f"{graft.name!r} has several images share the rows of the output in training, and {why}.\n"
+                    f"Leave one of the two out: --graft {graft.patch.method}, or the script's option."
+                )
+
     def _say(self, text: str) -> None:
         if os.environ.get("RANK", "0") == "0":
             _logger.info(text)
 
 
 def _classes(module: Any, kind: type) -> set[type]:
-    """Collect the classes of a kind that a module offers."""
-    return {each for each in vars(module).values() if isinstance(each, type) and issubclass(each, kind)}
+    """Collect the classes of a kind that a module offers; none if there is no such module."""
+    offered = {} if module is None else vars(module)
+    return {each for each in offered.values() if isinstance(each, type) and issubclass(each, kind)}
