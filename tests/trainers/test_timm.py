@@ -243,6 +243,18 @@ def test_losses_in_evaluation_and_of_others_are_what_they_were() -> None:
         assert criterion(torch.zeros(2, 2), y) < TERM
 
 
+def test_mixing_outside_of_a_loop_is_what_it_was() -> None:
+    x, y = torch.randn(4, 3, 8, 8), torch.tensor([0, 1, 1, 0])
+    model = fxgraft.patch(timm.create_model("test_resnet", num_classes=CLASSES), "witness")
+    with Grafting(["witness"]):
+        mixed, soft = timm.data.Mixup(num_classes=CLASSES)(x.clone(), y)
+        assert soft.shape == (4, CLASSES)
+        with fxgraft.targets(y):  # which say it for the whole block
+            timm.data.Mixup(num_classes=CLASSES)(x.clone(), y)
+            model(mixed)
+    assert torch.equal(seen[-1][0], y)
+
+
 def test_afterwards_timm_is_as_it_was() -> None:
     places = (
         timm,

@@ -17,10 +17,12 @@ Runs a training or validation script of timm, unchanged, with grafts on the mode
 
   SCRIPT        timm's train.py or validate.py, or one that builds its model, loader, loss and schedule as they do
   --graft SPEC  METHOD:key=value,key=value, as in rsc:layer=layer4 or selfnorm; before or after the script's name,
-                several times for several grafts
+                several times for several grafts; with input_size=(3,64,64) among the options where the images are
+                not of the model's own size
   -h, --help    before the script's name, this text; after it, the script's own
 
 With several processes: torchrun --nproc-per-node 8 -m fxgraft.timm SCRIPT ...
+Without this command:   FXGRAFT_GRAFTS="SPEC; SPEC" python train.py --device-modules fxgraft.timm.auto ...
 """
 _HELP = {"-h", "--help"}
 _EXAMPLE = (
