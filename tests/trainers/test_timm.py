@@ -25,7 +25,7 @@ from fxgraft import extend
 from fxgraft.cli.merging import merge_file
 from fxgraft.patches import registry
 from fxgraft.timm import launching
-from fxgraft.timm.grafting import Grafting
+from fxgraft.timm.grafting import Grafting, _in_torch
 from fxgraft.timm.launching import launch
 
 SCRIPT = Path(__file__).with_name("timm_script.py")
@@ -128,6 +128,32 @@ def test_labels_progress_loss_and_optimiser(way: str, images: Path, tmp_path: Pa
     weights = torch.load(tmp_path / "weights-0.pt")
     (scale,) = (value for key, value in weights.items() if key.endswith("scale"))
     assert scale != 1
+
+
+@pytest.mark.parametrize("way", ["plain", "hard labels", "mixed by the loop"])
+def test_members_take_every_loss(way: str, images: Path, tmp_path: Path) -> None:
+    steps = steps_of(run(images, tmp_path, *WAYS[way], grafts=("mixmo", "rsc:layer=layer4")))
+    assert all(0 < loss < 10 for _, loss in steps)
+
+
+@pytest.mark.parametrize("way", ["plain", "hard labels"])
+def test_a_loss_in_the_place_of_the_scripts(way: str, images: Path, tmp_path: Path) -> None:
+    graft = "diversification:patch=1,loss=gradient_boosting,loss_k=1"
+    assert all(0 < loss < 10 for _, loss in steps_of(run(images, tmp_path, *WAYS[way], grafts=(graft,))))
+    with pytest.raises(fxgraft.TargetError, match="takes class indices"):
+        run(images, tmp_path, "--mixup", 1, grafts=(graft,))
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.3])
+def test_cross_entropy_of_timm_and_of_torch(smoothing: float) -> None:
+    """Where a method stands in for cross-entropy, the script's goes by torch's name and is the same."""
+    out, y = torch.randn(4, CLASSES), torch.tensor([0, 1, 1, 0])
+    for criterion, target in (
+        (timm.loss.LabelSmoothingCrossEntropy(smoothing), y),
+        (timm.loss.SoftTargetCrossEntropy(), torch.rand(4, CLASSES).softmax(1)),
+    ):
+        torch.testing.assert_close(_in_torch(criterion)(out, target), criterion(out, target))
+    assert _in_torch(same := nn.BCEWithLogitsLoss()) is same
 
 
 def test_accumulated_gradients(images: Path, tmp_path: Path) -> None:

@@ -22,6 +22,7 @@ import timm.models
 import timm.scheduler
 import torch
 from timm.data.mixup import Mixup
+from timm.loss.cross_entropy import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from timm.loss.jsd import JsdCrossEntropy
 from timm.scheduler.scheduler import Scheduler
 from torch import nn
@@ -183,7 +184,8 @@ class Grafting:
         out, y = inspect.signature(forward).bind(criterion, *args, **kwargs).args[1:]
         self._judging = True
         try:
-            return fxgraft.loss(model, out, y, functools.partial(forward, criterion))
+            replaced = any(graft.patch.replaces_criterion() for graft in fxgraft.grafts(model))
+            return fxgraft.loss(model, out, y, _in_torch(criterion) if replaced else criterion)
         finally:
             self._judging = False
 
@@ -224,3 +226,10 @@ def _classes(module: Any, kind: type) -> set[type]:
     """Collect the classes of a kind that a module offers; none if there is no such module."""
     offered = {} if module is None else vars(module)
     return {each for each in offered.values() if isinstance(each, type) and issubclass(each, kind)}
+
+
+def _in_torch(criterion: nn.Module) -> nn.Module:
+    """Return the same loss as torch has it, for methods with one of their own in the place of cross-entropy."""
+    if type(criterion) is LabelSmoothingCrossEntropy:
+        return nn.CrossEntropyLoss(label_smoothing=criterion.smoothing)
+    return nn.CrossEntropyLoss() if type(criterion) is SoftTargetCrossEntropy else criterion
