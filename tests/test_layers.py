@@ -42,7 +42,7 @@ LAYERS: list[tuple[str, ...]] = [
     ("adaptation/", "recipe.py", "reading.py", "stock.py"),
     ("public.py", "__init__.py"),
     ("experiments/",),
-    ("bench/",),
+    ("bench/", "timm/"),
     ("cli/",),
 ]
 METHODS_USE = ("fxgraft.extend", "fxgraft.errors", "fxgraft.functional")

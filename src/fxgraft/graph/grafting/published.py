@@ -124,6 +124,20 @@ def targets(y: Tensor) -> Iterator[None]:
         yield
 
 
+def relabel(y: Any, batch: Any) -> None:
+    """Set other labels for the batch that a loader of `with_targets` has given last; without one, do nothing.
+
+    For loops that mix images and labels after loading.
+
+    Args:
+        y: the labels from now on.
+        batch: tensors that a call may get, by which it is seen to be of the batch.
+    """
+    source = next((each for each in _published.get()[::-1] if each.known), None)
+    if source is not None and not source.known[-1].reusable:
+        source.known[-1] = Labels(y, reusable=False, batch=batch)
+
+
 class LabelledLoader(Generic[Batch]):
     """A loader whose batches set their labels; see `with_targets`.
 

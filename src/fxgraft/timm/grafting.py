@@ -1,0 +1,235 @@
+"""What a script takes from timm, with grafts on the model: the factory, loaders, losses and schedules."""
+
+from __future__ import annotations
+
+import functools
+import gc
+import importlib
+import inspect
+import logging
+import os
+import sys
+import warnings
+import weakref
+from collections.abc import Callable, Iterable
+from contextlib import ExitStack, suppress
+from typing import Any
+
+import timm
+import timm.data
+import timm.loss
+import timm.models
+import timm.scheduler
+import torch
+from timm.data.mixup import Mixup
+from timm.loss.cross_entropy import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
+from timm.loss.jsd import JsdCrossEntropy
+from timm.scheduler.scheduler import Scheduler
+from torch import nn
+
+import fxgraft
+from fxgraft.errors import ConfigError, FxgraftWarning, WrappedModelError
+from fxgraft.experiments.spec import parse_patch_spec
+from fxgraft.graph.grafting.published import relabel
+
+_logger = logging.getLogger(__name__)
+
+
+class Grafting:
+    """Grafts on the model that a script builds through timm, as long as the block lasts.
+
+    In the block the functions and classes that timm's scripts work with do a little more:
+
+    - ``create_model`` patches the model that it returns, so that the optimiser, averages of the weights and whatever
+      wraps the model come after. The model that the script builds first is the one; while it lives others are left
+      alone, and so are the teachers that timm's distillation tasks build.
+    - Training loaders publish their labels, and ``Mixup`` those that it has mixed.
+    - Losses, called on what the model in training has returned, are `fxgraft.loss`, with themselves as the criterion.
+    - Steps of a schedule of ``create_scheduler`` and ``create_scheduler_v2`` set the progress of the training.
+
+    Args:
+        grafts: what to put on the model, in order, as `parse_patch_spec` reads it.
+
+    Raises:
+        ConfigError: a graft cannot be read.
+    """
+
+    def __init__(self, grafts: Iterable[str]) -> None:
+        self._specs = [parse_patch_spec(text) for text in grafts]
+        self._model: weakref.ref[nn.Module] | None = None
+        self._epochs = self._updates = 0
+        self._judging = False
+        self._undo = ExitStack()
+
+    def __enter__(self) -> Grafting:
+        with suppress(ImportError):  # older versions of timm have no tasks
+            importlib.import_module("timm.task")  # takes the plain create_model with it, for its teachers
+        with self._undo:
+            self._replace(timm.models, "create_model", self._create_model, timm)
+            for name in ("create_loader", "create_naflex_loader"):
+                self._replace(timm.data, name, self._create_loader)
+            factory = importlib.import_module("timm.scheduler.scheduler_factory")
+            self._replace(factory, "create_scheduler_v2", self._create_scheduler, timm.scheduler)
+            self._replace(Mixup, "__call__", self._mix)
+            for task in _classes(sys.modules.get("timm.task"), nn.Module):
+                if "Distillation" in task.__name__ and "__init__" in vars(task):
+                    self._replace(task, "__init__", self._distil)
+            for loss in _classes(timm.loss, nn.Module) | {nn.CrossEntropyLoss, nn.BCEWithLogitsLoss}:
+                for name in {"forward", "__call__"} & vars(loss).keys():
+                    self._replace(loss, name, self._judge)
+            for schedule in _classes(timm.scheduler, Scheduler) | {Scheduler}:
+                for name, wrapper in (("step", self._step), ("step_update", self._step_update)):
+                    if name in vars(schedule):
+                        self._replace(schedule, name, wrapper)
+            self._undo = self._undo.pop_all()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._undo.close()
+
+    @property
+    def model(self) -> nn.Module | None:
+        """The patched model, as long as the script has it."""
+        return None if self._model is None else self._model()
+
+    def check_used(self) -> None:
+        """Raise unless a model was patched.
+
+        Raises:
+            ConfigError: the script never built one.
+        """
+        if self._model is None:
+            raise ConfigError(
+                "The script ended, and nothing was grafted: it built no model with timm.create_model.\n"
+                "That is where the grafts are put on.\n"
+                "In a script that builds its model another way, call fxgraft.patch(model, ...)."
+            )
+
+    def warn_unless_used(self) -> None:
+        """Warn unless a model was patched, where it is too late to raise."""
+        if self._model is None:
+            warnings.warn(
+                "Nothing was grafted: no model was built with timm.create_model after fxgraft.timm.auto was imported.",
+                FxgraftWarning,
+                stacklevel=2,
+            )
+
+    def _replace(self, home: Any, name: str, wrapper: Callable[..., Any], *others: Any) -> None:
+        """Put a wrapper in place of a function or method, wherever a script may have it from."""
+        original = getattr(home, name, None)
+        if original is None:  # not in this version of timm
+            return
+
+        @functools.wraps(original)
+        def replacement(*args: Any, **kwargs: Any) -> Any:
+            return wrapper(original, *args, **kwargs)
+
+        for place in (home, *others, sys.modules["__main__"]):
+            if vars(place).get(name) is original:
+                setattr(place, name, replacement)
+                self._undo.callback(setattr, place, name, original)
+
+    def _create_model(self, create: Callable[..., nn.Module], *args: Any, **kwargs: Any) -> nn.Module:
+        if kwargs.get("scriptable"):
+            raise WrappedModelError(
+                "The script asks for a model for TorchScript, which cannot compile grafts.\n"
+                "Leave --torchscript out; --torchcompile compiles the model with its grafts."
+            )
+        patched_weights = None
+        try:
+            model = create(*args, **kwargs)
+        except RuntimeError as error:
+            patched_weights = kwargs.pop("checkpoint_path", None)
+            if not patched_weights or "graft_" not in str(error):
+                raise
+            model = create(*args, **kwargs)
+        if self.model is not None:
+            gc.collect()  # that the script has dropped one shows only when its circles are collected
+        if self.model is not None:
+            self._say(f"left {model._get_name()} alone: {self.model._get_name()} has the grafts")
+            return model
+        for spec in self._specs:
+            fxgraft.patch(model, spec.method, **spec.options)
+        if patched_weights:
+            timm.models.load_checkpoint(model, patched_weights)
+        self._model = weakref.ref(model)
+        self._say(f"grafted {', '.join(spec.text for spec in self._specs)} on {model._get_name()}")
+        return model
+
+    def _create_loader(self, create: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        loader = create(*args, **kwargs)
+        given = inspect.signature(create).bind(*args, **kwargs).arguments
+        return fxgraft.with_targets(loader) if given.get("is_training") else loader
+
+    def _mix(self, mix: Callable[..., Any], mixup: Mixup, *args: Any, **kwargs: Any) -> Any:
+        x, y = mix(mixup, *args, **kwargs)
+        relabel(y, (x, y))
+        return x, y
+
+    def _distil(self, start: Callable[..., None], task: nn.Module, *args: Any, **kwargs: Any) -> None:
+        self._refuse_paired(
+            "distillation compares each row with what a teacher says of the image in that row"
+        )
+        start(task, *args, **kwargs)
+
+    def _judge(self, forward: Callable[..., Any], criterion: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        model = self.model
+        # Losses call others, and in evaluation they are what they always are.
+        if self._judging or model is None or not model.training or not torch.is_grad_enabled():
+            return forward(criterion, *args, **kwargs)
+        if isinstance(criterion, JsdCrossEntropy):
+            self._refuse_paired(
+                "the Jensen-Shannon loss compares the rows of one image in several augmentations"
+            )
+        out, y = inspect.signature(forward).bind(criterion, *args, **kwargs).args[1:]
+        self._judging = True
+        try:
+            replaced = any(graft.patch.replaces_criterion() for graft in fxgraft.grafts(model))
+            return fxgraft.loss(model, out, y, _in_torch(criterion) if replaced else criterion)
+        finally:
+            self._judging = False
+
+    def _create_scheduler(self, create: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        schedule, self._epochs = create(*args, **kwargs)
+        self._updates = kwargs.get("updates_per_epoch", 0)
+        return schedule, self._epochs
+
+    def _step(self, step: Callable[..., None], schedule: Any, epoch: int, *args: Any, **kwargs: Any) -> None:
+        step(schedule, epoch, *args, **kwargs)
+        self._set_progress(epoch, self._epochs)
+
+    def _step_update(
+        self, step: Callable[..., None], schedule: Any, num_updates: int, *args: Any, **kwargs: Any
+    ) -> None:
+        step(schedule, num_updates, *args, **kwargs)
+        self._set_progress(num_updates, self._epochs * self._updates)
+
+    def _set_progress(self, done: int, total: int) -> None:
+        if self.model is not None and total:
+            fxgraft.set_progress(self.model, min(1.0, done / total))
+
+    def _refuse_paired(self, why: str) -> None:
+        """Raise if a graft has several images in a row of the output."""
+        for graft in () if self.model is None else fxgraft.grafts(self.model):
+            if graft.patch.pairs_labels:
+                raise ConfigError(
+                    f"{graft.name!r} has several images share the rows of the output in training, and {why}.\n"
+                    f"Leave one of the two out: --graft {graft.patch.method}, or the script's option."
+                )
+
+    def _say(self, text: str) -> None:
+        if os.environ.get("RANK", "0") == "0":
+            _logger.info(text)
+
+
+def _classes(module: Any, kind: type) -> set[type]:
+    """Collect the classes of a kind that a module offers; none if there is no such module."""
+    offered = {} if module is None else vars(module)
+    return {each for each in offered.values() if isinstance(each, type) and issubclass(each, kind)}
+
+
+def _in_torch(criterion: nn.Module) -> nn.Module:
+    """Return the same loss as torch has it, for methods with one of their own in the place of cross-entropy."""
+    if type(criterion) is LabelSmoothingCrossEntropy:
+        return nn.CrossEntropyLoss(label_smoothing=criterion.smoothing)
+    return nn.CrossEntropyLoss() if type(criterion) is SoftTargetCrossEntropy else criterion
