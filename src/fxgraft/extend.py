@@ -83,6 +83,8 @@ What a method can do beyond this:
   ``look_ahead`` through a rest, and ``remember``, which ``graft.recall(out)`` finds again when the loss is computed.
 - Take part in the loss: `Patch.criterion` and `Patch.losses`; where options switch these off, say so in
   `Patch.replaces_criterion` and `Patch.judges`. Fold into stock weights: `Patch.merge`.
+- Say what a training pass did, as scalars for loggers: ``run.measure(self.graft, "ratio", ratio)`` in a unit is all it
+  takes; `fxgraft.diagnostics` gives the means by name. Where more arithmetic is needed, `Patch.diagnostics`.
 - Name published settings: ``presets = presets_by_name(Preset(name=..., options=..., source=...))``.
 
 The method is found by name once its module is imported, or without that through an entry point of the group

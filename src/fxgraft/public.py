@@ -26,7 +26,7 @@ from fxgraft.functional.divergence import jensen_shannon
 from fxgraft.graph.grafting.graft import Graft
 from fxgraft.graph.grafting.published import targets, with_targets
 from fxgraft.graph.structure.sites import Site, Sites
-from fxgraft.inspection import Plan, Summary
+from fxgraft.inspection import Plan, Summary, diagnostics
 from fxgraft.patches.base import Patch
 from fxgraft.patches.crossnorm.patch import CrossNorm
 from fxgraft.patches.diversification.loss import GradientBoostingCrossEntropy, gradient_boosting_cross_entropy
@@ -88,6 +88,7 @@ __all__ = [
     "activations",
     "adapt",
     "adapt_batchnorm",
+    "diagnostics",
     "disagreement",
     "ensemble_entropy",
     "extra_loss",

@@ -8,6 +8,7 @@ tests and the benchmarks iterate over the registry.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from types import MappingProxyType
@@ -136,6 +137,20 @@ class Patch(Placer):
         """Say whether, with these options, `criterion` stands in for the user's, now or later in training."""
         return type(self).criterion is not Patch.criterion
 
+    def diagnostics(self, graft: Graft) -> Mapping[str, Any]:
+        """Return scalars of the last training pass by name, for `fxgraft.diagnostics`.
+
+        By default the means of what the units gave to `Pass.measure`. What needs more arithmetic is done here, where
+        waiting for a device costs no step.
+
+        Args:
+            graft: its ``measured()`` are the numbers and tensors by name; empty before the first training pass.
+
+        Returns:
+            Numbers, or tensors of which the mean is taken.
+        """
+        return {name: mean_of(values) for name, values in graft.measured().items()}
+
     def merge(self, graft: Graft, model: nn.Module) -> None:
         """Fold the graft into the stock weights of ``model``; a method of training alone has nothing to fold.
 
@@ -147,6 +162,14 @@ class Patch(Placer):
                 f"{graft.name!r} ({self.title}) acts in evaluation too, and stock weights cannot express it.\n"
                 "Keep the patched model (fxgraft.save), or unpatch it and accept another function."
             )
+
+
+def mean_of(values: Iterable[Any]) -> float:
+    """Return the mean of numbers and of the means of tensors, of any dtype and on any device; NaN of nothing."""
+    means = [
+        float(each.detach().double().mean()) if isinstance(each, Tensor) else float(each) for each in values
+    ]
+    return sum(means) / len(means) if means else math.nan
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -26,6 +26,7 @@ from fxgraft.extend import (
     Graft,
     Layout,
     Make,
+    Pass,
     Placement,
     Preset,
     Training,
@@ -135,7 +136,7 @@ class SelfNorm(BlockPatch):
         for spot in backbone.positions(self.position, self.layers):
             layout = backbone.layout(spot, self.layout)
             unit = make(spot.name, build, self, layout.canonical(backbone.value(spot)).shape[1])
-            unit.bind(layout=layout)
+            unit.bind(layout=layout, key=spot.name)
             yield from self.put(backbone, make, spot, unit)
 
     def starting(self, graft: Graft, model: nn.Module) -> None:
@@ -198,6 +199,7 @@ class SelfNormUnit(Unit):
     """
 
     layout: Layout
+    key: str
 
     def __init__(self, config: SelfNorm, channels: int) -> None:
         super().__init__()
@@ -212,8 +214,22 @@ class SelfNormUnit(Unit):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return ``x``, shaped as it is, gated."""
-        gated = selfnorm(self.layout.canonical(x), self.g, self.f)
-        return self.layout.restore(x, gated)
+        run = self.current
+        if run is None or not self.training:
+            g, f = self.g, self.f
+        else:
+            g = self._measuring(run, "gate", self.g)
+            f = None if self.f is None else self._measuring(run, "mean_gate", self.f)
+        return self.layout.restore(x, selfnorm(self.layout.canonical(x), g, f))
+
+    def _measuring(self, run: Pass, name: str, gate: GateFunction) -> GateFunction:
+        def measured(mean: Tensor, std: Tensor) -> Tensor:
+            opened = gate(mean, std)
+            run.measure(self.graft, name, opened)
+            run.measure(self.graft, f"{name}.{self.key}", opened)
+            return opened
+
+        return measured
 
 
 class Gate(nn.Module):

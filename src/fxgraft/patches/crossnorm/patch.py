@@ -184,7 +184,9 @@ class CrossNorm(BlockPatch):
                 )
             return self.consistency_weight * jensen_shannon(clean, *others)
 
-        return {"consistency": draws.choose(on, compared, clean.new_zeros(()))}
+        divergence = draws.choose(on, compared, clean.new_zeros(()))
+        graft.measure("consistency", divergence)
+        return {"consistency": divergence}
 
     def describe(self, graft: Graft) -> str:
         """Say how many units there are, where, and how often they act."""
@@ -213,8 +215,9 @@ class CrossNormUnit(Unit):
             return x
         chance = self._chance(run)
         if not chance:
+            run.measure(self.graft, "active", 0)
             return x
-        chosen = run.shared(self.graft, "on", lambda: self._draw(chance, x.device))
+        chosen = run.shared(self.graft, "on", lambda: self._draw(run, chance, x.device))
         on = draws.among(chosen, self.index, x.device)
         return draws.choose(on, lambda: self.layout.restore(x, self._restyled(self.layout.canonical(x))), x)
 
@@ -224,10 +227,12 @@ class CrossNormUnit(Unit):
             return 1.0
         return 0.0 if self.config.consistency else self.config.p
 
-    def _draw(self, chance: float, device: torch.device) -> frozenset[int] | Tensor:
+    def _draw(self, run: Pass, chance: float, device: torch.device) -> frozenset[int] | Tensor:
         """Draw the units of a pass; the first unit to ask draws for all of the graft."""
         active = self.count if self.config.active is None else self.config.active
-        return draws.subset(self.count, active, chance, device)
+        chosen = draws.subset(self.count, active, chance, device)
+        run.measure(self.graft, "active", chosen.sum() if isinstance(chosen, Tensor) else len(chosen))
+        return chosen
 
     def _restyled(self, x: Tensor) -> Tensor:
         config = self.config

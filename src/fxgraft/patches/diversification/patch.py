@@ -241,6 +241,7 @@ class DiversificationUnit(Unit):
                     ties=config.ties,
                 )
                 mask = core.suppression_mask(found, draws, patch=config.patch, ties=config.ties)
+        run.measure(self.graft, "suppressed", 0.0 if mask is None else mask)
         if self.records is not None:
             self.records.append(
                 DiversificationRecord(found.detach().cpu(), None if mask is None else mask.cpu())

@@ -33,6 +33,7 @@ from fxgraft.extend import (
 )
 from fxgraft.patches.mixmo import tensors as core
 from fxgraft.patches.mixmo.copies import LayerCopies, copies_key
+from fxgraft.patches.mixmo.ensemble import disagreement
 from fxgraft.patches.mixmo.masks import BY_CHANNEL, WITHOUT_POSITIONS, Mixing
 from fxgraft.patches.mixmo.pairing import MixMoInput, Pairing, check_pairs, known_pairing
 from fxgraft.patches.mixmo.presets import PRESETS
@@ -387,5 +388,6 @@ class Members(Unit):
                 "Call model.train(); to freeze these layers, use requires_grad_(False)."
             )
         run.remember(self.graft, pairing)
-        # A copy, since FSDP warns of outputs that are views.
-        return torch.stack(out.chunk(members))
+        logits = torch.stack(out.chunk(members))  # a copy, since FSDP warns of outputs that are views
+        run.measure(self.graft, "agreement", 1 - disagreement(logits.detach()))
+        return logits

@@ -20,6 +20,7 @@ from fxgraft.extend import (
     LayeredPatch,
     Layout,
     Make,
+    Pass,
     Placement,
     Rest,
     Site,
@@ -229,6 +230,8 @@ class RSCUnit(Unit):
         """Return ``z``, shaped as it is, with the muted entries at zero."""
         vector = self.layout.name == "NC"
         if not self.active or not any(self._drops(vector)):
+            if self.current is not None:
+                self._measure(self.current, 0.0, 0.0)
             return z
         run = self.running()
         target = run.labels(self.graft, z.shape[0])
@@ -239,9 +242,14 @@ class RSCUnit(Unit):
             mask = probe.mask(scope)
             selected = self._select(probe, mask, vector)
             final = core.apply_selection(mask, selected)
+            self._measure(run, mask == 0, selected)
         if self.records is not None:
             self.records.append(RSCRecord(self.site.name, scope, mask.cpu(), selected.cpu()))
         return self.layout.multiply(z, final)
+
+    def _measure(self, run: Pass, muted: Tensor | float, selected: Tensor | float) -> None:
+        run.measure(self.graft, "muted", muted)
+        run.measure(self.graft, "samples", selected)
 
     def _drops(self, vector: bool) -> tuple[float, ...]:
         """List the shares that a pass may mute."""
