@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.progress import Progress
 from typer.core import TyperGroup
 
-from fxgraft.cli.show import app as show_app
+from fxgraft.cli.show import show
 from fxgraft.errors import ConfigError, FxgraftError
 
 
@@ -48,7 +48,7 @@ app = typer.Typer(
     help="Graft published training methods onto timm and torchvision backbones.",
 )
 
-app.add_typer(show_app, name="show")
+app.command()(show)
 
 PatchOption = Annotated[
     list[str] | None,

@@ -25,6 +25,7 @@ from fxgraft.graph.structure.positions import Spot
 from fxgraft.graph.structure.sites import Words
 from fxgraft.graph.tracing.editing import Edge
 from fxgraft.patches.options import check_choices, check_known
+from fxgraft.patches.pictures import Picture, View
 from fxgraft.patches.presets import Preset
 
 P = TypeVar("P", bound="Patch")
@@ -150,6 +151,15 @@ class Patch(Placer):
             Numbers, or tensors of which the mean is taken.
         """
         return {name: mean_of(values) for name, values in graft.measured().items()}
+
+    def picture(self, graft: Graft, view: View) -> Picture:
+        """Show what the method does with images, for ``fxgraft show METHOD IMAGE``; not every method has a picture.
+
+        Args:
+            graft: of ``view.model``.
+            view: the images, as pixels and as the model takes them, and a model of their own to run.
+        """
+        raise NotImplementedError
 
     def merge(self, graft: Graft, model: nn.Module) -> None:
         """Fold the graft into the stock weights of ``model``; a method of training alone has nothing to fold.

@@ -17,10 +17,12 @@ from fxgraft.extend import (
     Layout,
     Make,
     Pass,
+    Picture,
     Placement,
     SiteError,
     Spot,
     Unit,
+    View,
     Words,
     check_positive,
     check_share,
@@ -31,6 +33,7 @@ from fxgraft.extend import (
 )
 from fxgraft.functional.divergence import jensen_shannon
 from fxgraft.patches.crossnorm import tensors as core
+from fxgraft.patches.crossnorm.picture import style_panels
 from fxgraft.patches.crossnorm.presets import PRESETS
 
 
@@ -188,6 +191,13 @@ class CrossNorm(BlockPatch):
         graft.measure("consistency", divergence)
         return {"consistency": divergence}
 
+    def picture(self, graft: Graft, view: View) -> Picture:
+        """Show two images in each other's style."""
+        return style_panels(view, graft.units_of(CrossNormUnit), self._picture_box)
+
+    def _picture_box(self, x: Tensor, what: str) -> core.Box | None:
+        return draw_box(self, x) if self.crop in (what, "both") else None
+
     def describe(self, graft: Graft) -> str:
         """Say how many units there are, where, and how often they act."""
         active = "all" if self.active is None else str(self.active)
@@ -246,12 +256,14 @@ class CrossNormUnit(Unit):
             permutation,
             channels,
             lam=config.lam,
-            content_box=self._box(x) if config.crop in ("content", "both") else None,
-            style_box=self._box(x) if config.crop in ("style", "both") else None,
+            content_box=draw_box(config, x) if config.crop in ("content", "both") else None,
+            style_box=draw_box(config, x) if config.crop in ("style", "both") else None,
             detach=config.detach,
         )
 
-    def _box(self, x: Tensor) -> core.Box:
-        height, width = x.shape[-2:]
-        beta, threshold = self.config.beta, self.config.threshold
-        return draws.numbers(lambda device: core.draw_box(height, width, beta, threshold, device), x.device)
+
+def draw_box(config: CrossNorm, x: Tensor) -> core.Box:
+    """Draw a box of a map (B, C, H, W)."""
+    height, width = x.shape[-2:]
+    beta, threshold = config.beta, config.threshold
+    return draws.numbers(lambda device: core.draw_box(height, width, beta, threshold, device), x.device)

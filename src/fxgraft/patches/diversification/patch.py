@@ -19,10 +19,12 @@ from fxgraft.extend import (
     Head,
     Make,
     Patch,
+    Picture,
     Placement,
     PositionwiseHead,
     StructureError,
     Unit,
+    View,
     because,
     check_count,
     check_share,
@@ -33,6 +35,7 @@ from fxgraft.extend import (
 from fxgraft.extend import position_scores as maps
 from fxgraft.patches.diversification import tensors as core
 from fxgraft.patches.diversification.loss import GradientBoostingCrossEntropy, gradient_boosting_cross_entropy
+from fxgraft.patches.diversification.picture import class_map_panels
 from fxgraft.patches.diversification.presets import PRESETS
 
 HEAD, RETURN = "head", "maps"
@@ -139,6 +142,10 @@ class Diversification(Patch):
             start = f" from {self.loss_start:.0%} of the training" if self.loss_start else ""
             parts.append(f"gradient-boosting loss with k={self.loss_k}{start}")
         return "; ".join(parts)
+
+    def picture(self, graft: Graft, view: View) -> Picture:
+        """Show the class maps of an image, and what a pass damps in them."""
+        return class_map_panels(view, self)
 
     def replaces_criterion(self) -> bool:
         """Say whether there is a loss that goes with the block."""

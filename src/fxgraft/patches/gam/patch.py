@@ -19,11 +19,13 @@ from fxgraft.extend import (
     Layout,
     Make,
     MergeError,
+    Picture,
     Placement,
     Site,
     SiteError,
     StructureError,
     TraceError,
+    View,
     Words,
     check_count,
     check_share,
@@ -34,6 +36,7 @@ from fxgraft.extend import (
 from fxgraft.patches.gam import tensors as core
 from fxgraft.patches.gam.game import Game, Rules, channel_dim, game_of, paired_weights
 from fxgraft.patches.gam.matching import MatchedTap, SwitchedTap
+from fxgraft.patches.gam.picture import tap_panels
 from fxgraft.patches.gam.presets import PRESETS
 
 TASKS: dict[str, dict[str, Any]] = {
@@ -217,6 +220,10 @@ class GAM(LayeredPatch):
         alone = " for the discriminators alone" if self.match_in == "discriminators" else ""
         matched = f"gaussian ({self.statistics}){alone}, " if self.matching else ""
         return f"taps {taps}; {matched}{self.gan}, drift {self.drift:g}"
+
+    def picture(self, graft: Graft, view: View) -> Picture:
+        """Show the channel means at every tap, before and after matching."""
+        return tap_panels(view, graft)
 
     def merge(self, graft: Graft, model: nn.Module) -> None:
         """Fold the shift and scale of every tap into stock weights."""

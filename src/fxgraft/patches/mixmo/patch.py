@@ -16,11 +16,12 @@ from fxgraft.extend import (
     Make,
     Pass,
     Patch,
+    Picture,
     Placement,
     SiteError,
     Stem,
-    StructureError,
     Unit,
+    View,
     WrappedModelError,
     apply_layer,
     because,
@@ -33,13 +34,14 @@ from fxgraft.extend import (
 )
 from fxgraft.patches.mixmo import tensors as core
 from fxgraft.patches.mixmo.copies import LayerCopies, copies_key
-from fxgraft.patches.mixmo.ensemble import disagreement
 from fxgraft.patches.mixmo.masks import BY_CHANNEL, WITHOUT_POSITIONS, Mixing
-from fxgraft.patches.mixmo.pairing import MixMoInput, Pairing, check_pairs, known_pairing
+from fxgraft.patches.mixmo.members import Members
+from fxgraft.patches.mixmo.pairing import PAIRING, MixMoInput, Pairing, check_pairs, known_pairing
+from fxgraft.patches.mixmo.picture import mixture_panels
 from fxgraft.patches.mixmo.presets import PRESETS
 from fxgraft.patches.mixmo.tensors import MixedLabels
 
-INPUTS, RETURN, PAIRING = "inputs", "members", "pairing"
+INPUTS, RETURN = "inputs", "members"
 
 M = TypeVar("M", bound="MemberUnit")
 
@@ -160,7 +162,7 @@ class MixMo(Patch):
         inputs = make(INPUTS, Inputs, self)
         inputs.bind(classifier=heads[0])
         yield backbone.before(inputs, INPUTS)
-        yield backbone.after(make(RETURN, Members, self), RETURN)
+        yield backbone.after(make(RETURN, Members, self.members), RETURN)
         for stem in stems:
             unit = self._member_unit(backbone, make, stem.path, Encoders)
             unit.bind(stem=stem)
@@ -216,6 +218,10 @@ class MixMo(Patch):
             return core.member_losses(criterion, out, targets, weights).sum()
 
         return members
+
+    def picture(self, graft: Graft, view: View) -> Picture:
+        """Show one mixture: images, masks, sum."""
+        return mixture_panels(view, graft, self.members)
 
     def merge(self, graft: Graft, model: nn.Module) -> None:
         """Write the folded stem and classifier into the stock tensors."""
@@ -362,32 +368,3 @@ class Heads(MemberUnit):
         if module.training:
             self.pairing()
         return torch.cat([apply_layer(module, x, *own) for own in self.spread_out(module)])
-
-
-class Members(Unit):
-    """Gives the members' logits a dimension of their own, behind the model, and keeps the pairing for the loss."""
-
-    optional = True
-
-    def __init__(self, config: MixMo) -> None:
-        super().__init__()
-        self.config = config
-
-    def forward(self, out: Tensor) -> Tensor:
-        """Return (M, B, K) in training and where the call asks for it, else ``out`` (B, K) as it is."""
-        run, members = self.current, self.config.members
-        if run is None or not run.training:
-            asked = run is not None and run.options.get("members")
-            return torch.stack(out.chunk(members)) if asked else out
-        pairing: Pairing = run.get(self.graft, PAIRING)
-        if out.shape[0] != members * pairing.rows or (members > 1 and pairing.masks is None):
-            raise StructureError(
-                f"A training pass of {run.model._get_name()} gave {out.shape[0]} rows of logits for {members} members "
-                f"and {pairing.rows} mixtures.\nThe stem or the classifier was not in training mode, another "
-                "patch acts in its place, or what follows the classifier does not treat every row by itself.\n"
-                "Call model.train(); to freeze these layers, use requires_grad_(False)."
-            )
-        run.remember(self.graft, pairing)
-        logits = torch.stack(out.chunk(members))  # a copy, since FSDP warns of outputs that are views
-        run.measure(self.graft, "agreement", 1 - disagreement(logits.detach()))
-        return logits

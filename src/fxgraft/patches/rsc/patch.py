@@ -21,11 +21,13 @@ from fxgraft.extend import (
     Layout,
     Make,
     Pass,
+    Picture,
     Placement,
     Rest,
     Site,
     SiteError,
     Unit,
+    View,
     Words,
     check_share,
     draws,
@@ -35,6 +37,7 @@ from fxgraft.extend import (
     register,
 )
 from fxgraft.patches.rsc import tensors as core
+from fxgraft.patches.rsc.picture import mute_panels
 from fxgraft.patches.rsc.presets import PRESETS
 from fxgraft.patches.rsc.probe import Probe, Scoring
 
@@ -171,6 +174,10 @@ class RSC(LayeredPatch):
                 "fxgraft.sites(model) shows what every layer returns."
             )
         return backbone.layout(site, self.layout)
+
+    def picture(self, graft: Graft, view: View) -> Picture:
+        """Show what a training pass mutes in an image."""
+        return mute_panels(view, graft.units_of(RSCUnit), self)
 
     def describe(self, graft: Graft) -> str:
         """Name the sites and how the probe is computed."""
