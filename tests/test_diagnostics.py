@@ -253,6 +253,13 @@ def test_a_method_of_somebody_else_measures_and_computes() -> None:
         fxgraft.diagnostics(wrong)
 
 
+def test_the_methods_of_another_package_say_what_their_cards_explain() -> None:
+    model = patched("mixstyle", layers="stage1", p=1.0)
+    model(images())
+    (name,) = fxgraft.diagnostics(model)
+    assert name == f"mixstyle.{next(iter(fxgraft.methods()['mixstyle'].measures))}"
+
+
 @pytest.mark.usefixtures("_registry")
 def test_a_method_that_measures_nothing_says_nothing() -> None:
     fxgraft.register("toy")(Toy)

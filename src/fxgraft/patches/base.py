@@ -38,8 +38,13 @@ class Patch(Placer):
     Class attributes describe the method for tables and messages:
         method: name in the registry.
         title, paper, url: what it is called and where it is from.
+        idea: what it does and why, in a sentence or two; by default the description in the class docstring.
+        equation: what it computes, in plain text.
         where: where in a backbone it goes.
         cost: what it costs in training and in evaluation.
+        works_with: what it goes together with, and what it does not.
+        hurts: when it does harm, or nothing.
+        measures: what each name of `diagnostics` stands for.
         train_only: evaluation is bitwise the bare model's.
         needs_labels: training passes need ``target``.
         adds_parameters: it has parameters of its own to train.
@@ -55,8 +60,13 @@ class Patch(Placer):
     title: ClassVar[str] = ""
     paper: ClassVar[str] = ""
     url: ClassVar[str] = ""
+    idea: ClassVar[str] = ""
+    equation: ClassVar[str] = ""
     where: ClassVar[str] = ""
     cost: ClassVar[str] = ""
+    works_with: ClassVar[str] = ""
+    hurts: ClassVar[str] = ""
+    measures: ClassVar[Mapping[str, str]] = MappingProxyType({})
     train_only: ClassVar[bool] = False
     needs_labels: ClassVar[bool] = False
     adds_parameters: ClassVar[bool] = False

@@ -13,6 +13,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Literal
 
 import torch
@@ -93,6 +94,30 @@ class SelfNorm(BlockPatch):
     url = "https://arxiv.org/abs/2102.02811"
     where = "inside every residual block, by default before its last activation"
     cost = "one pass over each block's map for its statistics and one to scale it, in training and evaluation"
+    idea = (
+        "Learned gates look at the channel statistics of every map and recalibrate them, in training and "
+        "in evaluation, so that unseen styles are brought back to known ones."
+    )
+    equation = (
+        "y = x · g with g = sigmoid(BN(w · [μ, σ])); with two gates y = x · g + μ · (f − g), where g "
+        "scales the deviation and f the mean"
+    )
+    works_with = (
+        "residual blocks, dense blocks, plain stacks and vision transformers; CrossNorm, which acts in "
+        "front of it; all other methods. It cannot be merged: keep the patched model"
+    )
+    hurts = (
+        'init="authors" on trained weights, which halves the activations of every block at first; where '
+        "every millisecond of evaluation counts"
+    )
+    measures = MappingProxyType(
+        {
+            "gate": "mean of the gates over all units",
+            "gate.<site>": "mean of the gates at one site",
+            "mean_gate": "likewise of the second gate, that of the mean",
+            "mean_gate.<site>": "likewise at one site",
+        }
+    )
     adds_parameters = True
     presets = presets_by_name(
         _preset("imagenet", "ResNet-50", "ImageNet", "post", epochs=90, decay="1e-4"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, Literal
 
 import torch
@@ -70,7 +71,8 @@ class CrossNorm(BlockPatch):
             mean of each channel: where that unit is on, the pooled features are the partner's alone and the image's
             own label is trained on them.
         detach: take the partner's statistics as constants instead of letting gradients flow through them.
-        consistency: train for consistent predictions instead; see the class.
+        consistency: leave the pass itself clean, and add to the loss how far two more passes with CrossNorm on are from
+            it.
         consistency_weight: factor of the divergence.
         output: which entry of a structured output holds the logits (a key, an attribute or a position).
 
@@ -90,6 +92,29 @@ class CrossNorm(BlockPatch):
     cost = (
         "training: one pass over a map for its statistics and one to restyle it, for each unit that is on, and two "
         "more passes of the model in steps that compare, with consistency; evaluation: none"
+    )
+    idea = (
+        "Images of a batch exchange the channel means and deviations of their maps in training: the style "
+        "changes, content and label stay."
+    )
+    equation = (
+        "y = σ' · (x − μ) / σ + μ', with mean μ and deviation σ of each channel of a map, and μ', σ' of "
+        "another image's"
+    )
+    works_with = (
+        "residual blocks, dense blocks, plain stacks and vision transformers; SelfNorm, which acts behind "
+        "it; all other methods. Not inside activation checkpointing"
+    )
+    hurts = (
+        "where colour or texture tells the classes apart; batches of one, which have nobody to exchange "
+        "with. The unit of the last block replaces what global pooling reads: skip_last=True leaves it "
+        "out"
+    )
+    measures = MappingProxyType(
+        {
+            "active": "how many units were on",
+            "consistency": "the divergence between the passes, weighted, in steps that compare",
+        }
     )
     train_only = True
     presets = PRESETS

@@ -6,6 +6,7 @@ import functools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -88,6 +89,27 @@ class Diversification(Patch):
     url = "https://arxiv.org/abs/1912.06842"
     where = "the head: average pooling and linear classifier"
     cost = "training: the classifier runs at every position of the last map; evaluation: none"
+    idea = (
+        "The peak and random patches of every class map are damped in training, so that the network finds "
+        "more than one place that tells similar classes apart."
+    )
+    equation = (
+        "M = W · F, one map per class; M' = α · M at peaks and patches that are drawn, M elsewhere; "
+        "logits = mean of M' over positions"
+    )
+    works_with = (
+        "heads of average pooling and a linear classifier; all other methods but MixMo. Not heads that "
+        "read a class token"
+    )
+    hurts = (
+        "maps below about 7×7 positions, of which one patch is much; coarse classes, which one place "
+        "tells apart"
+    )
+    measures = MappingProxyType(
+        {
+            "suppressed": "share of the entries of all class maps that were damped",
+        }
+    )
     train_only = True
     presets = PRESETS
 

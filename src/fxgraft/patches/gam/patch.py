@@ -107,6 +107,31 @@ class GAM(LayeredPatch):
         "a step of `gam_losses`: a pass of the source network without gradients, and two passes of each "
         "discriminator; otherwise a scale and a shift at each tap until merged"
     )
+    idea = (
+        "A trained network is adapted to another domain without its labels: discriminators tell its "
+        "activations there from those of the frozen source network, and it learns to be mistaken for "
+        "that."
+    )
+    equation = (
+        "x' = (x − μ_t) / σ_t · σ_s + μ_s at each tap; the discriminator D minimises −log D(A_s) − log(1 "
+        "− D(x')), the network −log D(x') + λ · Σ mean((w_s − w_t)²)"
+    )
+    works_with = (
+        "classifiers and dense predictors; fxgraft.adapt, checkpoints, DistributedDataParallel; all other "
+        "methods"
+    )
+    hurts = (
+        "domains whose classes are not equally frequent, since equal activations are then not what is "
+        'right; batches of a few images (statistics="running" helps)'
+    )
+    measures = MappingProxyType(
+        {
+            "accuracy.<tap>": "share of right decisions of the discriminator: 0.5 is guessing, 1 a game lost",
+            "discriminator.<tap>": "loss of the discriminator, weighted",
+            "mapping.<tap>": "loss of the network, weighted",
+            "drift": "weight drift, weighted",
+        }
+    )
     adds_parameters = True
     saves = False
     example = MappingProxyType({"layers": -1})

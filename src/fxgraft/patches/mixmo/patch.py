@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, Literal, TypeVar
 
 import torch
@@ -105,7 +106,8 @@ class MixMo(Patch):
         shuffle_roles: deal in every batch anew whose image is the one that is cut out.
         visible_labels: weigh the two labels of `MixedLabels` (images mixed before, by `fxgraft.input_cutmix`) by
             what the mask leaves visible of each, as the authors do, instead of by their share of the image.
-        init: "pretrained" or "random"; see above.
+        init: "pretrained": evaluation starts as the bare network, bit by bit, and the members a little apart;
+            "random": the members from 1 on are drawn anew, for networks trained from scratch.
         spread: how far apart the members start with init="pretrained", as a share of the weights' length; in [0, 1].
             The offsets are drawn from torch's generator.
 
@@ -121,6 +123,24 @@ class MixMo(Patch):
     url = "https://arxiv.org/abs/2103.06132"
     where = "the stem and the classifier"
     cost = "training: stem and classifier run once per member, and the stem's outputs are mixed; evaluation: none"
+    idea = (
+        "Several networks are trained inside one: each has its own first layer and classifier, and the "
+        "middle sees a mixture of their images. Evaluation is one pass of one network."
+    )
+    equation = (
+        "l = M · Σ_i mask_i · conv(x_i; W_i); loss = Σ_i w_i · CE(y_i, d_i(l)) with w_i = M · κ_i^(1/r) / "
+        "Σ_j κ_j^(1/r); evaluation: Σ_i W_i and the mean of the d_i"
+    )
+    works_with = (
+        "plain linear stems and classifiers; RSC, CrossNorm, SelfNorm, GAM, taps; Mixup and CutMix in front. Not the "
+        "diversification block, which leaves the classifier out, no second method that pairs labels, no DataParallel"
+    )
+    hurts = "networks that are narrow for their data, where the members compete; short trainings"
+    measures = MappingProxyType(
+        {
+            "agreement": "share of the rows on which two members say the same class; their images differ in training",
+        }
+    )
     needs_labels = True
     adds_parameters = True
     pairs_labels = True

@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Literal
 
 import torch
@@ -95,6 +96,29 @@ class RSC(LayeredPatch):
     where = "the output of a layer, by default the last map before global pooling"
     cost = (
         "training: the layers after the site run twice more, nothing after pooling + linear; evaluation: none"
+    )
+    idea = (
+        "The part of a feature map that the true class leans on most is muted in training, so that the "
+        "network has to find other evidence for it."
+    )
+    equation = (
+        "g = ∂ logit_y / ∂ z; mask = 0 where g (averaged over channels or over positions) is in its top "
+        "share, else 1; loss on rest(z · mask) for the share of the batch that loses most probability, on "
+        "rest(z) for the others"
+    )
+    works_with = (
+        "maps, tokens and vectors of any backbone, all other methods, hard and soft labels, dense labels; "
+        "every training pass needs its labels"
+    )
+    hurts = (
+        "maps of less than about 3×3 positions, of which it mutes most; heads that read a class token "
+        "alone, where there is nothing to mute at the last map"
+    )
+    measures = MappingProxyType(
+        {
+            "muted": "share of the positions, channels or features that the mask of a sample mutes",
+            "samples": "share of the batch that stays muted",
+        }
     )
     train_only = True
     needs_labels = True
