@@ -5,6 +5,7 @@ from fxgraft.adaptation.loop import AdaptationHistory, adapt
 from fxgraft.api import grafts, merge, patch, set_progress, sites, summary, unpatch
 from fxgraft.errors import (
     BypassError,
+    CallError,
     ConfigError,
     DuplicateGraftError,
     FxgraftError,
@@ -52,6 +53,7 @@ __all__ = [
     "RSC",
     "AdaptationHistory",
     "BypassError",
+    "CallError",
     "ConfigError",
     "CrossNorm",
     "Diversification",

@@ -110,6 +110,8 @@ def _ask(model: nn.Module) -> None:
         ledger = ledger_of(part)
         if ledger is not None:
             ledger.context.watch.asked = True
+            if part.training and not torch.is_grad_enabled():
+                ledger.context.watch.warn_of_no_gradients(part)
 
 
 def _terms(model: nn.Module, out: Any, y: Any, criterion: Criterion) -> dict[str, Tensor]:

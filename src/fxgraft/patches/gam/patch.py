@@ -135,7 +135,6 @@ class GAM(LayeredPatch):
     adds_parameters = True
     saves = False
     example = MappingProxyType({"layers": -1})
-    needs_layers = True
     presets = PRESETS
 
     source: nn.Module | None = None
@@ -193,7 +192,9 @@ class GAM(LayeredPatch):
 
     def place(self, backbone: Backbone, make: Make) -> list[Placement]:
         """Put a tap on each layer, and check the taps against the source network's."""
-        layers = self.layers or ()
+        if self.layers is None:
+            raise _no_layers(backbone, self.task)
+        layers = self.layers
         sites = _sites(backbone, layers, "target")
         game = make(Game.KEY, Game, Rules.of(self))
         if self.weights is not None and len(self.weights) != len(sites):
@@ -264,6 +265,22 @@ class GAM(LayeredPatch):
         for tap in taps:
             if tap.absorber is not None:
                 tap.absorber.absorb(model, *tap.affine())
+
+
+def _no_layers(backbone: Backbone, task: str) -> ConfigError:
+    """Say that there are no taps, and what they may be on this network."""
+    outer = [
+        site.name
+        for site in backbone.module_outputs()
+        if "." not in site.name and site.shape is not None and len(site.shape) in (2, 3, 4)
+    ]
+    chosen = outer[-2:] if task == "classification" else outer[:: -(-len(outer) // 4)]
+    example = f"for example layers={chosen!r}" if chosen else "as layers=[...]"
+    return ConfigError(
+        f"GAM needs layers: the taps at which the activations of both networks are matched.\n"
+        "The authors take the last two layers of a classifier, and four over the depth of a dense predictor.\n"
+        f"On this {backbone.name}, {example}; fxgraft.sites(model) lists all."
+    )
 
 
 def _sites(backbone: Backbone, layers: Words, network: str) -> dict[str, Site]:
