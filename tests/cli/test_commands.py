@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 
 import fxgraft
 from fxgraft.bench.report import OverheadReport
+from fxgraft.cli import completion
 from fxgraft.cli.cards import option_docs
 from fxgraft.cli.commands import app
 from fxgraft.cli.readme import own_methods
@@ -222,6 +223,36 @@ def test_bench_prints_a_table_and_writes_the_same_numbers(tmp_path):
     assert json.loads(file.read_text())["batch"] == 2
     for row in report.rows:
         assert f"{row.seconds.median * 1e3:.2f}" in out
+
+
+def test_bench_says_how_far_it_is_and_how_long_it_takes_where_no_bar_can_be_drawn():
+    arguments = [each for each in BENCH if each not in ("--rounds", "1", "--min-run-time", "0")]
+    out, err = run(*arguments, "--quick", "--patch", "rsc:layer=layer4")
+    assert "rounds: 3;" in out
+    assert re.search(r"^measuring: 1 of 18, about \d+ s left$", err, re.MULTILINE)
+    assert err.splitlines()[-1].startswith("measuring: 18 of 18")
+
+
+@pytest.mark.parametrize(
+    ("complete", "begun", "expected"),
+    [
+        (completion.complete_method, "r", ["rsc"]),
+        (completion.complete_model, "resnet50d", ["resnet50d"]),
+        (completion.complete_model, "torchvision/resnet1", ["torchvision/resnet101"]),
+        (completion.complete_spec, "rs", ["rsc"]),
+        (completion.complete_spec, "rsc:layer=layer4,sco", ["rsc:layer=layer4,scope="]),
+        (completion.complete_shown, "map", ["maps"]),
+    ],
+)
+def test_names_complete(complete, begun, expected):
+    found = complete(begun)
+    assert [each for each in expected if each not in found] == []
+    assert all(each.startswith(begun.partition(",")[0]) for each in found)
+
+
+def test_shells_are_offered_completion():
+    out, _ = run("--help")
+    assert "--install-completion" in out
 
 
 def test_demo_hands_over_only_what_was_given(monkeypatch, tmp_path):

@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from fxgraft.cli.completion import complete_model, complete_shown, complete_spec
 from fxgraft.errors import ConfigError
 
 MAPS = "maps"
@@ -24,7 +25,11 @@ class Mode(str, Enum):
 
 def show(
     what: Annotated[
-        str, typer.Argument(help="A model (resnet50, torchvision/resnet50, …), a method, or maps.")
+        str,
+        typer.Argument(
+            help="A model (resnet50, torchvision/resnet50, …), a method, or maps.",
+            autocompletion=complete_shown,
+        ),
     ],
     images: Annotated[
         list[Path] | None, typer.Argument(metavar="[IMAGE]...", help="With a method: what to look at.")
@@ -33,6 +38,7 @@ def show(
         list[str] | None,
         typer.Option(
             metavar="SPEC",
+            autocompletion=complete_spec,
             help="METHOD:key=value,…; with a model, may be given several times. With maps: side of a patch.",
         ),
     ] = None,
@@ -43,7 +49,9 @@ def show(
         ),
     ] = None,
     mode: Annotated[Mode, typer.Option(help="With a model: whose graph to show.")] = Mode.training,
-    model: Annotated[str, typer.Option(help="With a method: the model it is shown on.")] = "resnet50",
+    model: Annotated[
+        str, typer.Option(help="With a method: the model it is shown on.", autocompletion=complete_model)
+    ] = "resnet50",
     pretrained: Annotated[
         bool, typer.Option("--pretrained", help="Download the library's weights; else they are random.")
     ] = False,
