@@ -118,8 +118,13 @@ def _left_out(model: nn.Module, own: list[nn.Parameter]) -> bool:
 def diagnostics(model: nn.Module) -> dict[str, float]:
     """Return what the grafts of a model did in its last training pass, as scalars for any logger.
 
-        for name, value in fxgraft.diagnostics(model).items():
-            writer.add_scalar(name, value, step)
+    >>> import fxgraft, timm, torch
+    >>> model = fxgraft.patch(timm.create_model("test_resnet", num_classes=4), "rsc")
+    >>> out = model(torch.randn(8, 3, 96, 96), target=torch.arange(8) % 4)
+    >>> for name, value in fxgraft.diagnostics(model).items():  # writer.add_scalar(name, value, step)
+    ...     print(name, 0 < value < 1)
+    rsc.muted True
+    rsc.samples True
 
     A step computes nothing for this and waits for no device; this call does. Passes in evaluation leave it alone.
     What the names mean: ``fxgraft info METHOD``.
