@@ -34,6 +34,7 @@ LAYERS: list[tuple[str, ...]] = [
         "patches/draws.py",
         "patches/registry.py",
         "patches/presets.py",
+        "patches/pictures.py",
     ),
     ("extend.py", "patches/__init__.py"),
     ("patches/",),

@@ -1,4 +1,262 @@
-# What type checkers and editors see: the names that __init__.py imports when they are asked for.
-from fxgraft.public import *  # noqa: F403
+# What type checkers and editors see: the names that __init__.py imports when they are asked for, and the options of
+# every method. Written by python -m fxgraft.cli.stubs
+import collections.abc
+from typing import Any, Literal, TypeVar, overload
+
+import torch
+
+from fxgraft.public import GAM as GAM
+from fxgraft.public import RSC as RSC
+from fxgraft.public import AdaptationHistory as AdaptationHistory
+from fxgraft.public import BypassError as BypassError
+from fxgraft.public import CallError as CallError
+from fxgraft.public import ConfigError as ConfigError
+from fxgraft.public import CrossNorm as CrossNorm
+from fxgraft.public import Diversification as Diversification
+from fxgraft.public import DuplicateGraftError as DuplicateGraftError
+from fxgraft.public import EnsembleMetrics as EnsembleMetrics
+from fxgraft.public import FxgraftError as FxgraftError
+from fxgraft.public import FxgraftWarning as FxgraftWarning
+from fxgraft.public import GradientBoostingCrossEntropy as GradientBoostingCrossEntropy
+from fxgraft.public import Graft as Graft
+from fxgraft.public import MemberLogits as MemberLogits
+from fxgraft.public import MergeError as MergeError
+from fxgraft.public import MethodError as MethodError
+from fxgraft.public import MixMo as MixMo
+from fxgraft.public import MixMoInput as MixMoInput
+from fxgraft.public import MixedLabels as MixedLabels
+from fxgraft.public import Patch as Patch
+from fxgraft.public import Plan as Plan
+from fxgraft.public import RecipeError as RecipeError
+from fxgraft.public import RepeatedBatchSampler as RepeatedBatchSampler
+from fxgraft.public import SelfNorm as SelfNorm
+from fxgraft.public import Site as Site
+from fxgraft.public import SiteError as SiteError
+from fxgraft.public import Sites as Sites
+from fxgraft.public import StructureError as StructureError
+from fxgraft.public import Summary as Summary
+from fxgraft.public import TapError as TapError
+from fxgraft.public import Taps as Taps
+from fxgraft.public import TargetError as TargetError
+from fxgraft.public import TraceError as TraceError
+from fxgraft.public import UnknownGraftError as UnknownGraftError
+from fxgraft.public import UnknownMethodError as UnknownMethodError
+from fxgraft.public import WeightsError as WeightsError
+from fxgraft.public import WrappedModelError as WrappedModelError
+from fxgraft.public import activations as activations
+from fxgraft.public import adapt as adapt
+from fxgraft.public import adapt_batchnorm as adapt_batchnorm
+from fxgraft.public import diagnostics as diagnostics
+from fxgraft.public import disagreement as disagreement
+from fxgraft.public import ensemble_entropy as ensemble_entropy
+from fxgraft.public import extra_loss as extra_loss
+from fxgraft.public import gam_losses as gam_losses
+from fxgraft.public import gradient_boosting_cross_entropy as gradient_boosting_cross_entropy
+from fxgraft.public import grafts as grafts
+from fxgraft.public import input_cutmix as input_cutmix
+from fxgraft.public import jensen_shannon as jensen_shannon
+from fxgraft.public import load as load
+from fxgraft.public import load_backbone as load_backbone
+from fxgraft.public import loss as loss
+from fxgraft.public import losses as losses
+from fxgraft.public import member_logits as member_logits
+from fxgraft.public import merge as merge
+from fxgraft.public import methods as methods
+from fxgraft.public import register as register
+from fxgraft.public import save as save
+from fxgraft.public import set_progress as set_progress
+from fxgraft.public import sites as sites
+from fxgraft.public import summary as summary
+from fxgraft.public import tapped as tapped
+from fxgraft.public import targets as targets
+from fxgraft.public import unpatch as unpatch
+from fxgraft.public import with_targets as with_targets
 
 __version__: str
+
+_M = TypeVar("_M", bound=torch.nn.Module)
+@overload
+def patch(
+    model: _M,
+    method: Literal["crossnorm"],
+    *,
+    name: str | None = ...,
+    dry_run: Literal[False] = ...,
+    input_size: tuple[int, int, int] | None = ...,
+    preset: Literal["imagenet", "imagenet_cnsn", "imagenet_cnsn_consistency", "imagenet_cnsn_ibn_augmix", "cifar10_wrn", "cifar10_wrn_cnsn", "cifar10_wrn_cnsn_consistency", "cifar100_wrn", "cifar100_wrn_cnsn", "cifar100_wrn_cnsn_consistency", "cifar10_resnext", "cifar10_resnext_cnsn", "cifar10_resnext_cnsn_consistency", "cifar100_resnext_cnsn", "cifar100_resnext_cnsn_consistency", "cifar10_densenet", "cifar10_densenet_cnsn", "cifar100_densenet_cnsn", "cifar10_allconv", "cifar10_allconv_cnsn"] | None = ...,
+    layers: str | int | collections.abc.Sequence[str | int] | None = ...,
+    position: Literal["pre", "residual", "identity", "post", "conv1_pre", "conv1_post", "conv2_post", "conv", "norm", "act"] = ...,
+    layout: Literal["NCHW", "NHWC", "NLC", "NCL"] | None = ...,
+    p: float = ...,
+    active: int | None = ...,
+    mode: Literal["two-instance", "one-instance", "both"] = ...,
+    crop: Literal["neither", "content", "style", "both"] = ...,
+    beta: float = ...,
+    threshold: float = ...,
+    lam: float = ...,
+    skip_last: bool = ...,
+    detach: bool = ...,
+    consistency: bool = ...,
+    consistency_weight: float = ...,
+    output: str | int | None = ...,
+    layer: str | int | collections.abc.Sequence[str | int] | None = ...,
+) -> _M: ...
+@overload
+def patch(
+    model: _M,
+    method: Literal["diversification"],
+    *,
+    name: str | None = ...,
+    dry_run: Literal[False] = ...,
+    input_size: tuple[int, int, int] | None = ...,
+    preset: Literal["block", "paper"] | None = ...,
+    alpha: float = ...,
+    p_peak: float = ...,
+    p_patch: float = ...,
+    patch: int = ...,
+    border: Literal["skip", "partial"] = ...,
+    ties: Literal["first", "all"] = ...,
+    head: str | None = ...,
+    output: str | int | None = ...,
+    loss: Literal["gradient_boosting"] | None = ...,
+    loss_k: int = ...,
+    loss_start: float = ...,
+    return_maps: bool = ...,
+) -> _M: ...
+@overload
+def patch(
+    model: _M,
+    method: Literal["gam"],
+    *,
+    name: str | None = ...,
+    dry_run: Literal[False] = ...,
+    input_size: tuple[int, int, int] | None = ...,
+    preset: Literal["digits", "segmentation"] | None = ...,
+    layers: str | int | collections.abc.Sequence[str | int] | None = ...,
+    source: torch.nn.Module | None = ...,
+    task: Literal["classification", "dense"] = ...,
+    matching: Literal["gaussian"] | None = ...,
+    match_in: Literal["network", "discriminators"] = ...,
+    statistics: Literal["batch", "running"] = ...,
+    momentum: float = ...,
+    eps: float = ...,
+    gan: Literal["jsd", "lsgan"] | None = ...,
+    invert: Literal["target", "both"] = ...,
+    weights: collections.abc.Sequence[float] | None = ...,
+    drift: float | None = ...,
+    drift_convention: Literal["mean", "sum"] = ...,
+    discriminator: collections.abc.Callable[[tuple[int, ...]], torch.nn.Module] | None = ...,
+    hidden: int = ...,
+    activation: Literal["relu", "leaky"] = ...,
+    layout: Literal["NCHW", "NHWC", "NLC", "NCL", "NC"] | None = ...,
+    output: str | int | None = ...,
+    layer: str | int | collections.abc.Sequence[str | int] | None = ...,
+) -> _M: ...
+@overload
+def patch(
+    model: _M,
+    method: Literal["mixmo"],
+    *,
+    name: str | None = ...,
+    dry_run: Literal[False] = ...,
+    input_size: tuple[int, int, int] | None = ...,
+    preset: Literal["cifar_linear", "cifar_cut", "cifar_mimo", "tiny_imagenet_linear", "tiny_imagenet_cut", "tiny_imagenet_mimo"] | None = ...,
+    members: int = ...,
+    mixing: Literal["linear", "sum", "cut", "cow", "patchup_hard", "patchup_soft", "horizontal", "vertical", "channel", "stack_channel", "noise"] = ...,
+    p: float = ...,
+    decay: float = ...,
+    alpha: float = ...,
+    r: float = ...,
+    repetitions: int = ...,
+    kept: float = ...,
+    shuffle_roles: bool = ...,
+    visible_labels: bool = ...,
+    init: Literal["pretrained", "random"] = ...,
+    spread: float = ...,
+) -> _M: ...
+@overload
+def patch(
+    model: _M,
+    method: Literal["rsc"],
+    *,
+    name: str | None = ...,
+    dry_run: Literal[False] = ...,
+    input_size: tuple[int, int, int] | None = ...,
+    preset: Literal["pacs", "imagenet", "domainbed"] | None = ...,
+    layers: str | int | collections.abc.Sequence[str | int] | None = ...,
+    scope: Literal["both", "spatial", "channel"] = ...,
+    strategy: Literal["top_gradient", "random_top_half", "top_activation", "random"] = ...,
+    saliency: Literal["grad_cam", "gradient"] = ...,
+    spatial_drop: float = ...,
+    channel_drop: float = ...,
+    vector_drop: float = ...,
+    batch_share: float = ...,
+    batch_schedule: Literal["constant", "authors", "imagenet"] = ...,
+    epochs: int | None = ...,
+    start: float = ...,
+    layout: Literal["NCHW", "NHWC", "NLC", "NCL", "NC"] | None = ...,
+    output: str | int | None = ...,
+    ignore_index: int = ...,
+    layer: str | int | collections.abc.Sequence[str | int] | None = ...,
+) -> _M: ...
+@overload
+def patch(
+    model: _M,
+    method: Literal["selfnorm"],
+    *,
+    name: str | None = ...,
+    dry_run: Literal[False] = ...,
+    input_size: tuple[int, int, int] | None = ...,
+    preset: Literal["imagenet", "imagenet_cnsn", "imagenet_cnsn_consistency", "imagenet_cnsn_ibn_augmix", "cifar10_wrn", "cifar10_wrn_cnsn", "cifar10_wrn_cnsn_consistency", "cifar100_wrn", "cifar100_wrn_cnsn", "cifar100_wrn_cnsn_consistency", "cifar10_resnext", "cifar10_resnext_cnsn", "cifar10_resnext_cnsn_consistency", "cifar100_resnext", "cifar100_resnext_cnsn", "cifar100_resnext_cnsn_consistency", "cifar10_densenet", "cifar10_densenet_cnsn", "cifar100_densenet", "cifar100_densenet_cnsn", "cifar10_allconv_cnsn"] | None = ...,
+    layers: str | int | collections.abc.Sequence[str | int] | None = ...,
+    position: Literal["pre", "residual", "identity", "post", "conv1_pre", "conv1_post", "conv2_post", "conv", "norm", "act"] = ...,
+    layout: Literal["NCHW", "NHWC", "NLC", "NCL"] | None = ...,
+    gates: Literal[1, 2] = ...,
+    init: Literal["identity", "authors"] = ...,
+    layer: str | int | collections.abc.Sequence[str | int] | None = ...,
+) -> _M: ...
+@overload
+def patch(
+    model: _M,
+    method: Literal["taps"],
+    *,
+    name: str | None = ...,
+    dry_run: Literal[False] = ...,
+    input_size: tuple[int, int, int] | None = ...,
+    preset: None = ...,
+    layers: str | int | collections.abc.Sequence[str | int] | None = ...,
+    detach: bool = ...,
+    copy: bool = ...,
+    layer: str | int | collections.abc.Sequence[str | int] | None = ...,
+) -> _M: ...
+@overload
+def patch(
+    model: _M,
+    method: Patch,
+    *,
+    name: str | None = ...,
+    dry_run: Literal[False] = ...,
+    input_size: tuple[int, int, int] | None = ...,
+) -> _M: ...
+@overload
+def patch(
+    model: _M,
+    method: str,
+    *,
+    name: str | None = ...,
+    dry_run: Literal[False] = ...,
+    input_size: tuple[int, int, int] | None = ...,
+    preset: str | None = ...,
+    **options: Any,
+) -> _M: ...
+@overload
+def patch(
+    model: torch.nn.Module,
+    method: str | Patch,
+    *,
+    name: str | None = ...,
+    dry_run: Literal[True],
+    input_size: tuple[int, int, int] | None = ...,
+    preset: str | None = ...,
+    **options: Any,
+) -> Plan: ...

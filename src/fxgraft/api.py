@@ -51,6 +51,13 @@ def patch(
 ) -> M | Plan:
     """Graft a method onto a model, in place.
 
+    >>> import fxgraft, timm
+    >>> model = timm.create_model("test_resnet", num_classes=4)
+    >>> fxgraft.patch(model, "rsc", layer="layer4") is model
+    True
+    >>> print(fxgraft.patch(model, "selfnorm", dry_run=True).name)
+    selfnorm
+
     Args:
         model: a timm or torchvision backbone, or any module from one image batch to logits. It keeps its class
             (as a subclass of it), weights, hooks and ``state_dict`` keys.
@@ -106,6 +113,16 @@ def _check_new(graft: Graft, present: Sequence[Graft], named: bool) -> None:
                 "Choose another name." if named else f'Give the second one a name, as name="{graft.name}_2".'
             )
             raise DuplicateGraftError(f"There is a graft named {graft.name!r} on the model already.\n{hint}")
+        pairing, replaying = (
+            next((each for each in (graft, other) if test(each.patch)), None)
+            for test in (lambda patch: patch.pairs_labels, lambda patch: patch.replays())
+        )
+        if pairing is not None and replaying is not None and pairing is not replaying:
+            raise ConfigError(
+                f"{replaying.name!r} runs the batch again to compare predictions, and {pairing.name!r} mixes images "
+                "anew in every pass.\nThe predictions would be of other mixtures, row by row.\n"
+                f"Switch that off in {replaying.name!r} (consistency=False), or take one of them off."
+            )
         if other.patch.pairs_labels and graft.patch.pairs_labels:
             raise ConfigError(
                 f"{graft.patch.method!r} and {other.name!r}, which is on the model, both pair every row of the output "
@@ -125,6 +142,11 @@ def _plan(model: nn.Module, present: Sequence[Graft], graft: Graft) -> Plan:
 @alone
 def unpatch(model: M, *names: str | Graft) -> M:
     """Take grafts off a model, in place: exactly as before those patches.
+
+    >>> import fxgraft, timm
+    >>> model = fxgraft.patch(timm.create_model("test_resnet"), "rsc")
+    >>> fxgraft.grafts(fxgraft.unpatch(model, "rsc"))
+    []
 
     Args:
         model: a patched model.
@@ -171,6 +193,10 @@ def sites(
 ) -> Sites:
     """List where a model can be patched: module outputs and the values between them, in running order.
 
+    >>> import fxgraft, timm
+    >>> fxgraft.sites(timm.create_model("test_resnet"), "layer*").names
+    ['layer1', 'layer2', 'layer3', 'layer4']
+
     Args:
         model: bare or patched; the listing is that of the bare model.
         pattern: a name or a glob: ``*`` within one part of a name, ``**`` across parts; or "residual" for
@@ -215,6 +241,11 @@ def set_progress(model: nn.Module, fraction: float) -> None:
 @alone
 def merge(model: M) -> M:
     """Return a copy of a patched model, its parts included, with every graft folded into stock weights or gone.
+
+    >>> import fxgraft, timm
+    >>> model = fxgraft.patch(timm.create_model("test_resnet"), "mixmo")
+    >>> type(fxgraft.merge(model)).__name__
+    'ResNet'
 
     The copy has the original class and keys, loads into a fresh model with ``strict=True``, and knows nothing
     of fxgraft. The patched model is left alone.

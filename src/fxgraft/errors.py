@@ -58,6 +58,10 @@ class TargetError(FxgraftError, ValueError):
     """Labels are missing, stale, of the wrong size, or out of range."""
 
 
+class CallError(FxgraftError, TypeError):
+    """A patched model was called with arguments that it does not take."""
+
+
 class BypassError(FxgraftError, RuntimeError):
     """A call would run, or has run, around a graft that should have acted."""
 

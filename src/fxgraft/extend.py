@@ -83,6 +83,12 @@ What a method can do beyond this:
   ``look_ahead`` through a rest, and ``remember``, which ``graft.recall(out)`` finds again when the loss is computed.
 - Take part in the loss: `Patch.criterion` and `Patch.losses`; where options switch these off, say so in
   `Patch.replaces_criterion` and `Patch.judges`. Fold into stock weights: `Patch.merge`.
+- Say what a training pass did, as scalars for loggers: ``run.measure(self.graft, "ratio", ratio)`` in a unit is all it
+  takes; `fxgraft.diagnostics` gives the means by name. Where more arithmetic is needed, `Patch.diagnostics`.
+- Show what the method does with an image: `Patch.picture` returns a `Picture` of `Panel` objects (images with heat maps
+  and hatched cells, curves), and ``fxgraft show METHOD IMAGE`` draws it.
+- Fill its card, ``fxgraft info METHOD``: ``idea``, ``equation``, ``works_with``, ``hurts``, ``measures`` (what the
+  names of its diagnostics mean), beside ``where`` and ``cost``; what is not declared is left out.
 - Name published settings: ``presets = presets_by_name(Preset(name=..., options=..., source=...))``.
 
 The method is found by name once its module is imported, or without that through an entry point of the group
@@ -132,6 +138,7 @@ from fxgraft.graph.tracing.preserve import preserved_modes
 from fxgraft.patches import draws
 from fxgraft.patches.base import BlockPatch, LayeredPatch, Patch, recording
 from fxgraft.patches.options import check_count, check_positive, check_share, is_count, is_number
+from fxgraft.patches.pictures import Panel, Picture, View
 from fxgraft.patches.presets import Preset, Training, presets_by_name
 from fxgraft.patches.registry import register
 
@@ -154,8 +161,10 @@ __all__ = [
     "Make",
     "MergeError",
     "MethodError",
+    "Panel",
     "Pass",
     "Patch",
+    "Picture",
     "Placement",
     "PositionwiseHead",
     "Preset",
@@ -172,6 +181,7 @@ __all__ = [
     "Training",
     "Unit",
     "UnknownGraftError",
+    "View",
     "Words",
     "WrappedModelError",
     "add_graft",

@@ -11,10 +11,12 @@ import torch
 from rich.table import Table
 from torch import nn
 
+from fxgraft.errors import MethodError
 from fxgraft.graph.grafting.graft import Graft
+from fxgraft.graph.grafting.lookup import named_grafts
 from fxgraft.graph.grafting.placement import Placement
 from fxgraft.graph.tracing.names import class_name
-from fxgraft.patches.base import Patch
+from fxgraft.patches.base import Patch, mean_of
 
 
 @dataclass(frozen=True)
@@ -111,3 +113,40 @@ def _left_out(model: nn.Module, own: list[nn.Parameter]) -> bool:
         if issubclass(type(each), torch.optim.Optimizer)  # isinstance would run code of whatever is in memory
     ]
     return any(h & others for h in held) and not any(h & ids for h in held)
+
+
+def diagnostics(model: nn.Module) -> dict[str, float]:
+    """Return what the grafts of a model did in its last training pass, as scalars for any logger.
+
+    >>> import fxgraft, timm, torch
+    >>> model = fxgraft.patch(timm.create_model("test_resnet", num_classes=4), "rsc")
+    >>> out = model(torch.randn(8, 3, 96, 96), target=torch.arange(8) % 4)
+    >>> for name, value in fxgraft.diagnostics(model).items():  # writer.add_scalar(name, value, step)
+    ...     print(name, 0 < value < 1)
+    rsc.muted True
+    rsc.samples True
+
+    A step computes nothing for this and waits for no device; this call does. Passes in evaluation leave it alone.
+    What the names mean: ``fxgraft info METHOD``.
+
+    Args:
+        model: as in `loss`: patched, wrapped (DistributedDataParallel, torch.compile), or with patched parts.
+
+    Returns:
+        Numbers by ``"<graft>.<name>"``, with the part's name before it where a graft is on a part:
+        ``"backbone.rsc.muted"``. Empty before the first training pass; a graft that did nothing has no entries.
+
+    Raises:
+        MethodError: what a method returns is no dictionary of numbers.
+    """
+    found: dict[str, float] = {}
+    for graft_name, graft in named_grafts(model).items():
+        measured = graft.patch.diagnostics(graft)
+        try:
+            found |= {f"{graft_name}.{name}": mean_of([value]) for name, value in measured.items()}
+        except (AttributeError, TypeError, ValueError) as error:
+            raise MethodError(
+                f"{type(graft.patch).__name__}.diagnostics returned {measured!r}.\n"
+                "It returns a dictionary of numbers, or of tensors of which the mean is taken."
+            ) from error
+    return found

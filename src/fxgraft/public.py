@@ -5,6 +5,7 @@ from fxgraft.adaptation.loop import AdaptationHistory, adapt
 from fxgraft.api import grafts, merge, patch, set_progress, sites, summary, unpatch
 from fxgraft.errors import (
     BypassError,
+    CallError,
     ConfigError,
     DuplicateGraftError,
     FxgraftError,
@@ -26,7 +27,7 @@ from fxgraft.functional.divergence import jensen_shannon
 from fxgraft.graph.grafting.graft import Graft
 from fxgraft.graph.grafting.published import targets, with_targets
 from fxgraft.graph.structure.sites import Site, Sites
-from fxgraft.inspection import Plan, Summary
+from fxgraft.inspection import Plan, Summary, diagnostics
 from fxgraft.patches.base import Patch
 from fxgraft.patches.crossnorm.patch import CrossNorm
 from fxgraft.patches.diversification.loss import GradientBoostingCrossEntropy, gradient_boosting_cross_entropy
@@ -52,6 +53,7 @@ __all__ = [
     "RSC",
     "AdaptationHistory",
     "BypassError",
+    "CallError",
     "ConfigError",
     "CrossNorm",
     "Diversification",
@@ -88,6 +90,7 @@ __all__ = [
     "activations",
     "adapt",
     "adapt_batchnorm",
+    "diagnostics",
     "disagreement",
     "ensemble_entropy",
     "extra_loss",

@@ -52,6 +52,12 @@ def losses(
 def loss(model: nn.Module, out: Any, y: Any, criterion: Callable[..., Tensor] = F.cross_entropy) -> Tensor:
     """Return the whole loss as one scalar: the sum of `losses`.
 
+    >>> import fxgraft, timm, torch
+    >>> model = fxgraft.patch(timm.create_model("test_resnet", num_classes=4), "mixmo")
+    >>> x, y = torch.randn(4, 3, 96, 96), torch.arange(4)
+    >>> out = model(x, target=y)  # one row of logits for each member
+    >>> fxgraft.loss(model, out, y).backward()
+
     Args:
         model: as in `losses`.
         out: what the model returned.
@@ -110,6 +116,8 @@ def _ask(model: nn.Module) -> None:
         ledger = ledger_of(part)
         if ledger is not None:
             ledger.context.watch.asked = True
+            if part.training and not torch.is_grad_enabled():
+                ledger.context.watch.warn_of_no_gradients(part)
 
 
 def _terms(model: nn.Module, out: Any, y: Any, criterion: Criterion) -> dict[str, Tensor]:

@@ -5,16 +5,20 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
+from dataclasses import dataclass
 
 import pytest
 from typer.testing import CliRunner
 
 import fxgraft
 from fxgraft.bench.report import OverheadReport
+from fxgraft.cli import completion
 from fxgraft.cli.cards import option_docs
 from fxgraft.cli.commands import app
+from fxgraft.cli.readme import own_methods
 from fxgraft.errors import ConfigError
 from fxgraft.experiments.backbones import build_model, split_name
+from fxgraft.patches import registry
 
 ANSI = re.compile(r"\x1b\[[0-9;]*m")
 BENCH = ("bench", "resnet18", "--batch", "2", "--size", "32", "--rounds", "1", "--min-run-time", "0")
@@ -109,6 +113,81 @@ def test_info_documents_every_option_of_every_method():
             assert documented.get(field.name), f"{name} does not document its option {field.name!r}"
 
 
+SECTIONS = ("idea", "equation", "where", "acts", "cost", "works with", "hurts", "diagnostics", "reference")
+
+
+def test_a_card_has_every_section_and_stands_for_itself():
+    for name, method in own_methods().items():
+        out, _ = run("info", name)
+        said = [each for each in SECTIONS if re.search(rf"^{each} +\S", out, re.MULTILINE)]
+        missing = {"taps": {"equation", "diagnostics"}}.get(name, set())
+        assert set(SECTIONS) - set(said) == missing, name
+        assert not re.search(r"see (the )?(above|below|class|docstring)", out, re.IGNORECASE), name
+        assert all(each in out for each in method.measures)
+
+
+def test_what_a_card_says_of_diagnostics_is_what_they_are():
+    """Every name that a method gives is explained, and every explained name is given by some options."""
+    from contract.cases import SMALL, Cell, batch
+
+    for method in own_methods():
+        declared, found = fxgraft.methods()[method].measures, set()
+        options = {"selfnorm": {"gates": 2}, "crossnorm": {"consistency": True, "p": 1.0}}.get(method)
+        cell = Cell(method, SMALL)
+        model = cell.patch(SMALL.build(), None if options is None else cell.options(**options))
+        x, y = batch(SMALL)
+        if method == "gam":
+            fxgraft.gam_losses(model, x, x.flip(0))
+        else:
+            fxgraft.loss(model, model(x, target=y), y)
+        for name in fxgraft.diagnostics(model):
+            found |= {
+                each for each in declared if re.fullmatch(re.sub("<.*>", ".*", each), name.split(".", 1)[1])
+            }
+            assert any(
+                re.fullmatch(re.sub("<.*>", ".*", each), name.split(".", 1)[1]) for each in declared
+            ), name
+        assert found == set(declared)
+
+
+def test_the_card_of_somebody_elses_method_leaves_out_what_it_does_not_say(monkeypatch):
+    monkeypatch.setattr(registry, "_registry", dict(fxgraft.methods()))
+
+    @fxgraft.register("foreign")
+    @dataclass(frozen=True, kw_only=True)
+    class Foreign(fxgraft.Patch):
+        """Adds one to everything.
+
+        Nobody knows why.
+
+        Args:
+            size: how much.
+        """
+
+        hurts = "always"
+        size: int = 1
+
+        def place(self, backbone, make):
+            return []
+
+    out, _ = run("info", "foreign")
+    assert re.search(r"^idea +Adds one to everything\.", out, re.MULTILINE)
+    assert "Nobody knows why." in out
+    assert re.search(r"^hurts +always", out, re.MULTILINE)
+    assert "how much." in out
+    assert not [each for each in ("equation", "cost", "reference", "works with", "preset") if each in out]
+
+    @fxgraft.register("silent")
+    @dataclass(frozen=True, kw_only=True)
+    class Silent(fxgraft.Patch):
+        def place(self, backbone, make):
+            return []
+
+    out, _ = run("info", "silent")
+    assert "idea" not in out
+    assert "Silent(" not in out
+
+
 def test_option_docs_reads_google_docstrings_and_inherits():
     class Base:
         """Base.
@@ -144,6 +223,36 @@ def test_bench_prints_a_table_and_writes_the_same_numbers(tmp_path):
     assert json.loads(file.read_text())["batch"] == 2
     for row in report.rows:
         assert f"{row.seconds.median * 1e3:.2f}" in out
+
+
+def test_bench_says_how_far_it_is_and_how_long_it_takes_where_no_bar_can_be_drawn():
+    arguments = [each for each in BENCH if each not in ("--rounds", "1", "--min-run-time", "0")]
+    out, err = run(*arguments, "--quick", "--patch", "rsc:layer=layer4")
+    assert "rounds: 3;" in out
+    assert re.search(r"^measuring: 1 of 18, about \d+ s left$", err, re.MULTILINE)
+    assert err.splitlines()[-1].startswith("measuring: 18 of 18")
+
+
+@pytest.mark.parametrize(
+    ("complete", "begun", "expected"),
+    [
+        (completion.complete_method, "r", ["rsc"]),
+        (completion.complete_model, "resnet50d", ["resnet50d"]),
+        (completion.complete_model, "torchvision/resnet1", ["torchvision/resnet101"]),
+        (completion.complete_spec, "rs", ["rsc"]),
+        (completion.complete_spec, "rsc:layer=layer4,sco", ["rsc:layer=layer4,scope="]),
+        (completion.complete_shown, "map", ["maps"]),
+    ],
+)
+def test_names_complete(complete, begun, expected):
+    found = complete(begun)
+    assert [each for each in expected if each not in found] == []
+    assert all(each.startswith(begun.partition(",")[0]) for each in found)
+
+
+def test_shells_are_offered_completion():
+    out, _ = run("--help")
+    assert "--install-completion" in out
 
 
 def test_demo_hands_over_only_what_was_given(monkeypatch, tmp_path):

@@ -1,8 +1,9 @@
-"""The picture of class maps, and its command."""
+"""Pictures of what methods do with an image, and their command."""
 
 from __future__ import annotations
 
 import re
+from dataclasses import dataclass
 
 import pytest
 import timm
@@ -10,13 +11,21 @@ import torch
 from PIL import Image
 from typer.testing import CliRunner
 
+import fxgraft
+from fxgraft import extend
 from fxgraft.cli.commands import app
-from fxgraft.cli.pictures import look
+from fxgraft.cli.pictures import methods_with_pictures, picture_of, save_picture
 from fxgraft.errors import ConfigError
 from fxgraft.experiments.images import decode, to_floats
+from fxgraft.patches import registry
 from fxgraft.patches.diversification.patch import maps
 
 SIZE = ("--model", "resnet18", "--classes", "5", "--size", "96")
+
+
+class Same(extend.Unit):
+    def forward(self, x):
+        return x
 
 
 def network() -> torch.nn.Module:
@@ -42,22 +51,105 @@ def run(*arguments: str, code: int = 0) -> str:
 
 
 def test_the_classes_drawn_are_those_with_the_highest_scores(photo):
-    model, image = network(), read_image(photo, 96)
-    shown = look(model, image, top=2)
-    mean, std = (torch.tensor(model.pretrained_cfg[key]).view(3, 1, 1) for key in ("mean", "std"))
+    image = read_image(photo, 96)
+    mean, std = (torch.tensor(network().pretrained_cfg[key]).view(3, 1, 1) for key in ("mean", "std"))
     batch = ((image - mean) / std)[None]
-    logits = model(batch)[0]
-    assert list(shown.classes) == logits.topk(2).indices.tolist()
-    assert shown.scores == pytest.approx(logits.topk(2).values.tolist(), abs=1e-5)
-    assert torch.equal(shown.maps, maps(model, batch)[0, list(shown.classes)])
-    assert torch.equal(shown.maps[shown.peaks], shown.maps.amax((1, 2)))
+    logits = network()(batch)[0]
+    picture = picture_of(network(), "diversification", image[None], top=2)
+    (first, *shown), best = picture.rows[0], logits.topk(2)
+    assert torch.equal(first.image, image)
+    expected = zip(best.indices.tolist(), best.values.tolist(), strict=True)
+    assert [panel.title for panel in shown] == [f"class {n}: {score:.2f}" for n, score in expected]
+    for panel, number in zip(shown, best.indices.tolist(), strict=True):
+        assert torch.equal(panel.heat, maps(network(), batch)[0, number])
+        assert panel.heat[panel.cross] == panel.heat.max()
 
 
 def test_the_draw_follows_the_seed(photo):
-    model, image = network(), read_image(photo, 96)
-    first, again, other = (look(model, image, top=5, seed=seed).damped for seed in (0, 0, 1))
+    images = read_image(photo, 96)[None]
+    first, again, other = (
+        torch.stack(
+            [
+                panel.hatched
+                for panel in picture_of(network(), "diversification", images, top=5, seed=s).rows[0][1:]
+            ]
+        )
+        for s in (0, 0, 1)
+    )
     assert torch.equal(first, again)
     assert not torch.equal(first, other)
+
+
+def test_rsc_shows_what_it_mutes(photo):
+    images = read_image(photo, 96)[None]
+    picture = picture_of(network(), "rsc", images, {"layer": "layer3"})
+    _, spatial, channel = picture.rows[0]
+    assert 0 < spatial.hatched.double().mean() < 0.5
+    assert spatial.heat.shape == channel.heat.shape == spatial.hatched.shape == (6, 6)
+    assert channel.hatched is None
+    assert len(picture_of(network(), "rsc", images.repeat(2, 1, 1, 1)).rows) == 2, "a row for each image"
+    only = picture_of(network(), "rsc", images, {"scope": "spatial"})
+    assert len(only.rows[0]) == 2
+    with pytest.raises(fxgraft.SiteError, match="a picture needs positions"):
+        picture_of(network(), "rsc", images, {"layer": "global_pool"})
+
+
+def test_crossnorm_shows_the_exchanged_styles(photo):
+    image = read_image(photo, 96)
+    first, second, restyled, _ = picture_of(network(), "crossnorm", image[None]).rows[0]
+    assert torch.equal(second.image, 1 - image.flip(-1)), "the partner of a single image is its negative"
+    curves = picture_of(network(), "crossnorm", image[None]).rows[1][0].curves
+    torch.testing.assert_close(curves["first, restyled"], curves["second"])
+    assert not torch.equal(first.image, restyled.image)
+
+
+def test_mixmo_shows_a_mixture(photo):
+    image = read_image(photo, 96)
+    rows = picture_of(network(), "mixmo", image[None], {"p": 1.0}).rows
+    (first, second, mixture), masked = rows
+    assert torch.equal(first.image, image)
+    torch.testing.assert_close(sum(panel.image for panel in masked), mixture.image)
+    pixels = torch.stack([panel.image == mixture.image for panel in (first, second)])
+    assert pixels.any(0).all(), "a cut: every pixel is of one image or of the other"
+
+
+def test_gam_shows_the_statistics_at_its_taps(photo):
+    images = read_image(photo, 96)[None]
+    picture = picture_of(network(), "gam", images, {"layers": ["layer3", "fc"]})
+    assert [panel.title for panel in picture.rows[1]] == ["channel means at layer3", "channel means at fc"]
+    for panel in picture.rows[1]:
+        torch.testing.assert_close(panel.curves["target, matched"], panel.curves["source"])
+
+
+def test_panels_of_every_kind_are_drawn(photo, tmp_path):
+    images = read_image(photo, 96)[None]
+    for method in ("crossnorm", "diversification"):  # curves; heat, cells and a cross
+        save_picture(picture_of(network(), method, images), tmp_path / f"{method}.png")
+        assert (tmp_path / f"{method}.png").stat().st_size > 10_000
+
+
+def test_a_method_without_a_picture_names_those_that_have_one(photo):
+    with pytest.raises(ConfigError, match=r"'selfnorm' has no picture(?s:.*)'crossnorm', 'diversification'"):
+        picture_of(network(), "selfnorm", read_image(photo, 96)[None])
+    assert "'selfnorm' has no picture" in run("show", "selfnorm", str(photo), code=2)
+
+
+def test_a_method_of_somebody_else_can_have_a_picture(photo, monkeypatch):
+    monkeypatch.setattr(registry, "_registry", dict(fxgraft.methods()))
+
+    @fxgraft.register("framed")
+    @dataclass(frozen=True, kw_only=True)
+    class Framed(extend.Patch):
+        def place(self, backbone, make):
+            return [backbone.after(make("end", Same), "end")]
+
+        def picture(self, graft, view):
+            return extend.Picture(
+                [[extend.Panel("as it is", view.images[0])]], f"class {int(view.labels[0])}"
+            )
+
+    assert picture_of(network(), "framed", read_image(photo, 96)[None]).caption.startswith("class ")
+    assert "framed" in methods_with_pictures()
 
 
 def test_the_command_writes_a_picture(photo, tmp_path):
@@ -86,6 +178,15 @@ def test_the_command_says_what_is_wrong(photo, tmp_path):
     assert "a class token" in token
 
 
-def test_a_model_of_nothing_cannot_be_shown(photo):
-    with pytest.raises(ConfigError, match="at least one class"):
-        look(network(), read_image(photo, 96), top=0)
+def test_the_picture_of_a_method_is_written(photo, tmp_path):
+    out = tmp_path / "muted.png"
+    said = run("show", "rsc", str(photo), *SIZE, "--patch", "rsc:layer=layer3", "--out", str(out))
+    assert "what RSC mutes at layer3" in said
+    assert out.exists()
+
+
+def test_a_method_is_shown_with_its_own_options(photo):
+    wrong = run("show", "rsc", str(photo), *SIZE, "--patch", "mixmo", code=2)
+    assert "is for 'mixmo', and 'rsc' is shown" in wrong
+    assert "There is no method 'rcs'" in run("show", "rcs", str(photo), code=2)
+    assert "no image to show it on" in run("show", "rsc", code=2)

@@ -37,6 +37,8 @@ class MixStyle(extend.LayeredPatch):
     url = "https://arxiv.org/abs/2104.02008"
     where = "behind the first stages"
     cost = "training: one pass over each map; evaluation: none"
+    hurts = "where the style tells the classes apart"
+    measures = {"ratio": "share of an image's own statistics in its mixture"}  # noqa: RUF012 - likewise
     train_only = True
     example = {"layers": 0}  # noqa: RUF012 - as fxgraft reads it; two stages are not everywhere
 
@@ -85,6 +87,7 @@ class MixStyleUnit(extend.Unit):
         order = self.partners(len(z), z.device)
         share = torch.full((len(z), *[1] * (z.ndim - 1), 2), self.config.alpha, device=z.device)
         ratio = torch._sample_dirichlet(share)[..., 0].to(z.dtype)
+        self.running().measure(self.graft, "ratio", ratio)
         new_mean = ratio * mean + (1 - ratio) * mean[order]
         new_std = ratio * std + (1 - ratio) * std[order]
         return self.layout.restore(x, (z - mean) / std * new_std + new_mean)

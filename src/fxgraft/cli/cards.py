@@ -21,16 +21,15 @@ _ENTRY = re.compile(r"^(\w+)(?: \([^)]*\))?:\s*(.*)$")
 
 def overview() -> Table:
     """Return the table of all methods: name, where it goes, what it costs."""
-    table = Table(show_lines=True)
-    for heading in ("method", "what it is", "where it goes", "what it costs"):
-        table.add_column(heading)
-    for name, method in _methods().items():
-        table.add_row(*map(Text, (name, method.title, method.where, method.cost)))
-    return table
+    headings = ("method", "what it is", "where it goes", "what it costs")
+    return _table(headings, [(n, m.title, m.where, m.cost) for n, m in _methods().items()])
 
 
 def card(name: str) -> Group:
-    """Return the card of one method: what it is, where it goes, what it costs, its options and its presets.
+    """Return the card of one method, from what it declares; sections of which it says nothing are left out.
+
+    Idea, equation, where it goes, cost, what it works with, when it hurts, what its diagnostics mean, reference; then
+    its options and its presets.
 
     Raises:
         UnknownMethodError: no such method (with close matches).
@@ -40,29 +39,53 @@ def card(name: str) -> Group:
         raise UnknownMethodError(f"There is no method {name!r}. {candidates(name, methods)}")
     method = methods[name]
     facts = Table.grid(padding=(0, 2))
-    for label, fact in {
-        name: method.title,
-        "paper": f"{method.paper} {method.url}",
-        "where": method.where,
-        "cost": method.cost,
-        "acts": "in training only" if method.train_only else "in training and in evaluation",
-        "labels": "needed in training" if method.needs_labels else "not needed",
-        "parameters": "adds its own" if method.adds_parameters else "adds none",
-    }.items():
+    for label, fact in _sections(method).items():
         facts.add_row(Text(label, style="bold"), Text(fact))
-    options = Table(show_lines=True)
-    for heading in ("option", "type", "default", "what it does"):
-        options.add_column(heading)
-    for row in option_rows(method):
-        options.add_row(*map(Text, row))
-    if not method.presets:
-        return Group(facts, options)
-    presets = Table(show_lines=True)
-    for heading in ("preset", "source", "options", "training"):
-        presets.add_column(heading)
-    for row in preset_rows(method):
-        presets.add_row(*map(Text, row))
-    return Group(facts, options, presets)
+    parts: list[Any] = [Text(f"{name}: {method.title}" if method.title else name, style="bold"), "", facts]
+    rows = option_rows(method)
+    if rows:
+        parts += ["", _table(("option", "type", "default", "what it does"), rows)]
+    if method.presets:
+        parts += ["", _table(("preset", "source", "options", "training"), preset_rows(method))]
+    return Group(*parts)
+
+
+def _sections(method: Any) -> dict[str, str]:
+    acts = "in training only" if method.train_only else "in training and in evaluation"
+    labels = "needs labels in training" if method.needs_labels else "needs no labels"
+    own = "adds parameters" if method.adds_parameters else "adds no parameters"
+    shown = "" if method.picture is _patch().picture else f"fxgraft show {method.method} IMAGE"
+    found = {
+        "idea": method.idea or _description(method),
+        "equation": method.equation,
+        "where": method.where,
+        "acts": f"{acts}; {labels}; {own}",
+        "cost": method.cost,
+        "works with": method.works_with,
+        "hurts": method.hurts,
+        "diagnostics": "\n".join(f"{key}: {meaning}" for key, meaning in method.measures.items()),
+        "picture": shown,
+        "reference": "\n".join(filter(None, (method.paper, method.url))),
+    }
+    return {label: fact for label, fact in found.items() if fact}
+
+
+def _description(method: type) -> str:
+    """Return what a class docstring says before its first section, without line breaks inside paragraphs."""
+    doc = inspect.cleandoc(method.__dict__.get("__doc__") or "")
+    if doc.startswith(f"{method.__name__}("):  # what dataclasses write where the author wrote nothing
+        return ""
+    text = re.split(r"^[A-Z]\w+:\s*$", doc, maxsplit=1, flags=re.MULTILINE)[0].strip()
+    return "\n".join(" ".join(part.split()) for part in text.split("\n\n"))
+
+
+def _table(headings: tuple[str, ...], rows: list[Any]) -> Table:
+    table = Table(show_lines=True)
+    for heading in headings:
+        table.add_column(heading)
+    for row in rows:
+        table.add_row(*map(Text, row))
+    return table
 
 
 def preset_rows(method: Any) -> list[tuple[str, str, str, str]]:
@@ -110,6 +133,12 @@ def _entries(doc: str) -> dict[str, str]:
             elif current:
                 found[current] = f"{found[current]} {line.strip()}".strip()
     return found
+
+
+def _patch() -> Any:
+    import fxgraft
+
+    return fxgraft.Patch
 
 
 def _methods() -> dict[str, Any]:

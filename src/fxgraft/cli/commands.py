@@ -15,10 +15,10 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.progress import Progress
 from typer.core import TyperGroup
 
-from fxgraft.cli.show import app as show_app
+from fxgraft.cli.completion import complete_method, complete_model, complete_spec
+from fxgraft.cli.show import show
 from fxgraft.errors import ConfigError, FxgraftError
 
 
@@ -43,16 +43,24 @@ class Library(str, Enum):
 app = typer.Typer(
     cls=_PlainErrors,
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     help="Graft published training methods onto timm and torchvision backbones.",
 )
 
-app.add_typer(show_app, name="show")
+app.command()(show)
 
 PatchOption = Annotated[
     list[str] | None,
-    typer.Option("--patch", metavar="SPEC", help="METHOD:key=value,…; may be given several times."),
+    typer.Option(
+        "--patch",
+        metavar="SPEC",
+        help="METHOD:key=value,…; may be given several times.",
+        autocompletion=complete_spec,
+    ),
+]
+ModelArgument = Annotated[
+    str,
+    typer.Argument(help="resnet50, timm/resnet50, torchvision/resnet50, …", autocompletion=complete_model),
 ]
 DeviceOption = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, …")]
 
@@ -86,7 +94,9 @@ def demo(
     data: Annotated[
         Path | None, typer.Option(help="Folder of domains; without it, digits drawn in four styles.")
     ] = None,
-    model: Annotated[str | None, typer.Option(help="Backbone, as in `fxgraft sites`.")] = None,
+    model: Annotated[
+        str | None, typer.Option(help="Backbone, as in `fxgraft sites`.", autocompletion=complete_model)
+    ] = None,
     patch: PatchOption = None,
     held_out: Annotated[
         list[str] | None, typer.Option(help="Domain to leave out; the last one without it.")
@@ -122,7 +132,7 @@ def demo(
 
 @app.command()
 def sites(
-    model: Annotated[str, typer.Argument(help="resnet50, timm/resnet50, torchvision/resnet50, …")],
+    model: ModelArgument,
     pattern: Annotated[
         str | None, typer.Argument(help="Only these: a name or a glob; ** crosses dots.")
     ] = None,
@@ -172,7 +182,10 @@ def merge(
 
 @app.command()
 def info(
-    method: Annotated[str | None, typer.Argument(help="A method; without it, the table of all.")] = None,
+    method: Annotated[
+        str | None,
+        typer.Argument(help="A method; without it, the table of all.", autocompletion=complete_method),
+    ] = None,
 ) -> None:
     """Show what a method does, where it goes, what it costs and its options."""
     from fxgraft.cli.cards import card, overview
@@ -182,13 +195,21 @@ def info(
 
 @app.command()
 def bench(
-    model: Annotated[str, typer.Argument(help="resnet50, timm/resnet50, torchvision/resnet50, …")],
+    model: ModelArgument,
     patch: PatchOption = None,
     batch: Annotated[int, typer.Option(help="Images per call.")] = 16,
     size: Annotated[int, typer.Option(help="Side of the images.")] = 224,
     device: DeviceOption = None,
-    rounds: Annotated[int, typer.Option(help="Timings of each network.")] = 12,
-    min_run_time: Annotated[float, typer.Option(help="Seconds for which one timing repeats its call.")] = 0.2,
+    rounds: Annotated[
+        int | None, typer.Option(help="Timings of each network.", show_default="12, quick 3")
+    ] = None,
+    min_run_time: Annotated[
+        float | None,
+        typer.Option(help="Seconds for which one timing repeats its call.", show_default="0.2, quick 0"),
+    ] = None,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="Fewer and shorter timings: a first impression.")
+    ] = False,
     threads: Annotated[int | None, typer.Option(help="CPU threads of torch.")] = None,
     compiled: Annotated[bool, typer.Option("--compile", help="Through torch.compile, all of them.")] = False,
     json: Annotated[Path | None, typer.Option(help="Also write the numbers to this file.")] = None,
@@ -208,19 +229,20 @@ def bench(
     if json is not None:
         # Before the measurement: a file that cannot be written should not cost minutes first.
         _open_for_writing(json)
-    with Progress(console=Console(stderr=True), transient=True) as progress:
-        task = progress.add_task("measuring", total=None)
+    from fxgraft.cli.waiting import progress_of
+
+    with progress_of("measuring") as progress:
         report = measure(
             model,
             [(spec.method, spec.options) for spec in specs],
             batch=batch,
             size=size,
             device=device or "cpu",
-            rounds=rounds,
-            min_run_time=min_run_time,
+            rounds=(3 if quick else 12) if rounds is None else rounds,
+            min_run_time=(0.0 if quick else 0.2) if min_run_time is None else min_run_time,
             threads=threads,
             compiled=compiled,
-            progress=lambda done, total: progress.update(task, completed=done, total=total),
+            progress=progress,
         )
     _show(report, str(report))
     if json is not None:

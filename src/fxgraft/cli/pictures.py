@@ -1,12 +1,9 @@
-"""Pictures of what a method sees.
-
-Draws an image's class maps, those of its highest-scoring classes, with the peak and the patches that the
-diversification block would damp in one pass.
-"""
+"""Pictures of what a method does with an image: ``fxgraft show METHOD IMAGE``, drawn with matplotlib."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,127 +11,168 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import fxgraft
 from fxgraft.errors import ConfigError
-from fxgraft.patches.diversification.tensors import Border, Draws, draw, peak_mask, suppression_mask
+from fxgraft.experiments.images import decode, to_floats
+from fxgraft.patches.pictures import Panel, Picture, View
 
 IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 """Mean and deviation of the colours, for models that do not say what they were trained with."""
 
 
-@dataclass(frozen=True)
-class ClassMapsPicture:
-    """What a picture of class maps shows.
-
-    Attributes:
-        image: (3, S, S), colours in [0, 1].
-        classes: the classes drawn, highest score first.
-        scores: their logits.
-        maps: (k, H, W), their class maps.
-        peaks: bool (k, H, W).
-        damped: bool (k, H, W), what one pass of the block damps.
-    """
-
-    image: Tensor
-    classes: tuple[int, ...]
-    scores: tuple[float, ...]
-    maps: Tensor
-    peaks: Tensor
-    damped: Tensor
+def methods_with_pictures() -> list[str]:
+    """Name the methods that have a picture."""
+    return [name for name, method in fxgraft.methods().items() if method.picture is not fxgraft.Patch.picture]
 
 
-def look(
-    model: nn.Module,
-    image: Tensor,
-    *,
-    top: int = 3,
-    patch: int = 3,
-    p_peak: float = 0.5,
-    p_patch: float = 0.5,
-    border: Border = "skip",
-    seed: int = 0,
-    head: str | None = None,
-) -> ClassMapsPicture:
-    """Compute the class maps of one image, and what a pass of the block would damp in them.
-
-    Args:
-        model: bare or patched, with a head of average pooling and a linear classifier.
-        image: (3, S, S), colours in [0, 1].
-        top: how many classes, highest score first.
-        patch: side of a patch in cells of the map.
-        p_peak: probability that a peak is damped.
-        p_patch: probability that a patch is damped.
-        border: as in the block.
-        seed: of the draw.
-        head: qualified name of the classifier, where the model has several.
+def check_picture(method: str) -> None:
+    """Raise unless a method has a picture.
 
     Raises:
-        ConfigError: a number out of range, or patches larger than the map.
-        StructureError: the model has no such head.
+        ConfigError: it has none; lists those that have one.
     """
-    from fxgraft.extend import position_scores as class_maps
+    if method not in (known := methods_with_pictures()):
+        raise ConfigError(
+            f"{method!r} has no picture.\nThere are pictures of {', '.join(map(repr, known))}.\n"
+            f"What it changes in a model: fxgraft show MODEL --patch {method}."
+        )
 
+
+def read_images(paths: Sequence[Path], size: int) -> Tensor:
+    """Read images as squares of one size: (B, 3, size, size), colours in [0, 1].
+
+    Raises:
+        ConfigError: no size, or a file that is no image.
+    """
+    if size < 1:
+        raise ConfigError(f"--size must be at least 1 pixel, got {size}.")
+    return torch.stack([to_floats(decode(repr(str(path)), partial(path.open, "rb"), size)) for path in paths])
+
+
+def picture_of(
+    model: nn.Module,
+    method: str,
+    images: Tensor,
+    options: Mapping[str, Any] | None = None,
+    *,
+    top: int = 3,
+    seed: int = 0,
+) -> Picture:
+    """Patch a model with one method and have it show what it does with images.
+
+    Args:
+        model: bare; it is patched, and used up.
+        method: name of the method.
+        images: (B, 3, S, S), colours in [0, 1].
+        options: of the method.
+        top: how many classes to show, highest score first, where a picture shows some.
+        seed: of all draws.
+
+    Raises:
+        ConfigError: the method has no picture, or a number is out of range.
+        FxgraftError: the method does not go on the model.
+    """
+    check_picture(method)
     if top < 1:
         raise ConfigError(f"There must be at least one class to draw, got top={top}.")
+    size = (3, *images.shape[-2:])
+    given = len(images)
+    if given < 2:  # methods that exchange something between images need a second one
+        images = torch.cat((images, 1 - images.flip(-1)))
     config: Any = getattr(model, "pretrained_cfg", None) or {}
     mean, std = (config.get(key) or default for key, default in zip(("mean", "std"), IMAGENET, strict=True))
-    channels = [torch.tensor(value).view(-1, 1, 1) for value in (mean, std)]
+    inputs = (images - torch.tensor(mean).view(-1, 1, 1)) / torch.tensor(std).view(-1, 1, 1)
     with torch.no_grad():
-        found = class_maps(model, ((image - channels[0]) / channels[1]).unsqueeze(0), head)
-    logits = found.mean((2, 3))[0]
-    best = logits.topk(min(top, len(logits)))
-    chosen = found[:, best.indices]
-    generator = torch.Generator().manual_seed(seed)
-    draws: Draws = draw(
-        chosen, p_peak=p_peak, p_patch=p_patch, patch=patch, border=border, generator=generator
-    )
-    damped = suppression_mask(chosen, draws, patch=patch)
-    classes = tuple(best.indices.tolist())
-    return ClassMapsPicture(
-        image, classes, tuple(best.values.tolist()), chosen[0], peak_mask(chosen)[0], damped[0]
-    )
+        labels = model.eval()(inputs).argmax(1)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        fxgraft.patch(model, method, **{"input_size": size, **(options or {})})
+        (graft,) = fxgraft.grafts(model)
+        view = View(model, images, inputs, labels, given=given, top=top, seed=seed)
+        return graft.patch.picture(graft, view)
 
 
-def save_picture(shown: ClassMapsPicture, path: Path, names: dict[int, str] | None = None) -> None:
-    """Draw the image and, beside it, each map over it: peak as a cross, damped cells hatched.
+def save_picture(picture: Picture, path: Path) -> None:
+    """Draw a picture: heat over images, cells hatched, a cross at a peak, and curves.
 
     Raises:
         ConfigError: matplotlib is not installed, or the file cannot be written.
     """
+    rows = [row for row in picture.rows if row]
+    columns = max(map(len, rows))
+    figure = matplotlib_figure(figsize=(3 * columns, 3.4 * len(rows)), layout="constrained")
+    grid = figure.add_gridspec(len(rows), columns)
+    for index, row in enumerate(rows):
+        # A row of curves alone is stretched over the width.
+        wide = len(row) < columns and all(panel.image is None for panel in row)
+        edges = [round(i * columns / len(row)) if wide else i for i in range(len(row) + 1)]
+        for panel, start, end in zip(row, edges, edges[1:], strict=False):
+            _draw(figure.add_subplot(grid[index, start:end]), panel)
+    write_picture(figure, path)
+
+
+def matplotlib_figure(**options: Any) -> Any:
+    """Return an empty figure of matplotlib, which no window shows.
+
+    Raises:
+        ConfigError: matplotlib is not installed.
+    """
     try:
         from matplotlib.figure import Figure
-        from matplotlib.patches import Rectangle
     except ImportError as error:
         raise ConfigError(
             'Pictures need matplotlib, which is not installed.\nInstall it with: pip install "fxgraft[demo]".'
         ) from error
-    side = shown.image.shape[-1]
-    pixels = shown.image.permute(1, 2, 0).numpy()
-    figure = Figure(figsize=(3 * (len(shown.classes) + 1), 3.4), layout="constrained")
-    first, *axes = figure.subplots(1, len(shown.classes) + 1, squeeze=False)[0]
-    first.imshow(pixels)
-    first.set_title("image")
-    for axis, index, score, values, peaks, damped in zip(
-        axes, shown.classes, shown.scores, shown.maps, shown.peaks, shown.damped, strict=True
-    ):
-        height, width = values.shape
-        smooth = F.interpolate(values[None, None], size=(side, side), mode="bilinear", align_corners=False)
-        axis.imshow(pixels)
-        axis.imshow(smooth[0, 0].numpy(), cmap="viridis", alpha=0.6)
-        for row, column in damped.nonzero().tolist():
-            corner = (column * side / width - 0.5, row * side / height - 0.5)
-            cell = Rectangle(corner, side / width, side / height, fill=False, hatch="////", linewidth=0)
-            cell.set_edgecolor("white")
-            axis.add_patch(cell)
-        row, column = peaks.nonzero()[0].tolist()
-        axis.plot((column + 0.5) * side / width - 0.5, (row + 0.5) * side / height - 0.5, "rx", markersize=10)
-        axis.set_title(f"{(names or {}).get(index, f'class {index}')}: {score:.2f}", fontsize=9)
-    for axis in (first, *axes):
-        axis.set_axis_off()
+    return Figure(**options)
+
+
+def write_picture(figure: Any, path: Path) -> None:
+    """Write a figure in the format that the file's name asks for.
+
+    Raises:
+        ConfigError: it cannot be written.
+    """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(path, dpi=120)
     except (OSError, ValueError) as error:
         raise ConfigError(f"Cannot write the picture {str(path)!r}: {error}.") from error
+
+
+def _draw(axis: Any, panel: Panel) -> None:
+    axis.set_title(panel.title, fontsize=9, wrap=True)
+    if panel.image is None:
+        for (name, values), style in zip(panel.curves.items(), ("-", "-", "--", ":") * 4, strict=False):
+            axis.plot(values.detach().numpy(), style, label=name, linewidth=1.2)
+        axis.set_xlabel("channel")
+        axis.legend(fontsize=8)
+        return
+    side = panel.image.shape[-1]
+    axis.imshow(panel.image.permute(1, 2, 0).numpy())
+    if panel.heat is not None:
+        smooth = F.interpolate(
+            panel.heat.detach()[None, None], size=(side, side), mode="bilinear", align_corners=False
+        )
+        axis.imshow(smooth[0, 0].numpy(), cmap="viridis", alpha=0.6)
+    if panel.hatched is not None:
+        _hatch(axis, panel.hatched, side)
+    if panel.cross is not None:
+        cells = panel.hatched if panel.hatched is not None else panel.heat
+        height, width = cells.shape if cells is not None else (side, side)
+        row, column = panel.cross
+        axis.plot((column + 0.5) * side / width - 0.5, (row + 0.5) * side / height - 0.5, "rx", markersize=10)
+    axis.set_axis_off()
+
+
+def _hatch(axis: Any, cells: Tensor, side: int) -> None:
+    from matplotlib.patches import Rectangle
+
+    height, width = cells.shape
+    for row, column in cells.nonzero().tolist():
+        corner = (column * side / width - 0.5, row * side / height - 0.5)
+        cell = Rectangle(corner, side / width, side / height, fill=False, hatch="////", linewidth=0)
+        cell.set_edgecolor("white")
+        axis.add_patch(cell)
 
 
 def read_weights(model: nn.Module, path: Path) -> None:

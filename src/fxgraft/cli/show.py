@@ -1,49 +1,162 @@
-"""``fxgraft show maps``: pictures of what a method sees."""
+"""``fxgraft show``: what a patch changes in a model, and what a method does with an image."""
 
 from __future__ import annotations
 
+from enum import Enum
 from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.console import Console
 
+from fxgraft.cli.completion import complete_model, complete_shown, complete_spec
 from fxgraft.errors import ConfigError
 
-app = typer.Typer(no_args_is_help=True, help="Draw what a method sees in an image.")
+MAPS = "maps"
+"""Another name for the picture of the diversification block: class maps."""
 
 
-@app.command()
-def maps(
-    image: Annotated[Path, typer.Argument(help="The image.")],
-    model: Annotated[str, typer.Option(help="resnet50, timm/resnet50, torchvision/resnet50, …")] = "resnet50",
-    out: Annotated[Path, typer.Option(help="The picture to write.")] = Path("maps.png"),
+class Mode(str, Enum):
+    """Which of its two graphs a module runs."""
+
+    training = "training"
+    evaluation = "evaluation"
+
+
+def show(
+    what: Annotated[
+        str,
+        typer.Argument(
+            help="A model (resnet50, torchvision/resnet50, …), a method, or maps.",
+            autocompletion=complete_shown,
+        ),
+    ],
+    images: Annotated[
+        list[Path] | None, typer.Argument(metavar="[IMAGE]...", help="With a method: what to look at.")
+    ] = None,
+    patch: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="SPEC",
+            autocompletion=complete_spec,
+            help="METHOD:key=value,…; with a model, may be given several times. With maps: side of a patch.",
+        ),
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            help="The picture to write: .svg, .html, .png, .pdf. With a method, METHOD.png without it."
+        ),
+    ] = None,
+    mode: Annotated[Mode, typer.Option(help="With a model: whose graph to show.")] = Mode.training,
+    model: Annotated[
+        str, typer.Option(help="With a method: the model it is shown on.", autocompletion=complete_model)
+    ] = "resnet50",
     pretrained: Annotated[
         bool, typer.Option("--pretrained", help="Download the library's weights; else they are random.")
     ] = False,
     weights: Annotated[Path | None, typer.Option(help="Weights of your own: a saved state_dict.")] = None,
     classes: Annotated[int | None, typer.Option(help="Number of classes of those weights.")] = None,
-    top: Annotated[int, typer.Option(help="How many classes to draw.")] = 3,
-    size: Annotated[int, typer.Option(help="Side that the image is brought to.")] = 224,
-    patch: Annotated[int, typer.Option(help="Side of the patches, in cells of the map.")] = 3,
-    head: Annotated[str | None, typer.Option(help="The classifier, where there are several.")] = None,
-    seed: Annotated[int, typer.Option(help="Of the draw of peaks and patches.")] = 0,
+    size: Annotated[
+        int | None, typer.Option(help="Side of the images; with a method, 224 without it.")
+    ] = None,
+    top: Annotated[int, typer.Option(help="With maps: how many classes to draw.")] = 3,
+    head: Annotated[
+        str | None, typer.Option(help="With maps: the classifier, where there are several.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Of what a method draws.")] = 0,
 ) -> None:
-    """Draw the class maps of an image, with their peaks and what the diversification block damps."""
-    from functools import partial
+    """Show what patches change in a model, or what a method does with an image.
 
-    from fxgraft.cli.pictures import look, read_weights, save_picture
+    fxgraft show resnet50 --patch rsc:layer=layer4 --out graph.svg
+
+    fxgraft show rsc photo.jpg --model resnet50 --pretrained
+
+    fxgraft show maps photo.jpg
+    """
+    if images:
+        options = {"weights": weights, "classes": classes, "pretrained": pretrained}
+        _show_method(what, images, patch or [], out, model, size, top, head, seed, **options)
+    else:
+        _show_model(what, patch or [], out, mode, size)
+
+
+def _show_model(name: str, patches: list[str], out: Path | None, mode: Mode, size: int | None) -> None:
+    import fxgraft
+    from fxgraft.cli.differences import differences
     from fxgraft.experiments.backbones import build_model
-    from fxgraft.experiments.images import decode, to_floats
+    from fxgraft.experiments.spec import parse_patch_spec
+    from fxgraft.graph.grafting.views import view_grafts
 
-    if size < 1:
-        raise ConfigError(f"--size must be at least 1 pixel, got {size}.")
-    pixels = to_floats(decode(repr(str(image)), partial(image.open, "rb"), size))
-    network = build_model(model, classes, pretrained=pretrained, input_size=size).eval()
+    if name in (*fxgraft.methods(), MAPS):
+        raise ConfigError(
+            f"{name!r} is a method, and there is no image to show it on.\n"
+            f"Give one: fxgraft show {name} photo.jpg. What it changes in a model: "
+            f"fxgraft show resnet50 --patch {name if name != MAPS else 'diversification'}."
+        )
+    if not patches:
+        raise ConfigError("Nothing to show: give at least one --patch, for example --patch rsc:layer=layer4.")
+    network = build_model(name, input_size=size)
+    for text in patches:
+        spec = parse_patch_spec(text)
+        shape = {} if size is None else {"input_size": (3, size, size)}
+        fxgraft.patch(network, spec.method, **{**shape, **spec.options})
+    parts = view_grafts(network, training=mode is Mode.training)
+    console = Console()
+    summary = str(fxgraft.summary(network))
+    if console.is_terminal:
+        console.print(summary, differences(parts), sep="\n\n", highlight=False, markup=False)
+    else:
+        typer.echo(f"{summary}\n\n{differences(parts).plain}".rstrip())
+    if not parts:
+        typer.echo(f"In {mode.value} nothing is changed: the model runs its own code.")
+    elif out is not None:
+        from fxgraft.cli.graphs import draw_graph
+
+        draw_graph(parts, out, f"{name} with {', '.join(patches)}, in {mode.value}")
+        typer.echo(f"\n{out}: the graphs of {len(parts)} kinds of grafted modules")
+
+
+def _show_method(
+    method: str,
+    images: list[Path],
+    patches: list[str],
+    out: Path | None,
+    model: str,
+    size: int | None,
+    top: int,
+    head: str | None,
+    seed: int,
+    *,
+    weights: Path | None,
+    classes: int | None,
+    pretrained: bool,
+) -> None:
+    import fxgraft
+    from fxgraft.cli.pictures import check_picture, picture_of, read_images, read_weights, save_picture
+    from fxgraft.errors import UnknownMethodError, candidates
+    from fxgraft.experiments.backbones import build_model
+    from fxgraft.experiments.spec import parse_patch_spec
+
+    wanted = "diversification" if method == MAPS else method
+    if wanted not in fxgraft.methods():
+        raise UnknownMethodError(f"There is no method {method!r}.\n{candidates(method, fxgraft.methods())}")
+    check_picture(wanted)
+    options: dict[str, object] = {} if head is None else {"head": head}
+    for text in patches:
+        if text.isdigit():
+            options["patch"] = int(text)
+            continue
+        spec = parse_patch_spec(text)
+        if spec.method != wanted:
+            raise ConfigError(f"--patch {text!r} is for {spec.method!r}, and {wanted!r} is shown.")
+        options |= spec.options
+    side = 224 if size is None else size
+    pixels = read_images(images, side)
+    network = build_model(model, classes, pretrained=pretrained, input_size=side).eval()
     if weights is not None:
         read_weights(network, weights)
-    shown = look(network, pixels, top=top, patch=patch, seed=seed, head=head)
-    save_picture(shown, out)
-    scores = ", ".join(
-        f"{index} ({score:.2f})" for index, score in zip(shown.classes, shown.scores, strict=True)
-    )
-    typer.echo(f"{out}: class maps of {shown.maps.shape[1]}×{shown.maps.shape[2]} for classes {scores}")
+    picture = picture_of(network, wanted, pixels, options, top=top, seed=seed)
+    path = Path(f"{method}.png") if out is None else out
+    save_picture(picture, path)
+    typer.echo(f"{path}: {picture.caption}")

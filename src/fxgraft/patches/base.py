@@ -8,6 +8,7 @@ tests and the benchmarks iterate over the registry.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from types import MappingProxyType
@@ -24,6 +25,7 @@ from fxgraft.graph.structure.positions import Spot
 from fxgraft.graph.structure.sites import Words
 from fxgraft.graph.tracing.editing import Edge
 from fxgraft.patches.options import check_choices, check_known
+from fxgraft.patches.pictures import Picture, View
 from fxgraft.patches.presets import Preset
 
 P = TypeVar("P", bound="Patch")
@@ -36,8 +38,13 @@ class Patch(Placer):
     Class attributes describe the method for tables and messages:
         method: name in the registry.
         title, paper, url: what it is called and where it is from.
+        idea: what it does and why, in a sentence or two; by default the description in the class docstring.
+        equation: what it computes, in plain text.
         where: where in a backbone it goes.
         cost: what it costs in training and in evaluation.
+        works_with: what it goes together with, and what it does not.
+        hurts: when it does harm, or nothing.
+        measures: what each name of `diagnostics` stands for.
         train_only: evaluation is bitwise the bare model's.
         needs_labels: training passes need ``target``.
         adds_parameters: it has parameters of its own to train.
@@ -53,8 +60,13 @@ class Patch(Placer):
     title: ClassVar[str] = ""
     paper: ClassVar[str] = ""
     url: ClassVar[str] = ""
+    idea: ClassVar[str] = ""
+    equation: ClassVar[str] = ""
     where: ClassVar[str] = ""
     cost: ClassVar[str] = ""
+    works_with: ClassVar[str] = ""
+    hurts: ClassVar[str] = ""
+    measures: ClassVar[Mapping[str, str]] = MappingProxyType({})
     train_only: ClassVar[bool] = False
     needs_labels: ClassVar[bool] = False
     adds_parameters: ClassVar[bool] = False
@@ -136,6 +148,29 @@ class Patch(Placer):
         """Say whether, with these options, `criterion` stands in for the user's, now or later in training."""
         return type(self).criterion is not Patch.criterion
 
+    def diagnostics(self, graft: Graft) -> Mapping[str, Any]:
+        """Return scalars of the last training pass by name, for `fxgraft.diagnostics`.
+
+        By default the means of what the units gave to `Pass.measure`. What needs more arithmetic is done here, where
+        waiting for a device costs no step.
+
+        Args:
+            graft: its ``measured()`` are the numbers and tensors by name; empty before the first training pass.
+
+        Returns:
+            Numbers, or tensors of which the mean is taken.
+        """
+        return {name: mean_of(values) for name, values in graft.measured().items()}
+
+    def picture(self, graft: Graft, view: View) -> Picture:
+        """Show what the method does with images, for ``fxgraft show METHOD IMAGE``; not every method has a picture.
+
+        Args:
+            graft: of ``view.model``.
+            view: the images, as pixels and as the model takes them, and a model of their own to run.
+        """
+        raise NotImplementedError
+
     def merge(self, graft: Graft, model: nn.Module) -> None:
         """Fold the graft into the stock weights of ``model``; a method of training alone has nothing to fold.
 
@@ -147,6 +182,14 @@ class Patch(Placer):
                 f"{graft.name!r} ({self.title}) acts in evaluation too, and stock weights cannot express it.\n"
                 "Keep the patched model (fxgraft.save), or unpatch it and accept another function."
             )
+
+
+def mean_of(values: Iterable[Any]) -> float:
+    """Return the mean of numbers and of the means of tensors, of any dtype and on any device; NaN of nothing."""
+    means = [
+        float(each.detach().double().mean()) if isinstance(each, Tensor) else float(each) for each in values
+    ]
+    return sum(means) / len(means) if means else math.nan
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

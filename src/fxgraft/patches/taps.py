@@ -60,6 +60,12 @@ class Taps(LayeredPatch):
     url = "https://www.philkr.net/papers/huang2018domain/"
     where = "any sites, several at once"
     cost = "memory of the values until they are fetched, and a copy of those that are written over in place"
+    idea = (
+        "The values at any sites are recorded, in training and in evaluation, and handed over with their "
+        "gradients; the network computes what it computes without them."
+    )
+    works_with = "all methods, torch.compile; absent from torch.export"
+    hurts = "memory: large maps are held until they are fetched or the next pass begins"
 
     example = MappingProxyType({"layers": -1})
     needs_layers = True

@@ -19,7 +19,7 @@ from fxgraft.graph.structure.positions import Spot, spot_layout, spots
 from fxgraft.graph.structure.positionwise import PositionwiseHead, positionwise
 from fxgraft.graph.structure.rest import Captured, Rest, rest_of_network, span_to_output
 from fxgraft.graph.structure.site import Site
-from fxgraft.graph.structure.sites import Words, named_sites, resolve
+from fxgraft.graph.structure.sites import Words, list_sites, named_sites, resolve
 from fxgraft.graph.tracing.anatomy import Anatomy
 from fxgraft.graph.tracing.editing import Input, Instead, Output
 
@@ -76,6 +76,12 @@ class Backbone:
     def sites(self, words: Words) -> list[Site]:
         """Resolve what users write for ``layers=``: names, globs, stage numbers, alone or several."""
         return resolve(self.anatomy, words)
+
+    def module_outputs(self) -> list[Site]:
+        """List the outputs of modules that compute something, in running order."""
+        passing = (nn.Identity, nn.Dropout, nn.Dropout2d)
+        found = (site for site in list_sites(self.anatomy) if site.on_module)
+        return [site for site in found if not isinstance(self.anatomy.module(site.path), passing)]
 
     def named_sites(self, words: Words) -> dict[str, Site]:
         """Do the same, by the names that the values get: a word that names one site is its name."""

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Generic, Protocol, TypeVar
 
-from torch import nn
+from torch import Tensor, nn
 
 from fxgraft.errors import MethodError
 from fxgraft.graph.grafting.backbone import Backbone
@@ -117,6 +117,16 @@ class Graft(Generic[P]):
         What `Pass.remember` was given, for `Patch.criterion` and `Patch.losses`.
         """
         return None if self.context is None else self.context.recall(self.name, out)
+
+    def measured(self) -> Mapping[str, Sequence[Any]]:
+        """Return what was measured of the last training pass, by name: see `Pass.measure`."""
+        return {} if self.context is None else self.context.measured.get(self.name, {})
+
+    def measure(self, name: str, value: Any) -> None:
+        """Measure something of the last training pass after it, as where the loss is computed: see `Pass.measure`."""
+        if self.context is not None:
+            kept = value.detach() if isinstance(value, Tensor) else value
+            self.context.measured.setdefault(self.name, {})[name] = [kept]
 
     def arguments(self, out: Any) -> Arguments | None:
         """Return the arguments of the pass that gave ``out``, if it was one of training and the patch replays."""

@@ -9,6 +9,9 @@ from torch import Tensor
 
 from fxgraft.errors import TargetError
 
+LEFT_OUT = (255, -1, -100)
+"""Indices that data sets and criteria take for no class at all."""
+
 
 def checked_labels(graft: str, target: Any, batch: int) -> Tensor:
     """Return labels if they can be those of a batch.
@@ -78,8 +81,20 @@ def check_label_range(graft: str, target: Tensor, classes: int, spatial: int = 0
     if soft or target.device.type != "cpu" or torch.compiler.is_compiling():
         return
     if target.numel() and not (int(target.min()) >= 0 and int(target.max()) < classes):
+        mark = next((each for each in (int(target.max()), int(target.min())) if each in LEFT_OUT), None)
+        hint = (
+            ""
+            if mark is None
+            else f"\n{mark} often marks what is to be left out: {_leaving_out(mark, spatial)}"
+        )
         raise TargetError(
             f"{graft!r} was given class indices from {int(target.min())} to {int(target.max())} "
             f"for {classes} classes.\n"
-            f"Indices must lie in [0, {classes - 1}]. Check num_classes of the model and the labels of the data."
+            f"Indices must lie in [0, {classes - 1}]. Check num_classes of the model and the labels of the data.{hint}"
         )
+
+
+def _leaving_out(mark: int, spatial: int) -> str:
+    if spatial:
+        return f"pass ignore_index={mark} to the method and to the criterion."
+    return f"in labels of pixels, ignore_index={mark} does so; a sample without a class belongs out of the batch."

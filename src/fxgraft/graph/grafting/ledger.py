@@ -116,6 +116,7 @@ class Ledger:
             for graft in self.grafts:
                 graft.patch.installed(graft, Backbone.of(model, graft.input_size))
         self.context.forget()
+        self.context.measured = {}
 
     @contextlib.contextmanager
     def lifted(self) -> Iterator[None]:

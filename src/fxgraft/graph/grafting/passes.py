@@ -31,6 +31,9 @@ T = TypeVar("T")
 _running = threading.local()
 
 
+Measured = dict[str, dict[str, list[Any]]]
+"""What was measured in a pass: numbers and tensors by the name of the graft and then by their own."""
+
 ARGUMENTS = "(arguments)"
 """What the arguments of a pass are noted under; no graft has such a name."""
 
@@ -67,10 +70,12 @@ class Context:
         judges: names of the grafts that have a share in the loss.
         watch: notices that the loss is never asked for.
         model: a weak reference to the model; set when the grafts are installed.
+        measured: what grafts measured in the last training pass, whichever thread made it.
     """
 
     def __init__(self) -> None:
         self.progress = 0.0
+        self.measured: Measured = {}
         self.replays = False
         self.judges: tuple[str, ...] = ()
         self.watch = LossWatch()
@@ -103,6 +108,8 @@ class Context:
 
     def leave(self, run: Pass, out: Any, arguments: Arguments) -> None:
         """Keep what a pass that came through leaves behind."""
+        if run.training:
+            self.measured = run.measured  # one assignment, which other threads see whole
         if self.replays and run.training:
             run.notes[ARGUMENTS] = arguments
         self._local.left = Left(run.notes, run.recording)
@@ -153,6 +160,7 @@ class Pass:
         inputs: the model's positional arguments.
         options: keyword arguments of the call that a patch declared as its own.
         notes: what grafts remember of this pass, by name.
+        measured: what grafts measured in this pass.
         visited: the owners reached so far.
         recording: where taps put their values; None while a graft looks ahead.
     """
@@ -171,6 +179,7 @@ class Pass:
         self.inputs = inputs
         self.options: Mapping[str, Any] = options or {}
         self.notes: dict[str, Any] = {}
+        self.measured: Measured = {}
         self.visited: dict[str, bool] = {}
         self.recording: dict[str, Any] | None = {}
         self._shared: dict[tuple[str, str], Any] = {}
@@ -273,6 +282,25 @@ class Pass:
         Not for what happens in evaluation: a loss that is computed there is the user's own.
         """
         self.notes[graft] = state
+
+    def measure(self, graft: str, name: str, value: Any) -> None:
+        """Keep what `Patch.diagnostics` tells of the last training pass; nothing is kept of other passes.
+
+        What several units measure under one name is averaged. Nothing is computed here and no device is waited for:
+        hand over the tensor that is at hand, a mask and not its mean.
+
+        Args:
+            graft: the graft's name.
+            name: of the scalar.
+            value: a number, or a tensor of any shape that stands for its mean; it is detached.
+        """
+        if not self.training or self.recording is None:  # a look ahead is no training pass
+            return
+        if isinstance(value, Tensor):
+            if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
+                return  # it would outlive the transform that it belongs to
+            value = value.detach()
+        self.measured.setdefault(graft, {}).setdefault(name, []).append(value)
 
     def look_ahead(self, graft: str, rest: Rest, z: Tensor) -> Tensor:
         """Return the logits for a value at the site that a `Rest` starts from; nothing else notices.

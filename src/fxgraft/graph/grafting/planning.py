@@ -45,7 +45,7 @@ def compile_placements(
     for graft, placement in installation.placements:
         by_owner.setdefault(placement.owner, []).append((graft, placement))
     for path, placed in by_owner.items():
-        _by_rank(placed)
+        by_rank(placed)
         module = installation.model.get_submodule(path)
         _check_owner(module, path)
         state = GraftState(type(module), path, context, outer=path == "")
@@ -58,7 +58,7 @@ def compile_placements(
     _check_reached(installation, by_owner)
 
 
-def _by_rank(placed: Placed) -> None:
+def by_rank(placed: Placed) -> None:
     """Sort the placements of one group at one site by rank; everything else stays where it is."""
     groups: dict[Any, list[int]] = {}
     for index, (graft, placement) in enumerate(placed):

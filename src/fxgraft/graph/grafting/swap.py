@@ -11,6 +11,7 @@ import copy
 import functools
 import inspect
 import operator
+import sys
 from collections.abc import Callable
 from functools import partial
 from typing import Any, cast
@@ -18,7 +19,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, fx, nn
 
-from fxgraft.errors import BypassError, WrappedModelError
+from fxgraft.errors import BypassError, CallError, WrappedModelError
 from fxgraft.graph.grafting import replicas
 from fxgraft.graph.grafting.passes import Arguments, Context, Pass
 from fxgraft.graph.grafting.state import GraftState, Keeper, foreign_forward, hidden_forward, state_of
@@ -26,6 +27,7 @@ from fxgraft.graph.grafting.unit import Unit
 from fxgraft.graph.tracing.names import STATE
 from fxgraft.graph.tracing.whole import Step, afterwards, setting
 
+_POSITIONAL = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
 ENTRY_POINTS = ("forward_features", "forward_head", "forward_intermediates", "get_intermediate_layers")
 """Methods through which users run part of a backbone, besides calling it."""
 
@@ -166,8 +168,18 @@ def grafted_class(base: type[nn.Module], outer: bool) -> type[nn.Module]:
     }
     parameters = list(declared.parameters.values())
     if outer:
+        most = sum(each.kind in _POSITIONAL for each in parameters) - 1  # without self
+        if any(each.kind is inspect.Parameter.VAR_POSITIONAL for each in parameters):
+            most = sys.maxsize
 
         def forward(self: nn.Module, *args: Any, target: Tensor | None = None, **kwargs: Any) -> Any:
+            if len(args) > most:
+                raise CallError(
+                    f"{base.__name__} takes {most} positional argument{'s' * (most != 1)}, and {len(args)} "
+                    "were given.\n"
+                    "Labels are no input of the model: they reach its patches by name.\n"
+                    "Call model(x, target=y)."
+                )
             declared = self.__dict__[STATE].ledger.options
             options = {name: kwargs.pop(name) for name in declared if name in kwargs}
             return _outer_call(self, _whole_call, args, kwargs, target, options)

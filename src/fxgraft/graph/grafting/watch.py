@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from fxgraft.errors import FxgraftWarning
@@ -29,6 +30,7 @@ class LossWatch:
     def __init__(self) -> None:
         self.asked = False
         self._passes = 0
+        self._warned = False
         self._trained: set[int] = set()
 
     def note(self, model: nn.Module, grafts: Sequence[str], out: Any) -> None:
@@ -57,6 +59,19 @@ class LossWatch:
             "Take fxgraft.loss(model, out, y) for the loss, or add fxgraft.extra_loss(model, out, y) to your own.",
             FxgraftWarning,
             stacklevel=2,
+        )
+
+    def warn_of_no_gradients(self, model: nn.Module) -> None:
+        """Warn, once, that the loss of a model in training mode was asked for where no gradients are recorded."""
+        if self._warned or torch.compiler.is_compiling():
+            return
+        self._warned = True
+        warnings.warn(
+            f"The loss of this {model._get_name()} was asked for in training mode with gradients switched off "
+            "(torch.no_grad or inference_mode): its patches act, and nothing is learned.\n"
+            "Leave that block to train; call model.eval() to evaluate.",
+            FxgraftWarning,
+            stacklevel=4,
         )
 
     def _seen(self, number: int, _gradient: Tensor) -> None:

@@ -125,7 +125,7 @@ class Editor:
         if isinstance(edit, Replace):
             node = self._node(edit.node)
             with graph.inserting_before(node):
-                call = _unit_call(graph, unit, node.args, node.kwargs)
+                call = unit_call(graph, unit, node.args, node.kwargs)
             node.replace_all_uses_with(call)
             graph.erase_node(node)
             self._named[edit.node] = call
@@ -152,7 +152,7 @@ class Editor:
                 value = self._latest_on_edge.get((node, user), self._latest.get(node, node))
                 if value not in calls:
                     with graph.inserting_before(user):
-                        calls[value] = _unit_call(graph, unit, (value,))
+                        calls[value] = unit_call(graph, unit, (value,))
                 user.replace_input_with(value, calls[value])
                 self._latest_on_edge[node, user] = calls[value]
 
@@ -161,7 +161,7 @@ class Editor:
         start, end = self._node(edit.start), self._node(edit.end)
         value, last = self._latest.get(start, start), self._latest.get(end, end)
         with graph.inserting_before(end):
-            call = _unit_call(graph, unit, (value,))
+            call = unit_call(graph, unit, (value,))
         last.replace_all_uses_with(call)
         waiting = [last]
         while waiting:
@@ -196,12 +196,13 @@ class Editor:
     def _insert_after(self, value: fx.Node, unit: str) -> fx.Node:
         graph = self.traced.graph
         with graph.inserting_after(value):
-            return _unit_call(graph, unit, (value,))
+            return unit_call(graph, unit, (value,))
 
 
-def _unit_call(
+def unit_call(
     graph: fx.Graph, unit: str, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None
 ) -> fx.Node:
+    """Add a call of a unit, by the name that its owner reaches it under, at the graph's insert point."""
     call = graph.call_module(unit, args, kwargs)
     call.meta[UNIT] = True
     return call

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, Literal
 
 import torch
@@ -17,10 +18,12 @@ from fxgraft.extend import (
     Layout,
     Make,
     Pass,
+    Picture,
     Placement,
     SiteError,
     Spot,
     Unit,
+    View,
     Words,
     check_positive,
     check_share,
@@ -31,6 +34,7 @@ from fxgraft.extend import (
 )
 from fxgraft.functional.divergence import jensen_shannon
 from fxgraft.patches.crossnorm import tensors as core
+from fxgraft.patches.crossnorm.picture import style_panels
 from fxgraft.patches.crossnorm.presets import PRESETS
 
 
@@ -67,7 +71,8 @@ class CrossNorm(BlockPatch):
             mean of each channel: where that unit is on, the pooled features are the partner's alone and the image's
             own label is trained on them.
         detach: take the partner's statistics as constants instead of letting gradients flow through them.
-        consistency: train for consistent predictions instead; see the class.
+        consistency: leave the pass itself clean, and add to the loss how far two more passes with CrossNorm on are from
+            it.
         consistency_weight: factor of the divergence.
         output: which entry of a structured output holds the logits (a key, an attribute or a position).
 
@@ -87,6 +92,29 @@ class CrossNorm(BlockPatch):
     cost = (
         "training: one pass over a map for its statistics and one to restyle it, for each unit that is on, and two "
         "more passes of the model in steps that compare, with consistency; evaluation: none"
+    )
+    idea = (
+        "Images of a batch exchange the channel means and deviations of their maps in training: the style "
+        "changes, content and label stay."
+    )
+    equation = (
+        "y = σ' · (x − μ) / σ + μ', with mean μ and deviation σ of each channel of a map, and μ', σ' of "
+        "another image's"
+    )
+    works_with = (
+        "residual blocks, dense blocks, plain stacks and vision transformers; SelfNorm, which acts behind "
+        "it; all other methods. Not inside activation checkpointing"
+    )
+    hurts = (
+        "where colour or texture tells the classes apart; batches of one, which have nobody to exchange "
+        "with. The unit of the last block replaces what global pooling reads: skip_last=True leaves it "
+        "out"
+    )
+    measures = MappingProxyType(
+        {
+            "active": "how many units were on",
+            "consistency": "the divergence between the passes, weighted, in steps that compare",
+        }
     )
     train_only = True
     presets = PRESETS
@@ -184,7 +212,16 @@ class CrossNorm(BlockPatch):
                 )
             return self.consistency_weight * jensen_shannon(clean, *others)
 
-        return {"consistency": draws.choose(on, compared, clean.new_zeros(()))}
+        divergence = draws.choose(on, compared, clean.new_zeros(()))
+        graft.measure("consistency", divergence)
+        return {"consistency": divergence}
+
+    def picture(self, graft: Graft, view: View) -> Picture:
+        """Show two images in each other's style."""
+        return style_panels(view, graft.units_of(CrossNormUnit), self._picture_box)
+
+    def _picture_box(self, x: Tensor, what: str) -> core.Box | None:
+        return draw_box(self, x) if self.crop in (what, "both") else None
 
     def describe(self, graft: Graft) -> str:
         """Say how many units there are, where, and how often they act."""
@@ -213,8 +250,9 @@ class CrossNormUnit(Unit):
             return x
         chance = self._chance(run)
         if not chance:
+            run.measure(self.graft, "active", 0)
             return x
-        chosen = run.shared(self.graft, "on", lambda: self._draw(chance, x.device))
+        chosen = run.shared(self.graft, "on", lambda: self._draw(run, chance, x.device))
         on = draws.among(chosen, self.index, x.device)
         return draws.choose(on, lambda: self.layout.restore(x, self._restyled(self.layout.canonical(x))), x)
 
@@ -224,10 +262,12 @@ class CrossNormUnit(Unit):
             return 1.0
         return 0.0 if self.config.consistency else self.config.p
 
-    def _draw(self, chance: float, device: torch.device) -> frozenset[int] | Tensor:
+    def _draw(self, run: Pass, chance: float, device: torch.device) -> frozenset[int] | Tensor:
         """Draw the units of a pass; the first unit to ask draws for all of the graft."""
         active = self.count if self.config.active is None else self.config.active
-        return draws.subset(self.count, active, chance, device)
+        chosen = draws.subset(self.count, active, chance, device)
+        run.measure(self.graft, "active", chosen.sum() if isinstance(chosen, Tensor) else len(chosen))
+        return chosen
 
     def _restyled(self, x: Tensor) -> Tensor:
         config = self.config
@@ -241,12 +281,14 @@ class CrossNormUnit(Unit):
             permutation,
             channels,
             lam=config.lam,
-            content_box=self._box(x) if config.crop in ("content", "both") else None,
-            style_box=self._box(x) if config.crop in ("style", "both") else None,
+            content_box=draw_box(config, x) if config.crop in ("content", "both") else None,
+            style_box=draw_box(config, x) if config.crop in ("style", "both") else None,
             detach=config.detach,
         )
 
-    def _box(self, x: Tensor) -> core.Box:
-        height, width = x.shape[-2:]
-        beta, threshold = self.config.beta, self.config.threshold
-        return draws.numbers(lambda device: core.draw_box(height, width, beta, threshold, device), x.device)
+
+def draw_box(config: CrossNorm, x: Tensor) -> core.Box:
+    """Draw a box of a map (B, C, H, W)."""
+    height, width = x.shape[-2:]
+    beta, threshold = config.beta, config.threshold
+    return draws.numbers(lambda device: core.draw_box(height, width, beta, threshold, device), x.device)

@@ -6,6 +6,7 @@ import functools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -19,10 +20,12 @@ from fxgraft.extend import (
     Head,
     Make,
     Patch,
+    Picture,
     Placement,
     PositionwiseHead,
     StructureError,
     Unit,
+    View,
     because,
     check_count,
     check_share,
@@ -33,6 +36,7 @@ from fxgraft.extend import (
 from fxgraft.extend import position_scores as maps
 from fxgraft.patches.diversification import tensors as core
 from fxgraft.patches.diversification.loss import GradientBoostingCrossEntropy, gradient_boosting_cross_entropy
+from fxgraft.patches.diversification.picture import class_map_panels
 from fxgraft.patches.diversification.presets import PRESETS
 
 HEAD, RETURN = "head", "maps"
@@ -85,6 +89,27 @@ class Diversification(Patch):
     url = "https://arxiv.org/abs/1912.06842"
     where = "the head: average pooling and linear classifier"
     cost = "training: the classifier runs at every position of the last map; evaluation: none"
+    idea = (
+        "The peak and random patches of every class map are damped in training, so that the network finds "
+        "more than one place that tells similar classes apart."
+    )
+    equation = (
+        "M = W · F, one map per class; M' = α · M at peaks and patches that are drawn, M elsewhere; "
+        "logits = mean of M' over positions"
+    )
+    works_with = (
+        "heads of average pooling and a linear classifier; all other methods but MixMo. Not heads that "
+        "read a class token"
+    )
+    hurts = (
+        "maps below about 7×7 positions, of which one patch is much; coarse classes, which one place "
+        "tells apart"
+    )
+    measures = MappingProxyType(
+        {
+            "suppressed": "share of the entries of all class maps that were damped",
+        }
+    )
     train_only = True
     presets = PRESETS
 
@@ -139,6 +164,10 @@ class Diversification(Patch):
             start = f" from {self.loss_start:.0%} of the training" if self.loss_start else ""
             parts.append(f"gradient-boosting loss with k={self.loss_k}{start}")
         return "; ".join(parts)
+
+    def picture(self, graft: Graft, view: View) -> Picture:
+        """Show the class maps of an image, and what a pass damps in them."""
+        return class_map_panels(view, self)
 
     def replaces_criterion(self) -> bool:
         """Say whether there is a loss that goes with the block."""
@@ -241,6 +270,7 @@ class DiversificationUnit(Unit):
                     ties=config.ties,
                 )
                 mask = core.suppression_mask(found, draws, patch=config.patch, ties=config.ties)
+        run.measure(self.graft, "suppressed", 0.0 if mask is None else mask)
         if self.records is not None:
             self.records.append(
                 DiversificationRecord(found.detach().cpu(), None if mask is None else mask.cpu())

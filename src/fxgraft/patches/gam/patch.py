@@ -19,11 +19,13 @@ from fxgraft.extend import (
     Layout,
     Make,
     MergeError,
+    Picture,
     Placement,
     Site,
     SiteError,
     StructureError,
     TraceError,
+    View,
     Words,
     check_count,
     check_share,
@@ -34,6 +36,7 @@ from fxgraft.extend import (
 from fxgraft.patches.gam import tensors as core
 from fxgraft.patches.gam.game import Game, Rules, channel_dim, game_of, paired_weights
 from fxgraft.patches.gam.matching import MatchedTap, SwitchedTap
+from fxgraft.patches.gam.picture import tap_panels
 from fxgraft.patches.gam.presets import PRESETS
 
 TASKS: dict[str, dict[str, Any]] = {
@@ -104,10 +107,34 @@ class GAM(LayeredPatch):
         "a step of `gam_losses`: a pass of the source network without gradients, and two passes of each "
         "discriminator; otherwise a scale and a shift at each tap until merged"
     )
+    idea = (
+        "A trained network is adapted to another domain without its labels: discriminators tell its "
+        "activations there from those of the frozen source network, and it learns to be mistaken for "
+        "that."
+    )
+    equation = (
+        "x' = (x − μ_t) / σ_t · σ_s + μ_s at each tap; the discriminator D minimises −log D(A_s) − log(1 "
+        "− D(x')), the network −log D(x') + λ · Σ mean((w_s − w_t)²)"
+    )
+    works_with = (
+        "classifiers and dense predictors; fxgraft.adapt, checkpoints, DistributedDataParallel; all other "
+        "methods"
+    )
+    hurts = (
+        "domains whose classes are not equally frequent, since equal activations are then not what is "
+        'right; batches of a few images (statistics="running" helps)'
+    )
+    measures = MappingProxyType(
+        {
+            "accuracy.<tap>": "share of right decisions of the discriminator: 0.5 is guessing, 1 a game lost",
+            "discriminator.<tap>": "loss of the discriminator, weighted",
+            "mapping.<tap>": "loss of the network, weighted",
+            "drift": "weight drift, weighted",
+        }
+    )
     adds_parameters = True
     saves = False
     example = MappingProxyType({"layers": -1})
-    needs_layers = True
     presets = PRESETS
 
     source: nn.Module | None = None
@@ -165,7 +192,9 @@ class GAM(LayeredPatch):
 
     def place(self, backbone: Backbone, make: Make) -> list[Placement]:
         """Put a tap on each layer, and check the taps against the source network's."""
-        layers = self.layers or ()
+        if self.layers is None:
+            raise _no_layers(backbone, self.task)
+        layers = self.layers
         sites = _sites(backbone, layers, "target")
         game = make(Game.KEY, Game, Rules.of(self))
         if self.weights is not None and len(self.weights) != len(sites):
@@ -218,6 +247,10 @@ class GAM(LayeredPatch):
         matched = f"gaussian ({self.statistics}){alone}, " if self.matching else ""
         return f"taps {taps}; {matched}{self.gan}, drift {self.drift:g}"
 
+    def picture(self, graft: Graft, view: View) -> Picture:
+        """Show the channel means at every tap, before and after matching."""
+        return tap_panels(view, graft)
+
     def merge(self, graft: Graft, model: nn.Module) -> None:
         """Fold the shift and scale of every tap into stock weights."""
         taps = [tap for tap in graft.units_of(MatchedTap) if tap.trained]
@@ -232,6 +265,22 @@ class GAM(LayeredPatch):
         for tap in taps:
             if tap.absorber is not None:
                 tap.absorber.absorb(model, *tap.affine())
+
+
+def _no_layers(backbone: Backbone, task: str) -> ConfigError:
+    """Say that there are no taps, and what they may be on this network."""
+    outer = [
+        site.name
+        for site in backbone.module_outputs()
+        if "." not in site.name and site.shape is not None and len(site.shape) in (2, 3, 4)
+    ]
+    chosen = outer[-2:] if task == "classification" else outer[:: -(-len(outer) // 4)]
+    example = f"for example layers={chosen!r}" if chosen else "as layers=[...]"
+    return ConfigError(
+        f"GAM needs layers: the taps at which the activations of both networks are matched.\n"
+        "The authors take the last two layers of a classifier, and four over the depth of a dense predictor.\n"
+        f"On this {backbone.name}, {example}; fxgraft.sites(model) lists all."
+    )
 
 
 def _sites(backbone: Backbone, layers: Words, network: str) -> dict[str, Site]:

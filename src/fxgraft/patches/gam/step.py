@@ -88,6 +88,8 @@ def gam_losses(model: nn.Module, x_source: Any, x_target: Any, *, name: str | No
         # A wrapper that averages gradients waits for those of every parameter, also behind the last tap.
         behind = [0 * each.nan_to_num().sum() for each in tensors(out) if each.requires_grad]
         parts["drift"] = torch.stack(behind).sum()
+    for name, value in {**parts, **{f"accuracy.{key}": share for key, share in accuracy.items()}}.items():
+        graft.measure(name, value)
     sides = [[v for k, v in parts.items() if k.startswith("discriminator.") is own] for own in (True, False)]
     return GAMStep(torch.stack(sides[0]).sum(), torch.stack(sides[1]).sum(), parts, accuracy)
 

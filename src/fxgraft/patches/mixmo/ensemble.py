@@ -71,8 +71,10 @@ class EnsembleMetrics(nn.Module):
     With a temperature also ``…/temperature``, and ``…/nll_scaled`` and ``…/ece_scaled`` of what is said at that
     temperature. All together are scaled after they are averaged. A temperature is to be fitted on validation data:
 
-        fitted = EnsembleMetrics(K, M, temperature="fit")  # update it with the validation set
-        metrics = EnsembleMetrics(K, M, temperature=fitted.temperatures())  # and this one with the test set
+    >>> import fxgraft, torch
+    >>> fitted = fxgraft.EnsembleMetrics(4, 2, temperature="fit")  # of the validation set: 2 members, 4 classes
+    >>> fitted.update(torch.randn(2, 8, 4), torch.arange(8) % 4)
+    >>> metrics = fxgraft.EnsembleMetrics(4, 2, temperature=fitted.temperatures())  # of the test set
 
     As a module it moves with the model that holds it, and it adds nothing to a state dict. Among several
     processes `compute` gathers from all of them, as torchmetrics does.

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 
-from fxgraft.extend import SiteError, grafts_on, preserved_modes
+from fxgraft.extend import SiteError, StructureError, Unit, grafts_on, preserved_modes
 from fxgraft.patches.mixmo.ensemble import disagreement, ensemble_entropy
+from fxgraft.patches.mixmo.pairing import PAIRING, Pairing
 
 
 @dataclass(frozen=True)
@@ -47,3 +49,36 @@ def member_logits(model: nn.Module, x: Tensor) -> MemberLogits:
     with preserved_modes(model):
         logits = model.eval()(x, members=True)
     return MemberLogits(logits, logits.mean(0), disagreement(logits), ensemble_entropy(logits))
+
+
+class Members(Unit):
+    """Gives the members' logits a dimension of their own, behind the model, and keeps the pairing for the loss.
+
+    Args:
+        members: M.
+    """
+
+    optional = True
+
+    def __init__(self, members: int) -> None:
+        super().__init__()
+        self.members = members
+
+    def forward(self, out: Tensor) -> Tensor:
+        """Return (M, B, K) in training and where the call asks for it, else ``out`` (B, K) as it is."""
+        run, members = self.current, self.members
+        if run is None or not run.training:
+            asked = run is not None and run.options.get("members")
+            return torch.stack(out.chunk(members)) if asked else out
+        pairing: Pairing = run.get(self.graft, PAIRING)
+        if out.shape[0] != members * pairing.rows or (members > 1 and pairing.masks is None):
+            raise StructureError(
+                f"A training pass of {run.model._get_name()} gave {out.shape[0]} rows of logits for {members} members "
+                f"and {pairing.rows} mixtures.\nThe stem or the classifier was not in training mode, another "
+                "patch acts in its place, or what follows the classifier does not treat every row by itself.\n"
+                "Call model.train(); to freeze these layers, use requires_grad_(False)."
+            )
+        run.remember(self.graft, pairing)
+        logits = torch.stack(out.chunk(members))  # a copy, since FSDP warns of outputs that are views
+        run.measure(self.graft, "agreement", 1 - disagreement(logits.detach()))
+        return logits

@@ -14,6 +14,9 @@ from fxgraft.extend import ConfigError, TargetError, draws
 from fxgraft.patches.mixmo.masks import Mixing, draw_masks, shuffle_roles
 from fxgraft.patches.mixmo.tensors import MixedLabels, balance, dirichlet
 
+PAIRING = "pairing"
+"""What a pass hands its pairing over by, from unit to unit."""
+
 
 class MixMoInput:
     """M batches of images of the user's own pairing, for ``model(fxgraft.MixMoInput([x0, x1]), target=[y0, y1])``.

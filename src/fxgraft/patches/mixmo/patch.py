@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, Literal, TypeVar
 
 import torch
@@ -16,11 +17,12 @@ from fxgraft.extend import (
     Make,
     Pass,
     Patch,
+    Picture,
     Placement,
     SiteError,
     Stem,
-    StructureError,
     Unit,
+    View,
     WrappedModelError,
     apply_layer,
     because,
@@ -34,11 +36,13 @@ from fxgraft.extend import (
 from fxgraft.patches.mixmo import tensors as core
 from fxgraft.patches.mixmo.copies import LayerCopies, copies_key
 from fxgraft.patches.mixmo.masks import BY_CHANNEL, WITHOUT_POSITIONS, Mixing
-from fxgraft.patches.mixmo.pairing import MixMoInput, Pairing, check_pairs, known_pairing
+from fxgraft.patches.mixmo.members import Members
+from fxgraft.patches.mixmo.pairing import PAIRING, MixMoInput, Pairing, check_pairs, known_pairing
+from fxgraft.patches.mixmo.picture import mixture_panels
 from fxgraft.patches.mixmo.presets import PRESETS
 from fxgraft.patches.mixmo.tensors import MixedLabels
 
-INPUTS, RETURN, PAIRING = "inputs", "members", "pairing"
+INPUTS, RETURN = "inputs", "members"
 
 M = TypeVar("M", bound="MemberUnit")
 
@@ -102,7 +106,8 @@ class MixMo(Patch):
         shuffle_roles: deal in every batch anew whose image is the one that is cut out.
         visible_labels: weigh the two labels of `MixedLabels` (images mixed before, by `fxgraft.input_cutmix`) by
             what the mask leaves visible of each, as the authors do, instead of by their share of the image.
-        init: "pretrained" or "random"; see above.
+        init: "pretrained": evaluation starts as the bare network, bit by bit, and the members a little apart;
+            "random": the members from 1 on are drawn anew, for networks trained from scratch.
         spread: how far apart the members start with init="pretrained", as a share of the weights' length; in [0, 1].
             The offsets are drawn from torch's generator.
 
@@ -118,6 +123,24 @@ class MixMo(Patch):
     url = "https://arxiv.org/abs/2103.06132"
     where = "the stem and the classifier"
     cost = "training: stem and classifier run once per member, and the stem's outputs are mixed; evaluation: none"
+    idea = (
+        "Several networks are trained inside one: each has its own first layer and classifier, and the "
+        "middle sees a mixture of their images. Evaluation is one pass of one network."
+    )
+    equation = (
+        "l = M · Σ_i mask_i · conv(x_i; W_i); loss = Σ_i w_i · CE(y_i, d_i(l)) with w_i = M · κ_i^(1/r) / "
+        "Σ_j κ_j^(1/r); evaluation: Σ_i W_i and the mean of the d_i"
+    )
+    works_with = (
+        "plain linear stems and classifiers; RSC, CrossNorm, SelfNorm, GAM, taps; Mixup and CutMix in front. Not the "
+        "diversification block, which leaves the classifier out, no second method that pairs labels, no DataParallel"
+    )
+    hurts = "networks that are narrow for their data, where the members compete; short trainings"
+    measures = MappingProxyType(
+        {
+            "agreement": "share of the rows on which two members say the same class; their images differ in training",
+        }
+    )
     needs_labels = True
     adds_parameters = True
     pairs_labels = True
@@ -159,7 +182,7 @@ class MixMo(Patch):
         inputs = make(INPUTS, Inputs, self)
         inputs.bind(classifier=heads[0])
         yield backbone.before(inputs, INPUTS)
-        yield backbone.after(make(RETURN, Members, self), RETURN)
+        yield backbone.after(make(RETURN, Members, self.members), RETURN)
         for stem in stems:
             unit = self._member_unit(backbone, make, stem.path, Encoders)
             unit.bind(stem=stem)
@@ -215,6 +238,10 @@ class MixMo(Patch):
             return core.member_losses(criterion, out, targets, weights).sum()
 
         return members
+
+    def picture(self, graft: Graft, view: View) -> Picture:
+        """Show one mixture: images, masks, sum."""
+        return mixture_panels(view, graft, self.members)
 
     def merge(self, graft: Graft, model: nn.Module) -> None:
         """Write the folded stem and classifier into the stock tensors."""
@@ -361,31 +388,3 @@ class Heads(MemberUnit):
         if module.training:
             self.pairing()
         return torch.cat([apply_layer(module, x, *own) for own in self.spread_out(module)])
-
-
-class Members(Unit):
-    """Gives the members' logits a dimension of their own, behind the model, and keeps the pairing for the loss."""
-
-    optional = True
-
-    def __init__(self, config: MixMo) -> None:
-        super().__init__()
-        self.config = config
-
-    def forward(self, out: Tensor) -> Tensor:
-        """Return (M, B, K) in training and where the call asks for it, else ``out`` (B, K) as it is."""
-        run, members = self.current, self.config.members
-        if run is None or not run.training:
-            asked = run is not None and run.options.get("members")
-            return torch.stack(out.chunk(members)) if asked else out
-        pairing: Pairing = run.get(self.graft, PAIRING)
-        if out.shape[0] != members * pairing.rows or (members > 1 and pairing.masks is None):
-            raise StructureError(
-                f"A training pass of {run.model._get_name()} gave {out.shape[0]} rows of logits for {members} members "
-                f"and {pairing.rows} mixtures.\nThe stem or the classifier was not in training mode, another "
-                "patch acts in its place, or what follows the classifier does not treat every row by itself.\n"
-                "Call model.train(); to freeze these layers, use requires_grad_(False)."
-            )
-        run.remember(self.graft, pairing)
-        # A copy, since FSDP warns of outputs that are views.
-        return torch.stack(out.chunk(members))

@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Literal
 
 import torch
@@ -20,11 +21,14 @@ from fxgraft.extend import (
     LayeredPatch,
     Layout,
     Make,
+    Pass,
+    Picture,
     Placement,
     Rest,
     Site,
     SiteError,
     Unit,
+    View,
     Words,
     check_share,
     draws,
@@ -34,6 +38,7 @@ from fxgraft.extend import (
     register,
 )
 from fxgraft.patches.rsc import tensors as core
+from fxgraft.patches.rsc.picture import mute_panels
 from fxgraft.patches.rsc.presets import PRESETS
 from fxgraft.patches.rsc.probe import Probe, Scoring
 
@@ -91,6 +96,29 @@ class RSC(LayeredPatch):
     where = "the output of a layer, by default the last map before global pooling"
     cost = (
         "training: the layers after the site run twice more, nothing after pooling + linear; evaluation: none"
+    )
+    idea = (
+        "The part of a feature map that the true class leans on most is muted in training, so that the "
+        "network has to find other evidence for it."
+    )
+    equation = (
+        "g = ∂ logit_y / ∂ z; mask = 0 where g (averaged over channels or over positions) is in its top "
+        "share, else 1; loss on rest(z · mask) for the share of the batch that loses most probability, on "
+        "rest(z) for the others"
+    )
+    works_with = (
+        "maps, tokens and vectors of any backbone, all other methods, hard and soft labels, dense labels; "
+        "every training pass needs its labels"
+    )
+    hurts = (
+        "maps of less than about 3×3 positions, of which it mutes most; heads that read a class token "
+        "alone, where there is nothing to mute at the last map"
+    )
+    measures = MappingProxyType(
+        {
+            "muted": "share of the positions, channels or features that the mask of a sample mutes",
+            "samples": "share of the batch that stays muted",
+        }
     )
     train_only = True
     needs_labels = True
@@ -171,6 +199,10 @@ class RSC(LayeredPatch):
             )
         return backbone.layout(site, self.layout)
 
+    def picture(self, graft: Graft, view: View) -> Picture:
+        """Show what a training pass mutes in an image."""
+        return mute_panels(view, graft.units_of(RSCUnit), self)
+
     def describe(self, graft: Graft) -> str:
         """Name the sites and how the probe is computed."""
         parts = []
@@ -229,6 +261,8 @@ class RSCUnit(Unit):
         """Return ``z``, shaped as it is, with the muted entries at zero."""
         vector = self.layout.name == "NC"
         if not self.active or not any(self._drops(vector)):
+            if self.current is not None:
+                self._measure(self.current, 0.0, 0.0)
             return z
         run = self.running()
         target = run.labels(self.graft, z.shape[0])
@@ -239,9 +273,14 @@ class RSCUnit(Unit):
             mask = probe.mask(scope)
             selected = self._select(probe, mask, vector)
             final = core.apply_selection(mask, selected)
+            self._measure(run, mask == 0, selected)
         if self.records is not None:
             self.records.append(RSCRecord(self.site.name, scope, mask.cpu(), selected.cpu()))
         return self.layout.multiply(z, final)
+
+    def _measure(self, run: Pass, muted: Tensor | float, selected: Tensor | float) -> None:
+        run.measure(self.graft, "muted", muted)
+        run.measure(self.graft, "samples", selected)
 
     def _drops(self, vector: bool) -> tuple[float, ...]:
         """List the shares that a pass may mute."""

@@ -1,0 +1,40 @@
+"""What the shell completes: names of methods and of models. Nothing is loaded until the user asks for a completion."""
+
+from __future__ import annotations
+
+
+def complete_method(incomplete: str) -> list[str]:
+    """Complete the name of a method."""
+    import fxgraft
+
+    return [name for name in fxgraft.methods() if name.startswith(incomplete)]
+
+
+def complete_model(incomplete: str) -> list[str]:
+    """Complete the name of a model, of timm or, with ``torchvision/`` in front, of torchvision."""
+    import timm
+    from torchvision.models import list_models
+
+    theirs = [f"torchvision/{name}" for name in list_models()]
+    return [name for name in (*timm.list_models(), *theirs) if name.startswith(incomplete)]
+
+
+def complete_spec(incomplete: str) -> list[str]:
+    """Complete a patch: the method, then its options, ``rsc:layer=layer4,sco`` to ``rsc:layer=layer4,scope=``."""
+    import dataclasses
+
+    import fxgraft
+
+    method, colon, rest = incomplete.partition(":")
+    known = fxgraft.methods()
+    if not colon or method not in known:
+        return complete_method(incomplete)
+    done, comma, begun = rest.rpartition(",")
+    options = [field.name for field in dataclasses.fields(known[method]) if field.init]
+    return [f"{method}:{done}{comma}{option}=" for option in options if option.startswith(begun)]
+
+
+def complete_shown(incomplete: str) -> list[str]:
+    """Complete what ``fxgraft show`` takes: a method, "maps", or a model."""
+    found = [*complete_method(incomplete), *(["maps"] if "maps".startswith(incomplete) else [])]
+    return [*found, *complete_model(incomplete)]

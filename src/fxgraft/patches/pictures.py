@@ -1,0 +1,69 @@
+"""Pictures of what a method does with an image: what a method draws with, without a plotting library.
+
+A method returns a `Picture` of `Panel` objects from `Patch.picture`; the command line draws it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class View:
+    """What a method is asked to make a picture of.
+
+    Attributes:
+        model: patched with the method alone, in evaluation mode, to be used up: nobody needs it afterwards.
+        images: (B, 3, S, S), colours in [0, 1]; at least two, where the user gave one the second is its negative,
+            mirrored.
+        inputs: the same, as the model takes them.
+        labels: (B,) the classes that the model itself says.
+        given: how many of the images are the user's.
+        top: how many classes to show, for pictures that show some.
+        seed: for draws that a generator of their own makes; torch's is seeded with it.
+    """
+
+    model: nn.Module
+    images: Tensor
+    inputs: Tensor
+    labels: Tensor
+    given: int = 1
+    top: int = 3
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One panel: an image with what is laid over it, or curves.
+
+    Attributes:
+        title: above it.
+        image: (3, H, W), colours in [0, 1].
+        heat: (h, w), laid over the image as colours, brought to its size.
+        hatched: bool (h, w), cells to hatch.
+        cross: (row, column) of a cell to mark, of ``hatched`` or ``heat``.
+        curves: values by name, (n,) each, where there is no image.
+    """
+
+    title: str
+    image: Tensor | None = None
+    heat: Tensor | None = None
+    hatched: Tensor | None = None
+    cross: tuple[int, int] | None = None
+    curves: Mapping[str, Tensor] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Picture:
+    """What to draw.
+
+    Attributes:
+        rows: panels, row by row, of any lengths.
+        caption: one line on what it shows.
+    """
+
+    rows: Sequence[Sequence[Panel]]
+    caption: str

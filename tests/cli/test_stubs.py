@@ -1,0 +1,48 @@
+"""What editors see of `fxgraft.patch` is what the registry has."""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+
+import fxgraft
+from fxgraft import public
+from fxgraft.cli.readme import own_methods
+from fxgraft.cli.stubs import STUB, stub
+
+
+def overloads() -> dict[str, list[str]]:
+    """The keyword arguments of each overload, by the method that it is for."""
+    tree = ast.parse(STUB.read_text())
+    functions = [node for node in tree.body if isinstance(node, ast.FunctionDef)]
+    assert {node.name for node in functions} == {"patch"}
+    return {
+        ast.unparse(node.args.args[1].annotation): [each.arg for each in node.args.kwonlyargs]  # type: ignore[arg-type]
+        for node in functions
+    }
+
+
+def test_the_stub_is_written_from_the_registry() -> None:
+    assert STUB.read_text() == stub(), "python -m fxgraft.cli.stubs --write"
+
+
+def test_every_option_of_every_method_completes() -> None:
+    found = overloads()
+    common = {"name", "dry_run", "input_size"}
+    for name, method in own_methods().items():
+        options = {field.name for field in dataclasses.fields(method)}
+        assert set(found[f"Literal['{name}']"]) - {"layer"} == options | common | {"preset"}
+        assert ("layer" in found[f"Literal['{name}']"]) == issubclass(method, fxgraft.extend.LayeredPatch)
+    assert set(found["Patch"]) == common
+    assert {"str", "str | Patch"} <= found.keys(), "methods of other packages, and plans"
+
+
+def test_the_stub_hands_on_every_public_name() -> None:
+    tree = ast.parse(STUB.read_text())
+    imported = [
+        alias.asname
+        for node in tree.body
+        if isinstance(node, ast.ImportFrom) and node.module == "fxgraft.public"
+        for alias in node.names
+    ]
+    assert sorted([*imported, "patch"]) == sorted(public.__all__)
