@@ -77,7 +77,7 @@ def test_the_trainer_trains_as_a_loop_by_hand(tmp_path: Path) -> None:
     assert torch.tensor(trainer.evaluate()["eval_loss"]).isfinite()
 
 
-@pytest.mark.parametrize("name", [name for name in CONFIGS if name != "vit"])
+@pytest.mark.parametrize("name", CONFIGS)
 def test_a_classifier_in_the_stock_trainer(name: str, tmp_path: Path) -> None:
     """Nothing but the collator is changed: the model computes its loss, and the patch finds its labels."""
 
@@ -97,7 +97,7 @@ def test_a_classifier_in_the_stock_trainer(name: str, tmp_path: Path) -> None:
             data_collator=collate,
         )
         trainer.train()
-    assert len(records) == 1
+    assert len(records) == 1, "the labels reached the patch"
     assert torch.tensor(trainer.evaluate()["eval_loss"]).isfinite()
 
 
@@ -109,10 +109,8 @@ METHODS = {
 }
 
 
-@pytest.mark.parametrize(
-    ("name", "method"),
-    [(name, method) for name in CONFIGS for method in METHODS if (name, method) != ("vit", "rsc")],
-)
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("name", CONFIGS)
 def test_a_classifier_that_computes_its_own_loss(name: str, method: str) -> None:
     model = fxgraft.patch(classifier(name), method, input_size=(3, SIDE, SIDE), **METHODS[method])
     x, y = batch()
@@ -128,3 +126,55 @@ def test_a_classifier_that_computes_its_own_loss(name: str, method: str) -> None
             assert torch.equal(model(x).logits, fxgraft.merge(model)(x).logits)
     fxgraft.unpatch(model)
     assert type(model) is type(classifier(name))
+
+
+def test_where_rsc_goes_by_default() -> None:
+    """The map or the tokens that are averaged; before a class token is read alone, the last block that feeds it."""
+    where = {}
+    for name in CONFIGS:
+        (graft,) = fxgraft.grafts(fxgraft.patch(classifier(name), "rsc", input_size=(3, SIDE, SIDE)))
+        where[name] = graft.patch.describe(graft).partition(";")[0]
+    assert where == {
+        "resnet": "resnet.encoder.stages.1 (NCHW",
+        "vit": "vit.layers.0 (NLC, 1 prefix",
+        "swin": "swin.layernorm (NLC",
+        "convnext": "convnext.encoder.stages.3 (NCHW",
+    }
+
+
+def test_a_pooled_value_has_its_channels_in_front() -> None:
+    model = fxgraft.patch(classifier("swin"), "gam", layers="swin.pooler", input_size=(3, SIDE, SIDE))
+    (graft,) = fxgraft.grafts(model)
+    assert "swin.pooler (NCL)" in graft.patch.describe(graft)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_saved_under_the_name_of_its_own_class(name: str, tmp_path: Path) -> None:
+    model = fxgraft.patch(classifier(name), "rsc", input_size=(3, SIDE, SIDE)).eval()
+    own = fxgraft.merge(model)
+    model.save_pretrained(tmp_path)
+    assert model.config.architectures == [type(own).__name__]
+    again = transformers.AutoModelForImageClassification.from_pretrained(tmp_path).eval()
+    assert type(again) is type(own)
+    with torch.no_grad():
+        assert torch.equal(again(batch()[0]).logits, model(batch()[0]).logits)
+
+
+def test_logits_alone_for_methods_that_fold_classifiers() -> None:
+    """MixMo wants one tensor of logits, which a wrapper of three lines takes out of what the model returns."""
+
+    class Logits(nn.Module):
+        def __init__(self, model: nn.Module) -> None:
+            super().__init__()
+            self.model = model
+
+        def forward(self, pixel_values: Tensor) -> Tensor:
+            return self.model(pixel_values).logits
+
+    with pytest.raises(fxgraft.StructureError, match="returns several values, and not one tensor of logits"):
+        fxgraft.patch(classifier("resnet"), "mixmo", input_size=(3, SIDE, SIDE))
+    model = fxgraft.patch(Logits(classifier("resnet")), "mixmo", input_size=(3, SIDE, SIDE))
+    x, y = batch()
+    out = model(x, target=y)
+    assert out.shape == (2, 4, 5)
+    fxgraft.loss(model, out, y).backward()

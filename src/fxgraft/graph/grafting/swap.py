@@ -194,7 +194,9 @@ def grafted_class(base: type[nn.Module], outer: bool) -> type[nn.Module]:
     body["forward"] = run
     if issubclass(base, fx.GraphModule):
         body["recompile"] = _recompile
-    return cast("type[nn.Module]", type("Grafted" + base.__name__, (base,), body))
+    # Under the name of the base: what is written down of a model, or chosen by the name of a class, goes by it.
+    body["__qualname__"] = base.__qualname__
+    return cast("type[nn.Module]", type(base.__name__, (base,), body))
 
 
 def _recompile(self: fx.GraphModule) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Iterable
 from typing import Any
 
@@ -27,7 +28,7 @@ def logits_node(graph: fx.Graph, output: str | int | None, model: str) -> fx.Nod
     """
     value = next(node for node in graph.nodes if node.op == "output").args[0]
     if isinstance(value, fx.Node) and value.op == "call_function" and isinstance(value.target, type):
-        value = dict(value.kwargs) or list(value.args)
+        value = dict(value.args[0]) if value.target is OrderedDict else dict(value.kwargs) or list(value.args)  # type: ignore[arg-type]
     elif isinstance(value, fx.Node):
         if output is None:
             return value
