@@ -163,11 +163,16 @@ def grafted_class(base: type[nn.Module], outer: bool) -> type[nn.Module]:
         "__copy__": _shallow_copy,
         "extra_repr": _extra_repr,
         "_replicate_for_data_parallel": _replicate,
+        "__prepare_scriptable__": _refuse_scripting,
     }
     parameters = list(declared.parameters.values())
     if outer:
+        counted = [p for p in parameters[1:] if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
 
         def forward(self: nn.Module, *args: Any, target: Tensor | None = None, **kwargs: Any) -> Any:
+            surplus = len(args) == len(counted) + 1 and args[-1] is None
+            if surplus and torch.jit.is_tracing():  # pyright: ignore[reportPrivateImportUsage]
+                args = args[:-1]  # the default of target, which torch.onnx's older exporter gives by position
             declared = self.__dict__[STATE].ledger.options
             options = {name: kwargs.pop(name) for name in declared if name in kwargs}
             return _outer_call(self, _whole_call, args, kwargs, target, options)
@@ -222,6 +227,17 @@ def _extra_repr(self: nn.Module) -> str:
     own = state.base.extra_repr(self)
     names = state.ledger.describe() if state.outer and state.ledger else _unit_names(state)
     return ", ".join(part for part in (own, f"grafted: {names}" if names else "") if part)
+
+
+def _refuse_scripting(self: nn.Module) -> nn.Module:
+    """Say that TorchScript would compile the class's own source, which knows of no graft."""
+    name = self.__dict__[STATE].base.__name__
+    raise BypassError(
+        f"torch.jit.script cannot compile a patched {name}.\n"
+        "It compiles the source of forward, and what a patched module runs is made from a graph.\n"
+        "Use torch.jit.trace(model.eval(), images) or torch.export, or script fxgraft.merge(model) or "
+        "fxgraft.unpatch(model)."
+    )
 
 
 def _unit_names(state: GraftState) -> str:

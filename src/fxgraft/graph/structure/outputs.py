@@ -69,5 +69,30 @@ def take_logits(out: Any, names: Iterable[str | int | None] = ()) -> Any:
             return out[key]
     raise StructureError(
         f"The model returned a {type(out).__name__}, and it is not clear what in it are the logits.\n"
-        "Pass the logits themselves to fxgraft.loss, or set output= on the patch."
+        "Pass the logits themselves to fxgraft.loss, or set output= on the patch. Where a model around the patched "
+        "part computes them, patch that whole model."
     )
+
+
+def check_logits(out: Any, output: str | int | None, model: str) -> None:
+    """Make sure that a model's output has the logits in it, before what comes after a site is followed to them.
+
+    Args:
+        out: what the model returns, tensors fake.
+        output: which entry holds the logits; None for the usual ones.
+        model: name for messages.
+
+    Raises:
+        StructureError: there are none; says where they may be.
+    """
+    try:
+        found = take_logits(out, [output])
+    except StructureError:
+        found = None
+    if output is None and not isinstance(found, Tensor):
+        raise StructureError(
+            f"{model} returns {type(out).__name__}, and nothing in it is called 'out' or 'logits'.\n"
+            "What comes after a site is followed up to the logits. A part of a model, as the backbone of a detector or "
+            "of a dense predictor, ends before them.\n"
+            "Patch the whole model, whose output they are, or say which entry holds them, as output=..."
+        )

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from fxgraft.errors import SiteError, TraceError
-from fxgraft.graph.structure.outputs import logits_node
+from fxgraft.graph.structure.outputs import check_logits, logits_node
 from fxgraft.graph.structure.places import alike, locate, own_nodes, site_edit, training_name
 from fxgraft.graph.structure.sites import Site, module_site
 from fxgraft.graph.structure.tail import LinearTail, linear_tail
@@ -178,6 +178,7 @@ def span_to_output(
     """
     around = ancestors(site.path) if site.path else (*ancestors(site.owner), site.owner)
     opened = tuple(name for name in around if name)
+    check_logits(anatomy.observation.output(""), output, anatomy.name)
     try:
         traced = anatomy.graph("", training=False, opened=opened)
     except TraceError as error:
