@@ -101,6 +101,27 @@ def test_a_classifier_in_the_stock_trainer(name: str, tmp_path: Path) -> None:
     assert torch.tensor(trainer.evaluate()["eval_loss"]).isfinite()
 
 
+class OwnLoss(transformers.Trainer):
+    """The model computes its loss, and what the patches contribute is added: three lines again."""
+
+    def compute_loss(
+        self, model: nn.Module, inputs: dict[str, Tensor], return_outputs: bool = False, **_: Any
+    ) -> Any:
+        fxgraft.set_progress(model, self.state.global_step / self.state.max_steps)
+        out = model(**inputs, target=inputs["labels"])
+        loss = out.loss + fxgraft.extra_loss(model, out, inputs["labels"])
+        return (loss, out) if return_outputs else loss
+
+
+def test_a_classifier_and_what_the_patches_contribute(tmp_path: Path) -> None:
+    options = {"p": 1.0, "consistency": True, "input_size": (3, SIDE, SIDE)}
+    model = fxgraft.patch(classifier("convnext"), "crossnorm", **options)
+    data = Items(list(zip(*batch(), strict=True)))
+    trainer = OwnLoss(model=model, args=arguments(tmp_path), train_dataset=data, eval_dataset=data)
+    assert trainer.train().training_loss > 0
+    assert torch.tensor(trainer.evaluate()["eval_loss"]).isfinite()
+
+
 METHODS = {
     "rsc": {},
     "crossnorm": {"p": 1.0, "consistency": True},

@@ -85,11 +85,13 @@ def check_logits(out: Any, output: str | int | None, model: str) -> None:
     Raises:
         StructureError: there are none; says where they may be.
     """
+    if output is not None:
+        return
     try:
-        found = take_logits(out, [output])
+        found = take_logits(out)
     except StructureError:
         found = None
-    if output is None and not isinstance(found, Tensor):
+    if not isinstance(found, Tensor):
         raise StructureError(
             f"{model} returns {type(out).__name__}, and nothing in it is called 'out' or 'logits'.\n"
             "What comes after a site is followed up to the logits. A part of a model, as the backbone of a detector or "
