@@ -40,7 +40,7 @@ LAYERS: list[tuple[str, ...]] = [
     ("patches/",),
     ("guards.py", "inspection.py"),
     ("api.py", "terms.py"),
-    ("adaptation/", "recipe.py", "reading.py", "stock.py"),
+    ("adaptation/", "recipe.py", "reading.py", "stock.py", "lightning.py"),
     ("public.py", "__init__.py"),
     ("experiments/",),
     ("bench/", "timm/"),

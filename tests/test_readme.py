@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.utils.data import DataLoader
 from typer.testing import CliRunner
 
 import fxgraft
@@ -32,13 +33,15 @@ def commands() -> list[str]:
     return [line for body in blocks("bash") for line in body.splitlines() if line.startswith("fxgraft ")]
 
 
+@pytest.mark.filterwarnings("ignore::lightning.fabric.utilities.warnings.PossibleUserWarning")
+@pytest.mark.filterwarnings(r"ignore:`isinstance\(treespec, LeafSpec\)` is deprecated")  # by Lightning
 def test_python_blocks_run_in_order(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     fxgraft.methods()
     monkeypatch.setattr(registry, "_registry", dict(registry._registry))  # a block registers a method
     torch.manual_seed(0)
     batch = (torch.randn(4, 3, 64, 64), torch.randint(7, (4,)))
-    loader = [batch, batch]
+    loader = DataLoader([batch, batch], batch_size=None)  # type: ignore[arg-type]
     namespace = {"loader": loader, "source_loader": loader, "target_loader": loader}
     code = blocks("python")
     assert code

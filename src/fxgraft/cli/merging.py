@@ -201,7 +201,7 @@ def _load(network: nn.Module, trained: Trained) -> None:
     }
     unknown = sorted(there - have)
     raise WeightsError(
-        f"{str(trained.file)!r} is not a checkpoint of this {type(network).__name__.removeprefix('Grafted')} with "
+        f"{str(trained.file)!r} is not a checkpoint of this {type(network).__name__} with "
         f"{', '.join(sorted(have)) or 'no grafts'}: {found}.\n"
         + (
             f"It has tensors of {', '.join(map(repr, unknown))}: say how it was patched, "

@@ -48,8 +48,9 @@ def modulated(x: Tensor, coefficients: Coefficients) -> Tensor:
         (B, C, *S) in the dtype and memory order of `x`. It can be differentiated more than once, then at the
         speed of plain operations.
     """
-    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
-        mean, var = instance_moments(x)  # a compiler fuses this by itself
+    compiling = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+    if compiling or torch.jit.is_tracing():  # pyright: ignore[reportPrivateImportUsage]
+        mean, var = instance_moments(x)  # a compiler fuses this by itself, and TorchScript knows nothing else
         return _affine(x, *coefficients(mean, var))
     if not torch.is_grad_enabled():
         return _scaled(x, *coefficients(*_moments(x)))

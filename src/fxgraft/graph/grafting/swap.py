@@ -165,6 +165,7 @@ def grafted_class(base: type[nn.Module], outer: bool) -> type[nn.Module]:
         "__copy__": _shallow_copy,
         "extra_repr": _extra_repr,
         "_replicate_for_data_parallel": _replicate,
+        "__prepare_scriptable__": _refuse_scripting,
     }
     parameters = list(declared.parameters.values())
     if outer:
@@ -173,6 +174,8 @@ def grafted_class(base: type[nn.Module], outer: bool) -> type[nn.Module]:
             most = sys.maxsize
 
         def forward(self: nn.Module, *args: Any, target: Tensor | None = None, **kwargs: Any) -> Any:
+            if len(args) == most + 1 and args[-1] is None and torch.jit.is_tracing():  # pyright: ignore[reportPrivateImportUsage]
+                args = args[:-1]  # the default of target, which torch.onnx's older exporter gives by position
             if len(args) > most:
                 raise CallError(
                     f"{base.__name__} takes {most} positional argument{'s' * (most != 1)}, and {len(args)} "
@@ -206,7 +209,9 @@ def grafted_class(base: type[nn.Module], outer: bool) -> type[nn.Module]:
     body["forward"] = run
     if issubclass(base, fx.GraphModule):
         body["recompile"] = _recompile
-    return cast("type[nn.Module]", type("Grafted" + base.__name__, (base,), body))
+    # Under the name of the base: what is written down of a model, or chosen by the name of a class, goes by it.
+    body["__qualname__"] = base.__qualname__
+    return cast("type[nn.Module]", type(base.__name__, (base,), body))
 
 
 def _recompile(self: fx.GraphModule) -> Any:
@@ -232,6 +237,17 @@ def _extra_repr(self: nn.Module) -> str:
     own = state.base.extra_repr(self)
     names = state.ledger.describe() if state.outer and state.ledger else _unit_names(state)
     return ", ".join(part for part in (own, f"grafted: {names}" if names else "") if part)
+
+
+def _refuse_scripting(self: nn.Module) -> nn.Module:
+    """Say that TorchScript would compile the class's own source, which knows of no graft."""
+    name = self.__dict__[STATE].base.__name__
+    raise BypassError(
+        f"torch.jit.script cannot compile a patched {name}.\n"
+        "It compiles the source of forward, and what a patched module runs is made from a graph.\n"
+        "Use torch.jit.trace(model.eval(), images) or torch.export, or script fxgraft.merge(model) or "
+        "fxgraft.unpatch(model)."
+    )
 
 
 def _unit_names(state: GraftState) -> str:

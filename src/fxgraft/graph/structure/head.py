@@ -103,7 +103,7 @@ def pooled_map(anatomy: Anatomy, output: str | int | None = None) -> Site | None
         or maps that hold classes already), or where the value cannot be named or its layout told.
     """
     try:
-        traced, head, _ = opened_head(anatomy, output=output)
+        traced, head, _ = opened_head(anatomy, output=output, entries=True)
         node = head.maps
         while _is_identity(
             anatomy, node

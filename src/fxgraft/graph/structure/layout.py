@@ -96,6 +96,8 @@ def layout_of(anatomy: Anatomy, value: Tensor, path: str, strict: bool = True) -
     if value.ndim == 2:
         return Layout("NC")
     if value.ndim == 3:
+        if value.shape[2] == 1 < value.shape[1]:  # pooled: one position, its channels in front
+            return Layout("NCL")
         return Layout("NLC", prefix_tokens(anatomy, value.shape[1]))
     if value.ndim == 4:
         _, a, b, c = value.shape

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Iterable
 from typing import Any
 
@@ -27,7 +28,7 @@ def logits_node(graph: fx.Graph, output: str | int | None, model: str) -> fx.Nod
     """
     value = next(node for node in graph.nodes if node.op == "output").args[0]
     if isinstance(value, fx.Node) and value.op == "call_function" and isinstance(value.target, type):
-        value = dict(value.kwargs) or list(value.args)
+        value = dict(value.args[0]) if value.target is OrderedDict else dict(value.kwargs) or list(value.args)  # type: ignore[arg-type]
     elif isinstance(value, fx.Node):
         if output is None:
             return value
@@ -68,5 +69,32 @@ def take_logits(out: Any, names: Iterable[str | int | None] = ()) -> Any:
             return out[key]
     raise StructureError(
         f"The model returned a {type(out).__name__}, and it is not clear what in it are the logits.\n"
-        "Pass the logits themselves to fxgraft.loss, or set output= on the patch."
+        "Pass the logits themselves to fxgraft.loss, or set output= on the patch. Where a model around the patched "
+        "part computes them, patch that whole model."
     )
+
+
+def check_logits(out: Any, output: str | int | None, model: str) -> None:
+    """Make sure that a model's output has the logits in it, before what comes after a site is followed to them.
+
+    Args:
+        out: what the model returns, tensors fake.
+        output: which entry holds the logits; None for the usual ones.
+        model: name for messages.
+
+    Raises:
+        StructureError: there are none; says where they may be.
+    """
+    if output is not None:
+        return
+    try:
+        found = take_logits(out)
+    except StructureError:
+        found = None
+    if not isinstance(found, Tensor):
+        raise StructureError(
+            f"{model} returns {type(out).__name__}, and nothing in it is called 'out' or 'logits'.\n"
+            "What comes after a site is followed up to the logits. A part of a model, as the backbone of a detector or "
+            "of a dense predictor, ends before them.\n"
+            "Patch the whole model, whose output they are, or say which entry holds them, as output=..."
+        )

@@ -26,6 +26,13 @@ def own_nodes(graph: fx.Graph, scope: str | None) -> list[fx.Node]:
     ]
 
 
+def alike(nodes: list[fx.Node], index: int, node: fx.Node) -> bool:
+    """Say whether the node at a place of another trace does what ``node`` does; traces may differ in branches."""
+    if index >= len(nodes) or nodes[index].op != node.op:
+        return False
+    return node.op == "call_module" or nodes[index].target == node.target
+
+
 def value_at(anatomy: Anatomy, site: Site) -> Any:
     """Return the fake value at a site, batch of 2; None where it cannot be told."""
     if site.path:
@@ -48,7 +55,7 @@ def locate(anatomy: Anatomy, site: Site, traced: Traced) -> fx.Node:
     if local:
         index = own_nodes(owner.graph, None).index(local[0])
         matching = own_nodes(traced.graph, site.owner)
-        if index < len(matching):
+        if alike(matching, index, local[0]):
             return matching[index]
     raise SiteError(
         f"{site.name!r} is not part of the model's forward pass in evaluation mode.\n"

@@ -280,6 +280,8 @@ def _obstacle(node: fx.Node, sources: list[fx.Node], values: Values) -> str | No
     if len(sources) != 1:
         return f"{shown}, which has {len(sources)} inputs"
     before, after = values(sources[0]), values(node)
+    if isinstance(before, dict):  # an entry of what a closed module returned, which is opened next
+        return None
     if isinstance(before, (tuple, list)):
         return f"{shown}, one of several values"
     if name == "getitem" and before.ndim == 3 and after.ndim == 2:
@@ -313,9 +315,18 @@ def _between(classifier: fx.Node, pool: fx.Node, values: Values) -> tuple[fx.Nod
 
 
 def opened_head(
-    anatomy: Anatomy, head: str | None = None, output: str | int | None = None
+    anatomy: Anatomy,
+    head: str | None = None,
+    output: str | int | None = None,
+    entries: bool = False,
 ) -> tuple[Traced, HeadTrace, tuple[str, ...]]:
     """Find the head in the model's evaluation trace, opening modules as the walk meets them.
+
+    Args:
+        anatomy: of the model.
+        head: qualified name of the classifier, where the model has several.
+        output: which entry of a structured output holds the logits.
+        entries: whether to open a module as well that returns the map among other values.
 
     Returns:
         The trace, the head in it, and the names of the modules that were opened.
@@ -328,9 +339,24 @@ def opened_head(
             end = logits_node(traced.graph, output, anatomy.name)
         else:
             end = next(n for n in traced.graph.nodes if n.op == "call_module" and n.target == head)
-        return head_in(anatomy, "", traced, end)
+        found = head_in(anatomy, "", traced, end)
+        holder = _holder(anatomy, found.maps) if entries else None
+        if holder is not None:
+            raise OpaqueError(holder)
+        return found
 
     return opening(anatomy, False, search, ancestors(head or ""))
+
+
+def _holder(anatomy: Anatomy, node: fx.Node) -> str | None:
+    """Name the closed module that returned a value among others; None where the value is no such entry."""
+    while node_name(node, anatomy.model) in ("getattr", "getitem") and node.op == "call_function":
+        (node,) = node.all_input_nodes
+        if node.op == "call_module":
+            path = str(node.target)
+            alone = isinstance(anatomy.observation.output(path), Tensor) or is_primitive(anatomy.module(path))
+            return None if alone else path
+    return None
 
 
 def _check_named(anatomy: Anatomy, head: str) -> None:

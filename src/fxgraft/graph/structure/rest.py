@@ -12,18 +12,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from fxgraft.errors import SiteError
-from fxgraft.graph.structure.outputs import logits_node
-from fxgraft.graph.structure.places import locate, own_nodes, site_edit, training_name
+from fxgraft.errors import SiteError, TraceError
+from fxgraft.graph.structure.outputs import check_logits, logits_node
+from fxgraft.graph.structure.places import alike, locate, own_nodes, site_edit, training_name
 from fxgraft.graph.structure.sites import Site, module_site
 from fxgraft.graph.structure.tail import LinearTail, linear_tail
 from fxgraft.graph.tracing.anatomy import Anatomy
+from fxgraft.graph.tracing.branches import held
 from fxgraft.graph.tracing.compile import compile_graph
 from fxgraft.graph.tracing.editing import After, Edit
 from fxgraft.graph.tracing.names import ancestors
 from fxgraft.graph.tracing.proxies import iadd, imul
 from fxgraft.graph.tracing.settings import settings_changed
-from fxgraft.graph.tracing.trace import Traced
+from fxgraft.graph.tracing.trace import Traced, readdressed
 from fxgraft.graph.tracing.walks import cut, downstream_of, placeholders, scope_of, upstream_of
 
 
@@ -153,6 +154,15 @@ def _reads_prefix_only(model: nn.Module, node: fx.Node, inside: set[fx.Node], pr
     return bool(users)
 
 
+def _followed(anatomy: Anatomy) -> bool:
+    """Say whether the model's own forward can be traced, with all of its children closed."""
+    try:
+        anatomy.graph("", training=False)
+    except TraceError:
+        return False
+    return True
+
+
 def span_to_output(
     anatomy: Anatomy, site: Site, output: str | int | None = None
 ) -> tuple[Traced, fx.Node, fx.Node, tuple[str, ...]]:
@@ -168,7 +178,18 @@ def span_to_output(
     """
     around = ancestors(site.path) if site.path else (*ancestors(site.owner), site.owner)
     opened = tuple(name for name in around if name)
-    traced = anatomy.graph("", training=False, opened=opened)
+    check_logits(anatomy.observation.output(""), output, anatomy.name)
+    try:
+        traced = anatomy.graph("", training=False, opened=opened)
+    except TraceError as error:
+        if opened and _followed(anatomy):
+            raise
+        raise readdressed(
+            error,
+            f"What comes after {site.name!r} is followed up to the output through that line, so another site does not "
+            "help.\nMove the line into a module of its own, which stays closed, or into a function "
+            "registered with timm.layers.register_notrace_function.",
+        ) from error
     model = anatomy.name
     start = locate(anatomy, site, traced)
     logits = logits_node(traced.graph, output, model)
@@ -224,7 +245,9 @@ def _cut(
 ) -> tuple[fx.Graph, tuple[Captured, ...], tuple[int, ...]]:
     """Copy the nodes from ``start`` to ``logits`` into a graph of their own."""
     order = {node: index for index, node in enumerate(traced.graph.nodes)}
-    inside, frontier = set(inside), set()
+    holds = {node for node in downstream_of(start) if node.target is held}
+    behind = {node for hold in holds for node in upstream_of(hold)} & downstream_of(start)
+    inside, frontier = {*inside, *holds, *behind}, set()
     waiting = list(inside)
     while waiting:
         for source in waiting.pop().all_input_nodes:
@@ -242,7 +265,8 @@ def _cut(
     captured = tuple(
         Captured(f"{start.name}:{node.name}", *_capture_edit(anatomy, node)) for node in boundary
     )
-    return cut([start, *boundary, *used], logits), captured, tuple(inputs.index(node) for node in used)
+    graph = cut([start, *boundary, *used], logits, sorted(holds))
+    return graph, captured, tuple(inputs.index(node) for node in used)
 
 
 def _capture_edit(anatomy: Anatomy, node: fx.Node) -> tuple[str, Edit]:
@@ -253,6 +277,11 @@ def _capture_edit(anatomy: Anatomy, node: fx.Node) -> tuple[str, Edit]:
     scope = scope_of(node)
     index = own_nodes(node.graph, scope).index(node)
     local = own_nodes(anatomy.graph(scope, training=False).graph, None)
+    if not alike(local, index, node):
+        raise SiteError(
+            f"{node.name!r} in {scope or 'the model'!r} is needed after the site, and cannot be found in that module's "
+            "own trace.\nIts forward takes other branches there.\nChoose a site that is the output of a whole module."
+        )
     return scope, After(training_name(anatomy, scope, local[index].name))
 
 

@@ -11,10 +11,11 @@ from torch import Tensor, fx, nn
 
 from fxgraft.errors import SiteError, StructureError, TraceError, candidates
 from fxgraft.graph.structure.layout import Layout, layout_of
+from fxgraft.graph.structure.outputs import take_logits
 from fxgraft.graph.structure.site import Site as Site
 from fxgraft.graph.structure.site import Sites as Sites
 from fxgraft.graph.tracing.anatomy import Anatomy
-from fxgraft.graph.tracing.names import join
+from fxgraft.graph.tracing.names import inside, join
 from fxgraft.graph.tracing.trace import is_primitive
 from fxgraft.graph.tracing.values import shape_of
 
@@ -292,12 +293,34 @@ def _feature_maps(anatomy: Anatomy) -> Iterator[tuple[str, Layout, Tensor]]:
         return
     calls = anatomy.observation.calls
     ordered = [path for path in anatomy.in_order() if path]
-    for path in ordered[:-1]:
+    for path in _before_the_heads(anatomy, ordered):
         around = [path[:i] for i, sign in enumerate(path) if sign == "."]
         if len(calls[path]) == 1 and not any(name in calls and _layout(anatomy, name) for name in around):
             layout = _layout(anatomy, path)
             if layout is not None:
                 yield path, layout, calls[path][0].output
+
+
+def _before_the_heads(anatomy: Anatomy, ordered: list[str]) -> list[str]:
+    """Leave out the last layer, and of a dense predictor all modules at its end that give maps of classes.
+
+    There may be several, an auxiliary one or one at each scale. A dense predictor is told by logits as large as the
+    image; their channels are the classes.
+    """
+    try:
+        logits = take_logits(anatomy.observation.output(""))
+    except StructureError:
+        return ordered[:-1]
+    if not isinstance(logits, Tensor) or logits.shape[2:] != anatomy.image_size[1:] or logits.ndim != 4:
+        return ordered[:-1]
+    heads: list[str] = []
+    for path in (each for each in reversed(ordered) if anatomy.caller(each) == ""):
+        value = anatomy.observation.output(path)
+        if not isinstance(value, Tensor) or value.ndim != 4 or value.shape[1] != logits.shape[1]:
+            break
+        heads.append(path)
+    kept = [path for path in ordered[:-1] if not any(inside(path, head) for head in heads)]
+    return kept or ordered[:-1]
 
 
 def _layout(anatomy: Anatomy, path: str) -> Layout | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from torch import nn
+from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
 
 from fxgraft.errors import SiteError, StructureError
 from fxgraft.graph.tracing.names import class_name
@@ -57,6 +58,12 @@ class Anatomy:
         if self._observation is None:
             try:
                 self._observation = observe(self.model, self.input_size)
+            except (DataDependentOutputException, DynamicOutputShapeException) as error:
+                raise StructureError(
+                    f"{self.name} chooses by the numbers in a tensor what it computes next: {error}.\n"
+                    "Sites and shapes are found by passing a batch of fake images through the model, which have none.\n"
+                    "Patch the part before that, as of a detector the backbone: fxgraft.patch(model.backbone, ...)."
+                ) from error
             except Exception as error:
                 raise StructureError(
                     f"{self.name} does not run on a batch of shape (2, "

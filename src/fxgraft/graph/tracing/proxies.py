@@ -39,7 +39,7 @@ def itruediv(a: Any, b: Any) -> Any:
 
 
 class InPlaceProxy(fx.Proxy):
-    """A proxy whose ``+=``, ``-=``, ``*=`` and ``/=`` stay in place.
+    """A proxy whose ``+=``, ``-=``, ``*=`` and ``/=`` stay in place, and which has a length where its tracer knows it.
 
     Their nodes are called "add" and so on, as torch.fx and torchvision's feature extraction call them.
     """
@@ -47,6 +47,10 @@ class InPlaceProxy(fx.Proxy):
     def _in_place(self, function: Callable[[Any, Any], Any], other: Any) -> fx.Proxy:
         name = function.__name__.removeprefix("i")
         return self.tracer.create_proxy("call_function", function, (self, other), {}, name=name)
+
+    def __len__(self) -> int:
+        length = getattr(self.tracer, "length", lambda _: None)(self)
+        return super().__len__() if length is None else length
 
     def __iadd__(self, other: Any) -> fx.Proxy:
         return self._in_place(iadd, other)

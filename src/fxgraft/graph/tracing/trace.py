@@ -12,8 +12,9 @@ import inspect
 import sys
 import threading
 import traceback
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any
 
 from timm.layers import get_notrace_functions, get_notrace_modules  # pyright: ignore[reportPrivateImportUsage]
@@ -21,6 +22,7 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from fxgraft.errors import TraceError
+from fxgraft.graph.tracing.branches import Known, held, user_line
 from fxgraft.graph.tracing.names import UNIT, join
 from fxgraft.graph.tracing.observe import Call
 from fxgraft.graph.tracing.preserve import preserved_attributes, preserved_random_state, replaced_checkpoint
@@ -78,6 +80,7 @@ class ShallowTracer(fx.Tracer):
         self.region = 0
         self.thread = threading.get_ident()
         self.touched: set[str] = {""}
+        self.known: Known | None = None
 
     def prepare(
         self,
@@ -87,10 +90,12 @@ class ShallowTracer(fx.Tracer):
         spec: pytree.TreeSpec,
         fixed: tuple[Any, ...],
         names: list[str],
+        leaves: Sequence[Any],
     ) -> None:
         """Say what to trace: ``forward(root, ...)`` with the arguments that ``spec`` and ``fixed`` describe.
 
         What closed children were seen to return says how their outputs unpack; a proxy alone cannot know.
+        ``leaves`` are the arguments of the recorded call.
         """
         self.path = path
         self.observed = observed
@@ -98,6 +103,36 @@ class ShallowTracer(fx.Tracer):
         self.spec = spec
         self.fixed = fixed
         self.names = names
+        self.leaves = leaves
+
+    def to_bool(self, obj: fx.Proxy) -> bool:
+        """Take a branch on shapes or dtypes as the recorded calls do, where what is `known` says so."""
+        taken = None if self.known is None else self.known.truth(obj.node)
+        if taken is None:
+            return super().to_bool(obj)
+        self.create_proxy("call_function", held, (obj, taken, user_line()), {})
+        return taken
+
+    def length(self, obj: fx.Proxy) -> int | None:
+        """Say how many dimensions a shape has, where what is `known` says so."""
+        return None if self.known is None else self.known.length(obj.node)
+
+    def iter(self, obj: fx.Proxy) -> Iterator[Any]:
+        """Spread a shape over its dimensions, where it is known how many it has."""
+        length = self.length(obj)
+        if length is None:
+            return super().iter(obj)
+        return iter([obj[i] for i in range(length)])  # pyright: ignore[reportIndexIssue]
+
+    def create_arg(self, a: Any) -> Any:
+        """Keep the class of an ordered dictionary or of a dictionary with fields, which torch.fx makes a plain one."""
+        if type(a) is OrderedDict:
+            pairs = [(key, self.create_arg(value)) for key, value in a.items()]
+            return self.create_node("call_function", OrderedDict, (pairs,), {})
+        if isinstance(a, dict) and is_dataclass(a):
+            given = {each.name: self.create_arg(getattr(a, each.name)) for each in fields(a)}
+            return self.create_node("call_function", type(a), (), given)
+        return super().create_arg(a)
 
     def retire(self) -> set[str]:
         """Let go of the model, which closures of torch.fx would keep until the next collection.
@@ -150,6 +185,8 @@ class ShallowTracer(fx.Tracer):
 
         out = super().call_module(m, bare_forward, args, kwargs)
         if isinstance(out, fx.Proxy) and count < len(calls):
+            if self.known is not None:
+                self.known.note(out.node, calls[count].output)
             return _unpacked(out, calls[count].output)
         return out
 
@@ -167,6 +204,9 @@ class ShallowTracer(fx.Tracer):
             self.create_proxy("placeholder", name, (), {}) if value is INPUT else value
             for value, name in zip(self.fixed, self.names, strict=True)
         ]
+        for proxy, value in zip(leaves, self.leaves, strict=True):
+            if isinstance(proxy, fx.Proxy) and self.known is not None:
+                self.known.note(proxy.node, value)
         args, kwargs = pytree.tree_unflatten(leaves, self.spec)
 
         def run() -> Any:
@@ -249,6 +289,11 @@ def _trace_error(module: nn.Module, path: str, error: BaseException) -> TraceErr
     )
 
 
+def readdressed(error: TraceError, advice: str) -> TraceError:
+    """Return the error with other advice, from a caller who knows what was asked for."""
+    return TraceError(f"{str(error).rpartition(chr(10))[0]}\n{advice}")
+
+
 @alone
 def trace(
     module: nn.Module,
@@ -292,9 +337,11 @@ def trace(
     )
     names = leaf_names(signature, args, kwargs)
     failure: Exception = ValueError("no attempt was made")
-    for fixed in dict.fromkeys((with_sizes, tensors_only)):
+    # What branches on shapes is held to the branches that were taken, so that comes last.
+    for fixed, branching in dict.fromkeys(((with_sizes, False), (tensors_only, False), (with_sizes, True))):
         tracer = ShallowTracer(opened, deep)
-        tracer.prepare(path, observed or {}, bare_forward(module), spec, fixed, names)
+        tracer.prepare(path, observed or {}, bare_forward(module), spec, fixed, names, leaves)
+        tracer.known = Known(module) if branching else None
         classes = {cls.__module__ for each in module.modules() for cls in type(each).__mro__}
         tracer._autowrap_search += [sys.modules[name] for name in sorted(classes) if name in sys.modules]
         to_open = [module, *(m for n, m in module.named_modules() if n and not tracer.is_leaf_module(m, n))]

@@ -117,11 +117,13 @@ def _attribute(owner: nn.Module, target: str) -> Any:
 
 
 def tensor_inputs(node: fx.Node, values: Values) -> list[fx.Node]:
-    """List the floating-point tensors that a node works on, parameters and sizes left out."""
+    """List the floating-point tensors, and nests of them, that a node works on, parameters and sizes left out."""
     found = []
     for each in node.all_input_nodes:
         value = None if each.op == "get_attr" else values(each)
-        if isinstance(value, (tuple, list)) or (isinstance(value, Tensor) and value.is_floating_point()):
+        if isinstance(value, (tuple, list, dict)) or (
+            isinstance(value, Tensor) and value.is_floating_point()
+        ):
             found.append(each)
     return found
 

@@ -27,17 +27,18 @@ def _reached(node: fx.Node, following: Callable[[fx.Node], Iterable[fx.Node]]) -
     return found
 
 
-def cut(inputs: Sequence[fx.Node], end: fx.Node) -> fx.Graph:
+def cut(inputs: Sequence[fx.Node], end: fx.Node, also: Iterable[fx.Node] = ()) -> fx.Graph:
     """Copy what a value is computed with from other values into a graph of its own.
 
     Args:
         inputs: the values to start from: the placeholders of the new graph, in this order.
         end: the value that the new graph returns. All it depends on must come from ``inputs`` and from attributes.
+        also: nodes to copy with all that they depend on, though the end does not.
     """
     graph = fx.Graph()
     copies = {node: graph.placeholder(node.name) for node in inputs}
     needed: set[fx.Node] = set()
-    waiting = [end]
+    waiting = [end, *also]
     while waiting:
         node = waiting.pop()
         if node not in copies and node not in needed:

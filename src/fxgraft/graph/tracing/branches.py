@@ -1,0 +1,104 @@
+"""Branches of a traced forward on shapes and dtypes: taken as the observed pass takes them, and held to that.
+
+torch.fx stops at ``if x.shape[1] != self.channels: raise ...``, since a proxy has no shape. The recorded calls know
+it. A branch on the numbers in a tensor stays what it is, untraceable: nothing in a pass of fake tensors knows those.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.fx.node import has_side_effect
+
+from fxgraft.errors import BypassError
+
+
+def held(condition: Any, taken: bool, where: str) -> None:
+    """Make sure that a condition is what it was when its branch was traced.
+
+    Args:
+        condition: of the branch, for the input at hand.
+        taken: what it was.
+        where: file, line and text of the branch.
+
+    Raises:
+        BypassError: it is not, and the graph has only the other branch.
+    """
+    if bool(condition) is not taken:
+        raise BypassError(
+            f"A branch on shapes or dtypes goes another way for this input than it did when the model was patched: "
+            f"{where}\nThe patched graph holds the one that was taken then.\n"
+            "Patch with input_size=(C, H, W) of the images you train on, or bring images to the size and dtype that "
+            "the model was patched for."
+        )
+
+
+has_side_effect(held)  # it has no users, and is no dead code
+
+
+class Known:
+    """What is known of the values of a trace in the making.
+
+    Args:
+        root: the module that is traced.
+    """
+
+    def __init__(self, root: nn.Module) -> None:
+        self._root = root
+        self._values: dict[fx.Node, Any] = {}
+
+    def note(self, node: fx.Node, value: Any) -> None:
+        """Take down the value of a node, tensors fake."""
+        self._values[node] = value
+
+    def truth(self, node: fx.Node) -> bool | None:
+        """Return the truth of a value that is a size, a dtype or what comes of those; None of any other."""
+        value = self._scalar(node)
+        return None if value is None else bool(value)
+
+    def length(self, node: fx.Node) -> int | None:
+        """Return the length of a shape, or of a part of one; None of any other value."""
+        value = self._scalar(node)
+        return len(value) if isinstance(value, tuple) else None
+
+    def _scalar(self, node: fx.Node) -> Any:
+        try:
+            value = self._value(node)
+        except Exception:  # whatever cannot be computed from shapes alone is not known
+            return None
+        return None if isinstance(value, Tensor) else value
+
+    def _value(self, node: fx.Node) -> Any:
+        if node not in self._values:
+            self._values[node] = self._computed(node)
+        return self._values[node]
+
+    def _computed(self, node: fx.Node) -> Any:
+        args, kwargs = fx.map_arg((node.args, dict(node.kwargs)), self._value)  # type: ignore[misc]
+        with torch.no_grad():
+            if node.op == "call_function":
+                return node.target(*args, **kwargs)  # type: ignore[operator]
+            if node.op == "call_method":
+                return getattr(args[0], str(node.target))(*args[1:], **kwargs)
+        if node.op == "get_attr":
+            path, _, name = str(node.target).rpartition(".")
+            module = self._root.get_submodule(path)
+            # Not by getattr, which makes proxies of parameters while torch.fx traces.
+            return next(
+                kind[name] for kind in (module._parameters, module._buffers, vars(module)) if name in kind
+            )
+        raise LookupError(node.name)
+
+
+def user_line() -> str:
+    """Name the line of the user's code that is being traced: the innermost that is neither torch.fx's nor ours."""
+    frame = sys._getframe(1)
+    while frame is not None:
+        name = frame.f_code.co_filename
+        if "/torch/fx/" not in name and "fxgraft/graph" not in name:
+            return f"{name}:{frame.f_lineno}"
+        frame = frame.f_back
+    return "an unknown line"

@@ -1,0 +1,97 @@
+"""Lightning: a callback that hands the labels and the progress of a training to the patched models in a module.
+
+Needs ``pip install lightning``, and is loaded by its name alone: ``from fxgraft.lightning import Grafts``.
+"""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from typing import Any
+
+from fxgraft.api import set_progress
+from fxgraft.errors import TargetError, UnknownGraftError
+from fxgraft.graph.grafting.lookup import patched_parts
+from fxgraft.graph.grafting.published import targets
+
+try:
+    from lightning.pytorch import Callback, LightningModule, Trainer
+except ImportError as error:
+    raise ImportError(
+        "fxgraft.lightning is a callback for Lightning, which is not installed.\n"
+        "Install it with: pip install lightning."
+    ) from error
+
+
+class Grafts(Callback):
+    """Gives every training step its labels, and the schedules of the grafts the share of training done.
+
+    The step may then call ``self.model(x)``; for the loss it calls ``fxgraft.loss`` or ``fxgraft.extra_loss``
+    itself. Validation and test steps are left alone.
+
+    Args:
+        labels: position or key of the labels in a batch, by default 1; None where the step hands them over itself,
+            as ``self.model(x, target=y)``.
+
+    Raises:
+        UnknownGraftError: (when the training starts) nothing in the module is patched.
+        TargetError: (at a training step) the batch has no such entry.
+    """
+
+    def __init__(self, labels: int | str | None = 1) -> None:
+        self.labels = labels
+        self._published = ExitStack()
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Make sure that there is something to tell."""
+        if not patched_parts(pl_module):
+            raise UnknownGraftError(
+                f"No part of this {type(pl_module).__name__} is patched.\n"
+                "The callback would have nobody to tell of labels and progress.\n"
+                "Call fxgraft.patch(self.model, ...) in the module's __init__, or leave the callback out."
+            )
+
+    def on_train_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Set the progress, and publish the labels of the batch until its step is over."""
+        set_progress(pl_module, progress(trainer, batch_idx))
+        self._published.close()  # a step that was skipped has no end
+        if self.labels is None:
+            return
+        try:
+            labels = batch[self.labels]
+        except (KeyError, IndexError, TypeError) as error:
+            raise TargetError(
+                f"The batch, a {type(batch).__name__}, has no entry {self.labels!r} for the labels.\n"
+                "Say where they are, Grafts(labels=...), or pass Grafts(labels=None) and call "
+                "self.model(x, target=y)."
+            ) from error
+        self._published.enter_context(targets(labels))
+
+    def on_train_batch_end(self, *args: Any, **kwargs: Any) -> None:
+        """Take the labels back."""
+        self._published.close()
+
+    def on_train_epoch_end(self, *args: Any, **kwargs: Any) -> None:
+        """Take the labels back where the last step was skipped."""
+        self._published.close()
+
+    def on_exception(self, *args: Any, **kwargs: Any) -> None:
+        """Take the labels back where the step failed."""
+        self._published.close()
+
+
+def progress(trainer: Trainer, batch: int) -> float:
+    """Return the share of a training that is done, in [0, 1], by epochs or steps, whichever ends it first.
+
+    Args:
+        trainer: that trains. One without an end (``max_epochs=-1``, or ended by time alone) stays at 0.
+        batch: index of the batch in its epoch.
+    """
+    done = 0.0
+    if trainer.max_epochs is not None and trainer.max_epochs > 0:
+        # An endless loader, whose length is inf, counts by whole epochs.
+        done = (trainer.current_epoch + batch / max(trainer.num_training_batches, 1)) / trainer.max_epochs
+    if trainer.max_steps > 0:
+        done = max(done, trainer.global_step / trainer.max_steps)
+    return min(done, 1.0)

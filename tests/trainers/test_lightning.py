@@ -1,0 +1,170 @@
+"""Lightning around a patched model, with the callback and without."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from pathlib import Path
+from typing import Any
+
+import lightning
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+import fxgraft
+from fxgraft.lightning import Grafts
+from trainers.tiny import BATCHES, assert_trained, batches, by_hand, loader, patched
+
+# The trainer's advice on loaders, and its use of what torch deprecates.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::lightning.fabric.utilities.warnings.PossibleUserWarning"),
+    pytest.mark.filterwarnings(r"ignore:`isinstance\(treespec, LeafSpec\)` is deprecated"),
+]
+
+
+class Module(lightning.LightningModule):
+    """A user's module: the step knows nothing of fxgraft but the loss."""
+
+    def __init__(self, model: nn.Module, target: bool = False) -> None:
+        super().__init__()
+        self.model = model
+        self.target = target
+
+    def training_step(self, batch: Any) -> Tensor:
+        x, y = batch.values() if isinstance(batch, dict) else batch
+        torch.manual_seed(1 + self.global_step)
+        out = self.model(x, target=y) if self.target else self.model(x)
+        return fxgraft.loss(self.model, out, y)
+
+    def validation_step(self, batch: tuple[Tensor, Tensor]) -> Tensor:
+        return F.cross_entropy(self.model(batch[0]), batch[1])
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+def trainer(folder: Path, *callbacks: Any, **options: Any) -> lightning.Trainer:
+    return lightning.Trainer(
+        callbacks=list(callbacks),
+        accelerator="cpu",
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        default_root_dir=folder,
+        **{"max_epochs": 1, **options},
+    )
+
+
+def keyed() -> DataLoader[Any]:
+    """The batches as dictionaries."""
+    return DataLoader([{"image": x, "label": y} for x, y in batches()], batch_size=None)  # type: ignore[arg-type]
+
+
+def expected() -> dict[str, Tensor]:
+    return by_hand(patched())
+
+
+class Told(lightning.Callback):
+    """Writes down what the schedules are told."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model, self.progress = model, []
+
+    def on_train_batch_end(self, *args: Any) -> None:
+        (graft,) = fxgraft.grafts(self.model)
+        self.progress.append(graft.context.progress)
+
+
+@pytest.mark.parametrize("target", [False, True], ids=["published", "handed over"])
+def test_the_callback_trains_as_a_loop_by_hand(target: bool, tmp_path: Path) -> None:
+    module = Module(patched(), target)
+    told = Told(module.model)
+    trainer(tmp_path, Grafts(labels=None if target else 1), told).fit(module, loader(), loader())
+    assert_trained(module.model.state_dict(), expected())
+    assert told.progress == [step / BATCHES for step in range(BATCHES)]
+    with pytest.raises(fxgraft.TargetError, match="needs the labels"):  # they end with their step
+        module.model.train()(batches()[0][0])
+    fxgraft.unpatch(module.model)
+
+
+@pytest.mark.parametrize(
+    ("options", "progress"),
+    [
+        ({"max_epochs": 2}, [0, 0.25, 0.5, 0.75]),
+        ({"max_epochs": -1, "max_steps": 3}, [0, 1 / 3, 2 / 3]),
+        ({"max_epochs": 4, "max_steps": 2}, [0, 0.5]),
+        ({"max_epochs": 2, "accumulate_grad_batches": 2}, [0, 0.25, 0.5, 0.75]),
+    ],
+    ids=str,
+)
+def test_schedules_are_told_the_share_that_is_done(
+    options: dict[str, int], progress: list[float], tmp_path: Path
+) -> None:
+    module = Module(patched())
+    told = Told(module.model)
+    trainer(tmp_path, Grafts(), told, **options).fit(module, loader())
+    assert told.progress == pytest.approx(progress)
+
+
+def test_labels_under_a_key(tmp_path: Path) -> None:
+    module = Module(patched())
+    data = keyed()
+    trainer(tmp_path, Grafts(labels="label")).fit(module, data)
+    assert_trained(module.model.state_dict(), expected())
+
+
+def test_batches_without_labels_where_they_are_looked_for(tmp_path: Path) -> None:
+    data = keyed()
+    with pytest.raises(fxgraft.TargetError, match=r"a dict, has no entry 1 .*\n.*Grafts\(labels=\.\.\.\)"):
+        trainer(tmp_path, Grafts()).fit(Module(patched()), data)
+
+
+def test_a_step_that_fails_leaves_no_labels(tmp_path: Path) -> None:
+    class Fails(Module):
+        def training_step(self, batch: Any) -> Tensor:
+            raise OSError("the disk is gone")
+
+    model = patched()
+    with pytest.raises(OSError, match="the disk is gone"):
+        trainer(tmp_path, Grafts()).fit(Fails(model), loader())
+    with pytest.raises(fxgraft.TargetError, match="needs the labels"):
+        model(batches()[0][0])
+
+
+def test_a_module_with_nothing_patched(tmp_path: Path) -> None:
+    module = Module(fxgraft.unpatch(patched()))
+    with pytest.raises(
+        fxgraft.UnknownGraftError, match=r"No part of this Module is patched.\n.*\n.*fxgraft.patch"
+    ):
+        trainer(tmp_path, Grafts()).fit(module, loader())
+
+
+@pytest.mark.parametrize("way", ["target", "targets", "with_targets"])
+def test_without_the_callback(way: str, tmp_path: Path) -> None:
+    class ByHand(Module):
+        def training_step(self, batch: tuple[Tensor, Tensor]) -> Tensor:
+            x, y = batch
+            torch.manual_seed(1 + self.global_step)
+            if way == "target":
+                out = self.model(x, target=y)
+            elif way == "targets":
+                with fxgraft.targets(y):
+                    out = self.model(x)
+            else:
+                (out,) = (self.model(x) for x, _ in fxgraft.with_targets([batch]))
+            return fxgraft.loss(self.model, out, y)
+
+    module = ByHand(patched())
+    trainer(tmp_path).fit(module, loader(), loader())
+    assert_trained(module.model.state_dict(), expected())
+
+
+def test_without_lightning_the_error_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(sys.modules, "fxgraft.lightning")
+    monkeypatch.setitem(sys.modules, "lightning.pytorch", None)
+    with pytest.raises(ImportError, match="pip install lightning"):
+        importlib.import_module("fxgraft.lightning")
