@@ -40,12 +40,17 @@ def logits_node(graph: fx.Graph, output: str | int | None, model: str) -> fx.Nod
     if wanted is None:
         wanted = next((key for key in LOGITS_KEYS if key in entries), None)
     if wanted not in entries or not isinstance(entries[wanted], fx.Node):
-        names = ", ".join(repr(key) for key, node in entries.items() if isinstance(node, fx.Node))
-        raise StructureError(
-            f"{model} returns several values, and {wanted!r} is not one of them.\n"
-            f"It has: {names}.\nSay which one holds the logits, as output=..."
-        )
+        raise _no_entry(model, wanted, [key for key, node in entries.items() if isinstance(node, fx.Node)])
     return entries[wanted]
+
+
+def _no_entry(model: str, wanted: Any, names: Iterable[Any]) -> StructureError:
+    return StructureError(
+        f"{model} returns several values, and {wanted!r} is not one of them.\n"
+        f"It has: {', '.join(map(repr, names))}.\n"
+        "Say which one holds the logits, as output=... A part of a model, as the backbone of a detector or of a dense "
+        "predictor, ends before them: patch the whole model, whose output they are."
+    )
 
 
 def take_logits(out: Any, names: Iterable[str | int | None] = ()) -> Any:
@@ -92,9 +97,5 @@ def check_logits(out: Any, output: str | int | None, model: str) -> None:
     except StructureError:
         found = None
     if not isinstance(found, Tensor):
-        raise StructureError(
-            f"{model} returns {type(out).__name__}, and nothing in it is called 'out' or 'logits'.\n"
-            "What comes after a site is followed up to the logits. A part of a model, as the backbone of a detector or "
-            "of a dense predictor, ends before them.\n"
-            "Patch the whole model, whose output they are, or say which entry holds them, as output=..."
-        )
+        count = len(out) if isinstance(out, (tuple, list)) else 0
+        raise _no_entry(model, None, out if isinstance(out, dict) else range(count))
