@@ -10,12 +10,12 @@ from typing import Any
 
 import pytest
 import torch
-from benchmarks.__main__ import with_evidence
+from benchmarks.__main__ import MARKS, README, read_all, with_evidence
 from benchmarks.corruptions import CORRUPTIONS, corrupt
 from benchmarks.ensembling import training_of
 from benchmarks.evidence import gain, help_table, scores_table
 from benchmarks.pretrained import pretrained
-from benchmarks.results import Results
+from benchmarks.results import FOLDER, Results
 from benchmarks.runner import OutOfTimeError, Settings, carry_out
 from benchmarks.studies import STUDIES
 from benchmarks.study import BARE, Claim, Job, Study, identity
@@ -175,6 +175,9 @@ def test_repetition_belongs_to_networks_of_several_members() -> None:
     assert training_of(protocol, "cut") == {"epochs": 5, "repetitions": 4}
 
 
-def test_the_readme_takes_the_table_between_its_marks() -> None:
-    document = "a\n<!-- evidence -->\nold\n<!-- /evidence -->\nb\n"
-    assert with_evidence(document, "new") == "a\n<!-- evidence -->\nnew\n<!-- /evidence -->\nb\n"
+def test_the_readme_says_what_the_results_say() -> None:
+    document = README.read_text(encoding="utf-8")
+    assert with_evidence(document, help_table(read_all(None, FOLDER))) == document
+    assert (
+        with_evidence(f"a\n{MARKS[0]}\nold\n{MARKS[1]}\nb\n", "new") == f"a\n{MARKS[0]}\nnew\n{MARKS[1]}\nb\n"
+    )
