@@ -75,7 +75,7 @@ def test_selfnorm_replaces_what_all_later_layers_see(make: Callable[[], nn.Modul
     model.features.denseblock1.register_forward_hook(lambda _, args, out: seen.update(out=out))
     model(x)
     for unit, original in zip(plain, units, strict=True):
-        unit.bind(layout=original.layout)
+        unit.bind(layout=original.layout, context=original.context)
     wanted = block(bare.features.denseblock1, seen["given"], lambda i, z: plain[i](z))
     torch.testing.assert_close(seen["out"], wanted)
 
