@@ -30,6 +30,12 @@ def few_digits(monkeypatch):
     monkeypatch.setattr(demo, "digits_domains", cut)
 
 
+@pytest.fixture
+def without_surgery(monkeypatch):
+    """It takes seconds, and most tests are about what comes after."""
+    monkeypatch.setattr(demo, "surgery", lambda *_, **__: iter(()))
+
+
 def settings(tmp_path, **options):
     return DemoSettings(**{"epochs": 1, "quiet": True, "out": tmp_path / "out", **options})
 
@@ -70,8 +76,8 @@ def test_demo_on_digits(tmp_path, few_digits):
         assert word in table
 
 
-@pytest.mark.parametrize("patch", ["rsc", "selfnorm"])
-def test_demo_is_deterministic_and_leaves_the_generator_alone(tmp_path, few_digits, patch):
+@pytest.mark.parametrize("patch", ["rsc", pytest.param("selfnorm", marks=pytest.mark.sweep)])
+def test_demo_is_deterministic_and_leaves_the_generator_alone(tmp_path, few_digits, patch, without_surgery):
     before = torch.get_rng_state()
     first, again = (
         run_demo(settings(tmp_path, seeds=[3], patch=[patch]), console=quiet_console()) for _ in range(2)
@@ -81,14 +87,14 @@ def test_demo_is_deterministic_and_leaves_the_generator_alone(tmp_path, few_digi
     assert numbers[0] == numbers[1]
 
 
-def test_first_loss_is_shared_by_the_variants(tmp_path, few_digits):
+def test_first_loss_is_shared_by_the_variants(tmp_path, few_digits, without_surgery):
     # Nothing is muted before `start`, so the variants differ in nothing: same weights, same batches.
     report = run_demo(settings(tmp_path, patch=["rsc:start=1.0"], seeds=[0]), console=quiet_console())
     for bare, patched in zip(report.runs[::2], report.runs[1::2], strict=True):
         assert bare.epoch_loss == pytest.approx(patched.epoch_loss, rel=1e-4)
 
 
-def test_demo_on_own_data(tmp_path):
+def test_demo_on_own_data(tmp_path, without_surgery):
     for domain in ("photo", "sketch"):
         for label, name in enumerate(("cat", "dog")):
             folder = tmp_path / "data" / domain / name
@@ -112,7 +118,7 @@ def test_demo_on_own_data(tmp_path):
     assert len(report.accuracies("rsc:scope=spatial", "photo")) == 2
 
 
-def test_the_domains_that_are_named_are_left_out(tmp_path, few_digits):
+def test_the_domains_that_are_named_are_left_out(tmp_path, few_digits, without_surgery):
     report = run_demo(
         settings(tmp_path, patch=["none"], seeds=[0], held_out=["thick", "plain"]), console=quiet_console()
     )
@@ -127,14 +133,14 @@ def test_a_line_that_does_not_hold_is_marked(tmp_path, few_digits, monkeypatch):
     assert "✗ and the graph" in console.file.getvalue()
 
 
-def test_bare_alone(tmp_path, few_digits):
+def test_bare_alone(tmp_path, few_digits, without_surgery):
     report = run_demo(settings(tmp_path, patch=["none"], seeds=[0]), console=quiet_console())
     assert report.variants == ["bare"]
     assert report.picture is None
     assert not (tmp_path / "out" / "muted.png").exists()
 
 
-def test_channel_muting_has_no_picture(tmp_path, few_digits):
+def test_channel_muting_has_no_picture(tmp_path, few_digits, without_surgery):
     report = run_demo(settings(tmp_path, patch=["rsc:scope=channel"], seeds=[0]), console=quiet_console())
     assert report.picture is None
 
@@ -168,7 +174,9 @@ def test_large_images_need_no_output_stride():
         ({"device": "toaster"}, ConfigError, "no device 'toaster'"),
     ],
 )
-def test_bad_settings_fail_before_the_training(tmp_path, few_digits, monkeypatch, options, error, message):
+def test_bad_settings_fail_before_the_training(
+    tmp_path, few_digits, monkeypatch, options, error, message, without_surgery
+):
     monkeypatch.setattr(demo, "train", lambda *_, **__: pytest.fail("trained before it had checked"))
     with pytest.raises(error, match=message):
         run_demo(settings(tmp_path, **options), console=quiet_console())
@@ -223,6 +231,13 @@ def test_report_numbers():
     console = quiet_console()
     console.print(report)
     assert "60.0 ± 14.1" in console.file.getvalue()
+    assert "mean" in console.file.getvalue()
+
+
+def test_a_single_domain_has_no_mean():
+    console = quiet_console()
+    console.print(report_of(("bare", "a", 0, 0.5, 1.0), ("bare", "a", 1, 0.7, 1.0)))
+    assert "mean" not in console.file.getvalue()
 
 
 def test_picture_marks_the_muted_quarter(tmp_path):

@@ -408,6 +408,7 @@ def test_unused_grafts_of_the_module_warn() -> None:
 
 
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="needs torch.distributed")
+@pytest.mark.sweep
 def test_two_processes(images: Path, tmp_path: Path) -> None:
     start(
         *("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2, "-m", "fxgraft.timm"),
