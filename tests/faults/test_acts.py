@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import random
 from collections.abc import Callable
 from typing import Any
 
@@ -12,7 +11,7 @@ import torch
 from torch import nn
 
 import fxgraft
-from faults.lines import INSIDE, SIZE, Lines, bare, nothing_else_changes, stacked
+from faults.lines import INSIDE, SIZE, Lines, bare, distinct, nothing_else_changes, stacked
 from toys import Toy, assert_same, images, net, state_of_everything
 
 ACTS: dict[str, tuple[Callable[[], nn.Module], Callable[[nn.Module], Any]]] = {
@@ -82,8 +81,7 @@ def lines_of(act: str) -> list[tuple[str, int]]:
 
 def interrupt(act: str, kind: type[BaseException], count: int) -> None:
     """Interrupt an act at some of its lines, the same ones in every run."""
-    places = range(len(lines_of(act)))
-    for at in random.Random(f"{act} {kind.__name__}").sample(places, min(count, len(places))):
+    for at in distinct(lines_of(act), count, f"{act} {kind.__name__}"):
         check(act, at, kind)
 
 
