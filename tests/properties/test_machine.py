@@ -345,11 +345,5 @@ def evaluation(model: nn.Module) -> Iterator[None]:
             module.training = mode
 
 
-@pytest.mark.parametrize(
-    ("examples", "steps"),
-    [pytest.param(6, 12, id="few"), pytest.param(20, 20, id="many", marks=pytest.mark.sweep)],
-)
-def test_machine(examples: int, steps: int) -> None:
-    run_state_machine_as_test(
-        Machine, settings=settings(max_examples=examples, stateful_step_count=steps, **QUIET)
-    )
+def test_machine() -> None:
+    run_state_machine_as_test(Machine, settings=settings(max_examples=6, stateful_step_count=12, **QUIET))
