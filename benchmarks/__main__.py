@@ -151,7 +151,8 @@ def main() -> None:
     try:
         app(prog_name="python -m benchmarks")
     except ConfigError as error:
-        raise SystemExit(f"Error: {error}") from None
+        typer.echo(f"Error: {error}", err=True)
+        raise SystemExit(2) from None
 
 
 if __name__ == "__main__":

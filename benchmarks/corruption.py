@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import functools
 import statistics
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +19,12 @@ from torch import nn
 import fxgraft
 from benchmarks.corruptions import CORRUPTIONS, corrupt
 from benchmarks.pretrained import pretrained
-from benchmarks.study import BARE, Claim, Job, Run, Study
+from benchmarks.study import BARE, Claim, Job, Study
+from benchmarks.training import course_of, runs_by_seed, trained
 from benchmarks.wide import WideResNet
-from fxgraft.experiments.augment import Augment
 from fxgraft.experiments.domains import Domain
 from fxgraft.experiments.evaluation import evaluate
 from fxgraft.experiments.loading import load_domains
-from fxgraft.experiments.training import train
 
 IMAGE: dict[str, Any] = {"layers": "input", "crop": "both", "p": 0.5, "active": 1}
 
@@ -91,11 +89,6 @@ FULL: dict[str, Any] = {
 }
 
 
-def runs(protocol: dict[str, Any], seeds: Sequence[int]) -> list[Run]:
-    """Every variant of a seed one after the other."""
-    return [{"seed": seed, "variant": variant} for seed in seeds for variant in protocol["variants"]]
-
-
 @functools.cache
 def read_cifar10(data: Path, split: str, size: int, limit: int | None, seed: int) -> Domain:
     """Images and labels of "train" or "test"."""
@@ -117,16 +110,7 @@ def carry_out(job: Job) -> dict[str, Any]:
     model = build(protocol["model"], len(seen.classes))
     for method, options in protocol["variants"][run["variant"]]:
         fxgraft.patch(model, method, input_size=(3, size, size), **options)
-    history = train(
-        model,
-        (seen.images, seen.labels),
-        augment=Augment(**protocol["augment"]),
-        seed=run["seed"],
-        device=job.device,
-        checkpoint=job.folder / "training.pt",
-        progress=job.progress,
-        **protocol["training"],
-    )
+    history = trained(job, model, (seen.images, seen.labels))
     amp = protocol["training"].get("amp", False)
     corrupted = {
         kind: round(
@@ -145,9 +129,7 @@ def carry_out(job: Job) -> dict[str, Any]:
         },
         "corrupted": corrupted,
         "images": {"train": len(seen), "test": len(test)},
-        "step_seconds": round(history.median_step, 5),
-        "images_per_second": round(protocol["training"]["batch_size"] / history.median_step, 1),
-        "epoch_loss": [round(loss, 5) for loss in history.epoch_loss],
+        **course_of(job, history),
     }
 
 
@@ -158,7 +140,7 @@ STUDY = Study(
     needs=("cifar10_train*", "cifar10_test*"),
     protocols={"quick": QUICK, "full": FULL},
     key=("seed", "variant"),
-    runs=runs,
+    runs=runs_by_seed,
     seeds={"quick": (0, 1, 2), "full": (0, 1, 2)},
     carry_out=carry_out,
     claims=tuple(

@@ -19,12 +19,11 @@ import torch
 import fxgraft
 from benchmarks.pretrained import pretrained
 from benchmarks.study import BARE, Claim, Job, Run, Study
+from benchmarks.training import course_of, trained
 from fxgraft.errors import ConfigError
-from fxgraft.experiments.augment import Augment
 from fxgraft.experiments.domains import Domain, leave_one_out
 from fxgraft.experiments.evaluation import evaluate
 from fxgraft.experiments.loading import load_domains
-from fxgraft.experiments.training import train
 
 DOMAINS = ("art_painting", "cartoon", "photo", "sketch")
 FILES = "*pacs*.tar"
@@ -107,35 +106,19 @@ def carry_out(job: Job) -> dict[str, Any]:
     seen, validation, _ = leave_one_out(
         domains, run["held_out"], validation=protocol["validation"], seed=seed
     )
-    test = next(
-        each
-        for each in read_pacs(job.data, size, protocol.get("test_limit"), seed)
-        if each.name == run["held_out"]
-    )
+    test = next(each for each in read_pacs(job.data, size, None, seed) if each.name == run["held_out"])
     torch.manual_seed(run["seed"])
     model = pretrained(run["model"], len(test.classes))
     chosen = protocol["variants"][run["variant"]]
     if chosen is not None:
         method, options = chosen
         fxgraft.patch(model, method, input_size=(3, size, size), **options)
-    history = train(
-        model,
-        seen,
-        validation=validation,
-        augment=Augment(**protocol["augment"]),
-        seed=run["seed"],
-        device=job.device,
-        checkpoint=job.folder / "training.pt",
-        progress=job.progress,
-        **protocol["training"],
-    )
+    history = trained(job, model, seen, validation=validation)
     amp = protocol["training"].get("amp", False)
     return {
         "scores": {"unseen domain": round(evaluate(model, test.images, test.labels, amp=amp), 5)},
         "images": {"train": len(seen[1]), "test": len(test)},
-        "step_seconds": round(history.median_step, 5),
-        "images_per_second": round(protocol["training"]["batch_size"] / history.median_step, 1),
-        "epoch_loss": [round(loss, 5) for loss in history.epoch_loss],
+        **course_of(job, history),
         "validation": [round(accuracy, 5) for accuracy in history.validation],
     }
 

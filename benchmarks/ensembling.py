@@ -8,7 +8,6 @@ the last epoch is in the result file: a member that has learnt less is also less
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -17,11 +16,10 @@ from torch import Tensor, nn
 import fxgraft
 from benchmarks.corruption import read_cifar10
 from benchmarks.pretrained import pretrained
-from benchmarks.study import BARE, Claim, Job, Run, Study
+from benchmarks.study import BARE, Claim, Job, Study
+from benchmarks.training import course_of, runs_by_seed, trained
 from benchmarks.wide import WideResNet
-from fxgraft.experiments.augment import Augment
 from fxgraft.experiments.images import as_input
-from fxgraft.experiments.training import train
 
 MEMBERS = 2
 MIXINGS: dict[str, dict[str, Any]] = {
@@ -71,11 +69,6 @@ FULL: dict[str, Any] = {
 }
 
 
-def runs(protocol: dict[str, Any], seeds: Sequence[int]) -> list[Run]:
-    """Every variant of a seed one after the other."""
-    return [{"seed": seed, "variant": variant} for seed in seeds for variant in protocol["variants"]]
-
-
 def carry_out(job: Job) -> dict[str, Any]:
     """Train one variant and score it."""
     protocol, run = job.protocol, job.run
@@ -92,16 +85,7 @@ def carry_out(job: Job) -> dict[str, Any]:
     options = protocol["variants"][run["variant"]]
     if options is not None:
         fxgraft.patch(model, "mixmo", input_size=(3, size, size), members=MEMBERS, **options)
-    history = train(
-        model,
-        (seen.images, seen.labels),
-        augment=Augment(**protocol["augment"]),
-        seed=run["seed"],
-        device=job.device,
-        checkpoint=job.folder / "training.pt",
-        progress=job.progress,
-        **training_of(protocol, run["variant"]),
-    )
+    history = trained(job, model, (seen.images, seen.labels), training=training_of(protocol, run["variant"]))
     metrics = fxgraft.EnsembleMetrics(
         classes, 1 if options is None else MEMBERS, n_bins=protocol["calibration_bins"], temperature="fit"
     )
@@ -112,9 +96,7 @@ def carry_out(job: Job) -> dict[str, Any]:
         "scores": {score: found[name] for score, name in SCORES.items() if name in found},
         "metrics": found,
         "images": {"train": len(seen), "test": len(test)},
-        "step_seconds": round(history.median_step, 5),
-        "images_per_second": round(protocol["training"]["batch_size"] / history.median_step, 1),
-        "epoch_loss": [round(loss, 5) for loss in history.epoch_loss],
+        **course_of(job, history),
     }
 
 
@@ -149,7 +131,7 @@ STUDY = Study(
     needs=("cifar10_train*", "cifar10_test*"),
     protocols={"quick": QUICK, "full": FULL},
     key=("seed", "variant"),
-    runs=runs,
+    runs=runs_by_seed,
     seeds={"quick": (0, 1, 2), "full": (0, 1, 2)},
     carry_out=carry_out,
     lower_is_better=("NLL", "NLL, scaled", "ECE"),

@@ -85,7 +85,7 @@ def scores_table(results: Results) -> Table:
     drawn = Table(title=f"{results.path.stem}: mean ± deviation over seeds")
     for name in (*groups, "score"):
         drawn.add_column(name)
-    variants = _ordered({run["variant"]: None for run in results.runs}, results)
+    variants = _variants(results)
     for name in variants:
         drawn.add_column(name, justify="right")
     for group in dict.fromkeys(tuple(run[name] for name in groups) for run in runs):
@@ -103,18 +103,20 @@ def scores_table(results: Results) -> Table:
     return drawn
 
 
-def _ordered(found: dict[str, None], results: Results) -> list[str]:
+def _variants(results: Results) -> list[str]:
+    """The variants there are runs of, in the order of the protocol."""
+    found = {run["variant"] for run in results.runs}
     known = [run["variant"] for run in results.study.runs(results.protocol, (0,))]
     return [name for name in dict.fromkeys(known) if name in found]
 
 
-def cell(study: Study, score: str, values: Sequence[float], signed: bool = False) -> str:
+def cell(study: Study, score: str, values: Sequence[float]) -> str:
     """Write scores as mean ± standard deviation, in per cent unless the score has a unit of its own."""
     if not values:
         return "-"
     factor, digits = (1.0, 3) if score in study.plain else (100.0, 1)
     spread = f" ± {factor * statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
-    return f"{factor * statistics.fmean(values):{'+' if signed else ''}.{digits}f}{spread}"
+    return f"{factor * statistics.fmean(values):.{digits}f}{spread}"
 
 
 def verdict(study: Study, claim: Claim, found: Gain) -> str:
@@ -141,10 +143,10 @@ def help_table(all_results: Sequence[Results]) -> str:
             spread = "" if math.isnan(found.deviation) else f" ± {factor * found.deviation:.{digits}f}"
             level = "" if math.isnan(found.p) else f", p = {found.p:.2g}"
             step = "-" if math.isnan(found.step_ratio) else f"{found.step_ratio:.2f}"
-            label = claim.method if claim.variant == claim.method else f"{claim.method}: {claim.variant}"
+            variant = "" if claim.variant == claim.method else f" ({claim.variant})"
             rows.append(
-                f"| `{claim.method}`{'' if label == claim.method else f' ({claim.variant})'} | {claim.paper} "
-                f"| {results.study.about}; {claim.score}"
+                f"| `{claim.method}`{variant} | {claim.paper} "
+                f"| {results.study.about}; {claim.score} "
                 f"| {factor * found.before:.{digits}f} → {factor * found.after:.{digits}f}{unit} "
                 f"| {factor * found.mean:+.{digits}f}{spread} ({found.pairs}{level}) "
                 f"| {verdict(results.study, claim, found)} | {step} |"
@@ -160,7 +162,9 @@ def plot_gains(results: Results, path: Path) -> None:
     scores = [
         score for score in dict.fromkeys(s for run in runs for s in run["scores"]) if score not in study.plain
     ]
-    variants = [name for name in _ordered({run["variant"]: None for run in runs}, results) if name != BARE]
+    variants = [name for name in _variants(results) if name != BARE]
+    if not variants:  # nothing to compare yet
+        return
     keys = [name for name in study.key if name != "variant"]
     bare = {tuple(run[name] for name in keys): run for run in runs if run["variant"] == BARE}
     figure = Figure(figsize=(1.5 + 1.1 * max(4, len(scores) * len(variants)), 4), layout="constrained")

@@ -8,7 +8,6 @@ class is the test set; the weights are those of the last epoch.
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +16,9 @@ import torch
 import fxgraft
 from benchmarks.domain_generalisation import FILES, read_pacs
 from benchmarks.pretrained import pretrained
-from benchmarks.study import BARE, Claim, Job, Run, Study
-from fxgraft.experiments.augment import Augment
+from benchmarks.study import BARE, Claim, Job, Study
+from benchmarks.training import course_of, runs_by_seed, trained
 from fxgraft.experiments.evaluation import evaluate
-from fxgraft.experiments.training import train
 
 SHARED: dict[str, Any] = {
     "task": "PACS, photographs and paintings, from ImageNet weights, weights of the last epoch",
@@ -59,11 +57,6 @@ FULL: dict[str, Any] = {
 }
 
 
-def runs(protocol: dict[str, Any], seeds: Sequence[int]) -> list[Run]:
-    """Every variant of a seed one after the other."""
-    return [{"seed": seed, "variant": variant} for seed in seeds for variant in protocol["variants"]]
-
-
 @functools.cache
 def read(data: Path, size: int, limit: int | None, share: float, names: tuple[str, ...], seed: int) -> Any:
     """Images and labels to train and to test on, and the classes."""
@@ -96,24 +89,13 @@ def carry_out(job: Job) -> dict[str, Any]:
     options = protocol["variants"][run["variant"]]
     if options is not None:
         fxgraft.patch(model, "diversification", input_size=(3, size, size), **options)
-    history = train(
-        model,
-        seen,
-        augment=Augment(**protocol["augment"]),
-        seed=run["seed"],
-        device=job.device,
-        checkpoint=job.folder / "training.pt",
-        progress=job.progress,
-        **protocol["training"],
-    )
+    history = trained(job, model, seen)
     return {
         "scores": {
             "test images": round(evaluate(model, *test, amp=protocol["training"].get("amp", False)), 5)
         },
         "images": {"train": len(seen[1]), "test": len(test[1])},
-        "step_seconds": round(history.median_step, 5),
-        "images_per_second": round(protocol["training"]["batch_size"] / history.median_step, 1),
-        "epoch_loss": [round(loss, 5) for loss in history.epoch_loss],
+        **course_of(job, history),
     }
 
 
@@ -123,7 +105,7 @@ STUDY = Study(
     needs=(FILES,),
     protocols={"quick": QUICK, "full": FULL},
     key=("seed", "variant"),
-    runs=runs,
+    runs=runs_by_seed,
     seeds={"quick": tuple(range(8)), "full": tuple(range(10))},
     carry_out=carry_out,
     claims=(

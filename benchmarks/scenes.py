@@ -8,7 +8,6 @@ shapes are drawn from the same distribution in both, so that only the rendering 
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -20,7 +19,8 @@ from torchvision.models.segmentation import FCN
 from torchvision.models.segmentation.fcn import FCNHead
 
 import fxgraft
-from benchmarks.study import BARE, Claim, Job, Run, Study
+from benchmarks.study import BARE, Claim, Job, Study
+from benchmarks.training import runs_by_seed
 
 CLASSES = ("ground", "disc", "square", "triangle")
 STYLES = ("flat", "textured")
@@ -142,11 +142,6 @@ def mean_iou(model: nn.Module, images: Tensor, labels: Tensor, device: str) -> f
     return (both / (table.sum(0) + table.sum(1) - both).clamp(min=1)).mean().item()
 
 
-def runs(protocol: dict[str, Any], seeds: Sequence[int]) -> list[Run]:
-    """Every variant of a seed one after the other."""
-    return [{"seed": seed, "variant": variant} for seed in seeds for variant in protocol["variants"]]
-
-
 def carry_out(job: Job) -> dict[str, Any]:
     """Train on the one style, adapt to the other and score there."""
     protocol, run, device = job.protocol, job.run, job.device
@@ -204,7 +199,7 @@ STUDY = Study(
     needs=(),
     protocols={"quick": QUICK, "full": FULL},
     key=("seed", "variant"),
-    runs=runs,
+    runs=runs_by_seed,
     seeds={"quick": (0, 1, 2), "full": (0, 1, 2)},
     carry_out=carry_out,
     claims=(
