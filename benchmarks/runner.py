@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import shutil
+import threading
 import time
 from collections.abc import MutableMapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
@@ -69,7 +70,7 @@ def carry_out(results: Results, settings: Settings, console: Console) -> bool:
     context = multiprocessing.get_context("spawn")
     with (
         context.Manager() as manager,
-        ProcessPoolExecutor(settings.workers, mp_context=context, initializer=_one_thread) as pool,
+        ProcessPoolExecutor(settings.workers, mp_context=context, initializer=_start_worker) as pool,
         _progress(console) as bar,
     ):
         shares: MutableMapping[str, float] = manager.dict()
@@ -100,11 +101,20 @@ def _take(job: Future[Run], results: Results, device: str, bar: Progress) -> boo
     return True
 
 
-def _one_thread() -> None:
+def _start_worker() -> None:
+    """Give a process one thread, and have it end with the one that started it, however that one ends."""
     os.environ["OMP_NUM_THREADS"] = "1"
     import torch
 
     torch.set_num_threads(1)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
 
 
 def _one(

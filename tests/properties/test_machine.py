@@ -231,22 +231,23 @@ class Machine(RuleBasedStateMachine):
     @rule(index=st.integers(0, 30), training=st.booleans())
     def freeze(self, index: int, training: bool) -> None:
         """Freeze a part, parameters and mode, or thaw it; one is never left with nothing to train."""
-        for model in self.both:
-            leaves = [m for name, m in model.named_modules() if self.is_leaf(name, m)]
-            part = leaves[index % len(leaves)]
+        for part in self.leaf(index):
             part.requires_grad_(training)
             part.train(training)
 
-    def is_leaf(self, name: str, module: nn.Module) -> bool:
-        inside = units(self.model)
-        ours = name in inside or name.startswith(tuple(f"{each}." for each in inside) or ("?",))
-        return not ours and not [*module.children()] and "fc" not in name and "head" not in name
+    def leaf(self, index: int) -> tuple[nn.Module, nn.Module]:
+        """A part of the model and of its twin; what is a leaf in the twin may hold a graft's unit in the model."""
+        names = [
+            name
+            for name, module in self.twin.named_modules()
+            if not [*module.children()] and "fc" not in name and "head" not in name
+        ]
+        mine, theirs = (model.get_submodule(names[index % len(names)]) for model in self.both)
+        return mine, theirs
 
     @rule(index=st.integers(0, 30), pre=st.booleans())
     def hook(self, index: int, pre: bool) -> None:
-        for model in self.both:
-            leaves = [m for name, m in model.named_modules() if self.is_leaf(name, m)]
-            part = (model, *leaves)[index % (len(leaves) + 1)]
+        for part in self.leaf(index) if index else self.both:
             if pre:
                 part.register_forward_pre_hook(observe)
             else:
@@ -345,5 +346,11 @@ def evaluation(model: nn.Module) -> Iterator[None]:
             module.training = mode
 
 
-def test_machine() -> None:
-    run_state_machine_as_test(Machine, settings=settings(max_examples=6, stateful_step_count=12, **QUIET))
+@pytest.mark.parametrize(
+    ("examples", "steps"),
+    [pytest.param(6, 12, id="few"), pytest.param(20, 20, id="many", marks=pytest.mark.sweep)],
+)
+def test_machine(examples: int, steps: int) -> None:
+    run_state_machine_as_test(
+        Machine, settings=settings(max_examples=examples, stateful_step_count=steps, **QUIET)
+    )
