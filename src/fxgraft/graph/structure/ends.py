@@ -96,8 +96,8 @@ def find_classifiers(anatomy: Anatomy) -> tuple[str, ...]:
     Raises:
         StructureError: the logits are made in another way; says what stands in the place.
     """
-    _, found, _ = opening(anatomy, True, lambda traced: _last_layers(anatomy, traced))
-    _, evaluated, _ = opening(anatomy, False, lambda traced: _last_layers(anatomy, traced))
+    _, found, _ = opening(anatomy, True, lambda traced: _last_layers(anatomy, traced), alike=True)
+    _, evaluated, _ = opening(anatomy, False, lambda traced: _last_layers(anatomy, traced), alike=True)
     _check_same(anatomy, "classifiers", found, evaluated)
     return tuple(found)
 

@@ -21,7 +21,11 @@ class OpaqueError(StructureError):
 
 
 def opening(
-    anatomy: Anatomy, training: bool, search: Callable[[Traced], Found], opened: tuple[str, ...] = ()
+    anatomy: Anatomy,
+    training: bool,
+    search: Callable[[Traced], Found],
+    opened: tuple[str, ...] = (),
+    alike: bool = False,
 ) -> tuple[Traced, Found, tuple[str, ...]]:
     """Search the model's trace, and again with a module opened whenever the search meets a closed one.
 
@@ -30,6 +34,7 @@ def opening(
         training: the mode to look at.
         search: what to look for; raises `OpaqueError` at a closed module.
         opened: modules to open from the start.
+        alike: open with a module all of its class, so that a deep stack of blocks is not traced once for each.
 
     Returns:
         The trace, what was found in it, and the names of the modules that were opened.
@@ -49,4 +54,9 @@ def opening(
                     "The model arrived as a graph in which it is one call.\n"
                     "Patch the model that the graph was made from."
                 ) from closed
-            opened = tuple(sorted({*opened, closed.path}))
+            opened = tuple(sorted({*opened, closed.path, *(_alike(anatomy, closed.path) if alike else ())}))
+
+
+def _alike(anatomy: Anatomy, path: str) -> list[str]:
+    wanted = type(anatomy.module(path))
+    return [name for name, module in anatomy.model.named_modules() if name and type(module) is wanted]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 from torch import nn
@@ -35,7 +36,7 @@ class Anatomy:
         """The class of the model, for messages."""
         return class_name(self.model)
 
-    @property
+    @functools.cached_property
     def image_size(self) -> tuple[int, ...]:
         """(C, H, W) of the images that shapes are propagated with."""
         return self.input_size or default_input_size(self.model)

@@ -10,8 +10,9 @@ from typing import Any
 import torch
 import torch.utils.checkpoint
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fxgraft.errors import ConfigError
 from fxgraft.graph.tracing.preserve import (
@@ -51,6 +52,32 @@ class Observation:
     def output(self, path: str) -> Any:
         """Return the output of a module's first call."""
         return self.calls[path][0].output
+
+    def run(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Call a function on fake tensors of this pass, without gradients."""
+        return within(
+            torch.no_grad(), within, self.mode, within, _Converting(self.mode), function, *args, **kwargs
+        )
+
+
+class _Converting(TorchDispatchMode):
+    """Gives operations on fake tensors the fakes of the model's own ones.
+
+    The fake mode takes real ones as well, but looks nothing up for them: a pass is two to five times slower.
+    """
+
+    def __init__(self, mode: FakeTensorMode) -> None:
+        super().__init__()
+        self.mode = mode
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if any(issubclass(each, FakeTensor) for each in types):
+            args, kwargs = pytree.tree_map_only(Tensor, self._fake, (args, kwargs))
+        return func(*args, **kwargs)
+
+    def _fake(self, tensor: Tensor) -> Tensor:
+        return tensor if isinstance(tensor, FakeTensor) else self.mode.from_tensor(tensor)
 
 
 def default_input_size(model: nn.Module) -> tuple[int, int, int]:
@@ -174,7 +201,7 @@ def observe(
                 own.update({name: None if b is None else b.clone() for name, b in own.items()})
         with afterwards(restore):
             nn.Module.__call__ = call  # type: ignore[method-assign]
-            within(torch.no_grad(), within, mode, call, model, *inputs)
+            seen.run(call, model, *inputs)
     return seen
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
@@ -13,7 +12,6 @@ from fxgraft.graph.tracing.observe import Call, Observation
 from fxgraft.graph.tracing.preserve import preserved_attributes, preserved_modes, preserved_random_state
 from fxgraft.graph.tracing.signatures import INPUT, bind
 from fxgraft.graph.tracing.trace import Traced
-from fxgraft.graph.tracing.whole import within
 
 
 class Values:
@@ -85,22 +83,17 @@ class Values:
             constants = self.traced.constants
             name = str(node.target)
             return constants[name] if name in constants else _attribute(self.owner, name)
-        owner = self.owner
-        with (
-            preserved_modes(owner),
-            preserved_attributes(owner.modules()),
-            preserved_random_state(),
-        ):
+        run = self._observation.run
+        with preserved_random_state():
             if node.op == "call_function":
-                function: Any = node.target
-            elif node.op == "call_method":
-                function, args = getattr(args[0], str(node.target)), args[1:]
-            else:
-                module = owner.get_submodule(str(node.target))
+                return run(node.target, *args, **kwargs)  # type: ignore[arg-type]
+            if node.op == "call_method":
+                return run(getattr(args[0], str(node.target)), *args[1:], **kwargs)
+            module = self.owner.get_submodule(str(node.target))
+            with preserved_modes(module), preserved_attributes(module.modules()):
                 for each in module.modules():
                     each.training = False
-                function = module.forward
-            return within(torch.no_grad(), within, self._observation.mode, function, *args, **kwargs)
+                return run(module.forward, *args, **kwargs)
 
 
 def inputs_of(traced: Traced, call: Call) -> list[Any]:
