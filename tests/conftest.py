@@ -1,5 +1,6 @@
 """One thread per test process, since the suite runs in two; the same seed for every test; two more methods."""
 
+import gc
 import os
 import sys
 import tempfile
@@ -20,6 +21,12 @@ os.environ.setdefault("MALLOC_TRIM_THRESHOLD_", str(2**30))
 # Before anything asks for the methods: whatever sweeps over the registry sweeps over these two as well.
 _folder = tempfile.TemporaryDirectory()
 sys.path.insert(0, str(install(Path(_folder.name))))
+
+
+def pytest_collection_finish() -> None:
+    """Keep the collector from what is imported by now: many tests collect, and would look through all of it."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import re
 import shlex
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+import typer
 from torch.utils.data import DataLoader
 from typer.testing import CliRunner
 
 import fxgraft
+from fxgraft.cli import readme
 from fxgraft.cli.commands import app
 from fxgraft.cli.readme import own_methods, regenerated
 from fxgraft.patches import registry
@@ -92,12 +92,13 @@ def test_methods_of_other_packages_stay_out(monkeypatch):
 
 def test_the_generator_writes_and_checks(tmp_path):
     path = tmp_path / "README.md"
-    run = [sys.executable, "-m", "fxgraft.cli.readme", str(path)]
+    generator = typer.Typer()
+    generator.command()(readme.main)
     path.write_text(README.replace("what it costs", "what it costed", 1))
-    checked = subprocess.run([*run, "--check"], check=False, capture_output=True, text=True)
-    assert checked.returncode == 1
-    assert "not what the registry says" in checked.stderr
-    assert subprocess.run([*run, "--write"], check=False).returncode == 0
+    checked = CliRunner().invoke(generator, [str(path), "--check"])
+    assert checked.exit_code == 1
+    assert "not what the registry says" in checked.output
+    assert CliRunner().invoke(generator, [str(path), "--write"]).exit_code == 0
     assert path.read_text() == README
 
 

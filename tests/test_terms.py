@@ -373,6 +373,7 @@ def test_compiled_training_stays_one_graph_and_is_not_compiled_again() -> None:
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")  # of dynamo's own looking
+@pytest.mark.sweep
 def test_a_step_with_its_loss_compiles() -> None:
     model = fxgraft.patch(Mine(net()), "rsc", layer="backbone.stage2", input_size=SIZE)
 

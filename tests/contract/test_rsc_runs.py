@@ -106,6 +106,7 @@ def check(layer: str, scope: str, name: str, batch_share: float) -> None:
 
 @pytest.mark.usefixtures("_compiler")
 @pytest.mark.parametrize(("layer", "scope"), [("layer1", "spatial"), ("act2", "channel")])
+@pytest.mark.sweep
 def test_compiled_training_and_evaluation_are_the_eager_ones(layer: str, scope: str) -> None:
     check(layer, scope, "", 0.5)
 

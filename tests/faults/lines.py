@@ -75,6 +75,8 @@ def nothing_else_changes(draws: bool = False) -> Iterator[None]:
     assert torch.utils.checkpoint.checkpoint is CHECKPOINT
     assert not getattr(passes._running, "stack", ())
     assert not whole._lock._is_owned()
+    assert torch.is_grad_enabled()
+    assert not torch.is_inference_mode_enabled()
     assert random.getstate() == chance
     assert draws or torch.equal(torch.get_rng_state(), torch_chance)
 

@@ -97,6 +97,7 @@ def test_weights_that_come_after_the_patch_are_noticed_at_the_first_training_pas
     assert not recwarn
 
 
+@pytest.mark.sweep
 def test_the_warning_of_the_first_training_pass_breaks_no_compiled_graph() -> None:
     torch._dynamo.reset()
     trained, x = resnet(), torch.randn(4, 3, 64, 64)
@@ -185,6 +186,7 @@ def test_taken_off_to_the_bit_in_either_order() -> None:
         assert torch.equal(model.train()(x), expected)
 
 
+@pytest.mark.sweep
 def test_evaluation_exports_and_compiles() -> None:
     torch._dynamo.reset()
     model = fxgraft.patch(resnet(), "selfnorm", gates=2, **SMALL).eval()

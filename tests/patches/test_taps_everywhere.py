@@ -234,6 +234,7 @@ def test_a_look_ahead_of_another_method_is_not_recorded() -> None:
 
 
 @pytest.mark.usefixtures("_compiler")
+@pytest.mark.sweep
 def test_compiled_beside_a_method_that_looks_ahead() -> None:
     model = fxgraft.patch(net(), "rsc", layer="stage1", scope="channel", batch_share=1.0, input_size=SIZE)
     fxgraft.patch(model, "taps", layers=["stage1.1.conv2", "down"], input_size=SIZE)

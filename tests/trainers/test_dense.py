@@ -110,6 +110,7 @@ def test_pixels_that_are_left_out_do_not_decide_what_is_muted() -> None:
     assert records[0].mask.shape[0] == len(x)
 
 
+@pytest.mark.sweep
 def test_adaptation_of_a_dense_predictor() -> None:
     torch.manual_seed(0)
     layers = ["backbone.4", "backbone.16"]

@@ -162,6 +162,7 @@ def test_accumulated_gradients(images: Path, tmp_path: Path) -> None:
     assert all(TERM / 2 < loss < TERM / 2 + 10 for _, loss in steps)
 
 
+@pytest.mark.sweep
 def test_compiled_as_eager(images: Path, tmp_path: Path) -> None:
     grafts = ("rsc:layer=layer4,batch_share=1.0",)
     given = ("--mixup", 1, "--no-prefetcher", "--epochs", 1)

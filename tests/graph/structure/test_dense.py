@@ -95,6 +95,7 @@ def test_both_together_in_either_order_and_taken_off() -> None:
     torch.testing.assert_close(*outs)
 
 
+@pytest.mark.sweep
 def test_evaluation_compiles_exports_and_looks_ahead() -> None:
     torch._dynamo.reset()
     model = fxgraft.patch(MODELS["timm"](), "selfnorm", position="conv1_pre", init="authors", **SMALL).eval()

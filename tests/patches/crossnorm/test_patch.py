@@ -320,6 +320,7 @@ def test_a_crop_of_tokens() -> None:
         fxgraft.patch(model, CrossNorm(crop="style"), input_size=(3, 64, 64))
 
 
+@pytest.mark.sweep
 def test_the_same_compiled_whichever_units_are_drawn() -> None:
     torch._dynamo.reset()
     model = resnet()

@@ -38,6 +38,7 @@ class TestEverywhere:
         assert not torch.equal(first, other)
 
     @pytest.mark.parametrize("options", [{}, {"loss": "gradient_boosting"}, {"return_maps": True}], ids=str)
+    @pytest.mark.sweep
     def test_training_compiles_in_one_graph(self, options):
         x, _ = images()
         model = patched(**options)
@@ -49,6 +50,7 @@ class TestEverywhere:
         torch.testing.assert_close(got, expected)
         (got.logits if options.get("return_maps") else got).sum().backward()
 
+    @pytest.mark.sweep
     def test_compiled_training_takes_batches_of_any_size(self):
         model = patched()
         compiled = torch.compile(model, fullgraph=True, backend="aot_eager", dynamic=True)

@@ -271,6 +271,7 @@ def test_a_task_has_its_defaults(task: Any, gan: str, drift: float, weights: lis
     assert list(fxgraft.patches.gam.game.game_of(fxgraft.grafts(model)[0]).weights.values()) == weights
 
 
+@pytest.mark.sweep
 def test_a_compiled_model_matches_alike() -> None:
     model = played(["layer1", "fc"], steps=2)
     model.zero_grad(set_to_none=True)
@@ -293,6 +294,7 @@ def test_a_compiled_model_matches_alike() -> None:
         *(pytest.param(each, marks=pytest.mark.sweep) for each in ("test_convnext", "test_efficientnet")),
     ],
 )
+@pytest.mark.sweep
 def test_timms_pooled_features_merge(name: str) -> None:
     options = {"global_pool": "avg"} if name == "test_vit" else {}
     torch.manual_seed(0)

@@ -359,6 +359,7 @@ def test_autocast(gan: Any):
     assert all(torch.isfinite(g).all() for g in gradients(model).values())
 
 
+@pytest.mark.sweep
 def test_full_graph_compile():
     model = patched(layers=["layer1", "fc"]).eval()
     expected = fxgraft.gam_losses(model, images(), images(seed=4))

@@ -37,7 +37,7 @@ STEMS: dict[str, Any] = {
 
 
 @pytest.mark.parametrize("spread", [0, 0.1, 1])
-@pytest.mark.parametrize("members", [1, 2, 3, 4])
+@pytest.mark.parametrize("members", [1, 2, *(pytest.param(n, marks=pytest.mark.sweep) for n in (3, 4))])
 @pytest.mark.parametrize("stem", STEMS)
 def test_evaluation_starts_as_the_bare_network(stem: str, members: int, spread: float) -> None:
     bare = STEMS[stem]().eval()

@@ -371,6 +371,7 @@ def test_reads_no_values() -> None:
     assert all(x.is_meta for x in every_step(z, z, weight, bias, y))
 
 
+@pytest.mark.sweep
 def test_compiles_in_one_graph() -> None:
     class Steps(nn.Module):
         def forward(self, *args: Tensor) -> list[Tensor]:

@@ -45,6 +45,7 @@ class Absorber:
     path: str
     side: Literal["output", "input"]
 
+    @torch.no_grad()
     def absorb(self, model: nn.Module, scale: Tensor, shift: Tensor) -> None:
         """Change the layer's weights in place.
 
@@ -55,18 +56,17 @@ class Absorber:
         """
         layer = model.get_submodule(self.path)
         weight, bias = layer.get_parameter("weight"), layer.get_parameter("bias")
-        with torch.no_grad():
-            wide = weight.to(scale.dtype) if scale.element_size() > weight.element_size() else weight
-            if self.side == "output":
-                bias.copy_(bias * scale + shift)
-                weight.copy_(wide * scale.view(-1, *[1] * (weight.ndim - 1)))
-                return
-            # A flattened map has the cells of its channels one after the other.
-            times = weight.shape[1] // len(scale)
-            scale, shift = (each.repeat_interleave(times) for each in (scale, shift))
-            across = (1, -1, *[1] * (weight.ndim - 2))
-            bias.add_((wide * shift.view(across)).flatten(1).sum(1))
-            weight.copy_(wide * scale.view(across))
+        wide = weight.to(scale.dtype) if scale.element_size() > weight.element_size() else weight
+        if self.side == "output":
+            bias.copy_(bias * scale + shift)
+            weight.copy_(wide * scale.view(-1, *[1] * (weight.ndim - 1)))
+            return
+        # A flattened map has the cells of its channels one after the other.
+        times = weight.shape[1] // len(scale)
+        scale, shift = (each.repeat_interleave(times) for each in (scale, shift))
+        across = (1, -1, *[1] * (weight.ndim - 2))
+        bias.add_((wide * shift.view(across)).flatten(1).sum(1))
+        weight.copy_(wide * scale.view(across))
 
 
 def absorber_of(anatomy: Anatomy, site: Site, layout: Layout) -> Absorber | None:

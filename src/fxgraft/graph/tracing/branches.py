@@ -76,13 +76,13 @@ class Known:
             self._values[node] = self._computed(node)
         return self._values[node]
 
+    @torch.no_grad()
     def _computed(self, node: fx.Node) -> Any:
         args, kwargs = fx.map_arg((node.args, dict(node.kwargs)), self._value)  # type: ignore[misc]
-        with torch.no_grad():
-            if node.op == "call_function":
-                return node.target(*args, **kwargs)  # type: ignore[operator]
-            if node.op == "call_method":
-                return getattr(args[0], str(node.target))(*args[1:], **kwargs)
+        if node.op == "call_function":
+            return node.target(*args, **kwargs)  # type: ignore[operator]
+        if node.op == "call_method":
+            return getattr(args[0], str(node.target))(*args[1:], **kwargs)
         if node.op == "get_attr":
             path, _, name = str(node.target).rpartition(".")
             module = self._root.get_submodule(path)

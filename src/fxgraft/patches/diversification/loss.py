@@ -87,9 +87,8 @@ def _boosted(
         logits = logits.float()
     counts = target != ignore_index
     label = target.where(counts, torch.zeros_like(target)).unsqueeze(1)
-    with torch.no_grad():
-        # Only the choice of classes is made here; the values are gathered with their gradient.
-        others = logits.detach().scatter(1, label, float("-inf")).topk(k, dim=1, sorted=False).indices
+    # Only the choice of classes is made here; the values are gathered with their gradient.
+    others = logits.detach().scatter(1, label, float("-inf")).topk(k, dim=1, sorted=False).indices
     chosen = logits.gather(1, torch.cat((label, others), dim=1))
     scores = chosen.log_softmax(1)
     loss = -scores[:, 0]

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, Literal, NamedTuple
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -260,16 +259,15 @@ class DiversificationUnit(Unit):
         found = self.class_maps(run.model, x)
         mask = None
         if config.alpha < 1 and (config.p_peak > 0 or config.p_patch > 0):
-            with torch.no_grad():
-                draws = core.draw(
-                    found,
-                    p_peak=config.p_peak,
-                    p_patch=config.p_patch,
-                    patch=config.patch,
-                    border=config.border,
-                    ties=config.ties,
-                )
-                mask = core.suppression_mask(found, draws, patch=config.patch, ties=config.ties)
+            draws = core.draw(
+                found,
+                p_peak=config.p_peak,
+                p_patch=config.p_patch,
+                patch=config.patch,
+                border=config.border,
+                ties=config.ties,
+            )
+            mask = core.suppression_mask(found, draws, patch=config.patch, ties=config.ties)
         run.measure(self.graft, "suppressed", 0.0 if mask is None else mask)
         if self.records is not None:
             self.records.append(

@@ -177,9 +177,8 @@ def diversify(
     """
     if alpha == 1 or (p_peak <= 0 and p_patch <= 0):
         return maps.mean((2, 3))
-    with torch.no_grad():
-        draws = draw(
-            maps, p_peak=p_peak, p_patch=p_patch, patch=patch, border=border, ties=ties, generator=generator
-        )
-        mask = suppression_mask(maps, draws, patch=patch, ties=ties)
+    draws = draw(
+        maps, p_peak=p_peak, p_patch=p_patch, patch=patch, border=border, ties=ties, generator=generator
+    )
+    mask = suppression_mask(maps, draws, patch=patch, ties=ties)
     return damp(maps, mask, alpha).mean((2, 3))

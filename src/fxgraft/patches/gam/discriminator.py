@@ -64,6 +64,13 @@ class Discriminator(nn.Module):
         return f"activation={self.activation!r}"
 
 
+@torch.no_grad()
+def _tried(module: nn.Module, value: Tensor) -> Any:
+    with preserved_modes(module):
+        module.eval()
+        return module(value)
+
+
 def check_discriminator(module: Any, value: Tensor, outputs: int, dim: int, name: str) -> None:
     """Raise unless a module makes decisions about a value.
 
@@ -79,15 +86,13 @@ def check_discriminator(module: Any, value: Tensor, outputs: int, dim: int, name
     """
     if not isinstance(module, nn.Module):
         raise ConfigError(f"The discriminator for {name!r} must be a torch.nn.Module, got {module!r}.")
-    with preserved_modes(module), torch.no_grad():
-        module.eval()
-        try:
-            found = module(value)
-        except Exception as error:
-            raise ConfigError(
-                f"The discriminator for {name!r} does not take a value of shape {tuple(value.shape)}: {error}\n"
-                f"It is built for the shape without the batch, {tuple(value.shape[1:])}."
-            ) from error
+    try:
+        found = _tried(module, value)
+    except Exception as error:
+        raise ConfigError(
+            f"The discriminator for {name!r} does not take a value of shape {tuple(value.shape)}: {error}\n"
+            f"It is built for the shape without the batch, {tuple(value.shape[1:])}."
+        ) from error
     shaped = isinstance(found, Tensor) and found.ndim > 1 and found.shape[0] == value.shape[0]
     if not shaped or found.shape[1 if found.ndim == 2 else dim] != outputs:
         shape = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__

@@ -33,6 +33,14 @@ class GAMStep:
     accuracy: dict[str, Tensor]
 
 
+@torch.no_grad()
+def _activations(source: nn.Module, graft: Graft, x: Any) -> list[Tensor]:
+    """Pass a batch through the source network; return what its taps saw."""
+    with graft.asking(listen=True):
+        source(x)
+        return list(take(graft.units_of(Tap)).values())
+
+
 def gam_losses(model: nn.Module, x_source: Any, x_target: Any, *, name: str | None = None) -> GAMStep:
     """Play one step of the game: pass both batches, and compute the losses of both sides.
 
@@ -56,9 +64,7 @@ def gam_losses(model: nn.Module, x_source: Any, x_target: Any, *, name: str | No
     game, patch = game_of(graft), graft.patch
     source = game.follow(inner)
     frozen = grafts_on(source)[-1]
-    with frozen.asking(listen=True), torch.no_grad():
-        source(x_source)
-        sources = list(take(frozen.units_of(Tap)).values())
+    sources = _activations(source, frozen, x_source)
     # Taps that match what they see do so by what the source network gave at the same places.
     matching = Matching(dict(zip(game.layouts, sources, strict=True)))
     with graft.asking(listen=True, matching=matching):

@@ -68,6 +68,7 @@ def _deviation(variance: Tensor, eps: float) -> Tensor:
     return torch.where(positive, torch.where(positive, shifted, 1).sqrt(), 0)
 
 
+@torch.no_grad()
 def update_moments(moments: Tensor, x: Tensor, weight: Tensor | float, dim: int = 1) -> Tensor:
     """Move running moments towards those of a batch.
 
@@ -83,12 +84,11 @@ def update_moments(moments: Tensor, x: Tensor, weight: Tensor | float, dim: int 
     Returns:
         New moments (2, C), without gradient.
     """
-    with torch.no_grad():
-        others = [i for i in range(x.ndim) if i != dim % x.ndim]
-        variance, mean = torch.var_mean(_wide(x.detach()), others, correction=0)
-        step = mean - moments[0]
-        spread = (1 - weight) * (moments[1] + weight * step.square()) + weight * variance
-        return torch.stack((moments[0] + weight * step, spread))
+    others = [i for i in range(x.ndim) if i != dim % x.ndim]
+    variance, mean = torch.var_mean(_wide(x.detach()), others, correction=0)
+    step = mean - moments[0]
+    spread = (1 - weight) * (moments[1] + weight * step.square()) + weight * variance
+    return torch.stack((moments[0] + weight * step, spread))
 
 
 def gaussian_match(

@@ -267,16 +267,18 @@ class RSCUnit(Unit):
         run = self.running()
         target = run.labels(self.graft, z.shape[0])
         scope = "vector" if vector else self._draw_scope(z.device)
-        with torch.no_grad():
-            # Under no_grad no mask ever joins the graph: muting is a constant of the second pass.
-            probe = Probe(self.scoring, run, self.graft, self.rest, self.layout, z.detach(), target)
-            mask = probe.mask(scope)
-            selected = self._select(probe, mask, vector)
-            final = core.apply_selection(mask, selected)
-            self._measure(run, mask == 0, selected)
+        return self.layout.multiply(z, self._muting(run, z.detach(), target, scope))
+
+    @torch.no_grad()
+    def _muting(self, run: Pass, z: Tensor, target: Tensor, scope: str) -> Tensor:
+        """Return 0 where an entry is muted, else 1: a constant of the second pass, so no mask joins the graph."""
+        probe = Probe(self.scoring, run, self.graft, self.rest, self.layout, z, target)
+        mask = probe.mask(scope)
+        selected = self._select(probe, mask, scope == "vector")
+        self._measure(run, mask == 0, selected)
         if self.records is not None:
             self.records.append(RSCRecord(self.site.name, scope, mask.cpu(), selected.cpu()))
-        return self.layout.multiply(z, final)
+        return core.apply_selection(mask, selected)
 
     def _measure(self, run: Pass, muted: Tensor | float, selected: Tensor | float) -> None:
         run.measure(self.graft, "muted", muted)

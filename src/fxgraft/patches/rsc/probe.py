@@ -102,14 +102,19 @@ class Probe:
             gradient, self.logits = torch.func.grad(self._score, has_aux=True)(self.z.clone())
         else:
             # Tensors made in inference mode cannot be differentiated; their copies made outside of it can.
-            with torch.inference_mode(False), torch.enable_grad():
-                leaf = self.z.clone().requires_grad_()
-                if self.target.is_inference():
-                    self.target = self.target.clone()
-                score, logits = self._score(leaf)
-                (gradient,) = torch.autograd.grad(score, leaf)
-                self.logits = logits.detach()
+            gradient = self._differentiated()
         return self.layout.canonical(gradient)
+
+    @torch.inference_mode(False)
+    @torch.enable_grad()
+    def _differentiated(self) -> Tensor:
+        leaf = self.z.clone().requires_grad_()
+        if self.target.is_inference():
+            self.target = self.target.clone()
+        score, logits = self._score(leaf)
+        (gradient,) = torch.autograd.grad(score, leaf)
+        self.logits = logits.detach()
+        return gradient
 
     def _score(self, z: Tensor) -> tuple[Tensor, Tensor]:
         # The clone keeps an in-place first layer from writing to the leaf.

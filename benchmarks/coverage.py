@@ -1,0 +1,149 @@
+"""One architecture: does every method go on, train and evaluate, how long does the plan take, what do refusals say?
+
+Nothing is computed: the network is on the meta device, where its operations give shapes alone.
+"""
+
+from __future__ import annotations
+
+import re
+import time
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import timm
+import torch
+import torch.nn.functional as F
+import torchvision
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+import fxgraft
+from fxgraft.graph.grafting.graft import Graft
+from fxgraft.graph.grafting.ledger import Ledger
+from fxgraft.graph.tracing.observe import default_input_size
+
+CLASSES = 10
+STACK = ("taps", "rsc", "crossnorm", "selfnorm", "diversification")
+SIZES = {"torchvision/inception_v3": (3, 299, 299)}
+"""Where a network does not say itself what images it wants."""
+
+Record = dict[str, Any]
+
+
+def architectures() -> list[str]:
+    """List what is tried, as "timm/NAME" and "torchvision/NAME"; no quantised, video or detection models."""
+    models = torchvision.models
+    tv = models.list_models(module=models) + models.list_models(module=models.segmentation)
+    return [f"timm/{name}" for name in timm.list_models()] + [f"torchvision/{name}" for name in tv]
+
+
+def family(name: str) -> str:
+    """Return the model file that an architecture is from."""
+    library, _, model = name.partition("/")
+    entry = timm.model_entrypoint(model) if library == "timm" else torchvision.models.get_model_builder(model)
+    return f"{library}/{entry.__module__.rpartition('.')[2]}"
+
+
+def build(name: str) -> nn.Module:
+    """Build an architecture on the meta device, for `CLASSES` classes."""
+    library, _, model = name.partition("/")
+    with torch.device("meta"):
+        if library == "timm":
+            return timm.create_model(model, num_classes=CLASSES)
+        options = {"weights_backbone": None} if hasattr(torchvision.models.segmentation, model) else {}
+        return torchvision.models.get_model(model, weights=None, num_classes=CLASSES, **options)
+
+
+def examine(name: str) -> Record:
+    """Try every method on one architecture, and all that go together.
+
+    Returns:
+        "family"; "build" in seconds; "bare", None or how it fails by itself; "methods" and "stack", each with "plan"
+        in seconds and with "refused" (the text), "failed" (a crash), or "steps": None, or how a training step or
+        an evaluation fails.
+    """
+    warnings.simplefilter("ignore")
+    record: Record = {"family": family(name)}
+    began = time.perf_counter()
+    try:
+        model = build(name)
+    except Exception as error:  # some want packages that are not here
+        return {**record, "unbuilt": _shown(error)}
+    record["build"] = _since(began)
+    size = SIZES.get(name) or default_input_size(model)
+    record["bare"] = steps(model, size)
+    record["methods"] = {}
+    for method in fxgraft.methods():
+        tried = record["methods"][method] = graft(model, [method], size)
+        if "refused" not in tried and "failed" not in tried:
+            tried["steps"] = record["bare"] or steps(model, size)
+            fxgraft.unpatch(model)
+    goes_on = [m for m in STACK if not {"refused", "failed"} & record["methods"][m].keys()]
+    stack = record["stack"] = {"of": goes_on, **graft(model, goes_on, size)}
+    if "refused" not in stack and "failed" not in stack:
+        stack["steps"] = record["bare"] or steps(model, size)
+    return record
+
+
+def graft(model: nn.Module, methods: list[str], size: tuple[int, ...]) -> Record:
+    """Put methods on, planned together; return how long that took, and what came of it."""
+    chosen = [fxgraft.methods()[method] for method in methods]
+    grafts = [Graft(each.method, each(**each.example), input_size=size) for each in chosen]
+    began = time.perf_counter()
+    try:
+        Ledger().install(model, grafts)
+    except fxgraft.FxgraftError as error:
+        return {"plan": _since(began), "refused": f"{type(error).__name__}: {error}"}
+    except Exception as error:  # a crash is what this looks for
+        return {"plan": _since(began), "failed": _shown(error)}
+    return {"plan": _since(began)}
+
+
+def steps(model: nn.Module, size: tuple[int, ...]) -> str | None:
+    """Make a training step and an evaluation of two images; return what goes wrong, or None."""
+    x = torch.empty(2, *size, device="meta")
+    dense = type(model).__module__.startswith("torchvision.models.segmentation")
+    y = torch.zeros((2, *size[1:]) if dense else (2,), dtype=torch.long, device="meta")
+    options = {"target": y} if fxgraft.grafts(model) else {}
+    for training in (True, False):
+        model.train(training)
+        try:
+            out = model(x, **options)
+            if training:
+                _objective(model, out, y).backward()
+        except Exception as error:  # as above
+            return f"{'training' if training else 'evaluation'}: {_shown(error)}"
+        finally:
+            model.zero_grad()
+    return None
+
+
+def _objective(model: nn.Module, out: Any, y: Tensor) -> Tensor:
+    if isinstance(out, Tensor):
+        return fxgraft.loss(model, out, y)
+    leaves = [leaf for leaf in pytree.tree_leaves(out) if isinstance(leaf, Tensor)]
+    return torch.stack([F.cross_entropy(leaf, y) for leaf in leaves]).sum()
+
+
+def _shown(error: BaseException) -> str:
+    return f"{type(error).__name__}: {error}"[:400]
+
+
+def _since(began: float) -> float:
+    return round(time.perf_counter() - began, 3)
+
+
+def category(refusal: str) -> str:
+    """Return what refusals of one kind have in common: the first line, without names and numbers."""
+    first = refusal.splitlines()[0]
+    first = re.sub(r"'[^']*'( \(\w+\))?", "…", first)
+    first = re.sub(r"\([\d, ]+\)|\b\d+\b", "…", first)
+    return re.sub(r"\b[A-Z]\w*(?:[A-Z0-9]\w*)+\b(?<!Error)", "…", first)
+
+
+def without_meta_kernel() -> Callable[[], None]:
+    """Give Dirichlet draws a shape on the meta device, where torch has none for them."""
+    library = torch.library.Library("aten", "IMPL")
+    library.impl("_sample_dirichlet", lambda alpha, generator=None: torch.empty_like(alpha), "Meta")
+    return library._destroy
