@@ -160,6 +160,7 @@ def prepared() -> Net:
         if number % 9 == 1
     ],
 )
+@pytest.mark.sweep
 def test_grafts_come_off_in_any_order(order: tuple[str, ...]) -> None:
     model = prepared()
     bare = state_of_everything(model)

@@ -169,6 +169,7 @@ def test_tied_and_strided_weights_survive(tmp_path: Path) -> None:
         assert torch.equal(loaded.state_dict()[key], value), key
 
 
+@pytest.mark.sweep
 def test_resuming_in_a_new_process_is_as_if_nothing_had_happened(tmp_path: Path) -> None:
     torch.manual_seed(0)
     whole = patched()

@@ -16,6 +16,7 @@ from fxgraft.cli.commands import app
 from fxgraft.cli.differences import difference, differences
 from fxgraft.cli.graphs import draw_graph
 from fxgraft.graph.grafting.views import view_grafts
+from sweeping import some
 from toys import net
 
 SIZE = (3, 8, 8)
@@ -94,7 +95,7 @@ def test_a_bare_model_has_nothing_to_show() -> None:
         view_grafts(net())
 
 
-@pytest.mark.parametrize("ending", ["svg", "html", "png"])
+@pytest.mark.parametrize("ending", some(["html", "svg", "png"], 1))
 def test_the_graph_is_drawn(ending: str, tmp_path) -> None:
     model = fxgraft.patch(timm.create_model("test_resnet"), "selfnorm", input_size=(3, 32, 32))
     fxgraft.patch(model, "rsc", input_size=(3, 32, 32))

@@ -97,7 +97,11 @@ def cells(
             id=f"{backbone.name}-{method}",
             marks=[
                 *([pytest.mark.skip(reason=backbone.missing)] if backbone.missing else []),
-                *([] if backbone.name in representative else [pytest.mark.sweep]),
+                *(
+                    []
+                    if backbone.name in representative and method not in rare(backbone)
+                    else [pytest.mark.sweep]
+                ),
             ],
         )
         for backbone in (SMALL, *BACKBONES)
@@ -105,6 +109,14 @@ def cells(
         for method in METHODS
         if kept(Cell(method, backbone))
     ]
+
+
+def rare(backbone: Backbone) -> tuple[str, ...]:
+    """Name the methods that are tried on two of the representative backbones in every run, on the rest in the sweep.
+
+    GAM copies the whole network, and the two of `tests/third_party` go through the same door as RSC.
+    """
+    return () if backbone.name in ("small", "timm/resnet18") else ("gam", "mixstyle", "manifold_mixup")
 
 
 def named(name: str) -> Backbone:

@@ -18,6 +18,7 @@ import fxgraft
 from adaptation.adapting import adapted
 from contract.cases import same
 from faults.lines import SIZE, bare
+from sweeping import some
 from toys import net
 
 resource = pytest.importorskip("resource")
@@ -97,7 +98,7 @@ def test_a_checkpoint_on_a_full_disk(
 
 
 @pytest.mark.parametrize("count", [1, pytest.param(60, marks=pytest.mark.sweep)])
-@pytest.mark.parametrize("what", ["save", "adapt"])
+@pytest.mark.parametrize("what", some(["save", "adapt"], 1))
 def test_a_killed_process(tmp_path: Path, what: str, count: int) -> None:
     tests, source = Path(__file__).parents[1], Path(fxgraft.__file__).parents[1]
     done = subprocess.run(

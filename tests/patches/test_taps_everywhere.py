@@ -22,6 +22,7 @@ from fxgraft.errors import TapError
 from fxgraft.graph.tracing.observe import tensors
 from fxgraft.patches.rsc.patch import record
 from patches.taps_tools import SIZE, odd, seen_by_hooks, tapped_net
+from sweeping import some
 from toys import LABELS, assert_equal_steps, images, net, step
 
 SITES = ("stage1.0.conv2", "stage1.1.add", "stage1", "stem.act_1", "fc")
@@ -113,7 +114,7 @@ def _saved(model: nn.Module) -> nn.Module:
     return torch.load(file, weights_only=False)
 
 
-@pytest.mark.parametrize("way", COPIES)
+@pytest.mark.parametrize("way", some(COPIES, 2))
 def test_copies_record_their_own_values_and_inherit_none(way: str, tmp_path: Path) -> None:
     model = tapped_net(SITES)
     model(images(seed=3))  # recorded and not fetched

@@ -95,6 +95,7 @@ def worker(rank: int, folder: str) -> None:
 
 
 @pytest.mark.skipif(not dist.is_gloo_available(), reason="needs gloo")
+@pytest.mark.sweep
 def test_two_processes_train_as_one(tmp_path: Path) -> None:
     mp.spawn(worker, (str(tmp_path),), nprocs=WORLD)
     expected = by_hand(halves())

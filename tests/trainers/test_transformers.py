@@ -13,6 +13,7 @@ from torch.utils.data import Dataset
 
 import fxgraft
 from fxgraft.patches.rsc import record
+from sweeping import some
 from trainers.hugging_face import CONFIGS, SIDE, batch, classifier
 from trainers.tiny import assert_trained, by_hand, dataset, patched
 
@@ -131,7 +132,7 @@ METHODS = {
 
 
 @pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", some(CONFIGS, 2))
 def test_a_classifier_that_computes_its_own_loss(name: str, method: str) -> None:
     model = fxgraft.patch(classifier(name), method, input_size=(3, SIDE, SIDE), **METHODS[method])
     x, y = batch()

@@ -6,6 +6,7 @@ import gc
 import linecache
 import weakref
 
+import pytest
 import timm
 import torch
 from torch import Tensor, nn
@@ -61,6 +62,7 @@ def test_attention_biases_of_timm_are_computed_anew():
         assert torch.equal(out, fxgraft.unpatch(model)(x))
 
 
+@pytest.mark.sweep
 def test_generated_code_goes_with_its_patch():
     """Both books are global: what stays there makes every later trace slower and is never freed."""
 

@@ -17,6 +17,7 @@ from fxgraft.functional.modulation import instance_moments
 from fxgraft.patches.crossnorm import tensors as core
 from fxgraft.patches.crossnorm.patch import CrossNormUnit
 from golden_data import GoldenCase, load_golden
+from sweeping import some
 
 POSITIONS = ("pre", "residual", "identity", "post")
 SMALL: dict[str, Any] = {"input_size": (3, 64, 64)}
@@ -59,7 +60,7 @@ class Net(nn.Module):
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
 @pytest.mark.parametrize("case", [c for p in POSITIONS for c in load_golden(f"cnsn_pos_{p}")], ids=str)
-@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize("reverse", some([False, True], 1))
 @pytest.mark.filterwarnings("ignore:SelfNorm. init=.authors. opens each gate:fxgraft.FxgraftWarning")
 def test_authors_numbers_in_a_bottleneck(
     case: GoldenCase, dtype: torch.dtype, reverse: bool, monkeypatch: pytest.MonkeyPatch

@@ -14,6 +14,7 @@ import fxgraft
 from fxgraft.patches.gam import step as gam
 from patches.gam.gam_tools import contents, gradients, images, patched, unchanged
 from patches.small import exactly
+from sweeping import some
 
 BACKBONES: dict[str, tuple[Any, dict[str, Any], list[tuple[int, ...]]]] = {
     "vit": (
@@ -43,7 +44,7 @@ BACKBONES: dict[str, tuple[Any, dict[str, Any], list[tuple[int, ...]]]] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", BACKBONES)
+@pytest.mark.parametrize("name", some(BACKBONES, 2))
 def test_backbones(name: str):
     build, options, first = BACKBONES[name]
     model = build()
@@ -70,9 +71,7 @@ SEGMENTERS = {
 }
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(each, marks=[pytest.mark.sweep] if "resnet" in each else []) for each in SEGMENTERS]
-)
+@pytest.mark.parametrize("name", some(sorted(SEGMENTERS, reverse=True), 1))
 def test_dense_prediction(name: str):
     build = getattr(torchvision.models.segmentation, name)
     torch.manual_seed(0)

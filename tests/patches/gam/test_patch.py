@@ -111,6 +111,7 @@ def test_each_loss_reaches_its_own_side_in_any_order(gan: Any, order: tuple[str,
     st.booleans(),
     st.integers(0, 100),
 )
+@pytest.mark.sweep
 def test_the_source_never_changes(
     statistics: Any, gan: Any, given_one: bool, training: bool, seed: int
 ) -> None:
