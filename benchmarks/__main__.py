@@ -3,6 +3,7 @@
     python -m benchmarks quick --data DIR
     python -m benchmarks full --data DIR --device cuda --minutes 9
     python -m benchmarks table
+    python -m benchmarks zoo --minutes 60
     python -m benchmarks readme --write
 
 Everything that is missing is run, in the order of the studies; what is there is kept. A run that is cut off goes on
@@ -22,6 +23,9 @@ from benchmarks.results import FOLDER, Results
 from benchmarks.runner import Settings, carry_out
 from benchmarks.studies import STUDIES
 from benchmarks.study import SIZES
+from benchmarks.zoo import Zoo, shares, summary
+from benchmarks.zoo import plot as plot_zoo
+from benchmarks.zoo import run as run_zoo
 from fxgraft.errors import ConfigError, candidates
 from fxgraft.files import write_text
 
@@ -93,6 +97,23 @@ def readme(write: Annotated[bool, typer.Option("--write", help="Put it into READ
         typer.echo(text)
         return
     write_text(README, with_evidence(README.read_text(encoding="utf-8"), text))
+
+
+@app.command()
+def zoo(
+    pattern: Annotated[str, typer.Option("--filter", help="Only these, as timm/resnet*.")] = "*",
+    workers: Workers = 2,
+    minutes: Minutes = None,
+    out: Out = FOLDER,
+) -> None:
+    """Try every method on every architecture of timm and torchvision, on the meta device."""
+    console = Console()
+    found = Zoo(out / "zoo.json")
+    run_zoo(found, console, pattern, workers, minutes)
+    write_text(out / "zoo.md", summary(found))
+    plot_zoo(found, out / "zoo.png")
+    for method, (good, total) in shares(found.records).items():
+        console.print(f"{method}: {good} of {total}")
 
 
 def with_evidence(document: str, text: str) -> str:

@@ -70,8 +70,8 @@ def carry_out(results: Results, settings: Settings, console: Console) -> bool:
     context = multiprocessing.get_context("spawn")
     with (
         context.Manager() as manager,
-        ProcessPoolExecutor(settings.workers, mp_context=context, initializer=_start_worker) as pool,
-        _progress(console) as bar,
+        ProcessPoolExecutor(settings.workers, mp_context=context, initializer=start_worker) as pool,
+        progress_bar(console) as bar,
     ):
         shares: MutableMapping[str, float] = manager.dict()
         line = bar.add_task(results.path.stem, total=len(todo))
@@ -101,7 +101,7 @@ def _take(job: Future[Run], results: Results, device: str, bar: Progress) -> boo
     return True
 
 
-def _start_worker() -> None:
+def start_worker() -> None:
     """Give a process one thread, and have it end with the one that started it, however that one ends."""
     os.environ["OMP_NUM_THREADS"] = "1"
     import torch
@@ -162,7 +162,8 @@ def _one(
     return {**run, **record, "seconds": round(time.perf_counter() - began, 1)}
 
 
-def _progress(console: Console) -> Progress:
+def progress_bar(console: Console) -> Progress:
+    """Make the bar of a long run: how many are done, how long it took, how long it will take."""
     columns: Sequence[Any] = (
         TextColumn("{task.description}"),
         BarColumn(),

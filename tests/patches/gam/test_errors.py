@@ -115,3 +115,23 @@ def test_a_batch_of_one_has_no_batch_statistics():
     assert torch.isfinite(fxgraft.gam_losses(maps, images(1), images(1)).mapping)
     without = patched(layers=["fc"], matching=None).eval()
     assert torch.isfinite(fxgraft.gam_losses(without, images(1), images(1)).mapping)
+
+
+class Remembering(Net):
+    """Keeps a value of its last pass, with its history."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.last = self.fc.weight * 1
+        return super().forward(x)
+
+
+def test_a_network_that_cannot_be_copied() -> None:
+    model = Remembering()
+    model(images())
+    before = contents(model)
+    with pytest.raises(ConfigError, match=r"Remembering cannot be copied(?s:.*)before the first"):
+        fxgraft.patch(model, "gam", layers=TAPS)
+    unchanged(model, before)
+    with torch.no_grad():
+        model(images())
+    assert fxgraft.patch(model, "gam", layers=TAPS) is model

@@ -267,3 +267,25 @@ def test_described_by_its_ends() -> None:
     )
     plan = fxgraft.patch(net(), "mixmo", dry_run=True, input_size=(3, 24, 24))
     assert "layer1.0: Encoders instead, in training and evaluation" in str(plan)
+
+
+class Auxiliary(nn.Module):
+    """Has a second head while it trains, which wants larger images."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 4, 3)
+        self.aux = nn.Conv2d(4, 5, 8)
+        self.fc = nn.Linear(4, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        z = self.stem(x)
+        out = self.fc(z.mean((2, 3)))
+        return out + self.aux(z).mean((2, 3)) if self.training else out
+
+
+def test_images_that_are_too_small_for_training() -> None:
+    with pytest.raises(
+        fxgraft.StructureError, match=r"'aux' in Auxiliary(?s:.*)Kernel size(?s:.*)input_size="
+    ):
+        fxgraft.patch(Auxiliary(), "mixmo", input_size=(3, 8, 8))

@@ -7,7 +7,8 @@ from typing import Any
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
-from fxgraft.graph.tracing.names import join
+from fxgraft.errors import FxgraftError, StructureError
+from fxgraft.graph.tracing.names import class_name, join
 from fxgraft.graph.tracing.observe import Call, Observation
 from fxgraft.graph.tracing.preserve import preserved_attributes, preserved_modes, preserved_random_state
 from fxgraft.graph.tracing.signatures import INPUT, bind
@@ -42,9 +43,24 @@ class Values:
         self._known: dict[fx.Node, Any] = dict(zip(places, leaves, strict=True))
 
     def __call__(self, node: fx.Node) -> Any:
-        """Return the value of a node; shape and dtype only."""
-        for each in self._missing(node):
-            self._known[each] = self._compute(each)
+        """Return the value of a node; shape and dtype only.
+
+        Raises:
+            StructureError: the network does not get that far with images of the size that was observed.
+        """
+        each = node
+        try:
+            for each in self._missing(node):
+                self._known[each] = self._compute(each)
+        except FxgraftError:
+            raise
+        except Exception as error:
+            raise StructureError(
+                f"What {str(each.target)!r} in {class_name(self.model)} gives cannot be found: "
+                f"{type(error).__name__}: {error}\n"
+                "It is looked for with fake images of the size that the model declares, or of 224×224 pixels.\n"
+                "Pass input_size=(C, H, W) of the images you train on."
+            ) from error
         return self._known[node]
 
     def get(self, name: str) -> Any:

@@ -132,11 +132,21 @@ class Game(Unit):
         """
         if self.source is not None:
             return
-        source = (
-            copy.deepcopy(given)
-            if given is not None
-            else copy_with(model, lambda graft: graft.name != own.name and not graft.patch.train_only)
-        )
+        try:
+            source = (
+                copy.deepcopy(given)
+                if given is not None
+                else copy_with(model, lambda graft: graft.name != own.name and not graft.patch.train_only)
+            )
+        except (
+            RuntimeError,
+            TypeError,
+        ) as error:  # what torch and pickle raise; the model's class may raise any
+            raise ConfigError(
+                f"The source network is a copy, and {(given or model)._get_name()} cannot be copied: {error}\n"
+                "Some networks keep a tensor of their last forward pass.\n"
+                "Patch before the first pass, or call the model once under torch.no_grad()."
+            ) from error
         taps = SourceTaps(layers=layers)
         add_graft(source, Graft("gam_source", taps, input_size=self.input_size))
         self.__dict__["source"] = source.requires_grad_(False).eval()
