@@ -142,8 +142,8 @@ def category(refusal: str) -> str:
     return re.sub(r"\b[A-Z]\w*(?:[A-Z0-9]\w*)+\b(?<!Error)", "…", first)
 
 
-def without_meta_kernel() -> Callable[[], None]:
-    """Give Dirichlet draws a shape on the meta device, where torch has none for them."""
+def meta_dirichlet() -> Callable[[], None]:
+    """Give Dirichlet draws shapes on the meta device, where torch has no kernel for them; return what undoes that."""
     library = torch.library.Library("aten", "IMPL")
     library.impl("_sample_dirichlet", lambda alpha, generator=None: torch.empty_like(alpha), "Meta")
     return library._destroy

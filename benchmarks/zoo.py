@@ -21,7 +21,7 @@ from typing import Any
 
 from rich.console import Console
 
-from benchmarks.coverage import Record, architectures, category, examine, without_meta_kernel
+from benchmarks.coverage import Record, architectures, category, examine, meta_dirichlet
 from benchmarks.runner import progress_bar, start_worker
 from fxgraft.errors import ConfigError
 from fxgraft.experiments.environment import environment
@@ -107,7 +107,7 @@ def run(zoo: Zoo, console: Console, pattern: str, workers: int, minutes: float |
 
 def _start() -> None:
     start_worker()
-    without_meta_kernel()
+    meta_dirichlet()
 
 
 def outcomes(records: dict[str, Record]) -> Iterator[tuple[str, str, str, Record]]:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from benchmarks.coverage import architectures, category, examine, family, without_meta_kernel
+from benchmarks.coverage import architectures, category, examine, family, meta_dirichlet
 from benchmarks.zoo import Zoo, plot, run, shares, summary
 from rich.console import Console
 
@@ -39,7 +39,7 @@ RECORDS: dict[str, Any] = {
 
 @pytest.mark.parametrize("name", some(["timm/test_resnet", "torchvision/lraspp_mobilenet_v3_large"], 1))
 def test_an_architecture(name: str) -> None:
-    put_back = without_meta_kernel()
+    put_back = meta_dirichlet()
     try:
         found = examine(name)
     finally:
