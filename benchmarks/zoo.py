@@ -29,6 +29,7 @@ from fxgraft.files import write_text
 
 PROTOCOL = "each method with its example options and the default stack, at the network's own size, on the meta device"
 WRITE_EVERY = 20  # seconds
+_KEPT: list[Any] = []  # a kernel goes with what it was registered through
 
 
 class Zoo:
@@ -107,7 +108,7 @@ def run(zoo: Zoo, console: Console, pattern: str, workers: int, minutes: float |
 
 def _start() -> None:
     start_worker()
-    meta_dirichlet()
+    _KEPT.append(meta_dirichlet())
 
 
 def outcomes(records: dict[str, Record]) -> Iterator[tuple[str, str, str, Record]]:

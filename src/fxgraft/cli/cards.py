@@ -14,6 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from fxgraft.errors import UnknownMethodError, candidates
+from fxgraft.patches.options import option_hints
 
 _SECTION = re.compile(r"^(Args|Attributes):\s*$")
 _ENTRY = re.compile(r"^(\w+)(?: \([^)]*\))?:\s*(.*)$")
@@ -100,7 +101,7 @@ def preset_rows(method: Any) -> list[tuple[str, str, str, str]]:
 
 def option_rows(method: type) -> list[tuple[str, str, str, str]]:
     """List the options of a method, each as name, type, default and what it does."""
-    documented, hints = option_docs(method), typing.get_type_hints(method)
+    documented, hints = option_docs(method), option_hints(method)
     return [
         (field.name, _type(hints[field.name]), _default(field), documented.get(field.name, ""))
         for field in dataclasses.fields(method)

@@ -11,7 +11,6 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import re
-import typing
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -21,6 +20,7 @@ import fxgraft
 from fxgraft import public
 from fxgraft.cli.readme import own_methods
 from fxgraft.files import write_text
+from fxgraft.patches.options import option_hints
 
 STUB = Path(fxgraft.__file__).parent / "__init__.pyi"
 
@@ -80,7 +80,7 @@ def _presets(method: type[fxgraft.Patch]) -> str:
 
 def _options(method: Any) -> dict[str, str]:
     """List the options of a method with their types, as the stub writes them."""
-    hints = typing.get_type_hints(method)
+    hints = option_hints(method)
     options = {field.name: _written(hints[field.name]) for field in dataclasses.fields(method) if field.init}
     if "layer" in inspect.signature(method).parameters:
         options["layer"] = options["layers"]

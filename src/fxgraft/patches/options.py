@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import math
+import sys
 import types
 import typing
 from collections.abc import Iterable
@@ -45,10 +46,24 @@ def check_known(cls: type, who: str, options: Iterable[str]) -> None:
             raise ConfigError(f"{who!r} has no option {option!r}.\n{candidates(option, names, 30)}")
 
 
+def option_hints(cls: type) -> dict[str, Any]:
+    """Return the types of a patch class's fields.
+
+    `typing.get_type_hints` gives the same, but in Python 3.10 takes no class that has an `InitVar`, which is no field.
+    """
+    fields = {f.name for f in dataclasses.fields(cls)}
+    hints: dict[str, Any] = {}
+    for base in reversed(cls.__mro__):
+        own = {name: hint for name, hint in inspect.get_annotations(base).items() if name in fields}
+        names = getattr(sys.modules.get(base.__module__), "__dict__", {})
+        hints |= typing.get_type_hints(types.SimpleNamespace(__annotations__=own), names)
+    return hints
+
+
 def check_choices(patch: Any) -> None:
     """Raise `ConfigError` for every option declared as a `typing.Literal` that holds something else."""
     try:
-        hints = typing.get_type_hints(type(patch))
+        hints = option_hints(type(patch))
     except NameError:  # a name that only a type checker sees: nothing can be told of the choices
         return
     for f in dataclasses.fields(patch):
