@@ -14,7 +14,7 @@ import multiprocessing
 import random
 import time
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from rich.console import Console
 
 from benchmarks.coverage import Record, architectures, category, examine, meta_dirichlet
 from benchmarks.runner import progress_bar, start_worker
+from fxgraft.cli.readme import markdown_table
 from fxgraft.errors import ConfigError
 from fxgraft.experiments.environment import environment
 from fxgraft.files import write_text
@@ -135,30 +136,30 @@ def shares(records: dict[str, Record]) -> dict[str, tuple[int, int]]:
 def summary(zoo: Zoo) -> str:
     """Write what is known in Markdown: shares, the slowest plans, refusals by category, families."""
     records = zoo.records
-    tried = len(list(outcomes(records))) and len({name for name, *_ in outcomes(records)})
+    tried = len({name for name, *_ in outcomes(records)})
     lines = [
         f"{tried} architectures of {len(architectures())}: {PROTOCOL}. "
         f"{len(records) - tried} more could not be built here or do not run by themselves.",
         "",
-        *_table(
+        markdown_table(
             ("method", "works", "of", "share", "median plan, s", "slowest plan, s"),
             [
-                (method, good, total, f"{good / total:.1%}", *_times(records, method))
+                (method, str(good), str(total), f"{good / total:.1%}", *_times(records, method))
                 for method, (good, total) in shares(records).items()
             ],
         ),
         "",
         "Slowest plans:",
         "",
-        *_table(("architecture", "method", "s"), _slowest(records)),
+        markdown_table(("architecture", "method", "s"), _slowest(records)),
         "",
         "What does not work, by category, with one text as the user sees it:",
         "",
-        *_table(("method", "networks", "category", "for example", "the text"), _refusals(records)),
+        markdown_table(("method", "networks", "category", "for example", "the text"), _refusals(records)),
         "",
         "By model file:",
         "",
-        *_table(("model file", *shares(records)), _families(records)),
+        markdown_table(("model file", *shares(records)), _families(records)),
     ]
     return "\n".join(lines) + "\n"
 
@@ -168,7 +169,7 @@ def _times(records: dict[str, Record], method: str) -> tuple[str, str]:
     return f"{plans[len(plans) // 2]:.2f}", f"{plans[-1]:.1f}"
 
 
-def _slowest(records: dict[str, Record]) -> list[tuple[Any, ...]]:
+def _slowest(records: dict[str, Record]) -> list[tuple[str, ...]]:
     single = [
         (each["plan"], name, method)
         for name, _, method, each in outcomes(records)
@@ -177,7 +178,7 @@ def _slowest(records: dict[str, Record]) -> list[tuple[Any, ...]]:
     return [(name, method, f"{plan:.1f}") for plan, name, method in sorted(single, reverse=True)[:10]]
 
 
-def _refusals(records: dict[str, Record]) -> list[tuple[Any, ...]]:
+def _refusals(records: dict[str, Record]) -> list[tuple[str, ...]]:
     found: dict[tuple[str, str], list[tuple[str, str]]] = defaultdict(list)
     for name, _, method, tried in outcomes(records):
         text = tried.get("refused") or tried.get("failed") or tried.get("steps")
@@ -186,12 +187,12 @@ def _refusals(records: dict[str, Record]) -> list[tuple[Any, ...]]:
             found[method, kind + category(text)].append((name, text))
     ordered = sorted(found.items(), key=lambda item: (item[0][0], -len(item[1])))
     return [
-        (method, len(cases), kind, cases[0][0], "<br>".join(cases[0][1].splitlines()))
+        (method, str(len(cases)), kind, cases[0][0], "<br>".join(cases[0][1].splitlines()))
         for (method, kind), cases in ordered
     ]
 
 
-def _families(records: dict[str, Record]) -> list[tuple[Any, ...]]:
+def _families(records: dict[str, Record]) -> list[tuple[str, ...]]:
     cells: dict[str, dict[str, Counter[bool]]] = defaultdict(lambda: defaultdict(Counter))
     for _, group, method, tried in outcomes(records):
         cells[group][method][works(tried)] += 1
@@ -199,11 +200,6 @@ def _families(records: dict[str, Record]) -> list[tuple[Any, ...]]:
         (group, *(f"{row[method][True]}/{row[method].total()}" for method in shares(records)))
         for group, row in sorted(cells.items())
     ]
-
-
-def _table(heads: Sequence[str], rows: Sequence[Sequence[Any]]) -> list[str]:
-    lines = [heads, ["---"] * len(heads), *rows]
-    return ["| " + " | ".join(str(cell).replace("|", r"\|") for cell in line) + " |" for line in lines]
 
 
 def plot(zoo: Zoo, path: Path) -> None:

@@ -17,11 +17,11 @@ from toys import Toy, assert_same, images, net, state_of_everything
 
 ACTS: dict[str, tuple[Callable[[], nn.Module], Callable[[nn.Module], Any]]] = {
     "patch": (bare, lambda m: fxgraft.patch(m, INSIDE, name="first")),
-    "patch taps": (bare, lambda m: fxgraft.patch(m, "taps", layers="stage1.0", input_size=SIZE)),
-    "patch another": (stacked, lambda m: fxgraft.patch(m, Toy(factor=5), name="third")),
     "unpatch one": (stacked, lambda m: fxgraft.unpatch(m, "second")),
     "unpatch": (stacked, fxgraft.unpatch),
     "sites": (stacked, lambda m: fxgraft.sites(m, input_size=SIZE)),
+    "patch taps": (bare, lambda m: fxgraft.patch(m, "taps", layers="stage1.0", input_size=SIZE)),
+    "patch another": (stacked, lambda m: fxgraft.patch(m, Toy(factor=5), name="third")),
     "dry run": (stacked, lambda m: fxgraft.patch(m, Toy(factor=5), name="third", dry_run=True)),
     "merge": (lambda: fxgraft.patch(bare(), "rsc", layer="stage2", input_size=SIZE), fxgraft.merge),
 }
@@ -87,7 +87,7 @@ def interrupt(act: str, kind: type[BaseException], count: int) -> None:
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
-@pytest.mark.parametrize("act", some(["patch", "unpatch one", "unpatch", "sites"], 4))
+@pytest.mark.parametrize("act", some(ACTS, 4))
 def test_an_interruption_at_some_lines(act: str) -> None:
     interrupt(act, KeyboardInterrupt, 6)
 

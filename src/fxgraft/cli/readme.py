@@ -35,7 +35,7 @@ def method_table(methods: Mapping[str, type[fxgraft.Patch]]) -> str:
         (f"`{name}`", f"[{method.title}]({method.url})", method.where, method.cost)
         for name, method in methods.items()
     ]
-    return _table(("name", "method", "where it goes", "what it costs"), rows)
+    return markdown_table(("name", "method", "where it goes", "what it costs"), rows)
 
 
 def option_tables(methods: Mapping[str, type[fxgraft.Patch]]) -> str:
@@ -46,7 +46,7 @@ def option_tables(methods: Mapping[str, type[fxgraft.Patch]]) -> str:
             (f"`{option}`", f"`{kind}`", f"`{default}`", text)
             for option, kind, default, text in option_rows(method)
         ]
-        table = _table(("option", "type", "default", "what it does"), rows)
+        table = markdown_table(("option", "type", "default", "what it does"), rows)
         if method.presets:
             table += (
                 f"\n\nPresets (`fxgraft info {name}`): {', '.join(f'`{each}`' for each in method.presets)}."
@@ -91,7 +91,8 @@ def regenerated(text: str) -> str:
     return text
 
 
-def _table(headings: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
+def markdown_table(headings: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
+    """Write a table in Markdown; a bar in a cell is escaped."""
     lines = [headings, ("---",) * len(headings), *rows]
     return "\n".join("| " + " | ".join(cell.replace("|", r"\|") for cell in line) + " |" for line in lines)
 

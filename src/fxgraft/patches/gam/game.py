@@ -138,10 +138,7 @@ class Game(Unit):
                 if given is not None
                 else copy_with(model, lambda graft: graft.name != own.name and not graft.patch.train_only)
             )
-        except (
-            RuntimeError,
-            TypeError,
-        ) as error:  # what torch and pickle raise; the model's class may raise any
+        except (RuntimeError, TypeError) as error:  # what torch and pickle raise
             raise ConfigError(
                 f"The source network is a copy, and {(given or model)._get_name()} cannot be copied: {error}\n"
                 "Some networks keep a tensor of their last forward pass.\n"
