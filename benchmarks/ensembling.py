@@ -41,7 +41,14 @@ QUICK: dict[str, Any] = {
     "test_per_class": 100,
     "augment": {"crop_padding": 8, "flip": 0.5},
     "variants": {BARE: None, **MIXINGS},
-    "training": {"epochs": 8, "batch_size": 32, "lr": 0.01, "optimizer": "sgd", "weight_decay": 5e-4},
+    "training": {
+        "epochs": 8,
+        "batch_size": 32,
+        "lr": 0.01,
+        "optimizer": "sgd",
+        "weight_decay": 5e-4,
+        "channels_last": True,
+    },
 }
 FULL: dict[str, Any] = {
     **SHARED,

@@ -35,7 +35,14 @@ QUICK: dict[str, Any] = {
     **SHARED,
     "limit_per_class": 60,
     "variants": {BARE: None, "block": {}},
-    "training": {"epochs": 10, "batch_size": 32, "lr": 0.01, "optimizer": "sgd", "weight_decay": 5e-4},
+    "training": {
+        "epochs": 10,
+        "batch_size": 32,
+        "lr": 0.01,
+        "optimizer": "sgd",
+        "weight_decay": 5e-4,
+        "channels_last": True,
+    },
 }
 FULL: dict[str, Any] = {
     **SHARED,
@@ -52,7 +59,6 @@ FULL: dict[str, Any] = {
         "epochs": 20,
         "batch_size": 64,
         "amp": True,
-        "channels_last": True,
     },
 }
 
