@@ -23,14 +23,14 @@ from benchmarks.results import FOLDER, Results
 from benchmarks.runner import Settings, carry_out
 from benchmarks.studies import STUDIES
 from benchmarks.study import SIZES
-from benchmarks.zoo import Zoo, shares, summary
-from benchmarks.zoo import plot as plot_zoo
+from benchmarks.zoo import Zoo
 from benchmarks.zoo import run as run_zoo
+from benchmarks.zoo_tables import plot as plot_zoo
+from benchmarks.zoo_tables import shares, shares_table, summary
 from fxgraft.errors import ConfigError, candidates
 from fxgraft.files import write_text
 
 README = Path(__file__).parents[1] / "README.md"
-MARKS = ("<!-- evidence: written by python -m benchmarks readme -->", "<!-- evidence: end -->")
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help=__doc__, pretty_exceptions_enable=False)
 
@@ -90,13 +90,15 @@ def table(names: Names = None, out: Out = FOLDER) -> None:
 
 
 @app.command()
-def readme(write: Annotated[bool, typer.Option("--write", help="Put it into README.md.")] = False) -> None:
-    """Write the README's table from the committed results."""
-    text = help_table(read_all(None, FOLDER))
-    if not write:
-        typer.echo(text)
-        return
-    write_text(README, with_evidence(README.read_text(encoding="utf-8"), text))
+def readme(write: Annotated[bool, typer.Option("--write", help="Put them into README.md.")] = False) -> None:
+    """Write the README's tables from the committed results."""
+    document = README.read_text(encoding="utf-8")
+    for part, text in readme_parts().items():
+        document = with_part(document, part, text)
+        if not write:
+            typer.echo(text + "\n")
+    if write:
+        write_text(README, document)
 
 
 @app.command()
@@ -112,15 +114,24 @@ def zoo(
     run_zoo(found, console, pattern, workers, minutes)
     write_text(out / "zoo.md", summary(found))
     plot_zoo(found, out / "zoo.png")
-    for method, (good, total) in shares(found.records).items():
+    for method, (good, total) in shares(found.known()).items():
         console.print(f"{method}: {good} of {total}")
 
 
-def with_evidence(document: str, text: str) -> str:
-    """Return a README with the table between its two marks."""
-    head, _, rest = document.partition(MARKS[0])
-    _, _, tail = rest.partition(MARKS[1])
-    return f"{head}{MARKS[0]}\n{text}\n{MARKS[1]}{tail}"
+def readme_parts() -> dict[str, str]:
+    """Return what the committed results say, by the name of the part of the README."""
+    return {
+        "evidence": help_table(read_all(None, FOLDER)),
+        "coverage": shares_table(Zoo(FOLDER / "zoo.json")),
+    }
+
+
+def with_part(document: str, part: str, text: str) -> str:
+    """Return a README with a part written anew between its two marks."""
+    begin, end = f"<!-- {part}: written by python -m benchmarks readme -->", f"<!-- {part}: end -->"
+    head, _, rest = document.partition(begin)
+    _, _, tail = rest.partition(end)
+    return f"{head}{begin}\n{text}\n{end}{tail}"
 
 
 def read_all(names: list[str] | None, folder: Path) -> list[Results]:

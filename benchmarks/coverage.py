@@ -5,6 +5,8 @@ Nothing is computed: the network is on the meta device, where its operations giv
 
 from __future__ import annotations
 
+import hashlib
+import itertools
 import re
 import time
 import warnings
@@ -19,6 +21,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 import fxgraft
+from fxgraft.cli.readme import own_methods
 from fxgraft.graph.grafting.graft import Graft
 from fxgraft.graph.grafting.ledger import Ledger
 from fxgraft.graph.tracing.observe import default_input_size
@@ -55,8 +58,41 @@ def build(name: str) -> nn.Module:
         return torchvision.models.get_model(model, weights=None, num_classes=CLASSES, **options)
 
 
+def structure(name: str) -> Record:
+    """Say what an architecture is made of, so that two of one structure can stand for each other.
+
+    Structures are the same when the classes, names and switches (booleans and words) of their modules are, a run of
+    blocks that are alike counting as one of them: ResNet-50 and ResNet-101 are of one structure, as are the sizes of
+    a ViT.
+
+    Returns:
+        "family"; "structure", a digest; "modules", how many there are. Or "family" and "unbuilt", the error.
+    """
+    warnings.simplefilter("ignore")
+    try:
+        model = build(name)
+    except Exception as error:  # some want packages that are not here
+        return {"family": family(name), "unbuilt": _shown(error)}
+    modules = sum(1 for _ in model.modules())
+    return {"family": family(name), "structure": _digest(model), "modules": modules}
+
+
+def _digest(module: nn.Module) -> str:
+    children: list[object] = [(name, _digest(child)) for name, child in module.named_children()]
+    if isinstance(module, (nn.Sequential, nn.ModuleList)):
+        children = [digest for digest, _ in itertools.groupby(_digest(child) for child in module)]
+    switches = sorted(
+        (name, value)
+        for name, value in vars(module).items()
+        if (value is None or isinstance(value, (bool, str))) and name != "training" and name[0] != "_"
+    )
+    own = sorted(name for name, _ in module.named_parameters(recurse=False))
+    kind = f"{type(module).__module__}.{type(module).__qualname__}"
+    return hashlib.sha256(repr((kind, switches, own, children)).encode()).hexdigest()[:16]
+
+
 def examine(name: str) -> Record:
-    """Try every method on one architecture, and all that go together.
+    """Try every method that comes with fxgraft on one architecture, and all that go together.
 
     Returns:
         "family"; "build" in seconds; "bare", None or how it fails by itself; "methods" and "stack", each with "plan"
@@ -66,15 +102,12 @@ def examine(name: str) -> Record:
     warnings.simplefilter("ignore")
     record: Record = {"family": family(name)}
     began = time.perf_counter()
-    try:
-        model = build(name)
-    except Exception as error:  # some want packages that are not here
-        return {**record, "unbuilt": _shown(error)}
+    model = build(name)
     record["build"] = _since(began)
     size = SIZES.get(name) or default_input_size(model)
     record["bare"] = steps(model, size)
     record["methods"] = {}
-    for method in fxgraft.methods():
+    for method in own_methods():
         tried = record["methods"][method] = graft(model, [method], size)
         if "refused" not in tried and "failed" not in tried:
             tried["steps"] = record["bare"] or steps(model, size)
@@ -88,7 +121,7 @@ def examine(name: str) -> Record:
 
 def graft(model: nn.Module, methods: list[str], size: tuple[int, ...]) -> Record:
     """Put methods on, planned together; return how long that took, and what came of it."""
-    chosen = [fxgraft.methods()[method] for method in methods]
+    chosen = [own_methods()[method] for method in methods]
     grafts = [Graft(each.method, each(**each.example), input_size=size) for each in chosen]
     began = time.perf_counter()
     try:

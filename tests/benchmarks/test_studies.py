@@ -10,12 +10,12 @@ from typing import Any
 
 import pytest
 import torch
-from benchmarks.__main__ import MARKS, README, read_all, with_evidence
+from benchmarks.__main__ import README, readme_parts, with_part
 from benchmarks.corruptions import CORRUPTIONS, corrupt
 from benchmarks.ensembling import training_of
 from benchmarks.evidence import gain, help_table, scores_table
 from benchmarks.pretrained import pretrained
-from benchmarks.results import FOLDER, Results
+from benchmarks.results import Results
 from benchmarks.runner import OutOfTimeError, Settings, carry_out
 from benchmarks.studies import STUDIES
 from benchmarks.study import BARE, Claim, Job, Study, identity
@@ -177,7 +177,8 @@ def test_repetition_belongs_to_networks_of_several_members() -> None:
 
 def test_the_readme_says_what_the_results_say() -> None:
     document = README.read_text(encoding="utf-8")
-    assert with_evidence(document, help_table(read_all(None, FOLDER))) == document
-    assert (
-        with_evidence(f"a\n{MARKS[0]}\nold\n{MARKS[1]}\nb\n", "new") == f"a\n{MARKS[0]}\nnew\n{MARKS[1]}\nb\n"
-    )
+    for part, text in readme_parts().items():
+        assert text in document
+        assert with_part(document, part, text) == document
+    begin, end = "<!-- x: written by python -m benchmarks readme -->", "<!-- x: end -->"
+    assert with_part(f"a\n{begin}\nold\n{end}\nb\n", "x", "new") == f"a\n{begin}\nnew\n{end}\nb\n"

@@ -8,12 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from benchmarks.coverage import architectures, category, examine, family, meta_dirichlet
-from benchmarks.zoo import Zoo, plot, run, shares, summary
+from benchmarks.coverage import architectures, category, examine, family, meta_dirichlet, structure
+from benchmarks.zoo import Zoo, run
+from benchmarks.zoo_tables import plot, shares, summary
 from rich.console import Console
 
-import fxgraft
+from benchmarks import coverage
 from benchmarks import zoo as benchmark
+from fxgraft.cli.readme import own_methods
 from fxgraft.errors import ConfigError
 from sweeping import some
 
@@ -33,7 +35,15 @@ RECORDS: dict[str, Any] = {
         "methods": {"rsc": {"plan": 0.1, "failed": "RuntimeError: 3"}, "mixmo": {"plan": 1.0, "steps": None}},
         "stack": {"of": [], "plan": 1.0, "steps": "training: RuntimeError: 4"},
     },
+}
+STRUCTURES: dict[str, Any] = {
+    "timm/a": {"family": "timm/x", "structure": "1", "modules": 5},
+    "timm/a_large": {"family": "timm/y", "structure": "1", "modules": 50},
+    "timm/a_larger": {"family": "timm/y", "structure": "1", "modules": 60},
+    "timm/b": {"family": "timm/x", "structure": "2", "modules": 7},
+    "timm/b_large": {"family": "timm/x", "structure": "2", "modules": 9},
     "timm/c": {"family": "timm/y", "unbuilt": "ImportError: a package"},
+    "timm/d": {"family": "timm/y", "structure": "3", "modules": 1},
 }
 
 
@@ -45,14 +55,12 @@ def test_an_architecture(name: str) -> None:
     finally:
         put_back()
     assert found["bare"] is None
-    assert set(found["methods"]) == set(fxgraft.methods())
+    assert set(found["methods"]) == set(own_methods())
     dense = name.startswith("torchvision/lraspp")
     for method, tried in found["methods"].items():
         assert "failed" not in tried
         assert tried.get("steps") is None, method
-        assert ("refused" in tried) == (dense and method in ("mixmo", "diversification", "manifold_mixup")), (
-            method
-        )
+        assert ("refused" in tried) == (dense and method in ("mixmo", "diversification")), method
     assert found["stack"]["steps"] is None
     assert {"taps", "rsc"} <= {*found["stack"]["of"]}
 
@@ -72,17 +80,55 @@ def test_refusals_of_one_kind() -> None:
     assert category(one) == category(other) != category("StructureError: There is no stem in VovNet.")
 
 
+@pytest.mark.parametrize(
+    ("one", "other", "same"),
+    [
+        ("timm/resnet50", "timm/resnet101", True),
+        ("timm/vit_tiny_patch16_224", "timm/vit_base_patch32_224", True),
+        ("timm/resnet50", "timm/resnet50d", False),
+        ("timm/resnet18", "timm/resnet50", False),
+        ("timm/resnet18", "torchvision/resnet18", False),
+    ],
+)
+def test_what_is_of_one_structure(one: str, other: str, same: bool) -> None:
+    assert (structure(one)["structure"] == structure(other)["structure"]) is same
+
+
+def test_what_cannot_be_built_is_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(name: str) -> None:
+        raise ImportError(f"{name} needs a package")
+
+    monkeypatch.setattr(coverage, "build", refused)
+    assert structure("timm/resnet18") == {
+        "family": "timm/resnet",
+        "unbuilt": "ImportError: timm/resnet18 needs a package",
+    }
+
+
+def test_the_smallest_of_each_structure_then_the_largest_then_the_rest(tmp_path: Path) -> None:
+    found = Zoo(tmp_path / "zoo.json")
+    found.structures = dict(STRUCTURES)
+    everything = ["timm/a", "timm/b", "timm/d", "timm/a_larger", "timm/b_large", "timm/a_large"]
+    assert found.missing() == everything
+    assert found.missing("timm/a*") == ["timm/a", "timm/a_larger", "timm/a_large"]
+    found.records = {"timm/a_large": RECORDS["timm/a"]}
+    assert found.missing() == ["timm/b", "timm/d", "timm/a_larger", "timm/b_large", "timm/a"]
+
+
 def test_tables(tmp_path: Path) -> None:
     found = Zoo(tmp_path / "zoo.json")
-    found.records = dict(RECORDS)
-    assert shares(found.records) == {"rsc": (1, 2), "mixmo": (1, 2), "all together": (1, 2)}
+    found.structures, found.records = dict(STRUCTURES), dict(RECORDS)
+    assert set(found.known()) == {*STRUCTURES} - {"timm/c", "timm/d"}
+    assert shares(found.known()) == {"rsc": (3, 5), "mixmo": (2, 5), "all together": (3, 5)}
     text = summary(found)
     for line in (
-        "2 architectures of ",
-        "| rsc | 1 | 2 | 50.0% |",
+        "5 of the 7 architectures of timm and torchvision, by 2 of them that were tried: ",
+        " 1 more could not be built here, and 0 do not run by themselves.",
+        "| `rsc` | 3 | 5 | 60.0% |",
+        "| rsc | 0.50 | 0.5 |",
         "| timm/a | mixmo | 2.0 |",
-        "| rsc | 1 | CRASH RuntimeError: … | timm/b | RuntimeError: 3 |",
-        "| timm/x | 1/2 | 1/2 | 1/2 |",
+        "| rsc | 2 | CRASH RuntimeError: … | timm/b | RuntimeError: 3 |",
+        "| timm/x | 1/3 | 2/3 | 1/3 |",
     ):
         assert line in text
     plot(found, tmp_path / "zoo.png")
@@ -100,16 +146,17 @@ def test_a_run_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(benchmark, "examine", examined)
     path = tmp_path / "zoo.json"
     pattern = "timm/test_*"
-    everything = Zoo(path).missing(pattern)
     run(Zoo(path), Console(quiet=True), pattern, 2, minutes=0)
     assert tried == []
-    found = Zoo(path)
-    found.records = {everything[0]: RECORDS["timm/b"]}
-    found.write()
+    run(Zoo(path), Console(quiet=True), "timm/test_resnet", 2, minutes=None)
+    assert tried == ["timm/test_resnet"]
+    wanted = Zoo(path).unseen(pattern)
+    assert len(wanted) > 3
     run(Zoo(path), Console(quiet=True), pattern, 2, minutes=None)
-    assert sorted(tried) == sorted(everything[1:])
-    assert Zoo(path).missing(pattern) == []
-    assert Zoo(path).records[everything[0]] == RECORDS["timm/b"]
+    found = Zoo(path)
+    assert sorted(tried[1:]) == sorted(wanted)
+    assert found.unseen(pattern) == found.missing(pattern) == []
+    assert len(found.environments) == 1
 
 
 @pytest.mark.parametrize(
@@ -117,7 +164,10 @@ def test_a_run_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     [
         ("[]", "is no file of this benchmark"),
         ("{", "is no file of this benchmark"),
-        (json.dumps({"protocol": "x", "environments": [], "architectures": {}}), "is of another protocol: x"),
+        (
+            json.dumps({"protocol": "x", "environments": [], "structures": {}, "tried": {}}),
+            "is of another protocol: x",
+        ),
     ],
 )
 def test_other_files_are_refused(content: str, message: str, tmp_path: Path) -> None:

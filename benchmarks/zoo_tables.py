@@ -1,0 +1,133 @@
+"""What is known of the zoo in tables and as a picture."""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Iterator
+from pathlib import Path
+
+from benchmarks.coverage import Record, category
+from benchmarks.zoo import PROTOCOL, Zoo
+from fxgraft.cli.readme import markdown_table, own_methods
+
+
+def outcomes(records: dict[str, Record]) -> Iterator[tuple[str, str, str, Record]]:
+    """Yield (architecture, family, method, what came of it), but for networks that do not run by themselves."""
+    for name, record in records.items():
+        if record["bare"] is None:
+            for method, tried in {**record["methods"], "all together": record["stack"]}.items():
+                yield name, record["family"], method, tried
+
+
+def works(tried: Record) -> bool:
+    """Say whether a method went on, trained and evaluated."""
+    return tried.get("steps", "") is None
+
+
+def shares(records: dict[str, Record]) -> dict[str, tuple[int, int]]:
+    """Count (those that work, all) by method."""
+    counts: dict[str, Counter[bool]] = defaultdict(Counter)
+    for _, _, method, tried in outcomes(records):
+        counts[method][works(tried)] += 1
+    return {method: (count[True], count.total()) for method, count in counts.items()}
+
+
+def summary(zoo: Zoo) -> str:
+    """Write what is known in Markdown: shares, the slowest plans, refusals by category, families."""
+    known = zoo.known()
+    counted = len({name for name, *_ in outcomes(known)})
+    no_network = sum("unbuilt" in each for each in zoo.structures.values())
+    lines = [
+        f"{counted} of the {len(zoo.structures)} architectures of timm and torchvision, by {len(zoo.records)} of them "
+        f"that were tried: {PROTOCOL}. {no_network} more could not be built here, and {len(known) - counted} do not "
+        f"run by themselves.",
+        "",
+        shares_table(zoo),
+        "",
+        "Plans, of the networks that were tried:",
+        "",
+        markdown_table(
+            ("method", "median, s", "slowest, s"),
+            [(method, *_times(zoo.records, method)) for method in shares(zoo.records)],
+        ),
+        "",
+        markdown_table(("slowest", "method", "s"), _slowest(zoo.records)),
+        "",
+        "What does not work, by category, with one text as the user sees it:",
+        "",
+        markdown_table(("method", "networks", "category", "for example", "the text"), _refusals(known)),
+        "",
+        "By model file:",
+        "",
+        markdown_table(("model file", *shares(known)), _families(known)),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def shares_table(zoo: Zoo) -> str:
+    """Write the share of architectures that each method works on."""
+    rows = [
+        (f"`{method}`" if method in own_methods() else method, str(good), str(total), f"{good / total:.1%}")
+        for method, (good, total) in shares(zoo.known()).items()
+    ]
+    return markdown_table(("method", "works", "of", "share"), rows)
+
+
+def _times(records: dict[str, Record], method: str) -> tuple[str, str]:
+    plans = sorted(each["plan"] for _, _, name, each in outcomes(records) if name == method)
+    return f"{plans[len(plans) // 2]:.2f}", f"{plans[-1]:.1f}"
+
+
+def _slowest(records: dict[str, Record]) -> list[tuple[str, ...]]:
+    single = [
+        (each["plan"], name, method)
+        for name, _, method, each in outcomes(records)
+        if method != "all together"
+    ]
+    return [(name, method, f"{plan:.1f}") for plan, name, method in sorted(single, reverse=True)[:10]]
+
+
+def _refusals(records: dict[str, Record]) -> list[tuple[str, ...]]:
+    found: dict[tuple[str, str], list[tuple[str, str]]] = defaultdict(list)
+    for name, _, method, tried in outcomes(records):
+        text = tried.get("refused") or tried.get("failed") or tried.get("steps")
+        if text:
+            kind = "" if "refused" in tried else "CRASH "
+            found[method, kind + category(text)].append((name, text))
+    ordered = sorted(found.items(), key=lambda item: (item[0][0], -len(item[1])))
+    return [
+        (method, str(len(cases)), kind, cases[0][0], "<br>".join(cases[0][1].splitlines()))
+        for (method, kind), cases in ordered
+    ]
+
+
+def _families(records: dict[str, Record]) -> list[tuple[str, ...]]:
+    cells: dict[str, dict[str, Counter[bool]]] = defaultdict(lambda: defaultdict(Counter))
+    for _, group, method, tried in outcomes(records):
+        cells[group][method][works(tried)] += 1
+    return [
+        (group, *(f"{row[method][True]}/{row[method].total()}" for method in shares(records)))
+        for group, row in sorted(cells.items())
+    ]
+
+
+def plot(zoo: Zoo, path: Path) -> None:
+    """Draw the matrix of model files and methods: the share of architectures that work."""
+    from matplotlib.figure import Figure
+
+    known = zoo.known()
+    methods = list(shares(known))
+    rows = _families(known)
+    share = [[_share(cell) for cell in row[1:]] for row in rows]
+    figure = Figure(figsize=(1.2 * len(methods) + 2, 0.22 * len(rows) + 2), layout="constrained")
+    axis = figure.subplots()
+    image = axis.imshow(share, vmin=0, vmax=1, cmap="RdYlGn", aspect="auto")
+    axis.set_xticks(range(len(methods)), methods, rotation=30, ha="right")
+    axis.set_yticks(range(len(rows)), [row[0] for row in rows], fontsize=7)
+    figure.colorbar(image, label="share of the architectures tried that plan, train and evaluate")
+    figure.savefig(path, dpi=100)
+
+
+def _share(cell: str) -> float:
+    good, total = map(int, cell.split("/"))
+    return good / total if total else float("nan")
