@@ -4,9 +4,15 @@ from __future__ import annotations
 
 import ast
 import dataclasses
+from pathlib import Path
+
+import pytest
+import typer
+from typer.testing import CliRunner
 
 import fxgraft
 from fxgraft import public
+from fxgraft.cli import stubs
 from fxgraft.cli.readme import own_methods
 from fxgraft.cli.stubs import STUB, stub
 
@@ -24,6 +30,19 @@ def overloads() -> dict[str, list[str]]:
 
 def test_the_stub_is_written_from_the_registry() -> None:
     assert STUB.read_text() == stub(), "python -m fxgraft.cli.stubs --write"
+
+
+def test_the_command_compares_and_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    app = typer.Typer()
+    app.command()(stubs.main)
+    monkeypatch.setattr(stubs, "STUB", tmp_path / "__init__.pyi")
+    stubs.STUB.write_text("old")
+    stale = CliRunner().invoke(app, ["--check"])
+    assert stale.exit_code == 1
+    assert "python -m fxgraft.cli.stubs --write" in stale.output
+    assert CliRunner().invoke(app, ["--write"]).exit_code == 0
+    assert stubs.STUB.read_text() == stub()
+    assert CliRunner().invoke(app, ["--check"]).exit_code == 0
 
 
 def test_every_option_of_every_method_completes() -> None:

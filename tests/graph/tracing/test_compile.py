@@ -51,6 +51,29 @@ def test_nothing_fake_is_kept():
     assert seen == [2]
 
 
+class Places(nn.Module):
+    """Makes a tensor from nothing in its forward."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 6, 3)
+        self.fc = nn.Linear(6, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv(x) + torch.linspace(0, 1, 6).view(1, -1, 1, 1)
+        return self.fc(torch.relu(x).mean((2, 3)))
+
+
+def test_tensors_that_a_forward_makes_are_the_same_and_follow_the_device() -> None:
+    model = Places()
+    x = torch.randn(2, 3, 16, 16)
+    wanted = model(x)
+    fxgraft.patch(model, "diversification", input_size=(3, 16, 16), p_peak=0.0, p_patch=0.0)
+    torch.testing.assert_close(model.train()(x), wanted)
+    with torch.device("meta"):
+        assert model.to("meta")(x.to("meta")).device.type == "meta"
+
+
 def test_attention_biases_of_timm_are_computed_anew():
     torch.manual_seed(0)
     model = timm.create_model("efficientvit_m0", num_classes=3).eval()

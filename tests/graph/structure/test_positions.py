@@ -1,0 +1,83 @@
+"""Where units go by position: shared activations, maps whose shape does not tell channels from places."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import fxgraft
+from fxgraft.patches.crossnorm.patch import CrossNormUnit
+from fxgraft.patches.crossnorm.tensors import crossnorm
+
+SIZE = (3, 16, 16)
+
+
+class Shared(nn.Module):
+    """One activation for two convolutions, as torchvision's ResNets have."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(3, 8, 3, 2, 1)
+        self.second = nn.Conv2d(8, 8, 3, 1, 1)
+        self.act = nn.ReLU()
+        self.fc = nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.act(self.second(self.act(self.first(x))))
+        return self.fc(x.mean((2, 3)))
+
+
+class Block(nn.Module):
+    """A residual block in either memory layout."""
+
+    def __init__(self, channels_last: bool) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(8) if channels_last else nn.BatchNorm2d(8)
+        self.mix = nn.Linear(8, 8) if channels_last else nn.Conv2d(8, 8, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.relu(x + self.mix(self.norm(x)))
+
+
+class Cube(nn.Module):
+    """A residual block on a map that is as deep as it is high and wide."""
+
+    def __init__(self, channels_last: bool, flexible: bool) -> None:
+        super().__init__()
+        self.channels_last = channels_last
+        self.flexible = flexible
+        self.stem = nn.Conv2d(3, 8, 3, 2, 1)
+        self.block = Block(channels_last)
+        self.head = nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.flexible and x.shape[2] != SIZE[1]:
+            raise ValueError("images of 16 pixels")
+        x = self.stem(x)
+        x = self.block(x.permute(0, 2, 3, 1) if self.channels_last else x)
+        return self.head(x.mean((1, 2) if self.channels_last else (2, 3)))
+
+
+def test_every_call_of_a_shared_activation_has_a_unit() -> None:
+    model = Shared().double().train()
+    fxgraft.patch(model, "crossnorm", position="act", input_size=SIZE, p=1.0, active=None)
+    units = fxgraft.grafts(model)[0].units_of(CrossNormUnit)
+    orders = [torch.tensor([1, 2, 0]), torch.tensor([2, 0, 1])]
+    for unit, order in zip(units, orders, strict=True):
+        unit._restyled = lambda x, order=order: crossnorm(x, order)  # type: ignore[assignment]
+    x = torch.randn(3, *SIZE, dtype=torch.float64)
+    wanted = crossnorm(model.act(model.first(x)), orders[0])
+    wanted = crossnorm(model.act(model.second(wanted)), orders[1])
+    torch.testing.assert_close(model(x), model.fc(wanted.mean((2, 3))))
+
+
+@pytest.mark.parametrize("flexible", [True, False], ids=["any size", "one size"])
+@pytest.mark.parametrize(("channels_last", "layout"), [(False, "NCHW"), (True, "NHWC")])
+@pytest.mark.parametrize("position", ["pre", "residual", "post"])
+def test_the_layout_of_a_map_that_is_as_deep_as_wide(
+    position: str, channels_last: bool, layout: str, flexible: bool
+) -> None:
+    model = Cube(channels_last, flexible)
+    fxgraft.patch(model, "crossnorm", position=position, input_size=SIZE)
+    assert [str(unit.layout) for unit in fxgraft.grafts(model)[0].units_of(CrossNormUnit)] == [layout]
