@@ -1,4 +1,5 @@
-"""One thread per test process, since the suite runs in two; the same seed for every test; two more methods."""
+"""One thread per test process, since the suite runs in two; the same seed for every test; two more methods; the hooks
+that write the matrix of what works."""
 
 import gc
 import os
@@ -11,6 +12,9 @@ import torch
 
 from third_party_package import install
 from toys import register_toys
+from works_with import pytest_addoption, pytest_collection_modifyitems, pytest_configure
+
+__all__ = ["pytest_addoption", "pytest_collection_modifyitems", "pytest_configure"]  # hooks
 
 torch.set_num_threads(1)
 # For the processes that the tests run in, which start after this: glibc gives large buffers back to the system as soon

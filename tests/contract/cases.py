@@ -260,3 +260,19 @@ def stack(model: nn.Module, backbone: Backbone, order: list[str]) -> list[str]:
         there.append(method)
         assert [graft.name for graft in fxgraft.grafts(model)] == there
     return there
+
+
+def replicas(model: nn.Module, count: int) -> list[nn.Module]:
+    """Replicate a model as DataParallel does: modules of their own, parameters that lead back to the model's."""
+    made = []
+    for _ in range(count):
+        copies: dict[nn.Module, Any] = {m: m._replicate_for_data_parallel() for m in model.modules()}
+        for original, replica in copies.items():
+            replica._modules.update(
+                {name: copies[child] for name, child in original._modules.items() if child}
+            )
+            replica._parameters.update(original._parameters)
+            replica._buffers.update({n: b if b is None else b.clone() for n, b in original._buffers.items()})
+            replica._is_replica = True
+        made.append(copies[model])
+    return made

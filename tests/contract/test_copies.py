@@ -79,6 +79,7 @@ def check(model: nn.Module, twin: nn.Module, plain: nn.Module, x: Tensor, y: Ten
     assert fxgraft.grafts(model)
 
 
+@pytest.mark.works_with("pickling, to worker processes")
 @pytest.mark.parametrize("cell", cells(representative=FEW, backbones=REPRESENTATIVE))
 def test_pickled(cell: Cell) -> None:
     model = moved(cell.patch(fresh(cell.backbone)))

@@ -64,6 +64,7 @@ def on_a_gpu(model: nn.Module) -> nn.Module:
     return model
 
 
+@pytest.mark.works_with("fake CUDA tensors: one device, no waiting for it")
 @pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
 @pytest.mark.parametrize("cell", cells(representative=("small",), backbones=REPRESENTATIVE))
 def test_nothing_mixes_devices_or_waits_for_one(

@@ -46,6 +46,7 @@ def legacy(model: nn.Module, x: Tensor) -> bytes:
     return written.getvalue()
 
 
+@pytest.mark.works_with("ONNX, in onnxruntime")
 @pytest.mark.parametrize("export", [dynamo, legacy])
 def test_onnxruntime_computes_the_same(
     model: nn.Module, export: Callable[[nn.Module, Tensor], bytes]
@@ -60,6 +61,7 @@ def test_onnxruntime_computes_the_same(
     np.testing.assert_allclose(out, evaluated(model, x).numpy(), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.works_with("`torch.jit.trace`, evaluation")
 @torchscript
 def test_torchscript_traces_the_evaluation(model: nn.Module) -> None:
     x = SMALL.inputs()

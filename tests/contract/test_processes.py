@@ -167,6 +167,9 @@ BROKEN = {
 }
 
 
+@pytest.mark.works_with("DDP, two processes", where={"kind": "ddp"})
+@pytest.mark.works_with("FSDP2, two processes", where={"kind": "fsdp2"})
+@pytest.mark.works_with("FSDP2, parts of blocks sharded as well", where={"kind": "fsdp2_nested"})
 @pytest.mark.parametrize(
     ("kind", "name"),
     [

@@ -65,6 +65,7 @@ def learns(subject: Subject, model: nn.Module, loss: Tensor) -> None:
     model.zero_grad(set_to_none=True)
 
 
+@pytest.mark.works_with("`torch.compile(fullgraph=True)`")
 @pytest.mark.usefixtures("_compiler")
 def test_compiled_in_one_graph(subject: Subject) -> None:
     """Training learns and evaluation is the eager one; schedules and other labels do not compile anew."""
@@ -80,6 +81,7 @@ def test_compiled_in_one_graph(subject: Subject) -> None:
             learns(subject, model, fxgraft.loss(model, compiled(x.flip(0), target=y.roll(1)), y.roll(1)))
 
 
+@pytest.mark.works_with("`torch.export`")
 def test_exported(subject: Subject) -> None:
     """What acts in training only is absent, node for node; the rest exports, and computes the same."""
     model = subject.bare().eval()
@@ -122,6 +124,8 @@ def test_onnx_is_that_of_the_bare_model(tmp_path: Path) -> None:
         assert (onnx.numpy_helper.to_array(mine) == onnx.numpy_helper.to_array(theirs)).all()
 
 
+@pytest.mark.works_with("autocast bf16", where={"dtype": torch.bfloat16})
+@pytest.mark.works_with("autocast fp16", where={"dtype": torch.float16})
 @pytest.mark.parametrize(
     "dtype", [torch.bfloat16, pytest.param(torch.float16, marks=pytest.mark.sweep)], ids=str
 )
@@ -140,7 +144,9 @@ def test_autocast(subject: Subject, dtype: torch.dtype) -> None:
         assert torch.equal(actual, expected)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.works_with("bfloat16 weights", where={"dtype": torch.bfloat16})
+@pytest.mark.works_with("float16 weights", where={"dtype": torch.float16})
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)
 def test_models_of_another_precision(subject: Subject, dtype: torch.dtype) -> None:
     """Patched in that precision, or brought to it afterwards."""
     x, y = subject.batch()
@@ -152,6 +158,7 @@ def test_models_of_another_precision(subject: Subject, dtype: torch.dtype) -> No
         assert evaluated(model, x.to(dtype)).dtype == dtype
 
 
+@pytest.mark.works_with("channels_last")
 @pytest.mark.parametrize("when", ["before", "after"])
 def test_channels_last(subject: Subject, when: str) -> None:
     """Weights and maps keep the format, and it changes no result."""
@@ -184,6 +191,7 @@ CHECKPOINTED = cells(backbones=("timm/resnet18", "timm/test_vit"), representativ
 BROKEN = {"crossnorm": "its units are not on when their block is computed again in backward"}
 
 
+@pytest.mark.works_with("activation checkpointing")
 @pytest.mark.parametrize("when", ["before", pytest.param("after", marks=pytest.mark.sweep)])
 @pytest.mark.parametrize("cell", CHECKPOINTED)
 def test_activation_checkpointing(cell: Cell, when: str, request: pytest.FixtureRequest) -> None:

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 import fxgraft
+from contract.cases import replicas
 from fxgraft.api import ledger_of
 from fxgraft.errors import BypassError
 from fxgraft.graph.tracing.editing import After, Output
@@ -137,18 +138,6 @@ def test_dataparallel_replicas_run_in_threads_with_their_own_labels() -> None:
             expected.append((step(model, x, target=y)[0], records[0].mask))
     assert not torch.equal(expected[0][0], expected[1][0])
 
-    def replicate(module: nn.Module) -> nn.Module:
-        copies = {m: m._replicate_for_data_parallel() for m in module.modules()}
-        for original, replica in copies.items():
-            for name, child in original._modules.items():
-                replica._modules[name] = copies[child]
-            for name, p in original._parameters.items():
-                replica._parameters[name] = p
-            for name, b in original._buffers.items():
-                replica._buffers[name] = b.clone()
-            replica._is_replica = True
-        return copies[module]
-
     model.eval()
     model.train()
     for module in model.modules():
@@ -166,8 +155,8 @@ def test_dataparallel_replicas_run_in_threads_with_their_own_labels() -> None:
         except Exception as error:
             results[index] = error
 
-    replicas = [replicate(model) for _ in halves]
-    threads = [threading.Thread(target=run, args=(i, replica)) for i, replica in enumerate(replicas)]
+    made = replicas(model, len(halves))
+    threads = [threading.Thread(target=run, args=(i, replica)) for i, replica in enumerate(made)]
     for thread in threads:
         thread.start()
     for thread in threads:
