@@ -1,13 +1,14 @@
-"""Learning benchmarks: does a method help, on which data, and what does it cost?
+"""Benchmarks: does a method help, on which data, what does it cost, and on which networks does it go?
 
     python -m benchmarks quick --data DIR
     python -m benchmarks full --data DIR --device cuda --minutes 9
     python -m benchmarks table
     python -m benchmarks zoo --minutes 60
+    python -m benchmarks overhead
     python -m benchmarks readme --write
 
-Everything that is missing is run, in the order of the studies; what is there is kept. A run that is cut off goes on
-from its last finished epoch when the same command is given again.
+Everything that is missing is run; what is there is kept. A run that is cut off goes on from its last finished
+epoch when the same command is given again.
 """
 
 from __future__ import annotations
@@ -19,6 +20,8 @@ import typer
 from rich.console import Console
 
 from benchmarks.evidence import help_table, plot_gains, scores_table
+from benchmarks.matrix import matrix_table
+from benchmarks.overhead import MODELS, Overhead, file_of, overhead_table, quiet_profiler, subjects
 from benchmarks.results import FOLDER, Results
 from benchmarks.runner import Settings, carry_out
 from benchmarks.studies import STUDIES
@@ -118,11 +121,42 @@ def zoo(
         console.print(f"{method}: {good} of {total}")
 
 
+@app.command()
+def overhead(
+    model: Annotated[list[str] | None, typer.Option(help="A timm name; again for more.")] = None,
+    method: Annotated[list[str] | None, typer.Option(help="METHOD:key=value,…; again for more.")] = None,
+    rounds: Annotated[int, typer.Option(help="Timings of each network.")] = 12,
+    min_run_time: Annotated[float, typer.Option(help="Seconds for each timing.")] = 0.2,
+    threads: Annotated[int | None, typer.Option(help="CPU threads; torch's own by default.")] = None,
+    compiled: Annotated[
+        bool, typer.Option("--compile", help="Run all networks through torch.compile.")
+    ] = False,
+    batch: int = 16,
+    size: int = 224,
+    device: Device = "cpu",
+    out: Out = FOLDER,
+) -> None:
+    """Measure what every method costs against the bare model; what is in the file is kept."""
+    quiet_profiler()
+    settings = {
+        "batch": batch,
+        "size": size,
+        "device": device,
+        "rounds": rounds,
+        "min_run_time": min_run_time,
+        "threads": threads,
+        "compiled": compiled,
+    }
+    Overhead(file_of(out, device, compiled), settings).run(model or MODELS, subjects(method or ()), Console())
+
+
 def readme_parts() -> dict[str, str]:
     """Return what the committed results say, by the name of the part of the README."""
     return {
         "evidence": help_table(read_all(None, FOLDER)),
         "coverage": shares_table(Zoo(FOLDER / "zoo.json")),
+        "works-with": matrix_table(FOLDER / "works_with.json"),
+        "overhead": overhead_table(FOLDER / "overhead.json"),
     }
 
 

@@ -142,7 +142,8 @@ def steps(model: nn.Module, size: tuple[int, ...]) -> str | None:
     for training in (True, False):
         model.train(training)
         try:
-            out = model(x, **options)
+            with torch.set_grad_enabled(training):
+                out = model(x, **options)
             if training:
                 _objective(model, out, y).backward()
         except Exception as error:  # as above

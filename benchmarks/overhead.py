@@ -1,83 +1,139 @@
-"""What every registered method costs in its default configuration, against the bare model.
+"""What every method costs in its default configuration, against the bare model.
 
-    python benchmarks/overhead.py                                  # four backbones, 224², batch 16
-    python benchmarks/overhead.py --models resnet50 --rounds 24
-    python benchmarks/overhead.py --device cuda --batch 64
-    python benchmarks/overhead.py --models resnet18 --methods crossnorm crossnorm:p=1.0,active=None --compile
+    python -m benchmarks overhead                                      # six backbones, 224², batch 16
+    python -m benchmarks overhead --model resnet50 --rounds 24
+    python -m benchmarks overhead --device cuda --batch 64 --compile
+    python -m benchmarks overhead --model resnet18 --method crossnorm --method crossnorm:p=1.0,active=None
+    python -m benchmarks overhead --model test_resnet --batch 1 --size 64   # what a call costs whatever the network
 
-Writes ``results/overhead.json`` (every number with its spread), ``overhead.md`` and ``overhead.png`` beside
-it; on another device than the CPU, and for compiled networks, the files are named so. The methods come from
-the registry: a new one is measured without a change here.
+Writes ``overhead.json`` (every number with its spread), ``overhead.md`` and ``overhead.png``; on another device than
+the CPU, and for compiled networks, the files are named so. What is in the file is not measured again. The methods come
+from the registry: a new one is measured without a change here.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
-import fxgraft
+from rich.console import Console
+
+from benchmarks.coverage import STACK
 from fxgraft.bench.contestants import BARE, CONTROL, FORWARD, PATCHED, TRAINING_STEP
 from fxgraft.bench.overhead import measure
 from fxgraft.bench.report import OverheadReport, Row
-from fxgraft.errors import SiteError, StructureError
-from fxgraft.experiments.spec import parse_patch_spec
+from fxgraft.cli.readme import markdown_table, own_methods
+from fxgraft.errors import ConfigError, SiteError, StructureError
+from fxgraft.experiments.spec import describe, parse_patch_spec
 from fxgraft.files import write_text
 
-MODELS = ("resnet18", "resnet50", "convnext_tiny", "vit_small_patch16_224")
-RESULTS = Path(__file__).parent / "results"
-COLUMNS = ("model", "method", "evaluation", "training step", "noise", "extra memory in training")
+MODELS = (
+    *("resnet18", "resnet50", "convnext_tiny"),
+    *("swin_tiny_patch4_window7_224", "vit_small_patch16_224", "efficientnet_b0"),
+)
+COLUMNS = (
+    "model",
+    "method",
+    "evaluation",
+    "training step",
+    "noise",
+    "more per step, ms",
+    "extra memory",
+    "patching, s",
+)
+Patches = list[tuple[str, dict[str, Any]]]
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    options = _parser().parse_args(arguments)
-    # torch's profiler, which reads the memory, logs its start and stop to stderr unless told otherwise.
-    os.environ.setdefault("KINETO_LOG_LEVEL", "6")
-    known = fxgraft.methods()
-    specs = [parse_patch_spec(text) for text in options.methods or known]
-    suffix = "" if options.device == "cpu" else "-" + options.device.replace(":", "")
-    suffix += "-compiled" if options.compile else ""
-    stem = options.out / f"overhead{suffix}"
-    stem.parent.mkdir(parents=True, exist_ok=True)
+def subjects(methods: Sequence[str]) -> list[Patches]:
+    """Return what to measure: every method, with what it cannot do without, and those that go together; or a choice."""
+    known = own_methods()
+    if methods:
+        specs = [parse_patch_spec(text) for text in methods]
+        return [
+            [(each.method, {**(known[each.method].example if each.method in known else {}), **each.options})]
+            for each in specs
+        ]
+    single: list[Patches] = [[(name, dict(method.example))] for name, method in known.items()]
+    return [*single, [(name, dict(known[name].example)) for name in STACK]]
 
-    reports: list[OverheadReport] = []
-    refused: list[dict[str, str]] = []
-    for model in options.models:
-        for spec in specs:
-            # What a method cannot do without, where nothing else is asked for.
-            example = known[spec.method].example if spec.method in known else {}
-            try:
-                report = measure(
-                    model,
-                    [(spec.method, {**example, **spec.options})],
-                    batch=options.batch,
-                    size=options.size,
-                    device=options.device,
-                    rounds=options.rounds,
-                    min_run_time=options.min_run_time,
-                    threads=options.threads,
-                    compiled=options.compile,
+
+class Overhead:
+    """What was measured, in a file that grows.
+
+    Args:
+        path: the JSON file; carried on where it is there.
+        settings: of `fxgraft.bench.overhead.measure`.
+
+    Attributes:
+        reports: what was measured.
+        refused: "model", "method" and "reason" of what does not go together.
+
+    Raises:
+        ConfigError: the file is of another kind, or of other settings.
+    """
+
+    def __init__(self, path: Path, settings: Mapping[str, Any]) -> None:
+        self.path = path
+        self.settings = settings
+        self.reports: list[OverheadReport] = []
+        self.refused: list[dict[str, str]] = []
+        if not path.exists():
+            return
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+            self.reports = [OverheadReport.from_json(json.dumps(each)) for each in content["reports"]]
+            self.refused = content["refused"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise ConfigError(f"{path} is no file of this benchmark ({error!r}).\nMove it away.") from error
+        for report in self.reports:
+            other = [k for k, v in settings.items() if v is not None and v != getattr(report, k)]
+            if other:
+                raise ConfigError(
+                    f"{path} was measured with other settings: {', '.join(other)}.\nMove it away, or use --out."
                 )
-            except (SiteError, StructureError) as error:
-                # Part of the result: not every backbone has what every method needs.
-                refused.append({"model": model, "method": spec.text, "reason": str(error)})
-                print(f"{model} · {spec.text}: {error}", flush=True)
-            else:
-                reports.append(report)
-                print(report, flush=True)
-            if reports:
-                # After each one, so that a run that is stopped keeps what it has.
-                save(stem, reports, refused)
+
+    def run(self, models: Sequence[str], chosen: Sequence[Patches], console: Console) -> None:
+        """Measure what is missing; write after each."""
+        for model in models:
+            for wanted in chosen:
+                no = {each["method"] for each in self.refused if each["model"] == model}
+                patches = [each for each in wanted if len(wanted) == 1 or describe(*each) not in no]
+                text = " + ".join(describe(method, options) for method, options in patches)
+                done = {(report.model, " + ".join(report.patches)) for report in self.reports}
+                if {(model, text)} & (done | {(each["model"], each["method"]) for each in self.refused}):
+                    continue
+                try:
+                    report = measure(model, patches, **self.settings)
+                except (SiteError, StructureError) as error:
+                    # Part of the result: not every backbone has what every method needs.
+                    self.refused.append({"model": model, "method": text, "reason": str(error)})
+                    console.print(f"{model} · {text}: {error}", markup=False)
+                else:
+                    self.reports.append(report)
+                    console.print(report)
+                self.save()
+
+    def save(self) -> None:
+        """Write the JSON, the table and the picture."""
+        content = {"reports": [report.to_dict() for report in self.reports], "refused": self.refused}
+        write_text(self.path, json.dumps(content, indent=2) + "\n")
+        if self.reports:
+            write_text(self.path.with_suffix(".md"), markdown(self.reports, self.refused))
+            plot(self.path.with_suffix(".png"), self.reports)
 
 
-def save(stem: Path, reports: Sequence[OverheadReport], refused: Sequence[dict[str, str]]) -> None:
-    """Write the JSON, the table and the picture."""
-    content = {"reports": [report.to_dict() for report in reports], "refused": list(refused)}
-    write_text(stem.with_suffix(".json"), json.dumps(content, indent=2) + "\n")
-    write_text(stem.with_suffix(".md"), markdown(reports, refused))
-    plot(stem.with_suffix(".png"), reports)
+def file_of(out: Path, device: str, compiled: bool) -> Path:
+    """Return the file of a device, and of eager or compiled networks."""
+    named = "" if device == "cpu" else "-" + device.replace(":", "")
+    return out / f"overhead{named}{'-compiled' if compiled else ''}.json"
+
+
+def quiet_profiler() -> None:
+    """Keep torch's profiler, which reads the memory, from logging its start and stop."""
+    os.environ.setdefault("KINETO_LOG_LEVEL", "6")
 
 
 def markdown(reports: Sequence[OverheadReport], refused: Sequence[dict[str, str]]) -> str:
@@ -93,21 +149,55 @@ def markdown(reports: Sequence[OverheadReport], refused: Sequence[dict[str, str]
         f"{', torch.compile(fullgraph=True)' if first.compiled else ''}{allocator};"
         f" {versions}. Training step: {first.training_step}. Memory: {first.memory_kind}.",
         "",
-        "| " + " | ".join(COLUMNS) + " |",
-        "|" + "---|" * len(COLUMNS),
+        markdown_table(
+            COLUMNS,
+            [_cells(report) for report in reports]
+            + [
+                (each["model"], each["method"], each["reason"].splitlines()[0], *[""] * 5) for each in refused
+            ],
+        ),
     ]
-    lines += ["| " + " | ".join(_cells(report)) + " |" for report in reports]
-    lines += [f"| {entry['model']} | {entry['method']} | {entry['reason']} | | | |" for entry in refused]
     return "\n".join(lines) + "\n"
+
+
+def overhead_table(path: Path) -> str:
+    """Write the README's table: a row per method, a column per model, the ratio of a training step."""
+    content = json.loads(path.read_text(encoding="utf-8"))
+    reports = [OverheadReport.from_json(json.dumps(each)) for each in content["reports"]]
+    models = list(dict.fromkeys(report.model for report in reports))
+    found = {(_name(report), report.model): report for report in reports}
+    noise = ("*bare again*", *(_noise([each for each in reports if each.model == model]) for model in models))
+    rows = [
+        (
+            name,
+            *(
+                f"{_ratio(found[name, model].row(TRAINING_STEP, PATCHED))[0]:.2f}"
+                if (name, model) in found
+                else "–"
+                for model in models
+            ),
+        )
+        for name in dict.fromkeys(_name(report) for report in reports)
+    ]
+    return markdown_table(("training step", *models), [noise, *rows])
+
+
+def _name(report: OverheadReport) -> str:
+    return f"`{report.patches[0]}`" if len(report.patches) == 1 else "all together"
+
+
+def _noise(reports: Sequence[OverheadReport]) -> str:
+    ratios = [_ratio(report.row(TRAINING_STEP, CONTROL))[0] for report in reports]
+    return f"{min(ratios):.2f} to {max(ratios):.2f}"
 
 
 def plot(path: Path, reports: Sequence[OverheadReport]) -> None:
     """Draw the training-step ratios with their quartiles, and the noise beside them."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(8, 1.5 + 0.5 * len(reports)), layout="constrained")
+    figure = Figure(figsize=(8, 1.5 + 0.3 * len(reports)), layout="constrained")
     axes = figure.subplots()
-    labels = [f"{report.model} · {'+'.join(report.patches)}" for report in reports]
+    labels = [f"{report.model} · {_name(report).strip('`')}" for report in reports]
     for offset, network, colour in ((-0.15, PATCHED, "C0"), (0.15, CONTROL, "0.6")):
         ratios = [_ratio(report.row(TRAINING_STEP, network)) for report in reports]
         middle = [ratio[0] for ratio in ratios]
@@ -121,26 +211,28 @@ def plot(path: Path, reports: Sequence[OverheadReport]) -> None:
             label="patched" if network == PATCHED else "noise: bare against bare",
         )
     axes.axvline(1.0, color="0.8", zorder=0)
-    axes.set_yticks(range(len(reports)), labels)
+    axes.set_yticks(range(len(reports)), labels, fontsize=7)
     axes.invert_yaxis()
     axes.set_xlabel(f"training step, time against bare (batch {reports[0].batch}, {reports[0].size}²)")
     axes.legend()
-    figure.savefig(path, dpi=150)
+    figure.savefig(path, dpi=120)
 
 
-def _cells(report: OverheadReport) -> list[str]:
+def _cells(report: OverheadReport) -> tuple[str, ...]:
+    bare, patched = (report.row(TRAINING_STEP, network) for network in (BARE, PATCHED))
     extra = ""
-    bare, patched = (report.row(TRAINING_STEP, network).peak_bytes for network in (BARE, PATCHED))
-    if bare is not None and patched is not None:
-        extra = f"{(patched - bare) / 1e6:+.1f} MB"
-    return [
+    if bare.peak_bytes is not None and patched.peak_bytes is not None:
+        extra = f"{(patched.peak_bytes - bare.peak_bytes) / 1e6:+.1f} MB"
+    return (
         report.model,
         " + ".join(report.patches),
         _written(report.row(FORWARD, PATCHED)),
-        _written(report.row(TRAINING_STEP, PATCHED)),
+        _written(patched),
         _written(report.row(TRAINING_STEP, CONTROL)),
+        f"{(patched.seconds.median - bare.seconds.median) * 1e3:+.2f}",
         extra,
-    ]
+        "" if report.patch_seconds is None else f"{report.patch_seconds:.2f}",
+    )
 
 
 def _written(row: Row) -> str:
@@ -152,28 +244,3 @@ def _ratio(row: Row) -> tuple[float, float, float]:
     if row.ratio is None:
         return 1.0, 1.0, 1.0
     return row.ratio.median, row.ratio.low, row.ratio.high
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=(__doc__ or "").partition("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
-    parser.add_argument(
-        "--models", nargs="+", default=list(MODELS), help="model names, as in `fxgraft sites`"
-    )
-    parser.add_argument(
-        "--methods", nargs="+", help="as METHOD:key=value,...; default: every registered method"
-    )
-    parser.add_argument("--rounds", type=int, default=12, help="timings of each network")
-    parser.add_argument("--min-run-time", type=float, default=0.2, help="seconds per timing")
-    parser.add_argument("--threads", type=int, help="CPU threads; default: torch's own")
-    parser.add_argument("--compile", action="store_true", help="run every network through torch.compile")
-    parser.add_argument("--batch", type=int, default=16)
-    parser.add_argument("--size", type=int, default=224)
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--out", type=Path, default=RESULTS, help="folder for the results")
-    return parser
-
-
-if __name__ == "__main__":
-    main()

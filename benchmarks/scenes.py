@@ -21,6 +21,7 @@ from torchvision.models.segmentation.fcn import FCNHead
 import fxgraft
 from benchmarks.study import BARE, Claim, Job, Study
 from benchmarks.training import runs_by_seed
+from fxgraft.patches import gam
 
 CLASSES = ("ground", "disc", "square", "triangle")
 STYLES = ("flat", "textured")
@@ -176,7 +177,7 @@ def carry_out(job: Job) -> dict[str, Any]:
     if run["variant"] == BOTH:
         fxgraft.patch(model, "gam", input_size=(3, size, size), **protocol["gam"])
         loaders = [batches(style) for style in STYLES]
-        players = fxgraft.patches.gam.discriminators(model)
+        players = gam.discriminators(model)
         adam = {"lr": protocol["adapt"]["lr"], "betas": tuple(protocol["adapt"]["betas"])}
         # At first the discriminators alone: the network stands still.
         still = torch.optim.SGD(model.parameters(), 0.0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -25,12 +26,21 @@ Call = Callable[[], object]
 
 @dataclass
 class Contestant:
-    """One of the networks that are compared, with the calls that are timed."""
+    """One of the networks that are compared, with the calls that are timed.
+
+    Attributes:
+        name: "bare", "bare again" or "patched".
+        forward: evaluates a batch.
+        step: makes a training step.
+        model: the network.
+        patch_seconds: what putting the patches on took.
+    """
 
     name: str
     forward: Call
     step: Call
     model: nn.Module
+    patch_seconds: float = 0.0
 
     def call(self, what: str) -> Call:
         """Put the network into the mode that `what` needs and return what is to be timed."""
@@ -108,15 +118,17 @@ def _patched(
     labels: torch.Tensor,
     compiled: bool,
 ) -> Contestant:
+    began = time.perf_counter()
     for method, options in patches:
         fxgraft.patch(model, method, **{"input_size": tuple(images.shape[1:]), **options})
+    seconds = time.perf_counter() - began
 
     run = _runner(model, compiled)
 
     def loss() -> torch.Tensor:
         return fxgraft.loss(model, run(images, target=labels), labels)
 
-    return Contestant(PATCHED, _forward(run, images), _training_step(model, loss), model)
+    return Contestant(PATCHED, _forward(run, images), _training_step(model, loss), model, seconds)
 
 
 def _forward(run: Callable[..., Any], images: torch.Tensor) -> Call:

@@ -98,6 +98,7 @@ def measure(
         memory_kind=memory_kind(device),
         versions=versions(),
         rows=tuple(rows),
+        patch_seconds=contestants[-1].patch_seconds if patches else None,
         allocator={name: os.environ[name] for name in ALLOCATOR if os.environ.get(name)},
     )
 

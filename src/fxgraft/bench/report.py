@@ -81,6 +81,7 @@ class OverheadReport:
         compiled: whether the networks ran through torch.compile.
         allocator: environment variables that were set and decide how memory is allocated. Fresh buffers for
             large maps can take longer than the arithmetic on them.
+        patch_seconds: what putting the patches on took; None without patches and in reports of earlier versions.
     """
 
     model: str
@@ -98,6 +99,7 @@ class OverheadReport:
     rows: tuple[Row, ...]
     compiled: bool = False
     allocator: dict[str, str] = field(default_factory=dict)
+    patch_seconds: float | None = None
 
     def row(self, what: str, network: str) -> Row:
         """Return the row of one network in one kind of call."""
@@ -143,6 +145,7 @@ class OverheadReport:
             f"threads: {self.threads}, {'compiled, ' if self.compiled else ''}rounds: {self.rounds}; "
             "medians with quartiles.\n"
             + "".join(f"{name}={value}\n" for name, value in self.allocator.items())
+            + ("" if self.patch_seconds is None else f"Patching took {self.patch_seconds:.2f} s.\n")
             + "Ratio: within a round, against bare; 'bare again' shows the noise.\n"
             f"Training step: {self.training_step}.\nMemory: {self.memory_kind}.",
             caption_justify="left",
