@@ -55,7 +55,7 @@ class Matrix:
     """Collects the outcome of every cell, and writes them when the tests are over.
 
     Args:
-        path: the file; not written where a test failed that stands for a cell.
+        path: the file; cells that no test of this run stands for stay, and with a failure it is not written.
     """
 
     def __init__(self, path: Path) -> None:
@@ -81,10 +81,14 @@ class Matrix:
         if self.failed or not self.cells:
             terminalreporter.write_line(f"{self.path} is not written: {self.failed or 'no cell'}", red=True)
             return
-        methods = list(own_methods())
+        known = json.loads(self.path.read_text())["features"] if self.path.exists() else {}
         features = {
-            feature: {method: found[method] for method in methods if method in found}
-            for feature, found in sorted(self.cells.items())
+            feature: {
+                method: said
+                for method in own_methods()
+                if (said := self.cells[feature].get(method, known.get(feature, {}).get(method)))
+            }
+            for feature in sorted({*known, *self.cells})
         }
         content = {"environment": environment("cpu"), "features": features}
         write_text(self.path, json.dumps(content, indent=1) + "\n")

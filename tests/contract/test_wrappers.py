@@ -16,10 +16,6 @@ from torch.optim.swa_utils import AveragedModel, update_bn
 import fxgraft
 from contract.cases import METHODS, SMALL, Cell, batch, evaluated, replicas
 
-DRAWS = "decides by a number on the CPU, and vmap has none to give"
-NO_VMAP = dict.fromkeys(("mixmo", "rsc", "mixstyle", "manifold_mixup"), DRAWS)
-NO_VMAP["crossnorm"] = "its own backward reads memory, which a batch of networks has none of"
-
 
 @pytest.fixture(params=METHODS)
 def method(request: pytest.FixtureRequest) -> str:
@@ -122,18 +118,20 @@ def test_networks_side_by_side(method: str) -> None:
 
 
 @pytest.mark.works_with("`torch.func.vmap` over networks, training")
-def test_networks_trained_side_by_side(method: str, request: pytest.FixtureRequest) -> None:
-    if method in NO_VMAP:
-        request.applymarker(pytest.mark.xfail(reason=NO_VMAP[method], strict=True, raises=RuntimeError))
+def test_networks_trained_side_by_side(method: str) -> None:
+    """Every network draws for itself, and learns."""
     models = [patched(method) for _ in range(2)]
     x, y = batch(SMALL)
+    weights, buffers = stack_module_state(models)
 
-    def out(*state: dict[str, Tensor]) -> Tensor:
-        return functional_call(models[0], state, (x,), {"target": y})
+    def objective(weights: dict[str, Tensor], buffers: dict[str, Tensor]) -> Tensor:
+        return fxgraft.loss(models[0], functional_call(models[0], (weights, buffers), (x,), {"target": y}), y)
 
-    outs = vmap(out, randomness="different")(*stack_module_state(models))
-    assert outs.shape[0] == 2
-    assert outs.isfinite().all()
+    gradients = vmap(torch.func.grad(objective), randomness="different")(weights, buffers)
+    for name, gradient in gradients.items():
+        assert gradient.isfinite().all(), name
+        assert len(gradient) == 2
+    assert any(not torch.equal(*gradient) for gradient in gradients.values())
 
 
 @pytest.mark.works_with("`DataParallel`'s replicas, in threads")

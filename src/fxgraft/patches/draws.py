@@ -1,8 +1,8 @@
-"""Random decisions: plain numbers drawn on the CPU in eager mode, data inside compiled code.
+"""Random decisions: plain numbers drawn on the CPU in eager mode, data where numbers cannot be.
 
 A number drawn on the CPU stalls no device, and what it rules out is not computed. Under torch.compile a number
-would be frozen into the code (or break the graph), so there the decision is a tensor, and both sides of it are
-computed. All draws come from torch's generators.
+would be frozen into the code (or break the graph), and under `torch.func.vmap` every network has a decision of its own,
+so there the decision is a tensor, and both sides of it are computed. All draws come from torch's generators.
 """
 
 from __future__ import annotations
@@ -13,7 +13,17 @@ import torch
 from torch import Tensor
 
 Decision = bool | Tensor
-"""A decision: True or False in eager mode, () bool on the device inside compiled code."""
+"""A decision: True or False in eager mode, () bool on the device where it is data."""
+
+
+def as_data() -> bool:
+    """Say whether decisions have to be data: inside compiled code, and under `torch.func.vmap`."""
+    if torch.compiler.is_compiling():
+        return True
+    functions = torch._C._functorch  # pyright: ignore[reportAttributeAccessIssue]
+    return torch._C._are_functorch_transforms_active() and any(
+        each.key() == functions.TransformType.Vmap for each in functions.get_interpreter_stack() or ()
+    )
 
 
 def coin(p: float | Tensor, device: torch.device) -> Decision:
@@ -23,15 +33,15 @@ def coin(p: float | Tensor, device: torch.device) -> Decision:
         p: in [0, 1]; a tensor () on the CPU where it follows a schedule that compiled code must not guard on.
         device: where the decision is needed.
     """
-    if torch.compiler.is_compiling():
+    if as_data():
         return torch.rand((), device=device) < p
     chance = p.item() if isinstance(p, Tensor) else p
     return torch.rand(()).item() < chance
 
 
 def choice(count: int, device: torch.device) -> int | Tensor:
-    """Choose one of ``count`` things: its number, () int64 on the device inside compiled code."""
-    if torch.compiler.is_compiling():
+    """Choose one of ``count`` things: its number, () int64 on the device as data."""
+    if as_data():
         return torch.randint(count, (), device=device)
     return int(torch.randint(count, ()))
 
@@ -40,9 +50,9 @@ def subset(count: int, size: int, p: float, device: torch.device) -> frozenset[i
     """With probability ``p`` choose ``size`` of ``count`` things, else none.
 
     Returns:
-        Their numbers; inside compiled code (count,) bool.
+        Their numbers; as data (count,) bool.
     """
-    if torch.compiler.is_compiling():
+    if as_data():
         rank = torch.rand(count, device=device).argsort()
         return (rank < size) & (torch.rand((), device=device) < p)
     if p < 1 and not coin(p, device):
@@ -56,13 +66,13 @@ def among(chosen: frozenset[int] | Tensor, index: int, device: torch.device) -> 
 
 
 def numbers(draw: Callable[[torch.device], Tensor], device: torch.device) -> Sequence[int] | Tensor:
-    """Draw whole numbers: a list, drawn on the CPU; inside compiled code a tensor on the device.
+    """Draw whole numbers: a list, drawn on the CPU; as data a tensor on the device.
 
     Args:
         draw: makes the tensor on a device.
         device: where the numbers are needed.
     """
-    return draw(device) if torch.compiler.is_compiling() else draw(torch.device("cpu")).tolist()
+    return draw(device) if as_data() else draw(torch.device("cpu")).tolist()
 
 
 def permutation(count: int, device: torch.device) -> Tensor:

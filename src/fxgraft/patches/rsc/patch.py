@@ -293,10 +293,10 @@ class RSCUnit(Unit):
         return tuple(shares.values()) if config.scope == "both" else (shares[config.scope],)
 
     def _draw_scope(self, device: torch.device) -> str:
-        """Draw the scope of this batch; inside compiled code it is chosen among the masks."""
+        """Draw the scope of this batch; where decisions are data, it is chosen among the masks."""
         if self.config.scope != "both":
             return self.config.scope
-        if torch.compiler.is_compiling():
+        if draws.as_data():
             return "either"
         return "spatial" if draws.coin(0.5, device) else "channel"
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fxgraft.extend import Layout, Pass, Rest, check_label_range, tail_layer
+from fxgraft.extend import Layout, Pass, Rest, check_label_range, draws, tail_layer
 from fxgraft.patches.rsc import tensors as core
 
 
@@ -97,8 +97,8 @@ class Probe:
             weight = _whole(self.layer.weight)
             self._check(self.layer.out_features)
             return core.linear_tail_gradient(weight, self.target, self.canonical[0, 0].numel())
-        if torch.compiler.is_compiling():
-            # torch.func.grad compiles into the same graph; torch.autograd.grad would break it.
+        if draws.as_data():
+            # torch.func.grad compiles into the same graph, and nests in vmap; torch.autograd.grad does neither.
             gradient, self.logits = torch.func.grad(self._score, has_aux=True)(self.z.clone())
         else:
             # Tensors made in inference mode cannot be differentiated; their copies made outside of it can.
