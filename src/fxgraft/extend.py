@@ -127,7 +127,7 @@ from fxgraft.graph.structure.joins import Join
 from fxgraft.graph.structure.layout import DIMENSIONS, Layout
 from fxgraft.graph.structure.outputs import take_logits
 from fxgraft.graph.structure.positions import Spot
-from fxgraft.graph.structure.positionwise import PositionwiseHead, position_scores
+from fxgraft.graph.structure.positionwise import PositionwiseHead, gathered, position_scores
 from fxgraft.graph.structure.rest import Rest
 from fxgraft.graph.structure.site import Site
 from fxgraft.graph.structure.sites import Words
@@ -194,6 +194,7 @@ __all__ = [
     "check_share",
     "copy_with",
     "draws",
+    "gathered",
     "grafts_in",
     "grafts_on",
     "is_count",

@@ -158,27 +158,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-# Not yet as it should be: strict, so that whoever repairs it has to take it from here.
-BROKEN = {
-    (
-        "fsdp2_nested",
-        "diversification",
-    ): "runs the classifier's weight without the classifier, which stays sharded",
-}
-
-
 @pytest.mark.works_with("DDP, two processes", where={"kind": "ddp"})
 @pytest.mark.works_with("FSDP2, two processes", where={"kind": "fsdp2"})
 @pytest.mark.works_with("FSDP2, parts of blocks sharded as well", where={"kind": "fsdp2_nested"})
-@pytest.mark.parametrize(
-    ("kind", "name"),
-    [
-        pytest.param(*each, marks=pytest.mark.xfail(reason=BROKEN[each], strict=True))
-        if each in BROKEN
-        else each
-        for each in CASES
-    ],
-)
+@pytest.mark.parametrize(("kind", "name"), CASES)
 def test_two_processes_train_as_one(kind: str, name: str, folder: Path) -> None:
     index = CASES.index((kind, name))
     ranks = [torch.load(folder / f"{index}-{rank}.pt") for rank in range(WORLD)]

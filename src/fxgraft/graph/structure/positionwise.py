@@ -86,8 +86,8 @@ class PositionwiseHead:
         if not self.classifier:
             return x if pooling.channel == 1 else x.movedim(pooling.channel, 1)
         layer = owner.get_submodule(self.classifier)
-        weight: Tensor = layer.weight  # type: ignore[assignment]
-        bias: Tensor | None = layer.bias  # type: ignore[assignment]
+        weight = gathered(layer.weight)  # type: ignore[arg-type]
+        bias = None if layer.bias is None else gathered(layer.bias)  # type: ignore[arg-type]
         if self.between is None and pooling.channel == 1 and x.ndim == 4:
             # Faster than a matrix product, which would have to bring channels to the end first.
             return F.conv2d(x, weight[:, :, None, None] if weight.ndim == 2 else weight, bias)
@@ -117,6 +117,25 @@ class PositionwiseHead:
                 "Switch patch dropout off, or pass input_size= of the images you train on."
             )
         return (side, side), sizes[0]
+
+
+def gathered(parameter: Tensor) -> Tensor:
+    """Return the values of a parameter, whole where its layer is a shard of its own (FSDP2).
+
+    A layer that is not called is not gathered by FSDP2. The gradients of its shards are averaged, as FSDP2 does.
+    """
+    gather = getattr(parameter, "full_tensor", None)
+    if gather is None:
+        return parameter
+    from torch.distributed.tensor import DTensor, Partial
+
+    if not isinstance(parameter, DTensor) or not parameter.requires_grad:
+        return gather()
+    mesh = parameter.device_mesh
+    whole = parameter.full_tensor(grad_placements=[Partial()] * mesh.ndim)
+    if whole.requires_grad:
+        whole.register_hook(lambda gradient: gradient / mesh.size())
+    return whole
 
 
 def _modules(nodes: Iterable[fx.Node]) -> Iterable[str]:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fxgraft.extend import Layout, Pass, Rest, check_label_range, draws, tail_layer
+from fxgraft.extend import Layout, Pass, Rest, check_label_range, draws, gathered, tail_layer
 from fxgraft.patches.rsc import tensors as core
 
 
@@ -94,7 +94,7 @@ class Probe:
     def _gradient(self) -> Tensor:
         """Differentiate the label's logit by the map, in canonical form; (B, C) where it is equal everywhere."""
         if self.layer is not None:
-            weight = _whole(self.layer.weight)
+            weight = gathered(self.layer.weight.detach())
             self._check(self.layer.out_features)
             return core.linear_tail_gradient(weight, self.target, self.canonical[0, 0].numel())
         if draws.as_data():
@@ -126,8 +126,8 @@ class Probe:
     def probabilities(self, mask: Tensor) -> tuple[Tensor, Tensor]:
         """Return the label's probability before and after muting, (B,) each."""
         if self.layer is not None:
-            weight = _whole(self.layer.weight)
-            bias = None if self.layer.bias is None else _whole(self.layer.bias)
+            weight = gathered(self.layer.weight.detach())
+            bias = None if self.layer.bias is None else gathered(self.layer.bias.detach())
             before = core.linear_tail_logits(self.canonical, None, weight, bias)
             after = core.linear_tail_logits(self.canonical, mask, weight, bias)
             self._check(before.shape[1])
@@ -148,9 +148,3 @@ class Probe:
         if target.ndim > 1 and not target.is_floating_point():
             target = target.where(target != ignored, torch.zeros_like(target))
         check_label_range(self.graft, target, classes, spatial)
-
-
-def _whole(parameter: Tensor) -> Tensor:
-    """Return the values of a parameter, gathered where its layer is a shard of its own (FSDP2)."""
-    value = parameter.detach()
-    return value.full_tensor() if hasattr(value, "full_tensor") else value  # type: ignore[operator]
