@@ -210,7 +210,7 @@ def check_pairs(graft: str, members: int, own: Sequence[Tensor], labels: Any) ->
             "Every member gets one batch of images of its own."
         )
     several = isinstance(labels, (list, tuple))
-    if labels is None or (several == bool(own) and (not own or len(labels) == members)):
+    if labels is None or (several == (len(own) > 0) and (not own or len(labels) == members)):
         return
     what = f"a list of {len(labels)}" if several else f"a {type(labels).__name__}"
     raise TargetError(
