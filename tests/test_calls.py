@@ -21,6 +21,7 @@ from fxgraft.errors import (
     StructureError,
     TargetError,
 )
+from fxgraft.graph.grafting import published
 from fxgraft.graph.tracing.editing import After, Output
 from fxgraft.patches import registry
 from toys import (
@@ -334,3 +335,23 @@ def test_evaluation_needs_no_labels_and_ignores_them() -> None:
     bare = net().eval()
     assert torch.equal(model(images()), bare(images()))
     assert torch.equal(model(images(), target=LABELS + 99), bare(images()))
+
+
+@pytest.mark.parametrize("contexts", [True, False], ids=["context variables", "threads"])
+def test_compiled_calls_read_labels_from_around_them(contexts: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also with compilers that cannot read context variables; other labels do not compile anew."""
+    monkeypatch.setattr(published, "_COMPILES_CONTEXTS", contexts and published._COMPILES_CONTEXTS)
+    torch.compiler.reset()
+    model = fxgraft.patch(
+        net(), "rsc", layer="stage2", input_size=(3, 8, 8), scope="spatial", batch_share=1.0
+    )
+    compiled: Any = torch.compile(model, fullgraph=True, backend="eager")
+    x = images()
+    for labels in (LABELS, LABELS.flip(0)):
+        with fxgraft.targets(labels), torch._dynamo.config.patch(error_on_recompile=labels is not LABELS):
+            torch.manual_seed(1)
+            out = compiled(x)
+        torch.manual_seed(1)
+        torch.testing.assert_close(out, model(x, target=labels))
+    with pytest.raises(TargetError, match="needs the labels of the batch"):
+        model(x)
