@@ -28,8 +28,8 @@ from benchmarks.studies import STUDIES
 from benchmarks.study import SIZES
 from benchmarks.zoo import Zoo
 from benchmarks.zoo import run as run_zoo
+from benchmarks.zoo_tables import coverage, summary
 from benchmarks.zoo_tables import plot as plot_zoo
-from benchmarks.zoo_tables import shares, shares_table, summary
 from fxgraft.errors import ConfigError, candidates
 from fxgraft.files import write_text
 
@@ -117,8 +117,7 @@ def zoo(
     run_zoo(found, console, pattern, workers, minutes)
     write_text(out / "zoo.md", summary(found))
     plot_zoo(found, out / "zoo.png")
-    for method, (good, total) in shares(found.known()).items():
-        console.print(f"{method}: {good} of {total}")
+    console.print(coverage(found), markup=False)
 
 
 @app.command()
@@ -154,7 +153,7 @@ def readme_parts() -> dict[str, str]:
     """Return what the committed results say, by the name of the part of the README."""
     return {
         "evidence": help_table(read_all(None, FOLDER)),
-        "coverage": shares_table(Zoo(FOLDER / "zoo.json")),
+        "coverage": coverage(Zoo(FOLDER / "zoo.json")),
         "works-with": matrix_table(FOLDER / "works_with.json"),
         "overhead": overhead_table(FOLDER / "overhead.json"),
     }

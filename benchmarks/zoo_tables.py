@@ -32,17 +32,33 @@ def shares(records: dict[str, Record]) -> dict[str, tuple[int, int]]:
     return {method: (count[True], count.total()) for method, count in counts.items()}
 
 
+def coverage(zoo: Zoo) -> str:
+    """Write what the README says: how much of the zoo is known, and on what share of it each method works."""
+    known = zoo.known()
+    counted = len({name for name, *_ in outcomes(known)})
+    unbuilt = sum("unbuilt" in each for each in zoo.structures.values())
+    rows = [
+        (f"`{method}`" if method in own_methods() else method, str(good), str(total), f"{good / total:.1%}")
+        for method, (good, total) in shares(known).items()
+    ]
+    return "\n".join(
+        [
+            f"{counted} of {len(zoo.structures)} architectures, by {len(zoo.records)} of them that were tried; "
+            f"{unbuilt} could not be built here, {len(known) - counted} do not run by themselves, and the structure of "
+            f"{len(zoo.structures) - unbuilt - len(known)} was not tried yet.",
+            "",
+            markdown_table(("method", "works", "of", "share"), rows),
+        ]
+    )
+
+
 def summary(zoo: Zoo) -> str:
     """Write what is known in Markdown: shares, the slowest plans, refusals by category, families."""
     known = zoo.known()
-    counted = len({name for name, *_ in outcomes(known)})
-    no_network = sum("unbuilt" in each for each in zoo.structures.values())
     lines = [
-        f"{counted} of the {len(zoo.structures)} architectures of timm and torchvision, by {len(zoo.records)} of them "
-        f"that were tried: {PROTOCOL}. {no_network} more could not be built here, and {len(known) - counted} do not "
-        f"run by themselves.",
+        f"Architectures of timm and torchvision: {PROTOCOL}.",
         "",
-        shares_table(zoo),
+        coverage(zoo),
         "",
         "Plans, of the networks that were tried:",
         "",
@@ -62,15 +78,6 @@ def summary(zoo: Zoo) -> str:
         markdown_table(("model file", *shares(known)), _families(known)),
     ]
     return "\n".join(lines) + "\n"
-
-
-def shares_table(zoo: Zoo) -> str:
-    """Write the share of architectures that each method works on."""
-    rows = [
-        (f"`{method}`" if method in own_methods() else method, str(good), str(total), f"{good / total:.1%}")
-        for method, (good, total) in shares(zoo.known()).items()
-    ]
-    return markdown_table(("method", "works", "of", "share"), rows)
 
 
 def _times(records: dict[str, Record], method: str) -> tuple[str, str]:

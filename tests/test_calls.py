@@ -21,7 +21,6 @@ from fxgraft.errors import (
     StructureError,
     TargetError,
 )
-from fxgraft.graph.grafting import published
 from fxgraft.graph.tracing.editing import After, Output
 from fxgraft.patches import registry
 from toys import (
@@ -337,10 +336,8 @@ def test_evaluation_needs_no_labels_and_ignores_them() -> None:
     assert torch.equal(model(images(), target=LABELS + 99), bare(images()))
 
 
-@pytest.mark.parametrize("contexts", [True, False], ids=["context variables", "threads"])
-def test_compiled_calls_read_labels_from_around_them(contexts: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also with compilers that cannot read context variables; other labels do not compile anew."""
-    monkeypatch.setattr(published, "_COMPILES_CONTEXTS", contexts and published._COMPILES_CONTEXTS)
+def test_compiled_calls_read_labels_from_around_them() -> None:
+    """Other labels do not compile anew."""
     torch.compiler.reset()
     model = fxgraft.patch(
         net(), "rsc", layer="stage2", input_size=(3, 8, 8), scope="spatial", batch_share=1.0

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 import weakref
 from collections import deque
 from collections.abc import Iterable, Iterator
@@ -73,32 +72,14 @@ class Source:
 _published: ContextVar[tuple[Source, ...]] = ContextVar("fxgraft_labels", default=())
 
 
-class _OfThread(threading.local):
-    """The same by thread alone, for compilers that cannot read a context variable: those of torch before 2.14."""
-
-    sources: tuple[Source, ...] = ()
-
-
-_of_thread = _OfThread()
-_COMPILES_CONTEXTS = torch.__version__ >= "2.14"  # a comparison of versions, not of words
-
-
-def _sources() -> tuple[Source, ...]:
-    if not _COMPILES_CONTEXTS and torch.compiler.is_compiling():
-        return _of_thread.sources
-    return _published.get()
-
-
 @contextmanager
 def _publishing(source: Source) -> Iterator[None]:
     try:
         _published.set((*_published.get(), source))
-        _of_thread.sources = _published.get()
         yield
     finally:
         # Not reset by a token: a generator may be closed in another context than it was started in.
         _published.set(tuple(each for each in _published.get() if each is not source))
-        _of_thread.sources = _published.get()
 
 
 def published(model: nn.Module, inputs: tuple[Any, ...]) -> tuple[Labels | None, bool]:
@@ -111,7 +92,7 @@ def published(model: nn.Module, inputs: tuple[Any, ...]) -> tuple[Labels | None,
         model: that makes the pass.
         inputs: of the call.
     """
-    sources = [each for each in _sources() if each.serves(model) and each.known]
+    sources = [each for each in _published.get() if each.serves(model) and each.known]
     if not sources:
         return None, False
     if sources[-1].known[-1].reusable:  # a block around the call says it all
