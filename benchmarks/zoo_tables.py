@@ -60,7 +60,7 @@ def summary(zoo: Zoo) -> str:
         "",
         coverage(zoo),
         "",
-        "Plans, of the networks that were tried:",
+        "Plans, of the networks that were tried, in seconds of one core:",
         "",
         markdown_table(
             ("method", "median, s", "slowest, s"),
