@@ -121,10 +121,11 @@ from fxgraft.graph.grafting.placement import Placement
 from fxgraft.graph.grafting.taps import Tap, take, tap_placements
 from fxgraft.graph.grafting.unit import Capture, Unit
 from fxgraft.graph.structure.absorbing import Absorber
-from fxgraft.graph.structure.ends import Stem, apply_layer
+from fxgraft.graph.structure.ends import Stem
 from fxgraft.graph.structure.head import Head
 from fxgraft.graph.structure.joins import Join
 from fxgraft.graph.structure.layout import DIMENSIONS, Layout
+from fxgraft.graph.structure.linear import apply_layer, effective, layer_tensors, write_effective
 from fxgraft.graph.structure.outputs import take_logits
 from fxgraft.graph.structure.positions import Spot
 from fxgraft.graph.structure.positionwise import PositionwiseHead, gathered, position_scores
@@ -194,12 +195,14 @@ __all__ = [
     "check_share",
     "copy_with",
     "draws",
+    "effective",
     "gathered",
     "grafts_in",
     "grafts_on",
     "is_count",
     "is_graft_key",
     "is_number",
+    "layer_tensors",
     "position_scores",
     "preserved_modes",
     "presets_by_name",
@@ -211,4 +214,5 @@ __all__ = [
     "tap_placements",
     "tensors",
     "unwrapped",
+    "write_effective",
 ]

@@ -104,10 +104,8 @@ _HEADS = {
 
 # What cannot take several inputs.
 _ENDS = {
-    "timm/crossvit_tiny_240": Refusal("branches of different sizes: 'patch_embed.0.proj'"),
     "timm/gemma4_vit_167m": Refusal("torch.fx cannot trace Gemma4VitClassifier"),
     "timm/naflexvit_base_patch16_gap": Refusal(r"first meets 'embeds' \(NaFlexEmbeds\)"),
-    "timm/test_nfnet": Refusal(r"'stem.conv1' \(ScaledStdConv2d\) standardises"),
     "timm/tnt_s_patch16_224": Refusal(
         r"'pixel_embed.proj' \(Conv2d\) sees pieces of the image as samples of their own"
     ),

@@ -14,7 +14,7 @@ from timm.layers.conv2d_same import Conv2dSame
 from torch import Tensor, nn
 
 from fxgraft.errors import StructureError
-from fxgraft.graph.structure.ends import apply_layer, find_classifiers, find_stems
+from fxgraft.graph.structure.ends import find_classifiers, find_stems
 from fxgraft.graph.tracing.anatomy import Anatomy
 
 SIZE = (3, 16, 16)
@@ -77,6 +77,11 @@ STEMS = {
         lambda m, x: m.conv(x) + m.other(x),
         [("conv", "NCHW", (6, 8, 8)), ("other", "NCHW", (6, 8, 8))],
     ),
+    "parallel, of two sizes": (
+        lambda m, x: m.conv(x).mean((2, 3), keepdim=True) + m.large(x),
+        [("conv", "NCHW", (6, 8, 8)), ("large", "NCHW", (6, 16, 16))],
+    ),
+    "standardised, with a gain": (lambda m, x: m.scaled(x), [("scaled", "NCHW", (6, 16, 16))]),
     "sizes alone go around": (
         lambda m, x: m.conv(x) + x.new_zeros(1) + torch.ones_like(x)[:, :1, :8, :8] * (x.shape[2] // 16),
         [("conv", "NCHW", (6, 8, 8))],
@@ -107,15 +112,10 @@ NO_STEM = {
     ),
     "around": (lambda m, x: m.large(x) + x.mean(1, keepdim=True), r"add\(\) gets the image past all first"),
     "standardised": (lambda m, x: m.std(x), r"'std' \(StdConv2d\) standardises or builds its weight anew"),
-    "scaled": (lambda m, x: m.scaled(x), r"'scaled' \(ScaledStdConv2d\) standardises"),
     "twice": (lambda m, x: m.conv(x) + m.conv(x.flip(3)), r"'conv' \(Conv2d\) is called 2 times"),
     "pieces": (
         lambda m, x: m.tokens(patches(x).flatten(0, 1)).unflatten(0, (-1, 16)).mT,
         r"'tokens' \(Linear\) sees pieces of the image as samples",
-    ),
-    "sizes differ": (
-        lambda m, x: m.conv(x).mean((2, 3), keepdim=True) + m.large(x),
-        r"branches of different sizes: 'conv' gives \(6, 8, 8\), 'large' gives \(6, 16, 16\)",
     ),
 }
 
@@ -210,29 +210,6 @@ def test_no_classifier(name: str) -> None:
     end, match = NO_CLASSIFIER[name]
     with pytest.raises(StructureError, match=match):
         find_classifiers(Anatomy(End(end), SIZE))
-
-
-@pytest.mark.parametrize(
-    ("module", "shape"),
-    [
-        (nn.Linear(6, 4), (2, 5, 6)),
-        (nn.Conv2d(4, 6, 3, 2, 1, groups=2, bias=False), (2, 4, 9, 9)),
-        (nn.Conv2d(4, 6, 3, padding="same", padding_mode="circular"), (2, 4, 8, 8)),
-        (Conv2dSame(4, 6, 3, 2, dilation=2), (2, 4, 9, 7)),
-    ],
-    ids=["linear", "grouped", "circular", "same"],
-)
-def test_a_layer_runs_with_other_tensors(module: Any, shape: tuple[int, ...]) -> None:
-    x = torch.randn(shape)
-    expected = module(x)
-    weight, bias = (
-        module.weight.detach().clone(),
-        None if module.bias is None else module.bias.detach().clone(),
-    )
-    nn.init.zeros_(module.weight)
-    assert torch.equal(apply_layer(module, x, weight, bias), expected)
-    with pytest.raises(StructureError, match="A ReLU is no linear layer"):
-        apply_layer(nn.ReLU(), x, weight, bias)
 
 
 def test_a_model_that_is_a_graph() -> None:

@@ -11,12 +11,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import torch.nn.functional as F
-from timm.layers.conv2d_same import Conv2dSame, conv2d_same
 from torch import Tensor, fx, nn
 
 from fxgraft.errors import StructureError
 from fxgraft.graph.structure.layout import Layout
+from fxgraft.graph.structure.linear import is_linear
 from fxgraft.graph.structure.opening import OpaqueError, opening
 from fxgraft.graph.structure.pooling import (
     DROPOUTS,
@@ -35,7 +34,6 @@ from fxgraft.graph.tracing.trace import Traced, is_primitive
 from fxgraft.graph.tracing.values import Values, tensor_inputs
 from fxgraft.graph.tracing.walks import cut, downstream_of, placeholders
 
-_CONVOLUTIONS = (nn.Conv2d.forward, Conv2dSame.forward)
 _LAYOUTS = {2: "NC", 3: "NLC", 4: "NHWC"}
 _SIZES_ONLY = {"zeros_like", "ones_like", "empty_like", "full_like", "rand_like", "randn_like"}
 _SIZES_ONLY |= {"new_zeros", "new_ones", "new_empty", "new_full", "new_tensor"}
@@ -61,28 +59,20 @@ class Stem:
 def find_stems(anatomy: Anatomy) -> tuple[Stem, ...]:
     """Find the layers through which everything that the model knows of the image goes.
 
-    Supported are plain 2-D convolutions, with padding of any kind, and linear layers.
+    Supported are 2-D convolutions, plain or with scaled weight standardisation and padding of any kind, and linear
+    layers.
 
     Args:
         anatomy: of the bare model.
 
     Raises:
-        StructureError: the image meets something else first, goes around the stems, or meets several of
-            different sizes; says what.
+        StructureError: the image meets something else first, or goes around the stems; says what.
     """
     traced, found, _ = opening(anatomy, True, lambda traced: _first_layers(anatomy, traced))
     _, evaluated, _ = opening(anatomy, False, lambda traced: _first_layers(anatomy, traced))
     _check_same(anatomy, "first layers", [_path(n) for n in found], [_path(n) for n in evaluated])
     values = anatomy.values("", traced)
-    stems = tuple(_stem(anatomy, traced, node, values) for node in found)
-    if len({stem.layout.canonical(values(n)).shape[2:] for stem, n in zip(stems, found, strict=True)}) > 1:
-        names = ", ".join(f"{s.path!r} gives {tuple(s.shape[1:])}" for s in stems)
-        raise StructureError(
-            f"{anatomy.name} takes in the image through branches of different sizes: {names}.\n"
-            "They have no positions in common.\n"
-            "Choose a backbone with one stem, or with parallel ones of one size."
-        )
-    return stems
+    return tuple(_stem(anatomy, traced, node, values) for node in found)
 
 
 def find_classifiers(anatomy: Anatomy) -> tuple[str, ...]:
@@ -100,21 +90,6 @@ def find_classifiers(anatomy: Anatomy) -> tuple[str, ...]:
     _, evaluated, _ = opening(anatomy, False, lambda traced: _last_layers(anatomy, traced), alike=True)
     _check_same(anatomy, "classifiers", found, evaluated)
     return tuple(found)
-
-
-def apply_layer(module: nn.Module, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """Run a stem or classifier, as found here, with other tensors than its own."""
-    if isinstance(module, nn.Linear):
-        return F.linear(x, weight, bias)
-    if isinstance(module, Conv2dSame):
-        return conv2d_same(
-            x, weight, bias, module.stride, module.padding, module.dilation, module.groups  # type: ignore[arg-type]
-        )  # fmt: skip
-    if isinstance(module, nn.Conv2d):
-        return module._conv_forward(x, weight, bias)
-    raise StructureError(
-        f"A {type(module).__name__} is no linear layer or plain convolution.\nUnpatch the model, then patch it again."
-    )
 
 
 def _check_same(anatomy: Anatomy, what: str, training: list[str], evaluation: list[str]) -> None:
@@ -160,14 +135,12 @@ def _is_stem(anatomy: Anatomy, node: fx.Node, values: Values) -> bool:
     module = anatomy.module(path)
     if next(module.parameters(), None) is None and not isinstance(module, nn.modules.batchnorm._NormBase):
         return False
-    convolution = isinstance(module, nn.Conv2d)
-    plain = type(module).forward in _CONVOLUTIONS if convolution else is_classifier(module)
-    if not (plain and isinstance(module, (nn.Conv2d, nn.Linear))):
-        if convolution:
+    if not is_linear(module):
+        if isinstance(module, nn.Conv2d):
             raise _refused(
                 anatomy,
-                f"{_shown(node, values)} standardises or builds its weight anew in each pass, and is not "
-                "linear in it",
+                f"{_shown(node, values)} standardises or builds its weight anew in each pass, so that the sum of two "
+                "such layers is no layer of its kind",
             )
         if is_primitive(module):
             raise _refused(anatomy, f"the image first meets {_shown(node, values)}")

@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from fxgraft.extend import Unit
+from fxgraft.extend import Unit, effective, layer_tensors, write_effective
 
 Start = Literal["pretrained", "random"]
 
@@ -17,9 +17,11 @@ Start = Literal["pretrained", "random"]
 class LayerCopies(Unit):
     """Holds the tensors of further copies of a linear layer or convolution. The first copy is the layer itself.
 
-    The tensors are ``weight_1``, ``bias_1``, ``weight_2``, ... They follow the layer's ``requires_grad``.
+    The tensors are ``weight_1``, ``bias_1``, ``weight_2``, ... They follow the layer's ``requires_grad``. What the
+    copies act with, and what is averaged, are the weights that the layer makes of them: standardised ones, where it
+    does that.
 
-    With a spread the copies act with weights that lie apart from these: the buffer ``offset_0``, drawn once and not
+    With a spread the copies act with weights that lie apart from those: the buffer ``offset_0``, drawn once and not
     trained, is added to the weight of copy 0 and taken from that of copy 1, ``offset_1`` likewise for the copies 2 and
     3, and so on; the last of an odd number has none. The offsets of all copies cancel, whatever is trained, so the
     folded layer is that of the tensors alone, and where they start as the layer's own it is the layer to the bit.
@@ -42,11 +44,11 @@ class LayerCopies(Unit):
         self.count, self.spread = count, spread
         self.start: Start = start
         for index in range(1, count):
-            for name, tensor in module.named_parameters(recurse=False):
+            for name, tensor in layer_tensors(module).items():
                 started = nn.Parameter(_start(tensor.detach(), start), tensor.requires_grad)
                 self.register_parameter(f"{name}_{index}", started)
         for pair in range(count // 2) if spread > 0 and start == "pretrained" else ():
-            self.register_buffer(f"offset_{pair}", _offset(module.weight.detach(), spread))
+            self.register_buffer(f"offset_{pair}", _offset(effective(module)[0].detach(), spread))
 
     def serve(self, path: str, module: Any) -> None:
         """Remember the layer; where another one took its place, of the same shape, start as its copies anew."""
@@ -62,22 +64,22 @@ class LayerCopies(Unit):
     @torch.no_grad()
     def _start_anew(self, module: Any) -> None:
         for index in range(1, self.count):
-            for name, tensor in module.named_parameters(recurse=False):
+            for name, tensor in layer_tensors(module).items():
                 getattr(self, f"{name}_{index}").copy_(_start(tensor, self.start))
         for offset in self.buffers():
-            offset.copy_(_offset(module.weight, self.spread))
+            offset.copy_(_offset(effective(module)[0].detach(), self.spread))
 
     def tensors(self, module: Any) -> list[tuple[Tensor, Tensor | None]]:
-        """List weight and bias of every copy.
+        """List weight and bias of every copy, as the layer multiplies with them and adds them.
 
         Args:
             module: the layer.
         """
-        pairs: list[tuple[Tensor, Tensor | None]] = [(module.weight, module.bias)]
-        for index in range(1, self.count):
-            bias = None if module.bias is None else getattr(self, f"bias_{index}")
-            pairs.append((getattr(self, f"weight_{index}"), bias))
-        return pairs
+        names = layer_tensors(module)
+        others = [
+            {name: getattr(self, f"{name}_{index}") for name in names} for index in range(1, self.count)
+        ]
+        return [effective(module), *(effective(module, each) for each in others)]
 
     def spread_out(self, module: Any) -> list[tuple[Tensor, Tensor | None]]:
         """List weight and bias with which every copy acts by itself: its tensors, moved by its offset.
@@ -98,13 +100,9 @@ class LayerCopies(Unit):
         weights, biases = zip(*self.tensors(module), strict=True)
         return _mean(weights, gain), None if biases[0] is None else _mean(biases, gain)
 
-    @torch.no_grad()
-    def fold(self, module: Any) -> None:
+    def fold(self, module: nn.Module) -> None:
         """Write the folded tensors into the layer's own."""
-        weight, bias = self.folded(module)
-        module.weight.copy_(weight)
-        if bias is not None:
-            module.bias.copy_(bias)
+        write_effective(module, *self.folded(module))
 
 
 def copies_key(path: str, module: Any) -> str:

@@ -109,15 +109,23 @@ class Pairing:
         self.masks, self.shares, self.weights = masks, shares, balance(shares, r)
 
     def masks_for(self, encoding: Tensor) -> Tensor:
-        """Shape the masks to be multiplied with a map (B', C, *positions)."""
+        """Shape the masks to be multiplied with a map (B', C, *positions), that of a coarser or finer stem as well.
+
+        There every position has the mask of the one that lies nearest, so that a member has the same part of the
+        image everywhere, to a position.
+        """
         masks = self.masks
         if masks is None:
             raise ConfigError("The masks of a pass are drawn before they are used.\nCall draw first.")
-        missing = 4 - encoding.ndim
+        grid, missing = self.grid(encoding), 4 - encoding.ndim
+        size = [1 if own == 1 else wanted for own, wanted in zip(masks.shape[-2:], grid, strict=True)]
+        if list(masks.shape[-2:]) != size:
+            rows = F.interpolate(masks.flatten(0, 1), size, mode="nearest-exact")
+            masks = rows.unflatten(0, masks.shape[:2])
         if missing == 0:
             return masks
         if masks.shape[-2:] != (1, 1):
-            masks = masks.expand(*masks.shape[:3], *self.grid(encoding))
+            masks = masks.expand(*masks.shape[:3], *grid)
         return masks.flatten(-2) if missing == 1 else masks.flatten(2)
 
     def grid(self, encoding: Tensor) -> tuple[int, int]:

@@ -87,8 +87,12 @@ class MixMo(Patch):
     images (0, 1.0, 2.4 and 4.8 % before it), the merged network at 85, 86, 88 and 87 %. After five epochs nothing
     of that was left: 1 to 2 % and 96 % whatever the spread.
 
-    A stem's bias is one of the tensors and follows the same rule. `fxgraft.unpatch` leaves those of member 0
-    in the stock layers, without its offset; to keep what was trained, `fxgraft.merge` first.
+    A stem's bias is one of the tensors and follows the same rule, as does the gain of one whose weight is standardised;
+    what is averaged there are the standardised weights. Where the image enters through stems of several sizes, the
+    ratios are those of the first, and the others show each member in the same place of the image.
+
+    `fxgraft.unpatch` leaves the tensors of member 0 in the stock layers, without its offset; to keep what was trained,
+    `fxgraft.merge` first.
 
     Args:
         members: M, at least 1. One member trains as the bare model.
@@ -132,7 +136,7 @@ class MixMo(Patch):
         "Σ_j κ_j^(1/r); evaluation: Σ_i W_i and the mean of the d_i"
     )
     works_with = (
-        "plain linear stems and classifiers; RSC, CrossNorm, SelfNorm, GAM, taps; Mixup and CutMix in front. Not the "
+        "linear stems and classifiers; RSC, CrossNorm, SelfNorm, GAM, taps; Mixup and CutMix in front. Not the "
         "diversification block, which leaves the classifier out, no second method that pairs labels, no DataParallel"
     )
     hurts = "networks that are narrow for their data, where the members compete; short trainings"
@@ -174,8 +178,8 @@ class MixMo(Patch):
     def place(self, backbone: Backbone, make: Make) -> Iterator[Placement]:
         """Put encoders in place of the stems, heads in place of the classifiers, and units around the model."""
         with because(
-            "Several stems and classifiers fold into one only where the image enters through linear layers of one "
-            "size and the logits, one row per image, are linear in the classifiers' weights."
+            "Several stems and classifiers fold into one only where the image enters through linear layers and the "
+            "logits, one row per image, are linear in the classifiers' weights."
         ):
             stems, heads = backbone.stems(), backbone.classifiers()
         self._check_stems(stems)

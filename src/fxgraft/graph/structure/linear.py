@@ -1,0 +1,107 @@
+"""Linear layers with other tensors than their own: what they compute, and the layer that computes the same.
+
+Linear layers and 2-D convolutions act with their weight. A convolution with scaled weight standardisation (Brock, De,
+Smith: Characterizing Signal Propagation to Close the Performance Gap in Unnormalized ResNets, ICLR 2021) acts with
+
+    gain · scale · (weight − mean) / sqrt(var + eps)
+
+for every output channel, which has mean 0 and, through the gain, any length. Sums of such weights are therefore weights
+of such a layer. Weight standardisation without a gain (StdConv2d) gives weights of one length, whose sums have another.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from timm.layers.conv2d_same import Conv2dSame, conv2d_same
+from timm.layers.padding import pad_same
+from timm.layers.std_conv import ScaledStdConv2d, ScaledStdConv2dSame
+from torch import Tensor, nn
+
+from fxgraft.errors import StructureError
+from fxgraft.graph.structure.pooling import is_classifier
+
+_SCALED = (ScaledStdConv2d, ScaledStdConv2dSame)
+_FORWARDS = tuple(kind.forward for kind in (nn.Conv2d, Conv2dSame, *_SCALED))
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Say whether a module of a bare model is one of the layers that this file is about."""
+    if isinstance(module, nn.Conv2d):
+        return type(module).forward in _FORWARDS
+    return isinstance(module, nn.Linear) and is_classifier(module)
+
+
+def layer_tensors(module: nn.Module) -> dict[str, Tensor]:
+    """Return the parameters of such a layer by name; in a replica of DataParallel they are plain tensors."""
+    found = {name: getattr(module, name, None) for name in ("weight", "bias", "gain")}
+    return {name: tensor for name, tensor in found.items() if isinstance(tensor, Tensor)}
+
+
+def effective(module: Any, tensors: Mapping[str, Tensor] | None = None) -> tuple[Tensor, Tensor | None]:
+    """Return the weight and bias that a layer with these parameters multiplies with and adds.
+
+    Args:
+        module: the layer.
+        tensors: other parameters than its own, by their names in it.
+    """
+    tensors = layer_tensors(module) if tensors is None else tensors
+    weight = tensors["weight"]
+    if _scaled(module):
+        gain = (tensors["gain"] * module.scale).view(-1)
+        rows = weight.reshape(1, len(weight), -1)
+        # As the layer itself does it, to the bit.
+        rows = F.batch_norm(rows, None, None, weight=gain, training=True, momentum=0.0, eps=module.eps)
+        weight = rows.reshape_as(weight)
+    return weight, tensors.get("bias")
+
+
+@torch.no_grad()
+def write_effective(module: Any, weight: Tensor, bias: Tensor | None) -> None:
+    """Give a layer the parameters with which it acts as said.
+
+    Args:
+        module: the layer.
+        weight: as `effective` returns it for this layer, or a sum of such ones.
+        bias: likewise; None where the layer has none.
+    """
+    own = layer_tensors(module)
+    if bias is not None:
+        own["bias"].copy_(bias)
+    if not _scaled(module):
+        own["weight"].copy_(weight)
+    elif not torch.equal(effective(module)[0], weight):
+        # The weight's length, which says how fast it learns, stays what it was; the gain says the rest.
+        length, wanted = (_deviation(each) for each in (own["weight"], weight))
+        length = torch.where(length > 0, length, 1)
+        own["weight"].copy_(weight * (length / torch.where(wanted > 0, wanted, 1)))
+        own["gain"].copy_(wanted * (1 + module.eps / length**2).sqrt() / module.scale)
+
+
+def apply_layer(module: nn.Module, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Run a stem or classifier, as found on a backbone, with other tensors than its own: those that it acts with."""
+    if isinstance(module, nn.Linear):
+        return F.linear(x, weight, bias)
+    if isinstance(module, Conv2dSame):
+        return conv2d_same(
+            x, weight, bias, module.stride, module.padding, module.dilation, module.groups  # type: ignore[arg-type]
+        )  # fmt: skip
+    if isinstance(module, nn.Conv2d):
+        if isinstance(module, ScaledStdConv2dSame) and module.same_pad:
+            x = pad_same(x, module.kernel_size, module.stride, module.dilation)  # type: ignore[arg-type]
+        return module._conv_forward(x, weight, bias)
+    raise StructureError(
+        f"A {type(module).__name__} is no linear layer or plain convolution.\nUnpatch the model, then patch it again."
+    )
+
+
+def _scaled(module: Any) -> bool:
+    # Not by its forward: on a patched model the class is another one.
+    return isinstance(module, _SCALED)
+
+
+def _deviation(weight: Tensor) -> Tensor:
+    return weight.flatten(1).std(1, correction=0).reshape(-1, *[1] * (weight.ndim - 1))
