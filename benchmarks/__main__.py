@@ -130,6 +130,10 @@ def overhead(
     compiled: Annotated[
         bool, typer.Option("--compile", help="Run all networks through torch.compile.")
     ] = False,
+    by_hand: Annotated[
+        bool,
+        typer.Option("--by-hand", help="Beside each method as hooks by hand, on networks of convolutions."),
+    ] = False,
     batch: int = 16,
     size: int = 224,
     device: Device = "cpu",
@@ -146,7 +150,8 @@ def overhead(
         "threads": threads,
         "compiled": compiled,
     }
-    Overhead(file_of(out, device, compiled), settings).run(model or MODELS, subjects(method or ()), Console())
+    found = Overhead(file_of(out, device, compiled, by_hand), settings, by_hand)
+    found.run(model or MODELS, subjects(method or ()), Console())
 
 
 def readme_parts() -> dict[str, str]:

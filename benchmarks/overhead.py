@@ -5,10 +5,11 @@
     python -m benchmarks overhead --device cuda --batch 64 --compile
     python -m benchmarks overhead --model resnet18 --method crossnorm --method crossnorm:p=1.0,active=None
     python -m benchmarks overhead --model test_resnet --batch 1 --size 64   # what a call costs whatever the network
+    python -m benchmarks overhead --model resnet50 --by-hand                # beside hooks (`benchmarks.by_hand`)
 
 Writes ``overhead.json`` (every number with its spread), ``overhead.md`` and ``overhead.png``; on another device than
-the CPU, and for compiled networks, the files are named so. What is in the file is not measured again. The methods come
-from the registry: a new one is measured without a change here.
+the CPU, for compiled networks and beside hooks by hand, the files are named so. What is in the file is not measured
+again. The methods come from the registry: a new one is measured without a change here.
 """
 
 from __future__ import annotations
@@ -21,8 +22,9 @@ from typing import Any
 
 from rich.console import Console
 
+from benchmarks.by_hand import BY_HAND
 from benchmarks.coverage import STACK
-from fxgraft.bench.contestants import BARE, CONTROL, FORWARD, PATCHED, TRAINING_STEP
+from fxgraft.bench.contestants import BARE, CONTROL, FORWARD, PATCHED, RIVAL, TRAINING_STEP
 from fxgraft.bench.overhead import measure
 from fxgraft.bench.report import OverheadReport, Row
 from fxgraft.cli.readme import markdown_table, own_methods
@@ -39,6 +41,7 @@ COLUMNS = (
     "method",
     "evaluation",
     "training step",
+    "by hand",
     "noise",
     "more per step, ms",
     "extra memory",
@@ -66,6 +69,7 @@ class Overhead:
     Args:
         path: the JSON file; carried on where it is there.
         settings: of `fxgraft.bench.overhead.measure`.
+        by_hand: measure methods alone, beside what is written by hand.
 
     Attributes:
         reports: what was measured.
@@ -75,9 +79,10 @@ class Overhead:
         ConfigError: the file is of another kind, or of other settings.
     """
 
-    def __init__(self, path: Path, settings: Mapping[str, Any]) -> None:
+    def __init__(self, path: Path, settings: Mapping[str, Any], by_hand: bool = False) -> None:
         self.path = path
         self.settings = settings
+        self.by_hand = by_hand
         self.reports: list[OverheadReport] = []
         self.refused: list[dict[str, str]] = []
         if not path.exists():
@@ -105,9 +110,12 @@ class Overhead:
                 done = {(report.model, " + ".join(report.patches)) for report in self.reports}
                 if {(model, text)} & (done | {(each["model"], each["method"]) for each in self.refused}):
                     continue
+                rival = BY_HAND.get(patches[0][0]) if self.by_hand and len(patches) == 1 else None
+                if self.by_hand and rival is None:
+                    continue
                 try:
-                    report = measure(model, patches, **self.settings)
-                except (SiteError, StructureError) as error:
+                    report = measure(model, patches, rival=rival, **self.settings)
+                except (SiteError, StructureError, LookupError) as error:
                     # Part of the result: not every backbone has what every method needs.
                     self.refused.append({"model": model, "method": text, "reason": str(error)})
                     console.print(f"{model} · {text}: {error}", markup=False)
@@ -125,10 +133,10 @@ class Overhead:
             plot(self.path.with_suffix(".png"), self.reports)
 
 
-def file_of(out: Path, device: str, compiled: bool) -> Path:
-    """Return the file of a device, and of eager or compiled networks."""
+def file_of(out: Path, device: str, compiled: bool, by_hand: bool = False) -> Path:
+    """Return the file of a device, of eager or compiled networks, with or without hooks by hand."""
     named = "" if device == "cpu" else "-" + device.replace(":", "")
-    return out / f"overhead{named}{'-compiled' if compiled else ''}.json"
+    return out / f"overhead{named}{'-compiled' if compiled else ''}{'-by-hand' if by_hand else ''}.json"
 
 
 def quiet_profiler() -> None:
@@ -153,7 +161,7 @@ def markdown(reports: Sequence[OverheadReport], refused: Sequence[dict[str, str]
             COLUMNS,
             [_cells(report) for report in reports]
             + [
-                (each["model"], each["method"], each["reason"].splitlines()[0], *[""] * 5) for each in refused
+                (each["model"], each["method"], each["reason"].splitlines()[0], *[""] * 6) for each in refused
             ],
         ),
     ]
@@ -161,7 +169,7 @@ def markdown(reports: Sequence[OverheadReport], refused: Sequence[dict[str, str]
 
 
 def overhead_table(path: Path) -> str:
-    """Write the README's table: a row per method, a column per model, the ratio of a training step."""
+    """Write the README's table: a row per method, a column per model, the ratio of a training step (and by hand)."""
     content = json.loads(path.read_text(encoding="utf-8"))
     reports = [OverheadReport.from_json(json.dumps(each)) for each in content["reports"]]
     models = list(dict.fromkeys(report.model for report in reports))
@@ -170,16 +178,16 @@ def overhead_table(path: Path) -> str:
     rows = [
         (
             name,
-            *(
-                f"{_ratio(found[name, model].row(TRAINING_STEP, PATCHED))[0]:.2f}"
-                if (name, model) in found
-                else "–"
-                for model in models
-            ),
+            *(_cell(found[name, model]) if (name, model) in found else "–" for model in models),
         )
         for name in dict.fromkeys(_name(report) for report in reports)
     ]
     return markdown_table(("training step", *models), [noise, *rows])
+
+
+def _cell(report: OverheadReport) -> str:
+    ratios = {row.network: _ratio(row)[0] for row in report.rows if row.what == TRAINING_STEP}
+    return f"{ratios[PATCHED]:.2f}" + (f" ({ratios[RIVAL]:.2f})" if RIVAL in ratios else "")
 
 
 def _name(report: OverheadReport) -> str:
@@ -228,11 +236,17 @@ def _cells(report: OverheadReport) -> tuple[str, ...]:
         " + ".join(report.patches),
         _written(report.row(FORWARD, PATCHED)),
         _written(patched),
+        _by_hand(report),
         _written(report.row(TRAINING_STEP, CONTROL)),
         f"{(patched.seconds.median - bare.seconds.median) * 1e3:+.2f}",
         extra,
         "" if report.patch_seconds is None else f"{report.patch_seconds:.2f}",
     )
+
+
+def _by_hand(report: OverheadReport) -> str:
+    found = [row for row in report.rows if (row.what, row.network) == (TRAINING_STEP, RIVAL)]
+    return _written(found[0]) if found else ""
 
 
 def _written(row: Row) -> str:

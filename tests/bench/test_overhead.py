@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from fxgraft.bench.contestants import BARE, CONTROL, FORWARD, MEASURES, PATCHED, TRAINING_STEP
+from fxgraft.bench.contestants import BARE, CONTROL, FORWARD, MEASURES, PATCHED, RIVAL, TRAINING_STEP
 from fxgraft.bench.memory import memory_kind, peak_memory, peak_of_events
 from fxgraft.bench.overhead import ALLOCATOR, measure, turn_order
 from fxgraft.bench.report import OverheadReport, Spread
@@ -155,6 +155,7 @@ def test_peak_of_a_trace_without_memory_events_is_unknown():
         ({"what": []}, "one or more of"),
         ({"device": "warp"}, "no device 'warp'"),
         ({"device": "meta"}, "computes nothing"),
+        ({"rival": lambda model: None, "compiled": True}, "Pass one of the two"),
     ],
 )
 def test_refuses_wrong_arguments(wrong, message):
@@ -214,3 +215,16 @@ def test_compiled_networks_are_all_compiled(monkeypatch):
     assert OverheadReport.from_json(report.to_json()) == report
     assert "compiled" in str(report)
     assert "compiled" not in str(quick())
+
+
+def test_measures_another_way_to_the_same():
+    seen = []
+
+    def by_hand(model):
+        model.register_forward_hook(lambda module, args, out: seen.append(out.shape))
+        return lambda x, y: nn.functional.cross_entropy(model(x), y)
+
+    found = quick(patches=[("taps", {"layers": "0"})], rounds=1, rival=by_hand)
+    assert {row.network for row in found.rows} == {BARE, CONTROL, PATCHED, RIVAL}
+    assert found.row(TRAINING_STEP, RIVAL).ratio.median > 0
+    assert set(seen) == {(4, 5)}

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
+import timm
+import torch
+from benchmarks.by_hand import BY_HAND
 from benchmarks.coverage import STACK
 from benchmarks.overhead import Overhead, file_of, overhead_table, subjects
 from rich.console import Console
@@ -47,6 +51,30 @@ def test_a_measurement_goes_on_and_is_not_repeated(tmp_path: Path) -> None:
     assert head == "| training step | test_vit |"
     assert noise.startswith("| *bare again* | ")
     assert row.startswith("| `rsc` | ")
+
+
+def test_beside_hooks_by_hand(tmp_path: Path) -> None:
+    path = file_of(tmp_path, "cpu", compiled=False, by_hand=True)
+    assert path.name == "overhead-by-hand.json"
+    found = Overhead(path, {**SETTINGS, "size": 96}, by_hand=True)
+    found.run(["test_resnet"], subjects(["rsc", "gam:layers=-1", "selfnorm"]), QUIET)
+    found.run(["test_vit"], subjects(["crossnorm"]), QUIET)
+    assert [report.patches for report in found.reports] == [("rsc",), ("selfnorm",)]
+    assert [each["reason"] for each in found.refused] == ["nothing is written by hand for VisionTransformer"]
+    row = overhead_table(path).splitlines()[-1]
+    assert re.fullmatch(r"\| `selfnorm` \| \d+\.\d\d \(\d+\.\d\d\) \|", row)
+
+
+@pytest.mark.parametrize("method", BY_HAND)
+def test_what_is_written_by_hand_trains(method: str) -> None:
+    torch.manual_seed(0)
+    model = timm.create_model("test_resnet", num_classes=5)
+    x, y = torch.randn(4, 3, 96, 96), torch.arange(4)
+    loss = BY_HAND[method](model.train())
+    for _ in range(3):
+        model.zero_grad()
+        loss(x, y).backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
 
 
 @pytest.mark.parametrize(

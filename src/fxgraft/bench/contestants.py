@@ -18,10 +18,11 @@ from fxgraft.errors import ConfigError
 FORWARD = "forward"
 TRAINING_STEP = "training step"
 MEASURES = (FORWARD, TRAINING_STEP)
-BARE, CONTROL, PATCHED = "bare", "bare again", "patched"
+BARE, CONTROL, PATCHED, RIVAL = "bare", "bare again", "patched", "by hand"
 STEP = "zero_grad, forward with labels, loss, backward, SGD step with momentum (learning rate 0)"
 
 Call = Callable[[], object]
+Loss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 @dataclass
@@ -29,7 +30,7 @@ class Contestant:
     """One of the networks that are compared, with the calls that are timed.
 
     Attributes:
-        name: "bare", "bare again" or "patched".
+        name: "bare", "bare again", "patched" or "by hand".
         forward: evaluates a batch.
         step: makes a training step.
         model: the network.
@@ -55,8 +56,9 @@ def line_up(
     size: int,
     device: torch.device,
     compiled: bool,
+    rival: Callable[[nn.Module], Loss] | None = None,
 ) -> list[Contestant]:
-    """Return the bare model, its control and, where there are patches, the patched model.
+    """Return the bare model, its control and, where there are any, the rival and the patched model.
 
     Args:
         bare: the model; it is patched itself, after it was copied for the others.
@@ -65,6 +67,7 @@ def line_up(
         size: side of the images.
         device: where the model is.
         compiled: run all of them through ``torch.compile(fullgraph=True)``.
+        rival: puts the method on a model in another way, and returns its loss of images and labels.
 
     Raises:
         ConfigError: the model is no classifier, or does not take such images.
@@ -91,6 +94,8 @@ def line_up(
         _bare(BARE, copy.deepcopy(bare), images, labels, compiled),
         _bare(CONTROL, copy.deepcopy(bare), images, labels, compiled),
     ]
+    if rival is not None:
+        contestants.append(_rival(copy.deepcopy(bare), rival, images, labels))
     if patches:
         contestants.append(_patched(bare, patches, images, labels, compiled))
     return contestants
@@ -105,6 +110,16 @@ def _bare(
         return F.cross_entropy(run(images), labels)
 
     return Contestant(name, _forward(run, images), _training_step(model, loss), model)
+
+
+def _rival(
+    model: nn.Module, rival: Callable[[nn.Module], Loss], images: torch.Tensor, labels: torch.Tensor
+) -> Contestant:
+    # Not compiled: what its loss does around the model is its own matter.
+    loss = rival(model)
+    return Contestant(
+        RIVAL, _forward(model, images), _training_step(model, lambda: loss(images, labels)), model
+    )
 
 
 def _runner(model: nn.Module, compiled: bool) -> Callable[..., Any]:

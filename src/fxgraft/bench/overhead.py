@@ -19,7 +19,7 @@ import torch
 from torch import nn
 from torch.utils.benchmark import Timer
 
-from fxgraft.bench.contestants import BARE, MEASURES, STEP, Call, Contestant, line_up
+from fxgraft.bench.contestants import BARE, MEASURES, STEP, Call, Contestant, Loss, line_up
 from fxgraft.bench.memory import memory_kind, peak_memory
 from fxgraft.bench.report import OverheadReport, Row, Spread
 from fxgraft.errors import ConfigError
@@ -47,6 +47,7 @@ def measure(
     threads: int | None = None,
     compiled: bool = False,
     progress: Callable[[int, int], None] | None = None,
+    rival: Callable[[nn.Module], Loss] | None = None,
 ) -> OverheadReport:
     """Measure what the patches cost on a classifier.
 
@@ -64,16 +65,22 @@ def measure(
         threads: CPU threads of torch; None keeps the present number.
         compiled: run all networks through ``torch.compile(fullgraph=True)``, the bare one as well.
         progress: called with the number of timings done and their total.
+        rival: another way to the same, as the network "by hand": a function that changes a copy of the model and
+            returns its loss of images and labels. Not with ``compiled``.
 
     Raises:
         ConfigError: an argument out of range, a device that is not there, or a model that is no classifier.
     """
     device = _check(batch, size, device, what, rounds, min_run_time, threads)
+    if rival is not None and compiled:
+        raise ConfigError(
+            "A rival runs as it is, beside networks that are not compiled.\nPass one of the two."
+        )
     threads = threads or torch.get_num_threads()
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(0)
         bare = build_model(model, input_size=size) if isinstance(model, str) else model()
-        contestants = line_up(bare.to(device), patches, batch, size, device, compiled)
+        contestants = line_up(bare.to(device), patches, batch, size, device, compiled, rival)
         rows: list[Row] = []
         with _frozen_garbage():
             for index, measured in enumerate(what):
