@@ -1,4 +1,4 @@
-"""What pytest-benchmark writes of `benchmarks/micro.py`: the environment as other results have it, and no raw timings."""
+"""What pytest-benchmark writes of `benchmarks/micro.py`: the environment as other results have it, no raw timings."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def pytest_benchmark_update_json(output_json: dict[str, Any]) -> None:
     benchmarks = [
         {
             "group": each["group"],
-            "name": each["params"] and each["param"] or each["name"],
+            "name": each["param"] or each["name"],
             "seconds": {key: each["stats"][key] for key in KEPT},
         }
         for each in output_json["benchmarks"]
