@@ -171,7 +171,7 @@ def observe(
             seen.calls.setdefault(name, []).append(record)
         # A patched model is looked at as part of a trace: this is no pass, and serves no labels.
         run = getattr(module, "_fxgraft_forward", None) or module.forward
-        record.output = run(*args, **kwargs)
+        record.output = _one_step(module, run, args, kwargs)
         record.order = order
         order += 1
         return record.output
@@ -203,6 +203,21 @@ def observe(
             nn.Module.__call__ = call  # type: ignore[method-assign]
             seen.run(call, model, *inputs)
     return seen
+
+
+def _one_step(
+    module: nn.Module, run: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Any:
+    """Call a forward, that of a recurrent layer on one position, whose output stands for those of all of them.
+
+    On the meta device a recurrent layer is one operation after the other for every position: half a minute in a deep
+    network. Their shapes are one position's.
+    """
+    if not (isinstance(module, nn.RNNBase) and args and isinstance(args[0], Tensor)):
+        return run(*args, **kwargs)
+    dim = int(module.batch_first and args[0].ndim == 3)
+    out, state = run(args[0].narrow(dim, 0, 1), *args[1:], **kwargs)
+    return out.repeat_interleave(args[0].shape[dim], dim), state
 
 
 def tensors(tree: Any) -> list[Tensor]:
