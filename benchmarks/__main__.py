@@ -19,9 +19,10 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from benchmarks.evidence import help_table, plot_gains, scores_table
+from benchmarks.evidence import help_table, scores_table
 from benchmarks.matrix import matrix_table
 from benchmarks.overhead import MODELS, Overhead, file_of, overhead_table, quiet_profiler, subjects
+from benchmarks.pictures import plot
 from benchmarks.results import FOLDER, Results
 from benchmarks.runner import Settings, carry_out
 from benchmarks.studies import STUDIES
@@ -204,7 +205,7 @@ def _present(results: Results, console: Console) -> None:
     if not console.is_terminal:
         console.width = max(console.width, 120)
     console.print(scores_table(results))
-    plot_gains(results, results.path.with_suffix(".png"))
+    plot(results, results.path.with_suffix(".png"))
 
 
 def _seeds(text: str | None) -> tuple[int, ...] | None:

@@ -6,7 +6,6 @@ import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from rich.table import Table
 
@@ -152,45 +151,3 @@ def help_table(all_results: Sequence[Results]) -> str:
                 f"| {verdict(results.study, claim, found)} | {step} |"
             )
     return "\n".join(rows)
-
-
-def plot_gains(results: Results, path: Path) -> None:
-    """Draw the gain of every variant over the bare network: a dot per pair, the mean as a bar, by score."""
-    from matplotlib.figure import Figure
-
-    study, runs = results.study, results.runs
-    scores = [
-        score for score in dict.fromkeys(s for run in runs for s in run["scores"]) if score not in study.plain
-    ]
-    variants = [name for name in _variants(results) if name != BARE]
-    if not variants:  # nothing to compare yet
-        return
-    keys = [name for name in study.key if name != "variant"]
-    bare = {tuple(run[name] for name in keys): run for run in runs if run["variant"] == BARE}
-    figure = Figure(figsize=(1.5 + 1.1 * max(4, len(scores) * len(variants)), 4), layout="constrained")
-    axis = figure.subplots()
-    width = 0.8 / max(1, len(variants))
-    for place, variant in enumerate(variants):
-        for index, score in enumerate(scores):
-            x = index + (place - (len(variants) - 1) / 2) * width
-            differences = [
-                100 * (run["scores"][score] - bare[key]["scores"][score])
-                for run in runs
-                if run["variant"] == variant and (key := tuple(run[name] for name in keys)) in bare
-            ]
-            if differences:
-                axis.bar(
-                    x,
-                    statistics.fmean(differences),
-                    width * 0.9,
-                    color=f"C{place}",
-                    alpha=0.5,
-                    label=variant if index == 0 else None,
-                )
-                axis.plot([x] * len(differences), differences, "o", color=f"C{place}", markersize=4)
-    axis.axhline(0, color="black", linewidth=0.8)
-    axis.set_xticks(range(len(scores)), scores)
-    axis.set_ylabel("gain over bare, points")
-    axis.set_title(study.about, fontsize="medium")
-    axis.legend()
-    figure.savefig(path, dpi=120)

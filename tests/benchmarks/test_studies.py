@@ -8,12 +8,14 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import matplotlib.image
 import pytest
 import torch
 from benchmarks.__main__ import README, readme_parts, with_part
 from benchmarks.corruptions import CORRUPTIONS, corrupt
 from benchmarks.ensembling import training_of
 from benchmarks.evidence import gain, help_table, scores_table
+from benchmarks.pictures import plot
 from benchmarks.pretrained import pretrained
 from benchmarks.results import Results
 from benchmarks.runner import OutOfTimeError, Settings, carry_out
@@ -87,6 +89,18 @@ def test_runs_what_is_missing_and_says_what_it_found(tmp_path: Path, data: Path)
     assert "| helps | 1.10 |" in help_table([whole])
     worse = Results(small_study(lower_is_better=("accuracy",)), "quick", tmp_path)
     assert "| hurts | 1.10 |" in help_table([worse])
+
+
+@pytest.mark.parametrize("losses", [{}, {"epoch_loss": [1.0, 0.1]}], ids=["gains", "gains and losses"])
+def test_pictures(losses: dict[str, Any], tmp_path: Path) -> None:
+    results = Results(small_study(about="very much " * 30), "quick", tmp_path)
+    results.runs = [{"seed": 0, "variant": BARE, "scores": {"accuracy": 0.5}, **losses}]
+    path = tmp_path / "small.png"
+    plot(results, path)
+    assert not path.exists()
+    results.runs.append({"seed": 0, "variant": "mixmo", "scores": {"accuracy": 0.9}, **losses})
+    plot(results, path)
+    assert matplotlib.image.imread(path).shape[1] > (1000 if losses else 600)
 
 
 def test_one_pair_shows_nothing() -> None:
