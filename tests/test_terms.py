@@ -374,6 +374,21 @@ def test_compiled_training_stays_one_graph_and_is_not_compiled_again() -> None:
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")  # of dynamo's own looking
 @pytest.mark.sweep
+@pytest.mark.parametrize("method", ["rsc", "crossnorm", "selfnorm", "diversification"])
+def test_a_step_with_its_loss_is_one_graph(method: str) -> None:
+    torch.compiler.reset()
+    model = fxgraft.patch(net(), method, input_size=SIZE)
+
+    @torch.compile(fullgraph=True, backend="eager")
+    def step(x: Tensor, y: Tensor) -> Tensor:
+        return fxgraft.loss(model, model(x, target=y), y)
+
+    step(images(), LABELS).backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")  # of dynamo's own looking
+@pytest.mark.sweep
 def test_a_step_with_its_loss_compiles() -> None:
     model = fxgraft.patch(Mine(net()), "rsc", layer="backbone.stage2", input_size=SIZE)
 

@@ -135,11 +135,11 @@ def _judging(model: nn.Module, logits: Any) -> list[Graft]:
         ConfigError: there are several such parts.
         StructureError: the logits are not the output of that part.
     """
-    found = {
-        path: grafts
-        for path, part in patched_parts(model).items()
-        if (grafts := [each for each in grafts_on(part) if each.patch.replaces_criterion()])
-    }
+    found: dict[str, list[Graft]] = {}
+    for path, part in patched_parts(model).items():
+        for graft in grafts_on(part):
+            if graft.patch.replaces_criterion():
+                found.setdefault(path, []).append(graft)
     if len(found) > 1:
         names = " and ".join(
             f"{grafts[0].name!r} on {path or 'the model'!r}" for path, grafts in found.items()

@@ -286,14 +286,7 @@ def test_a_compiled_model_matches_alike() -> None:
         torch.testing.assert_close(twin.get_parameter(name).grad, p.grad, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        "test_resnet",
-        "test_vit",
-        *(pytest.param(each, marks=pytest.mark.sweep) for each in ("test_convnext", "test_efficientnet")),
-    ],
-)
+@pytest.mark.parametrize("name", ["test_resnet", "test_vit", "test_convnext", "test_efficientnet"])
 @pytest.mark.sweep
 def test_timms_pooled_features_merge(name: str) -> None:
     options = {"global_pool": "avg"} if name == "test_vit" else {}

@@ -17,7 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import fxgraft
 from fxgraft.patches.mixmo.patch import Encoders
-from patches.mixmo.mixing import last_pairing, patched, trained, unit
+from patches.mixmo.mixing import SMALL, last_pairing, patched, trained, unit
 from patches.small import CLASSES, batch, net
 
 
@@ -28,6 +28,17 @@ def _fresh_compiler() -> Any:
         warnings.filterwarnings("ignore", category=DeprecationWarning, module=r"torch\..*")
         yield
     torch.compiler.reset()
+
+
+@pytest.mark.usefixtures("_fresh_compiler")
+@pytest.mark.parametrize("methods", [["mixmo", "rsc"], ["rsc", "mixmo"]], ids="+".join)
+def test_others_see_the_labels_of_the_mixtures_in_one_graph(methods: list[str]) -> None:
+    model, (x, y) = net(), batch()
+    for method in methods:
+        fxgraft.patch(model, method, **SMALL)
+    compiled: Any = torch.compile(model, fullgraph=True, backend="aot_eager")
+    fxgraft.loss(model, compiled(x, target=y), y).backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
 
 
 @pytest.mark.usefixtures("_fresh_compiler")

@@ -185,8 +185,10 @@ class CrossNorm(BlockPatch):
         self, graft: Graft, out: Any, target: Any, criterion: Callable[..., Tensor]
     ) -> Mapping[str, Tensor]:
         """In a step that compares, run the batch twice more with CrossNorm on and weigh the divergence."""
+        if not self.replays():
+            return {}
         again, model = graft.arguments(out), graft.model()
-        if not self.replays() or again is None or model is None:  # the pass may have been one in evaluation
+        if again is None or model is None:  # the pass may have been one in evaluation
             return {}
         clean = take_logits(out, [self.output])
         first = again.args[0] if again.args else None

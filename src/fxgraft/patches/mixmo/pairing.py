@@ -201,7 +201,12 @@ class Pairing:
 
 
 def _differ(y: Any, other: Any) -> bool:
-    """Say whether labels of one kind differ, where looking costs nothing: on an accelerator it would stall."""
+    """Say whether labels of one kind differ, where looking costs nothing.
+
+    On an accelerator it would stall, and a compiled call cannot branch on it.
+    """
+    if y is other or torch.compiler.is_compiling():
+        return False
     if (
         not (isinstance(y, Tensor) and isinstance(other, Tensor))
         or not y.device.type == other.device.type == "cpu"
