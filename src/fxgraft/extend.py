@@ -83,6 +83,8 @@ What a method can do beyond this:
   ``look_ahead`` through a rest, and ``remember``, which ``graft.recall(out)`` finds again when the loss is computed.
 - Take part in the loss: `Patch.criterion` and `Patch.losses`; where options switch these off, say so in
   `Patch.replaces_criterion` and `Patch.judges`. Fold into stock weights: `Patch.merge`.
+- Run a stem or a classifier with other tensors than its own: `layer_tensors` are its parameters, `effective` what it
+  multiplies with and adds, `apply_layer` the call, and `write_effective` gives the layer a sum of such weights.
 - Say what a training pass did, as scalars for loggers: ``run.measure(self.graft, "ratio", ratio)`` in a unit is all it
   takes; `fxgraft.diagnostics` gives the means by name. Where more arithmetic is needed, `Patch.diagnostics`.
 - Show what the method does with an image: `Patch.picture` returns a `Picture` of `Panel` objects (images with heat maps
