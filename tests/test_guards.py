@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -11,18 +12,33 @@ import torch
 from torch import Tensor, nn
 
 import fxgraft
-from fxgraft.errors import (
-    WrappedModelError,
-)
-from toys import (
-    Toy,
-    images,
-    net,
-)
+from fxgraft.errors import WrappedModelError
+from toys import Toy, images, net
 
 pytestmark = pytest.mark.usefixtures("toy_methods")
 
 SIZE = (3, 16, 16)
+
+
+VERBS = {
+    name: list(inspect.signature(verb).parameters.values())
+    for name in fxgraft.__all__
+    if inspect.isfunction(verb := getattr(fxgraft, name)) and "model" in inspect.signature(verb).parameters
+}
+GIVEN = {"fraction": 0.5, "path": "run"}
+
+
+@pytest.mark.parametrize("given", ["resnet18", Toy], ids=["a name", "a class"])
+@pytest.mark.parametrize("name", VERBS)
+def test_what_is_no_model(name: str, given: object) -> None:
+    first, *others = VERBS[name]
+    arguments = {
+        p.name: GIVEN.get(p.name)
+        for p in [first, *others]
+        if p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)
+    }
+    with pytest.raises(WrappedModelError, match=r"this is of type (str|type).\nPass the model itself"):
+        getattr(fxgraft, name)(**{**arguments, "model": given})
 
 
 @pytest.fixture(scope="module")

@@ -124,3 +124,11 @@ def candidates(word: str, known: Iterable[str], limit: int = 8) -> str:
     shown = ", ".join(repr(name) for name in names[:limit])
     more = f", … ({len(names)} in all)" if len(names) > limit else ""
     return f"There are: {shown}{more}."
+
+
+def no_module(given: object) -> WrappedModelError:
+    """Say that something is no model."""
+    return WrappedModelError(
+        f"A model is a torch.nn.Module, and this is of type {type(given).__name__}.\n"
+        "Pass the model itself, as timm.create_model returns it."
+    )

@@ -7,22 +7,17 @@ from typing import Any
 import torch
 from torch import nn
 
-from fxgraft.errors import (
-    WrappedModelError,
-)
+from fxgraft.errors import WrappedModelError, no_module
 
 
 def check_model(model: Any) -> None:
     """Raise unless the model can be patched: a plain module that nothing has wrapped yet."""
     if not isinstance(model, nn.Module):
-        kind = type(model).__name__
-        if kind == "ExportedProgram":
+        if type(model).__name__ == "ExportedProgram":
             raise WrappedModelError(
                 "The model is an exported program, whose graph is fixed.\nPatch the model first, export after."
             )
-        raise WrappedModelError(
-            f"fxgraft patches a torch.nn.Module, got {kind}.\nPass the model itself, as timm.create_model returns it."
-        )
+        raise no_module(model)
     wrappers = {
         "DistributedDataParallel": "DistributedDataParallel",
         "DataParallel": "DataParallel",

@@ -162,12 +162,12 @@ def load(model: M, path: str | Path) -> M:
         RecipeError: the folder is no recipe, or damaged, or of an unknown version, or made for another
             architecture; or the model is patched already. The model is then as it was.
     """
-    folder = Path(path)
-    recipe = read_recipe(folder / RECIPE, HEADER)
     if ledger_of(model) is not None:
         raise RecipeError(
             "The model is patched already, and a recipe starts from a bare one.\nCall fxgraft.unpatch(model) first."
         )
+    folder = Path(path)
+    recipe = read_recipe(folder / RECIPE, HEADER)
     check_model(model)
     saved, present = recipe["architecture"], _architecture(model, set())
     if saved != present:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from fxgraft.adaptation.streams import images_of
-from fxgraft.errors import ConfigError, StructureError
+from fxgraft.errors import ConfigError, StructureError, no_module
 from fxgraft.graph.grafting.state import state_of
 from fxgraft.graph.tracing.preserve import preserved_modes
 
@@ -48,10 +48,13 @@ def adapt_batchnorm(
         The same model.
 
     Raises:
+        WrappedModelError: what should be the model is none.
         StructureError: the model has no BatchNorm with running statistics.
         ConfigError: no batches, batches without images, one value per channel, or a momentum out of range.
             The model is then as it was.
     """
+    if not isinstance(model, nn.Module):
+        raise no_module(model)
     layers = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.running_mean is not None]
     if not layers:
         raise StructureError(

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from fxgraft.errors import no_module
+
 Batch = TypeVar("Batch")
 
 
@@ -207,5 +209,10 @@ def with_targets(
 
     Returns:
         What yields the loader's batches, unchanged, as often as the loader does, and has its length and attributes.
+
+    Raises:
+        WrappedModelError: ``model`` is no module.
     """
+    if model is not None and not isinstance(model, nn.Module):
+        raise no_module(model)
     return LabelledLoader(loader, index, model)

@@ -9,6 +9,7 @@ from typing import Any, Protocol
 
 from torch import nn
 
+from fxgraft.errors import no_module
 from fxgraft.graph.grafting.passes import Context
 from fxgraft.graph.grafting.unit import Unit
 from fxgraft.graph.tracing.names import STATE
@@ -125,5 +126,11 @@ def hidden_forward(who: str) -> str:
 
 
 def state_of(module: nn.Module) -> GraftState | None:
-    """Return the graft state of a module, or None for a bare one."""
+    """Return the graft state of a module, or None for a bare one.
+
+    Raises:
+        WrappedModelError: it is no module.
+    """
+    if not isinstance(module, nn.Module):
+        raise no_module(module)
     return module.__dict__.get(STATE)
