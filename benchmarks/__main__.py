@@ -21,7 +21,15 @@ from rich.console import Console
 
 from benchmarks.evidence import help_table, scores_table
 from benchmarks.matrix import matrix_table
-from benchmarks.overhead import MODELS, Overhead, file_of, overhead_table, quiet_profiler, subjects
+from benchmarks.overhead import (
+    MODELS,
+    Overhead,
+    file_of,
+    fixed_cost_table,
+    overhead_table,
+    quiet_profiler,
+    subjects,
+)
 from benchmarks.pictures import plot
 from benchmarks.results import FOLDER, Results
 from benchmarks.runner import Settings, carry_out
@@ -162,6 +170,8 @@ def readme_parts() -> dict[str, str]:
         "coverage": coverage(Zoo(FOLDER / "zoo.json")),
         "works-with": matrix_table(FOLDER / "works_with.json"),
         "overhead": overhead_table(FOLDER / "overhead.json"),
+        "by-hand": overhead_table(FOLDER / "overhead-by-hand.json"),
+        "fixed-cost": fixed_cost_table(FOLDER / "overhead_fixed.json"),
     }
 
 

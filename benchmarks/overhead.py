@@ -24,7 +24,7 @@ from rich.console import Console
 
 from benchmarks.by_hand import BY_HAND
 from benchmarks.coverage import STACK
-from fxgraft.bench.contestants import BARE, CONTROL, FORWARD, PATCHED, RIVAL, TRAINING_STEP
+from fxgraft.bench.contestants import BARE, CONTROL, FORWARD, MEASURES, PATCHED, RIVAL, TRAINING_STEP
 from fxgraft.bench.overhead import measure
 from fxgraft.bench.report import OverheadReport, Row
 from fxgraft.cli.readme import markdown_table, own_methods
@@ -183,6 +183,21 @@ def overhead_table(path: Path) -> str:
         for name in dict.fromkeys(_name(report) for report in reports)
     ]
     return markdown_table(("training step", *models), [noise, *rows])
+
+
+def fixed_cost_table(path: Path) -> str:
+    """Write what a call costs whatever the network: microseconds more than the bare network's, on a tiny one."""
+    content = json.loads(path.read_text(encoding="utf-8"))
+    reports = [OverheadReport.from_json(json.dumps(each)) for each in content["reports"]]
+    rows = [(_name(each), *(f"{_more(each, what, PATCHED):+.0f}" for what in MEASURES)) for each in reports]
+    noise = [[_more(each, what, CONTROL) for each in reports] for what in MEASURES]
+    first = ("*bare again*", *(f"{min(each):+.0f} to {max(each):+.0f}" for each in noise))
+    bare = ("*bare*", *(f"{reports[0].row(what, BARE).seconds.median * 1e6:.0f}" for what in MEASURES))
+    return markdown_table(("µs per call", "evaluation", "training step"), [bare, first, *rows])
+
+
+def _more(report: OverheadReport, what: str, network: str) -> float:
+    return 1e6 * (report.row(what, network).seconds.median - report.row(what, BARE).seconds.median)
 
 
 def _cell(report: OverheadReport) -> str:
