@@ -134,7 +134,8 @@ def help_table(all_results: Sequence[Results]) -> str:
     ]
     for results in all_results:
         for claim in results.study.claims:
-            found = gain(results.study, results.runs, claim.variant, claim.score, claim.against)
+            runs = [run for run in results.runs if claim.only.items() <= run.items()]
+            found = gain(results.study, runs, claim.variant, claim.score, claim.against)
             if found is None:
                 continue
             plain = claim.score in results.study.plain
@@ -145,7 +146,7 @@ def help_table(all_results: Sequence[Results]) -> str:
             variant = "" if claim.variant == claim.method else f" ({claim.variant})"
             rows.append(
                 f"| `{claim.method}`{variant} | {claim.paper} "
-                f"| {results.study.about}; {claim.score} "
+                f"| {'; '.join([results.study.about, *map(str, claim.only.values()), claim.score])} "
                 f"| {factor * found.before:.{digits}f} → {factor * found.after:.{digits}f}{unit} "
                 f"| {factor * found.mean:+.{digits}f}{spread} ({found.pairs}{level}) "
                 f"| {verdict(results.study, claim, found)} | {step} |"

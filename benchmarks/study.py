@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +46,7 @@ class Claim:
         score: which of the study's scores.
         paper: the claim, with the figure reported.
         against: the variant it is compared with.
+        only: values that the runs have, by key; all runs by default.
     """
 
     method: str
@@ -53,6 +54,7 @@ class Claim:
     score: str
     paper: str
     against: str = BARE
+    only: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)

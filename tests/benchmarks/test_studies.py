@@ -87,6 +87,9 @@ def test_runs_what_is_missing_and_says_what_it_found(tmp_path: Path, data: Path)
     assert found.p < 1e-4
     assert "| 51.0 → 61.1 % | +10.1 ± 0.1 (3, p = " in help_table([whole])
     assert "| helps | 1.10 |" in help_table([whole])
+    one = Claim(method="mixmo", variant="mixmo", score="accuracy", paper="1 → 2", only={"seed": 1})
+    row = help_table([Results(small_study(claims=(one,)), "quick", tmp_path)]).splitlines()[-1]
+    assert "| 51.0 → 61.1 % | +10.1 (1) | not shown |" in row
     worse = Results(small_study(lower_is_better=("accuracy",)), "quick", tmp_path)
     assert "| hurts | 1.10 |" in help_table([worse])
 
