@@ -4,7 +4,7 @@
     python -m benchmarks overhead --model resnet50 --rounds 24
     python -m benchmarks overhead --device cuda --batch 64 --compile
     python -m benchmarks overhead --model resnet18 --method crossnorm --method crossnorm:p=1.0,active=None
-    python -m benchmarks overhead --model test_resnet --batch 1 --size 64   # what a call costs whatever the network
+    python -m benchmarks overhead --model test_resnet --batch 1 --size 96   # what a call costs whatever the network
     python -m benchmarks overhead --model resnet50 --by-hand                # beside hooks (`benchmarks.by_hand`)
 
 Writes ``overhead.json`` (every number with its spread), ``overhead.md`` and ``overhead.png``; on another device than
@@ -201,7 +201,7 @@ def _more(report: OverheadReport, what: str, network: str) -> float:
 
 
 def _cell(report: OverheadReport) -> str:
-    ratios = {row.network: _ratio(row)[0] for row in report.rows if row.what == TRAINING_STEP}
+    ratios = {network: _ratio(row)[0] for network, row in _rows_of(report).items()}
     return f"{ratios[PATCHED]:.2f}" + (f" ({ratios[RIVAL]:.2f})" if RIVAL in ratios else "")
 
 
@@ -221,18 +221,21 @@ def plot(path: Path, reports: Sequence[OverheadReport]) -> None:
     figure = Figure(figsize=(8, 1.5 + 0.3 * len(reports)), layout="constrained")
     axes = figure.subplots()
     labels = [f"{report.model} · {_name(report).strip('`')}" for report in reports]
-    for offset, network, colour in ((-0.15, PATCHED, "C0"), (0.15, CONTROL, "0.6")):
-        ratios = [_ratio(report.row(TRAINING_STEP, network)) for report in reports]
-        middle = [ratio[0] for ratio in ratios]
-        errors = [[m - low for m, low, _ in ratios], [high - m for m, _, high in ratios]]
-        axes.errorbar(
-            middle,
-            [index + offset for index in range(len(reports))],
-            xerr=errors,
-            fmt="o",
-            color=colour,
-            label="patched" if network == PATCHED else "noise: bare against bare",
-        )
+    series = (
+        (-0.2, PATCHED, "C0", "patched"),
+        (0, RIVAL, "C1", "by hand"),
+        (0.2, CONTROL, "0.6", "noise: bare again"),
+    )
+    for offset, network, colour, label in series:
+        found = [(place, _rows_of(report).get(network)) for place, report in enumerate(reports)]
+        there = [(place + offset, *_ratio(row)) for place, row in found if row is not None]
+        if there:
+            places, middle, low, high = map(list, zip(*there, strict=True))
+            errors = [
+                [m - n for m, n in zip(middle, low, strict=True)],
+                [n - m for m, n in zip(middle, high, strict=True)],
+            ]
+            axes.errorbar(middle, places, xerr=errors, fmt="o", color=colour, label=label)
     axes.axvline(1.0, color="0.8", zorder=0)
     axes.set_yticks(range(len(reports)), labels, fontsize=7)
     axes.invert_yaxis()
@@ -260,8 +263,12 @@ def _cells(report: OverheadReport) -> tuple[str, ...]:
 
 
 def _by_hand(report: OverheadReport) -> str:
-    found = [row for row in report.rows if (row.what, row.network) == (TRAINING_STEP, RIVAL)]
-    return _written(found[0]) if found else ""
+    row = _rows_of(report).get(RIVAL)
+    return "" if row is None else _written(row)
+
+
+def _rows_of(report: OverheadReport) -> dict[str, Row]:
+    return {row.network: row for row in report.rows if row.what == TRAINING_STEP}
 
 
 def _written(row: Row) -> str:

@@ -240,7 +240,7 @@ def test_closed_form_is_the_general_path(
     mask = feature_mask(saliency(z, None, scope, strategy="random"), z, scope, 1 / 3)
     z.requires_grad_()
     weight.requires_grad_()
-    for m in (mask, None):
+    for m in (mask, mask.expand_as(z).contiguous(), None):
         for b in (bias, None):
             closed, general = linear_tail_logits(z, m, weight, b), head(z if m is None else z * m, weight, b)
             close(closed, general)

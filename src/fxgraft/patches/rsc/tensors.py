@@ -231,13 +231,16 @@ def linear_tail_saliency(
 def linear_tail_logits(z: Tensor, mask: Tensor | None, weight: Tensor, bias: Tensor | None) -> Tensor:
     """Logits linear(mean_S(z · mask)), (B, K), without forming z · mask; differentiable in z, weight, bias.
 
-    `mask` comes from `feature_mask`, or is None for the plain logits. The linear layer runs as it would in
+    `mask` comes from `feature_mask`, or is None for the plain logits, or is one of (B, C, *S) that is chosen between
+    such ones as data, where z · mask is formed. The linear layer runs as it would in
     the network: in the dtype of `weight` (K, C), or in autocast's.
     """
     if mask is None:
         pooled = _spatial_mean(z)
     elif mask.shape[2:].numel() == 1:  # constant over positions, so it commutes with their mean
         pooled = _spatial_mean(z) * mask.flatten(1)
+    elif mask.shape[1] > 1:
+        pooled = _spatial_mean(z * mask)
     else:  # this order of the factors is the fast one for both memory formats
         pooled = _matmul(mask.flatten(2), z.flatten(2).transpose(1, 2)).squeeze(1) / mask.shape[2:].numel()
     return F.linear(pooled.to(weight.dtype), weight, bias)
