@@ -1,8 +1,8 @@
 """The diversification block and its loss on PACS's photographs and paintings, from ImageNet weights.
 
 The classes are few: with seven, the loss that counts the k = 15 strongest wrong classes is cross-entropy itself, so it
-is tested with k = 2 and k = 3 in ``full`` alone. ``quick`` tests the block, in pairs that share weights and batches. A fifth of each
-class is the test set; the weights are those of the last epoch.
+is tested with k = 2 and k = 3 in ``full`` alone. ``quick`` tests the block, in pairs that share weights and batches. A
+fifth of each class is the test set; the weights are those of the last epoch.
 """
 
 from __future__ import annotations
