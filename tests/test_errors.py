@@ -169,7 +169,7 @@ MISTAKES: dict[str, tuple[Act, type[Exception], str]] = {
     "no model": (
         lambda m: fxgraft.patch(m.state_dict(), "rsc"),
         WrappedModelError,
-        r"torch\.nn\.Module, got OrderedDict",
+        r"is of type OrderedDict",
     ),  # type: ignore[arg-type]
     "traced for good": (
         lambda m: fxgraft.patch(torch.export.export(net().eval(), (images(),)), "rsc"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
 from torch import Tensor, nn
@@ -145,15 +146,24 @@ class Backbone:
         """Find the linear layers whose outputs make up the logits, by qualified name."""
         return find_classifiers(self.anatomy)
 
-    def rest(self, site: Site, output: str | int | None = None, prefix: int = 0) -> Rest:
+    def rest(
+        self,
+        site: Site,
+        output: str | int | None = None,
+        prefix: int = 0,
+        behind: Collection[str] | None = None,
+    ) -> Rest:
         """Split off the rest of the network after a site, as a function of its value.
 
         Args:
             site: where it starts.
             output: which entry of a structured output holds the logits.
             prefix: how many class and register tokens the value begins with.
+            behind: in `Patch.installed`, the grafts that come before this one: what they do to the site's value is part
+                of it, and what the rest needs besides is recorded already.
         """
-        return rest_of_network(self.anatomy, site, output, prefix)
+        acted = None if behind is None else lambda unit: getattr(unit, "graft", None) in behind
+        return rest_of_network(self.anatomy, site, output, prefix, acted)
 
     def absorber(self, site: Site, layout: Layout) -> Absorber | None:
         """Find the layer that can take a scale and a shift per channel of a site's value into its weights."""

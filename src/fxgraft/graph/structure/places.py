@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor, fx, nn
 
 from fxgraft.errors import SiteError
-from fxgraft.graph.structure.sites import Site, module_site
+from fxgraft.graph.structure.sites import Site, module_site, node_sites
 from fxgraft.graph.tracing.anatomy import Anatomy
 from fxgraft.graph.tracing.editing import After, Edit, Output, is_unit
 from fxgraft.graph.tracing.names import relative
@@ -125,19 +125,45 @@ def training_name(anatomy: Anatomy, owner: str, name: str) -> str:
 def blocks_before(anatomy: Anatomy, site: Site) -> list[Site]:
     """List the blocks that run before a site and give as many dimensions and channels, the nearest first.
 
-    A block is one of several modules of the same class in one `torch.nn.Sequential` or ``ModuleList``.
+    A block is one of several modules of the same class in one `torch.nn.Sequential` or ``ModuleList``. Those that lie
+    inside of others, and have parts themselves, come behind the rest. Of several values that a block gives, as a map
+    and its size, the first is meant that is like the site's.
     """
     calls = anatomy.observation.calls
-    shape = site.shape or (0,)
     found = [site.path] if _is_block(anatomy, site.path) else []
+    outer, inner = [], []
     for path in reversed(anatomy.in_order()):
-        value = calls[path][0].output
-        before = site.path not in calls or calls[path][0].order < calls[site.path][0].order
-        alike = isinstance(value, Tensor) and len(shape) == value.ndim and shape[-1] == value.shape[-1]
-        inner = any(path.startswith(outer + ".") for outer in found)
-        if before and alike and not inner and len(calls[path]) == 1 and _is_block(anatomy, path):
+        if path == site.path or len(calls[path]) > 1 or not _is_block(anatomy, path):
+            continue
+        if site.path in calls and calls[path][0].order > calls[site.path][0].order:
+            continue
+        inside = any(path.startswith(each + ".") for each in found)
+        if inside and next(anatomy.module(path).children(), None) is None:
+            continue
+        value = _value_like(anatomy, path, site.shape or (0,))
+        if value is not None:
             found.append(path)
-    return [module_site(anatomy, path) for path in found if path != site.path]
+            (inner if inside else outer).append(value)
+    return [*outer, *inner]
+
+
+def _value_like(anatomy: Anatomy, path: str, shape: tuple[int, ...]) -> Site | None:
+    """Return where a module's output is, or the first of them that has as many dimensions and channels."""
+
+    def alike(value: Any) -> bool:
+        return isinstance(value, Tensor) and value.ndim == len(shape) and value.shape[-1] == shape[-1]
+
+    output = anatomy.observation.output(path)
+    if alike(output):
+        return module_site(anatomy, path)
+    if not isinstance(output, (tuple, list)) or not any(map(alike, output)):
+        return None
+    graph = anatomy.graph(path, training=False).graph
+    returned: Any = next(node.args[0] for node in graph.nodes if node.op == "output")
+    if not isinstance(returned, (tuple, list)):
+        return None
+    name = next(node.name for node, value in zip(returned, output, strict=True) if alike(value))
+    return next((each for each in node_sites(anatomy, path) if each.node == name), None)
 
 
 def _is_block(anatomy: Anatomy, path: str) -> bool:

@@ -20,7 +20,7 @@ from fxgraft.graph.structure.tail import LinearTail, linear_tail
 from fxgraft.graph.tracing.anatomy import Anatomy
 from fxgraft.graph.tracing.branches import held
 from fxgraft.graph.tracing.compile import compile_graph
-from fxgraft.graph.tracing.editing import After, Edit
+from fxgraft.graph.tracing.editing import After, Edit, Output, is_unit
 from fxgraft.graph.tracing.names import ancestors
 from fxgraft.graph.tracing.proxies import iadd, imul
 from fxgraft.graph.tracing.settings import settings_changed
@@ -202,7 +202,13 @@ def span_to_output(
     return traced, start, logits, opened
 
 
-def rest_of_network(anatomy: Anatomy, site: Site, output: str | int | None = None, prefix: int = 0) -> Rest:
+def rest_of_network(
+    anatomy: Anatomy,
+    site: Site,
+    output: str | int | None = None,
+    prefix: int = 0,
+    acted: Callable[[nn.Module], bool] | None = None,
+) -> Rest:
     """Split off the rest of a model after a site.
 
     Args:
@@ -210,6 +216,8 @@ def rest_of_network(anatomy: Anatomy, site: Site, output: str | int | None = Non
         site: where the rest starts.
         output: which entry of a structured output holds the logits.
         prefix: how many class and register tokens the site's value begins with.
+        acted: of a model with its grafts installed, whose records are in place: whether a unit on the site's value is
+            part of it, and not of the rest.
 
     Raises:
         SiteError: the output does not depend on the site.
@@ -217,10 +225,19 @@ def rest_of_network(anatomy: Anatomy, site: Site, output: str | int | None = Non
         TraceError: a module around the site cannot be traced.
     """
     traced, start, logits, opened = span_to_output(anatomy, site, output)
+    name = start.name
+    while acted is not None:
+        units = (user for user in start.users if is_unit(user) and user.op == "call_module")
+        unit = next((each for each in units if acted(anatomy.module(str(each.target)))), None)
+        if unit is None:
+            break
+        start = unit
     downstream = downstream_of(start)
     model = anatomy.name
     inside = ({logits} | upstream_of(logits)) & downstream
-    graph, captured, inputs = _cut(anatomy, traced, start, logits, inside)
+    graph, needed, inputs = _cut(anatomy, traced, start, logits, inside)
+    where = [("", Output()) if acted is not None else _capture_edit(anatomy, node) for node in needed]
+    captured = tuple(Captured(f"{name}:{node.name}", *at) for node, at in zip(needed, where, strict=True))
     children = tuple(dict.fromkeys(str(n.target) for n in graph.nodes if n.op == "call_module"))
     inner = {name: anatomy.module(name) for name in children}
     return Rest(
@@ -242,8 +259,8 @@ def _cut(
     start: fx.Node,
     logits: fx.Node,
     inside: set[fx.Node],
-) -> tuple[fx.Graph, tuple[Captured, ...], tuple[int, ...]]:
-    """Copy the nodes from ``start`` to ``logits`` into a graph of their own."""
+) -> tuple[fx.Graph, list[fx.Node], tuple[int, ...]]:
+    """Copy the nodes from ``start`` to ``logits`` into a graph of their own; return what it needs besides as well."""
     order = {node: index for index, node in enumerate(traced.graph.nodes)}
     holds = {node for node in downstream_of(start) if node.target is held}
     behind = {node for hold in holds for node in upstream_of(hold)} & downstream_of(start)
@@ -262,11 +279,15 @@ def _cut(
     inputs = placeholders(traced.graph)
     used = [node for node in inputs if node in frontier]
     boundary = sorted(frontier - set(used), key=order.__getitem__)
-    captured = tuple(
-        Captured(f"{start.name}:{node.name}", *_capture_edit(anatomy, node)) for node in boundary
-    )
     graph = cut([start, *boundary, *used], logits, sorted(holds))
-    return graph, captured, tuple(inputs.index(node) for node in used)
+    # A value that other units act on has the name of its own node, with them and without.
+    return graph, [_bare(node) for node in boundary], tuple(inputs.index(node) for node in used)
+
+
+def _bare(node: fx.Node) -> fx.Node:
+    while is_unit(node):
+        node = next(each for each in node.all_input_nodes if each.op != "get_attr")
+    return node
 
 
 def _capture_edit(anatomy: Anatomy, node: fx.Node) -> tuple[str, Edit]:
@@ -282,7 +303,7 @@ def _capture_edit(anatomy: Anatomy, node: fx.Node) -> tuple[str, Edit]:
             f"{node.name!r} in {scope or 'the model'!r} is needed after the site, and cannot be found in that module's "
             "own trace.\nIts forward takes other branches there.\nChoose a site that is the output of a whole module."
         )
-    return scope, After(training_name(anatomy, scope, local[index].name))
+    return scope, After(training_name(anatomy, scope, local[index].name), last=True)
 
 
 def _detached(value: Any) -> Any:

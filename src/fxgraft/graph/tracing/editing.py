@@ -18,9 +18,11 @@ class After:
 
     Attributes:
         node: name of the node in its owner's graph.
+        last: run it behind all other units on that value, whenever they were added.
     """
 
     node: str
+    last: bool = False
 
 
 @dataclass(frozen=True)
@@ -101,13 +103,15 @@ Edit = After | Edge | Before | Replace | Span | Input | Instead | Output
 class Editor:
     """Carries out edits on one traced graph.
 
-    Edits at one node stack in the order they are applied: each sees what the one before it left.
+    Edits at one node stack in the order they are applied: each sees what the one before it left, but for those that
+    are to be last.
     """
 
     def __init__(self, traced: Traced) -> None:
         self.traced = traced
         self._named = {node.name: node for node in traced.graph.nodes}
         self._latest: dict[fx.Node, fx.Node] = {}
+        self._ends: dict[fx.Node, fx.Node] = {}
         self._latest_on_edge: dict[tuple[fx.Node, fx.Node], fx.Node] = {}
         self._dropped: set[fx.Node] = set()
 
@@ -129,8 +133,9 @@ class Editor:
             node.replace_all_uses_with(call)
             graph.erase_node(node)
             self._named[edit.node] = call
-            if node in self._latest:
-                self._latest[call] = self._latest.pop(node)
+            for known in (self._latest, self._ends):
+                if node in known:
+                    known[call] = known.pop(node)
         elif isinstance(edit, Span):
             self._replace_span(edit, unit)
         elif isinstance(edit, After):
@@ -138,7 +143,10 @@ class Editor:
             value = self._latest.get(node, node)
             call = self._insert_after(value, unit)
             value.replace_all_uses_with(call, delete_user_cb=lambda user: user is not call)
-            self._latest[node] = call
+            if edit.last:
+                self._ends.setdefault(node, call)
+            else:
+                self._latest[node] = call
         elif isinstance(edit, Before):
             node = self._node(edit.node)
             value = node.all_input_nodes[edit.argument]
@@ -149,7 +157,8 @@ class Editor:
             # between has then done so, as the user would see it.
             calls: dict[fx.Node, fx.Node] = {}
             for user in sorted(self._node(name) for name in edit.users):
-                value = self._latest_on_edge.get((node, user), self._latest.get(node, node))
+                end = self._ends.get(node, self._latest.get(node, node))
+                value = self._latest_on_edge.get((node, user), end)
                 if value not in calls:
                     with graph.inserting_before(user):
                         calls[value] = unit_call(graph, unit, (value,))

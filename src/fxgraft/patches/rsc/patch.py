@@ -33,6 +33,7 @@ from fxgraft.extend import (
     check_share,
     draws,
     grafts_in,
+    grafts_on,
     is_count,
     recording,
     register,
@@ -167,8 +168,10 @@ class RSC(LayeredPatch):
 
     def installed(self, graft: Graft, backbone: Backbone) -> None:
         """Trace the rest again with the grafts on, since some of them act in it."""
+        names = [each.name for each in grafts_on(backbone.model)]
+        behind = names[: names.index(graft.name)]
         for unit in graft.units_of(RSCUnit):
-            unit.bind(rest=backbone.rest(unit.site, self.output, unit.layout.prefix))
+            unit.bind(rest=backbone.rest(unit.site, self.output, unit.layout.prefix, behind))
 
     def _sites(self, backbone: Backbone) -> Iterator[tuple[Site, Layout, Rest]]:
         """Find the sites; a stage number means the last block of the stage whose positions reach the logits."""

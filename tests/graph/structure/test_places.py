@@ -1,0 +1,74 @@
+"""The blocks before a site: inside of stages, and where they give several values."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from torch import Tensor, nn
+
+from fxgraft.graph.structure.places import blocks_before
+from fxgraft.graph.structure.sites import resolve
+from fxgraft.graph.tracing.anatomy import Anatomy
+
+WIDTH = 6
+
+
+class Block(nn.Module):
+    """Adds to tokens, and gives them in a place of its own among other values."""
+
+    def __init__(self, gives: str) -> None:
+        super().__init__()
+        self.mlp = nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.GELU(), nn.Linear(WIDTH, WIDTH))
+        self.gives = gives
+
+    def forward(self, x: Tensor) -> Any:
+        y = x + self.mlp(x)
+        return {"tokens": y, "first": (y, 3), "second": (y.sum(), y)}[self.gives]
+
+
+class Stage(nn.Module):
+    def __init__(self, gives: str) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(Block(gives) for _ in range(2))
+        self.place = {"first": 0, "second": 1}.get(gives)
+
+    def forward(self, x: Tensor) -> Any:
+        for block in self.blocks:
+            x = block(x) if self.place is None else block(x)[self.place]
+        return x
+
+
+class Tokens(nn.Module):
+    """Two stages of two blocks each."""
+
+    def __init__(self, gives: str) -> None:
+        super().__init__()
+        self.stages = nn.ModuleList(Stage(gives) for _ in range(2))
+        self.embed, self.norm, self.fc = nn.Linear(3, WIDTH), nn.LayerNorm(WIDTH), nn.Linear(WIDTH, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.embed(x.flatten(2).mT)
+        for stage in self.stages:
+            x = stage(x)
+        return self.fc(self.norm(x)[:, 0])
+
+
+@pytest.mark.parametrize(("gives", "inside"), [("tokens", ""), ("first", ".add"), ("second", ".add")])
+def test_stages_and_their_blocks(gives: str, inside: str) -> None:
+    anatomy = Anatomy(Tokens(gives), (3, 4, 4))
+    (norm,) = resolve(anatomy, "norm")
+    assert [site.name for site in blocks_before(anatomy, norm)] == [
+        "stages.1",
+        "stages.0",
+        f"stages.1.blocks.1{inside}",
+        f"stages.1.blocks.0{inside}",
+        f"stages.0.blocks.1{inside}",
+        f"stages.0.blocks.0{inside}",
+    ]
+
+
+def test_what_is_before_a_block() -> None:
+    anatomy = Anatomy(Tokens("tokens"), (3, 4, 4))
+    (site,) = resolve(anatomy, "stages.1.blocks.1")
+    assert [each.name for each in blocks_before(anatomy, site)][:2] == ["stages.1.blocks.0", "stages.0"]
