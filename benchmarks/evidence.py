@@ -84,7 +84,7 @@ def scores_table(results: Results) -> Table:
     drawn = Table(title=f"{results.path.stem}: mean ± deviation over seeds")
     for name in (*groups, "score"):
         drawn.add_column(name)
-    variants = _variants(results)
+    variants = variants_of(results)
     for name in variants:
         drawn.add_column(name, justify="right")
     for group in dict.fromkeys(tuple(run[name] for name in groups) for run in runs):
@@ -102,8 +102,8 @@ def scores_table(results: Results) -> Table:
     return drawn
 
 
-def _variants(results: Results) -> list[str]:
-    """The variants there are runs of, in the order of the protocol."""
+def variants_of(results: Results) -> list[str]:
+    """Return the variants there are runs of, in the order of the protocol."""
     found = {run["variant"] for run in results.runs}
     known = [run["variant"] for run in results.study.runs(results.protocol, (0,))]
     return [name for name in dict.fromkeys(known) if name in found]

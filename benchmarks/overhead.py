@@ -89,7 +89,7 @@ class Overhead:
             return
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
-            self.reports = [OverheadReport.from_json(json.dumps(each)) for each in content["reports"]]
+            self.reports = _reports(content)
             self.refused = content["refused"]
         except (ValueError, KeyError, TypeError) as error:
             raise ConfigError(f"{path} is no file of this benchmark ({error!r}).\nMove it away.") from error
@@ -170,8 +170,7 @@ def markdown(reports: Sequence[OverheadReport], refused: Sequence[dict[str, str]
 
 def overhead_table(path: Path) -> str:
     """Write the README's table: a row per method, a column per model, the ratio of a training step (and by hand)."""
-    content = json.loads(path.read_text(encoding="utf-8"))
-    reports = [OverheadReport.from_json(json.dumps(each)) for each in content["reports"]]
+    reports = _reports(json.loads(path.read_text(encoding="utf-8")))
     models = list(dict.fromkeys(report.model for report in reports))
     found = {(_name(report), report.model): report for report in reports}
     noise = ("*bare again*", *(_noise([each for each in reports if each.model == model]) for model in models))
@@ -187,13 +186,16 @@ def overhead_table(path: Path) -> str:
 
 def fixed_cost_table(path: Path) -> str:
     """Write what a call costs whatever the network: microseconds more than the bare network's, on a tiny one."""
-    content = json.loads(path.read_text(encoding="utf-8"))
-    reports = [OverheadReport.from_json(json.dumps(each)) for each in content["reports"]]
+    reports = _reports(json.loads(path.read_text(encoding="utf-8")))
     rows = [(_name(each), *(f"{_more(each, what, PATCHED):+.0f}" for what in MEASURES)) for each in reports]
     noise = [[_more(each, what, CONTROL) for each in reports] for what in MEASURES]
     first = ("*bare again*", *(f"{min(each):+.0f} to {max(each):+.0f}" for each in noise))
     bare = ("*bare*", *(f"{reports[0].row(what, BARE).seconds.median * 1e6:.0f}" for what in MEASURES))
     return markdown_table(("µs per call", "evaluation", "training step"), [bare, first, *rows])
+
+
+def _reports(content: Mapping[str, Any]) -> list[OverheadReport]:
+    return [OverheadReport.from_json(json.dumps(each)) for each in content["reports"]]
 
 
 def _more(report: OverheadReport, what: str, network: str) -> float:

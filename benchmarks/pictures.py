@@ -7,6 +7,7 @@ import textwrap
 from pathlib import Path
 from typing import Any
 
+from benchmarks.evidence import variants_of
 from benchmarks.results import Results
 from benchmarks.study import BARE
 
@@ -15,7 +16,7 @@ def plot(results: Results, path: Path) -> None:
     """Draw the gain of every variant, and where they were recorded the training losses beside it."""
     from matplotlib.figure import Figure
 
-    variants = list(dict.fromkeys(run["variant"] for run in results.runs))
+    variants = variants_of(results)
     if variants in ([], [BARE]):  # nothing to compare yet
         return
     scores = [
