@@ -50,12 +50,19 @@ def family(name: str) -> str:
 
 def build(name: str) -> nn.Module:
     """Build an architecture on the meta device, for `CLASSES` classes."""
+    try:
+        with torch.device("meta"):
+            return _built(name)
+    except NotImplementedError:  # torchvision's RegNets compute their widths as tensors
+        return _built(name).to("meta")
+
+
+def _built(name: str) -> nn.Module:
     library, _, model = name.partition("/")
-    with torch.device("meta"):
-        if library == "timm":
-            return timm.create_model(model, num_classes=CLASSES)
-        options = {"weights_backbone": None} if hasattr(torchvision.models.segmentation, model) else {}
-        return torchvision.models.get_model(model, weights=None, num_classes=CLASSES, **options)
+    if library == "timm":
+        return timm.create_model(model, num_classes=CLASSES)
+    options = {"weights_backbone": None} if hasattr(torchvision.models.segmentation, model) else {}
+    return torchvision.models.get_model(model, weights=None, num_classes=CLASSES, **options)
 
 
 def structure(name: str) -> Record:

@@ -76,6 +76,10 @@ def summary(zoo: Zoo) -> str:
         "By model file:",
         "",
         markdown_table(("model file", *shares(known)), _families(known)),
+        "",
+        "Not counted:",
+        "",
+        markdown_table(("architecture", "because"), _not_counted(zoo)),
     ]
     return "\n".join(lines) + "\n"
 
@@ -106,6 +110,12 @@ def _refusals(records: dict[str, Record]) -> list[tuple[str, ...]]:
         (method, str(len(cases)), kind, cases[0][0], "<br>".join(cases[0][1].splitlines()))
         for (method, kind), cases in ordered
     ]
+
+
+def _not_counted(zoo: Zoo) -> list[tuple[str, str]]:
+    unbuilt = {name: f"not built: {each['unbuilt']}" for name, each in zoo.structures.items() if "unbuilt" in each}
+    alone = {name: f"alone, {each['bare']}" for name, each in zoo.known().items() if each["bare"] is not None}
+    return [(name, " ".join(text.split())) for name, text in sorted({**unbuilt, **alone}.items())]
 
 
 def _families(records: dict[str, Record]) -> list[tuple[str, ...]]:

@@ -88,6 +88,7 @@ def test_refusals_of_one_kind() -> None:
         ("timm/resnet50", "timm/resnet50d", False),
         ("timm/resnet18", "timm/resnet50", False),
         ("timm/resnet18", "torchvision/resnet18", False),
+        ("torchvision/regnet_x_400mf", "torchvision/regnet_x_800mf", True),  # computes its widths as tensors
     ],
 )
 def test_what_is_of_one_structure(one: str, other: str, same: bool) -> None:
@@ -129,6 +130,7 @@ def test_tables(tmp_path: Path) -> None:
         "| timm/a | mixmo | 2.0 |",
         "| rsc | 2 | CRASH RuntimeError: … | timm/b | RuntimeError: 3 |",
         "| timm/x | 1/3 | 2/3 | 1/3 |",
+        "| timm/c | not built: ImportError: a package |",
     ):
         assert line in text
     plot(found, tmp_path / "zoo.png")

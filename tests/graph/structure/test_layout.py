@@ -83,6 +83,9 @@ def test_preserved_modes_is_flag_by_flag() -> None:
             (3, 512, 512),
             marks=pytest.mark.skipif(not timm.is_model("csatv2"), reason="timm is older than this model"),
         ),
+        # Its first convolution sees 4×4 pixels as channels.
+        (lambda: timm.create_model("tresnet_m"), (3, 224, 224)),
+        (lambda: timm.create_model("tresnet_m", in_chans=1), (1, 224, 224)),
         (lambda: torchvision.models.VisionTransformer(32, 16, 1, 2, 8, 8), (3, 32, 32)),
         (lambda: torchvision.models.resnet18(), (3, 224, 224)),
         (lambda: nn.Sequential(nn.Conv2d(7, 2, 1)), (7, 224, 224)),

@@ -98,7 +98,7 @@ def fates(anatomy: Anatomy, sites: Mapping[str, Site]) -> dict[str, tuple[Fate, 
 def _pass(anatomy: Anatomy, graft: Graft, training: bool) -> dict[str, Fate]:
     units = {key: unit for key, unit in graft.units.items() if isinstance(unit, _Witness)}
     try:
-        observe(anatomy.model, anatomy.input_size, training=training)
+        observe(anatomy.model, anatomy.image_size, training=training)
     except Exception:
         # A model may train on what a fake batch of images is not; then every value counts as written over.
         for unit in units.values():

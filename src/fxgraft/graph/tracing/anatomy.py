@@ -58,7 +58,7 @@ class Anatomy:
         """
         if self._observation is None:
             try:
-                self._observation = observe(self.model, self.input_size)
+                self._observation = observe(self.model, self.image_size)
             except (DataDependentOutputException, DynamicOutputShapeException) as error:
                 raise StructureError(
                     f"{self.name} chooses by the numbers in a tensor what it computes next: {error}.\n"
@@ -67,8 +67,7 @@ class Anatomy:
                 ) from error
             except Exception as error:
                 raise StructureError(
-                    f"{self.name} does not run on a batch of shape (2, "
-                    f"{', '.join(map(str, self.input_size)) if self.input_size else 'C, H, W'}): "
+                    f"{self.name} does not run on a batch of shape {(2, *self.image_size)}: "
                     f"{type(error).__name__}: {error}\n"
                     "Sites and shapes are found by passing one batch of fake images through the model.\n"
                     "Pass input_size=(C, H, W) of the images you train on."

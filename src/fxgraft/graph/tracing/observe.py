@@ -84,11 +84,14 @@ def default_input_size(model: nn.Module) -> tuple[int, int, int]:
     """Find the (C, H, W) a backbone expects: its fixed image size, timm's configuration, or 3×224×224.
 
     The channels come from the first convolution or patch projection when there is one; timm's configuration
-    lists none where the images are first transformed by hand.
+    lists none where the images are first transformed by hand. Where the two disagree, the network was built for
+    images of other channels, or its first convolution sees something else than the image (space turned into
+    depth): then a pass decides, or two, and grey images are tried last.
     """
     config = getattr(model, "pretrained_cfg", None) or getattr(model, "default_cfg", None) or {}
     size = config.get("input_size") if isinstance(config, dict) else getattr(config, "input_size", None)
     channels, height, width = size or (3, 224, 224)
+    configured = channels
     for holder in (getattr(model, "patch_embed", None), model):
         fixed = getattr(holder, "img_size", None) or getattr(holder, "image_size", None)
         if isinstance(fixed, int):
@@ -104,7 +107,18 @@ def default_input_size(model: nn.Module) -> tuple[int, int, int]:
         if isinstance(module, nn.Conv2d):
             channels = module.in_channels
             break
+    if channels != configured:
+        tried = (channels, configured, 1)
+        channels = next((each for each in tried if _runs(model, (each, height, width))), channels)
     return channels, height, width
+
+
+def _runs(model: nn.Module, input_size: tuple[int, int, int]) -> bool:
+    try:
+        observe(model, input_size)
+    except Exception:  # whatever a model raises on images that are not its own
+        return False
+    return True
 
 
 def _has(model: nn.Module, path: str) -> bool:
