@@ -113,7 +113,9 @@ def _refusals(records: dict[str, Record]) -> list[tuple[str, ...]]:
 
 
 def _not_counted(zoo: Zoo) -> list[tuple[str, str]]:
-    unbuilt = {name: f"not built: {each['unbuilt']}" for name, each in zoo.structures.items() if "unbuilt" in each}
+    unbuilt = {
+        name: f"not built: {each['unbuilt']}" for name, each in zoo.structures.items() if "unbuilt" in each
+    }
     alone = {name: f"alone, {each['bare']}" for name, each in zoo.known().items() if each["bare"] is not None}
     return [(name, " ".join(text.split())) for name, text in sorted({**unbuilt, **alone}.items())]
 

@@ -72,24 +72,17 @@ _NO_JOIN = {
 }
 _STYLES = {name: Refusal("no residual join", {"position": position}) for name, position in _NO_JOIN.items()}
 
-# No average over positions in front of one linear classifier. Of those with two classifiers, the ones that
-# average over positions: either can be named. Not so in repvit, which adds the two up inside the module that
-# holds them.
+# No average over positions in front of a linear classifier, or of several that share one.
 _HEADS = {
     "timm/cait_xxs24_224": Refusal("a class token"),
     "timm/coat_tiny": Refusal("no plain average over positions"),  # a convolution joins three class tokens
     "timm/convit_tiny": Refusal("a class token"),
-    "timm/crossvit_tiny_240": Refusal("2 classifiers: 'head.0', 'head.1'"),
-    "timm/deit_tiny_distilled_patch16_224": Refusal("2 classifiers: 'head', 'head_dist'"),
-    "timm/efficientformer_l1": Refusal("2 classifiers: 'head', 'head_dist'", {"head": "head"}),
-    "timm/efficientformerv2_s0": Refusal("2 classifiers: 'head', 'head_dist'", {"head": "head_dist"}),
+    "timm/crossvit_tiny_240": Refusal("a class token"),
+    "timm/deit_tiny_distilled_patch16_224": Refusal("a class token"),
     # it weighs the logits of several stages
     "timm/efficientvim_m1": Refusal("No linear classifier was found"),
-    "timm/levit_128s": Refusal("2 classifiers: 'head.linear', 'head_dist.linear'", {"head": "head.linear"}),
     "timm/naflexvit_base_patch16_gap": Refusal(r"global_pool_naflex\(\), which is no plain average"),
     "timm/pit_ti_224": Refusal("a class token"),
-    "timm/repvit_m0_9": Refusal("2 classifiers: 'head.head.l', 'head.head_dist.l'"),
-    "timm/swiftformer_xs": Refusal("2 classifiers: 'head', 'head_dist'", {"head": "head"}),
     "timm/test_vit": Refusal("a class token"),
     "timm/tnt_s_patch16_224": Refusal("a class token"),
     "timm/vit_tiny_r_s16_p8_224": Refusal("a class token"),

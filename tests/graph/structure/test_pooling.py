@@ -61,6 +61,8 @@ AVERAGES = {
     "view by the batch": lambda m, x: m.fc((pooled := m.one(x)).view(pooled.shape[0], -1)),
     "1x1 convolution": lambda m, x: m.conv_fc(m.one(x)).flatten(1),
     "scaled logits": lambda m, x: m.fc(m.one(x).flatten(1)) * 2,
+    "two classifiers of one average": lambda m, x: (m.fc(y := m.one(x).flatten(1)) + m.aux(m.drop(y))) / 2,
+    "two classifiers, stacked": lambda m, x: torch.stack((m.fc(y := x.mean((2, 3))), m.aux(y))).mean(0),
 }
 
 
@@ -115,6 +117,21 @@ def test_other_poolings_are_refused_with_the_reason(kind):
         head_of(head, features=features)
 
 
+def test_a_norm_that_is_written_out_is_run_at_every_position():
+    def normed(m: Body, x: Tensor) -> Tensor:
+        pooled = m.one(x).flatten(1)
+        return m.fc(pooled * torch.rsqrt(pooled.square().mean(1, keepdim=True) + 1e-6))
+
+    torch.manual_seed(0)
+    found, model = head_of(normed), Body(normed).train()
+    assert found.classifiers == ("fc",)
+    assert not found.training.affine
+    fxgraft.patch(model, "diversification", alpha=1.0, input_size=SIZE)
+    x = model.conv.weight.new_ones(2, *SIZE)
+    model.conv = nn.Conv2d(3, 6, 3, 2)  # without a border all positions are alike, and so is their average
+    torch.testing.assert_close(model(x), fxgraft.unpatch(model)(x))
+
+
 def test_gem_and_attention_modules_are_named():
     class GeM(nn.Module):
         def forward(self, x: Tensor) -> Tensor:
@@ -149,13 +166,32 @@ class TestSeveral:
         pooled = m.one(x).flatten(1)
         return (m.fc(pooled) + m.aux(pooled)) / 2
 
-    def test_are_named_in_the_error(self):
-        with pytest.raises(StructureError, match=r"2 classifiers: 'aux', 'fc'[\s\S]*head='aux'"):
-            head_of(self.both)
+    @staticmethod
+    def apart(m: Body, x: Tensor) -> Tensor:
+        return m.fc(m.one(x).flatten(1)) + m.aux(m.one(x.relu()).flatten(1))
+
+    def test_that_read_averages_of_their_own_are_named_in_the_error(self):
+        with pytest.raises(
+            StructureError, match=r"2 classifiers: 'aux', 'fc'[\s\S]*average of its own[\s\S]*head='aux'"
+        ):
+            head_of(self.apart)
 
     @pytest.mark.parametrize("name", ["aux", "fc"])
-    def test_one_can_be_chosen(self, name):
-        assert head_of(self.both, name).classifier == name
+    @pytest.mark.parametrize("kind", ["both", "apart"])
+    def test_one_can_be_chosen(self, name, kind):
+        assert head_of(getattr(self, kind), name).classifiers == (name,)
+
+    def test_that_read_one_average_are_one_head(self):
+        assert head_of(self.both).classifiers == ("aux", "fc")
+
+    def test_new_ones_are_found_by_their_names(self):
+        torch.manual_seed(0)
+        model = Body(self.both).train()
+        fxgraft.patch(model, "diversification", alpha=1.0, input_size=SIZE)
+        model.fc, model.aux = nn.Linear(6, 5), nn.Linear(6, 5)
+        x = torch.randn(2, *SIZE)
+        got = model(x)
+        torch.testing.assert_close(got, fxgraft.unpatch(model)(x))
 
     def test_each_can_be_patched(self):
         model = Body(self.both).train()
@@ -197,7 +233,7 @@ class TestSeveral:
 class TestOwner:
     def test_is_the_smallest_module_with_pooling_and_classifier(self):
         found = find_head(Anatomy(timm.create_model("regnetx_002"), (3, 64, 64)))
-        assert (found.owner, found.classifier) == ("head", "head.fc")
+        assert (found.owner, found.classifiers) == ("head", ("head.fc",))
         found = find_head(Anatomy(timm.create_model("resnet18"), (3, 64, 64)))
         assert (found.owner, found.span) == ("", Span("layer4", "fc"))
 
@@ -211,7 +247,7 @@ class TestOwner:
     def test_class_maps_that_are_there_already_are_used(self):
         model = torchvision.models.squeezenet1_1(num_classes=5)
         found = find_head(Anatomy(model, (3, 64, 64)))
-        assert (found.owner, found.classifier, found.shape[1:]) == ("classifier", "", (5, 3, 3))
+        assert (found.owner, found.classifiers, found.shape[1:]) == ("classifier", (), (5, 3, 3))
 
     def test_only_the_head_is_opened(self):
         anatomy = Anatomy(timm.create_model("regnetx_002"), (3, 64, 64))

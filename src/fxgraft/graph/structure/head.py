@@ -34,7 +34,7 @@ class Head:
 
     Attributes:
         owner: the smallest module whose forward holds pooling and classifier ('' is the model).
-        classifier: qualified name of the classifier, '' where the maps hold classes already.
+        classifiers: qualified names of the classifiers; none where the maps hold classes already.
         span: the edit that gives a unit the map and takes logits back, in the owner's training graph.
         training, evaluation: the head in the owner's training trace, and in the model's evaluation trace.
         traced: the owner's training trace, with the head opened.
@@ -45,7 +45,7 @@ class Head:
     """
 
     owner: str
-    classifier: str
+    classifiers: tuple[str, ...]
     span: Span
     training: HeadTrace
     evaluation: HeadTrace
@@ -68,27 +68,28 @@ def find_head(anatomy: Anatomy, head: str | None = None, output: str | int | Non
         StructureError: no average in front of one linear classifier, or several; says what was found.
     """
     whole, evaluation, opened = opened_head(anatomy, head, output)
-    classifier = "" if evaluation.classifier is None else str(evaluation.classifier.target)
+    classifiers = tuple(sorted(str(node.target) for node in evaluation.classifiers))
     owner = _owner(anatomy, evaluation)
-    wanted = {*opened, *ancestors(classifier)} - {owner}
+    wanted = {*opened, *(each for name in classifiers for each in ancestors(name))} - {owner}
     inner = tuple(sorted(relative(each, owner) for each in wanted if inside(each, owner)))
     traced = anatomy.graph(owner, training=True, opened=inner)
-    if classifier:
-        target = relative(classifier, owner)
+    if len(classifiers) == 1:
+        (target,) = (relative(name, owner) for name in classifiers)
         calls = [node for node in traced.graph.nodes if node.op == "call_module" and node.target == target]
         if len(calls) != 1:
             raise StructureError(
-                f"{classifier!r} is called {len(calls)} times in a training pass of {anatomy.name}.\n"
+                f"{classifiers[0]!r} is called {len(calls)} times in a training pass of {anatomy.name}.\n"
                 "One call of the classifier can be rewritten.\nName another head, as head=..."
             )
-        training = head_in(anatomy, owner, traced, calls[0])
+        end = calls[0]
     else:
-        training = head_in(anatomy, owner, traced, logits_node(traced.graph, None, owner))
+        end = logits_node(traced.graph, None if owner else output, owner or anatomy.name)
+    training = head_in(anatomy, owner, traced, end)
     values = anatomy.values(owner, traced)
     span, ndim = _span(anatomy, owner, traced, training, values)
     shape = tuple(values(training.maps).shape)
     grid = token_grid(anatomy, traced, training.maps, training.pooling.channel, owner)
-    return Head(owner, classifier, span, training, evaluation, traced, whole, grid, shape, ndim)
+    return Head(owner, classifiers, span, training, evaluation, traced, whole, grid, shape, ndim)
 
 
 def pooled_map(anatomy: Anatomy, output: str | int | None = None) -> Site | None:
@@ -109,7 +110,7 @@ def pooled_map(anatomy: Anatomy, output: str | int | None = None) -> Site | None
             anatomy, node
         ):  # a placeholder for an option that was not taken: name what is before it
             (node,) = node.all_input_nodes
-        if head.classifier is None or node.op in ("placeholder", "get_attr"):
+        if not head.classifiers or node.op in ("placeholder", "get_attr"):
             return None
         path = str(node.target)
         if node.op == "call_module" and len(anatomy.observation.calls.get(path, [])) == 1:
@@ -130,7 +131,7 @@ def _is_identity(anatomy: Anatomy, node: fx.Node) -> bool:
 
 def _owner(anatomy: Anatomy, head: HeadTrace) -> str:
     """Find the smallest called module whose forward holds the pooling, the classifier and what is between."""
-    nodes = [head.pool, *head.between, *([head.classifier] if head.classifier is not None else [])]
+    nodes = [head.pool, *head.between, head.end]
     scopes = [scope_of(node).split(".") if scope_of(node) else [] for node in nodes if node.op != "get_attr"]
     shared: list[str] = []
     for parts in zip(*scopes, strict=False):
@@ -146,7 +147,7 @@ def _span(anatomy: Anatomy, owner: str, opened: Traced, head: HeadTrace, values:
     """Translate a head in an opened trace to the closed trace that edits are made in."""
     closed = anatomy.graph(owner, training=True)
     pool = _closed(opened, closed, head.pool)
-    last = head.pool if head.classifier is None else head.classifier
+    last = head.end
     end = _closed(opened, closed, last)
     (start, *others) = [node for node in pool.all_input_nodes if node.op != "get_attr"]
     inside = _top(head.maps) == _top(head.pool) != ""

@@ -55,8 +55,10 @@ class HeadTrace:
         maps: the value that is pooled.
         pool: the node that averages it.
         pooling: what that node does.
-        between: the nodes from the pooled value to the classifier's input, in running order.
-        classifier: the call of the linear layer or 1×1 convolution; None where the maps hold classes already.
+        between: the nodes from the pooled value to what gives the logits, in running order.
+        classifiers: the call of the linear layer or 1×1 convolution; several where their logits are put together;
+            none where the maps hold classes already.
+        end: what gives the logits: the classifier, or the node that puts those of several together.
         neutral: whether the nodes between only change the shape, or drop features in training.
         affine: whether they commute with averaging.
     """
@@ -65,9 +67,15 @@ class HeadTrace:
     pool: fx.Node
     pooling: Pooling
     between: tuple[fx.Node, ...]
-    classifier: fx.Node | None
+    classifiers: tuple[fx.Node, ...]
+    end: fx.Node
     neutral: bool
     affine: bool
+
+    @property
+    def classifier(self) -> fx.Node | None:
+        """The classifier, where there is exactly one."""
+        return self.classifiers[0] if len(self.classifiers) == 1 else None
 
 
 def is_classifier(module: nn.Module) -> bool:
@@ -136,29 +144,37 @@ def head_in(anatomy: Anatomy, path: str, traced: Traced, end: fx.Node) -> HeadTr
         StructureError: there is no such head; says what stands in its place.
     """
     values = anatomy.values(path, traced)
-    found = list(_classifiers(end, values))
-    if len(found) > 1:
+    found = tuple(_classifiers(end, values))
+    if not found:
+        return _class_maps(end, values)
+    pools = {}
+    for classifier in found:
+        pools.setdefault(*_pooled(classifier, values))
+    if len(pools) > 1:
         names = sorted({join(path, str(node.target)) for node in found})
         raise StructureError(
             f"{anatomy.name} ends in {len(names)} classifiers: {', '.join(map(repr, names))}.\n"
-            "Their logits are put together, and the head to work on could be any of them.\n"
+            "Their logits are put together, and each reads an average of its own.\n"
             f"Name one, as head={names[0]!r}."
         )
-    if not found:
-        return _class_maps(end, values)
-    chain, pool, pooling = _pooled(found[0], values)
-    between = _between(found[0], pool, values)
+    ((pool, pooling),) = pools.items()
+    last = found[0] if len(found) == 1 else end
+    between = _between(last, pool, values)
     (maps,) = tensor_inputs(pool, values)
     owner = anatomy.module(path)
-    names = [node_name(node, owner) for node in chain]
-    neutral = all(name in SHAPES | DROPOUTS for name in names)
-    affine = all(_affine(node, owner) for node in chain)
-    return HeadTrace(maps, pool, pooling, between, found[0], neutral, affine)
+    steps = [node for node in (*between, last) if node is not found[0] and tensor_inputs(node, values)]
+    neutral = all(node_name(node, owner) in SHAPES | DROPOUTS for node in steps)
+    affine = all(_affine(node, values) for node in steps)
+    return HeadTrace(maps, pool, pooling, between, found, last, neutral, affine)
 
 
-def _affine(node: fx.Node, owner: nn.Module) -> bool:
+def _affine(node: fx.Node, values: Values) -> bool:
+    owner = values.owner
     if node.op != "call_module":
-        return node_name(node, owner) in SHAPES | DROPOUTS | SCALES | {"linear"}
+        name = node_name(node, owner)
+        return name in SHAPES | DROPOUTS | SUMS | {"linear"} or (
+            name in SCALES and len(tensor_inputs(node, values)) == 1
+        )
     module = owner.get_submodule(str(node.target))
     plain = (nn.Identity, nn.Flatten, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.BatchNorm1d, nn.BatchNorm2d)
     return type(module) in plain or is_classifier(module)
@@ -209,7 +225,7 @@ def _class_maps(end: fx.Node, values: Values) -> HeadTrace:
     fits = isinstance(module, nn.Conv2d) and declared in (None, module.out_channels)
     if pool is None or module is None or not (fits and is_classifier(module)):
         raise _no_classifier(end, values)
-    return HeadTrace(maps, pool, pooling, (), None, True, True)
+    return HeadTrace(maps, pool, pooling, (), (), pool, True, True)
 
 
 def _no_classifier(end: fx.Node, values: Values) -> StructureError:
@@ -230,26 +246,41 @@ def describe_node(node: fx.Node, values: Values) -> str:
     return f"{str(node.target)!r} ({type(owner.get_submodule(str(node.target))).__name__})"
 
 
-def _pooled(classifier: fx.Node, values: Values) -> tuple[list[fx.Node], fx.Node, Pooling]:
-    """Follow the classifier's input back to the pooling; list the nodes on the way."""
+def _pooled(classifier: fx.Node, values: Values) -> tuple[fx.Node, Pooling]:
+    """Follow the classifier's input back to the pooling."""
     owner = values.owner
-    chain: list[fx.Node] = []
-    node = classifier
+    sources = tensor_inputs(classifier, values)
+    if len(sources) != 1:
+        raise _no_pooling(classifier, f"{len(sources)} inputs", values)
     while True:
+        (node,) = sources
         sources = tensor_inputs(node, values)
-        if node is not classifier:
-            pooling = pooling_of(node, values)
-            if pooling is not None:
-                return chain, node, pooling
-            if node.op == "call_module" and not is_primitive(owner.get_submodule(str(node.target))):
-                raise OpaqueError(str(node.target))
-            reason = _obstacle(node, sources, values)
-            if reason:
-                raise _no_pooling(classifier, reason, values)
-            chain.append(node)
-        elif len(sources) != 1:
-            raise _no_pooling(classifier, f"{len(sources)} inputs", values)
-        node = sources[0]
+        pooling = pooling_of(node, values)
+        if pooling is not None:
+            return node, pooling
+        if node.op == "call_module" and not is_primitive(owner.get_submodule(str(node.target))):
+            raise OpaqueError(str(node.target))
+        if len(sources) > 1:
+            sources = _one_vector(node, values) or sources
+        reason = _obstacle(node, sources, values)
+        if reason:
+            raise _no_pooling(classifier, reason, values)
+
+
+def _one_vector(node: fx.Node, values: Values) -> list[fx.Node] | None:
+    """Find the one pooled vector that all inputs of a node come from, as in a norm that is written out; or None."""
+    waiting = {node}
+    while all(_is_vector(values(each)) for each in waiting):
+        last = max(waiting)
+        waiting = waiting - {last} | {*tensor_inputs(last, values)}
+        if len(waiting) == 1:
+            (met,) = waiting
+            return [met] if _is_vector(values(met)) else None
+    return None
+
+
+def _is_vector(value: object) -> bool:
+    return isinstance(value, Tensor) and value.shape[1:].numel() == max(value.shape[1:], default=0)
 
 
 def _no_pooling(classifier: fx.Node, reason: str, values: Values) -> StructureError:

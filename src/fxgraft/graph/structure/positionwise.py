@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from fxgraft.errors import SiteError, StructureError
+from fxgraft.errors import SiteError
 from fxgraft.graph.structure.head import Head
 from fxgraft.graph.structure.pooling import HeadTrace, is_classifier, opened_head
 from fxgraft.graph.structure.tokens import token_grid
@@ -50,14 +50,10 @@ class PositionwiseHead:
         self.path = path
         self.head = head
         self.grid = grid
-        self.classifier = "" if head.classifier is None else str(head.classifier.target)
-        self.between = (
-            None
-            if _only_shapes(head, model.get_submodule(path))
-            else _per_position(head, traced, model, path)
-        )
+        self.classifiers = tuple(str(node.target) for node in head.classifiers)
         owner = model.get_submodule(path)
-        names = sorted(set(_modules([head.pool, *head.between])) - {""})
+        self.between = None if _only_shapes(head, owner) else _per_position(head, traced, owner)
+        names = sorted(set(_modules([head.pool, *head.between])) - {"", *self.classifiers})
         self.identities = {name: owner.get_submodule(name) for name in names}
         self.settings = {name: plain_settings(owner.get_submodule(name)) for name in names}
 
@@ -65,7 +61,7 @@ class PositionwiseHead:
         """Say whether layers of the head, other than its classifier, were replaced or set otherwise."""
         try:
             owner = model.get_submodule(self.path)
-            if self.classifier and not is_classifier(owner.get_submodule(self.classifier)):
+            if not all(is_classifier(owner.get_submodule(name)) for name in self.classifiers):
                 return True
             if any(owner.get_submodule(name) is not module for name, module in self.identities.items()):
                 return True
@@ -83,12 +79,10 @@ class PositionwiseHead:
         space, positions = self._space(x)
         owner = model.get_submodule(self.path)
         pooling = self.head.pooling
-        if not self.classifier:
+        if not self.classifiers:
             return x if pooling.channel == 1 else x.movedim(pooling.channel, 1)
-        layer = owner.get_submodule(self.classifier)
-        weight = gathered(layer.weight)  # type: ignore[arg-type]
-        bias = None if layer.bias is None else gathered(layer.bias)  # type: ignore[arg-type]
         if self.between is None and pooling.channel == 1 and x.ndim == 4:
+            weight, bias = self._matrix(owner)
             # Faster than a matrix product, which would have to bring channels to the end first.
             return F.conv2d(x, weight[:, :, None, None] if weight.ndim == 2 else weight, bias)
         rows = x.movedim(pooling.channel, -1).flatten(0, -2)
@@ -98,8 +92,15 @@ class PositionwiseHead:
                     -1, *(rows.shape[1] if d == pooling.channel else 1 for d in range(1, x.ndim))
                 )
             rows = self.between(owner, rows, positions).flatten(1)
-        scores = F.linear(rows, weight.flatten(1), bias)
-        return scores.view(x.shape[0], *space, -1).movedim(-1, 1)
+        if len(self.classifiers) == 1:
+            weight, bias = self._matrix(owner)
+            rows = F.linear(rows, weight.flatten(1), bias)
+        return rows.view(x.shape[0], *space, -1).movedim(-1, 1)
+
+    def _matrix(self, owner: nn.Module) -> tuple[Tensor, Tensor | None]:
+        """Return weight and bias of the one classifier, as it is now."""
+        layer: Any = owner.get_submodule(self.classifiers[0])
+        return gathered(layer.weight), None if layer.bias is None else gathered(layer.bias)
 
     def _space(self, x: Tensor) -> tuple[tuple[int, int], int]:
         sizes = [size for d, size in enumerate(x.shape) if d not in (0, self.head.pooling.channel)]
@@ -155,14 +156,9 @@ def _only_shapes(head: HeadTrace, owner: nn.Module) -> bool:
     return not dropouts and all(isinstance(module, (nn.Identity, nn.Flatten)) for module in calls)
 
 
-def _per_position(head: HeadTrace, traced: Traced, model: nn.Module, path: str) -> Positions:
-    """Compile the layers between pooling and classifier into a function of rows."""
-    if head.classifier is None:
-        raise StructureError(
-            "A head without a classifier has no layers in front of it.\nUse its maps as they are."
-        )
-    owner = model.get_submodule(path)
-    end = next(iter(head.classifier.all_input_nodes))
+def _per_position(head: HeadTrace, traced: Traced, owner: nn.Module) -> Positions:
+    """Compile what follows the pooling into a function of rows: up to the classifier, or to the logits of several."""
+    end = head.end if head.classifier is None else next(iter(head.classifier.all_input_nodes))
     graph = cut([head.pool], end)
     with graph.inserting_before(next(n for n in graph.nodes if n.op != "placeholder")):
         positions = graph.placeholder("positions")
@@ -187,7 +183,7 @@ def _per_position(head: HeadTrace, traced: Traced, model: nn.Module, path: str) 
             continue
         node.replace_all_uses_with(call)
         graph.erase_node(node)
-    label = f"layers between pooling and classifier of {type(owner).__name__}"
+    label = f"layers behind the pooling of {type(owner).__name__}"
     return compile_graph(graph, traced.constants, label)
 
 

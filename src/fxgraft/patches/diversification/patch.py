@@ -66,7 +66,8 @@ class Diversification(Patch):
             code) or belong to smaller patches ("partial").
         ties: of several largest entries the "first" is the peak, or "all" are, each with its own draw, as in
             the reference code.
-        head: qualified name of the classifier, where a model has several.
+        head: qualified name of the classifier, where a model has several. By default all whose logits are put
+            together, if they read the same average.
         output: which entry of a structured output holds the logits (a key, an attribute or a position).
         loss: "gradient_boosting" makes `fxgraft.loss` use that loss in place of cross-entropy. With it this is the
             method that the paper published (87.7, ``preset="paper"``), without it the row of the block alone (86.3,
@@ -77,7 +78,7 @@ class Diversification(Patch):
 
     Raises:
         ConfigError: an option outside its range, or patches larger than the map.
-        StructureError: no head of average pooling and a linear classifier, or several.
+        StructureError: no head of average pooling and a linear classifier, or several that read averages of their own.
     """
 
     title = "Diversification block and gradient-boosting loss"
@@ -152,7 +153,7 @@ class Diversification(Patch):
         """Name the head, the size of its maps, and whether training and evaluation heads differ."""
         (unit,) = graft.units_of(DiversificationUnit)
         height, width = unit.grid
-        where = unit.head.classifier or unit.head.owner
+        where = " + ".join(unit.head.classifiers) or unit.head.owner
         parts = [f"{where} (class maps of {height}×{width}, patches of {self.patch}×{self.patch})"]
         if not unit.head.training.affine:
             parts.append(
