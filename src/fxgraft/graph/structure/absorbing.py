@@ -20,7 +20,6 @@ from fxgraft.graph.structure.pooling import (
     DROPOUTS,
     SHAPES,
     is_classifier,
-    node_name,
     opened_head,
     pooling_of,
 )
@@ -28,6 +27,7 @@ from fxgraft.graph.structure.sites import Site
 from fxgraft.graph.tracing.anatomy import Anatomy
 from fxgraft.graph.tracing.names import ancestors
 from fxgraft.graph.tracing.trace import Traced
+from fxgraft.graph.tracing.values import node_name
 
 LAYERS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.GroupNorm, nn.LayerNorm, nn.Linear, nn.Conv1d, nn.Conv2d)
 """Whose forward ends in a weight and a bias per channel; subclasses may do more."""

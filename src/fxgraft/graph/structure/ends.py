@@ -22,16 +22,14 @@ from fxgraft.graph.structure.pooling import (
     SCALES,
     SHAPES,
     SUMS,
-    describe_node,
     is_classifier,
-    node_name,
     pooling_of,
 )
 from fxgraft.graph.tracing.anatomy import Anatomy
 from fxgraft.graph.tracing.compile import compile_graph
 from fxgraft.graph.tracing.observe import tensors
 from fxgraft.graph.tracing.trace import Traced, is_primitive
-from fxgraft.graph.tracing.values import Values, tensor_inputs
+from fxgraft.graph.tracing.values import Values, describe_node, node_name, tensor_inputs
 from fxgraft.graph.tracing.walks import cut, downstream_of, placeholders
 
 _LAYOUTS = {2: "NC", 3: "NLC", 4: "NHWC"}

@@ -13,9 +13,7 @@ from fxgraft.graph.structure.pooling import (
     DROPOUTS,
     SHAPES,
     HeadTrace,
-    describe_node,
     head_in,
-    node_name,
     opened_head,
 )
 from fxgraft.graph.structure.sites import Site, module_site, node_sites
@@ -24,7 +22,7 @@ from fxgraft.graph.tracing.anatomy import Anatomy
 from fxgraft.graph.tracing.editing import Span
 from fxgraft.graph.tracing.names import ancestors, inside, join, relative
 from fxgraft.graph.tracing.trace import Traced
-from fxgraft.graph.tracing.values import Values
+from fxgraft.graph.tracing.values import Values, describe_node, node_name
 from fxgraft.graph.tracing.walks import scope_of
 
 
@@ -54,6 +52,11 @@ class Head:
     grid: tuple[int, int] | None
     shape: tuple[int, ...]
     ndim: int
+
+    @property
+    def classifier(self) -> str:
+        """The classifier's name where there is exactly one, else ''."""
+        return self.classifiers[0] if len(self.classifiers) == 1 else ""
 
 
 def find_head(anatomy: Anatomy, head: str | None = None, output: str | int | None = None) -> Head:

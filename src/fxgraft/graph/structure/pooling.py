@@ -18,7 +18,7 @@ from fxgraft.graph.structure.outputs import logits_node
 from fxgraft.graph.tracing.anatomy import Anatomy
 from fxgraft.graph.tracing.names import ancestors, class_name, join
 from fxgraft.graph.tracing.trace import Traced, is_primitive
-from fxgraft.graph.tracing.values import Values, tensor_inputs
+from fxgraft.graph.tracing.values import Values, describe_node, node_name, tensor_inputs
 from fxgraft.graph.tracing.walks import scope_of
 
 # timm's own Linear differs under TorchScript only.
@@ -90,13 +90,6 @@ def is_classifier(module: nn.Module) -> bool:
         and module.padding == (0, 0)
         and module.groups == 1
     )
-
-
-def node_name(node: fx.Node, owner: nn.Module) -> str:
-    """Name what a node does, in small letters."""
-    if node.op == "call_module":
-        return type(owner.get_submodule(str(node.target))).__name__.lower()
-    return str(getattr(node.target, "__name__", node.target)).lower()
 
 
 def pooling_of(node: fx.Node, values: Values) -> Pooling | None:
@@ -235,15 +228,6 @@ def _no_classifier(end: fx.Node, values: Values) -> StructureError:
         "A head is one linear layer behind an average over positions.\n"
         "Name that layer, as head=..., or give the model a classifier (num_classes above 0)."
     )
-
-
-def describe_node(node: fx.Node, values: Values) -> str:
-    """Name a node for a message: what it is, and in which module it stands."""
-    owner = values.owner
-    if node.op != "call_module":
-        scope = scope_of(node)
-        return f"{getattr(node.target, '__name__', node.target)}(){f' in {scope!r}' if scope else ''}"
-    return f"{str(node.target)!r} ({type(owner.get_submodule(str(node.target))).__name__})"
 
 
 def _pooled(classifier: fx.Node, values: Values) -> tuple[fx.Node, Pooling]:

@@ -13,6 +13,7 @@ from fxgraft.graph.tracing.observe import Call, Observation
 from fxgraft.graph.tracing.preserve import preserved_attributes, preserved_modes, preserved_random_state
 from fxgraft.graph.tracing.signatures import INPUT, bind
 from fxgraft.graph.tracing.trace import Traced
+from fxgraft.graph.tracing.walks import scope_of
 
 
 class Values:
@@ -140,3 +141,19 @@ def tensor_inputs(node: fx.Node, values: Values) -> list[fx.Node]:
 def shape_of(value: Any) -> tuple[int, ...] | None:
     """Return a tensor's shape with the batch dimension, or None for anything else."""
     return tuple(value.shape) if isinstance(value, Tensor) else None
+
+
+def node_name(node: fx.Node, owner: nn.Module) -> str:
+    """Name what a node does, in small letters."""
+    if node.op == "call_module":
+        return type(owner.get_submodule(str(node.target))).__name__.lower()
+    return str(getattr(node.target, "__name__", node.target)).lower()
+
+
+def describe_node(node: fx.Node, values: Values) -> str:
+    """Name a node for a message: what it is, and in which module it stands."""
+    owner = values.owner
+    if node.op != "call_module":
+        scope = scope_of(node)
+        return f"{getattr(node.target, '__name__', node.target)}(){f' in {scope!r}' if scope else ''}"
+    return f"{str(node.target)!r} ({type(owner.get_submodule(str(node.target))).__name__})"
