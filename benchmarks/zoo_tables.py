@@ -44,8 +44,8 @@ def coverage(zoo: Zoo) -> str:
     return "\n".join(
         [
             f"{counted} of {len(zoo.structures)} architectures, by {len(zoo.records)} of them that were tried; "
-            f"{unbuilt} could not be built here, {len(known) - counted} do not run by themselves, and the structure of "
-            f"{len(zoo.structures) - unbuilt - len(known)} was not tried yet.",
+            f"{unbuilt} could not be built here, {len(known) - counted} train on no labels by themselves, and the "
+            f"structure of {len(zoo.structures) - unbuilt - len(known)} was not tried yet.",
             "",
             markdown_table(("method", "works", "of", "share"), rows),
         ]
@@ -77,7 +77,8 @@ def summary(zoo: Zoo) -> str:
         "",
         markdown_table(("model file", *shares(known)), _families(known)),
         "",
-        "Not counted:",
+        "Not counted: what could not be built, and what takes no training step by itself (encoders without "
+        "classes).",
         "",
         markdown_table(("architecture", "because"), _not_counted(zoo)),
     ]

@@ -6,6 +6,7 @@ import copy
 from collections.abc import Sequence
 from typing import Any, TypeVar
 
+import torch
 from torch import nn
 
 from fxgraft.errors import (
@@ -33,6 +34,7 @@ from fxgraft.graph.tracing.whole import alone
 from fxgraft.guards import check_model
 from fxgraft.inspection import Plan, Summary, plan_of, summary_of
 from fxgraft.patches.base import Patch
+from fxgraft.patches.options import is_number
 from fxgraft.patches.registry import build
 
 M = TypeVar("M", bound=nn.Module)
@@ -230,7 +232,8 @@ def set_progress(model: nn.Module, fraction: float) -> None:
     Raises:
         ConfigError: outside [0, 1].
     """
-    if not 0.0 <= fraction <= 1.0:
+    single = is_number(fraction) or (isinstance(fraction, torch.Tensor) and fraction.numel() == 1)
+    if not single or not 0.0 <= fraction <= 1.0:
         raise ConfigError(f"Progress is the share of training done, in [0, 1]; got {fraction!r}.")
     for part in patched_parts(model).values():
         ledger = ledger_of(part)

@@ -84,7 +84,8 @@ What a method can do beyond this:
 - Take part in the loss: `Patch.criterion` and `Patch.losses`; where options switch these off, say so in
   `Patch.replaces_criterion` and `Patch.judges`. Fold into stock weights: `Patch.merge`.
 - Run a stem or a classifier with other tensors than its own: `layer_tensors` are its parameters, `effective` what it
-  multiplies with and adds, `apply_layer` the call, and `write_effective` gives the layer a sum of such weights.
+  multiplies with and adds, `apply_layer` the call, and `write_effective` gives the layer a sum of such weights, but
+  where its weight is made from others (`is_derived`) or belongs to others as well (`sharers`).
 - Say what a training pass did, as scalars for loggers: ``run.measure(self.graft, "ratio", ratio)`` in a unit is all it
   takes; `fxgraft.diagnostics` gives the means by name. Where more arithmetic is needed, `Patch.diagnostics`.
 - Show what the method does with an image: `Patch.picture` returns a `Picture` of `Panel` objects (images with heat maps
@@ -93,8 +94,11 @@ What a method can do beyond this:
   names of its diagnostics mean), beside ``where`` and ``cost``; what is not declared is left out.
 - Name published settings: ``presets = presets_by_name(Preset(name=..., options=..., source=...))``.
 
-The method is found by name once its module is imported, or without that through an entry point of the group
-``fxgraft.patches`` in its package's metadata.
+The method is found by name once its module is imported. Without that, on the command line too, it is found through an
+entry point in the metadata of its package, whose name is the method's::
+
+    [project.entry-points."fxgraft.patches"]
+    mixstyle = "my_package.mixstyle:MixStyle"
 '''
 
 from fxgraft.errors import (
@@ -121,8 +125,9 @@ from fxgraft.graph.grafting.lookup import grafts_in, grafts_on, unwrapped
 from fxgraft.graph.grafting.passes import Arguments, Context, Pass
 from fxgraft.graph.grafting.placement import Placement
 from fxgraft.graph.grafting.taps import Tap, take, tap_placements
-from fxgraft.graph.grafting.unit import Capture, Unit
+from fxgraft.graph.grafting.unit import Capture, Unit, recomputed
 from fxgraft.graph.structure.absorbing import Absorber
+from fxgraft.graph.structure.derived import is_derived, sharers
 from fxgraft.graph.structure.ends import Stem
 from fxgraft.graph.structure.head import Head
 from fxgraft.graph.structure.joins import Join
@@ -202,14 +207,17 @@ __all__ = [
     "grafts_in",
     "grafts_on",
     "is_count",
+    "is_derived",
     "is_graft_key",
     "is_number",
     "layer_tensors",
     "position_scores",
     "preserved_modes",
     "presets_by_name",
+    "recomputed",
     "recording",
     "register",
+    "sharers",
     "tail_layer",
     "take",
     "take_logits",

@@ -100,14 +100,14 @@ def summary_of(model: nn.Module, grafts: Mapping[str, Graft]) -> Summary:
         if graft.patch.train_only:
             notes.append("absent in evaluation")
         if own and _left_out(model, own):
-            notes.append("its parameters are in no optimiser: add graft.parameters() to yours")
+            notes.append("parameters of it are in no optimiser: add graft.parameters() to yours")
         count = f"{sum(p.numel() for p in own):,}"
         rows.append((name, graft.patch.method, graft.patch.describe(graft), count, ", ".join(notes)))
     return Summary(class_name(model), tuple(rows))
 
 
 def _left_out(model: nn.Module, own: list[nn.Parameter]) -> bool:
-    """Say whether an optimiser of this model exists that was built before the graft."""
+    """Say whether an optimiser of this model exists, and some of these parameters are in none."""
     ids = {id(p) for p in own}
     others = {id(p) for p in model.parameters()} - ids
     held = [
@@ -115,7 +115,7 @@ def _left_out(model: nn.Module, own: list[nn.Parameter]) -> bool:
         for each in gc.get_objects()
         if issubclass(type(each), torch.optim.Optimizer)  # isinstance would run code of whatever is in memory
     ]
-    return any(h & others for h in held) and not any(h & ids for h in held)
+    return any(h & others for h in held) and not ids <= set[int]().union(*held)
 
 
 def diagnostics(model: nn.Module) -> dict[str, float]:

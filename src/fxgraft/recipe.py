@@ -80,9 +80,11 @@ def save(model: nn.Module, path: str | Path, *, weights: bool = True) -> Path:
             raise RecipeError(
                 f"{graft.name!r} ({graft.patch.title}) cannot be saved: a recipe holds options, and it works with "
                 "networks besides.\n"
-                f"Take it off first, fxgraft.unpatch(model, {graft.name!r}): what it has trained stays in the model. "
-                "Or save what it folds into, fxgraft.merge(model)."
+                "Save what it folds into, fxgraft.merge(model), or the whole model by torch.save(model, ...). Without "
+                f"it, fxgraft.unpatch(model, {graft.name!r}), the weights it trained stay, and what it does to the "
+                "values in the model goes."
             )
+    ledger.renew_stale(model)
     own = own_keys(model)
     recipe = {
         **HEADER.entries(),

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fxgraft.errors import ConfigError, StructureError
+from fxgraft.errors import ConfigError, MethodError, StructureError
 from fxgraft.graph.grafting.graft import Graft
 from fxgraft.graph.grafting.lookup import grafts_on, ledger_of, named_grafts, patched_parts
 from fxgraft.graph.structure.outputs import take_logits
@@ -45,7 +45,13 @@ def losses(
     names = [getattr(graft.patch, "output", None) for graft in grafts_on(model)]
     logits = take_logits(out, names)
     for graft in _judging(model, logits):
-        criterion = graft.patch.criterion(graft, criterion)
+        given = graft.patch.criterion(graft, criterion)
+        if not hasattr(given, "__call__"):  # noqa: B004 - what `callable` narrows to has lost its return type
+            raise MethodError(
+                f"{type(graft.patch).__name__}.criterion returned {_kind(given)}.\n"
+                "criterion() returns a criterion, called as criterion(logits, y): at least the one it was given."
+            )
+        criterion = given
     return {"criterion": criterion(logits, y), **_terms(model, out, y, criterion)}
 
 
@@ -124,8 +130,34 @@ def _terms(model: nn.Module, out: Any, y: Any, criterion: Criterion) -> dict[str
     return {
         f"{name}.{term}": value
         for name, graft in named_grafts(model).items()
-        for term, value in graft.patch.losses(graft, out, y, criterion).items()
+        for term, value in _checked(graft, graft.patch.losses(graft, out, y, criterion)).items()
     }
+
+
+def _checked(graft: Graft, terms: Any) -> Mapping[str, Tensor]:
+    """Return what ``losses`` of a method returned, if it is scalars by name."""
+    wrong = _kind(terms)
+    if isinstance(terms, Mapping):
+        wrong = next(
+            (
+                f"{_kind(each)} as {name!r}"
+                for name, each in terms.items()
+                if not isinstance(each, Tensor) or each.numel() != 1
+            ),
+            "",
+        )
+    if wrong:
+        raise MethodError(
+            f"{type(graft.patch).__name__}.losses returned {wrong}.\n"
+            'losses() returns scalar tensors by name, as {"term": value}, or {} where there is nothing to add.'
+        )
+    return terms  # type: ignore[no-any-return]
+
+
+def _kind(value: Any) -> str:
+    if isinstance(value, Tensor):
+        return f"a tensor of shape {tuple(value.shape)}"
+    return "nothing" if value is None else f"a {type(value).__name__}"
 
 
 def _judging(model: nn.Module, logits: Any) -> list[Graft]:

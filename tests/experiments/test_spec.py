@@ -42,6 +42,10 @@ def test_parses(text, method, options):
         ("rsc:=3", "is not key=value"),
         ("rsc:a=1,,b=2", "'' in the patch .* is not key=value"),
         ("rsc:a=1,", "is not key=value"),
+        (
+            "taps:layers=layer3,layer4",
+            r"'layer4' in the patch .* is not key=value[\s\S]*layers=\[layer3,layer4\]",
+        ),
         ("rsc:a b=1", "is not key=value"),
         ("rsc:a=1,a=2", "gives 'a' twice"),
         ("rsc:a=(1,2", r"leaves a '\(' open"),

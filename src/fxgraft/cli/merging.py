@@ -83,7 +83,7 @@ def merge_file(
     name = model or trained.model
     if name is None:
         raise ConfigError(
-            f"{str(trained.file)!r} does not say which model it is of.\nGive it: --model resnet50."
+            f"{str(trained.file)!r} does not say which model it is of.\nGive it, as timm calls it: --model NAME."
         )
     classes = classes or trained.classes or _classes(name, trained.weights)
     network = build_model(name, classes, input_size=input_size, **trained.options)

@@ -11,6 +11,7 @@ from fxgraft.errors import ConfigError
 
 _FORM = "Write it as METHOD:key=value,key=value, for example rsc:layer=layer4,spatial_drop=0.5"
 _TAKEN = ("model", "method", "dry_run")
+_CONSTANTS = {"true": True, "false": False, "none": None}
 _BRACKETS = {")": "(", "]": "[", "}": "{"}
 
 
@@ -33,9 +34,10 @@ def parse_patch_spec(text: str) -> PatchSpec:
     """Read ``METHOD[:key=value[,key=value...]]``.
 
     A value that is a Python literal (number, ``True``, ``None``, quoted string, tuple, list) is taken as
-    one; anything else is a string: ``layer=layer4`` and ``layer="layer4"`` are the same. Commas inside
-    brackets and quotes belong to the value: ``layer=("layer3","layer4")``. Whether the method exists, and
-    what its options allow, is left to `fxgraft.patch`, which also takes ``preset=``, ``name=`` and ``input_size=``.
+    one, ``true``, ``false`` and ``none`` too; anything else is a string: ``layer=layer4`` and ``layer="layer4"``
+    are the same. Commas inside brackets and quotes belong to the value: ``layers=[layer3,layer4]``. Whether the
+    method exists, and what its options allow, is left to `fxgraft.patch`, which also takes ``preset=``, ``name=`` and
+    ``input_size=``.
 
     Args:
         text: the specification; the part from the colon on may be missing.
@@ -55,7 +57,10 @@ def parse_patch_spec(text: str) -> PatchSpec:
     for part in _split(rest, text) if colon else ():
         key, equals, value = (piece.strip() for piece in part.partition("="))
         if not equals or not value or not key.isidentifier():
-            raise ConfigError(f"{part.strip()!r} in the patch {text!r} is not key=value.\n{_FORM}.")
+            raise ConfigError(
+                f"{part.strip()!r} in the patch {text!r} is not key=value.\n{_FORM}; several values go in brackets, "
+                "as layers=[layer3,layer4]."
+            )
         if key in options:
             raise ConfigError(f"The patch {text!r} gives {key!r} twice.\n{_FORM}.")
         if key in _TAKEN:
@@ -71,10 +76,15 @@ def describe(method: str, options: Mapping[str, Any]) -> str:
 
 
 def _value(word: str) -> Any:
+    if word.lower() in _CONSTANTS:
+        return _CONSTANTS[word.lower()]
     try:
         return ast.literal_eval(word)
     except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
-        return word
+        inner = word[1:-1]
+        if word[0] + word[-1] not in ("[]", "()") or set(inner) & {*_BRACKETS, *_BRACKETS.values()}:
+            return word
+        return [_value(each.strip()) for each in inner.split(",") if each.strip()]
 
 
 def _split(text: str, whole: str) -> list[str]:

@@ -124,8 +124,8 @@ class Patch(Placer):
         raise NotImplementedError
 
     def describe(self, graft: Graft) -> str:
-        """Say what the graft does on its model, in one line, for `fxgraft.summary`."""
-        return ""
+        """Say what the graft does on its model, in one line, for `fxgraft.summary`; by default where its units are."""
+        return ", ".join(graft.units)
 
     def losses(
         self, graft: Graft, out: Any, target: Any, criterion: Callable[..., Tensor]

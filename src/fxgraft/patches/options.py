@@ -61,7 +61,7 @@ def option_hints(cls: type) -> dict[str, Any]:
 
 
 def check_choices(patch: Any) -> None:
-    """Raise `ConfigError` for every option declared as a `typing.Literal` that holds something else."""
+    """Raise `ConfigError` for every option declared as a `typing.Literal` or a bool that holds something else."""
     try:
         hints = option_hints(type(patch))
     except NameError:  # a name that only a type checker sees: nothing can be told of the choices
@@ -71,11 +71,13 @@ def check_choices(patch: Any) -> None:
         parts = (
             typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
         )
+        value = getattr(patch, f.name)
+        if hint is bool and not isinstance(value, bool):
+            raise ConfigError(f"{type(patch).__name__}: {f.name} must be True or False, got {value!r}.")
         literals = [part for part in parts if typing.get_origin(part) is typing.Literal]
         if not literals:
             continue
-        allowed = [value for part in literals for value in typing.get_args(part)]
-        value = getattr(patch, f.name)
+        allowed = [each for part in literals for each in typing.get_args(part)]
         if value not in allowed and not (value is None and types.NoneType in parts):
             raise ConfigError(
                 f"{type(patch).__name__}: {f.name} must be one of {', '.join(map(repr, allowed))}, "

@@ -13,6 +13,7 @@ from fxgraft.graph.grafting.unit import Unit
 from fxgraft.graph.structure.absorbing import Absorber, absorber_of
 from fxgraft.graph.structure.ends import Stem, find_classifiers, find_stems
 from fxgraft.graph.structure.head import Head, find_head, pooled_map
+from fxgraft.graph.structure.idle import without_idle
 from fxgraft.graph.structure.joins import Join, residual_joins
 from fxgraft.graph.structure.layout import Layout, layout_of, named_layout
 from fxgraft.graph.structure.places import blocks_before, site_edit, site_edits, value_at
@@ -89,8 +90,11 @@ class Backbone:
         return named_sites(self.anatomy, words)
 
     def positions(self, position: str, layers: Words | None = None) -> list[Spot]:
-        """Find a position of its blocks ("post", "conv1_pre", "conv", ...), in running order."""
-        return spots(self.anatomy, position, layers)
+        """Find a position of its blocks ("post", "conv1_pre", "conv", ...), in running order.
+
+        Those behind which a class token alone is read are left out: a unit on the other tokens changes nothing there.
+        """
+        return without_idle(self.anatomy, spots(self.anatomy, position, layers))
 
     def blocks_before(self, site: Site) -> list[Site]:
         """List the blocks that run before a site and give as many channels, the nearest first."""

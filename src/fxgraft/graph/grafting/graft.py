@@ -32,10 +32,12 @@ class Placer:
     Attributes:
         order: (group, rank): units of one group at one site run by rank, whichever graft was added first.
         call_options: keyword arguments of the model's call that are meant for the patch.
+        train_only: evaluation is bitwise the bare model's.
     """
 
     order: ClassVar[tuple[str, int] | None] = None
     call_options: ClassVar[tuple[str, ...]] = ()
+    train_only: ClassVar[bool] = False
 
     def place(self, backbone: Backbone, make: Make) -> Iterable[Placement | list[Placement]]:
         """Say which units go where on a bare model."""
@@ -173,6 +175,11 @@ def checked_placements(graft: Graft, placed: Any) -> list[Placement]:
                 raise MethodError(
                     f"{what}.place puts a {type(one.unit).__name__} at {one.key!r}, which is no unit.\n"
                     f"Derive from fxgraft.extend.Unit: class {type(one.unit).__name__}(Unit)."
+                )
+            if one.evaluation and graft.patch.train_only:
+                raise MethodError(
+                    f"{what} says train_only = True, and places the unit {one.key!r} in evaluation as well.\n"
+                    "Pass evaluation=False to place(), or leave train_only out."
                 )
         found += inner
     return found

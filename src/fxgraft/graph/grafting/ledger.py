@@ -8,6 +8,7 @@ removal leaves exactly what the remaining grafts would have made.
 from __future__ import annotations
 
 import contextlib
+import warnings
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -17,7 +18,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from fxgraft.errors import WrappedModelError
+from fxgraft.errors import FxgraftWarning, WrappedModelError
 from fxgraft.graph.grafting.backbone import Backbone
 from fxgraft.graph.grafting.graft import Graft, Make, Placer, U, checked_placements
 from fxgraft.graph.grafting.journal import Installation, Kept
@@ -26,6 +27,7 @@ from fxgraft.graph.grafting.planning import compile_placements
 from fxgraft.graph.grafting.state import GraftState, hidden_forward, state_of
 from fxgraft.graph.grafting.swap import orphaning, parts_without_model, releasing
 from fxgraft.graph.tracing.anatomy import Anatomy
+from fxgraft.graph.tracing.names import class_name
 from fxgraft.graph.tracing.settings import settings_changed
 from fxgraft.graph.tracing.whole import Step, afterwards, alone, at_once, refilling
 
@@ -75,6 +77,11 @@ class Ledger:
     def install(self, model: nn.Module, grafts: Sequence[Graft] | None = None) -> None:
         """Put grafts on a model in place of those that are there; on failure nothing changes."""
         self._check_intact()
+        if self.installation is not None and self.installation.model is not model:
+            raise WrappedModelError(
+                f"This {class_name(model)} is a shallow copy (copy.copy) of a patched one, whose parts and grafts are "
+                "the other's as well.\nUse copy.deepcopy, or work on the original."
+            )
         wanted = list(self.grafts if grafts is None else grafts)
         orphans = parts_without_model(model)
         kept = Kept(self.grafts)
@@ -156,17 +163,32 @@ class Ledger:
 
     def check(self, model: nn.Module) -> None:
         """Before a pass: notice what would run an old graph in silence, and plan again; tell who waits for training."""
-        if self._stale(model):
-            self._renew_stale(model)
+        self.renew_stale(model)
         for graft in self.grafts if model.training else ():
             if not graft.started:
                 graft.started = True
                 graft.patch.starting(graft, model)
 
+    def renew_stale(self, model: nn.Module) -> None:
+        """Plan all grafts again where the model has changed since in what they depend on."""
+        if self._stale(model):
+            self._renew_stale(model)
+
     @alone
     def _renew_stale(self, model: nn.Module) -> None:
-        if self._stale(model):  # still: another thread that noticed it may have been here first
-            self.renew(model)
+        if not self._stale(model):  # another thread that noticed it has been here first
+            return
+        known = {id(p) for graft in self.grafts for p in graft.parameters()}
+        self.renew(model)
+        names = [graft.name for graft in self.grafts if any(id(p) not in known for p in graft.parameters())]
+        if names and model.training:
+            warnings.warn(
+                f"A layer that {', '.join(map(repr, names))} copied or served was replaced, and what the graft adds to "
+                "it was made anew. An optimiser that was built before does not train that: build it now, or add "
+                "fxgraft.grafts(model)[...].parameters() to it. Better replace layers first, then patch.",
+                FxgraftWarning,
+                stacklevel=2,
+            )
 
     def _stale(self, model: nn.Module) -> bool:
         if self.installation is None:

@@ -110,7 +110,9 @@ def _whole_call(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
     out = _run(self, *args, **kwargs)
     state: GraftState = self.__dict__[STATE]
     current = state.context.current
-    if state.ledger is not None and current is not None:
+    # A look at a model around this one goes no further than into the modules that have to be opened for it.
+    traced = any(isinstance(each, fx.Proxy) for each in (*args, *kwargs.values()))
+    if state.ledger is not None and current is not None and not traced:
         for path, (training, evaluation) in state.ledger.owners.items():
             if (training if self.training else evaluation) and path not in current.visited:
                 raise BypassError(

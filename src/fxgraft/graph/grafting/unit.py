@@ -4,10 +4,16 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
+import torch
 from torch import nn
 
-from fxgraft.errors import SiteError
+from fxgraft.errors import BypassError, SiteError
 from fxgraft.graph.grafting.passes import Context, Pass
+
+
+def recomputed() -> bool:
+    """Say whether this runs within a backward pass, as what activation checkpointing runs again does."""
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1  # pyright: ignore[reportPrivateImportUsage]
 
 
 class Unit(nn.Module):
@@ -39,13 +45,28 @@ class Unit(nn.Module):
 
         Raises:
             SiteError: there is none: a part of the model was called by itself.
+            BypassError: there is none any more: activation checkpointing runs a part of the model again.
         """
         found = self.context.current
         if found is None:
+            self.refuse_recomputation()
             raise SiteError(
                 f"{self.graft!r} acts inside a pass of its model.\nCall the model, not its parts."
             )
         return found
+
+    def refuse_recomputation(self) -> None:
+        """Raise where activation checkpointing runs a part of the model again, in the backward pass.
+
+        Raises:
+            BypassError: it does; what the unit did in the pass is gone by then.
+        """
+        if recomputed():
+            raise BypassError(
+                f"{self.graft!r} acts inside a pass of its model, and activation checkpointing runs a part of it again "
+                "when that pass is over: not as it ran before.\n"
+                "Switch checkpointing off, or leave the part that the graft acts in out of it."
+            )
 
     def bind(self, **found: Any) -> None:
         """Set attributes that are found again on every model: they do not travel with copies and pickles.

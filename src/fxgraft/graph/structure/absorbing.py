@@ -8,10 +8,12 @@ from __future__ import annotations
 
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
+from timm.layers import norm as timm_norm
 from torch import Tensor, fx, nn
+from torchvision.models.convnext import LayerNorm2d
 
 from fxgraft.errors import SiteError, StructureError, TraceError
 from fxgraft.graph.structure.layout import Layout
@@ -25,12 +27,15 @@ from fxgraft.graph.structure.pooling import (
 )
 from fxgraft.graph.structure.sites import Site
 from fxgraft.graph.tracing.anatomy import Anatomy
-from fxgraft.graph.tracing.names import ancestors
-from fxgraft.graph.tracing.trace import Traced
+from fxgraft.graph.tracing.names import ancestors, join
+from fxgraft.graph.tracing.trace import Traced, is_primitive
 from fxgraft.graph.tracing.values import node_name
 
-LAYERS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.GroupNorm, nn.LayerNorm, nn.Linear, nn.Conv1d, nn.Conv2d)
-"""Whose forward ends in a weight and a bias per channel; subclasses may do more."""
+LAYERS = (
+    *(nn.BatchNorm1d, nn.BatchNorm2d, nn.GroupNorm, nn.LayerNorm, nn.Linear, nn.Conv1d, nn.Conv2d),
+    *(timm_norm.LayerNorm, timm_norm.LayerNorm2d, timm_norm.GroupNorm, timm_norm.GroupNorm1, LayerNorm2d),
+)
+"""Whose forward ends in a weight and a bias per channel; other subclasses may do more."""
 
 
 @dataclass(frozen=True)
@@ -93,12 +98,28 @@ def absorber_of(anatomy: Anatomy, site: Site, layout: Layout) -> Absorber | None
 
 
 def _last_of(anatomy: Anatomy, path: str) -> str:
-    """Name the child that gives a plain sequence's output, or the module itself."""
-    module = anatomy.module(path)
-    while type(module) is nn.Sequential and len(module) and path:
-        path = f"{path}.{list(module._modules)[-1]}"
-        module = module[-1]
+    """Name the layer inside of a module that gives the module's output, or the module itself."""
+    while path and not is_primitive(anatomy.module(path)):
+        try:
+            graph = anatomy.graph(path, training=False).graph
+        except TraceError:
+            return path
+        (node,) = next(node for node in graph.nodes if node.op == "output").args
+        while _hands_on(anatomy, path, node):
+            node = node.args[0]
+        if not isinstance(node, fx.Node) or node.op != "call_module" or len(node.users) > 1:
+            return (
+                path  # where more than the module's output is made of the layer's, that would change as well
+            )
+        path = join(path, str(node.target))
     return path
+
+
+def _hands_on(anatomy: Anatomy, path: str, node: Any) -> bool:
+    """Say whether a node gives its input as it is in evaluation, to one reader."""
+    if not isinstance(node, fx.Node) or node.op != "call_module" or len(node.users) > 1:
+        return False
+    return isinstance(anatomy.module(join(path, str(node.target))), (nn.Identity, nn.Dropout))
 
 
 def _gives(layer: nn.Module, channels: int) -> bool:

@@ -14,6 +14,7 @@ from typing import Any
 from torch import Tensor, fx, nn
 
 from fxgraft.errors import StructureError
+from fxgraft.graph.structure.derived import is_derived
 from fxgraft.graph.structure.layout import Layout
 from fxgraft.graph.structure.linear import is_linear
 from fxgraft.graph.structure.opening import OpaqueError, opening
@@ -35,6 +36,9 @@ from fxgraft.graph.tracing.walks import cut, downstream_of, placeholders
 _LAYOUTS = {2: "NC", 3: "NLC", 4: "NHWC"}
 _SIZES_ONLY = {"zeros_like", "ones_like", "empty_like", "full_like", "rand_like", "randn_like"}
 _SIZES_ONLY |= {"new_zeros", "new_ones", "new_empty", "new_full", "new_tensor"}
+
+
+_DERIVED = "makes its weight from other parameters (a parametrization, weight_norm, spectral_norm or pruning)"
 
 
 @dataclass(frozen=True)
@@ -146,8 +150,8 @@ def _is_stem(anatomy: Anatomy, node: fx.Node, values: Values) -> bool:
     calls = anatomy.observation.calls.get(path, [])
     if len(calls) != 1:
         raise _refused(anatomy, f"{_shown(node, values)} is called {len(calls)} times in a pass")
-    if hasattr(module, "parametrizations"):
-        raise _refused(anatomy, f"{_shown(node, values)} has a parametrized weight")
+    if is_derived(module):
+        raise _refused(anatomy, f"{_shown(node, values)} {_DERIVED}")
     (source,) = node.all_input_nodes
     batch = anatomy.observation.calls[""][0].args[0].shape[0]
     if {values(source).shape[0], values(node).shape[0]} != {batch}:
@@ -216,7 +220,13 @@ def _last_layers(anatomy: Anatomy, traced: Traced) -> list[str]:
     while waiting:
         node = waiting.pop()
         module = anatomy.module(_path(node)) if node.op == "call_module" else None
-        if module is not None and is_classifier(module) and not hasattr(module, "parametrizations"):
+        if module is not None and is_classifier(module):
+            if is_derived(module):
+                raise StructureError(
+                    f"The classifier {describe_node(node, values)} of {anatomy.name} {_DERIVED}.\n"
+                    "Make it permanent (parametrize.remove_parametrizations, remove_weight_norm, "
+                    "remove_spectral_norm, prune.remove), or put it on a merged model."
+                )
             found.append(_path(node))
             continue
         if module is not None and not is_primitive(module):

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from torch import fx, nn
 
 from fxgraft.errors import SiteError, StructureError, TraceError
+from fxgraft.graph.structure.derived import made_by_hooks
 from fxgraft.graph.structure.outputs import logits_node
 from fxgraft.graph.structure.places import own_nodes
 from fxgraft.graph.structure.pooling import (
@@ -72,6 +73,14 @@ def find_head(anatomy: Anatomy, head: str | None = None, output: str | int | Non
     """
     whole, evaluation, opened = opened_head(anatomy, head, output)
     classifiers = tuple(sorted(str(node.target) for node in evaluation.classifiers))
+    for name in classifiers:
+        if made_by_hooks(anatomy.module(name)):
+            raise StructureError(
+                f"The classifier {name!r} of {anatomy.name} makes its weight in a hook before each call "
+                "(torch.nn.utils: weight_norm, spectral_norm or pruning), and here it is used without one.\n"
+                "Use torch.nn.utils.parametrizations, or make the weight permanent first (remove_weight_norm, "
+                "remove_spectral_norm, prune.remove)."
+            )
     owner = _owner(anatomy, evaluation)
     wanted = {*opened, *(each for name in classifiers for each in ancestors(name))} - {owner}
     inner = tuple(sorted(relative(each, owner) for each in wanted if inside(each, owner)))

@@ -312,7 +312,9 @@ def is_kind(module: nn.Module, kind: str) -> bool:
     if kind == "conv":
         return isinstance(module, nn.modules.conv._ConvNd)
     if kind == "norm":
-        return isinstance(module, _NORMS) or type(module).__name__.endswith(("Norm", "Norm2d"))
+        return isinstance(module, _NORMS) or type(module).__name__.endswith(
+            ("Norm", "Norm2d", "NormAct", "NormAct2d")
+        )
     home = type(module).__module__
     return home.startswith(("torch.nn.modules.activation", "timm.layers.activations")) and not isinstance(
         module, nn.MultiheadAttention

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from fxgraft.errors import SiteError
+from fxgraft.graph.structure.derived import made_by_hooks
 from fxgraft.graph.structure.head import Head
 from fxgraft.graph.structure.pooling import HeadTrace, is_classifier, opened_head
 from fxgraft.graph.structure.tokens import token_grid
@@ -61,7 +62,8 @@ class PositionwiseHead:
         """Say whether layers of the head, other than its classifier, were replaced or set otherwise."""
         try:
             owner = model.get_submodule(self.path)
-            if not all(is_classifier(owner.get_submodule(name)) for name in self.classifiers):
+            layers = [owner.get_submodule(name) for name in self.classifiers]
+            if not all(is_classifier(each) and not made_by_hooks(each) for each in layers):
                 return True
             if any(owner.get_submodule(name) is not module for name, module in self.identities.items()):
                 return True

@@ -8,21 +8,20 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor, fx, nn
+from torch.nn.modules.batchnorm import _NormBase
 
 from fxgraft.errors import SiteError, TraceError
 from fxgraft.graph.structure.outputs import check_logits, logits_node
 from fxgraft.graph.structure.places import alike, locate, own_nodes, site_edit, training_name
 from fxgraft.graph.structure.sites import Site, module_site
 from fxgraft.graph.structure.tail import LinearTail, linear_tail
+from fxgraft.graph.structure.tokens import reads_prefix_only
 from fxgraft.graph.tracing.anatomy import Anatomy
 from fxgraft.graph.tracing.branches import held
 from fxgraft.graph.tracing.compile import compile_graph
 from fxgraft.graph.tracing.editing import After, Edit, Output, is_unit
 from fxgraft.graph.tracing.names import ancestors
-from fxgraft.graph.tracing.proxies import iadd, imul
 from fxgraft.graph.tracing.settings import settings_changed
 from fxgraft.graph.tracing.trace import Traced, readdressed
 from fxgraft.graph.tracing.walks import cut, downstream_of, placeholders, scope_of, upstream_of
@@ -90,6 +89,13 @@ class Rest:
         with self.evaluation_mode(model):
             return self.function(model, z, *others)
 
+    def averages(self, model: nn.Module) -> bool:
+        """Say whether training passes move statistics that the rest normalises with when it is evaluated."""
+        modules = (each for name in self.children for each in model.get_submodule(name).modules())
+        return any(
+            isinstance(each, _NormBase) and each.training and each.track_running_stats for each in modules
+        )
+
     @contextlib.contextmanager
     def evaluation_mode(self, model: nn.Module) -> Iterator[None]:
         """Put the modules of the rest into evaluation mode for the block: no BatchNorm update, no dropout."""
@@ -119,39 +125,6 @@ def _cheap(node: fx.Node) -> bool:
         node.op == "call_method" and node.target in _CHEAP_METHODS
     )
     return light and all(_cheap(each) for each in node.all_input_nodes)
-
-
-_PER_TOKEN_MODULES = (nn.LayerNorm, nn.RMSNorm, nn.Linear, nn.Identity, nn.Dropout)
-
-
-_PER_TOKEN_FUNCTIONS = {operator.add, iadd, operator.mul, imul, torch.add, torch.mul, F.dropout}
-
-
-def _reads_prefix_only(model: nn.Module, node: fx.Node, inside: set[fx.Node], prefix: int) -> bool:
-    """Say whether what follows a sequence of tokens takes its first ``prefix`` tokens and no other.
-
-    Followed through what treats every token by itself, up to where tokens are picked; anything else may mix them.
-    """
-    users = [user for user in node.users if user in inside]
-    for user in users:
-        if user.target is operator.getitem:
-            picked = user.args[1]
-            token = picked[1] if isinstance(picked, tuple) and len(picked) > 1 else None
-            first = token.start or 0 if isinstance(token, slice) else token
-            last = token.stop if isinstance(token, slice) else token
-            # A length that the forward reads off a tensor is a node here: from the front, it counts the prefix.
-            if not (isinstance(first, int) and 0 <= first < prefix) or last is None:
-                return False
-            if isinstance(last, int) and not 0 < last + (not isinstance(token, slice)) <= prefix:
-                return False
-        elif user.op == "call_module":
-            if not isinstance(model.get_submodule(str(user.target)), _PER_TOKEN_MODULES):
-                return False
-            if not _reads_prefix_only(model, user, inside, prefix):
-                return False
-        elif user.target not in _PER_TOKEN_FUNCTIONS or not _reads_prefix_only(model, user, inside, prefix):
-            return False
-    return bool(users)
 
 
 def _followed(anatomy: Anatomy) -> bool:
@@ -247,7 +220,7 @@ def rest_of_network(
         inputs,
         children,
         linear_tail(anatomy, site, opened, children, output) if not captured and not inputs else None,
-        positions_matter=not (prefix and _reads_prefix_only(anatomy.model, start, inside, prefix)),
+        positions_matter=not (prefix and reads_prefix_only(anatomy.model, start, inside, prefix)),
         settings=traced.settings,
         identities=inner,
     )

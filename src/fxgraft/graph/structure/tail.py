@@ -21,9 +21,11 @@ class LinearTail:
 
     Attributes:
         linear: qualified name of the `torch.nn.Linear`.
+        modules: of all modules that are called on the way.
     """
 
     linear: str
+    modules: tuple[str, ...]
 
 
 def linear_tail(
@@ -49,7 +51,7 @@ def linear_tail(
         logits = logits.all_input_nodes[0]
     if between is not start or len(start.users) != 1 or not (plain and head.neutral) or layer is not logits:
         return None
-    return LinearTail(str(layer.target))  # type: ignore[union-attr]
+    return LinearTail(str(layer.target), children)  # type: ignore[union-attr]
 
 
 def _passes(model: nn.Module, node: fx.Node) -> bool:
@@ -60,6 +62,11 @@ def _passes(model: nn.Module, node: fx.Node) -> bool:
 
 
 def tail_layer(model: nn.Module, tail: LinearTail) -> nn.Linear | None:
-    """Return the linear layer of a tail as the model has it now, or None when it is no plain layer any more."""
+    """Return the linear layer of a tail as the model has it now.
+
+    None where it is no plain layer any more, or where hooks of the user may do something on the way.
+    """
     layer = model.get_submodule(tail.linear)
-    return layer if type(layer) is nn.Linear else None
+    called = [model.get_submodule(name) for name in tail.modules]
+    hooked = any(each._forward_hooks or each._forward_pre_hooks for each in called)
+    return layer if type(layer) is nn.Linear and not hooked else None

@@ -248,7 +248,10 @@ class CrossNormUnit(Unit):
         config = self.config
         alone = x.shape[0] == 1 and config.mode == "two-instance"
         run = self.current
-        if run is None or alone or config.lam == 1:
+        if run is None:
+            self.refuse_recomputation()
+            return x
+        if alone or config.lam == 1:
             return x
         chance = self._chance(run)
         if not chance:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from fxgraft.extend import (
     DIMENSIONS,
+    Absorber,
     Backbone,
     ConfigError,
     Graft,
@@ -245,7 +246,9 @@ class GAM(LayeredPatch):
         taps = ", ".join(f"{key} ({layout.name})" for key, layout in game.layouts.items())
         alone = " for the discriminators alone" if self.match_in == "discriminators" else ""
         matched = f"gaussian ({self.statistics}){alone}, " if self.matching else ""
-        return f"taps {taps}; {matched}{self.gan}, drift {self.drift:g}"
+        stuck = ", ".join(tap.key for tap in graft.units_of(MatchedTap) if tap.absorber is None)
+        kept = f"; cannot be merged, for no layer can take in the matching at {stuck}" if stuck else ""
+        return f"taps {taps}; {matched}{self.gan}, drift {self.drift:g}{kept}"
 
     def picture(self, graft: Graft, view: View) -> Picture:
         """Show the channel means at every tap, before and after matching."""
@@ -269,18 +272,33 @@ class GAM(LayeredPatch):
 
 def _no_layers(backbone: Backbone, task: str) -> ConfigError:
     """Say that there are no taps, and what they may be on this network."""
-    outer = [
-        site.name
-        for site in backbone.module_outputs()
-        if "." not in site.name and site.shape is not None and len(site.shape) in (2, 3, 4)
+    sites = [
+        site for site in backbone.module_outputs() if site.shape is not None and len(site.shape) in (2, 3, 4)
     ]
-    chosen = outer[-2:] if task == "classification" else outer[:: -(-len(outer) // 4)]
+    outer = [site.name for site in sites if "." not in site.name]
+    chosen = outer[:: -(-len(outer) // 4)] if task == "dense" else _last_two(backbone, sites) or outer[-2:]
     example = f"for example layers={chosen!r}" if chosen else "as layers=[...]"
     return ConfigError(
         f"GAM needs layers: the taps at which the activations of both networks are matched.\n"
         "The authors take the last two layers of a classifier, and four over the depth of a dense predictor.\n"
         f"On this {backbone.name}, {example}; fxgraft.sites(model) lists all."
     )
+
+
+def _last_two(backbone: Backbone, sites: Sequence[Site]) -> list[str]:
+    """Name the last two values whose matching folds into stock weights, each by its shortest name."""
+    found: dict[Absorber, str] = {}
+    for site in reversed(sites):
+        with suppress(SiteError, StructureError, TraceError):
+            absorber = backbone.absorber(site, backbone.layout(site))
+            if absorber is None:
+                continue
+            if absorber not in found and len(found) == 2:
+                break
+            named = found.setdefault(absorber, site.name)
+            if site.name.count(".") < named.count("."):
+                found[absorber] = site.name
+    return list(found.values())[::-1]
 
 
 def _sites(backbone: Backbone, layers: Words, network: str) -> dict[str, Site]:

@@ -34,7 +34,7 @@ from fxgraft.extend import (
     register,
 )
 from fxgraft.patches.mixmo import tensors as core
-from fxgraft.patches.mixmo.copies import LayerCopies, copies_key
+from fxgraft.patches.mixmo.copies import LayerCopies, check_foldable, copies_key
 from fxgraft.patches.mixmo.masks import BY_CHANNEL, WITHOUT_POSITIONS, Mixing
 from fxgraft.patches.mixmo.members import Members
 from fxgraft.patches.mixmo.pairing import PAIRING, MixMoInput, Pairing, check_pairs, known_pairing
@@ -249,7 +249,10 @@ class MixMo(Patch):
 
     def merge(self, graft: Graft, model: nn.Module) -> None:
         """Write the folded stem and classifier into the stock tensors."""
-        for unit in graft.units_of(MemberUnit):
+        units = graft.units_of(MemberUnit)
+        for unit in units:
+            check_foldable(model, unit.path)
+        for unit in units:
             unit.fold(model.get_submodule(unit.path))
 
 

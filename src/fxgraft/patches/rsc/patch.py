@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from fxgraft.extend import (
     Backbone,
+    BypassError,
     Capture,
     ConfigError,
     FxgraftWarning,
@@ -30,11 +31,12 @@ from fxgraft.extend import (
     Unit,
     View,
     Words,
+    check_count,
     check_share,
     draws,
     grafts_in,
     grafts_on,
-    is_count,
+    recomputed,
     recording,
     register,
 )
@@ -112,8 +114,8 @@ class RSC(LayeredPatch):
         "every training pass needs its labels"
     )
     hurts = (
-        "maps of less than about 3×3 positions, of which it mutes most; heads that read a class token "
-        "alone, where there is nothing to mute at the last map"
+        "maps of less than about 3×3 positions, of which it mutes most; sites behind which a class token alone "
+        "is read, where there is nothing to mute"
     )
     measures = MappingProxyType(
         {
@@ -143,11 +145,14 @@ class RSC(LayeredPatch):
     def __post_init__(self, layer: Words | None) -> None:
         super().__post_init__(layer)
         check_share(self, "spatial_drop", "channel_drop", "vector_drop", "batch_share", "start")
-        if (self.epochs is not None or self.batch_schedule != "constant") and not is_count(self.epochs):
+        if self.epochs is None and self.batch_schedule != "constant":
             raise ConfigError(
-                f'RSC: batch_schedule="{self.batch_schedule}" counts epochs; epochs must be their number, '
-                f"got {self.epochs!r}."
+                f'RSC: batch_schedule="{self.batch_schedule}" counts epochs; epochs must be their number, got None.'
             )
+        if self.epochs is not None:
+            check_count(self, "epochs")
+        if isinstance(self.ignore_index, bool) or not isinstance(self.ignore_index, int):
+            raise ConfigError(f"RSC: ignore_index must be a whole number, got {self.ignore_index!r}.")
 
     def place(self, backbone: Backbone, make: Make) -> Iterator[list[Placement]]:
         """Put one unit on each site, and record what the rest of the network needs besides."""
@@ -276,6 +281,13 @@ class RSCUnit(Unit):
     def _muting(self, run: Pass, z: Tensor, target: Tensor, scope: str) -> Tensor:
         """Return 0 where an entry is muted, else 1: a constant of the second pass, so no mask joins the graph."""
         probe = Probe(self.scoring, run, self.graft, self.rest, self.layout, z, target)
+        if probe.layer is None and recomputed() and self.rest.averages(run.model):
+            raise BypassError(
+                f"{self.graft!r} looks ahead through BatchNorm, whose running statistics moved in the pass that "
+                "activation checkpointing runs again: it would mute something else, and the gradients be wrong.\n"
+                "Checkpoint parts of the model (timm: model.set_grad_checkpointing()), not the call of it, or choose "
+                "a site that only pooling and a linear layer follow."
+            )
         mask = probe.mask(scope)
         selected = self._select(probe, mask, scope == "vector")
         self._measure(run, mask == 0, selected)
