@@ -23,7 +23,7 @@ from fxgraft import extend
 from fxgraft.patches import registry
 from sweeping import some
 from third_party_package import HERE, METHODS, install
-from toys import LABELS, Net, images, net
+from toys import LABELS, Net, Scale, images, net
 
 SIZE = (3, 8, 8)
 
@@ -267,3 +267,80 @@ def test_layer_and_layers_are_one_option() -> None:
         assert cls(layer=-1).layer == cls(layers=-1).layers == -1  # type: ignore[call-arg]
         with pytest.raises(fxgraft.ConfigError, match="the same option, and both are given"):
             cls(layer="a", layers="b")  # type: ignore[call-arg]
+
+
+def test_a_method_for_training_alone_places_nothing_in_evaluation() -> None:
+    class Everywhere(extend.Patch):
+        train_only = True
+
+        def place(self, backbone: extend.Backbone, make: extend.Make) -> Any:
+            (site,) = backbone.sites("stage1")
+            return backbone.place(site, make("stage1", Scale, 2.0))
+
+    fxgraft.register("everywhere")(Everywhere)
+    with pytest.raises(fxgraft.MethodError, match=r"Everywhere says train_only(?s:.*)evaluation=False"):
+        fxgraft.patch(net(), "everywhere", input_size=SIZE)
+
+
+@pytest.mark.parametrize(
+    ("returned", "message"),
+    [
+        (torch.zeros(()), r"Losing\.losses returned a tensor of shape \(\)"),
+        (None, "losses returned nothing"),
+        ({"a": 1.0}, "losses returned a float as 'a'"),
+        ({"a": torch.zeros(3)}, r"returned a tensor of shape \(3,\) as 'a'"),
+    ],
+)
+def test_what_losses_must_return_is_said(returned: Any, message: str) -> None:
+    class Losing(extend.Patch):
+        def place(self, backbone: extend.Backbone, make: extend.Make) -> Any:
+            return []
+
+        def losses(self, *args: Any) -> Any:
+            return returned
+
+    fxgraft.register("losing")(Losing)
+    model = fxgraft.patch(net(), "losing", input_size=SIZE)
+    out = torch.zeros(2, 5)
+    with pytest.raises(fxgraft.MethodError, match=message):
+        fxgraft.loss(model, out, torch.zeros(2, dtype=torch.long))
+
+
+def test_what_criterion_must_return_is_said() -> None:
+    class Judging(extend.Patch):
+        def place(self, backbone: extend.Backbone, make: extend.Make) -> Any:
+            return []
+
+        def replaces_criterion(self) -> bool:
+            return True
+
+        def criterion(self, *args: Any) -> Any:
+            return None
+
+    fxgraft.register("judging")(Judging)
+    model = fxgraft.patch(net(), "judging", input_size=SIZE)
+    with pytest.raises(fxgraft.MethodError, match=r"Judging\.criterion returned nothing"):
+        fxgraft.loss(model, torch.zeros(2, 5), torch.zeros(2, dtype=torch.long))
+
+
+def test_a_switch_is_checked_without_a_word_of_the_author() -> None:
+    @dataclass(frozen=True, kw_only=True)
+    class Switching(extend.Patch):
+        on: bool = True
+
+        def place(self, backbone: Any, make: Any) -> Any:
+            return []
+
+    fxgraft.register("switching")(Switching)
+    with pytest.raises(fxgraft.ConfigError, match="on must be True or False, got 'no'"):
+        fxgraft.patch(net(), "switching", on="no")
+
+
+def test_the_summary_names_the_units_where_a_method_says_nothing() -> None:
+    class Silent(extend.Patch):
+        def place(self, backbone: extend.Backbone, make: extend.Make) -> Any:
+            (site,) = backbone.sites("stage1")
+            return backbone.place(site, make("stage1", Scale, 2.0))
+
+    fxgraft.register("silent")(Silent)
+    assert "silent = silent: stage1;" in str(fxgraft.summary(fxgraft.patch(net(), "silent", input_size=SIZE)))

@@ -84,8 +84,8 @@ What a method can do beyond this:
 - Take part in the loss: `Patch.criterion` and `Patch.losses`; where options switch these off, say so in
   `Patch.replaces_criterion` and `Patch.judges`. Fold into stock weights: `Patch.merge`.
 - Run a stem or a classifier with other tensors than its own: `layer_tensors` are its parameters, `effective` what it
-  multiplies with and adds, `apply_layer` the call, and `write_effective` gives the layer a sum of such weights, but
-  where its weight is made from others (`is_derived`) or belongs to others as well (`sharers`).
+  multiplies with and adds, `apply_layer` the call, and `write_effective` gives the layer a sum of such weights. Not
+  where the weight is made from others in every call (`made_by_hooks`) or belongs to others as well (`sharers`).
 - Say what a training pass did, as scalars for loggers: ``run.measure(self.graft, "ratio", ratio)`` in a unit is all it
   takes; `fxgraft.diagnostics` gives the means by name. Where more arithmetic is needed, `Patch.diagnostics`.
 - Show what the method does with an image: `Patch.picture` returns a `Picture` of `Panel` objects (images with heat maps
@@ -95,10 +95,8 @@ What a method can do beyond this:
 - Name published settings: ``presets = presets_by_name(Preset(name=..., options=..., source=...))``.
 
 The method is found by name once its module is imported. Without that, on the command line too, it is found through an
-entry point in the metadata of its package, whose name is the method's::
-
-    [project.entry-points."fxgraft.patches"]
-    mixstyle = "my_package.mixstyle:MixStyle"
+entry point in the metadata of its package: in ``pyproject.toml``, under
+``[project.entry-points."fxgraft.patches"]``, the line ``mixstyle = "my_package.mixstyle:MixStyle"``.
 '''
 
 from fxgraft.errors import (
@@ -127,7 +125,7 @@ from fxgraft.graph.grafting.placement import Placement
 from fxgraft.graph.grafting.taps import Tap, take, tap_placements
 from fxgraft.graph.grafting.unit import Capture, Unit, recomputed
 from fxgraft.graph.structure.absorbing import Absorber
-from fxgraft.graph.structure.derived import is_derived, sharers
+from fxgraft.graph.structure.derived import made_by_hooks, sharers
 from fxgraft.graph.structure.ends import Stem
 from fxgraft.graph.structure.head import Head
 from fxgraft.graph.structure.joins import Join
@@ -207,10 +205,10 @@ __all__ = [
     "grafts_in",
     "grafts_on",
     "is_count",
-    "is_derived",
     "is_graft_key",
     "is_number",
     "layer_tensors",
+    "made_by_hooks",
     "position_scores",
     "preserved_modes",
     "presets_by_name",

@@ -22,6 +22,13 @@ from fxgraft.experiments.spec import parse_patch_spec
         ("m:layer=stages.3", "m", {"layer": "stages.3"}),
         ("m:lr=1/3", "m", {"lr": "1/3"}),
         ("m:x={'a': 1, 'b': 2}", "m", {"x": {"a": 1, "b": 2}}),
+        ("m:a=true,b=FALSE,c=none,d='none'", "m", {"a": True, "b": False, "c": None, "d": "none"}),
+        (
+            "m:layers=[layer3, layer4.0],k=[-1,layer2]",
+            "m",
+            {"layers": ["layer3", "layer4.0"], "k": [-1, "layer2"]},
+        ),
+        ("m:layers=(layer3,)", "m", {"layers": ["layer3"]}),
     ],
 )
 def test_parses(text, method, options):

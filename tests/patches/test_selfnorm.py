@@ -241,3 +241,26 @@ def test_channels_inside_a_convnext_block() -> None:
     assert unit.layout.name == "NHWC"  # type: ignore[union-attr]
     assert unit.g.mean_weight.shape == (24,)  # type: ignore[union-attr]
     model(torch.randn(2, 3, 64, 64)).sum().backward()
+
+
+@pytest.mark.parametrize(
+    ("position", "left_out"), [("post", 2), ("pre", 1), ("residual", 2), ("identity", 2)]
+)
+def test_units_on_tokens_that_no_prediction_reads_are_left_out(position: Any, left_out: int) -> None:
+    torch.manual_seed(0)
+    model = timm.create_model("test_vit", num_classes=4)
+    fxgraft.patch(model, "selfnorm", position=position, init="authors")
+    (graft,) = fxgraft.grafts(model)
+    assert len(graft.units) == 2 * len(model.blocks) - left_out
+    model.train()(torch.randn(3, 3, 160, 160)).square().sum().backward()
+    assert all(each.grad.abs().max() > 0 for each in graft.parameters() if each.ndim)  # type: ignore[union-attr]
+
+
+def test_a_block_behind_which_a_class_token_alone_is_read_is_refused() -> None:
+    model = timm.create_model("test_vit", num_classes=4)
+    with pytest.raises(
+        fxgraft.SiteError, match=r"Nothing that happens at 'blocks.5.add_1' can change a prediction"
+    ):
+        fxgraft.patch(model, "selfnorm", layers="blocks.5")
+    averaged = timm.create_model("test_vit", num_classes=4, global_pool="avg")
+    assert len(fxgraft.grafts(fxgraft.patch(averaged, "selfnorm", layers="blocks.5"))[0].units) == 2

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+import timm
 import torch
 from torch import nn
 
@@ -167,3 +168,32 @@ def test_dataparallel_replicas_run_in_threads_with_their_own_labels() -> None:
         assert torch.equal(results[index], expected[index])
     assert ledger_of(model).context.current is None
     assert_equal_steps(step(model, *halves[0][:1], target=LABELS), step(model, *halves[0][:1], target=LABELS))
+
+
+def test_a_shallow_copy_shares_its_grafts_and_is_not_changed() -> None:
+    model = net()
+    fxgraft.patch(model, Toy(factor=2))
+    twin = copy.copy(model)
+    for act in (lambda: fxgraft.unpatch(twin), lambda: fxgraft.patch(twin, Toy(factor=3), name="two")):
+        with pytest.raises(fxgraft.WrappedModelError, match=r"shallow copy \(copy.copy\)"):
+            act()
+    assert len(fxgraft.grafts(model)) == 1
+    assert fxgraft.grafts(fxgraft.unpatch(model)) == []
+
+
+@pytest.mark.parametrize("inner_first", [False, True])
+def test_a_model_and_a_part_of_it_that_are_both_patched_travel(inner_first: bool) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(timm.create_model("test_resnet", num_classes=6), nn.Linear(6, 4))
+    acts = [
+        lambda: fxgraft.patch(model, "rsc", layer="0.layer4", input_size=(3, 64, 64)),
+        lambda: fxgraft.patch(model[0], "selfnorm", input_size=(3, 64, 64)),
+    ]
+    for act in reversed(acts) if inner_first else acts:
+        act()
+    x, y = torch.randn(4, 3, 64, 64), torch.arange(4)
+    fxgraft.loss(model, model.train()(x, target=y), y).backward()
+    out = model.eval()(x)
+    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert torch.equal(twin(x), out)
+        assert [graft.name for graft in fxgraft.grafts(twin)] == ["rsc", "selfnorm"]

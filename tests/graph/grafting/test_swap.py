@@ -337,3 +337,34 @@ def test_moving_and_converting_takes_the_units_along() -> None:
     assert model(images().double(), target=LABELS).dtype == torch.float64
     (gain,) = {type(u) for u in fxgraft.grafts(model)[1].units.values()}
     assert gain is Gain
+
+
+class Stage(nn.Module):
+    """Runs its children, as the stages of timm's RegNets do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two = nn.Conv2d(3, 6, 3), nn.Conv2d(6, 6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.children():
+            x = block(x)
+        return x
+
+
+def test_a_unit_with_tensors_is_no_child_of_what_runs_its_children() -> None:
+    class Staged(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stage, self.fc = Stage(), nn.Linear(6, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.fc(self.stage(x).mean((2, 3)))
+
+    x = torch.randn(2, 3, 8, 8)
+    model = Staged()
+    expected = model.fc(3 * model.stage(x).mean((2, 3)))
+    fxgraft.patch(model, Toy(at=(("stage", Output()),), learned=True, factor=3), input_size=(3, 8, 8))
+    assert len(list(model.stage.children())) == 2
+    torch.testing.assert_close(model(x), expected)
+    assert [key for key in model.state_dict() if "graft_" in key]

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from timm.layers import ScaledStdConv2d, StdConv2d
 from timm.layers.conv2d_same import Conv2dSame
 from torch import Tensor, nn
+from torch.nn.utils import spectral_norm
 
 from fxgraft.errors import StructureError
 from fxgraft.graph.structure.ends import find_classifiers, find_stems
@@ -130,7 +131,7 @@ def test_no_stem(name: str) -> None:
 def test_parametrized_weights_are_refused() -> None:
     model = Start(lambda m, x: m.conv(x))
     nn.utils.parametrizations.weight_norm(model.conv)
-    with pytest.raises(StructureError, match="has a parametrized weight"):
+    with pytest.raises(StructureError, match="makes its weight from other parameters"):
         find_stems(Anatomy(model, SIZE))
 
 
@@ -217,3 +218,13 @@ def test_a_model_that_is_a_graph() -> None:
     anatomy = Anatomy(torch.fx.symbolic_trace(model), (3, 64, 64))
     assert [stem.path for stem in find_stems(anatomy)] == ["conv1"]
     assert find_classifiers(anatomy) == ("fc",)
+
+
+@pytest.mark.parametrize("made", [spectral_norm, nn.utils.parametrizations.spectral_norm])
+def test_weights_that_are_made_by_hooks_are_refused(made: Callable[[nn.Module], nn.Module]) -> None:
+    model = End(lambda m, x: m.fc(x.mean((2, 3))))
+    made(model.fc)
+    with pytest.raises(
+        StructureError, match=r"'fc' \(.*Linear\) of End makes its weight from other parameters"
+    ):
+        find_classifiers(Anatomy(model, SIZE))

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import fxgraft
-from fxgraft.errors import ConfigError, DuplicateGraftError, SiteError
+from fxgraft.errors import ConfigError, DuplicateGraftError, SiteError, StructureError
 from fxgraft.patches.diversification.patch import Diversification, record
 from patches.diversification.diversified import NEUTRAL, Net, images, net, patched, small_resnet
 
@@ -170,3 +170,14 @@ class TestOptions:
         with record(model := patched(flat, p_peak=1.0, p_patch=0.0, ties="all")) as tied:
             model(x)
         assert tied[0].mask.all()
+
+
+@pytest.mark.parametrize("after", [False, True])
+def test_a_classifier_whose_weight_a_hook_makes_is_refused(after):
+    model = net()
+    if after:
+        patched(model)
+    nn.utils.spectral_norm(model.fc)
+    x, _ = images()
+    with pytest.raises(StructureError, match=r"The classifier 'fc' of .* makes its weight in a hook"):
+        (model.train() if after else patched(model))(x)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import ast
+import re
 from typing import Any
 
 import pytest
+import timm
 import torch
 from torch import Tensor, nn
 
@@ -135,3 +138,21 @@ def test_a_network_that_cannot_be_copied() -> None:
     with torch.no_grad():
         model(images())
     assert fxgraft.patch(model, "gam", layers=TAPS) is model
+
+
+@pytest.mark.parametrize("name", ["test_vit", "test_convnext", "test_resnet", "regnetx_002"])
+def test_the_taps_that_the_error_proposes_can_be_merged(name: str) -> None:
+    torch.manual_seed(0)
+    model = timm.create_model(name, num_classes=4)
+    with pytest.raises(ConfigError, match="GAM needs layers") as caught:
+        fxgraft.patch(model, "gam")
+    found = re.search(r"layers=(\[.*?\])", str(caught.value))
+    assert found is not None
+    layers = ast.literal_eval(found[1])
+    assert len(layers) == 2
+    assert "cannot be merged" not in str(fxgraft.summary(fxgraft.patch(model, "gam", layers=layers)))
+    x = torch.randn(4, *model.default_cfg["input_size"])
+    fxgraft.gam_losses(model.train(), x, x + 1)
+    out = model.eval()(x)
+    merged = fxgraft.merge(model)(x)
+    torch.testing.assert_close(merged, out, rtol=0, atol=1e-4 * out.abs().max().item())

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,8 +14,8 @@ from torch import Tensor, nn
 import fxgraft
 from fxgraft.patches.mixmo.masks import BY_CHANNEL, MIXINGS
 from fxgraft.patches.mixmo.patch import Encoders
-from patches.mixmo.mixing import last_pairing, trained, unit
-from patches.small import CLASSES, batch
+from patches.mixmo.mixing import last_pairing, patched, trained, unit
+from patches.small import CLASSES, batch, net
 
 
 class Standardised(nn.Module):
@@ -94,3 +96,48 @@ def test_evaluation_of_two_sizes() -> None:
     assert torch.equal(model.eval()(x), bare)
     model = trained(model).eval()
     torch.testing.assert_close(fxgraft.merge(model).eval()(x), model(x))
+
+
+def test_a_weight_that_is_made_in_the_call_has_no_members() -> None:
+    model = net()
+    nn.utils.spectral_norm(model.fc)
+    with pytest.raises(
+        fxgraft.StructureError, match=r"classifier 'fc' .* makes its weight from other parameters"
+    ):
+        patched(model)
+    model = patched().train()
+    nn.utils.spectral_norm(model.fc)
+    x, y = batch()
+    with pytest.raises(
+        fxgraft.StructureError, match=r"classifier 'fc' .* makes its weight from other parameters"
+    ):
+        model(x, target=y)
+
+
+def test_a_weight_that_others_share_is_not_folded() -> None:
+    model = net()
+    model.other = nn.Linear(*model.fc.weight.shape[::-1])
+    model.other.weight = model.fc.weight
+    patched(model)
+    with pytest.raises(fxgraft.MergeError, match="'fc' shares its weight with 'other'"):
+        fxgraft.merge(model)
+
+
+def test_new_members_of_a_new_layer_are_announced() -> None:
+    model = patched().train()
+    model.fc = nn.Linear(model.fc.in_features, CLASSES + 2)
+    x, y = batch()
+    with pytest.warns(fxgraft.FxgraftWarning, match="optimiser that was built before does not train that"):
+        model(x, target=y)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model(x, target=y)
+
+
+def test_what_is_saved_before_the_next_pass_fits(tmp_path: Path) -> None:
+    model, new = patched(), net()
+    for each in (model, new):
+        each.fc = nn.Linear(each.fc.in_features, CLASSES + 2)
+    fxgraft.save(model.eval(), tmp_path)
+    x, _ = batch()
+    assert torch.equal(fxgraft.load(new, tmp_path).eval()(x), model.eval()(x))

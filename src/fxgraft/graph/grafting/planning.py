@@ -24,6 +24,7 @@ from fxgraft.graph.tracing.trace import Traced
 Placed = list[tuple[Graft, Placement]]
 
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
+_LISTINGS = {"children", "named_children", "modules", "named_modules", "_modules"}
 _OUTSIDE = (Input, Instead, Output)
 """Edits that act around a forward and not in it."""
 
@@ -103,7 +104,7 @@ def _place_unit(
     name = f"{PREFIX}{graft.name}_{safe}" if several else f"{PREFIX}{graft.name}"
     if not name.isidentifier():
         raise SiteError(f"{graft.name!r} cannot name a graft.\nUse letters, digits and underscores.")
-    if unit.registered and not isinstance(module, _CONTAINERS):
+    if unit.registered and not _runs_children(module):
         _check_free(module, name, graft)
         if name not in state.registered:  # placed twice where the two graphs name its site differently
             installation.registered.append((weakref.ref(module), name, unit))
@@ -113,16 +114,22 @@ def _place_unit(
     if unit.registered:
         # A container runs or counts its children, so the unit lives beside it.
         holder_path, _, own = placement.owner.rpartition(".")
-        while isinstance(installation.model.get_submodule(holder_path), _CONTAINERS) and holder_path:
+        while _runs_children(installation.model.get_submodule(holder_path)) and holder_path:
             holder_path, _, outer = holder_path.rpartition(".")
             own = f"{outer}_{own}"
         holder = installation.model.get_submodule(holder_path)
-        if isinstance(holder, _CONTAINERS):  # there is no beside: the model itself is one
-            holder = next((m for m in holder.modules() if not isinstance(m, _CONTAINERS)), holder)
+        if _runs_children(holder):  # there is no beside: the model itself is one
+            holder = next((m for m in holder.modules() if not _runs_children(m)), holder)
         beside = f"{name}_{own}".rstrip("_")
         _check_free(holder, beside, graft)
         installation.registered.append((weakref.ref(holder), beside, unit))
     return f"{STATE}.units.{name}"
+
+
+def _runs_children(module: nn.Module) -> bool:
+    """Say whether a module goes through its children, whichever they are, so that one more would run as well."""
+    code = getattr(type(module).forward, "__code__", None)
+    return isinstance(module, _CONTAINERS) or (code is not None and not _LISTINGS.isdisjoint(code.co_names))
 
 
 def _check_free(holder: nn.Module, name: str, graft: Graft) -> None:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from torch import fx, nn
 
 from fxgraft.errors import SiteError, StructureError, TraceError
+from fxgraft.graph.structure.derived import made_by_hooks
 from fxgraft.graph.structure.outputs import logits_node
 from fxgraft.graph.structure.places import locate
 from fxgraft.graph.structure.pooling import head_in
@@ -21,11 +22,9 @@ class LinearTail:
 
     Attributes:
         linear: qualified name of the `torch.nn.Linear`.
-        modules: of all modules that are called on the way.
     """
 
     linear: str
-    modules: tuple[str, ...]
 
 
 def linear_tail(
@@ -51,7 +50,7 @@ def linear_tail(
         logits = logits.all_input_nodes[0]
     if between is not start or len(start.users) != 1 or not (plain and head.neutral) or layer is not logits:
         return None
-    return LinearTail(str(layer.target), children)  # type: ignore[union-attr]
+    return LinearTail(str(layer.target))  # type: ignore[union-attr]
 
 
 def _passes(model: nn.Module, node: fx.Node) -> bool:
@@ -64,9 +63,8 @@ def _passes(model: nn.Module, node: fx.Node) -> bool:
 def tail_layer(model: nn.Module, tail: LinearTail) -> nn.Linear | None:
     """Return the linear layer of a tail as the model has it now.
 
-    None where it is no plain layer any more, or where hooks of the user may do something on the way.
+    None where it is no plain layer any more, or makes its weight when it is called. Other hooks are not looked at: most
+    of them only read.
     """
     layer = model.get_submodule(tail.linear)
-    called = [model.get_submodule(name) for name in tail.modules]
-    hooked = any(each._forward_hooks or each._forward_pre_hooks for each in called)
-    return layer if type(layer) is nn.Linear and not hooked else None
+    return layer if type(layer) is nn.Linear and not made_by_hooks(layer) else None

@@ -60,9 +60,7 @@ class Rules:
 
 @dataclass(frozen=True, kw_only=True)
 class SourceTaps(Patch):
-    """The taps on the source network."""
-
-    train_only: ClassVar[bool] = True
+    """The taps on the source network, which is never merged."""
 
     layers: Words
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fxgraft.errors import MergeError
-from fxgraft.extend import Unit, effective, is_derived, layer_tensors, sharers, write_effective
+from fxgraft.extend import Unit, effective, layer_tensors, sharers, write_effective
 
 Start = Literal["pretrained", "random"]
 
@@ -101,27 +101,24 @@ class LayerCopies(Unit):
         weights, biases = zip(*self.tensors(module), strict=True)
         return _mean(weights, gain), None if biases[0] is None else _mean(biases, gain)
 
-    def fold(self, module: nn.Module) -> None:
-        """Write the folded tensors into the layer's own."""
-        write_effective(module, *self.folded(module))
 
+def fold(model: nn.Module, units: Sequence[LayerCopies]) -> None:
+    """Write what the copies of layers fold into, into the layers' own tensors.
 
-def check_foldable(model: nn.Module, path: str) -> None:
-    """Raise `MergeError` where the folded tensors of a layer cannot be written, or belong to others as well."""
-    layer = model.get_submodule(path)
-    if is_derived(layer):
-        raise MergeError(
-            f"{path!r} makes its weight from other parameters (a parametrization, weight_norm, spectral_norm or "
-            "pruning), and what its members fold into would be overwritten by that.\n"
-            "Make it permanent first: torch.nn.utils.prune.remove, remove_weight_norm, remove_spectral_norm or "
-            "parametrize.remove_parametrizations."
-        )
-    others = list(sharers(model, layer))
-    if others:
-        raise MergeError(
-            f"{path!r} shares its weight with {', '.join(map(repr, others))}, which would change as well by what its "
-            "members fold into.\nGive it a weight of its own, or keep the patched model (torch.save(model, ...))."
-        )
+    Raises:
+        MergeError: a layer's tensors belong to others as well. Nothing is written then.
+    """
+    for unit in units:
+        others = list(sharers(model, model.get_submodule(unit.path)))
+        if others:
+            raise MergeError(
+                f"{unit.path!r} shares its weight with {', '.join(map(repr, others))}, which would change as well by "
+                "what its members fold into.\n"
+                "Give it a weight of its own, or keep the patched model (torch.save(model, ...))."
+            )
+    for unit in units:
+        module = model.get_submodule(unit.path)
+        write_effective(module, *unit.folded(module))
 
 
 def copies_key(path: str, module: Any) -> str:

@@ -31,10 +31,11 @@ from fxgraft.extend import (
     check_positive,
     check_share,
     grafts_on,
+    made_by_hooks,
     register,
 )
 from fxgraft.patches.mixmo import tensors as core
-from fxgraft.patches.mixmo.copies import LayerCopies, check_foldable, copies_key
+from fxgraft.patches.mixmo.copies import LayerCopies, copies_key, fold
 from fxgraft.patches.mixmo.masks import BY_CHANNEL, WITHOUT_POSITIONS, Mixing
 from fxgraft.patches.mixmo.members import Members
 from fxgraft.patches.mixmo.pairing import PAIRING, MixMoInput, Pairing, check_pairs, known_pairing
@@ -249,11 +250,7 @@ class MixMo(Patch):
 
     def merge(self, graft: Graft, model: nn.Module) -> None:
         """Write the folded stem and classifier into the stock tensors."""
-        units = graft.units_of(MemberUnit)
-        for unit in units:
-            check_foldable(model, unit.path)
-        for unit in units:
-            unit.fold(model.get_submodule(unit.path))
+        fold(model, graft.units_of(MemberUnit))
 
 
 class Inputs(Unit):
@@ -318,6 +315,10 @@ class MemberUnit(LayerCopies):
     def __init__(self, config: MixMo, module: nn.Module) -> None:
         super().__init__(module, config.members, config.init, config.spread)
         self.config = config
+
+    def stale(self, model: nn.Module) -> bool:
+        """Say whether the layer makes its weight in its call by now, which is not made here."""
+        return made_by_hooks(model.get_submodule(self.path))
 
     def pairing(self) -> Pairing:
         """Return what the pass mixes."""

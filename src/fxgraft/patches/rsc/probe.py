@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -111,7 +112,13 @@ class Probe:
         leaf = self.z.clone().requires_grad_()
         if self.target.is_inference():
             self.target = self.target.clone()
-        score, logits = self._score(leaf)
+        # Hooks of activation checkpointing, which drop what is saved and compute it again, are not meant for this.
+        hooked = torch._C._autograd._top_saved_tensors_default_hooks(True) is not None  # pyright: ignore
+        keeping = (
+            torch.autograd.graph.saved_tensors_hooks(_same, _same) if hooked else contextlib.nullcontext()
+        )
+        with keeping:
+            score, logits = self._score(leaf)
         (gradient,) = torch.autograd.grad(score, leaf)
         self.logits = logits.detach()
         return gradient
@@ -148,3 +155,7 @@ class Probe:
         if target.ndim > 1 and not target.is_floating_point():
             target = target.where(target != ignored, torch.zeros_like(target))
         check_label_range(self.graft, target, classes, spatial)
+
+
+def _same(tensor: Tensor) -> Tensor:
+    return tensor
