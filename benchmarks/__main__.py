@@ -146,6 +146,7 @@ def overhead(
     batch: int = 16,
     size: int = 224,
     device: Device = "cpu",
+    name: Annotated[str | None, typer.Option(help="Of a file of its own: overhead_NAME.json.")] = None,
     out: Out = FOLDER,
 ) -> None:
     """Measure what every method costs against the bare model; what is in the file is kept."""
@@ -159,7 +160,7 @@ def overhead(
         "threads": threads,
         "compiled": compiled,
     }
-    found = Overhead(file_of(out, device, compiled, by_hand), settings, by_hand)
+    found = Overhead(file_of(out, device, compiled, by_hand, name), settings, by_hand)
     found.run(model or MODELS, subjects(method or ()), Console())
 
 

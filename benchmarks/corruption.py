@@ -19,7 +19,7 @@ from torch import nn
 import fxgraft
 from benchmarks.corruptions import CORRUPTIONS, corrupt
 from benchmarks.pretrained import pretrained
-from benchmarks.study import BARE, Claim, Job, Study
+from benchmarks.study import BARE, Claim, Job, Patches, Study
 from benchmarks.training import course_of, runs_by_seed, trained
 from benchmarks.wide import WideResNet
 from fxgraft.experiments.domains import Domain
@@ -101,6 +101,11 @@ def build(model: str, classes: int) -> nn.Module:
     return WideResNet(40, 2, classes) if model == "wrn_40_2" else pretrained(model, classes)
 
 
+def patches(protocol: dict[str, Any], variant: str) -> Patches:
+    """Say what a variant is patched with."""
+    return [tuple(each) for each in protocol["variants"][variant]]
+
+
 def carry_out(job: Job) -> dict[str, Any]:
     """Train one variant and score it on every corruption."""
     protocol, run = job.protocol, job.run
@@ -109,7 +114,7 @@ def carry_out(job: Job) -> dict[str, Any]:
     test = read_cifar10(job.data, "test", size, protocol["test_per_class"], seed)
     torch.manual_seed(run["seed"])
     model = build(protocol["model"], len(seen.classes))
-    for method, options in protocol["variants"][run["variant"]]:
+    for method, options in patches(protocol, run["variant"]):
         fxgraft.patch(model, method, input_size=(3, size, size), **options)
     history = trained(job, model, (seen.images, seen.labels))
     amp = protocol["training"].get("amp", False)
@@ -142,10 +147,18 @@ STUDY = Study(
     protocols={"quick": QUICK, "full": FULL},
     key=("seed", "variant"),
     runs=runs_by_seed,
+    patches=patches,
     seeds={"quick": (0, 1, 2), "full": (0, 1, 2)},
     carry_out=carry_out,
-    claims=tuple(
-        Claim(method=method, variant=variant, score="corrupted", paper=PAPER)
-        for method, variant in (("crossnorm", "crossnorm"), ("selfnorm", "selfnorm"), ("crossnorm", "both"))
+    claims=(
+        *(
+            Claim(method=method, variant=variant, score="corrupted", paper=PAPER)
+            for method, variant in (
+                ("crossnorm", "crossnorm"),
+                ("selfnorm", "selfnorm"),
+                ("crossnorm", "both"),
+            )
+        ),
+        Claim(method="crossnorm", variant="crossnorm", score="clean", paper="what it costs on clean images"),
     ),
 )

@@ -181,7 +181,7 @@ def category(refusal: str) -> str:
     first = refusal.splitlines()[0]
     first = re.sub(r"'[^']*'( \(\w+\))?", "…", first)
     first = re.sub(r"\([\d, ]+\)|\b\d+\b", "…", first)
-    return re.sub(r"\b[A-Z]\w*(?:[A-Z0-9]\w*)+\b(?<!Error)", "…", first)
+    return re.sub(r"(?<=\b(?:of|in) )[A-Z]\w*|\b[A-Z]\w*(?:[A-Z0-9]\w*)+\b(?<!Error)", "…", first)
 
 
 def meta_dirichlet() -> Callable[[], None]:

@@ -18,7 +18,7 @@ import torch
 
 import fxgraft
 from benchmarks.pretrained import pretrained
-from benchmarks.study import BARE, Claim, Job, Run, Study
+from benchmarks.study import BARE, Claim, Job, Patches, Run, Study
 from benchmarks.training import course_of, trained
 from fxgraft.errors import ConfigError
 from fxgraft.experiments.domains import Domain, leave_one_out
@@ -98,6 +98,12 @@ def read_pacs(data: Path, size: int, limit: int | None, seed: int) -> tuple[Doma
     return domains
 
 
+def patches(protocol: dict[str, Any], variant: str) -> Patches:
+    """Say what a variant is patched with."""
+    chosen = protocol["variants"][variant]
+    return [] if chosen is None else [tuple(chosen)]
+
+
 def carry_out(job: Job) -> dict[str, Any]:
     """Train one variant with one domain left out, and score it on the whole of that domain."""
     protocol, run = job.protocol, job.run
@@ -109,9 +115,7 @@ def carry_out(job: Job) -> dict[str, Any]:
     test = next(each for each in read_pacs(job.data, size, None, seed) if each.name == run["held_out"])
     torch.manual_seed(run["seed"])
     model = pretrained(run["model"], len(test.classes))
-    chosen = protocol["variants"][run["variant"]]
-    if chosen is not None:
-        method, options = chosen
+    for method, options in patches(protocol, run["variant"]):
         fxgraft.patch(model, method, input_size=(3, size, size), **options)
     history = trained(job, model, seen, validation=validation)
     amp = protocol["training"].get("amp", False)
@@ -130,6 +134,7 @@ STUDY = Study(
     protocols={"quick": QUICK, "full": FULL},
     key=("model", "seed", "held_out", "variant"),
     runs=runs,
+    patches=patches,
     seeds={"quick": (0, 1, 2), "full": (0, 1, 2)},
     carry_out=carry_out,
     claims=(

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 import fxgraft
 from benchmarks.corruption import read_cifar10
 from benchmarks.pretrained import pretrained
-from benchmarks.study import BARE, Claim, Job, Study
+from benchmarks.study import BARE, Claim, Job, Patches, Study
 from benchmarks.training import course_of, runs_by_seed, trained
 from benchmarks.wide import WideResNet
 from fxgraft.experiments.images import as_input
@@ -76,6 +76,12 @@ FULL: dict[str, Any] = {
 }
 
 
+def patches(protocol: dict[str, Any], variant: str) -> Patches:
+    """Say what a variant is patched with."""
+    options = protocol["variants"][variant]
+    return [] if options is None else [("mixmo", {"members": MEMBERS, **options})]
+
+
 def carry_out(job: Job) -> dict[str, Any]:
     """Train one variant and score it."""
     protocol, run = job.protocol, job.run
@@ -89,12 +95,12 @@ def carry_out(job: Job) -> dict[str, Any]:
         if protocol["model"] == "wrn_28_5"
         else pretrained(protocol["model"], classes)
     )
-    options = protocol["variants"][run["variant"]]
-    if options is not None:
-        fxgraft.patch(model, "mixmo", input_size=(3, size, size), members=MEMBERS, **options)
+    chosen = patches(protocol, run["variant"])
+    for method, options in chosen:
+        fxgraft.patch(model, method, input_size=(3, size, size), **options)
     history = trained(job, model, (seen.images, seen.labels), training=training_of(protocol, run["variant"]))
     metrics = fxgraft.EnsembleMetrics(
-        classes, 1 if options is None else MEMBERS, n_bins=protocol["calibration_bins"], temperature="fit"
+        classes, MEMBERS if chosen else 1, n_bins=protocol["calibration_bins"], temperature="fit"
     )
     for part in torch.arange(len(test)).split(256):
         metrics.update(member_logits(model, as_input(test.images[part]).to(job.device)), test.labels[part])
@@ -139,6 +145,7 @@ STUDY = Study(
     protocols={"quick": QUICK, "full": FULL},
     key=("seed", "variant"),
     runs=runs_by_seed,
+    patches=patches,
     seeds={"quick": (0, 1, 2), "full": (0, 1, 2)},
     carry_out=carry_out,
     lower_is_better=("NLL", "NLL, scaled", "ECE"),

@@ -11,6 +11,7 @@ from rich.table import Table
 
 from benchmarks.results import Results
 from benchmarks.study import BARE, Claim, Run, Study
+from fxgraft.experiments.spec import describe
 
 LEVEL = 0.05
 """Below this, a paired t-test is taken to show a difference."""
@@ -129,7 +130,7 @@ def verdict(study: Study, claim: Claim, found: Gain) -> str:
 def help_table(all_results: Sequence[Results]) -> str:
     """Write the table "does it help?" in Markdown: a row per claim, from committed runs alone."""
     rows = [
-        "| method | the paper says | tried on | bare → patched | gain (pairs) | shown? | step |",
+        "| patched | the paper says | tried on | score | from → to | gain ± deviation (pairs, p) | shown? |",
         "|---|---|---|---|---|---|---|",
     ]
     for results in all_results:
@@ -142,13 +143,13 @@ def help_table(all_results: Sequence[Results]) -> str:
             factor, digits, unit = (1.0, 3, "") if plain else (100.0, 1, " %")
             spread = "" if math.isnan(found.deviation) else f" ± {factor * found.deviation:.{digits}f}"
             level = "" if math.isnan(found.p) else f", p = {found.p:.2g}"
-            step = "-" if math.isnan(found.step_ratio) else f"{found.step_ratio:.2f}"
-            variant = "" if claim.variant == claim.method else f" ({claim.variant})"
+            specs = [describe(*each) for each in results.study.patches(results.protocol, claim.variant)]
+            start = "" if claim.against == BARE else f"{claim.against} "
             rows.append(
-                f"| `{claim.method}`{variant} | {claim.paper} "
-                f"| {'; '.join([results.study.about, *map(str, claim.only.values()), claim.score])} "
-                f"| {factor * found.before:.{digits}f} → {factor * found.after:.{digits}f}{unit} "
+                f"| {' + '.join(f'`{each}`' for each in specs or [claim.method])} | {claim.paper} "
+                f"| {'; '.join([results.study.about, *map(str, claim.only.values())])} | {claim.score} "
+                f"| {start}{factor * found.before:.{digits}f} → {factor * found.after:.{digits}f}{unit} "
                 f"| {factor * found.mean:+.{digits}f}{spread} ({found.pairs}{level}) "
-                f"| {verdict(results.study, claim, found)} | {step} |"
+                f"| {verdict(results.study, claim, found)} |"
             )
     return "\n".join(rows)

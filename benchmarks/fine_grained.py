@@ -16,7 +16,7 @@ import torch
 import fxgraft
 from benchmarks.domain_generalisation import FILES, read_pacs
 from benchmarks.pretrained import pretrained
-from benchmarks.study import BARE, Claim, Job, Study
+from benchmarks.study import BARE, Claim, Job, Patches, Study
 from benchmarks.training import course_of, runs_by_seed, trained
 from fxgraft.experiments.evaluation import evaluate
 
@@ -78,6 +78,12 @@ def read(data: Path, size: int, limit: int | None, share: float, names: tuple[st
     return sides[0], sides[1], parts[0][0].classes
 
 
+def patches(protocol: dict[str, Any], variant: str) -> Patches:
+    """Say what a variant is patched with."""
+    options = protocol["variants"][variant]
+    return [] if options is None else [("diversification", options)]
+
+
 def carry_out(job: Job) -> dict[str, Any]:
     """Train one variant and score it on the test images."""
     protocol, run = job.protocol, job.run
@@ -92,9 +98,8 @@ def carry_out(job: Job) -> dict[str, Any]:
     )
     torch.manual_seed(run["seed"])
     model = pretrained(protocol["model"], len(classes), **protocol["model_options"])
-    options = protocol["variants"][run["variant"]]
-    if options is not None:
-        fxgraft.patch(model, "diversification", input_size=(3, size, size), **options)
+    for method, options in patches(protocol, run["variant"]):
+        fxgraft.patch(model, method, input_size=(3, size, size), **options)
     history = trained(job, model, seen)
     return {
         "scores": {
@@ -112,6 +117,7 @@ STUDY = Study(
     protocols={"quick": QUICK, "full": FULL},
     key=("seed", "variant"),
     runs=runs_by_seed,
+    patches=patches,
     seeds={"quick": tuple(range(8)), "full": tuple(range(10))},
     carry_out=carry_out,
     claims=(

@@ -8,8 +8,8 @@
     python -m benchmarks overhead --model resnet50 --by-hand                # beside hooks (`benchmarks.by_hand`)
 
 Writes ``overhead.json`` (every number with its spread), ``overhead.md`` and ``overhead.png``; on another device than
-the CPU, for compiled networks and beside hooks by hand, the files are named so. What is in the file is not measured
-again. The methods come from the registry: a new one is measured without a change here.
+the CPU, for compiled networks and beside hooks by hand, the files are named so; ``--name`` names others. What is in the
+file is not measured again. The methods come from the registry: a new one is measured without a change here.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping, Sequence
+from itertools import compress
 from pathlib import Path
 from typing import Any
 
@@ -133,9 +134,9 @@ class Overhead:
             plot(self.path.with_suffix(".png"), self.reports)
 
 
-def file_of(out: Path, device: str, compiled: bool, by_hand: bool = False) -> Path:
-    """Return the file of a device, of eager or compiled networks, with or without hooks by hand."""
-    named = "" if device == "cpu" else "-" + device.replace(":", "")
+def file_of(out: Path, device: str, compiled: bool, by_hand: bool = False, name: str | None = None) -> Path:
+    """Return the file of a device, of eager or compiled networks, with or without hooks by hand; or of a name."""
+    named = (f"_{name}" if name else "") + ("" if device == "cpu" else "-" + device.replace(":", ""))
     return out / f"overhead{named}{'-compiled' if compiled else ''}{'-by-hand' if by_hand else ''}.json"
 
 
@@ -149,6 +150,11 @@ def markdown(reports: Sequence[OverheadReport], refused: Sequence[dict[str, str]
     first = reports[0]
     versions = ", ".join(f"{name} {version}" for name, version in first.versions.items())
     allocator = "".join(f", {name}={value}" for name, value in first.allocator.items())
+    rows = [_cells(report) for report in reports]
+    kept = [
+        any(row[place] for row in rows) for place in range(len(COLUMNS))
+    ]  # a column of nothing is left out
+    columns, *rows = (tuple(compress(each, kept)) for each in (COLUMNS, *rows))
     lines = [
         f"Time against the bare model: median of the ratios within {first.rounds} interleaved rounds, "
         "quartiles in brackets. Noise: a second bare model in the patched one's place, training step.",
@@ -157,13 +163,9 @@ def markdown(reports: Sequence[OverheadReport], refused: Sequence[dict[str, str]
         f"{', torch.compile(fullgraph=True)' if first.compiled else ''}{allocator};"
         f" {versions}. Training step: {first.training_step}. Memory: {first.memory_kind}.",
         "",
-        markdown_table(
-            COLUMNS,
-            [_cells(report) for report in reports]
-            + [
-                (each["model"], each["method"], each["reason"].splitlines()[0], *[""] * 6) for each in refused
-            ],
-        ),
+        markdown_table(columns, rows),
+        *(["", "Refused:", ""] if refused else []),
+        *(f"- {each['model']}, {each['method']}: {each['reason'].splitlines()[0]}" for each in refused),
     ]
     return "\n".join(lines) + "\n"
 
@@ -190,7 +192,8 @@ def fixed_cost_table(path: Path) -> str:
     rows = [(_name(each), *(f"{_more(each, what, PATCHED):+.0f}" for what in MEASURES)) for each in reports]
     noise = [[_more(each, what, CONTROL) for each in reports] for what in MEASURES]
     first = ("*bare again*", *(f"{min(each):+.0f} to {max(each):+.0f}" for each in noise))
-    bare = ("*bare*", *(f"{reports[0].row(what, BARE).seconds.median * 1e6:.0f}" for what in MEASURES))
+    alone = [[1e6 * each.row(what, BARE).seconds.median for each in reports] for what in MEASURES]
+    bare = ("*bare*", *(f"{min(each):.0f} to {max(each):.0f}" for each in alone))
     return markdown_table(("µs per call", "evaluation", "training step"), [bare, first, *rows])
 
 
@@ -199,7 +202,8 @@ def _reports(content: Mapping[str, Any]) -> list[OverheadReport]:
 
 
 def _more(report: OverheadReport, what: str, network: str) -> float:
-    return 1e6 * (report.row(what, network).seconds.median - report.row(what, BARE).seconds.median)
+    # The ratio is taken within rounds: what a difference of two medians has of the machine's drift is not in it.
+    return 1e6 * report.row(what, BARE).seconds.median * (_ratio(report.row(what, network))[0] - 1)
 
 
 def _cell(report: OverheadReport) -> str:

@@ -19,7 +19,7 @@ from torchvision.models.segmentation import FCN
 from torchvision.models.segmentation.fcn import FCNHead
 
 import fxgraft
-from benchmarks.study import BARE, Claim, Job, Study
+from benchmarks.study import BARE, Claim, Job, Patches, Study
 from benchmarks.training import runs_by_seed
 from fxgraft.patches import gam
 
@@ -143,6 +143,11 @@ def mean_iou(model: nn.Module, images: Tensor, labels: Tensor, device: str) -> f
     return (both / (table.sum(0) + table.sum(1) - both).clamp(min=1)).mean().item()
 
 
+def patches(protocol: dict[str, Any], variant: str) -> Patches:
+    """Say what a variant is patched with."""
+    return [("gam", protocol["gam"])] if variant == BOTH else []
+
+
 def carry_out(job: Job) -> dict[str, Any]:
     """Train on the one style, adapt to the other and score there."""
     protocol, run, device = job.protocol, job.run, job.device
@@ -174,8 +179,8 @@ def carry_out(job: Job) -> dict[str, Any]:
     torch.manual_seed(run["seed"])
     if run["variant"] in (ADABN, BOTH):
         fxgraft.adapt_batchnorm(model, (each.to(device) for each in batches("textured")))
-    if run["variant"] == BOTH:
-        fxgraft.patch(model, "gam", input_size=(3, size, size), **protocol["gam"])
+    for method, options in patches(protocol, run["variant"]):
+        fxgraft.patch(model, method, input_size=(3, size, size), **options)
         loaders = [batches(style) for style in STYLES]
         players = gam.discriminators(model)
         adam = {"lr": protocol["adapt"]["lr"], "betas": tuple(protocol["adapt"]["betas"])}
@@ -201,9 +206,16 @@ STUDY = Study(
     protocols={"quick": QUICK, "full": FULL},
     key=("seed", "variant"),
     runs=runs_by_seed,
+    patches=patches,
     seeds={"quick": (0, 1, 2), "full": (0, 1, 2)},
     carry_out=carry_out,
     claims=(
+        Claim(
+            method="adapt_batchnorm",
+            variant=ADABN,
+            score="mean IoU",
+            paper="AdaBN, where adaptation of dense predictors starts",
+        ),
         Claim(
             method="gam",
             variant=BOTH,

@@ -13,6 +13,8 @@ BARE = "bare"
 SIZES = ("quick", "full")
 
 Run = dict[str, Any]
+Patches = list[tuple[str, dict[str, Any]]]
+"""Methods with their options, as `fxgraft.patch` takes them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,7 +43,7 @@ class Claim:
     """What a paper says a method gains, and which rows of the study answer to it.
 
     Attributes:
-        method: its registered name.
+        method: its registered name, or that of a function of fxgraft.
         variant: of the study.
         score: which of the study's scores.
         paper: the claim, with the figure reported.
@@ -68,6 +70,7 @@ class Study:
         protocols: "quick" and "full": everything that decides the outcome of a run.
         key: the fields that say which run it is.
         runs: from a protocol and the seeds to the runs, pairs beside each other.
+        patches: from a protocol and a variant to what that is patched with.
         seeds: by protocol.
         carry_out: does one run, and returns its record: "scores" by name, and what else is worth keeping.
         lower_is_better: scores that are.
@@ -81,6 +84,7 @@ class Study:
     protocols: Mapping[str, dict[str, Any]]
     key: tuple[str, ...]
     runs: Callable[[dict[str, Any], Sequence[int]], list[Run]]
+    patches: Callable[[dict[str, Any], str], Patches]
     seeds: Mapping[str, Sequence[int]]
     carry_out: Callable[[Job], dict[str, Any]]
     claims: tuple[Claim, ...]

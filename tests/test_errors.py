@@ -148,7 +148,7 @@ MISTAKES: dict[str, tuple[Act, type[Exception], str]] = {
         for option in ("scope", "strategy", "saliency", "batch_schedule", "layout")
     },
     "epochs": (rsc(batch_schedule="authors"), ConfigError, r"epochs must be their number, got None"),
-    "no epochs": (rsc(epochs=0), ConfigError, r"epochs must be their number, got 0"),
+    "no epochs": (rsc(epochs=0), ConfigError, r"epochs must be a whole number of at least 1, got 0"),
     "layout that does not fit": (
         rsc(layout="NLC"),
         SiteError,

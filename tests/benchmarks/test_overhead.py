@@ -36,6 +36,9 @@ def test_a_measurement_goes_on_and_is_not_repeated(tmp_path: Path) -> None:
     path = file_of(tmp_path, "cpu", compiled=False)
     assert path.name == "overhead.json"
     assert file_of(tmp_path, "cuda:1", compiled=True).name == "overhead-cuda1-compiled.json"
+    assert (
+        file_of(tmp_path, "cpu", compiled=True, name="crossnorm").name == "overhead_crossnorm-compiled.json"
+    )
     methods = subjects(["rsc", "diversification"])
     together = [("rsc", {}), ("diversification", {})]
     Overhead(path, SETTINGS).run(["test_vit"], methods[:1], QUIET)

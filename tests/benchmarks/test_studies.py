@@ -45,6 +45,7 @@ def small_study(**changes: Any) -> Study:
         "runs": lambda protocol, seeds: [
             {"seed": seed, "variant": variant} for seed in seeds for variant in (BARE, "mixmo")
         ],
+        "patches": lambda protocol, variant: [("mixmo", {"members": 3})] if variant == "mixmo" else [],
         "seeds": {"quick": (0, 1, 2), "full": (0,)},
         "carry_out": one,
         "claims": (Claim(method="mixmo", variant="mixmo", score="accuracy", paper="1 → 2"),),
@@ -85,13 +86,14 @@ def test_runs_what_is_missing_and_says_what_it_found(tmp_path: Path, data: Path)
     assert (found.pairs, found.mean) == (3, pytest.approx(0.101))
     assert found.step_ratio == pytest.approx(1.1)
     assert found.p < 1e-4
-    assert "| 51.0 → 61.1 % | +10.1 ± 0.1 (3, p = " in help_table([whole])
-    assert "| helps | 1.10 |" in help_table([whole])
+    assert "| accuracy | 51.0 → 61.1 % | +10.1 ± 0.1 (3, p = " in help_table([whole])
+    assert help_table([whole]).endswith("| helps |")
+    assert "| `mixmo:members=3` | 1 → 2 |" in help_table([whole])
     one = Claim(method="mixmo", variant="mixmo", score="accuracy", paper="1 → 2", only={"seed": 1})
     row = help_table([Results(small_study(claims=(one,)), "quick", tmp_path)]).splitlines()[-1]
     assert "| 51.0 → 61.1 % | +10.1 (1) | not shown |" in row
     worse = Results(small_study(lower_is_better=("accuracy",)), "quick", tmp_path)
-    assert "| hurts | 1.10 |" in help_table([worse])
+    assert "| hurts |" in help_table([worse])
 
 
 @pytest.mark.parametrize("losses", [{}, {"epoch_loss": [1.0, 0.1]}], ids=["gains", "gains and losses"])

@@ -77,6 +77,8 @@ def test_both_libraries_are_there() -> None:
 def test_refusals_of_one_kind() -> None:
     one = "StructureError: There is no residual join in VovNet, so it has no position 'post'.\nmore"
     other = "StructureError: There is no residual join in Inception3, so it has no position 'pre'."
+    token = "StructureError: The classifier 'head' of {} does not read the global average of a map."
+    assert category(token.format("Xcit")) == category(token.format("VisionTransformer"))
     assert category(one) == category(other) != category("StructureError: There is no stem in VovNet.")
 
 

@@ -111,7 +111,7 @@ def test_a_plain_state_dict(prefix: str, tmp_path: Path) -> None:
 
 
 ERRORS: dict[str, tuple[tuple[object, ...], str]] = {
-    "no model": (("plain.pt",), "does not say which model.*--model resnet50"),
+    "no model": (("plain.pt",), "does not say which model.*--model NAME"),
     "not there": (("nothing.pt",), "cannot be read: No such file"),
     "empty folder": (("empty",), r"neither recipe\.json.*model_best\.pth\.tar or last\.pth\.tar"),
     "no checkpoint": (("text.pt",), "cannot be read"),
