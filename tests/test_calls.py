@@ -128,8 +128,8 @@ def test_progress_reaches_every_unit_now_and_later() -> None:
     assert ledger_of(model).context.progress == 0.25
 
 
-@pytest.mark.parametrize("fraction", [-0.1, 1.1, float("nan"), float("inf")])
-def test_progress_is_a_share(fraction: float) -> None:
+@pytest.mark.parametrize("fraction", [-0.1, 1.1, float("nan"), float("inf"), "0.5", None, torch.zeros(2)])
+def test_progress_is_a_share(fraction: Any) -> None:
     model = fxgraft.patch(net(), Toy())
     with pytest.raises(ConfigError, match=r"Progress is the share of training done, in \[0, 1\]"):
         fxgraft.set_progress(model, fraction)

@@ -27,6 +27,7 @@ from rich.console import Console
 import fxgraft
 from benchmarks import runner
 from fxgraft.errors import ConfigError
+from fxgraft.patches.options import check_known
 
 
 def small_study(**changes: Any) -> Study:
@@ -164,8 +165,11 @@ def test_protocols_are_whole(name: str, size: str) -> None:
     assert BARE in variants
     assert len(study.seeds[size]) >= 3
     json.dumps(study.protocols[size])
+    assert study.patches(study.protocols[size], BARE) == []
+    for method, options in (each for name in variants for each in study.patches(study.protocols[size], name)):
+        check_known(fxgraft.methods()[method], method, {*options} - {"preset"})
     for claim in study.claims:
-        assert claim.method in fxgraft.methods()
+        assert claim.method in fxgraft.methods() or callable(getattr(fxgraft, claim.method))
         assert {claim.variant, claim.against} <= variants
 
 

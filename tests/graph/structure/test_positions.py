@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import pytest
+import timm
 import torch
+from timm.layers import freeze_batch_norm_2d
 from torch import Tensor, nn
 
 import fxgraft
@@ -81,3 +83,12 @@ def test_the_layout_of_a_map_that_is_as_deep_as_wide(
     model = Cube(channels_last, flexible)
     fxgraft.patch(model, "crossnorm", position=position, input_size=SIZE)
     assert [str(unit.layout) for unit in fxgraft.grafts(model)[0].units_of(CrossNormUnit)] == [layout]
+
+
+def test_norms_stay_norms_when_they_are_frozen() -> None:
+    model = timm.create_model("test_efficientnet", num_classes=4)
+    fxgraft.patch(model, "selfnorm", position="norm", input_size=(3, 64, 64))
+    before = len(fxgraft.grafts(model)[0].units)
+    model = freeze_batch_norm_2d(model)
+    model.train()(torch.randn(2, 3, 64, 64))
+    assert len(fxgraft.grafts(model)[0].units) == before
