@@ -107,10 +107,9 @@ def _last_of(anatomy: Anatomy, path: str) -> str:
         (node,) = next(node for node in graph.nodes if node.op == "output").args
         while _hands_on(anatomy, path, node):
             node = node.args[0]
+        # Where more than the module's output is made of the layer's, that would change as well.
         if not isinstance(node, fx.Node) or node.op != "call_module" or len(node.users) > 1:
-            return (
-                path  # where more than the module's output is made of the layer's, that would change as well
-            )
+            return path
         path = join(path, str(node.target))
     return path
 
