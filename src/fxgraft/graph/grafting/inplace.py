@@ -74,12 +74,13 @@ class _Witnesses(Placer):
         ]
 
 
-def fates(anatomy: Anatomy, sites: Mapping[str, Site]) -> dict[str, tuple[Fate, Fate]]:
+def fates(anatomy: Anatomy, sites: Mapping[str, Site], learns: bool = True) -> dict[str, tuple[Fate, Fate]]:
     """Find out which values are written over after their site: (evaluation, training), by the keys of ``sites``.
 
     Args:
         anatomy: of the bare model. It is patched with witnesses for two fake passes, and left as it was.
         sites: where to look.
+        learns: whether to look at training, which takes as long again; otherwise anything may happen there.
 
     Raises:
         SiteError: a site that no unit can be placed at.
@@ -91,8 +92,9 @@ def fates(anatomy: Anatomy, sites: Mapping[str, Site]) -> dict[str, tuple[Fate, 
     ledger = Ledger()
     with afterwards(lambda: ledger.install(model, [])):
         ledger.install(model, [graft])
-        found = [_pass(anatomy, graft, training) for training in (False, True)]
-    return {key: (found[0][key], found[1][key]) for key in sites}
+        evaluation = _pass(anatomy, graft, training=False)
+        training = _pass(anatomy, graft, training=True) if learns else dict.fromkeys(sites, Fate())
+    return {key: (evaluation[key], training[key]) for key in sites}
 
 
 def _pass(anatomy: Anatomy, graft: Graft, training: bool) -> dict[str, Fate]:

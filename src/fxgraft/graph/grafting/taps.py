@@ -77,6 +77,7 @@ def tap_placements(
     detach: bool = False,
     copy: bool = False,
     kind: Callable[[str, bool], Tap] = Tap,
+    learns: bool = True,
 ) -> list[Placement]:
     """Put a tap at every site, in training and in evaluation.
 
@@ -87,13 +88,14 @@ def tap_placements(
         detach: cut what is recorded off the graph.
         copy: record a copy everywhere, also where nothing is seen to write over the value.
         kind: makes a tap from its key and ``detach``.
+        learns: whether the model is ever trained; planning is faster where it is not.
 
     Raises:
         SiteError: a site that holds no tensor, that one mode does not reach, or where no unit can be placed.
         TraceError: a module that holds a site cannot be traced.
     """
     placed: list[Placement] = []
-    for key, (evaluation, training) in fates(backbone.anatomy, sites).items():
+    for key, (evaluation, training) in fates(backbone.anatomy, sites, learns).items():
         _check(sites[key], evaluation, training)
         unit = make(key, kind, key, detach)
         unit.bind(copies=(copy or evaluation.overwritten, copy or training.overwritten))

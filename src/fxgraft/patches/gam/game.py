@@ -60,13 +60,15 @@ class Rules:
 
 @dataclass(frozen=True, kw_only=True)
 class SourceTaps(Patch):
-    """The taps on the source network, which is never merged."""
+    """The taps on the source network, which is never trained nor merged."""
 
     layers: Words
 
     def place(self, backbone: Backbone, make: Make) -> list[Placement]:
         """Put a tap on each layer."""
-        return tap_placements(backbone, make, backbone.named_sites(self.layers), kind=SwitchedTap)
+        return tap_placements(
+            backbone, make, backbone.named_sites(self.layers), kind=SwitchedTap, learns=False
+        )
 
 
 class Game(Unit):
