@@ -41,11 +41,15 @@ def coverage(zoo: Zoo) -> str:
         (f"`{method}`" if method in own_methods() else method, str(good), str(total), f"{good / total:.1%}")
         for method, (good, total) in shares(known).items()
     ]
+    left_out = (
+        (unbuilt, "could not be built here"),
+        (len(known) - counted, "have no classes to train on by themselves (encoders)"),
+        (len(zoo.structures) - unbuilt - len(known), "are of a structure that was not tried yet"),
+    )
+    others = "".join(f"; {count} {what}" for count, what in left_out if count)
     return "\n".join(
         [
-            f"{counted} of {len(zoo.structures)} architectures, by {len(zoo.records)} of them that were tried; "
-            f"{unbuilt} could not be built here, {len(known) - counted} train on no labels by themselves, and the "
-            f"structure of {len(zoo.structures) - unbuilt - len(known)} was not tried yet.",
+            f"{counted} of {len(zoo.structures)} architectures, by {len(zoo.records)} of them that were tried{others}.",
             "",
             markdown_table(("method", "works", "of", "share"), rows),
         ]

@@ -125,8 +125,8 @@ def test_tables(tmp_path: Path) -> None:
     assert shares(found.known()) == {"rsc": (3, 5), "mixmo": (2, 5), "all together": (3, 5)}
     text = summary(found)
     for line in (
-        "5 of 7 architectures, by 2 of them that were tried; 1 could not be built here, "
-        "0 train on no labels by themselves, and the structure of 1 was not tried yet.",
+        "5 of 7 architectures, by 2 of them that were tried; 1 could not be built here; "
+        "1 are of a structure that was not tried yet.",
         "| `rsc` | 3 | 5 | 60.0% |",
         "| rsc | 0.50 | 0.5 |",
         "| timm/a | mixmo | 2.0 |",
