@@ -132,7 +132,9 @@ def zoo(
 @app.command()
 def overhead(
     model: Annotated[list[str] | None, typer.Option(help="A timm name; again for more.")] = None,
-    method: Annotated[list[str] | None, typer.Option(help="METHOD:key=value,…; again for more.")] = None,
+    method: Annotated[
+        list[str] | None, typer.Option(help="METHOD:key=value,…, or several as A + B; again for more.")
+    ] = None,
     rounds: Annotated[int, typer.Option(help="Timings of each network.")] = 12,
     min_run_time: Annotated[float, typer.Option(help="Seconds for each timing.")] = 0.2,
     threads: Annotated[int | None, typer.Option(help="CPU threads; torch's own by default.")] = None,

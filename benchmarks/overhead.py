@@ -55,10 +55,11 @@ def subjects(methods: Sequence[str]) -> list[Patches]:
     """Return what to measure: every method, with what it cannot do without, and those that go together; or a choice."""
     known = own_methods()
     if methods:
-        specs = [parse_patch_spec(text) for text in methods]
+        stacks = [[parse_patch_spec(part) for part in text.split(" + ")] for text in methods]
+        examples = {name: method.example for name, method in known.items()}
         return [
-            [(each.method, {**(known[each.method].example if each.method in known else {}), **each.options})]
-            for each in specs
+            [(each.method, {**examples.get(each.method, {}), **each.options}) for each in stack]
+            for stack in stacks
         ]
     single: list[Patches] = [[(name, dict(method.example))] for name, method in known.items()]
     return [*single, [(name, dict(known[name].example)) for name in STACK]]
@@ -212,7 +213,9 @@ def _cell(report: OverheadReport) -> str:
 
 
 def _name(report: OverheadReport) -> str:
-    return f"`{report.patches[0]}`" if len(report.patches) == 1 else "all together"
+    methods = [patch.partition(":")[0] for patch in report.patches]
+    whole = len(methods) > 2 and methods == [name for name in STACK if name in methods]
+    return "all together" if whole else " + ".join(f"`{patch}`" for patch in report.patches)
 
 
 def _noise(reports: Sequence[OverheadReport]) -> str:

@@ -26,6 +26,7 @@ def test_every_method_alone_and_those_that_go_together() -> None:
     chosen = subjects(())
     assert [patches[0][0] for patches in chosen[:-1]] == list(own_methods())
     assert [method for method, _ in chosen[-1]] == list(STACK)
+    assert subjects(["rsc:layer=layer4 + selfnorm"]) == [[("rsc", {"layer": "layer4"}), ("selfnorm", {})]]
     assert subjects(["taps", "rsc:layer=layer4"]) == [
         [("taps", {"layers": -1})],
         [("rsc", {"layer": "layer4"})],
