@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import timm
 import torch
+import torch.utils.checkpoint
 import torchvision
 from torch import Tensor, nn
 
@@ -354,3 +355,14 @@ def test_copies_act_alike_and_apart() -> None:
         outs.append(each(x))
     assert torch.equal(*outs)
     assert core.EPS == 1e-5
+
+
+def test_a_part_that_checkpointing_runs_again_is_refused() -> None:
+    model = fxgraft.patch(
+        timm.create_model("test_resnet", num_classes=4), "crossnorm", p=1.0, active=None
+    ).train()
+    inner = model.layer3.forward
+    model.layer3.forward = lambda x: torch.utils.checkpoint.checkpoint(inner, x, use_reentrant=True)
+    out = model(torch.randn(4, 3, 64, 64))
+    with pytest.raises(fxgraft.BypassError, match="activation checkpointing runs a part of it again"):
+        out.sum().backward()
