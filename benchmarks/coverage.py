@@ -134,7 +134,7 @@ def graft(model: nn.Module, methods: list[str], size: tuple[int, ...]) -> Record
     try:
         Ledger().install(model, grafts)
     except fxgraft.FxgraftError as error:
-        return {"plan": _since(began), "refused": f"{type(error).__name__}: {error}"}
+        return {"plan": _since(began), "refused": _anywhere(f"{type(error).__name__}: {error}")}
     except Exception as error:  # a crash is what this looks for
         return {"plan": _since(began), "failed": _shown(error)}
     return {"plan": _since(began)}
@@ -168,7 +168,12 @@ def _objective(model: nn.Module, out: Any, y: Tensor) -> Tensor:
 
 
 def _shown(error: BaseException) -> str:
-    return f"{type(error).__name__}: {error}"[:400]
+    return _anywhere(f"{type(error).__name__}: {error}")[:400]
+
+
+def _anywhere(text: str) -> str:
+    """Name installed files as they are named on every machine: from the package on."""
+    return re.sub(r"\S*/site-packages/", "", text)
 
 
 def _since(began: float) -> float:

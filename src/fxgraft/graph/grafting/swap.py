@@ -110,11 +110,12 @@ def _whole_call(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
     out = _run(self, *args, **kwargs)
     state: GraftState = self.__dict__[STATE]
     current = state.context.current
-    # A look at a model around this one goes no further than into the modules that have to be opened for it.
-    traced = any(isinstance(each, fx.Proxy) for each in (*args, *kwargs.values()))
-    if state.ledger is not None and current is not None and not traced:
+    if state.ledger is not None and current is not None:
         for path, (training, evaluation) in state.ledger.owners.items():
             if (training if self.training else evaluation) and path not in current.visited:
+                # A look at a model around this one goes no further than into the modules that are opened for it.
+                if any(isinstance(each, fx.Proxy) for each in (*args, *kwargs.values())):
+                    break
                 raise BypassError(
                     f"The forward pass did not reach the graft on {path!r}.\n"
                     "The model now runs that module's parts by themselves, or not at all.\n"

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from timm.layers import norm as timm_norm
@@ -16,6 +16,7 @@ from torch import Tensor, fx, nn
 from torchvision.models.convnext import LayerNorm2d
 
 from fxgraft.errors import SiteError, StructureError, TraceError
+from fxgraft.graph.structure.derived import sharers
 from fxgraft.graph.structure.layout import Layout
 from fxgraft.graph.structure.places import value_at
 from fxgraft.graph.structure.pooling import (
@@ -26,6 +27,7 @@ from fxgraft.graph.structure.pooling import (
     pooling_of,
 )
 from fxgraft.graph.structure.sites import Site
+from fxgraft.graph.structure.tail import passes
 from fxgraft.graph.tracing.anatomy import Anatomy
 from fxgraft.graph.tracing.names import ancestors, join
 from fxgraft.graph.tracing.trace import Traced, is_primitive
@@ -105,20 +107,13 @@ def _last_of(anatomy: Anatomy, path: str) -> str:
         except TraceError:
             return path
         (node,) = next(node for node in graph.nodes if node.op == "output").args
-        while _hands_on(anatomy, path, node):
-            node = node.args[0]
+        while isinstance(node, fx.Node) and len(node.users) == 1 and passes(anatomy.module(path), node):
+            node = node.all_input_nodes[0]
         # Where more than the module's output is made of the layer's, that would change as well.
         if not isinstance(node, fx.Node) or node.op != "call_module" or len(node.users) > 1:
             return path
         path = join(path, str(node.target))
     return path
-
-
-def _hands_on(anatomy: Anatomy, path: str, node: Any) -> bool:
-    """Say whether a node gives its input as it is in evaluation, to one reader."""
-    if not isinstance(node, fx.Node) or node.op != "call_module" or len(node.users) > 1:
-        return False
-    return isinstance(anatomy.module(join(path, str(node.target))), (nn.Identity, nn.Dropout))
 
 
 def _gives(layer: nn.Module, channels: int) -> bool:
@@ -131,12 +126,10 @@ def _gives(layer: nn.Module, channels: int) -> bool:
 def _owned(anatomy: Anatomy, absorber: Absorber) -> Absorber | None:
     """Leave out a layer that computes its weight from others, runs twice, or shares it."""
     layer = anatomy.module(absorber.path)
-    own = dict(layer.named_parameters(recurse=False))
-    holders = [
-        m for m in anatomy.model.modules() if any(p is own.get("weight") for p in m._parameters.values())
-    ]
+    own = {name for name, _ in layer.named_parameters(recurse=False)}
+    alone = next(sharers(anatomy.model, layer), None) is None
     once = len(anatomy.observation.calls.get(absorber.path, ())) == 1
-    return absorber if {"weight", "bias"} <= own.keys() and len(holders) == 1 and once else None
+    return absorber if {"weight", "bias"} <= own and alone and once else None
 
 
 def _node_of(anatomy: Anatomy, site: Site) -> tuple[Traced, fx.Node] | None:

@@ -307,9 +307,9 @@ def _obstacle(node: fx.Node, sources: list[fx.Node], values: Values) -> str | No
         return shown
     if name in ("flatten", "view", "reshape") and after.ndim == 2 and max(before.shape[1:]) < after.shape[1]:
         return f"a whole map of shape {tuple(before.shape[1:])}, flattened"
-    if max(before.shape[1:]) < before.shape[1:].numel() and max(after.shape[1:]) == after.shape[1:].numel():
+    if not _is_vector(before) and _is_vector(after):
         return f"the output of {shown}, which is no plain average over positions"
-    if after.shape[1:].numel() != max(after.shape[1:]):
+    if not _is_vector(after):
         return f"the output of {shown}, of shape {tuple(after.shape[1:])}"
     return None
 

@@ -42,18 +42,18 @@ def linear_tail(
     except (TraceError, StructureError, SiteError):
         return None
     between = head.maps
-    while between is not start and len(between.users) == 1 and _passes(anatomy.model, between):
+    while between is not start and len(between.users) == 1 and passes(anatomy.model, between):
         between = between.all_input_nodes[0]
     layer = head.classifier
     plain = layer is not None and type(anatomy.module(str(layer.target))) is nn.Linear
-    while logits is not layer and _passes(anatomy.model, logits):
+    while logits is not layer and passes(anatomy.model, logits):
         logits = logits.all_input_nodes[0]
     if between is not start or len(start.users) != 1 or not (plain and head.neutral) or layer is not logits:
         return None
     return LinearTail(str(layer.target))  # type: ignore[union-attr]
 
 
-def _passes(model: nn.Module, node: fx.Node) -> bool:
+def passes(model: nn.Module, node: fx.Node) -> bool:
     """Say whether a node hands its one input on in evaluation."""
     if node.op == "call_module":
         return isinstance(model.get_submodule(str(node.target)), (nn.Identity, nn.Dropout, nn.Dropout2d))
