@@ -132,11 +132,11 @@ from fxgraft.graph.structure.joins import Join
 from fxgraft.graph.structure.layout import DIMENSIONS, Layout
 from fxgraft.graph.structure.linear import apply_layer, effective, layer_tensors, write_effective
 from fxgraft.graph.structure.outputs import take_logits
-from fxgraft.graph.structure.positions import Spot
 from fxgraft.graph.structure.positionwise import PositionwiseHead, gathered, position_scores
 from fxgraft.graph.structure.rest import Rest
 from fxgraft.graph.structure.site import Site
 from fxgraft.graph.structure.sites import Words
+from fxgraft.graph.structure.spot import Spot
 from fxgraft.graph.structure.tail import tail_layer
 from fxgraft.graph.tracing.names import is_graft_key
 from fxgraft.graph.tracing.observe import tensors

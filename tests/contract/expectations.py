@@ -50,27 +50,26 @@ class Expectation:
     refusals: Mapping[str, Refusal] = field(default_factory=dict)
 
 
-# Backbones without a residual join, and the position that their structure offers instead. Of timm's files these
+# Backbones without a residual join, and a position that they have besides their usual one. Of timm's files these
 # are densely connected or plain, or (efficientnet) have their skips configured away.
-_NO_JOIN = {
+NO_JOIN = {
     "timm/densenet121": "conv1_post",
-    "timm/inception_v3": "conv",
-    "timm/inception_v4": "conv",
-    "timm/rdnet_tiny": "conv",
-    "timm/selecsls42": "conv",
-    "timm/test_efficientnet": "conv",
+    "timm/inception_v3": "norm",
+    "timm/inception_v4": "norm",
+    "timm/rdnet_tiny": "act",
+    "timm/selecsls42": "act",
+    "timm/test_efficientnet": "norm",
     "timm/vgg11": "act",
-    "timm/ese_vovnet19b_slim_dw": "conv",
+    "timm/ese_vovnet19b_slim_dw": "norm",
     "torchvision/DenseNet": "conv2_post",
     "torchvision/alexnet": "act",
-    "torchvision/googlenet": "conv",
-    "torchvision/inception_v3": "conv",
-    "torchvision/shufflenet_v2_x0_5": "conv",
-    "torchvision/squeezenet1_1": "conv",
+    "torchvision/googlenet": "norm",
+    "torchvision/inception_v3": "norm",
+    "torchvision/shufflenet_v2_x0_5": "act",
+    "torchvision/squeezenet1_1": "act",
     "torchvision/vgg11": "act",
     "torchvision/vgg11_bn": "norm",
 }
-_STYLES = {name: Refusal("no residual join", {"position": position}) for name, position in _NO_JOIN.items()}
 
 # No average over positions in front of a linear classifier, or of several that share one.
 _HEADS = {
@@ -113,9 +112,7 @@ _ONE_BLOCK = {
 }
 
 EXPECTED: dict[str, Expectation] = {
-    "crossnorm": Expectation(
-        options={"p": 1.0, "active": None}, neutral={"p": 0.0}, acts=True, folds=True, refusals=_STYLES
-    ),
+    "crossnorm": Expectation(options={"p": 1.0, "active": None}, neutral={"p": 0.0}, acts=True, folds=True),
     "diversification": Expectation(
         options={"patch": 1, "p_peak": 1.0},
         # α = 1 runs the classifier at every position, which rounds elsewhere: see test_heads.py
@@ -136,7 +133,7 @@ EXPECTED: dict[str, Expectation] = {
         folds=True,
         refusals=_ONE_BLOCK,
     ),
-    "selfnorm": Expectation(options={}, acts=False, starts_as_bare=True, folds=False, refusals=_STYLES),
+    "selfnorm": Expectation(options={}, acts=False, starts_as_bare=True, folds=False),
     "taps": Expectation(options={"layers": -1}, acts=False, starts_as_bare=True, folds=True),
 }
 

@@ -21,14 +21,17 @@ from fxgraft.graph.grafting.backbone import Backbone
 from fxgraft.graph.grafting.graft import Graft, Make, Placer
 from fxgraft.graph.grafting.placement import Placement
 from fxgraft.graph.grafting.unit import Unit
-from fxgraft.graph.structure.positions import Spot
 from fxgraft.graph.structure.sites import Words
+from fxgraft.graph.structure.spot import Spot
 from fxgraft.graph.tracing.editing import Edge
 from fxgraft.patches.options import check_choices, check_known
 from fxgraft.patches.pictures import Picture, View
 from fxgraft.patches.presets import Preset
 
 P = TypeVar("P", bound="Patch")
+Position = Literal[
+    "pre", "residual", "identity", "post", "conv1_pre", "conv1_post", "conv2_post", "conv", "norm", "act"
+]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -233,9 +236,10 @@ class BlockPatch(LayeredPatch):
     Args:
         position: where in its block a unit sits. Residual blocks: "pre" (what the branch sees of the block's
             input), "residual" (the end of the branch), "identity" (the shortcut, after any downsampling) or
-            "post" (the sum, before the last activation; the default). Densely connected layers: "conv1_pre" (the
-            layer's joined input, before its first norm and for all that is concatenated with it onwards),
-            "conv1_post", "conv2_post". Plain stacks: behind every "conv", "norm" or "act".
+            "post" (the sum, before the last activation). Densely connected layers: "conv1_pre" (the layer's joined
+            input, before its first norm and for all that is concatenated with it onwards), "conv1_post",
+            "conv2_post". Plain stacks: behind every "conv", "norm" or "act". Default: "post"; in a network without
+            residual blocks "conv1_pre" of its densely connected layers, or else "conv".
         layers: only these blocks: names of blocks or of modules around them, globs, stage numbers, names from
             ``fxgraft.sites(model, "residual")``; a name without such a block stands for its own output, and
             "input" for the image. Default: every block.
@@ -243,9 +247,7 @@ class BlockPatch(LayeredPatch):
         layout: meaning of the dimensions at the sites, one of NCHW, NHWC, NLC, NCL; found if left out.
     """
 
-    position: Literal[
-        "pre", "residual", "identity", "post", "conv1_pre", "conv1_post", "conv2_post", "conv", "norm", "act"
-    ] = "post"
+    position: Position | None = None
     layout: Literal["NCHW", "NHWC", "NLC", "NCL"] | None = None
 
     def put(
@@ -260,6 +262,7 @@ class BlockPatch(LayeredPatch):
             unit: what acts there.
             evaluation: whether it acts in evaluation, too.
         """
+        unit.bind(position=spot.position or "by name")
         yield backbone.place(spot, unit, evaluation=evaluation)
         if not any(_users(part) for part in spot.onward):
             return
@@ -271,6 +274,11 @@ class BlockPatch(LayeredPatch):
                 unit = make(part.name, Part, spot.name, index)
                 unit.bind(always=evaluation)
                 yield backbone.place(part, unit, evaluation=evaluation)
+
+    def placed_at(self, graft: Graft) -> str:
+        """Say at which positions the units of a graft are, for `describe`."""
+        units = graft.units.values()
+        return ", ".join(dict.fromkeys(str(unit.position) for unit in units if hasattr(unit, "position")))
 
 
 def _users(part: Spot) -> bool:

@@ -92,7 +92,10 @@ class SelfNorm(BlockPatch):
         "Shifts. ICCV 2021"
     )
     url = "https://arxiv.org/abs/2102.02811"
-    where = "inside every residual block, by default before its last activation"
+    where = (
+        "inside every residual block, by default before its last activation; networks without: in dense layers, or "
+        "behind convolutions"
+    )
     cost = "one pass over each block's map for its statistics and one to scale it, in training and evaluation"
     idea = (
         "Learned gates look at the channel statistics of every map and recalibrate them, in training and "
@@ -173,7 +176,8 @@ class SelfNorm(BlockPatch):
         """Say how many units there are, where, and how their gates start; on trained weights, what that does."""
         start = "start as the identity" if self.init == "identity" else "start around 0.5"
         gates = "gates" if self.gates == 2 else "gate"
-        units = f"{len(graft.units_of(SelfNormUnit))} units ({self.position}), {self.gates} {gates} each, which {start}"
+        count = len(graft.units_of(SelfNormUnit))
+        units = f"{count} units ({self.placed_at(graft)}), {self.gates} {gates} each, which {start}"
         model = graft.model()
         return units if model is None or not self._halves(graft, model) else f"{units}; {HALVED}"
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import timm
 import torch
+import torchvision
 from timm.layers import freeze_batch_norm_2d
 from torch import Tensor, nn
 
@@ -92,3 +95,48 @@ def test_norms_stay_norms_when_they_are_frozen() -> None:
     model = freeze_batch_norm_2d(model)
     model.train()(torch.randn(2, 3, 64, 64))
     assert len(fxgraft.grafts(model)[0].units) == before
+
+
+@pytest.mark.parametrize(
+    ("name", "position", "last"),
+    [
+        ("resnet18", "post", "layer4.1.add"),
+        ("densenet121", "conv1_pre", "features.denseblock2.denselayer2.cat"),
+        ("vgg11", "conv", "features.18"),
+    ],
+)
+def test_the_usual_position_is_that_of_the_networks_blocks(name: str, position: str, last: str) -> None:
+    small = {"growth_rate": 4, "block_config": (2, 2)} if name == "densenet121" else {}
+    options: dict[str, Any] = {"p": 1.0, "input_size": (3, 64, 64)}
+    by_default, by_name = (timm.create_model(name, num_classes=4, **small) for _ in range(2))
+    fxgraft.patch(by_default, "crossnorm", **options)
+    fxgraft.patch(by_name, "crossnorm", position=position, **options)
+    (graft,), (named,) = map(fxgraft.grafts, (by_default, by_name))
+    assert list(graft.units) == list(named.units)
+    assert [name for name, unit in graft.units.items() if isinstance(unit, CrossNormUnit)][-1] == last
+    assert f"units ({position})" in graft.patch.describe(graft)
+
+
+def test_layers_narrow_the_usual_position() -> None:
+    model = timm.create_model("densenet121", num_classes=4, growth_rate=4, block_config=(2, 2))
+    fxgraft.patch(model, "selfnorm", layers="features.denseblock2", input_size=(3, 64, 64))
+    names = list(fxgraft.grafts(model)[0].units)
+    assert names[0] == "features.denseblock2.denselayer1.cat"
+    assert "features.denseblock2.denselayer2.cat" in names
+    fxgraft.patch(model, "crossnorm", layers="features.pool0", input_size=(3, 64, 64))
+    graft = fxgraft.grafts(model)[1]
+    assert list(graft.units) == ["features.pool0"]
+    assert "1 units (by name)" in graft.patch.describe(graft)
+
+
+@pytest.mark.parametrize("position", [None, "conv", "act"])
+def test_maps_of_the_logits_are_left_out(position: Any) -> None:
+    model = torchvision.models.squeezenet1_1(num_classes=4)
+    fxgraft.patch(model, "selfnorm", position=position, input_size=(3, 64, 64))
+    names = list(fxgraft.grafts(model)[0].units)
+    assert names[-1].startswith("features.12.")
+    only = nn.Sequential(nn.Conv2d(3, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    with pytest.raises(fxgraft.SiteError, match="in front of its classifier"):
+        fxgraft.patch(only, "selfnorm", position="conv", input_size=SIZE)
+    headless = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU())
+    assert list(fxgraft.grafts(fxgraft.patch(headless, "selfnorm", input_size=SIZE))[0].units) == ["0"]

@@ -238,8 +238,8 @@ def test_dense_and_plain_positions() -> None:
         names = [name for name, unit in units.items() if isinstance(unit, CrossNormUnit)]
         assert len(names) == 4
         assert all(name.endswith(node) for name in names)
-    with pytest.raises(StructureError, match="no residual join in DenseNet"):
-        fxgraft.patch(dense, "crossnorm", name="post", **SMALL)
+    with pytest.raises(StructureError, match=r"no residual join in DenseNet.*\n.*4 dense layers"):
+        fxgraft.patch(dense, "crossnorm", position="post", name="post", **SMALL)
     plain = torchvision.models.vgg11_bn(num_classes=3)
     for position, count in (("conv", 8), ("norm", 8), ("act", 8)):
         fxgraft.patch(plain, "crossnorm", position=position, name=position, input_size=(3, 64, 64))

@@ -17,11 +17,12 @@ from fxgraft.graph.structure.idle import without_idle
 from fxgraft.graph.structure.joins import Join, residual_joins
 from fxgraft.graph.structure.layout import Layout, layout_of, named_layout
 from fxgraft.graph.structure.places import blocks_before, site_edit, site_edits, value_at
-from fxgraft.graph.structure.positions import Spot, spot_layout, spots
+from fxgraft.graph.structure.positions import spots
 from fxgraft.graph.structure.positionwise import PositionwiseHead, positionwise
 from fxgraft.graph.structure.rest import Captured, Rest, rest_of_network, span_to_output
 from fxgraft.graph.structure.site import Site
 from fxgraft.graph.structure.sites import Words, list_sites, named_sites, resolve
+from fxgraft.graph.structure.spot import Spot, spot_layout
 from fxgraft.graph.tracing.anatomy import Anatomy
 from fxgraft.graph.tracing.editing import Input, Instead, Output
 
@@ -89,8 +90,8 @@ class Backbone:
         """Do the same, by the names that the values get: a word that names one site is its name."""
         return named_sites(self.anatomy, words)
 
-    def positions(self, position: str, layers: Words | None = None) -> list[Spot]:
-        """Find a position of its blocks ("post", "conv1_pre", "conv", ...), in running order.
+    def positions(self, position: str | None = None, layers: Words | None = None) -> list[Spot]:
+        """Find a position of its blocks ("post", "conv1_pre", "conv", ...) or its usual one, in running order.
 
         Those behind which a class token alone is read are left out: a unit on the other tokens changes nothing there.
         """

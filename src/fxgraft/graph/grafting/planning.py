@@ -50,7 +50,10 @@ def compile_placements(
         module = installation.model.get_submodule(path)
         _check_owner(module, path)
         state = GraftState(type(module), path, context, outer=path == "")
-        names = [_place_unit(installation, state, module, graft, p) for graft, p in placed]
+        keys: dict[str, set[str]] = {}
+        for graft, placement in placed:
+            keys.setdefault(graft.name, set()).add(placement.key)
+        names = [_place_unit(installation, state, module, g, p, len(keys[g.name]) > 1) for g, p in placed]
         anatomy = anatomies[placed[0][0].input_size] if placed else None
         state.training = _program(anatomy, state, module, placed, names, True)
         state.evaluation = _program(anatomy, state, module, placed, names, False)
@@ -93,12 +96,18 @@ def _check_owner(module: nn.Module, path: str) -> None:
 
 
 def _place_unit(
-    installation: Installation, state: GraftState, module: nn.Module, graft: Graft, placement: Placement
+    installation: Installation,
+    state: GraftState,
+    module: nn.Module,
+    graft: Graft,
+    placement: Placement,
+    several: bool,
 ) -> str:
-    """Decide under which name a unit is reached from its owner, and register it if it holds tensors."""
+    """Decide under which name a unit is reached from its owner, and register it if it holds tensors.
+
+    ``several`` says whether the owner has more than one unit of that graft.
+    """
     unit = placement.unit
-    keys = {p.key for g, p in installation.placements if g is graft and p.owner == placement.owner}
-    several = len(keys) > 1
     key = placement.key.removeprefix(placement.owner + ".") if placement.owner else placement.key
     safe = "".join(c if c.isalnum() else "_" for c in key)
     name = f"{PREFIX}{graft.name}_{safe}" if several else f"{PREFIX}{graft.name}"

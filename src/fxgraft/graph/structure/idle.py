@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from fxgraft.errors import FxgraftError, SiteError
 from fxgraft.graph.structure.places import locate
-from fxgraft.graph.structure.positions import Spot, spot_layout
 from fxgraft.graph.structure.rest import span_to_output
 from fxgraft.graph.structure.site import Site
+from fxgraft.graph.structure.spot import Spot, spot_layout
 from fxgraft.graph.structure.tokens import reads_prefix_only
 from fxgraft.graph.tracing.anatomy import Anatomy
 from fxgraft.graph.tracing.editing import After, Edge

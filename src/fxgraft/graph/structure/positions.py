@@ -2,24 +2,26 @@
 
 Three families: the four positions of a residual join, three positions of a densely connected layer, and the
 outputs of all convolutions, norms or activations of a plain stack. Names of layers narrow each of them down.
+Each family has a usual position, and a network's own is that of the first family that it has blocks of.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+import functools
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor, fx, nn
 
-from fxgraft.errors import FxgraftError, SiteError, StructureError, TraceError, candidates
+from fxgraft.errors import SiteError, StructureError, TraceError, candidates
 from fxgraft.graph.structure.joins import POSITIONS as RESIDUAL
 from fxgraft.graph.structure.joins import residual_joins
-from fxgraft.graph.structure.layout import Layout, layout_of, named_layout
+from fxgraft.graph.structure.layout import layout_of
 from fxgraft.graph.structure.places import site_edit, value_at
 from fxgraft.graph.structure.sites import Site, Words, is_glob, matches, module_site, resolve
+from fxgraft.graph.structure.spot import Spot
 from fxgraft.graph.tracing.anatomy import Anatomy
-from fxgraft.graph.tracing.editing import After, Edge, Edit, Input
+from fxgraft.graph.tracing.editing import After, Edge, Input
 from fxgraft.graph.tracing.names import join, relative
 from fxgraft.graph.tracing.values import shape_of
 from fxgraft.graph.tracing.walks import placeholders
@@ -27,71 +29,48 @@ from fxgraft.graph.tracing.walks import placeholders
 DENSE = ("conv1_pre", "conv1_post", "conv2_post")
 PLAIN = ("conv", "norm", "act")
 IMAGE = "input"
+USUAL = ("post", "conv1_pre", "conv")
 
 _NORMS = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.LocalResponseNorm)
 _KINDS = {"conv": "convolutions", "norm": "norms", "act": "activations"}
 
 
-@dataclass(frozen=True)
-class Spot:
-    """One place for a unit.
-
-    Attributes:
-        name: what to pass to ``layers=``, with the position where the name stands for several.
-        position: which position of its block it is; "" for a named layer.
-        owner: qualified name of the module to graft.
-        edit, training_edit: what to do there in evaluation's and in the training graph.
-        value: fake tensor found there, batch of 2; None where it is no tensor.
-        path: the module whose output it is, or "".
-        scope: qualified name of the block it belongs to.
-        onward: the values that this one was joined from, as what runs after the block goes on using them: a unit
-            that replaces the joined value has to hand its parts on there. Empty where nothing else uses them.
-    """
-
-    name: str
-    position: str
-    owner: str
-    edit: Edit
-    training_edit: Edit
-    value: Tensor | None
-    path: str
-    scope: str
-    onward: tuple[Spot, ...] = ()
-
-    @property
-    def usable(self) -> bool:
-        """Whether it holds maps or tokens of single instances, batch first, with more than one position."""
-        value = self.value
-        if value is None or value.ndim < 3 or not value.is_floating_point() or value.shape[0] != 2:
-            return False
-        return value[0].numel() > max(value.shape[1], value.shape[-1])
-
-
-def spots(anatomy: Anatomy, position: str, layers: Words | None = None) -> list[Spot]:
+def spots(anatomy: Anatomy, position: str | None = None, layers: Words | None = None) -> list[Spot]:
     """Find the places of one position, in running order.
 
     Args:
         anatomy: of the bare model.
-        position: one of `RESIDUAL`, `DENSE` or `PLAIN`.
+        position: one of `RESIDUAL`, `DENSE` or `PLAIN`; the first of `USUAL` that the model has, if left out.
         layers: the blocks to use: names of blocks or of modules around them, globs, stage numbers, names of
             joins, "name:position" for another position of one join, "input" for the image. A name that
             holds no block with the position stands for its own output. All blocks by default, except those
-            whose values have a single position (class-token blocks) or merge other things into the batch.
+            whose values have a single position (class-token blocks) or merge other things into the batch, and a
+            convolution that is itself the classifier, with what follows it.
 
     Raises:
         StructureError: no block of the model has the position; says what there is.
         SiteError: no such layer, or one without maps or tokens.
     """
+
+    @functools.cache
+    def blocks() -> tuple[str, list[Spot]]:
+        for each in USUAL if position is None else (position,):
+            found = _all(anatomy, each)
+            if found:
+                return each, found
+        return position or USUAL[0], []
+
     if layers is None:
-        found = _all(anatomy, position)
-        usable = [spot for spot in found if spot.usable]
+        position, found = blocks()
+        logits = _from_classifier_on(anatomy) if position in PLAIN else ()
+        usable = [spot for spot in found if spot.usable and spot.path not in logits]
         if not usable:
             raise _nowhere(anatomy, position, found)
         return usable
     words = list(layers) if isinstance(layers, Iterable) and not isinstance(layers, str) else [layers]
     chosen: dict[str, Spot] = {}
     for word in words:
-        for spot in _named(anatomy, word, position):
+        for spot in _named(anatomy, word, lambda: blocks()[1]):
             if not spot.usable:
                 raise SiteError(
                     f"{spot.name!r} has no positions: its value is "
@@ -103,57 +82,6 @@ def spots(anatomy: Anatomy, position: str, layers: Words | None = None) -> list[
     if not chosen:
         raise SiteError("No layer was named.\nLeave layers= out for all blocks.")
     return list(chosen.values())
-
-
-def spot_layout(anatomy: Anatomy, spot: Spot, name: str | None = None) -> Layout:
-    """Find the layout at a spot, or check the one that the user names.
-
-    Raises:
-        SiteError: it cannot be told, or does not fit the value.
-    """
-    value = spot.value
-    if value is None:
-        raise SiteError(f"{spot.name!r} holds no tensor.\nfxgraft.sites(model) lists what there is.")
-    owner_output = anatomy.observation.calls[spot.scope][0].output
-    like_output = isinstance(owner_output, Tensor) and owner_output.shape == value.shape
-    path = spot.path or (spot.scope if like_output else "")
-    if name is None:
-        if isinstance(spot.edit, Input):
-            return Layout("NCHW")
-        return _layout(anatomy, spot, value, path)
-    return named_layout(anatomy, value, path, name, spot.name)
-
-
-def _layout(anatomy: Anatomy, spot: Spot, value: Tensor, path: str) -> Layout:
-    """Find the layout from the shape, else from what stays the same at the spot when the image grows."""
-    known = layout_of(anatomy, value, path, strict=False)
-    node = getattr(spot.edit, "node", None)
-    if known is not None or node is None or value.ndim != 4:
-        return known or layout_of(anatomy, value, path) or Layout("NCHW")
-    try:
-        other = anatomy.enlarged.values(spot.owner).get(node)
-    except FxgraftError:  # a model of one fixed image size tells nothing this way
-        other = None
-    if isinstance(other, Tensor):
-        same = [i for i in range(1, 4) if other.shape[i] == value.shape[i]]
-        if same in ([1], [3]):
-            return Layout("NCHW" if same == [1] else "NHWC")
-    return _layout_by_layers(anatomy, spot.scope, value) or layout_of(anatomy, value, path) or Layout("NCHW")
-
-
-def _layout_by_layers(anatomy: Anatomy, scope: str, value: Tensor) -> Layout | None:
-    """Tell the layout from the first layer of a block that works on such a value: it knows its channels."""
-    for path, calls in anatomy.observation.calls.items():
-        module = anatomy.module(path)
-        near = (*calls[0].args[:1], calls[0].output)
-        if scope and not path.startswith(scope + "."):
-            continue
-        if any(isinstance(each, Tensor) and each.shape == value.shape for each in near):
-            if isinstance(module, (nn.Conv2d, nn.BatchNorm2d)):
-                return Layout("NCHW")
-            if type(module) in (nn.Linear, nn.LayerNorm):
-                return Layout("NHWC")
-    return None
 
 
 def position_sites(anatomy: Anatomy) -> list[Site]:
@@ -307,6 +235,21 @@ def _plain(anatomy: Anatomy, position: str) -> list[Spot]:
     return found
 
 
+def _from_classifier_on(anatomy: Anatomy) -> set[str]:
+    """Find the modules from the last one with weights on, where each image's output is one vector.
+
+    Maps there are maps of the logits: a unit on them would change what is predicted, not what that is read from.
+    """
+    found: set[str] = set()
+    output = anatomy.observation.output("")
+    if isinstance(output, Tensor) and output.ndim == 2:
+        for path in reversed(anatomy.in_order()):
+            found.add(path)
+            if any(True for _ in anatomy.module(path).parameters(recurse=False)):
+                break
+    return found
+
+
 def is_kind(module: nn.Module, kind: str) -> bool:
     """Say whether a module is a convolution ("conv"), a norm ("norm") or an activation ("act")."""
     if kind == "conv":
@@ -328,7 +271,7 @@ def _direct(anatomy: Anatomy, site: Site, position: str = "") -> Spot:
     return Spot(site.name, position, owner, edit, edit, value, site.path, site.path or site.owner)
 
 
-def _named(anatomy: Anatomy, word: str | int, position: str) -> list[Spot]:
+def _named(anatomy: Anatomy, word: str | int, every: Callable[[], list[Spot]]) -> list[Spot]:
     """Resolve one word: blocks that it names or holds, else the value that it names."""
     if word == IMAGE and IMAGE not in anatomy.observation.calls:
         image = anatomy.observation.calls[""][0].args[0]
@@ -347,7 +290,7 @@ def _named(anatomy: Anatomy, word: str | int, position: str) -> list[Spot]:
             f"{candidates(name, [spot.name for spot in _residual(anatomy, position)])}\n"
             'fxgraft.sites(model, "residual") lists all of them.'
         )
-    blocks = _all(anatomy, position)
+    blocks = every()
     if isinstance(word, str):
         wanted = [spot for spot in blocks if _holds(word, spot)]
         if wanted:
@@ -374,8 +317,9 @@ def _nowhere(anatomy: Anatomy, position: str, found: list[Spot]) -> StructureErr
             f"{spot.name} {tuple(spot.value.shape) if spot.value is not None else ''}".strip()
             for spot in found[:8]
         )
+        before = " in front of its classifier" if position in PLAIN else ""
         return SiteError(
-            f"No {position!r} of {model} has a map of more than one position: {shapes}.\n"
+            f"No {position!r} of {model}{before} has a map of more than one position: {shapes}.\n"
             "Statistics over positions need several of them.\n"
             "Pass input_size=(C, H, W) of larger images, or layers= with other sites."
         )

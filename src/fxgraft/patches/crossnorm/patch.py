@@ -88,7 +88,10 @@ class CrossNorm(BlockPatch):
         "Shifts. ICCV 2021"
     )
     url = "https://arxiv.org/abs/2102.02811"
-    where = "inside every residual block, by default before its last activation"
+    where = (
+        "inside every residual block, by default before its last activation; networks without: in dense layers, or "
+        "behind convolutions"
+    )
     cost = (
         "training: one pass over a map for its statistics and one to restyle it, for each unit that is on, and two "
         "more passes of the model in steps that compare, with consistency; evaluation: none"
@@ -229,7 +232,7 @@ class CrossNorm(BlockPatch):
         """Say how many units there are, where, and how often they act."""
         active = "all" if self.active is None else str(self.active)
         when = f"{'in two more passes ' if self.consistency else ''}with probability {self.p:g}"
-        return f"{len(graft.units_of(CrossNormUnit))} units ({self.position}), {active} on {when}"
+        return f"{len(graft.units_of(CrossNormUnit))} units ({self.placed_at(graft)}), {active} on {when}"
 
 
 class CrossNormUnit(Unit):
