@@ -173,6 +173,7 @@ def readme_parts() -> dict[str, str]:
         "coverage": coverage(Zoo(FOLDER / "zoo.json")),
         "works-with": matrix_table(FOLDER / "works_with.json"),
         "overhead": overhead_table(FOLDER / "overhead.json"),
+        "compiled": overhead_table(FOLDER / "overhead-compiled.json"),
         "by-hand": overhead_table(FOLDER / "overhead-by-hand.json"),
         "fixed-cost": fixed_cost_table(FOLDER / "overhead_fixed.json"),
     }

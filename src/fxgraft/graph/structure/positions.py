@@ -30,6 +30,7 @@ DENSE = ("conv1_pre", "conv1_post", "conv2_post")
 PLAIN = ("conv", "norm", "act")
 IMAGE = "input"
 USUAL = ("post", "conv1_pre", "conv")
+"""Of residual, of densely connected and of plain networks."""
 
 _NORMS = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.LocalResponseNorm)
 _KINDS = {"conv": "convolutions", "norm": "norms", "act": "activations"}
@@ -61,11 +62,11 @@ def spots(anatomy: Anatomy, position: str | None = None, layers: Words | None = 
         return position or USUAL[0], []
 
     if layers is None:
-        position, found = blocks()
-        logits = _from_classifier_on(anatomy) if position in PLAIN else ()
+        where, found = blocks()
+        logits = _from_classifier_on(anatomy) if where in PLAIN else ()
         usable = [spot for spot in found if spot.usable and spot.path not in logits]
         if not usable:
-            raise _nowhere(anatomy, position, found)
+            raise _nowhere(anatomy, where, found)
         return usable
     words = list(layers) if isinstance(layers, Iterable) and not isinstance(layers, str) else [layers]
     chosen: dict[str, Spot] = {}
