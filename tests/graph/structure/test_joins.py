@@ -228,7 +228,7 @@ def test_the_listing_of_a_plain_stack_is_empty_and_patching_it_says_what_there_i
     model = timm.create_model("vgg11", num_classes=2, mlp_ratio=0.01)
     assert len(fxgraft.sites(model, "residual")) == 0
     with pytest.raises(fxgraft.StructureError, match="10 convolutions, 0 norms, 10 activations") as caught:
-        fxgraft.patch(model, "crossnorm", input_size=(3, 64, 64))
+        fxgraft.patch(model, "crossnorm", position="post", input_size=(3, 64, 64))
     assert "'conv', 'act'" in str(caught.value)
 
 
