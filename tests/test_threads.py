@@ -73,7 +73,7 @@ def test_threads_evaluate_one_model(method: str) -> None:
 @pytest.mark.sweep
 @pytest.mark.parametrize("method", METHODS)
 def test_threads_evaluate_one_model_many_times(method: str) -> None:
-    evaluate(method, 5000)
+    evaluate(method, 3000)
 
 
 def test_models_train_in_threads_with_their_own_labels() -> None:

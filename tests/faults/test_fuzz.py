@@ -173,7 +173,7 @@ def loads_or_refuses(folder: Path) -> bool:
     return True
 
 
-@profiles(10, 150, st.sampled_from(DAMAGES), st.sampled_from(sorted(saved())), st.randoms())
+@profiles(10, 90, st.sampled_from(DAMAGES), st.sampled_from(sorted(saved())), st.randoms())
 def test_damaged_bytes_of_a_save(damage: Change, name: str, chance: random.Random) -> None:
     with tempfile.TemporaryDirectory() as where:
         folder = Path(where)
@@ -187,7 +187,7 @@ def test_damaged_bytes_of_a_save(damage: Change, name: str, chance: random.Rando
         assert loads_or_refuses(folder) == whole
 
 
-@profiles(10, 150, st.booleans(), st.booleans(), st.randoms())
+@profiles(10, 90, st.booleans(), st.booleans(), st.randoms())
 def test_other_contents_of_a_save(in_recipe: bool, in_weights: bool, chance: random.Random) -> None:
     """Changed on purpose, that is with the digests taken out: nothing but the contents tells."""
     with tempfile.TemporaryDirectory() as where:
@@ -242,7 +242,7 @@ def resumed(file: Path) -> list[Tensor] | None:
     return None
 
 
-@profiles(8, 100, st.sampled_from(DAMAGES), st.randoms())
+@profiles(8, 60, st.sampled_from(DAMAGES), st.randoms())
 def test_damaged_bytes_of_a_checkpoint(damage: Change, chance: random.Random) -> None:
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "run.pt"
@@ -252,7 +252,7 @@ def test_damaged_bytes_of_a_checkpoint(damage: Change, chance: random.Random) ->
         assert found is None or same(found, wanted)  # what is not read may be anything
 
 
-@profiles(8, 100, st.sampled_from(["entries", "model", "discriminators"]), st.randoms())
+@profiles(8, 60, st.sampled_from(["entries", "model", "discriminators"]), st.randoms())
 def test_other_contents_of_a_checkpoint(what: str, chance: random.Random) -> None:
     """Without its digest, as an earlier release wrote it."""
     with tempfile.TemporaryDirectory() as folder:
