@@ -46,6 +46,6 @@ def test_the_gates_are_reached(backbone: Backbone) -> None:
     model = copy.deepcopy(bare(backbone))
     fxgraft.patch(model, "selfnorm", init="identity", input_size=backbone.input_size)
     gradients = seeded(model, *batch(backbone), True).gradients
-    gates = {n: g for n, g in gradients.items() if "graft_" in n and n.endswith("norm.bias")}
+    gates = [n for n, _ in model.named_parameters() if "graft_" in n and n.endswith("norm.bias")]
     # Where the head reads class tokens alone, nothing depends on the positions of the last block.
-    assert sum(bool(g.any()) for g in gates.values()) >= 0.5 * len(gates) > 0
+    assert sum(n in gradients and bool(gradients[n].any()) for n in gates) >= 0.5 * len(gates) > 0
