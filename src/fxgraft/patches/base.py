@@ -247,6 +247,11 @@ class BlockPatch(LayeredPatch):
         layout: meaning of the dimensions at the sites, one of NCHW, NHWC, NLC, NCL; found if left out.
     """
 
+    where = (
+        "inside every residual block, by default before its last activation; networks without: in dense layers, or "
+        "behind convolutions"
+    )
+
     position: Position | None = None
     layout: Literal["NCHW", "NHWC", "NLC", "NCL"] | None = None
 

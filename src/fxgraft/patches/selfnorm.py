@@ -92,10 +92,6 @@ class SelfNorm(BlockPatch):
         "Shifts. ICCV 2021"
     )
     url = "https://arxiv.org/abs/2102.02811"
-    where = (
-        "inside every residual block, by default before its last activation; networks without: in dense layers, or "
-        "behind convolutions"
-    )
     cost = "one pass over each block's map for its statistics and one to scale it, in training and evaluation"
     idea = (
         "Learned gates look at the channel statistics of every map and recalibrate them, in training and "

@@ -88,10 +88,6 @@ class CrossNorm(BlockPatch):
         "Shifts. ICCV 2021"
     )
     url = "https://arxiv.org/abs/2102.02811"
-    where = (
-        "inside every residual block, by default before its last activation; networks without: in dense layers, or "
-        "behind convolutions"
-    )
     cost = (
         "training: one pass over a map for its statistics and one to restyle it, for each unit that is on, and two "
         "more passes of the model in steps that compare, with consistency; evaluation: none"
