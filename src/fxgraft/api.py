@@ -60,6 +60,12 @@ def patch(
     >>> print(fxgraft.patch(model, "selfnorm", dry_run=True).name)
     selfnorm
 
+    The patched model is called as before, and also takes ``target``, the labels of the batch, and what its methods
+    declare as `Patch.call_options`. All of these follow one rule: the grafts read the argument, given by name or, where
+    the model's own forward has it, by position; and the model gets it as well if its forward names it or takes
+    ``**kwargs``. Where a call has no ``target`` and none is published (`targets`, `with_targets`), a model's own
+    argument ``labels`` stands for it. A forward that names ``labels`` gets ``target`` only if it names that too.
+
     Args:
         model: a timm or torchvision backbone, or any module from one image batch to logits. It keeps its class
             (as a subclass of it), weights, hooks and ``state_dict`` keys.

@@ -80,12 +80,7 @@ def test_the_trainer_trains_as_a_loop_by_hand(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_a_classifier_in_the_stock_trainer(name: str, tmp_path: Path) -> None:
-    """Nothing but the collator is changed: the model computes its loss, and the patch finds its labels."""
-
-    def collate(items: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-        found = transformers.default_data_collator(items)
-        return {**found, "target": found["labels"]}
-
+    """Nothing is changed: the model computes its loss from its ``labels``, and the patch finds them there."""
     model = fxgraft.patch(classifier(name), "rsc", batch_share=1.0, input_size=(3, SIDE, SIDE))
     x, y = batch()
     data = Items(list(zip(x, y, strict=True)))
@@ -95,7 +90,6 @@ def test_a_classifier_in_the_stock_trainer(name: str, tmp_path: Path) -> None:
             args=arguments(tmp_path),
             train_dataset=data,
             eval_dataset=data,
-            data_collator=collate,
         )
         trainer.train()
     assert len(records) == 1, "the labels reached the patch"

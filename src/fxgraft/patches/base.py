@@ -52,7 +52,8 @@ class Patch(Placer):
         needs_labels: training passes need ``target``.
         adds_parameters: it has parameters of its own to train.
         pairs_labels: its loss judges rows of the output by labels of several rows; a model takes one such method.
-        call_options: keyword arguments of the model's call that are meant for this method's units.
+        call_options: keyword arguments of the model's call that this method's units read, as ``run.options``. A model
+            that names one, or takes ``**kwargs``, gets it as well; others do not see it.
         order: (group, rank): at one site the units of one group act by rank, whichever was added first.
         saves: a recipe of its options is enough to make it again; otherwise `fxgraft.save` refuses.
         example: options that sweeps over backbones use, where the method cannot do without any.

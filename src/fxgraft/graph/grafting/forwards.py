@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch.utils.checkpoint
@@ -46,47 +46,77 @@ def restore_checkpointing(traced: Traced) -> None:
         graph.erase_node(node)
 
 
-def as_forward(traced: Traced, label: str) -> Callable[..., Any]:
+class _Form:
+    """A module's edited graph as a function of the arguments that it was traced with.
+
+    Args:
+        traced: the graph.
+        label: for the generated code.
+    """
+
+    def __init__(self, traced: Traced, label: str) -> None:
+        self.function = compile_graph(traced.graph, traced.constants, label)
+        # By themselves: the graph is of no use any more, and its nodes hold each other.
+        self.spec, self.fixed = traced.spec, traced.fixed
+        self.inputs = self.fixed.count(INPUT)
+        positional = self.spec.children()[0].children() if self.fixed else ()
+        self.simple = (
+            all(value is INPUT for value in self.fixed[: self.inputs])
+            and len(positional) == len(self.fixed)
+            and all(child.is_leaf() for child in positional)
+        )
+
+    def odd(self, leaves: Sequence[Any]) -> int | None:
+        """Return the index of the first argument that differs from what the graph was traced with, or None."""
+        for index, (leaf, value) in enumerate(zip(leaves, self.fixed, strict=True)):
+            if value is INPUT or leaf is value:
+                continue
+            if isinstance(leaf, Tensor) or leaf != value:
+                return index
+        return None
+
+    def given(self, leaves: Sequence[Any]) -> list[Any]:
+        """Return the arguments that are inputs of the graph."""
+        return [leaf for leaf, value in zip(leaves, self.fixed, strict=True) if value is INPUT]
+
+
+def as_forward(traced: Traced, label: str, labelled: Sequence[Traced] = ()) -> Callable[..., Any]:
     """Turn a module's edited graph into a forward that takes the module's own arguments.
 
     The usual call, with the tensors in front and the rest left at its default, costs nothing extra.
 
+    Args:
+        traced: the edited graph.
+        label: names the module and the mode, for messages.
+        labelled: the same for calls with more arguments: labels that the module's own forward takes.
+
     Raises:
         BypassError: (when called) a non-tensor argument differs from the one the graph was traced with.
     """
-    function = compile_graph(traced.graph, traced.constants, label)
-    # By themselves: the graph is of no use any more, and its nodes hold each other.
-    signature, spec, fixed = traced.signature, traced.spec, traced.fixed
-    inputs = fixed.count(INPUT)
-    positional = len(spec.children()[0].children()) if fixed else 0
-    simple = (
-        all(value is INPUT for value in fixed[:inputs])
-        and positional == len(fixed)
-        and all(child.is_leaf() for child in spec.children()[0].children())
-    )
-    names = list(signature.parameters)
+    usual = _Form(traced, label)
+    forms = [usual, *(_Form(each, f"{label} with labels") for each in labelled)]
+    signature, names = traced.signature, list(traced.signature.parameters)
 
     def forward(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        if simple and not kwargs and len(args) == inputs:
-            return function(module, *args)
-        leaves, given_spec = pytree.tree_flatten(bind(signature, args, kwargs))
-        if given_spec != spec:
+        if usual.simple and not kwargs and len(args) == usual.inputs:
+            return usual.function(module, *args)
+        leaves, spec = pytree.tree_flatten(bind(signature, args, kwargs))
+        for form in forms:
+            if form.spec == spec and form.odd(leaves) is None:
+                return form.function(module, *form.given(leaves))
+        if spec != usual.spec:
             raise BypassError(
                 f"{label} was called with arguments of another structure than when it was patched.\n"
-                f"Its graph was traced for {spec}.\nUnpatch it, or call it as the model's forward does."
+                f"Its graph was traced for {usual.spec}.\nUnpatch it, or call it as the model's forward does."
             )
-        given = []
-        for index, (leaf, traced_with) in enumerate(zip(leaves, fixed, strict=True)):
-            if traced_with is INPUT:
-                given.append(leaf)
-            elif leaf is not traced_with and (isinstance(leaf, Tensor) or leaf != traced_with):
-                shown = f"a tensor of shape {tuple(leaf.shape)}" if isinstance(leaf, Tensor) else repr(leaf)
-                name = names[index] if simple and index < len(names) else f"argument {index}"
-                raise BypassError(
-                    f"{label} was called with {name}={shown}, but its graph was traced with {traced_with!r}.\n"
-                    "Running the original code instead would bypass the patch in silence.\n"
-                    "Unpatch it for such calls, or choose a module's output as the site."
-                )
-        return function(module, *given)
+        index = usual.odd(leaves) or 0
+        leaf = leaves[index]
+        shown = f"a tensor of shape {tuple(leaf.shape)}" if isinstance(leaf, Tensor) else repr(leaf)
+        name = names[index] if usual.simple and index < len(names) else f"argument {index}"
+        raise BypassError(
+            f"{label} was called with {name}={shown}, but its graph was traced with {usual.fixed[index]!r}.\n"
+            "Running the original code instead would bypass the patch in silence.\n"
+            "Unpatch it for such calls, or choose a module's output as the site."
+        )
 
     return forward

@@ -31,7 +31,7 @@ class Placer:
 
     Attributes:
         order: (group, rank): units of one group at one site run by rank, whichever graft was added first.
-        call_options: keyword arguments of the model's call that are meant for the patch.
+        call_options: keyword arguments of the model's call that the patch reads.
         train_only: evaluation is bitwise the bare model's.
     """
 

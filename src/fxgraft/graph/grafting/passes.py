@@ -19,7 +19,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from fxgraft.errors import TargetError
 from fxgraft.graph.grafting.labels import checked_labels
-from fxgraft.graph.grafting.published import Labels, published
+from fxgraft.graph.grafting.published import Labels, published, targets
 from fxgraft.graph.grafting.sharded import outside_sharded_step
 from fxgraft.graph.grafting.watch import LossWatch
 from fxgraft.graph.structure.rest import Rest
@@ -39,11 +39,24 @@ ARGUMENTS = "(arguments)"
 
 
 class Arguments:
-    """The arguments of a pass, kept so that it can be made again."""
+    """The arguments of a pass, kept so that it can be made again.
 
-    def __init__(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+    Attributes:
+        args, kwargs: what the model itself got.
+        labelled: whether the call's ``target`` is among them.
+    """
+
+    def __init__(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], labelled: bool = False) -> None:
         self.args = args
         self.kwargs = kwargs
+        self.labelled = labelled
+
+    def repeat(self, model: nn.Module, target: Any) -> Any:
+        """Call the model with them again, with labels for its grafts that the model itself gets only if it got them."""
+        if self.labelled:
+            return model(*self.args, **self.kwargs)
+        with targets(target):
+            return model(*self.args, **self.kwargs)
 
 
 class Left:

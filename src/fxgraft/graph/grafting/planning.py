@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
 import weakref
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import fields
 from typing import Any
 
-from torch import nn
+from torch import fx, nn
 
-from fxgraft.errors import FxgraftError, SiteError, WrappedModelError
+from fxgraft.errors import FxgraftError, SiteError, TraceError, WrappedModelError
 from fxgraft.graph.grafting.forwards import as_forward, restore_checkpointing
 from fxgraft.graph.grafting.graft import Graft
 from fxgraft.graph.grafting.journal import Installation
@@ -17,9 +19,11 @@ from fxgraft.graph.grafting.placement import Placement
 from fxgraft.graph.grafting.state import GraftState, Program, foreign_forward, state_of
 from fxgraft.graph.grafting.unit import Unit
 from fxgraft.graph.tracing.anatomy import Anatomy
-from fxgraft.graph.tracing.editing import Editor, Input, Instead, Output
+from fxgraft.graph.tracing.editing import Edit, Editor, Input, Instead, Output
 from fxgraft.graph.tracing.names import PREFIX, STATE, inside, join
+from fxgraft.graph.tracing.signatures import Declared
 from fxgraft.graph.tracing.trace import Traced
+from fxgraft.graph.tracing.walks import downstream_of, placeholders
 
 Placed = list[tuple[Graft, Placement]]
 
@@ -179,16 +183,60 @@ def _program(
     if not inner or anatomy is None:
         return Program(whole[0] if whole else None, units, inputs)
     traced = anatomy.fresh_graph(state.path, training)
+    labelled = _labelled(anatomy, traced, [p.edit for p, _ in inner], training) if state.outer else []
     before = _called(traced, state.path)
-    editor = Editor(traced)
-    for placement, name in inner:
-        editor.apply(placement.edit, name)
+    for each in (traced, *labelled):
+        editor = Editor(each)
+        for placement, name in inner:
+            editor.apply(placement.edit, name)
     skipped = before - _called(traced, state.path)
-    restore_checkpointing(traced)
-    state.settings.update(traced.settings)
+    for each in (traced, *labelled):
+        restore_checkpointing(each)
+        state.settings.update(each.settings)
     mode = "training" if training else "evaluation"
-    function = as_forward(traced, f"{type(module).__name__} {state.path!r} in {mode}")
+    function = as_forward(traced, f"{type(module).__name__} {state.path!r} in {mode}", labelled)
     return Program(function, units, inputs, skipped)
+
+
+def _labelled(anatomy: Anatomy, traced: Traced, edits: Sequence[Edit], training: bool) -> list[Traced]:
+    """Trace the model's own forward as it is called with labels, where it takes any.
+
+    Such a trace is of use only if the edits mean the same in it. Calls with labels are refused otherwise.
+    """
+    names = Declared.of(traced.signature).labels
+    edited = {name for edit in edits for name in _edited(edit)}
+    found = []
+    for given in dict.fromkeys((*((name,) for name in names), names)) if names else ():
+        try:
+            other = anatomy.fresh_graph("", training, labels=given)
+        except TraceError:
+            continue
+        if edited <= _in_common(traced, other):
+            found.append(other)
+    return found
+
+
+def _edited(edit: Edit) -> Iterator[str]:
+    """Name the nodes that an edit is about."""
+    for each in fields(edit):
+        value = getattr(edit, each.name)
+        yield from value if isinstance(value, tuple) else [value] if isinstance(value, str) else []
+
+
+def _in_common(traced: Traced, labelled: Traced) -> set[str]:
+    """Name the nodes that a trace with labels begins with as one without does, those that see labels left out."""
+    own = {node.name for node in placeholders(traced.graph)}
+    added = [node for node in placeholders(labelled.graph) if node.name not in own]
+    seeing = set(added).union(*map(downstream_of, added))
+    pairs = zip(
+        traced.graph.nodes, (node for node in labelled.graph.nodes if node not in seeing), strict=False
+    )
+    alike = itertools.takewhile(lambda pair: _spelled(pair[0]) == _spelled(pair[1]), pairs)
+    return {node.name for node, _ in alike}
+
+
+def _spelled(node: fx.Node) -> tuple[str, ...]:
+    return node.op, node.name, str(node.target), str(node.args), str(node.kwargs)
 
 
 def _called(traced: Traced, path: str) -> frozenset[str]:

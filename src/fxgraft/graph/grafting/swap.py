@@ -12,12 +12,13 @@ import functools
 import inspect
 import operator
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
+from types import MappingProxyType
 from typing import Any, cast
 
 import torch
-from torch import Tensor, fx, nn
+from torch import fx, nn
 
 from fxgraft.errors import BypassError, CallError, WrappedModelError
 from fxgraft.graph.grafting import replicas
@@ -25,9 +26,9 @@ from fxgraft.graph.grafting.passes import Arguments, Context, Pass
 from fxgraft.graph.grafting.state import GraftState, Keeper, foreign_forward, hidden_forward, state_of
 from fxgraft.graph.grafting.unit import Unit
 from fxgraft.graph.tracing.names import STATE
+from fxgraft.graph.tracing.signatures import LABELS, TARGET, Declared
 from fxgraft.graph.tracing.whole import Step, afterwards, setting
 
-_POSITIONAL = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
 ENTRY_POINTS = ("forward_features", "forward_head", "forward_intermediates", "get_intermediate_layers")
 """Methods through which users run part of a backbone, besides calling it."""
 
@@ -63,10 +64,17 @@ def _run(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
 
 def _traced_run(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
     """Run as part of a trace: no pass of anything, but entry points that the forward uses lie inside it."""
-    run = Pass(self.__dict__[STATE].context, self)
+    state: GraftState = self.__dict__[STATE]
+    run = Pass(state.context, self)
+    kwargs = type(self)._fxgraft_declared.own(_options(state), kwargs)  # type: ignore[attr-defined]
     with afterwards(run.exit):
         run.enter()
         return _run(self, *args, **kwargs)
+
+
+def _options(state: GraftState) -> tuple[str, ...]:
+    """Name the arguments of a call that the grafts of the model read."""
+    return (TARGET, *(state.ledger.options if state.ledger is not None else ()))
 
 
 def _outer_call(
@@ -74,10 +82,12 @@ def _outer_call(
     call: Callable[..., Any],
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
-    target: Any,
-    options: dict[str, Any] | None = None,
+    options: Mapping[str, Any] = MappingProxyType({}),
 ) -> Any:
-    """Run an entry point of the patched model inside a pass of its context."""
+    """Run an entry point of the patched model inside a pass of its context.
+
+    ``options`` are what the call gives for those that grafts read, ``target`` and ``labels`` among them.
+    """
     state: GraftState = self.__dict__[STATE]
     current = state.context.current
     if current is not None and current.model is self:
@@ -88,8 +98,12 @@ def _outer_call(
     elif not torch.compiler.is_compiling() and state.ledger is not None:
         state.ledger.check(self)
     context = self.__dict__[STATE].context
-    run = Pass(context, self, target, args, options)
+    declared: Declared = type(self)._fxgraft_declared  # type: ignore[attr-defined]
+    target = options.get(TARGET)
+    run = Pass(context, self, target, declared.inputs(args, kwargs), options)
     run.adopt_published()
+    if run.target is None:
+        run.target = options.get(LABELS)
     context.forget()
     try:
         try:
@@ -97,7 +111,8 @@ def _outer_call(
             out = call(self, *args, **kwargs)
             run.came_through()
             if not replica:  # what a replica leaves, nobody could tell from what the others leave
-                context.leave(run, out, Arguments(args, kwargs))  # of a pass that came through only
+                again = Arguments(args, kwargs, target is not None and declared.takes(TARGET))
+                context.leave(run, out, again)  # of a pass that came through only
             return out
         finally:
             run.exit()
@@ -139,7 +154,7 @@ def _entry_point(name: str, own: Callable[..., Any]) -> Callable[..., Any]:
                 f"which acts inside {state.base.__name__}.forward in {mode} mode.\n"
                 "Call the model itself, or patch at a module's output, which every entry point passes through."
             )
-        return _outer_call(self, own, args, kwargs, None)
+        return _outer_call(self, own, args, kwargs)
 
     return method
 
@@ -156,10 +171,13 @@ def grafted_class(base: type[nn.Module], outer: bool) -> type[nn.Module]:
         if known.__dict__.get("_fxgraft_base") is base and known.__dict__["_fxgraft_outer"] is outer:
             return known
     declared = inspect.signature(base.forward)
+    parameters = list(declared.parameters.values())
+    arguments = Declared.of(declared.replace(parameters=parameters[1:]))
     body: dict[str, Any] = {
         "_fxgraft_outer": outer,
         "_fxgraft_base": base,
         "_fxgraft_forward": _traced_run if outer else _run,
+        "_fxgraft_declared": arguments,
         "__module__": base.__module__,
         "__doc__": base.__doc__,
         "__reduce_ex__": _reduce,
@@ -170,13 +188,10 @@ def grafted_class(base: type[nn.Module], outer: bool) -> type[nn.Module]:
         "_replicate_for_data_parallel": _replicate,
         "__prepare_scriptable__": _refuse_scripting,
     }
-    parameters = list(declared.parameters.values())
     if outer:
-        most = sum(each.kind in _POSITIONAL for each in parameters) - 1  # without self
-        if any(each.kind is inspect.Parameter.VAR_POSITIONAL for each in parameters):
-            most = sys.maxsize
+        most = sys.maxsize if arguments.any_positional else len(arguments.positional)
 
-        def forward(self: nn.Module, *args: Any, target: Tensor | None = None, **kwargs: Any) -> Any:
+        def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
             if len(args) == most + 1 and args[-1] is None and torch.jit.is_tracing():  # pyright: ignore[reportPrivateImportUsage]
                 args = args[:-1]  # the default of target, which torch.onnx's older exporter gives by position
             if len(args) > most:
@@ -186,14 +201,15 @@ def grafted_class(base: type[nn.Module], outer: bool) -> type[nn.Module]:
                     "Labels are no input of the model: they reach its patches by name.\n"
                     "Call model(x, target=y)."
                 )
-            declared = self.__dict__[STATE].ledger.options
-            options = {name: kwargs.pop(name) for name in declared if name in kwargs}
-            return _outer_call(self, _whole_call, args, kwargs, target, options)
+            names = _options(self.__dict__[STATE])
+            options = {name: arguments.given(name, args, kwargs) for name in (*names, LABELS)}
+            options = {name: value for name, value in options.items() if value is not None}
+            return _outer_call(self, _whole_call, args, arguments.own(names, kwargs), options)
 
         # torch.export and trainers read the signature: it stays the model's own, plus the labels.
-        keyword = inspect.Parameter("target", inspect.Parameter.KEYWORD_ONLY, default=None)
+        keyword = inspect.Parameter(TARGET, inspect.Parameter.KEYWORD_ONLY, default=None)
         at = len(parameters) - (parameters[-1].kind is inspect.Parameter.VAR_KEYWORD)
-        if "target" not in declared.parameters:
+        if TARGET not in declared.parameters:
             parameters.insert(at, keyword)
         run = forward
         for name in ENTRY_POINTS:

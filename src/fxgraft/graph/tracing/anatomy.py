@@ -3,16 +3,25 @@
 from __future__ import annotations
 
 import functools
+import inspect
 from typing import Any
 
+import torch
 from torch import nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
 
 from fxgraft.errors import SiteError, StructureError
 from fxgraft.graph.tracing.names import class_name
-from fxgraft.graph.tracing.observe import Observation, default_input_size, observe
+from fxgraft.graph.tracing.observe import Call, Observation, default_input_size, observe, tensors
+from fxgraft.graph.tracing.signatures import forward_signature
 from fxgraft.graph.tracing.trace import Traced, trace
 from fxgraft.graph.tracing.values import Values
+
+_NAMED = (
+    inspect.Parameter.POSITIONAL_ONLY,
+    inspect.Parameter.POSITIONAL_OR_KEYWORD,
+    inspect.Parameter.KEYWORD_ONLY,
+)
 
 
 class Anatomy:
@@ -66,6 +75,7 @@ class Anatomy:
                     "Patch the part before that, as of a detector the backbone: fxgraft.patch(model.backbone, ...)."
                 ) from error
             except Exception as error:
+                self._check_arguments(error)
                 raise StructureError(
                     f"{self.name} does not run on a batch of shape {(2, *self.image_size)}: "
                     f"{type(error).__name__}: {error}\n"
@@ -73,6 +83,18 @@ class Anatomy:
                     "Pass input_size=(C, H, W) of the images you train on."
                 ) from error
         return self._observation
+
+    def _check_arguments(self, error: Exception) -> None:
+        """Raise where the forward cannot be called with images alone, which explains why it did not run."""
+        parameters = forward_signature(self.model).parameters.values()
+        required = [each for each in parameters if each.default is each.empty and each.kind in _NAMED]
+        if isinstance(error, TypeError) and len(required) > 1:
+            names = [each.name for each in required[1:]]
+            raise StructureError(
+                f"{self.name} needs {', '.join(map(repr, names))} besides the images: its forward has no default for "
+                "that.\nSites and shapes are found by passing one batch of fake images through the model, alone.\n"
+                f"Give it one, as def forward(self, {required[0].name}, {names[0]}=None)."
+            ) from error
 
     def module(self, path: str) -> nn.Module:
         """Return the module of that qualified name; '' is the model."""
@@ -103,16 +125,29 @@ class Anatomy:
         return self._graphs[key]
 
     def fresh_graph(
-        self, path: str, training: bool, opened: tuple[str, ...] = (), deep: tuple[str, ...] = ()
+        self,
+        path: str,
+        training: bool,
+        opened: tuple[str, ...] = (),
+        deep: tuple[str, ...] = (),
+        labels: tuple[str, ...] = (),
     ) -> Traced:
-        """Trace one module's forward into a graph that the caller may edit."""
+        """Trace one module's forward into a graph that the caller may edit.
+
+        ``labels`` names arguments that the observed call left out, and that are inputs of this graph.
+        """
         calls = self.observation.calls.get(path)
         if not calls:
             raise SiteError(
                 f"{path!r} is never called in the model's forward pass.\n"
                 "Its forward cannot be rewritten, since nothing would run it."
             )
-        return trace(self.module(path), calls[0], training, opened, deep, path, self.observation.calls)
+        call = calls[0]
+        if labels:
+            batch = tensors(call.args)[0].shape[0]
+            fake = self.observation.run(torch.zeros, (batch,), dtype=torch.long)
+            call = Call(call.args, {**call.kwargs, **dict.fromkeys(labels, fake)})
+        return trace(self.module(path), call, training, opened, deep, path, self.observation.calls)
 
     def values(self, path: str, traced: Traced | None = None) -> Values:
         """Return the values of a module's evaluation graph, or of another trace of it."""

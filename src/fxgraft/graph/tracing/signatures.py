@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from typing import Any, Final
 
 import torch
@@ -12,6 +14,85 @@ from torch.utils import _pytree as pytree
 
 INPUT: Final = type("_Input", (), {"__repr__": lambda self: "INPUT"})()
 """Marks the argument leaves that are inputs of a graph."""
+
+
+TARGET, LABELS = "target", "labels"
+"""Names of the arguments that hold the labels of a call: what grafts are given, and what transformers call them."""
+
+
+@dataclass(frozen=True)
+class Declared:
+    """The arguments that a forward declares, by which those of the model and those of its grafts are told apart.
+
+    Attributes:
+        positional: names of those that may be given by position, in order, without ``self``.
+        keywords: names of those that may be given by keyword.
+        any_positional: whether it takes ``*args``.
+        any_keyword: whether it takes ``**kwargs``.
+    """
+
+    positional: tuple[str, ...]
+    keywords: frozenset[str]
+    any_positional: bool
+    any_keyword: bool
+
+    @classmethod
+    def of(cls, signature: inspect.Signature) -> Declared:
+        """Read a signature without ``self``."""
+        kinds = inspect.Parameter
+        parameters = list(signature.parameters.values())
+        by_position = (kinds.POSITIONAL_ONLY, kinds.POSITIONAL_OR_KEYWORD)
+        by_keyword = (kinds.KEYWORD_ONLY, kinds.POSITIONAL_OR_KEYWORD)
+        return cls(
+            tuple(each.name for each in parameters if each.kind in by_position),
+            frozenset(each.name for each in parameters if each.kind in by_keyword),
+            any(each.kind is kinds.VAR_POSITIONAL for each in parameters),
+            any(each.kind is kinds.VAR_KEYWORD for each in parameters),
+        )
+
+    def names(self, option: str) -> bool:
+        """Say whether the forward has an argument of that name."""
+        return option in self.keywords or option in self.positional
+
+    def takes(self, option: str) -> bool:
+        """Say whether the forward gets an option of a call: it names the option, or takes any keyword.
+
+        A forward that names its labels ``labels`` does not get them as ``target`` as well, which it would hand on to
+        functions that have a ``target`` of their own, as losses do.
+        """
+        if option == TARGET and self.names(LABELS):
+            return self.names(option)
+        return self.names(option) or self.any_keyword
+
+    def given(self, option: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Return what a call gives for an option, by name or by position; None where it does not give it."""
+        if option in kwargs:
+            return kwargs[option]
+        at = self.positional.index(option) if option in self.positional else len(args)
+        return args[at] if at < len(args) else None
+
+    def inputs(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
+        """Return the arguments from the first one on, given by position or by name, in the order of the forward."""
+        named = itertools.takewhile(kwargs.__contains__, self.positional[len(args) :])
+        return (*args, *(kwargs[name] for name in named))
+
+    def own(self, options: Iterable[str], kwargs: dict[str, Any]) -> dict[str, Any]:
+        """Return the keywords of a call without the options that are meant for the grafts alone."""
+        found = dict(kwargs)
+        for option in options:
+            if option not in found:
+                continue
+            value = found.pop(option)
+            if self.names(option) or (self.takes(option) and value is not None):
+                found[option] = value  # behind the model's own: the first keyword may stand for the image
+        return found
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """Names under which the forward itself gets labels."""
+        return tuple(
+            name for name in (TARGET, LABELS) if self.names(name) or (name == TARGET and self.takes(name))
+        )
 
 
 def bind(

@@ -190,7 +190,7 @@ class CrossNorm(BlockPatch):
         if again is None or model is None:  # the pass may have been one in evaluation
             return {}
         clean = take_logits(out, [self.output])
-        first = again.args[0] if again.args else None
+        first = next(iter((*again.args, *again.kwargs.values())), None)
         if isinstance(first, Tensor) and first.shape[0] != clean.shape[0]:
             raise ConfigError(
                 f"{graft.name!r} was asked for the loss of {clean.shape[0]} predictions, but the model's last "
@@ -203,7 +203,7 @@ class CrossNorm(BlockPatch):
 
         def compared() -> Tensor:
             with graft.asking(forced=True):
-                passes = [model(*again.args, target=target, **again.kwargs) for _ in range(2)]
+                passes = [again.repeat(model, target) for _ in range(2)]
             others = [take_logits(each, [self.output]) for each in passes]
             if others[0].shape != clean.shape:
                 raise ConfigError(
