@@ -125,12 +125,18 @@ from fxgraft.graph.grafting.placement import Placement
 from fxgraft.graph.grafting.taps import Tap, take, tap_placements
 from fxgraft.graph.grafting.unit import Capture, Unit, recomputed
 from fxgraft.graph.structure.absorbing import Absorber
-from fxgraft.graph.structure.derived import made_by_hooks, sharers
 from fxgraft.graph.structure.ends import Stem
 from fxgraft.graph.structure.head import Head
 from fxgraft.graph.structure.joins import Join
 from fxgraft.graph.structure.layout import DIMENSIONS, Layout
-from fxgraft.graph.structure.linear import apply_layer, effective, layer_tensors, write_effective
+from fxgraft.graph.structure.linear import (
+    apply_layer,
+    effective,
+    layer_tensors,
+    made_by_hooks,
+    sharers,
+    write_effective,
+)
 from fxgraft.graph.structure.outputs import take_logits
 from fxgraft.graph.structure.positionwise import PositionwiseHead, gathered, position_scores
 from fxgraft.graph.structure.rest import Rest

@@ -11,30 +11,10 @@ from torch import Tensor, nn
 
 import fxgraft
 from training_parity.releases import TOLERANCE, Typed, batch, deviation, stepping, stock
+from training_parity.styles import agree, restyled
 
 CLASSES, SIZE, PIXELS, UNITS, ACTIVE = 5, 5, 128, 4, 2
-SGD = {"lr": 0.1, "momentum": 0.9, "weight_decay": 5e-4}
-
-
-def moments(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and deviation of every channel of every map."""
-    size, channels = x.shape[:2]
-    flat = x.reshape(size, channels, -1)
-    mean, std = flat.mean(2), (flat.var(2) + 1e-5).sqrt()
-    return mean.reshape(size, channels, 1, 1), std.reshape(size, channels, 1, 1)
-
-
-def box(height: int, width: int) -> tuple[slice, slice]:
-    """A box whose share of the map is uniform, drawn again until a tenth of the map or less is exceeded."""
-    shares, centres = torch.rand(64).tolist(), torch.rand(64, 2).tolist()
-    for share, (row, column) in zip(shares, centres, strict=True):
-        tall, wide = int(height * share**0.5) // 2, int(width * share**0.5) // 2
-        y, x = int(row * height), int(column * width)
-        top, bottom = max(y - tall, 0), min(y + tall, height)
-        left, right = max(x - wide, 0), min(x + wide, width)
-        if (bottom - top) * (right - left) > 0.1 * height * width:
-            return slice(top, bottom), slice(left, right)
-    raise AssertionError("64 draws were not enough, choose another seed")
+SGD = {"lr": 0.1, "momentum": 0.9, "nesterov": True, "weight_decay": 5e-4}
 
 
 class Release(Typed):
@@ -49,22 +29,7 @@ class Release(Typed):
     def post(self, index: int, x: Tensor) -> Tensor:
         if index not in self.on:
             return x
-        partner = x[torch.randperm(x.shape[0])]
-        if self.crop == "neither":
-            inside = (slice(None), slice(None))
-        else:
-            inside = box(x.shape[2], x.shape[3])
-            rows, columns = box(x.shape[2], x.shape[3])
-            partner = partner[:, :, rows, columns]
-        style_mean, style_std = moments(partner)
-        content = x[:, :, inside[0], inside[1]]
-        mean, std = moments(content)
-        restyled = (content - mean) / std * style_std + style_mean
-        mask = torch.zeros_like(x)
-        mask[:, :, inside[0], inside[1]] = 1
-        padded = torch.zeros_like(x)
-        padded[:, :, inside[0], inside[1]] = restyled
-        return x * (1 - mask) + padded
+        return restyled(x, self.crop)
 
     def crossed(self, x: Tensor, chance: float = 1.0) -> Tensor:
         """A pass with some of the units on."""
@@ -74,13 +39,6 @@ class Release(Typed):
         out = self(x)
         self.on = set()
         return out
-
-
-def agree(*logits: Tensor) -> Tensor:
-    """Jensen-Shannon divergence."""
-    chances = [each.softmax(1) for each in logits]
-    mixture = (sum(chances) / len(chances)).clamp(1e-7, 1).log()
-    return sum(F.kl_div(mixture, each, reduction="batchmean") for each in chances) / len(chances)
 
 
 @pytest.mark.parametrize(("preset", "chance"), [("cifar10_wrn", 0.5), ("cifar10_wrn_cnsn", 0.75)])

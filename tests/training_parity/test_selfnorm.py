@@ -11,21 +11,10 @@ from torch import Tensor, nn
 
 import fxgraft
 from training_parity.releases import TOLERANCE, WIDTHS, Typed, batch, deviation, stepping, stock
+from training_parity.styles import Gate, moments, statistics
 
 CLASSES, SIZE, PIXELS = 5, 5, 96
-SGD = {"lr": 0.1, "momentum": 0.9, "weight_decay": 5e-4}
-
-
-class Gate(nn.Module):
-    """A convolution of each channel's mean and deviation, and its normalisation."""
-
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        self.fc = nn.Conv1d(channels, channels, 2, groups=channels, bias=False)
-        self.bn = nn.BatchNorm1d(channels)
-
-    def forward(self, statistics: Tensor) -> Tensor:
-        return torch.sigmoid(self.bn(self.fc(statistics)))[..., None]
+SGD = {"lr": 0.1, "momentum": 0.9, "nesterov": True, "weight_decay": 5e-4}
 
 
 class Release(Typed):
@@ -38,14 +27,12 @@ class Release(Typed):
         self.double()
 
     def post(self, index: int, x: Tensor) -> Tensor:
-        flat = x.flatten(2)
-        mean, std = flat.mean(2, keepdim=True), (flat.var(2, keepdim=True) + 1e-12).sqrt()
-        statistics = torch.cat((mean, std), 2)
+        looked_at = statistics(x)
         gates: Any = self.gates[index]
-        g = gates["g"](statistics)
+        g = gates["g"](looked_at)
         if "f" not in gates:
             return x * g
-        return x * g + mean[..., None] * (gates["f"](statistics) - g)
+        return x * g + moments(x)[0] * (gates["f"](looked_at) - g)
 
     def named(self) -> dict[str, Tensor]:
         """The state under the names that the patched network has for it."""

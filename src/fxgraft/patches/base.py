@@ -30,7 +30,18 @@ from fxgraft.patches.presets import Preset
 
 P = TypeVar("P", bound="Patch")
 Position = Literal[
-    "pre", "residual", "identity", "post", "conv1_pre", "conv1_post", "conv2_post", "conv", "norm", "act"
+    "pre",
+    "pre_with_projection",
+    "residual",
+    "identity",
+    "post",
+    "output",
+    "conv1_pre",
+    "conv1_post",
+    "conv2_post",
+    "conv",
+    "norm",
+    "act",
 ]
 
 
@@ -236,11 +247,13 @@ class BlockPatch(LayeredPatch):
 
     Args:
         position: where in its block a unit sits. Residual blocks: "pre" (what the branch sees of the block's
-            input), "residual" (the end of the branch), "identity" (the shortcut, after any downsampling) or
-            "post" (the sum, before the last activation). Densely connected layers: "conv1_pre" (the layer's joined
-            input, before its first norm and for all that is concatenated with it onwards), "conv1_post",
-            "conv2_post". Plain stacks: behind every "conv", "norm" or "act". Default: "post"; in a network without
-            residual blocks "conv1_pre" of its densely connected layers, or else "conv".
+            input), "pre_with_projection" (the same, and where the shortcut projects the input, what that sees),
+            "residual" (the end of the branch), "identity" (the shortcut, after any downsampling), "post" (the sum,
+            before the last activation) or "output" (behind that activation; the sum, where none follows). Densely
+            connected layers: "conv1_pre" (the layer's joined input, before its first norm and for all that is
+            concatenated with it onwards), "conv1_post" (behind its first convolution), "conv2_post" (behind its
+            second, if there is one). Plain stacks: behind every "conv", "norm" or "act". Default: "post"; in a
+            network without residual blocks "conv1_pre" of its densely connected layers, or else "conv".
         layers: only these blocks: names of blocks or of modules around them, globs, stage numbers, names from
             ``fxgraft.sites(model, "residual")``; a name without such a block stands for its own output, and
             "input" for the image. Default: every block.

@@ -14,6 +14,8 @@ from torch import Tensor, nn
 
 import fxgraft
 from fxgraft import StructureError
+from fxgraft.graph.structure.dense import dense_layers
+from fxgraft.graph.tracing.anatomy import Anatomy
 from fxgraft.patches.crossnorm.patch import CrossNormUnit
 from fxgraft.patches.crossnorm.tensors import crossnorm
 from fxgraft.patches.selfnorm import SelfNormUnit
@@ -142,3 +144,124 @@ def test_where_the_parts_cannot_be_followed_it_says_so() -> None:
     ):
         fxgraft.patch(Around(), "crossnorm", position="conv1_pre", input_size=(3, 16, 16))
     fxgraft.patch(Around(), "crossnorm", position="conv1_post", input_size=(3, 16, 16))
+
+
+class Ends(nn.Module):
+    """A layer that concatenates itself: norm, ReLU and one convolution, or two, in its forward or in a part."""
+
+    def __init__(self, inner: int, convs: int = 1, nested: bool = False, first: bool = True) -> None:
+        super().__init__()
+        layers: list[nn.Module] = []
+        for number in range(convs):
+            layers += [nn.BatchNorm2d(inner if number == 0 else 4), nn.ReLU()]
+            layers += [nn.Conv2d(inner if number == 0 else 4, 4, 3, padding=1)]
+        self.branch = nn.Sequential(*layers) if nested else nn.ModuleList(layers)
+        self.first = first
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = x
+        if isinstance(self.branch, nn.Sequential):
+            out = self.branch(out)
+        else:
+            for layer in self.branch:
+                out = layer(out)
+        return torch.cat((x, out) if self.first else (out, x), dim=1)
+
+
+class Starts(nn.Module):
+    """A layer of one convolution whose inputs the layers behind it join with what it gives."""
+
+    def __init__(self, inner: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(inner, 4, 3, padding=1)
+
+    def forward(self, features: list[Tensor]) -> Tensor:
+        return self.conv(torch.cat(features, 1)).relu()
+
+
+class Joined(nn.Module):
+    """A block of such layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([Starts(6), Starts(10)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        features = [x]
+        for layer in self.layers:
+            features.append(layer(features))
+        return torch.cat(features, 1)
+
+
+class Aggregated(nn.Module):
+    """Joins values of different depth and runs a convolution on them, whose output nothing joins with them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.root = nn.Conv2d(6, 6, 3, padding=1), Root()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.root(x, self.first(x))
+
+
+class Root(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(12, 14, 1)
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        return self.conv(torch.cat((x, y), 1))
+
+
+LAYERS: dict[str, tuple[list[nn.Module], int, int]] = {
+    "one convolution": ([Ends(6), Ends(10)], 2, 0),
+    "two convolutions": ([Ends(6, 2), Ends(10, 2)], 2, 2),
+    "in a part": ([Ends(6, nested=True), Ends(10, 2, nested=True)], 2, 1),
+    "new channels first": ([Ends(6, first=False), Ends(10, first=False)], 2, 0),
+    "joined by the block": ([Joined()], 2, 0),
+    "aggregation": ([Aggregated()], 0, 0),
+}
+
+
+@pytest.mark.parametrize(("layers", "count", "seconds"), LAYERS.values(), ids=LAYERS)
+def test_layers_of_every_form(layers: list[nn.Module], count: int, seconds: int) -> None:
+    model = nn.Sequential(nn.Conv2d(3, 6, 1), *layers, nn.AdaptiveAvgPool2d(1), nn.Flatten()).double()
+    anatomy = Anatomy(copy.deepcopy(model), (3, 8, 8))
+    for position, number in (("conv1_pre", count), ("conv1_post", count), ("conv2_post", seconds)):
+        assert len(dense_layers(anatomy, position)) == number, position
+    if not count:
+        return
+    x = torch.randn(3, 3, 8, 8, dtype=torch.float64)
+    patched = fxgraft.patch(copy.deepcopy(model), "selfnorm", init="authors", input_size=(3, 8, 8))
+    assert len(fxgraft.grafts(patched)[0].units_of(SelfNormUnit)) == count
+    first = fxgraft.patch(model, "selfnorm", init="authors", position="conv1_post", input_size=(3, 8, 8))
+    assert len(fxgraft.grafts(first)[0].units) == count
+    for each in (patched, first):
+        each.train()(x).sum().backward()
+
+
+def test_a_second_convolution_that_is_not_there_is_named() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 6, 1), Ends(6), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    found = r"no dense layer of two convolutions.*\nFound: .*1 dense layers"
+    with pytest.raises(
+        StructureError, match=found + r".*\nPass position= one of 'conv1_pre', 'conv1_post', 'conv'"
+    ):
+        fxgraft.patch(model, "crossnorm", position="conv2_post", input_size=(3, 8, 8))
+
+
+def test_dense_blocks_whose_convolutions_are_nested() -> None:
+    small: dict[str, Any] = {
+        "growth_rates": (8, 8),
+        "num_blocks_list": (2, 1),
+        "block_type": ("Block", "BlockESE"),
+    }
+    model = timm.create_model(
+        "rdnet_tiny", num_classes=3, num_init_features=8, is_downsample_block=(None, True), **small
+    )
+    anatomy = Anatomy(model, (3, 64, 64))
+    parts = [f"dense_stages.{stage}.dense_block{i}" for stage, i in (("0.0", 0), ("0.0", 1), ("1.2", 0))]
+    assert [spot.name for spot in dense_layers(anatomy, "conv1_pre")] == [f"{part}.cat" for part in parts]
+    behind = dense_layers(anatomy, "conv2_post")
+    assert [(spot.name, spot.scope) for spot in behind] == [
+        (f"{part}.layers.layers.2", part) for part in parts
+    ]

@@ -217,8 +217,12 @@ def test_joins_of_well_known_models(model: str, blocks: int, first: str) -> None
 def test_the_listing_shows_every_join_with_its_positions() -> None:
     model = timm.create_model("resnet18", num_classes=2)
     sites = fxgraft.sites(model, "residual")
-    assert sites.names[:4] == [f"layer1.0.add:{position}" for position in POSITIONS]
-    assert len(sites) == 32
+    assert sites.names[:5] == [f"layer1.0.add:{position}" for position in (*POSITIONS, "output")]
+    # Five of each of eight joins, and of the three with a projected shortcut what that reads as well.
+    assert len(sites) == 43
+    assert [n for n in sites.names if n.endswith(":pre_with_projection")] == [
+        f"layer{stage}.0.add:pre_with_projection" for stage in (2, 3, 4)
+    ]
     pre, post = (next(s for s in sites if s.name == f"layer2.0.add:{p}") for p in ("pre", "post"))
     assert (pre.shape, post.shape) == ((2, 64, 56, 56), (2, 128, 28, 28))
     assert post.layout == "NCHW"

@@ -8,12 +8,15 @@ import pytest
 import timm
 import torch
 import torchvision
-from timm.layers import freeze_batch_norm_2d
+from timm.layers import BatchNormAct2d, freeze_batch_norm_2d
 from torch import Tensor, nn
 
 import fxgraft
+from fxgraft.graph.structure.positions import spots
+from fxgraft.graph.tracing.anatomy import Anatomy
 from fxgraft.patches.crossnorm.patch import CrossNormUnit
 from fxgraft.patches.crossnorm.tensors import crossnorm
+from graph.structure.test_joins import ByArgument
 
 SIZE = (3, 16, 16)
 
@@ -140,3 +143,77 @@ def test_maps_of_the_logits_are_left_out(position: Any) -> None:
         fxgraft.patch(only, "selfnorm", position="conv", input_size=SIZE)
     headless = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU())
     assert list(fxgraft.grafts(fxgraft.patch(headless, "selfnorm", input_size=SIZE))[0].units) == ["0"]
+
+
+class Act(nn.Module):
+    """An activation of the user's own."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.sigmoid(1.702 * x) * x
+
+
+class Ended(nn.Module):
+    """A residual block with a projected or a plain shortcut, and what is called behind the sum."""
+
+    def __init__(self, behind: list[nn.Module], projected: bool = False) -> None:
+        super().__init__()
+        self.conv = nn.Sequential(nn.Conv2d(4, 4, 3, padding=1), nn.Conv2d(4, 4, 1))
+        self.behind = nn.ModuleList(behind)
+        self.project = nn.Sequential(nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4)) if projected else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.project(x) + self.conv(x)
+        for each in self.behind:
+            x = each(x)
+        return x
+
+
+class Functional(Ended):
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.nn.functional.hardswish(self.project(x) + self.conv(x), inplace=True)
+
+
+def _spot(block: nn.Module, position: str) -> Any:
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), block, nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    (found,) = spots(Anatomy(model, SIZE), position)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("behind", "node"),
+    [
+        ([nn.ReLU(inplace=True)], "behind_0"),
+        ([nn.InstanceNorm2d(4, affine=True), nn.ReLU()], "behind_1"),
+        ([Act(), nn.Conv2d(4, 4, 1), nn.ReLU()], "behind_0"),
+        ([nn.Dropout(0.1), nn.PReLU()], "behind_1"),
+        ([nn.BatchNorm2d(4)], "add"),
+        ([nn.AvgPool2d(2), nn.ReLU()], "add"),
+        ([BatchNormAct2d(4)], "behind_0"),
+        ([], "add"),
+    ],
+)
+def test_output_is_behind_the_activation_that_follows_the_sum(behind: list[nn.Module], node: str) -> None:
+    spot = _spot(Ended(behind), "output")
+    assert (spot.edit.node, spot.training_edit.node) == (node, node)
+    assert _spot(Functional([]), "output").edit.node == "hardswish"
+
+
+def test_pre_with_projection_is_seen_by_a_projection_and_by_no_plain_shortcut() -> None:
+    assert _spot(Ended([], projected=True), "pre_with_projection").edit.users == ("project", "conv")
+    assert _spot(Ended([]), "pre_with_projection").edit.users == ("conv",)
+    with pytest.raises(fxgraft.StructureError, match=r"is an argument of 'inner'.*\n.*\n.*position=\"pre\""):
+        fxgraft.patch(ByArgument(), "crossnorm", position="pre_with_projection", input_size=(4, 4, 4))
+    assert not any(
+        "projection" in name for name in fxgraft.sites(ByArgument(), "residual", input_size=(4, 4, 4)).names
+    )
+
+
+@pytest.mark.parametrize("position", ["output", "pre_with_projection"])
+def test_the_new_positions_by_name_and_taken_off(position: str) -> None:
+    model = timm.create_model("test_resnet", num_classes=4)
+    keys = list(model.state_dict())
+    join = "layer2.0.add"
+    fxgraft.patch(model, "selfnorm", layers=f"{join}:{position}")
+    assert list(fxgraft.grafts(model)[0].units) == [f"{join}:{position}"]
+    model.train()(torch.randn(2, 3, 64, 64)).sum().backward()
+    assert list(fxgraft.unpatch(model).state_dict()) == keys

@@ -16,8 +16,8 @@ from torch import Tensor, fx, nn
 from torchvision.models.convnext import LayerNorm2d
 
 from fxgraft.errors import SiteError, StructureError, TraceError
-from fxgraft.graph.structure.derived import sharers
 from fxgraft.graph.structure.layout import Layout
+from fxgraft.graph.structure.linear import sharers
 from fxgraft.graph.structure.places import value_at
 from fxgraft.graph.structure.pooling import (
     DROPOUTS,

@@ -14,9 +14,8 @@ from typing import Any
 from torch import Tensor, fx, nn
 
 from fxgraft.errors import StructureError
-from fxgraft.graph.structure.derived import is_derived
 from fxgraft.graph.structure.layout import Layout
-from fxgraft.graph.structure.linear import is_linear
+from fxgraft.graph.structure.linear import is_derived, is_linear
 from fxgraft.graph.structure.opening import OpaqueError, opening
 from fxgraft.graph.structure.pooling import (
     DROPOUTS,

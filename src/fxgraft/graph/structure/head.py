@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from torch import fx, nn
 
 from fxgraft.errors import SiteError, StructureError, TraceError
-from fxgraft.graph.structure.derived import made_by_hooks
+from fxgraft.graph.structure.linear import made_by_hooks
 from fxgraft.graph.structure.outputs import logits_node
 from fxgraft.graph.structure.places import own_nodes
 from fxgraft.graph.structure.pooling import (

@@ -179,9 +179,9 @@ def _parts(anatomy: Anatomy, owner: str, total: fx.Node, identity: fx.Node, bran
     if node is branch:
         return None
     projected = sum(_learned(anatomy, owner, step) for step in steps)
-    modules = [step for step in steps if not _is_neutral(anatomy, owner, step)]
+    modules = [step for step in steps if not is_neutral(anatomy, owner, step)]
     between = _between(node, branch, upstream)
-    work = [step for step in between if step.op == "call_module" and not _is_neutral(anatomy, owner, step)]
+    work = [step for step in between if step.op == "call_module" and not is_neutral(anatomy, owner, step)]
     if not work:
         return None
     if modules:
@@ -200,13 +200,13 @@ def _given(
     shortcut = steps[-1]
     if shortcut.op != "placeholder" or not owner:
         return None
-    if any(not _is_neutral(anatomy, owner, step) for step in steps[:-1]):
+    if any(not is_neutral(anatomy, owner, step) for step in steps[:-1]):
         return None
     upstream = upstream_of(branch)
     placeholders = [node for node in total.graph.nodes if node.op == "placeholder"]
     inputs = [node for node in placeholders if node in upstream]
     if len(inputs) != 1 or not any(
-        node.op == "call_module" and not _is_neutral(anatomy, owner, node) for node in upstream | {branch}
+        node.op == "call_module" and not is_neutral(anatomy, owner, node) for node in upstream | {branch}
     ):
         return None
     caller = anatomy.caller(owner)
@@ -255,7 +255,7 @@ def _is_view(node: fx.Node) -> bool:
     return node.op in ("call_function", "call_method") and node.target in _VIEWS
 
 
-def _is_neutral(anatomy: Anatomy, owner: str, node: fx.Node) -> bool:
+def is_neutral(anatomy: Anatomy, owner: str, node: fx.Node) -> bool:
     """Say whether a step changes nothing about what a value is: views, dropout, identities."""
     if node.op == "placeholder":
         return True

@@ -7,11 +7,13 @@ Smith: Characterizing Signal Propagation to Close the Performance Gap in Unnorma
 
 for every output channel, which has mean 0 and, through the gain, any length. Sums of such weights are therefore weights
 of such a layer. Weight standardisation without a gain (StdConv2d) gives weights of one length, whose sums have another.
+
+Some layers make their weight from other parameters before every call, and some share it; both are found here.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -20,12 +22,16 @@ from timm.layers.conv2d_same import Conv2dSame, conv2d_same
 from timm.layers.padding import pad_same
 from timm.layers.std_conv import ScaledStdConv2d, ScaledStdConv2dSame
 from torch import Tensor, nn
+from torch.nn.utils.prune import BasePruningMethod
+from torch.nn.utils.spectral_norm import SpectralNorm
+from torch.nn.utils.weight_norm import WeightNorm
 
 from fxgraft.errors import StructureError
 from fxgraft.graph.structure.pooling import is_classifier
 
 _SCALED = (ScaledStdConv2d, ScaledStdConv2dSame)
 _FORWARDS = tuple(kind.forward for kind in (nn.Conv2d, Conv2dSame, *_SCALED))
+_HOOKS = (BasePruningMethod, SpectralNorm, WeightNorm)
 
 
 def is_linear(module: nn.Module) -> bool:
@@ -105,3 +111,25 @@ def _scaled(module: Any) -> bool:
 
 def _deviation(weight: Tensor) -> Tensor:
     return weight.flatten(1).std(1, correction=0).reshape(-1, *[1] * (weight.ndim - 1))
+
+
+def made_by_hooks(module: nn.Module) -> bool:
+    """Say whether pruning, weight_norm or spectral_norm of `torch.nn.utils` makes the weight when the layer is called.
+
+    Such a weight is an attribute that is only right within a call: written to, it is overwritten by the next one. Those
+    of `torch.nn.utils.parametrizations` are right whenever they are read.
+    """
+    return any(isinstance(hook, _HOOKS) for hook in module._forward_pre_hooks.values())
+
+
+def is_derived(module: nn.Module) -> bool:
+    """Say whether a layer's weight is made from other parameters, in whichever way, so that it cannot be written."""
+    return hasattr(module, "parametrizations") or made_by_hooks(module)
+
+
+def sharers(model: nn.Module, module: nn.Module) -> Iterator[str]:
+    """Name the other modules of a model that hold a parameter of this one."""
+    own = {id(parameter) for parameter in module.parameters(recurse=False)}
+    for name, other in model.named_modules():
+        if other is not module and any(id(parameter) in own for parameter in other.parameters(recurse=False)):
+            yield name

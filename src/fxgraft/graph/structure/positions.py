@@ -1,32 +1,40 @@
 """Positions inside blocks: from "post", "conv1_post" or "conv" to the places in a model that are called so.
 
-Three families: the four positions of a residual join, three positions of a densely connected layer, and the
+Three families: the positions of a residual join, three positions of a densely connected layer, and the
 outputs of all convolutions, norms or activations of a plain stack. Names of layers narrow each of them down.
 Each family has a usual position, and a network's own is that of the first family that it has blocks of.
+
+A residual join has two positions beside its own four. "pre_with_projection" is "pre" where the shortcut hands the
+block's input on as it is; where it projects or pools the input, it sees the changed one, too. "output" is behind the
+activation that follows the sum, with what lies between; "post" where none follows in the same forward.
 """
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from fxgraft.errors import SiteError, StructureError, TraceError, candidates
-from fxgraft.graph.structure.joins import POSITIONS as RESIDUAL
-from fxgraft.graph.structure.joins import residual_joins
+from fxgraft.errors import FxgraftError, SiteError, StructureError, TraceError, candidates
+from fxgraft.graph.structure.dense import DENSE, dense_layers
+from fxgraft.graph.structure.joins import POSITIONS as OF_JOINS
+from fxgraft.graph.structure.joins import Join, is_neutral, residual_joins
 from fxgraft.graph.structure.layout import layout_of
-from fxgraft.graph.structure.places import site_edit, value_at
+from fxgraft.graph.structure.places import training_name
 from fxgraft.graph.structure.sites import Site, Words, is_glob, matches, module_site, resolve
-from fxgraft.graph.structure.spot import Spot
+from fxgraft.graph.structure.spot import Spot, direct_spot
 from fxgraft.graph.tracing.anatomy import Anatomy
-from fxgraft.graph.tracing.editing import After, Edge, Input
+from fxgraft.graph.tracing.editing import After, Edge, Edit, Input
 from fxgraft.graph.tracing.names import join, relative
+from fxgraft.graph.tracing.preserve import preserved_modes, preserved_random_state
 from fxgraft.graph.tracing.values import shape_of
-from fxgraft.graph.tracing.walks import placeholders
+from fxgraft.graph.tracing.walks import downstream_of, upstream_of
 
-DENSE = ("conv1_pre", "conv1_post", "conv2_post")
+RESIDUAL = (*OF_JOINS, "pre_with_projection", "output")
 PLAIN = ("conv", "norm", "act")
 IMAGE = "input"
 USUAL = ("post", "conv1_pre", "conv")
@@ -86,14 +94,20 @@ def spots(anatomy: Anatomy, position: str | None = None, layers: Words | None = 
 
 
 def position_sites(anatomy: Anatomy) -> list[Site]:
-    """List every residual join with its positions, for `fxgraft.sites`."""
+    """List every residual join with its positions, each place once, for `fxgraft.sites`."""
     listed = []
     for each in residual_joins(anatomy):
         values = anatomy.values(each.owner)
+        seen: list[Edit] = []
         for position in RESIDUAL:
-            if position not in each.edits:
+            try:
+                found = _edits(anatomy, each, position)
+            except FxgraftError:  # what cannot be reached from inside of the block is not listed
                 continue
-            node = each.values[position]
+            if found is None or found[0] in seen:
+                continue
+            seen.append(found[0])
+            node = found[2]
             value = values.get(node)
             layout = layout_of(anatomy, value, "", strict=False) if isinstance(value, Tensor) else None
             listed.append(
@@ -113,101 +127,132 @@ def position_sites(anatomy: Anatomy) -> list[Site]:
 def _all(anatomy: Anatomy, position: str) -> list[Spot]:
     if position in RESIDUAL:
         return _residual(anatomy, position)
-    return _dense(anatomy, position) if position in DENSE else _plain(anatomy, position)
+    return dense_layers(anatomy, position) if position in DENSE else _plain(anatomy, position)
 
 
 def _residual(anatomy: Anatomy, position: str) -> list[Spot]:
     found = []
     for each in residual_joins(anatomy):
-        if position in each.edits:
-            value = anatomy.values(each.owner).get(each.values[position])
+        edits = _edits(anatomy, each, position)
+        if edits is not None:
+            value = anatomy.values(each.owner).get(edits[2])
             value = value if isinstance(value, Tensor) else None
-            edits = each.edits[position], each.training_edits.get(position, each.edits[position])
-            found.append(Spot(each.name, position, each.owner, *edits, value, "", each.owner))
+            found.append(Spot(each.name, position, each.owner, *edits[:2], value, "", each.owner))
     return found
 
 
-def _dense(anatomy: Anatomy, position: str) -> list[Spot]:
-    """Find layers that join their inputs and run two convolutions on them, one after the other."""
-    found = []
-    for owner in anatomy.in_order():
-        module = anatomy.module(owner)
-        if not any(isinstance(child, nn.Conv2d) for child in module.children()):
-            continue
-        try:
-            edits = [_dense_edit(anatomy, owner, position, training) for training in (False, True)]
-        except (TraceError, SiteError):
-            continue
-        if edits[0] is not None and edits[1] is not None:
-            node = edits[0].node
-            value = anatomy.values(owner).get(node)
-            value = value if isinstance(value, Tensor) else None
-            name = f"{owner}.{node}"
-            onward = _onward(anatomy, owner, name) if position == "conv1_pre" else ()
-            found.append(Spot(name, position, owner, edits[0], edits[1], value, "", owner, onward))
-    return found
+def _edits(anatomy: Anatomy, each: Join, position: str) -> tuple[Edit, Edit, str] | None:
+    """Return what to do at a position of a join in evaluation and in training, and the node whose value is there.
 
-
-def _dense_edit(anatomy: Anatomy, owner: str, position: str, training: bool) -> After | None:
-    joined, convs = _joined(anatomy, owner, training)
-    if len(joined) != 1 or len(convs) != 2:
+    Raises:
+        StructureError: the position depends on a shortcut that is made outside of the block.
+    """
+    if position == "output":
+        name = _handed_on(anatomy, each.owner, each.values["post"])
+        return After(name), After(training_name(anatomy, each.owner, name)), name
+    known = "pre" if position == "pre_with_projection" else position
+    if known not in each.edits:
         return None
-    if position == "conv1_pre":
-        return After(joined[0].name)
-    return After(convs[0 if position == "conv1_post" else 1].name)
+    edits = each.edits[known], each.training_edits.get(known, each.edits[known])
+    if position == "pre_with_projection":
+        graphs = [anatomy.graph(each.owner, training).graph for training in (False, True)]
+        identities = (each.edits["identity"], each.training_edits["identity"])
+        wider = zip(graphs, edits, identities, strict=True)
+        edits = tuple(_with_projection(anatomy, each, graph, *pair) for graph, *pair in wider)
+    return *edits, each.values[known]
 
 
-def _joined(anatomy: Anatomy, owner: str, training: bool) -> tuple[list[fx.Node], list[fx.Node]]:
-    """List where a forward joins inputs of its own, and its convolutions."""
-    graph = anatomy.graph(owner, training).graph
-    joined = [n for n in graph.nodes if n.target in (torch.cat, torch.concat) and _of_inputs(n)]
-    convs = [
-        node
-        for node in graph.nodes
-        if node.op == "call_module" and isinstance(anatomy.module(join(owner, str(node.target))), nn.Conv2d)
-    ]
-    return joined, convs
-
-
-def _onward(anatomy: Anatomy, owner: str, name: str) -> tuple[Spot, ...]:
-    """Find the values that a layer joins as the module around it uses them after the layer."""
-    block = anatomy.caller(owner)
-    try:
-        evaluation, training = (_edges(anatomy, owner, block, mode) for mode in (False, True))
-    except (TraceError, SiteError) as error:
+def _with_projection(anatomy: Anatomy, each: Join, graph: fx.Graph, pre: Edit, identity: Edit) -> Edit:
+    """Add to the users of a fork, in the branch, the one that projects the shortcut, if it is projected."""
+    nodes = {node.name: node for node in graph.nodes}
+    if not isinstance(pre, Edge) or not isinstance(identity, Edge):
+        return pre
+    fork, shortcut = nodes[pre.node], nodes[identity.node]
+    way = {node for node in downstream_of(fork) & {*upstream_of(shortcut), shortcut} if node is not fork}
+    if shortcut is not fork and not way:
         raise StructureError(
-            f"{owner!r} joins its inputs, and {block or 'the model'!r} goes on using them in a way that cannot be "
-            f"followed: {str(error).splitlines()[0]}\n"
-            "What replaces its input before the first norm has to be what is concatenated onwards.\n"
-            'Pass position="conv1_post" or "conv2_post", or layers= with names of sites.'
-        ) from error
-    values = anatomy.values(block)
-    return tuple(
-        Spot(f"{name}:{i}", "conv1_pre", block, edges[0], edges[1], values.get(edges[0].node), "", block)
-        for i, edges in enumerate(zip(evaluation, training, strict=True))
-    )
-
-
-def _edges(anatomy: Anatomy, owner: str, block: str, mode: bool) -> list[Edge]:
-    """Return, for each value that a layer joins, the edges to what uses it after the layer."""
-    inner = anatomy.graph(owner, mode).graph
-    called_as = relative(owner, block)
-    graph = anatomy.graph(block, mode).graph
-    calls = [node for node in graph.nodes if node.op == "call_module" and node.target == called_as]
-    given = calls[0].all_input_nodes if len(calls) == 1 else []
-    inputs = placeholders(inner)
-    if len(given) != len(inputs):
-        raise SiteError(
-            f"it is called {len(calls)} times, with {len(given)} values for {len(inputs)} inputs."
+            f"The shortcut that {each.name!r} adds is an argument of {each.owner!r}, made by its caller.\n"
+            "What it is made from cannot be changed from inside of the block.\n"
+            'Pass position="pre", which leaves the shortcut as it is.'
         )
-    joined = _joined(anatomy, owner, mode)[0][0].all_input_nodes
-    sources = [given[inputs.index(each)] for each in joined]
-    return [Edge(x.name, tuple(user.name for user in sorted(x.users) if calls[0] < user)) for x in sources]
+    if all(is_neutral(anatomy, each.owner, node) for node in way):
+        return pre
+    return Edge(pre.node, tuple(user.name for user in fork.users if user.name in pre.users or user in way))
 
 
-def _of_inputs(node: fx.Node) -> bool:
-    """Say whether a value is made of the module's own inputs and nothing else."""
-    return all(source.op == "placeholder" for source in node.all_input_nodes)
+def _handed_on(anatomy: Anatomy, owner: str, total: str) -> str:
+    """Follow a sum to the last activation that acts on it alone, by name; the sum itself where there is none."""
+    values = anatomy.values(owner)
+    node = next(node for node in anatomy.graph(owner, training=False).graph.nodes if node.name == total)
+    found = node
+    while len(node.users) == 1:
+        before, node = node, next(iter(node.users))
+        if node.op not in ("call_module", "call_function", "call_method"):
+            break
+        module = anatomy.module(join(owner, str(node.target))) if node.op == "call_module" else None
+        if module is not None and is_kind(module, "norm"):
+            found = node if any(is_kind(part, "act") for part in module.children()) else found
+            continue
+        steps = _operators(anatomy, module, node, values.get(before.name))
+        if steps is None:
+            break
+        found = node if steps else found
+    return found.name
+
+
+# They work element by element, though torch does not say so of them.
+_ELEMENTWISE = {"hardswish", "hardswish_", "_prelu_kernel", "log_sigmoid_forward", "rrelu_with_noise"}
+_BESIDE = {"view", "empty_like", "add", "sub", "mul", "div", "neg"}
+"""What an activation may do as well."""
+
+
+class _Recorder(TorchDispatchMode):
+    """Records the operators that run."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[torch._ops.OpOverload] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.seen.append(func)
+        return func(*args, **(kwargs or {}))
+
+
+def _operators(anatomy: Anatomy, module: nn.Module | None, node: fx.Node, value: Any) -> list[str] | None:
+    """Name the operators of an activation: a step that works element by element, and not by arithmetic alone.
+
+    Returns:
+        None where the step is something else; an empty list where it does nothing in evaluation.
+    """
+    inputs = [each for each in node.all_input_nodes if each.op != "get_attr"]
+    if len(inputs) != 1 or node.args[:1] != (inputs[0],) or len(node.all_input_nodes) > 1:
+        return None
+    call: Any = getattr(torch.Tensor, str(node.target)) if node.op == "call_method" else module or node.target
+    recorder = _Recorder()
+
+    def run(x: Tensor) -> Any:
+        with recorder:
+            return call(x, *node.args[1:], **node.kwargs)
+
+    try:
+        with preserved_random_state(), preserved_modes(module or nn.Identity()):
+            for each in module.modules() if module is not None else ():
+                each.training = False
+            result = anatomy.observation.run(run, value)
+    except Exception:  # what does not run by itself is no activation
+        return None
+    names = [each._schema.name.partition("::")[2] for each in recorder.seen]
+    pointwise = (torch.Tag.pointwise in each.tags for each in recorder.seen)
+    if (
+        not isinstance(result, Tensor)
+        or result.shape != value.shape
+        or not all(
+            known or name in _ELEMENTWISE | _BESIDE for known, name in zip(pointwise, names, strict=True)
+        )
+    ):
+        return None
+    acting = [name for name in names if name.rstrip("_") not in _BESIDE]
+    return acting if acting or not names else None
 
 
 def _plain(anatomy: Anatomy, position: str) -> list[Spot]:
@@ -221,7 +266,7 @@ def _plain(anatomy: Anatomy, position: str) -> list[Spot]:
             continue
         site = module_site(anatomy, path)
         if site.on_module:
-            found.append(_direct(anatomy, site, position))
+            found.append(direct_spot(anatomy, site, position))
             continue
         called_as = relative(path, site.owner)
         try:
@@ -265,13 +310,6 @@ def is_kind(module: nn.Module, kind: str) -> bool:
     )
 
 
-def _direct(anatomy: Anatomy, site: Site, position: str = "") -> Spot:
-    owner, edit = site_edit(anatomy, site)
-    value = value_at(anatomy, site)
-    value = value if isinstance(value, Tensor) else None
-    return Spot(site.name, position, owner, edit, edit, value, site.path, site.path or site.owner)
-
-
 def _named(anatomy: Anatomy, word: str | int, every: Callable[[], list[Spot]]) -> list[Spot]:
     """Resolve one word: blocks that it names or holds, else the value that it names."""
     if word == IMAGE and IMAGE not in anatomy.observation.calls:
@@ -300,7 +338,7 @@ def _named(anatomy: Anatomy, word: str | int, every: Callable[[], list[Spot]]) -
     found: list[Spot] = []
     for site in sites:
         inside = [spot for spot in blocks if site.path and _holds(site.path, spot)]
-        found += [spot for spot in inside if spot.usable] or [_direct(anatomy, site)]
+        found += [spot for spot in inside if spot.usable] or [direct_spot(anatomy, site)]
     return found
 
 
@@ -325,11 +363,13 @@ def _nowhere(anatomy: Anatomy, position: str, found: list[Spot]) -> StructureErr
             "Pass input_size=(C, H, W) of larger images, or layers= with other sites."
         )
     joins = len(_residual(anatomy, "post"))
-    parts = [f"{joins} residual joins", f"{len(_dense(anatomy, 'conv1_post'))} dense layers"]
+    dense = len(dense_layers(anatomy, DENSE[0]))
+    parts = [f"{joins} residual joins", f"{dense} dense layers"]
     parts += [f"{len(_plain(anatomy, kind))} {plural}" for kind, plural in _KINDS.items()]
     have = [p for p, n in zip((RESIDUAL, DENSE, *([k] for k in PLAIN)), parts, strict=True) if n[0] != "0"]
-    offers = ", ".join(repr(each) for group in have for each in group)
+    offers = ", ".join(repr(each) for group in have for each in group if each != position)
     what = "residual join" if position in RESIDUAL else "dense layer" if position in DENSE else position
+    what = "dense layer of two convolutions" if position == DENSE[2] and dense else what
     return StructureError(
         f"There is no {what} in {model}, so it has no position {position!r}.\n"
         f"Found: {', '.join(parts)}.\n"

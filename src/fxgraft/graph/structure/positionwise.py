@@ -16,8 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from fxgraft.errors import SiteError
-from fxgraft.graph.structure.derived import made_by_hooks
 from fxgraft.graph.structure.head import Head
+from fxgraft.graph.structure.linear import made_by_hooks
 from fxgraft.graph.structure.pooling import HeadTrace, is_classifier, opened_head
 from fxgraft.graph.structure.tokens import token_grid
 from fxgraft.graph.tracing.anatomy import Anatomy

@@ -8,6 +8,8 @@ from torch import Tensor, nn
 
 from fxgraft.errors import FxgraftError, SiteError
 from fxgraft.graph.structure.layout import Layout, layout_of, named_layout
+from fxgraft.graph.structure.places import site_edit, value_at
+from fxgraft.graph.structure.site import Site
 from fxgraft.graph.tracing.anatomy import Anatomy
 from fxgraft.graph.tracing.editing import Edit, Input
 
@@ -45,6 +47,14 @@ class Spot:
         if value is None or value.ndim < 3 or not value.is_floating_point() or value.shape[0] != 2:
             return False
         return value[0].numel() > max(value.shape[1], value.shape[-1])
+
+
+def direct_spot(anatomy: Anatomy, site: Site, position: str = "") -> Spot:
+    """Make a spot of a site's own value."""
+    owner, edit = site_edit(anatomy, site)
+    value = value_at(anatomy, site)
+    value = value if isinstance(value, Tensor) else None
+    return Spot(site.name, position, owner, edit, edit, value, site.path, site.path or site.owner)
 
 
 def spot_layout(anatomy: Anatomy, spot: Spot, name: str | None = None) -> Layout:

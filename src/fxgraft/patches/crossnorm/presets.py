@@ -46,8 +46,8 @@ def _preset(
 _IMAGENET = ("ResNet-50", "ImageNet", "input")
 _WRN = ("WRN-40-2", "CIFAR-10", "post")
 _WRN_100 = ("WRN-40-2", "CIFAR-100", "post")
-_RESNEXT = ("ResNeXt-29", "CIFAR-10", "post")
-_RESNEXT_100 = ("ResNeXt-29", "CIFAR-100", "post")
+_RESNEXT = ("ResNeXt-29", "CIFAR-10", "output")
+_RESNEXT_100 = ("ResNeXt-29", "CIFAR-100", "output")
 _DENSE = ("DenseNet", "CIFAR-10", "conv1_pre")
 _ALLCONV = ("AllConv", "CIFAR-10", "conv")
 
@@ -56,7 +56,7 @@ PRESETS = presets_by_name(
     _preset("imagenet_cnsn", *_IMAGENET, "neither", 0.5, 1, epochs=90, decay="1e-4"),
     _preset("imagenet_cnsn_consistency", *_IMAGENET, "both", 0.5, 1, consistency=10.0, epochs=90, decay="1e-4"),
     _preset(
-        "imagenet_cnsn_ibn_augmix", *_IMAGENET, "neither", 0.5, 1, consistency=12.0, epochs=90, decay="1e-4",
+        "imagenet_cnsn_ibn_augmix", *_IMAGENET, "neither", 0.5, 1, epochs=90, decay="1e-4",
         note="with IBN in the network and AugMix on the images",
     ),
     _preset("cifar10_wrn", *_WRN, "neither", 0.5, 2, epochs=100, decay="5e-4"),

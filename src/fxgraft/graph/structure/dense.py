@@ -1,0 +1,205 @@
+"""Densely connected layers: each computes new channels from a joined value, and the two are concatenated.
+
+The layer concatenates them itself, in what it returns, or what is called behind it does. It has one convolution or
+several, in its own forward or in parts of it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, fx, nn
+
+from fxgraft.errors import SiteError, StructureError, TraceError
+from fxgraft.graph.structure.sites import module_site
+from fxgraft.graph.structure.spot import Spot, direct_spot
+from fxgraft.graph.tracing.anatomy import Anatomy
+from fxgraft.graph.tracing.editing import After, Edge, Edit
+from fxgraft.graph.tracing.names import join, relative
+from fxgraft.graph.tracing.trace import is_primitive
+from fxgraft.graph.tracing.walks import downstream_of, placeholders, upstream_of
+
+DENSE = ("conv1_pre", "conv1_post", "conv2_post")
+
+
+@dataclass(frozen=True)
+class _Layer:
+    """A densely connected layer in one mode.
+
+    Attributes:
+        joined: what its convolutions read and what is concatenated with the channels they make.
+        convs: names of the nodes of its convolutions, in running order; none where they are in parts of the layer.
+        ends: whether the layer concatenates itself, in what it returns.
+    """
+
+    joined: fx.Node
+    convs: tuple[str, ...]
+    ends: bool
+
+    def edit(self, position: str) -> Edit | None:
+        """Return what to do at a position, where it is in this forward."""
+        if position != "conv1_pre":
+            number = 0 if position == "conv1_post" else 1
+            return After(self.convs[number]) if number < len(self.convs) else None
+        if self.joined.op != "placeholder":
+            return After(self.joined.name)
+        return Edge(self.joined.name, tuple(user.name for user in self.joined.users))
+
+
+def dense_layers(anatomy: Anatomy, position: str) -> list[Spot]:
+    """Find the densely connected layers, and the places of one position in them."""
+    found = []
+    layers: list[str] = []
+    for owner in anatomy.in_order():
+        if not _could_be_dense(anatomy, owner) or any(path.startswith(owner + ".") for path in layers):
+            continue
+        try:
+            modes = [_layer(anatomy, owner, training) for training in (False, True)]
+            if modes[0] is None or modes[1] is None:
+                continue
+            layers.append(owner)
+            spot = _dense_spot(anatomy, owner, position, modes[0], modes[1])
+        except (TraceError, SiteError):
+            continue
+        found += [] if spot is None else [spot]
+    return found
+
+
+def _dense_spot(
+    anatomy: Anatomy, owner: str, position: str, evaluation: _Layer, training: _Layer
+) -> Spot | None:
+    if position != "conv1_pre" and not evaluation.convs:
+        inside = [path for path in anatomy.in_order() if path.startswith(owner + ".")]
+        convs = [path for path in inside if isinstance(anatomy.module(path), nn.Conv2d)]
+        number = 0 if position == "conv1_post" else 1
+        if number >= len(convs):
+            return None
+        spot = direct_spot(anatomy, module_site(anatomy, convs[number]), position)
+        return dataclasses.replace(spot, scope=owner)
+    edits = evaluation.edit(position), training.edit(position)
+    if edits[0] is None or edits[1] is None:
+        return None
+    node = getattr(edits[0], "node")  # noqa: B009
+    value = anatomy.values(owner).get(node)
+    value = value if isinstance(value, Tensor) else None
+    name = f"{owner}.{node}"
+    onward = _onward(anatomy, owner, name) if position == "conv1_pre" and not evaluation.ends else ()
+    return Spot(name, position, owner, edits[0], edits[1], value, "", owner, onward)
+
+
+def _could_be_dense(anatomy: Anatomy, owner: str) -> bool:
+    module = anatomy.module(owner)
+    closed = is_primitive(module) and not any(True for _ in module.children())
+    if closed or type(module) is nn.Sequential:
+        return False
+    return any(isinstance(each, nn.Conv2d) for each in module.modules() if each is not module)
+
+
+def _layer(anatomy: Anatomy, owner: str, training: bool) -> _Layer | None:
+    """Read a forward as a densely connected layer, or return None."""
+    graph = anatomy.graph(owner, training).graph
+    starts = [node for node in graph.nodes if _joins(node) and _of_inputs(node)]
+    returned = next(node for node in graph.nodes if node.op == "output").args[0]
+    ends = None
+    if isinstance(returned, fx.Node) and _joins(returned):
+        ends = _base(returned, starts)
+    if ends is None and (len(starts) != 1 or not _joined_onward(anatomy, owner)):
+        return None
+    joined = starts[0] if ends is None else ends
+    between = downstream_of(joined) & upstream_of(returned) if isinstance(returned, fx.Node) else set()
+    between |= {returned} if isinstance(returned, fx.Node) and ends is None else set()
+    modules = {
+        node: anatomy.module(join(owner, str(node.target))) for node in between if node.op == "call_module"
+    }
+    convs = sorted(node for node, module in modules.items() if isinstance(module, nn.Conv2d))
+    if any(not _follows(a, b) for a, b in itertools.pairwise(convs)):
+        return None
+    if not convs and not any(isinstance(each, nn.Conv2d) for m in modules.values() for each in m.modules()):
+        return None
+    return _Layer(joined, tuple(node.name for node in convs), ends is not None)
+
+
+def _follows(first: fx.Node, second: fx.Node) -> bool:
+    return second in downstream_of(first)
+
+
+def _joins(node: fx.Node) -> bool:
+    """Say whether a node concatenates along the channels of maps (B, C, H, W)."""
+    if node.op != "call_function" or node.target not in (torch.cat, torch.concat, torch.concatenate):
+        return False
+    dim = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", node.kwargs.get("axis", 0))
+    return dim in (1, -3)
+
+
+def _base(returned: fx.Node, starts: list[fx.Node]) -> fx.Node | None:
+    """Return which of the two parts that a layer returns the other one was computed from, if it is its input."""
+    parts = returned.args[0] if returned.args else None
+    if (
+        not isinstance(parts, (list, tuple))
+        or len(parts) != 2
+        or not all(isinstance(p, fx.Node) for p in parts)
+    ):
+        return None
+    for base, new in (parts, parts[::-1]):
+        if (base.op == "placeholder" or base in starts) and base in upstream_of(new):
+            return base
+    return None
+
+
+def _joined_onward(anatomy: Anatomy, owner: str) -> bool:
+    """Say whether something joins what a layer returns with something that the layer was given."""
+    block = anatomy.caller(owner)
+    called_as = relative(owner, block)
+    graph = anatomy.graph(block, training=False).graph
+    for call in (node for node in graph.nodes if node.op == "call_module" and node.target == called_as):
+        given = set(call.all_input_nodes)
+        for node in downstream_of(call):
+            joins = _joins(node) or (node.op == "call_module" and len(node.all_input_nodes) > 1)
+            if joins and given & set(node.all_input_nodes):
+                return True
+    return False
+
+
+def _onward(anatomy: Anatomy, owner: str, name: str) -> tuple[Spot, ...]:
+    """Find the values that a layer joins as the module around it uses them after the layer."""
+    block = anatomy.caller(owner)
+    try:
+        evaluation, training = (_edges(anatomy, owner, block, mode) for mode in (False, True))
+    except (TraceError, SiteError) as error:
+        raise StructureError(
+            f"{owner!r} joins its inputs, and {block or 'the model'!r} goes on using them in a way that cannot be "
+            f"followed: {str(error).splitlines()[0]}\n"
+            "What replaces its input before the first norm has to be what is concatenated onwards.\n"
+            'Pass position="conv1_post" or "conv2_post", or layers= with names of sites.'
+        ) from error
+    values = anatomy.values(block)
+    return tuple(
+        Spot(f"{name}:{i}", "conv1_pre", block, edges[0], edges[1], values.get(edges[0].node), "", block)
+        for i, edges in enumerate(zip(evaluation, training, strict=True))
+    )
+
+
+def _edges(anatomy: Anatomy, owner: str, block: str, mode: bool) -> list[Edge]:
+    """Return, for each value that a layer joins, the edges to what uses it after the layer."""
+    inner = anatomy.graph(owner, mode).graph
+    called_as = relative(owner, block)
+    graph = anatomy.graph(block, mode).graph
+    calls = [node for node in graph.nodes if node.op == "call_module" and node.target == called_as]
+    given = calls[0].all_input_nodes if len(calls) == 1 else []
+    inputs = placeholders(inner)
+    if len(given) != len(inputs):
+        raise SiteError(
+            f"it is called {len(calls)} times, with {len(given)} values for {len(inputs)} inputs."
+        )
+    layer = _layer(anatomy, owner, mode)
+    joined = [] if layer is None else layer.joined.all_input_nodes
+    sources = [given[inputs.index(each)] for each in joined]
+    return [Edge(x.name, tuple(user.name for user in sorted(x.users) if calls[0] < user)) for x in sources]
+
+
+def _of_inputs(node: fx.Node) -> bool:
+    """Say whether a value is made of the module's own inputs and nothing else."""
+    return all(source.op == "placeholder" for source in node.all_input_nodes)
