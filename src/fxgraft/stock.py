@@ -50,7 +50,7 @@ def load_backbone(model: M, state_dict: Mapping[str, Any]) -> M:
     Every key of the bare model has to be there, and no other. What the grafts have added stays as it is, but for
     tensors that are made from the bare model's: MixMo's members from 1 on, and their offsets, start anew from the
     loaded weights, as they do when the model is patched (the offsets are drawn from torch's generator). GAM's source
-    network is one of its own and stays.
+    network is a copy of the loaded weights where its game has not begun, and otherwise stays.
 
     Args:
         model: patched, wrapped or not, or with patched parts; a bare model is loaded as by ``load_state_dict``.

@@ -50,7 +50,7 @@ def test_it_is_what_torch_does_for_averaged_weights():
     assert fxgraft.adapt_batchnorm(model, batches()) is model
     torch.optim.swa_utils.update_bn(batches(), twin)
     for key, value in twin.state_dict().items():
-        exactly(model.state_dict()[key], value)
+        torch.testing.assert_close(model.state_dict()[key], value)
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -68,6 +68,83 @@ def test_nothing_else_changes(training: bool):
     assert [norm.momentum for norm in norms(model)] == [0.1, 0.1]
     changed = {key for key, value in model.state_dict().items() if not torch.equal(value, before[key])}
     assert changed == {key for key in before if "running" in key or "num_batches" in key}
+
+
+def uneven(*sizes: int) -> list[Tensor]:
+    """Batches of these sizes whose images differ from each other as a whole."""
+    g = torch.Generator().manual_seed(6)
+    images = torch.randn(sum(sizes), 3, 24, 24, generator=g) + torch.randn(sum(sizes), 3, 1, 1, generator=g)
+    return list(images.split(sizes))
+
+
+@pytest.mark.parametrize("options", [{}, {"momentum": 0.5}, {"reset": False}], ids=str)
+def test_batches_count_by_their_images(options: Any) -> None:
+    """A last batch of one image weighs as one image, and not as a batch."""
+    model, loader = net(), uneven(32, 32, 1)
+    before = norms(model)[0].running_var.clone()
+    fxgraft.adapt_batchnorm(model, loader, **options)
+    with torch.no_grad():
+        found = [model.layer1[0](x).var((0, 2, 3)) for x in loader]
+    if options:
+        share = options.get("momentum", 0.1)
+        expected = (
+            found[0] * share + before * (1 - share) if "reset" in options else found[0] * share + 1 - share
+        )
+        for var, size in zip(found[1:], (32, 1), strict=True):
+            expected = torch.lerp(expected, var, share * size / 32)
+    else:
+        expected = sum(var * len(x) for var, x in zip(found, loader, strict=True)) / 65
+    torch.testing.assert_close(norms(model)[0].running_var, expected)
+
+
+@pytest.mark.parametrize("patched", [False, True])
+@pytest.mark.parametrize("sizes", [(5, 5, 1), (1,) * 4, (11,)], ids=str)
+def test_exact_statistics_are_those_of_all_images_layer_by_layer(
+    sizes: tuple[int, ...], patched: bool
+) -> None:
+    model, loader = net(dropout=0.5), uneven(*sizes)
+    if patched:
+        fxgraft.patch(model, "crossnorm", position="norm", p=1.0, active=None, input_size=SIZE)
+        fxgraft.patch(model, "selfnorm", position="norm", input_size=SIZE)
+    assert fxgraft.adapt_batchnorm(model, loader, exact=True) is model
+    model.eval()
+    for norm in [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]:
+        seen: list[Tensor] = []
+        handle = norm.register_forward_pre_hook(lambda _, args, seen=seen: seen.append(args[0]))
+        with torch.no_grad():
+            for x in loader:
+                model(x)
+        handle.remove()
+        values = torch.cat(seen).transpose(0, 1).flatten(1).double()
+        torch.testing.assert_close(norm.running_mean.double(), values.mean(1), rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(norm.running_var.double(), values.var(1), rtol=1e-5, atol=1e-6)
+        assert norm.num_batches_tracked == len(sizes)
+        assert not norm._forward_pre_hooks
+
+
+class Twice(nn.Module):
+    """Calls its norm twice, and has one that forgets to count."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.uncounted = nn.BatchNorm2d(3), nn.BatchNorm2d(3)
+        self.uncounted.num_batches_tracked = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(x) + self.norm(3 * x) + self.uncounted(x)
+
+
+def test_layers_that_run_twice_or_do_not_count() -> None:
+    model, loader = Twice(), uneven(6, 2)
+    fxgraft.adapt_batchnorm(model, loader)
+    found = [sum((k * x).mean((0, 2, 3)) for k in (1, 3)) / 2 for x in loader]
+    torch.testing.assert_close(model.norm.running_mean, (6 * found[0] + 2 * found[1]) / 8)
+    torch.testing.assert_close(model.uncounted.running_mean, torch.cat(loader).mean((0, 2, 3)))
+    assert model.norm.num_batches_tracked == 4
+    fxgraft.adapt_batchnorm(model, loader, exact=True)
+    whole = torch.cat(loader)
+    values = torch.cat([whole, 3 * whole])
+    torch.testing.assert_close(model.norm.running_var, values.var((0, 2, 3)))
 
 
 def test_without_a_reset_the_old_statistics_count():
@@ -146,6 +223,12 @@ def one_value() -> nn.Module:
     return nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.BatchNorm2d(3), nn.Flatten(), nn.Linear(3, 2))
 
 
+def overflowing() -> nn.Module:
+    model = net()
+    model.layer1[0].weight.data.fill_(3e38)
+    return model
+
+
 @pytest.mark.parametrize(
     ("build", "loader", "options", "error", "message"),
     [
@@ -161,6 +244,37 @@ def one_value() -> nn.Module:
         (net, iter([]), {}, fxgraft.ConfigError, "can be used once"),
         (net, [*batches(), {"label": 1}], {}, fxgraft.ConfigError, "holds no images"),
         (net, batches(), {"momentum": 0}, fxgraft.ConfigError, r"in \(0, 1\]; got 0"),
+        (net, [*batches(), batches()[0] / 0], {}, fxgraft.ConfigError, "NaN or infinity, in batch 3 and 0"),
+        (
+            net,
+            [batches()[0] * torch.nan] * 2,
+            {"exact": True},
+            fxgraft.ConfigError,
+            "NaN .* in batch 0 and 1",
+        ),
+        (
+            overflowing,
+            batches(),
+            {},
+            fxgraft.ConfigError,
+            "statistics of 'layer1.1' and of 1 others are not finite",
+        ),
+        (
+            net,
+            batches(),
+            {"exact": True, "momentum": 0.1},
+            fxgraft.ConfigError,
+            "over all images, and momentum=",
+        ),
+        (net, batches(), {"exact": True, "reset": False}, fxgraft.ConfigError, "or reset=False asks"),
+        (
+            net,
+            iter(batches()),
+            {"exact": True},
+            fxgraft.ConfigError,
+            "gives its batches once, and exact=True",
+        ),
+        (one_value, batches(1, 1), {"exact": True}, fxgraft.ConfigError, "All images together leave"),
         (
             one_value,
             [*batches(), *batches(1, 1)],

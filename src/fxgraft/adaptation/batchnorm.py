@@ -18,8 +18,11 @@ from fxgraft.adaptation.streams import images_of
 from fxgraft.errors import ConfigError, StructureError, no_module
 from fxgraft.graph.grafting.state import state_of
 from fxgraft.graph.tracing.preserve import preserved_modes
+from fxgraft.patches.gam.step import renew_sources
 
 M = TypeVar("M", bound=nn.Module)
+Statistics = tuple[Tensor, Tensor]
+"""Mean and unbiased variance of every channel, in double precision."""
 
 
 def adapt_batchnorm(
@@ -28,9 +31,10 @@ def adapt_batchnorm(
     *,
     reset: bool = True,
     momentum: float | None = None,
+    exact: bool = False,
     device: str | torch.device | None = None,
 ) -> M:
-    """Estimate the running statistics of every BatchNorm anew, on images of another domain.
+    """Estimate the running statistics of every BatchNorm again, on images of another domain.
 
     One pass over the images, without labels and without gradients. Every other layer runs in evaluation mode;
     weights, modes and ``requires_grad`` stay as they are.
@@ -38,10 +42,14 @@ def adapt_batchnorm(
     Args:
         model: any model with BatchNorm, bare or patched; changed in place.
         loader: batches of images: tensors, tuples or lists that start with one, or dictionaries that hold one
-            under "image", "x" or another usual name. Labels are not read; all batches count the same.
+            under "image", "x" or another usual name. Labels are not read.
         reset: forget the statistics of the domain that the model was trained on.
-        momentum: share of each new batch, in (0, 1]. None: the plain average of all batches, or without
+        momentum: share of each new batch, in (0, 1]; a batch with fewer images than the largest before it has
+            proportionally less. None: the average of the moments of all batches, weighed by their images, or without
             ``reset`` every layer's own momentum.
+        exact: mean and variance over all images instead, layer by layer, so that each layer sees what the layers before
+            it give with their new statistics. It takes a pass for each BatchNorm and a loader that can be iterated
+            again and again; batches may be of any size. Not with ``momentum`` or ``reset=False``.
         device: where the images go; by default to the model.
 
     Returns:
@@ -50,8 +58,8 @@ def adapt_batchnorm(
     Raises:
         WrappedModelError: what should be the model is none.
         StructureError: the model has no BatchNorm with running statistics.
-        ConfigError: no batches, batches without images, one value per channel, or a momentum out of range.
-            The model is then as it was.
+        ConfigError: no batches, batches without images, values that are not finite, one value per channel, or options
+            that are out of range or exclude each other. The model is then as it was.
     """
     if not isinstance(model, nn.Module):
         raise no_module(model)
@@ -64,39 +72,244 @@ def adapt_batchnorm(
         )
     if momentum is not None and (isinstance(momentum, bool) or not 0 < momentum <= 1):
         raise ConfigError(f"momentum is the share of each new batch, in (0, 1]; got {momentum!r}.")
+    if exact and (momentum is not None or not reset):
+        raise ConfigError(
+            "exact=True takes the moments over all images, and momentum= or reset=False asks for a moving average.\n"
+            "Leave exact= out, or the other two."
+        )
     place = torch.device(device) if device is not None else layers[0].running_mean.device  # type: ignore[union-attr]
-    with preserved_modes(model), _estimating(layers, reset, momentum), torch.no_grad():
+    renew_sources(model)
+    with preserved_modes(model), _restored_on_failure(layers), torch.no_grad():
         model.eval()
-        for layer in layers:
-            layer.training = True
-        batches = 0
-        for batch in loader:
-            _run(model, images_of(batch).to(place))
-            batches += 1
-        if not batches:
+        images = _Images(loader, place)
+        if exact:
+            _estimate_exactly(model, layers, images)
+        else:
+            _estimate(model, layers, images, reset, momentum)
+        _check_finite(model, layers)
+    return model
+
+
+class _Images:
+    """The images of a loader, which are checked when all of them were read: a GPU is not waited for before.
+
+    Args:
+        loader: of batches.
+        place: where they go.
+    """
+
+    def __init__(self, loader: Iterable[Any], place: torch.device) -> None:
+        self.loader, self.place = loader, place
+        self._finite: list[Tensor] = []
+        self._passes = self.batches = 0
+
+    def __iter__(self) -> Iterator[Tensor]:
+        self._finite, found = [], False
+        for batch in self.loader:
+            found = True
+            images = images_of(batch).to(self.place)
+            self._finite.append(images.isfinite().all())
+            yield images
+        if not found and not self._passes:
             raise ConfigError(
                 "The loader gave no batches, so there is nothing to estimate statistics from.\n"
                 "An iterator can be used once; pass the DataLoader itself, or a list of batches."
             )
-    return model
+        if not found:
+            raise ConfigError(
+                "The loader gives its batches once, and exact=True takes a pass for every BatchNorm.\n"
+                "Pass the DataLoader itself, or a list of batches."
+            )
+        self.batches = len(self._finite)
+        self._passes += 1
+        self._check_finite()
+
+    def _check_finite(self) -> None:
+        """Raise where a batch had values that are not finite."""
+        wrong = [index for index, finite in enumerate(torch.stack(self._finite).tolist()) if not finite]
+        if wrong:
+            raise ConfigError(
+                f"Images hold NaN or infinity, in batch {wrong[0]} and {len(wrong) - 1} others.\n"
+                "One such value makes the statistics of its channel useless.\n"
+                "Look for what the data set or its transforms make of the images."
+            )
+
+
+def _check_finite(model: nn.Module, layers: list[_BatchNorm]) -> None:
+    names = {id(module): name for name, module in model.named_modules()}
+    finite = torch.stack(
+        [(each.running_mean.sum() + each.running_var.sum()).isfinite().cpu() for each in layers]
+    )  # type: ignore[union-attr]
+    wrong = [names[id(layer)] for layer, good in zip(layers, finite.tolist(), strict=True) if not good]
+    if wrong:
+        raise ConfigError(
+            f"The statistics of {wrong[0]!r} and of {len(wrong) - 1} others are not finite, of images that are.\n"
+            "Weights that are not finite do that, or values beyond the range of a 16-bit type.\n"
+            "Estimate with the model in float32."
+        )
+
+
+def _estimate(
+    model: nn.Module, layers: list[_BatchNorm], images: _Images, reset: bool, momentum: float | None
+) -> None:
+    """Average the moments of batches, in one pass in which every BatchNorm normalises by its batch."""
+    averages = [_Average(layer, reset, momentum) for layer in layers]
+    for layer in layers:
+        layer.training, layer.momentum = True, None if layer.num_batches_tracked is not None else 1.0
+    largest = 0
+    for batch in images:
+        largest = max(largest, len(batch))
+        for average in averages:
+            average.clear()
+        _run(model, batch)
+        for average in averages:
+            average.add(len(batch), largest)
+    for average in averages:
+        average.write()
+
+
+class _Average:
+    """The average of a layer's moments over batches, kept beside the layer; on a GPU nothing waits for it.
+
+    Args:
+        layer: BatchNorm, which gives the moments of a batch where it keeps running statistics of that batch alone.
+        reset: leave out what the layer knew.
+        momentum: share of a new batch; None for all images alike, or without ``reset`` for the layer's own.
+    """
+
+    def __init__(self, layer: _BatchNorm, reset: bool, momentum: float | None) -> None:
+        self.layer = layer
+        self.momentum = momentum if reset or momentum is not None else layer.momentum
+        self.known = _statistics(layer)
+        mean, var = self.known
+        self.values = (torch.zeros_like(mean), torch.ones_like(var)) if reset else self.known
+        count = layer.num_batches_tracked
+        self.before = mean.new_zeros(1) if count is None else count.to(mean.dtype).view(1)
+        self.calls = torch.zeros_like(self.before) if reset else self.before
+        self.reached = torch.zeros_like(self.before)
+        self.images: Tensor | None = None
+
+    def clear(self) -> None:
+        """Let the layer forget: it then gives the moments of one batch, averaged over its calls."""
+        for buffer, value in zip(self.layer.buffers(recurse=False), (0, 1, 0), strict=False):
+            buffer.fill_(value)
+
+    def add(self, size: int, largest: int) -> None:
+        """Take in the moments of a batch; none where the layer was not called."""
+        calls = self.layer.num_batches_tracked
+        called = torch.ones_like(self.calls) if calls is None else (calls > 0).to(self.calls.dtype)
+        if (
+            self.images is None
+        ):  # what the layer knew counts as many images as there were, if they had been full
+            self.images = self.calls * largest
+        if self.momentum is None:
+            share = size / (self.images + size)
+        else:
+            share = torch.full_like(self.images, self.momentum * size / largest)
+        share = share * called
+        # Where the share is 1, what was there before may be anything.
+        self.values = tuple(  # type: ignore[assignment]
+            torch.where(share == 1, new, torch.lerp(old, new, share))
+            for old, new in zip(self.values, _statistics(self.layer), strict=True)
+        )
+        self.images = self.images + size * called
+        self.reached = self.reached + called
+        self.calls = self.calls + (called if calls is None else calls)
+
+    def write(self) -> None:
+        """Write the average; a layer that no image reached keeps what it knew."""
+        ways = zip((*self.values, self.calls), (*self.known, self.before), strict=True)
+        mean, var, calls = (torch.where(self.reached > 0, now, before) for now, before in ways)
+        _write(self.layer, (mean, var), calls)
+
+
+def _estimate_exactly(model: nn.Module, layers: list[_BatchNorm], images: _Images) -> None:
+    """Take mean and variance over all images, of one layer after the other as they run."""
+    pending = list(layers)
+    while pending:
+        found = _moments_of_first(model, pending, images)
+        if found is None:  # no image reaches those that are left: they keep what they knew
+            return
+        layer, moments = found
+        _write(layer, moments.statistics(), torch.tensor(images.batches))
+        pending.remove(layer)
+
+
+def _moments_of_first(
+    model: nn.Module, pending: list[_BatchNorm], images: _Images
+) -> tuple[_BatchNorm, _Moments] | None:
+    """Gather the moments at the first of some layers to run: what it sees depends on none of the others."""
+    found: list[tuple[_BatchNorm, _Moments]] = []
+
+    def gather(layer: nn.Module, args: tuple[Tensor, ...]) -> None:
+        if not found:
+            found.append((layer, _Moments()))  # type: ignore[arg-type]
+        if layer is found[0][0]:
+            x, state = args[0], state_of(layer)
+            for unit in () if state is None else state.evaluation.inputs:
+                x = unit(x)
+            found[0][1].add(x)
+
+    handles = [layer.register_forward_pre_hook(gather) for layer in pending]
+    try:
+        for batch in images:
+            model(batch)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return found[0] if found else None
+
+
+class _Moments:
+    """Mean and squared deviations of all values of a channel, gathered batch by batch without cancellation."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.mean = self.squares = torch.zeros((), dtype=torch.float64)
+
+    def add(self, x: Tensor) -> None:
+        """Take in values (B, C, *)."""
+        values = x.detach().double().transpose(0, 1).flatten(1)
+        mean = values.mean(1)
+        squares = (values - mean[:, None]).square().sum(1)
+        count, total = values.shape[1], self.count + values.shape[1]
+        gap = mean - self.mean.to(mean.device)
+        self.mean = mean - gap * (self.count / total)
+        self.squares = self.squares.to(mean.device) + squares + gap.square() * (self.count * count / total)
+        self.count = total
+
+    def statistics(self) -> Statistics:
+        if self.count == 1:
+            raise ConfigError(
+                "All images together leave a BatchNorm with one value per channel, which has no variance.\n"
+                "Pass more images."
+            )
+        return self.mean, self.squares / (self.count - 1)
+
+
+def _statistics(layer: _BatchNorm) -> Statistics:
+    wide = torch.float32 if layer.weight is not None and layer.weight.device.type == "mps" else torch.float64
+    return layer.running_mean.to(wide, copy=True), layer.running_var.to(wide, copy=True)  # type: ignore[union-attr]
+
+
+def _write(layer: _BatchNorm, statistics: Statistics, count: Tensor) -> None:
+    for own, value in zip((layer.running_mean, layer.running_var), statistics, strict=True):
+        own.copy_(value)  # type: ignore[union-attr]
+    if layer.num_batches_tracked is not None:
+        layer.num_batches_tracked.copy_(count.reshape(()))
 
 
 @contextmanager
-def _estimating(layers: list[_BatchNorm], reset: bool, momentum: float | None) -> Iterator[None]:
-    """Set the layers up for the pass; afterwards put back their settings, and on failure their statistics."""
+def _restored_on_failure(layers: list[_BatchNorm]) -> Iterator[None]:
+    """Put back the settings of the layers afterwards, and where the block fails, their statistics too."""
     settings = [layer.momentum for layer in layers]
     before = [{name: b.clone() for name, b in layer.named_buffers(recurse=False)} for layer in layers]
     states = [state for layer in layers if (state := state_of(layer)) is not None]
     programs = [state.training for state in states]
-    for state in states:  # what patches put on the layer in training has no part in this
-        state.training = state.evaluation
-    for layer in layers:
-        if reset:
-            layer.reset_running_stats()
-        if reset or momentum is not None:
-            layer.momentum = momentum
     failed = True
     try:
+        for state in states:  # what patches put on the layer in training has no part in this
+            state.training = state.evaluation
         yield
         failed = False
     finally:
@@ -104,11 +317,8 @@ def _estimating(layers: list[_BatchNorm], reset: bool, momentum: float | None) -
             state.training = program
         for layer, own, kept in zip(layers, settings, before, strict=True):
             layer.momentum = own
-            counter = layer.num_batches_tracked
-            # A layer that no image reached keeps what it knew.
-            if failed or (reset and counter is not None and not counter):
-                for name, value in kept.items():
-                    getattr(layer, name).copy_(value)
+            for name, value in kept.items() if failed else ():
+                getattr(layer, name).copy_(value)
 
 
 def _run(model: nn.Module, images: Tensor) -> None:
@@ -119,5 +329,6 @@ def _run(model: nn.Module, images: Tensor) -> None:
             raise
         raise ConfigError(
             f"A batch of {len(images)} leaves a BatchNorm with one value per channel, which has no variance.\n"
-            "Statistics are those of a batch.\nUse larger batches, and drop_last=True where the last one is short."
+            "Statistics are those of a batch.\nUse larger batches, drop_last=True where the last one is short, or "
+            "exact=True."
         ) from error

@@ -26,7 +26,7 @@ from fxgraft.api import set_progress
 from fxgraft.errors import ConfigError, WrappedModelError
 from fxgraft.graph.grafting.lookup import ledger_of
 from fxgraft.graph.tracing.preserve import preserved_modes
-from fxgraft.patches.gam.step import discriminators, gam_losses, source
+from fxgraft.patches.gam.step import begin, discriminators, gam_losses, source
 
 
 def adapt(
@@ -120,6 +120,7 @@ def adapt(
     except BaseException:
         torch.set_rng_state(chance)  # a run that does not start has drawn nothing
         raise
+    begin(model, name)
     recorder = Recorder(history, done)
     with preserved_modes(model), _bar(progress, steps, done) as bar:
         if not model.training:

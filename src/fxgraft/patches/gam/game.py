@@ -7,7 +7,9 @@ no parameter that a wrapper or an optimiser of the network would find.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+import warnings
+import weakref
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar, Literal
 
@@ -17,6 +19,7 @@ from torch import Tensor, nn
 from fxgraft.extend import (
     Backbone,
     ConfigError,
+    FxgraftWarning,
     Graft,
     Layout,
     Make,
@@ -31,7 +34,10 @@ from fxgraft.extend import (
 )
 from fxgraft.patches.gam import tensors as core
 from fxgraft.patches.gam.discriminator import ByTap, Discriminator, check_discriminator
-from fxgraft.patches.gam.matching import SwitchedTap
+from fxgraft.patches.gam.matching import MatchedTap, SwitchedTap
+
+Born = Mapping[str, tuple[weakref.ref[nn.Module], weakref.ref[nn.Parameter], int]]
+"""The weights that a source network was copied from, by name: the layer, the parameter, and its version then."""
 
 
 @dataclass(frozen=True)
@@ -82,14 +88,17 @@ class Game(Unit):
     """What it is called among the units of its graft."""
 
     source: nn.Module | None
+    born: Born | None = None
 
     def __init__(self, rules: Rules) -> None:
         super().__init__()
         self.rules = rules
         self.__dict__["source"] = None
+        self.begun = self.moved = self.warned = False
         self.discriminators = ByTap()
         self.layouts: dict[str, Layout] = {}
         self.weights: dict[str, float] = {}
+        self.channels: dict[str, int] = {}
         self.input_size: tuple[int, ...] | None = None
         if self.matches and rules.statistics == "running":
             self.discriminators.register_buffer("steps", torch.zeros(()))
@@ -99,10 +108,27 @@ class Game(Unit):
         """Whether activations are matched for the discriminators alone."""
         return self.rules.matching is not None and self.rules.match_in == "discriminators"
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave out the weights that the source network was copied from, but for whether they have changed."""
+        return {**super().__getstate__(), "moved": self.moved or _changed(self.born)}
+
     def add(self, key: str, value: Tensor, layout: Layout, backbone: Backbone) -> None:
-        """Build the discriminator of a tap from its value (fake)."""
+        """Build the discriminator of a tap from its value (fake), once.
+
+        Raises:
+            ConfigError: there is one already, for another number of channels.
+        """
         rules, dim = self.rules, channel_dim(layout)
         channels, outputs = value.shape[dim], core.OUTPUTS[rules.gan]
+        if key in self.discriminators:
+            if self.channels[key] != channels:
+                raise ConfigError(
+                    f"GAM: {key!r} has {channels} channels now, and had {self.channels[key]} when the model was "
+                    "patched.\nThe layer was replaced; source network and discriminators are made for the old one.\n"
+                    "Replace layers first, then patch: fxgraft.unpatch(model), and patch the model as it is now."
+                )
+            return
+        self.channels[key] = channels
         wide = torch.promote_types(value.dtype, torch.float32)
         if rules.discriminator is None:
             positions = value.ndim - 2 if dim == 1 else 0
@@ -130,6 +156,8 @@ class Game(Unit):
             own: the graft that asks, which is no part of the copy.
             layers: the taps.
         """
+        if given is None and self.born is None and not self.begun:
+            self.bind(born=_weights(model))
         if self.source is not None:
             return
         try:
@@ -147,6 +175,53 @@ class Game(Unit):
         taps = SourceTaps(layers=layers)
         add_graft(source, Graft("gam_source", taps, input_size=self.input_size))
         self.__dict__["source"] = source.requires_grad_(False).eval()
+        self.begun = given is not None
+
+    def renew_source(self, model: nn.Module, own: Graft) -> None:
+        """Until the first step came through, copy the source network again where the model's weights have changed.
+
+        A copy of the model is a source network once the model is trained: weights may be loaded, or trained, after
+        the model was patched. Those of an adaptation that is under way are not a source's.
+
+        Raises:
+            ConfigError: a layer was replaced since.
+
+        Warns:
+            FxgraftWarning: nothing tells whether the weights are a source's.
+        """
+        if self.begun:
+            return
+        check_replaced(model, self.born or {})
+        if not (self.moved or _changed(self.born) or self._differs(model)):
+            return
+        taps = own.units_of(MatchedTap)
+        under_way = any(tap.trained for tap in taps)
+        if not under_way:
+            self._copy_again(model)
+        if not self.warned and (under_way or not taps):
+            self.warned = True
+            warnings.warn(_unclear(model, own.name, under_way), FxgraftWarning, stacklevel=5)
+
+    def _pairs(self, model: nn.Module) -> list[tuple[Tensor, Tensor]]:
+        """Pair the source network's tensors with the model's of the same name."""
+        source = self.follow(model)
+        own = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+        held = {**dict(source.named_parameters()), **dict(source.named_buffers())}
+        return [(each, own[name].detach()) for name, each in held.items() if name in own]
+
+    def _differs(self, model: nn.Module) -> bool:
+        """Say whether weights that a wrapper has sharded since, whose versions tell nothing, are others."""
+        sharded = [(mine, theirs) for mine, theirs in self._pairs(model) if _is_sharded(theirs)]
+        # All of them first: every process takes part in gathering every weight.
+        same = [torch.equal(mine, _whole(theirs)) for mine, theirs in sharded]
+        return not all(same)
+
+    @torch.no_grad()
+    def _copy_again(self, model: nn.Module) -> None:
+        for mine, theirs in self._pairs(model):
+            mine.copy_(_whole(theirs))
+        self.bind(born=_weights(model))
+        self.moved = False
 
     def follow(self, model: nn.Module) -> nn.Module:
         """Bring everything to the model's device and dtype; return the source network, in evaluation mode."""
@@ -201,6 +276,71 @@ def game_of(graft: Graft) -> Game:
     return game
 
 
+def _weights(model: nn.Module) -> Born:
+    """Note the weights of a network as they are now; those of grafts are no part of it."""
+    return {
+        f"{path}.{name}" if path else name: (weakref.ref(module), weakref.ref(p), _version(p))
+        for path, module in model.named_modules()
+        if not isinstance(module, Unit)
+        for name, p in module._parameters.items()
+        if p is not None
+    }
+
+
+def _version(tensor: Tensor) -> int:
+    return 0 if tensor.is_inference() else tensor._version
+
+
+def _is_sharded(weight: Any) -> bool:
+    return hasattr(weight, "full_tensor")
+
+
+def _whole(weight: Tensor) -> Tensor:
+    """Return a weight, gathered where a wrapper has sharded it."""
+    return weight.full_tensor() if _is_sharded(weight) else weight  # type: ignore[operator]
+
+
+def _changed(born: Born | None) -> bool:
+    """Say whether weights were written to, or others put in their place, since they were noted."""
+    for path, (owner, known, version) in (born or {}).items():
+        module = owner()
+        now = None if module is None else module._parameters.get(path.rpartition(".")[2])
+        if not _is_sharded(now) and (now is None or now is not known() or _version(now) != version):
+            return True
+    return False
+
+
+def check_replaced(model: nn.Module, born: Born) -> None:
+    """Raise unless the model still has the layers that its source network was copied from."""
+    for name, p in model.named_parameters():
+        if name in born and born[name][1]() is not p:
+            path = name.rpartition(".")[0]
+            if born[name][0]() is not model.get_submodule(path):
+                raise ConfigError(
+                    f"GAM: {path!r} was replaced after the model was patched.\n"
+                    "The source network is a copy from before, with the old layer, and does not pair with the model.\n"
+                    "Replace layers first, then patch: fxgraft.unpatch(model), and patch the model as it is now; or "
+                    "pass source=."
+                )
+
+
+def _unclear(model: nn.Module, graft: str, under_way: bool) -> str:
+    """Say what the source network is taken to be where weights were loaded of which nobody says what they are."""
+    if under_way:
+        return (
+            f"The weights of this {model._get_name()} are of an adaptation that is under way, and the source network "
+            f"of {graft!r} is not among them: it is the model as it was when it was patched.\n"
+            "Unless that was the trained source network, activations are matched to the wrong one.\n"
+            'Say which it is: fxgraft.patch(model, "gam", source=...).'
+        )
+    return (
+        f"The weights of this {model._get_name()} have changed since it was patched with {graft!r}, and the source "
+        "network is copied again: it is the model as it is now.\n"
+        "Weights of an adaptation that is under way would be taken for the source's.\n"
+        'Say which it is: fxgraft.patch(model, "gam", source=...).'
+    )
+
+
 def _moments(key: str) -> str:
     return "moments/" + key.replace(".", "/")
 
@@ -210,8 +350,20 @@ def channel_dim(layout: Layout) -> int:
     return 1 if layout.name in ("NCHW", "NCL", "NC") else -1
 
 
-def paired_weights(source: nn.Module, target: nn.Module) -> tuple[list[Tensor], list[Tensor]]:
-    """Pair the target's weights that train with the source's, by name; other patches' are no part of it."""
+def paired_weights(
+    source: nn.Module, target: nn.Module, born: Born | None = None
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Pair the target's weights that train with the source's, by name; other patches' are no part of it.
+
+    Args:
+        source: the source network.
+        target: the target network.
+        born: the weights that the source network was copied from, if it was.
+
+    Raises:
+        ConfigError: they do not pair, or a layer of the target was replaced since.
+    """
+    check_replaced(target, born or {})
     known = dict(source.named_parameters())
     grafted = {id(p) for each in target.modules() if isinstance(each, Unit) for p in each.parameters()}
     pairs = []

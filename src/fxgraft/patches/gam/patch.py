@@ -72,7 +72,8 @@ class GAM(LayeredPatch):
         layers: the taps: names, globs or stage numbers, found in both networks. The authors match the last two
             layers of a classifier (the logits may be one), and four spread over the depth for dense prediction.
         layer: the same, for one.
-        source: the source network, trained and frozen; a copy is kept. Default: a copy of the model as it is.
+        source: the source network, trained and frozen; a copy is kept. Default: a copy of the model as it is before
+            the first step, so weights may be loaded after patching; layers may not be replaced.
         task: whose defaults to use: "classification" (the release's: gan "jsd", drift 1, weights 0.1 and for the last
             tap 1) or "dense" prediction (the paper's: "lsgan", drift 0.1, weights 1).
         matching: "gaussian", or None for general matching alone, as in the authors' release.
@@ -218,8 +219,7 @@ class GAM(LayeredPatch):
                 backbone.check_reaches_output(site, self.output)
             layout = _layout(self, backbone, site, values[key])
             game.layouts[key] = layout
-            if key not in game.discriminators:
-                game.add(key, values[key], layout, backbone)
+            game.add(key, values[key], layout, backbone)
         if self.matching is None or self.match_in == "discriminators":
             return tap_placements(backbone, make, sites, kind=SwitchedTap)
 
@@ -237,7 +237,7 @@ class GAM(LayeredPatch):
         return placed
 
     def installed(self, graft: Graft, backbone: Backbone) -> None:
-        """Take the copy of the source network, once."""
+        """Take the copy of the source network, once; `Game.begin` brings it up to date."""
         game_of(graft).take_source(backbone.model, self.source, graft, self.layers or ())
 
     def describe(self, graft: Graft) -> str:

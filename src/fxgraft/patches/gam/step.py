@@ -8,7 +8,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fxgraft.extend import Graft, Tap, UnknownGraftError, candidates, grafts_on, take, tensors, unwrapped
+from fxgraft.extend import (
+    Graft,
+    Tap,
+    UnknownGraftError,
+    candidates,
+    grafts_in,
+    grafts_on,
+    take,
+    tensors,
+    unwrapped,
+)
 from fxgraft.patches.gam import tensors as core
 from fxgraft.patches.gam.discriminator import ByTap
 from fxgraft.patches.gam.game import game_of, paired_weights
@@ -57,12 +67,12 @@ def gam_losses(model: nn.Module, x_source: Any, x_target: Any, *, name: str | No
     Raises:
         UnknownGraftError: the model has no such patch.
         ConfigError: batch statistics of one value per channel (vectors in a batch of one), or weights that no
-            longer pair with the source network's.
+            longer pair with the source network's, as where a layer was replaced.
         TapError: the model's pass went past a tap.
     """
     inner, graft = _graft(model, name)
     game, patch = game_of(graft), graft.patch
-    source = game.follow(inner)
+    source = _current_source(inner, graft)
     frozen = grafts_on(source)[-1]
     sources = _activations(source, frozen, x_source)
     # Taps that match what they see do so by what the source network gave at the same places.
@@ -88,7 +98,7 @@ def gam_losses(model: nn.Module, x_source: Any, x_target: Any, *, name: str | No
         game.discriminators.get_buffer("steps").add_(1)
     if patch.drift:
         parts["drift"] = patch.drift * core.weight_drift(
-            *paired_weights(source, inner), patch.drift_convention
+            *paired_weights(source, inner, game.born), patch.drift_convention
         )
     elif model is not inner:
         # A wrapper that averages gradients waits for those of every parameter, also behind the last tap.
@@ -96,6 +106,7 @@ def gam_losses(model: nn.Module, x_source: Any, x_target: Any, *, name: str | No
         parts["drift"] = torch.stack(behind).sum()
     for name, value in {**parts, **{f"accuracy.{key}": share for key, share in accuracy.items()}}.items():
         graft.measure(name, value)
+    game.begun = True
     sides = [[v for k, v in parts.items() if k.startswith("discriminator.") is own] for own in (True, False)]
     return GAMStep(torch.stack(sides[0]).sum(), torch.stack(sides[1]).sum(), parts, accuracy)
 
@@ -120,15 +131,41 @@ def discriminators(model: nn.Module, name: str | None = None) -> ByTap:
 def source(model: nn.Module, name: str | None = None) -> nn.Module:
     """Return the frozen source network of a patched model, with taps on it.
 
+    Without ``source=`` it is a copy of the model, and until the first step a copy of the weights as they are.
+
     Args:
         model: patched with "gam".
         name: of the graft, where there are several.
 
     Raises:
         UnknownGraftError: the model has no such patch.
+        ConfigError: a layer was replaced since the model was patched.
+
+    Warns:
+        FxgraftWarning: the weights were changed, and nothing tells whether they are the source's.
     """
     inner, graft = _graft(model, name)
-    return game_of(graft).follow(inner)
+    return _current_source(inner, graft)
+
+
+def begin(model: nn.Module, name: str | None = None) -> None:
+    """Settle that the source network is the one of now, as a step does that came through."""
+    game_of(_graft(model, name)[1]).begun = True
+
+
+def renew_sources(model: nn.Module) -> None:
+    """Bring the source networks of a model and of its parts up to date, before its statistics become the target's."""
+    for graft in grafts_in(model):
+        part = graft.model()
+        if isinstance(graft.patch, GAM) and part is not None:
+            _current_source(part, graft)
+
+
+def _current_source(model: nn.Module, graft: Graft) -> nn.Module:
+    game = game_of(graft)
+    found = game.follow(model)
+    game.renew_source(model, graft)
+    return found
 
 
 def _graft(model: nn.Module, name: str | None) -> tuple[nn.Module, Graft]:
