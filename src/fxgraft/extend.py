@@ -85,7 +85,8 @@ What a method can do beyond this:
   `Patch.replaces_criterion` and `Patch.judges`. Fold into stock weights: `Patch.merge`.
 - Run a stem or a classifier with other tensors than its own: `layer_tensors` are its parameters, `effective` what it
   multiplies with and adds, `apply_layer` the call, and `write_effective` gives the layer a sum of such weights. Not
-  where the weight is made from others in every call (`made_by_hooks`) or belongs to others as well (`sharers`).
+  where the weight is made from others (`is_derived`, in every call: `made_by_hooks`) or belongs to others as well
+  (`sharers`), nor where hooks or a forward of its own have a part in the layer's calls (`acted_on`).
 - Say what a training pass did, as scalars for loggers: ``run.measure(self.graft, "ratio", ratio)`` in a unit is all it
   takes; `fxgraft.diagnostics` gives the means by name. Where more arithmetic is needed, `Patch.diagnostics`.
 - Show what the method does with an image: `Patch.picture` returns a `Picture` of `Panel` objects (images with heat maps
@@ -132,6 +133,7 @@ from fxgraft.graph.structure.layout import DIMENSIONS, Layout
 from fxgraft.graph.structure.linear import (
     apply_layer,
     effective,
+    is_derived,
     layer_tensors,
     made_by_hooks,
     sharers,
@@ -147,6 +149,7 @@ from fxgraft.graph.structure.tail import tail_layer
 from fxgraft.graph.tracing.names import is_graft_key
 from fxgraft.graph.tracing.observe import tensors
 from fxgraft.graph.tracing.preserve import preserved_modes
+from fxgraft.graph.tracing.settings import acted_on
 from fxgraft.patches import draws
 from fxgraft.patches.base import BlockPatch, LayeredPatch, Patch, recording
 from fxgraft.patches.options import check_count, check_positive, check_share, is_count, is_number
@@ -196,6 +199,7 @@ __all__ = [
     "View",
     "Words",
     "WrappedModelError",
+    "acted_on",
     "add_graft",
     "apply_layer",
     "because",
@@ -211,6 +215,7 @@ __all__ = [
     "grafts_in",
     "grafts_on",
     "is_count",
+    "is_derived",
     "is_graft_key",
     "is_number",
     "layer_tensors",

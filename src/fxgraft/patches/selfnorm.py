@@ -19,6 +19,7 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from fxgraft.extend import (
     Backbone,
@@ -32,6 +33,8 @@ from fxgraft.extend import (
     Preset,
     Training,
     Unit,
+    acted_on,
+    preserved_modes,
     presets_by_name,
     register,
 )
@@ -281,12 +284,15 @@ class Gate(nn.Module):
         """Return the gate; a batch of one is normalised by the running statistics, in training too."""
         x = gate_input(mean, std, self.mean_weight, self.std_weight).to(self.mean_weight.dtype)
         norm = self.norm
-        if norm.training and x.shape[0] == 1:
+        if not (norm.training and x.shape[0] == 1 and isinstance(norm, _BatchNorm)):
+            x = norm(x)
+        elif not acted_on(norm):
             x = F.batch_norm(
                 x, norm.running_mean, norm.running_var, norm.weight, norm.bias, False, 0.0, norm.eps
             )
         else:
-            x = norm(x)
+            with preserved_modes(norm):
+                x = norm.eval()(x)
         gate = x.sigmoid()
         return gate if self.factor == 1.0 else gate * self.factor
 

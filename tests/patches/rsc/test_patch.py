@@ -158,11 +158,11 @@ def test_prefix_tokens_are_never_muted(scope: str, prefix: int) -> None:
     _, _, entry = step(model, inputs["z"], inputs["y"])
 
     bare = Head(case, torch.float64, "NLC", nn.Linear, prefix).features(inputs["z"])
-    exactly(seen[0][:, :prefix], bare[:, :prefix])
+    exactly(seen[-1][:, :prefix], bare[:, :prefix])  # the looks ahead run the hook before
     muted = (final_mask(entry) == 0).movedim(1, -1).expand(*bare[:, prefix:].shape)
     assert muted.any()
-    assert not seen[0][:, prefix:][muted].any()
-    exactly(seen[0][:, prefix:][~muted], bare[:, prefix:][~muted])
+    assert not seen[-1][:, prefix:][muted].any()
+    exactly(seen[-1][:, prefix:][~muted], bare[:, prefix:][~muted])
 
 
 class Classifier(nn.Module):

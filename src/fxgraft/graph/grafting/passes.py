@@ -175,6 +175,7 @@ class Pass:
         notes: what grafts remember of this pass, by name.
         measured: what grafts measured in this pass.
         visited: the owners reached so far.
+        calls: arguments that grafted modules with hooks were called with, by qualified name.
         recording: where taps put their values; None while a graft looks ahead.
     """
 
@@ -194,6 +195,7 @@ class Pass:
         self.notes: dict[str, Any] = {}
         self.measured: Measured = {}
         self.visited: dict[str, bool] = {}
+        self.calls: dict[str, tuple[tuple[Any, ...], dict[str, Any]]] = {}
         self.recording: dict[str, Any] | None = {}
         self._shared: dict[tuple[str, str], Any] = {}
         self._stale = self._guessed = False
@@ -328,6 +330,6 @@ class Pass:
         recording, self.recording = self.recording, None  # taps record the pass, not a look ahead
         try:
             with outside_sharded_step(self.model, rest.children):
-                return rest.evaluate(self.model, z, captured, inputs)
+                return rest.evaluate(self.model, z, captured, inputs, self.calls)
         finally:
             self.recording = recording

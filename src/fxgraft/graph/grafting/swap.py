@@ -26,6 +26,7 @@ from fxgraft.graph.grafting.passes import Arguments, Context, Pass
 from fxgraft.graph.grafting.state import GraftState, Keeper, foreign_forward, hidden_forward, state_of
 from fxgraft.graph.grafting.unit import Unit
 from fxgraft.graph.tracing.names import STATE
+from fxgraft.graph.tracing.settings import output_hooked
 from fxgraft.graph.tracing.signatures import LABELS, TARGET, Declared
 from fxgraft.graph.tracing.whole import Step, afterwards, setting
 
@@ -45,6 +46,8 @@ def _run(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
     run = state.context.current
     if run is not None:
         run.visited[state.path] = True
+        if output_hooked(self):
+            run.calls[state.path] = (args, kwargs)
     program = state.training if self.training else state.evaluation
     if program.inputs and kwargs and not args:  # the first argument was given by its name
         named = inspect.signature(state.base.forward).parameters

@@ -30,8 +30,10 @@ from fxgraft.graph.structure.sites import Site
 from fxgraft.graph.structure.tail import passes
 from fxgraft.graph.tracing.anatomy import Anatomy
 from fxgraft.graph.tracing.names import ancestors, join
+from fxgraft.graph.tracing.settings import acted_on, output_hooked
 from fxgraft.graph.tracing.trace import Traced, is_primitive
 from fxgraft.graph.tracing.values import node_name
+from fxgraft.graph.tracing.walks import modules_in
 
 LAYERS = (
     *(nn.BatchNorm1d, nn.BatchNorm2d, nn.GroupNorm, nn.LayerNorm, nn.Linear, nn.Conv1d, nn.Conv2d),
@@ -88,19 +90,20 @@ def absorber_of(anatomy: Anatomy, site: Site, layout: Layout) -> Absorber | None
         layout: of the value.
 
     Returns:
-        None where there is no such layer: then nothing but an operation of its own can scale the value.
+        None where there is no such layer, or where hooks act between the value and the layer: then nothing but an
+        operation of its own can scale the value.
     """
     value = value_at(anatomy, site)
     channels = value.shape[-1] if layout.name in ("NHWC", "NLC") else value.shape[1]
     giver = _last_of(anatomy, site.path)
-    if site.path and site.calls == 1 and _gives(anatomy.module(giver), channels):
+    if site.path and site.calls == 1 and giver and _gives(anatomy.module(giver), channels):
         return _owned(anatomy, Absorber(giver, "output"))
     reader = _reader(anatomy, site, layout, channels)
     return _owned(anatomy, Absorber(reader, "input")) if reader else None
 
 
 def _last_of(anatomy: Anatomy, path: str) -> str:
-    """Name the layer inside of a module that gives the module's output, or the module itself."""
+    """Name the layer inside of a module that gives the module's output, or the module itself; '' where hooks act."""
     while path and not is_primitive(anatomy.module(path)):
         try:
             graph = anatomy.graph(path, training=False).graph
@@ -108,11 +111,16 @@ def _last_of(anatomy: Anatomy, path: str) -> str:
             return path
         (node,) = next(node for node in graph.nodes if node.op == "output").args
         while isinstance(node, fx.Node) and len(node.users) == 1 and passes(anatomy.module(path), node):
+            if any(acted_on(anatomy.module(join(path, each))) for each in modules_in([node])):
+                return ""
             node = node.all_input_nodes[0]
         # Where more than the module's output is made of the layer's, that would change as well.
         if not isinstance(node, fx.Node) or node.op != "call_module" or len(node.users) > 1:
             return path
         path = join(path, str(node.target))
+        # What is placed on the outer module acts before its own hooks, and behind those of the layers in it.
+        if acted_on(anatomy.module(path)):
+            return ""
     return path
 
 
@@ -152,10 +160,15 @@ def _reader(anatomy: Anatomy, site: Site, layout: Layout, channels: int) -> str 
         return None
     traced, node = found
     values = anatomy.values("", traced)
+    around = {site.path or site.owner, *ancestors(site.path or site.owner)} - {""}
+    if any(output_hooked(anatomy.module(each)) for each in around):
+        return None
     pooled = False
     while len(node.users) == 1:
         (user,) = node.users
-        if user.op == "output":
+        if user.op == "output" or any(
+            acted_on(anatomy.module(each)) for each in modules_in([user]) if each not in around
+        ):
             return None
         if user.op == "call_module" and is_classifier(anatomy.module(str(user.target))):
             path = str(user.target)

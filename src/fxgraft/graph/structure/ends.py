@@ -27,7 +27,9 @@ from fxgraft.graph.structure.pooling import (
 )
 from fxgraft.graph.tracing.anatomy import Anatomy
 from fxgraft.graph.tracing.compile import compile_graph
+from fxgraft.graph.tracing.names import ancestors
 from fxgraft.graph.tracing.observe import tensors
+from fxgraft.graph.tracing.settings import input_hooked
 from fxgraft.graph.tracing.trace import Traced, is_primitive
 from fxgraft.graph.tracing.values import Values, describe_node, node_name, tensor_inputs
 from fxgraft.graph.tracing.walks import cut, downstream_of, placeholders
@@ -55,6 +57,11 @@ class Stem:
     layout: Layout
     shape: tuple[int, ...]
     before: Callable[[nn.Module, Tensor], Tensor] | None
+
+    def hooked(self, model: nn.Module) -> list[str]:
+        """Name the layer and the modules around it whose forward pre-hooks ``before`` leaves out."""
+        around = (*ancestors(self.path), self.path)
+        return [name for name in around if input_hooked(model.get_submodule(name))]
 
 
 def find_stems(anatomy: Anatomy) -> tuple[Stem, ...]:

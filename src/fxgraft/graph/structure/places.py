@@ -11,18 +11,19 @@ from fxgraft.graph.structure.sites import Site, module_site, node_sites
 from fxgraft.graph.tracing.anatomy import Anatomy
 from fxgraft.graph.tracing.editing import After, Edit, Output, is_unit
 from fxgraft.graph.tracing.names import relative
-from fxgraft.graph.tracing.trace import Traced
+from fxgraft.graph.tracing.trace import HOOKED, Traced
 from fxgraft.graph.tracing.walks import scope_of
 
 
 def own_nodes(graph: fx.Graph, scope: str | None) -> list[fx.Node]:
-    """List the computing nodes of one module's forward; grafts that were placed there do not count."""
+    """List the computing nodes of one module's forward; grafts that were placed there and hooks do not count."""
     return [
         node
         for node in graph.nodes
         if node.op not in ("placeholder", "output", "get_attr")
         and (scope is None or scope_of(node) == scope)
         and not is_unit(node)
+        and HOOKED not in node.meta
     ]
 
 

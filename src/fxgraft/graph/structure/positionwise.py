@@ -8,24 +8,25 @@ keeps the statistics of the pooled vectors, so both commute with the average exa
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 
-from fxgraft.errors import SiteError
+from fxgraft.errors import BypassError, SiteError
 from fxgraft.graph.structure.head import Head
 from fxgraft.graph.structure.linear import made_by_hooks
 from fxgraft.graph.structure.pooling import HeadTrace, is_classifier, opened_head
 from fxgraft.graph.structure.tokens import token_grid
 from fxgraft.graph.tracing.anatomy import Anatomy
 from fxgraft.graph.tracing.compile import compile_graph
+from fxgraft.graph.tracing.names import join
 from fxgraft.graph.tracing.preserve import preserved_modes
-from fxgraft.graph.tracing.settings import plain_settings, settings_changed
+from fxgraft.graph.tracing.settings import acted_on, plain_settings, settings_changed
 from fxgraft.graph.tracing.trace import Traced
-from fxgraft.graph.tracing.walks import cut, placeholders
+from fxgraft.graph.tracing.walks import cut, modules_in, placeholders
 
 Positions = Callable[..., Tensor]
 """``f(module, rows, positions) -> rows``: layers on (B·N, ...) rows, the N positions of an image together."""
@@ -54,7 +55,9 @@ class PositionwiseHead:
         self.classifiers = tuple(str(node.target) for node in head.classifiers)
         owner = model.get_submodule(path)
         self.between = None if _only_shapes(head, owner) else _per_position(head, traced, owner)
-        names = sorted(set(_modules([head.pool, *head.between])) - {"", *self.classifiers})
+        passed = {*modules_in([head.pool, *head.between, *head.classifiers, head.end])}
+        self.bypassed = tuple(sorted(passed))
+        names = sorted({*modules_in([head.pool, *head.between])} - {*self.classifiers})
         self.identities = {name: owner.get_submodule(name) for name in names}
         self.settings = {name: plain_settings(owner.get_submodule(name)) for name in names}
 
@@ -80,6 +83,7 @@ class PositionwiseHead:
         """
         space, positions = self._space(x)
         owner = model.get_submodule(self.path)
+        self._check_bypassed(model, owner)
         pooling = self.head.pooling
         if not self.classifiers:
             return x if pooling.channel == 1 else x.movedim(pooling.channel, 1)
@@ -98,6 +102,18 @@ class PositionwiseHead:
             weight, bias = self._matrix(owner)
             rows = F.linear(rows, weight.flatten(1), bias)
         return rows.view(x.shape[0], *space, -1).movedim(-1, 1)
+
+    def _check_bypassed(self, model: nn.Module, owner: nn.Module) -> None:
+        """Raise where something acts on the calls of the layers, which run here without being called."""
+        acting = [name for name in self.bypassed if acted_on(owner.get_submodule(name))]
+        if acting:
+            names = ", ".join(repr(join(self.path, name)) for name in acting)
+            raise BypassError(
+                f"{names} of this {model._get_name()} has hooks or a forward of its own, and the head runs its layers "
+                "at every position instead of calling them.\n"
+                "What these change would be missing here and act everywhere else.\n"
+                "Remove the hooks for the training (handle.remove()), or write what they do as a layer of the model."
+            )
 
     def _matrix(self, owner: nn.Module) -> tuple[Tensor, Tensor | None]:
         """Return weight and bias of the one classifier, as it is now."""
@@ -139,14 +155,6 @@ def gathered(parameter: Tensor) -> Tensor:
     if whole.requires_grad:
         whole.register_hook(lambda gradient: gradient / mesh.size())
     return whole
-
-
-def _modules(nodes: Iterable[fx.Node]) -> Iterable[str]:
-    """Name the modules that nodes call or were traced in."""
-    for node in nodes:
-        yield from (path for path, _ in node.meta.get("nn_module_stack", {}).values())
-        if node.op == "call_module":
-            yield str(node.target)
 
 
 def _only_shapes(head: HeadTrace, owner: nn.Module) -> bool:
@@ -259,6 +267,7 @@ def position_scores(
 
     Raises:
         StructureError: the model has no average-pooled linear head.
+        BypassError: hooks or a forward of its own act on a layer of the head, which is not called here.
     """
     anatomy = Anatomy(model, tuple(x.shape[1:]))
     traced, found, _ = opened_head(anatomy, head, output)

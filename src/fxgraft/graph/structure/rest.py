@@ -4,26 +4,28 @@ from __future__ import annotations
 
 import contextlib
 import operator
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any
 
 from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _NormBase
+from torch.utils import _pytree as pytree
 
 from fxgraft.errors import SiteError, TraceError
-from fxgraft.graph.structure.outputs import check_logits, logits_node
+from fxgraft.graph.structure.outputs import check_logits, logits_node, take_logits
 from fxgraft.graph.structure.places import alike, locate, own_nodes, site_edit, training_name
 from fxgraft.graph.structure.sites import Site, module_site
-from fxgraft.graph.structure.tail import LinearTail, linear_tail
+from fxgraft.graph.structure.tail import LinearTail, linear_tail, tail_layer
 from fxgraft.graph.structure.tokens import reads_prefix_only
 from fxgraft.graph.tracing.anatomy import Anatomy
 from fxgraft.graph.tracing.branches import held
 from fxgraft.graph.tracing.compile import compile_graph
 from fxgraft.graph.tracing.editing import After, Edit, Output, is_unit
 from fxgraft.graph.tracing.names import ancestors
-from fxgraft.graph.tracing.settings import settings_changed
-from fxgraft.graph.tracing.trace import Traced, readdressed
+from fxgraft.graph.tracing.settings import hooked_output, input_hooked, output_hooked, settings_changed
+from fxgraft.graph.tracing.trace import HOOKED, Traced, readdressed
 from fxgraft.graph.tracing.walks import cut, downstream_of, placeholders, scope_of, upstream_of
 
 
@@ -55,6 +57,10 @@ class Rest:
         positions_matter: False when the logits read nothing of the site but its prefix tokens.
         settings: plain attributes of the modules it was traced through, by qualified name.
         identities: the modules it was traced with, to notice a replaced one.
+        hooked: whether hooks act on the modules that it was traced through, by qualified name.
+        forwards: forwards of their own that these modules have, by qualified name.
+        whole: whether the function returns all that the model does, since hooks on the model change it.
+        output: which entry of a structured output holds the logits.
     """
 
     site: Site
@@ -66,17 +72,32 @@ class Rest:
     positions_matter: bool = True
     settings: dict[str, dict[str, Any]] = field(default_factory=dict)
     identities: dict[str, nn.Module] = field(default_factory=dict)
+    hooked: dict[str, bool] = field(default_factory=dict)
+    forwards: dict[str, Any] = field(default_factory=dict)
+    whole: bool = False
+    output: str | int | None = None
 
     def stale(self, model: nn.Module) -> bool:
         """Say whether the model changed since: a module replaced, or an attribute the trace may have read."""
         try:
             if any(model.get_submodule(name) is not module for name, module in self.identities.items()):
                 return True
+            if any(_is_hooked(model.get_submodule(name)) is not now for name, now in self.hooked.items()):
+                return True
+            if any(_own_forward(model, name) is not now for name, now in self.forwards.items()):
+                return True
         except AttributeError:
             return True
         return any(settings_changed(model.get_submodule(n), kept) for n, kept in self.settings.items())
 
-    def evaluate(self, model: nn.Module, z: Tensor, captured: Sequence[Any], inputs: Sequence[Any]) -> Tensor:
+    def evaluate(
+        self,
+        model: nn.Module,
+        z: Tensor,
+        captured: Sequence[Any],
+        inputs: Sequence[Any],
+        calls: Mapping[str, tuple[tuple[Any, ...], dict[str, Any]]] = MappingProxyType({}),
+    ) -> Tensor:
         """Return the logits for a value ``z`` at the site, without a BatchNorm update and without dropout.
 
         Args:
@@ -84,10 +105,17 @@ class Rest:
             z: value at the site. Nothing is written to it as long as it is not used elsewhere; pass a clone.
             captured: the values of ``captured``, in its order. They are copied and cut off the graph.
             inputs: the inputs of ``inputs``, likewise.
+            calls: arguments that modules with hooks were called with, by qualified name; hooks look at those.
         """
         others = [_detached(each) for each in (*captured, *inputs)]
         with self.evaluation_mode(model):
-            return self.function(model, z, *others)
+            if self.site.on_module:  # grafts act inside of its call, its hooks behind them
+                given = pytree.tree_map(_detached, calls.get(self.site.path, ((), {})))
+                z = hooked_output(model.get_submodule(self.site.path), *given, z)
+            out: Any = self.function(model, z, *others)
+            if self.whole:
+                out = hooked_output(model, *calls.get("", ((), {})), out)
+            return take_logits(out, (self.output,)) if self.whole else out
 
     def averages(self, model: nn.Module) -> bool:
         """Say whether training passes move statistics that the rest normalises with when it is evaluated."""
@@ -137,9 +165,15 @@ def _followed(anatomy: Anatomy) -> bool:
 
 
 def span_to_output(
-    anatomy: Anatomy, site: Site, output: str | int | None = None
+    anatomy: Anatomy, site: Site, output: str | int | None = None, hooks: bool = False
 ) -> tuple[Traced, fx.Node, fx.Node, tuple[str, ...]]:
     """Find a site and the logits in one trace of the whole model.
+
+    Args:
+        anatomy: of the model.
+        site: the site.
+        output: which entry of a structured output holds the logits.
+        hooks: whether the trace has the hooks of the modules that are opened in it.
 
     Returns:
         The trace, the nodes of the two values, and the modules that were opened for it.
@@ -153,7 +187,8 @@ def span_to_output(
     opened = tuple(name for name in around if name)
     check_logits(anatomy.observation.output(""), output, anatomy.name)
     try:
-        traced = anatomy.graph("", training=False, opened=opened)
+        hooked = hooks and any(_is_hooked(anatomy.module(name)) for name in opened)
+        traced = anatomy.graph("", training=False, opened=opened, hooks=hooked)
     except TraceError as error:
         if opened and _followed(anatomy):
             raise
@@ -197,7 +232,7 @@ def rest_of_network(
         StructureError: the output has no such entry.
         TraceError: a module around the site cannot be traced.
     """
-    traced, start, logits, opened = span_to_output(anatomy, site, output)
+    traced, start, logits, opened = span_to_output(anatomy, site, output, hooks=True)
     name = start.name
     while acted is not None:
         units = (user for user in start.users if is_unit(user) and user.op == "call_module")
@@ -207,44 +242,85 @@ def rest_of_network(
         start = unit
     downstream = downstream_of(start)
     model = anatomy.name
+    whole = output_hooked(anatomy.model)
     inside = ({logits} | upstream_of(logits)) & downstream
-    graph, needed, inputs = _cut(anatomy, traced, start, logits, inside)
+    graph, needed, inputs = _cut(traced, start, _all_of_it(traced) if whole else logits, inside)
     where = [("", Output()) if acted is not None else _capture_edit(anatomy, node) for node in needed]
     captured = tuple(Captured(f"{name}:{node.name}", *at) for node, at in zip(needed, where, strict=True))
     children = tuple(dict.fromkeys(str(n.target) for n in graph.nodes if n.op == "call_module"))
     inner = {name: anatomy.module(name) for name in children}
+    tail = linear_tail(anatomy, site, opened, children, output) if not captured and not inputs else None
+    if tail is not None:
+        inner |= {name: anatomy.module(name) for name in tail.modules}
+        tail = None if tail_layer(anatomy.model, tail) is None else tail
+    watched = ("", *opened, *(str(node.target) for node in needed if node.op == "call_module"))
     return Rest(
         site,
         compile_graph(graph, traced.constants, f"rest of {model} after {site.name}"),
         captured,
         inputs,
         children,
-        linear_tail(anatomy, site, opened, children, output) if not captured and not inputs else None,
+        tail,
         positions_matter=not (prefix and reads_prefix_only(anatomy.model, start, inside, prefix)),
         settings=traced.settings,
         identities=inner,
+        hooked={name: _is_hooked(anatomy.module(name)) for name in watched},
+        forwards={name: _own_forward(anatomy.model, name) for name in (*opened, site.path) if name},
+        whole=whole,
+        output=output,
     )
 
 
+def _is_hooked(module: nn.Module) -> bool:
+    return input_hooked(module) or output_hooked(module)
+
+
+def _own_forward(model: nn.Module, path: str) -> Any:
+    """Return the forward that was set on a module; one that is just its class's, bound to it, counts for none."""
+    module = model.get_submodule(path)
+    own = module.__dict__.get("forward")
+    bound = getattr(own, "__self__", None) is module
+    return None if bound and own.__func__ is type(module).forward else own
+
+
+def _all_of_it(traced: Traced) -> fx.Node:
+    """Make a node of all that a traced model returns."""
+    out = next(node for node in traced.graph.nodes if node.op == "output")
+    if isinstance(out.args[0], fx.Node):
+        return out.args[0]
+    known = next((node for node in traced.graph.nodes if node.target is _whole), None)
+    if known is not None:
+        return known
+    with traced.graph.inserting_before(out):
+        node = traced.graph.call_function(_whole, (out.args[0],))
+    node.meta[HOOKED] = True
+    return node
+
+
+def _whole(out: Any) -> Any:
+    return out
+
+
 def _cut(
-    anatomy: Anatomy,
     traced: Traced,
     start: fx.Node,
-    logits: fx.Node,
+    end: fx.Node,
     inside: set[fx.Node],
 ) -> tuple[fx.Graph, list[fx.Node], tuple[int, ...]]:
-    """Copy the nodes from ``start`` to ``logits`` into a graph of their own; return what it needs besides as well."""
+    """Copy the nodes from ``start`` to ``end`` into a graph of their own; return what it needs besides as well."""
     order = {node: index for index, node in enumerate(traced.graph.nodes)}
     holds = {node for node in downstream_of(start) if node.target is held}
     behind = {node for hold in holds for node in upstream_of(hold)} & downstream_of(start)
-    inside, frontier = {*inside, *holds, *behind}, set()
+    inside, frontier = {*inside, *holds, *behind, end}, set()
     waiting = list(inside)
     while waiting:
         for source in waiting.pop().all_input_nodes:
             if source is start or source in inside or source in frontier:
                 continue
             # What is not there yet when the site is reached is computed from what is; so is what costs nothing.
-            if source.op != "placeholder" and (_cheap(source) or order[source] > order[start]):
+            # Pre-hooks of what is around the site run once more: nothing but their module can record what they give.
+            free = _cheap(source) or HOOKED in source.meta or order[source] > order[start]
+            if source.op != "placeholder" and free:
                 inside.add(source)
                 waiting.append(source)
             else:
@@ -252,7 +328,7 @@ def _cut(
     inputs = placeholders(traced.graph)
     used = [node for node in inputs if node in frontier]
     boundary = sorted(frontier - set(used), key=order.__getitem__)
-    graph = cut([start, *boundary, *used], logits, sorted(holds))
+    graph = cut([start, *boundary, *used], end, sorted(holds))
     # A value that other units act on has the name of its own node, with them and without.
     return graph, [_bare(node) for node in boundary], tuple(inputs.index(node) for node in used)
 
@@ -266,7 +342,9 @@ def _bare(node: fx.Node) -> fx.Node:
 def _capture_edit(anatomy: Anatomy, node: fx.Node) -> tuple[str, Edit]:
     """Say where a `Capture` unit records the value of a node of the whole model's trace."""
     path = str(node.target)
-    if node.op == "call_module" and len(anatomy.observation.calls.get(path, [])) == 1:
+    once = node.op == "call_module" and len(anatomy.observation.calls.get(path, [])) == 1
+    # A module's hooks act behind what is placed on the module itself.
+    if once and not output_hooked(anatomy.module(path)):
         return site_edit(anatomy, module_site(anatomy, path))
     scope = scope_of(node)
     index = own_nodes(node.graph, scope).index(node)

@@ -7,13 +7,15 @@ from dataclasses import dataclass
 from torch import fx, nn
 
 from fxgraft.errors import SiteError, StructureError, TraceError
-from fxgraft.graph.structure.linear import made_by_hooks
 from fxgraft.graph.structure.outputs import logits_node
 from fxgraft.graph.structure.places import locate
-from fxgraft.graph.structure.pooling import head_in
+from fxgraft.graph.structure.pooling import head_in, is_classifier
 from fxgraft.graph.structure.sites import Site
 from fxgraft.graph.tracing.anatomy import Anatomy
+from fxgraft.graph.tracing.names import ancestors
+from fxgraft.graph.tracing.settings import acted_on, output_hooked
 from fxgraft.graph.tracing.trace import is_primitive
+from fxgraft.graph.tracing.walks import modules_in
 
 
 @dataclass(frozen=True)
@@ -22,9 +24,13 @@ class LinearTail:
 
     Attributes:
         linear: qualified name of the `torch.nn.Linear`.
+        modules: qualified names of all modules behind the site that take part in it.
+        around: those of the modules that the site lies in, and its own: what their hooks change comes behind it.
     """
 
     linear: str
+    modules: tuple[str, ...] = ()
+    around: tuple[str, ...] = ()
 
 
 def linear_tail(
@@ -42,15 +48,21 @@ def linear_tail(
     except (TraceError, StructureError, SiteError):
         return None
     between = head.maps
+    passed = [head.pool, *head.between]
     while between is not start and len(between.users) == 1 and passes(anatomy.model, between):
+        passed.append(between)
         between = between.all_input_nodes[0]
     layer = head.classifier
     plain = layer is not None and type(anatomy.module(str(layer.target))) is nn.Linear
     while logits is not layer and passes(anatomy.model, logits):
+        passed.append(logits)
         logits = logits.all_input_nodes[0]
     if between is not start or len(start.users) != 1 or not (plain and head.neutral) or layer is not logits:
         return None
-    return LinearTail(str(layer.target))  # type: ignore[union-attr]
+    around = ("", *ancestors(site.path or site.owner), site.path or site.owner)
+    passed.append(logits)
+    inner = tuple(dict.fromkeys(each for each in modules_in(passed) if each not in around))
+    return LinearTail(str(logits.target), inner, tuple(dict.fromkeys(around)))
 
 
 def passes(model: nn.Module, node: fx.Node) -> bool:
@@ -63,8 +75,12 @@ def passes(model: nn.Module, node: fx.Node) -> bool:
 def tail_layer(model: nn.Module, tail: LinearTail) -> nn.Linear | None:
     """Return the linear layer of a tail as the model has it now.
 
-    None where it is no plain layer any more, or makes its weight when it is called. Other hooks are not looked at: most
-    of them only read.
+    None where more than pooling and a plain layer acts: another class of layer, hooks on one of the modules, or a
+    forward of its own. Most hooks only read, but which of them cannot be known.
     """
     layer = model.get_submodule(tail.linear)
-    return layer if type(layer) is nn.Linear and not made_by_hooks(layer) else None
+    if type(layer) is not nn.Linear or not is_classifier(layer):
+        return None
+    if any(acted_on(model.get_submodule(name)) for name in tail.modules):
+        return None
+    return None if any(output_hooked(model.get_submodule(name)) for name in tail.around) else layer

@@ -113,15 +113,20 @@ class Anatomy:
         return parent
 
     def graph(
-        self, path: str, training: bool, opened: tuple[str, ...] = (), deep: tuple[str, ...] = ()
+        self,
+        path: str,
+        training: bool,
+        opened: tuple[str, ...] = (),
+        deep: tuple[str, ...] = (),
+        hooks: bool = False,
     ) -> Traced:
         """Trace one module's forward as the model calls it; see `tracing.trace`.
 
         The result is shared: copy before editing (`fresh_graph` traces anew).
         """
-        key = (path, training, opened, deep)
+        key = (path, training, opened, deep, *([hooks] if hooks else []))
         if key not in self._graphs:
-            self._graphs[key] = self.fresh_graph(path, training, opened, deep)
+            self._graphs[key] = self.fresh_graph(path, training, opened, deep, hooks=hooks)
         return self._graphs[key]
 
     def fresh_graph(
@@ -131,6 +136,7 @@ class Anatomy:
         opened: tuple[str, ...] = (),
         deep: tuple[str, ...] = (),
         labels: tuple[str, ...] = (),
+        hooks: bool = False,
     ) -> Traced:
         """Trace one module's forward into a graph that the caller may edit.
 
@@ -147,7 +153,7 @@ class Anatomy:
             batch = tensors(call.args)[0].shape[0]
             fake = self.observation.run(torch.zeros, (batch,), dtype=torch.long)
             call = Call(call.args, {**call.kwargs, **dict.fromkeys(labels, fake)})
-        return trace(self.module(path), call, training, opened, deep, path, self.observation.calls)
+        return trace(self.module(path), call, training, opened, deep, path, self.observation.calls, hooks)
 
     def values(self, path: str, traced: Traced | None = None) -> Values:
         """Return the values of a module's evaluation graph, or of another trace of it."""

@@ -1,4 +1,4 @@
-"""The plain attributes of a module that its Python code may branch on."""
+"""What decides, besides its class, what a call of a module computes: plain attributes, hooks, a forward of its own."""
 
 from __future__ import annotations
 
@@ -6,6 +6,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
+from torch.nn.modules import module as torch_module
+
+_ONLY_LOOK = ("torch.utils.", "torch.distributed.fsdp", "torch.distributed._composable")
+"""Where hooks are from that change no value: they count, shard, gather or recompute."""
 
 
 def plain_settings(module: nn.Module) -> dict[str, Any]:
@@ -32,3 +36,75 @@ def settings_changed(module: nn.Module, kept: Mapping[str, Any]) -> bool:
     """
     now = plain_settings(module)
     return any(name not in now or now[name] != value for name, value in kept.items())
+
+
+def acted_on(module: nn.Module) -> bool:
+    """Say whether something besides the forward of its class has a part in a call of a module.
+
+    That are hooks of the module or of all modules, forward or backward, and a forward or a call of its own. Whether
+    they change a value cannot be known; hooks of torch's own tools that never do are left out.
+    """
+    hooks = (
+        module._forward_pre_hooks,
+        module._backward_hooks,
+        module._backward_pre_hooks,
+        torch_module._global_forward_pre_hooks,
+        torch_module._global_backward_hooks,
+        torch_module._global_backward_pre_hooks,
+    )
+    return (
+        "forward" in module.__dict__
+        or type(module).__call__ is not nn.Module.__call__
+        or output_hooked(module)
+        or any(_counts(hook) for each in hooks for hook in each.values())
+    )
+
+
+def input_hooked(module: nn.Module) -> bool:
+    """Say whether forward pre-hooks, of the module or of all, get hold of the arguments of a call."""
+    return any(_counts(hook) for _, hook in _pre_hooks(module))
+
+
+def output_hooked(module: nn.Module) -> bool:
+    """Say whether forward hooks, of the module or of all, get hold of what a call returns."""
+    return any(_counts(hook) for _, hook in _hooks(module))
+
+
+def hooked_inputs(
+    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Return the arguments of a call as the module's forward pre-hooks leave them, as `torch.nn.Module` does it."""
+    for key, hook in _pre_hooks(module):
+        if not _counts(hook):
+            continue
+        if key in module._forward_pre_hooks_with_kwargs:
+            args, kwargs = hook(module, args, kwargs) or (args, kwargs)
+            continue
+        changed = hook(module, args)
+        if changed is not None:
+            args = changed if isinstance(changed, tuple) else (changed,)
+    return args, kwargs
+
+
+def hooked_output(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> Any:
+    """Return what a call returned as the module's forward hooks leave it, as `torch.nn.Module` does it."""
+    named = (torch_module._global_forward_hooks_with_kwargs, module._forward_hooks_with_kwargs)
+    for key, hook in _hooks(module):
+        if not _counts(hook):
+            continue
+        full = any(key in each for each in named)
+        changed = hook(module, args, kwargs, out) if full else hook(module, args, out)
+        out = out if changed is None else changed
+    return out
+
+
+def _pre_hooks(module: nn.Module) -> list[tuple[int, Any]]:
+    return [*torch_module._global_forward_pre_hooks.items(), *module._forward_pre_hooks.items()]
+
+
+def _hooks(module: nn.Module) -> list[tuple[int, Any]]:
+    return [*torch_module._global_forward_hooks.items(), *module._forward_hooks.items()]
+
+
+def _counts(hook: Any) -> bool:
+    return not str(getattr(hook, "__module__", "")).startswith(_ONLY_LOOK)

@@ -27,9 +27,18 @@ from fxgraft.graph.tracing.names import UNIT, join
 from fxgraft.graph.tracing.observe import Call
 from fxgraft.graph.tracing.preserve import preserved_attributes, preserved_random_state, replaced_checkpoint
 from fxgraft.graph.tracing.proxies import InPlaceProxy
-from fxgraft.graph.tracing.settings import plain_settings
+from fxgraft.graph.tracing.settings import (
+    hooked_inputs,
+    hooked_output,
+    input_hooked,
+    output_hooked,
+    plain_settings,
+)
 from fxgraft.graph.tracing.signatures import INPUT, bare_forward, bind, forward_signature, leaf_names
 from fxgraft.graph.tracing.whole import afterwards, alone, at_once, refilling
+
+HOOKED = "fxgraft_hooked"
+"""Key in ``node.meta`` of what stands for the hooks of an opened module."""
 
 CHECKPOINT_REGION = "fxgraft_checkpoint_region"
 """Key in ``node.meta`` of the checkpointed region that a node was traced in."""
@@ -73,9 +82,10 @@ class ShallowTracer(fx.Tracer):
     What other threads call and read meanwhile is none of this trace, and is handed through.
     """
 
-    def __init__(self, opened: Sequence[str], deep: Sequence[str]) -> None:
+    def __init__(self, opened: Sequence[str], deep: Sequence[str], hooks: bool = False) -> None:
         super().__init__(autowrap_functions=tuple(get_notrace_functions()))
         self.opened = frozenset(opened)
+        self.hooks = hooks
         self.deep = tuple(deep)
         self.region = 0
         self.thread = threading.get_ident()
@@ -183,12 +193,37 @@ class ShallowTracer(fx.Tracer):
             self.touched.add(path)
             return m.forward(*inner, **named)
 
+        hooks = self.hooks and not self.is_leaf_module(m, path)
+        if hooks and input_hooked(m):
+            args, kwargs = self._marked(HOOKED, True, self._hooked_inputs, m, path, args, kwargs)
         out = super().call_module(m, bare_forward, args, kwargs)
+        if hooks and output_hooked(m):
+            seen = calls[min(count, len(calls) - 1)].output if calls else None
+            out = self._marked(HOOKED, True, self._hooked_output, path, args, kwargs, out, seen)
         if isinstance(out, fx.Proxy) and count < len(calls):
             if self.known is not None:
                 self.known.note(out.node, calls[count].output)
             return _unpacked(out, calls[count].output)
         return out
+
+    def _hooked_inputs(
+        self, m: nn.Module, path: str, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Let the pre-hooks of an opened module act on the tensors among its arguments when the graph is run."""
+        owner = self.create_proxy("get_attr", path, (), {})
+        given: Any = self.create_proxy("call_function", hooked_inputs, (owner, args, kwargs), {})
+        inner = [given[0][i] if isinstance(each, fx.Proxy) else each for i, each in enumerate(args)]
+        named = {k: given[1][k] if isinstance(v, fx.Proxy) else v for k, v in kwargs.items()}
+        return tuple(inner), named
+
+    def _hooked_output(
+        self, path: str, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any, seen: Any
+    ) -> Any:
+        """Let the hooks of an opened module act on its output when the graph is run."""
+        owner = self.create_proxy("get_attr", path, (), {})
+        return _unpacked(
+            self.create_proxy("call_function", hooked_output, (owner, args, kwargs, out), {}), seen
+        )
 
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
         """Hand out an attribute of a module, as a proxy where it is a parameter."""
@@ -303,6 +338,7 @@ def trace(
     deep: Sequence[str] = (),
     path: str = "",
     observed: Mapping[str, list[Call]] | None = None,
+    hooks: bool = False,
 ) -> Traced:
     """Trace the forward of ``module`` as its caller calls it, for one mode.
 
@@ -314,6 +350,7 @@ def trace(
         deep: names of descendants to trace through down to primitive layers.
         path: the module's own qualified name.
         observed: recorded calls by qualified name, to know how the outputs of closed children unpack.
+        hooks: whether the hooks of the descendants that are opened are part of the graph.
 
     Returns:
         The graph and what it depends on.
@@ -339,7 +376,7 @@ def trace(
     failure: Exception = ValueError("no attempt was made")
     # What branches on shapes is held to the branches that were taken, so that comes last.
     for fixed, branching in dict.fromkeys(((with_sizes, False), (tensors_only, False), (with_sizes, True))):
-        tracer = ShallowTracer(opened, deep)
+        tracer = ShallowTracer(opened, deep, hooks)
         tracer.prepare(path, observed or {}, bare_forward(module), spec, fixed, names, leaves)
         tracer.known = Known(module) if branching else None
         classes = {cls.__module__ for each in module.modules() for cls in type(each).__mro__}

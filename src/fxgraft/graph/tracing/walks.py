@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from torch import fx
 
@@ -61,3 +61,11 @@ def scope_of(node: fx.Node) -> str:
     if node.op == "call_module" and stack:
         stack.pop()
     return stack[-1] if stack else ""
+
+
+def modules_in(nodes: Iterable[fx.Node]) -> Iterator[str]:
+    """Name the modules that nodes call or were traced in, without the module traced."""
+    for node in nodes:
+        yield from (path for path, _ in node.meta.get("nn_module_stack", {}).values() if path)
+        if node.op == "call_module":
+            yield str(node.target)

@@ -54,8 +54,8 @@ class Diversification(Patch):
     model's.
 
     Put it on the head, which is found. It costs one small matrix product per position. It hurts where maps are
-    small: below about 7×7 positions one patch is much of the image. Hooks on the pooling and on the classifier do
-    not fire in training, since neither module is called.
+    small: below about 7×7 positions one patch is much of the image. Training passes call none of the head's modules,
+    so they refuse hooks and replaced forwards on them (`BypassError`); those of modules around the head act as ever.
 
     Args:
         alpha: what damped entries are multiplied by, in [0, 1]; 1 damps nothing.

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from fxgraft.extend import (
     Backbone,
+    BypassError,
     ConfigError,
     Graft,
     Make,
@@ -31,7 +32,7 @@ from fxgraft.extend import (
     check_positive,
     check_share,
     grafts_on,
-    made_by_hooks,
+    is_derived,
     register,
 )
 from fxgraft.patches.mixmo import tensors as core
@@ -317,8 +318,8 @@ class MemberUnit(LayerCopies):
         self.config = config
 
     def stale(self, model: nn.Module) -> bool:
-        """Say whether the layer makes its weight in its call by now, which is not made here."""
-        return made_by_hooks(model.get_submodule(self.path))
+        """Say whether the layer makes its weight from others by now, which is not made here."""
+        return is_derived(model.get_submodule(self.path))
 
     def pairing(self) -> Pairing:
         """Return what the pass mixes."""
@@ -374,6 +375,14 @@ class Encoders(MemberUnit):
             # Member 0 sees the batch in its order.
             return [x, *(x[order] for order in pairing.permutations[1:])]
         before, model = self.stem.before, self.running().model
+        hooked = self.stem.hooked(model)
+        if hooked:
+            raise BypassError(
+                f"{self.graft!r} was given an input for each member, and {', '.join(map(repr, hooked))} has forward "
+                "pre-hooks, which saw that of the first alone.\n"
+                "The other members would get their images as they are.\n"
+                "Remove the hooks, or write what they do as a layer in front of the model."
+            )
         others = pairing.inputs[1:]
         return [x, *(others if before is None else (before(model, each) for each in others))]
 
