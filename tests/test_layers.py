@@ -30,6 +30,7 @@ LAYERS: list[tuple[str, ...]] = [
     (
         "functional/",
         "patches/base.py",
+        "patches/blocks.py",
         "patches/options.py",
         "patches/draws.py",
         "patches/registry.py",

@@ -15,6 +15,7 @@ from rich.console import Console
 import fxgraft
 from fxgraft import RSC, ConfigError, CrossNorm, Diversification, MixMo, SelfNorm, extend
 from fxgraft.cli.cards import card
+from training_parity.networks import DenseNet, ResNet, ResNeXt
 
 ALL = [
     (method, name)
@@ -138,3 +139,71 @@ def test_a_method_from_outside_has_its_own() -> None:
     assert str(made.training) == "epochs: 3"
     assert "preset" in inspect.signature(fxgraft.patch).parameters
     assert all(f.name != "preset" for cls in fxgraft.methods().values() for f in dataclasses.fields(cls))
+
+
+@pytest.mark.parametrize(
+    ("method", "name", "make", "match"),
+    [
+        (
+            "crossnorm",
+            "cifar10_densenet",
+            lambda: DenseNet(4, layers=2, bottleneck=True),
+            r"'cifar10_densenet' of 'crossnorm' was published for DenseNet-40 \(k = 12, no bottleneck\): 36 dense "
+            "layers of 1 convolution. This network has 6 dense layers of 2 convolutions",
+        ),
+        (
+            "crossnorm",
+            "cifar100_resnext_cnsn",
+            lambda: ResNeXt(4, cardinality=2),
+            "9 residual blocks of 3 convolutions in 4 groups. This network has .* in 2 groups",
+        ),
+        (
+            "selfnorm",
+            "imagenet_cnsn_ibn_augmix",
+            lambda: ResNet(4),
+            "convolutions and InstanceNorm. This network has 16 residual blocks of 3 convolutions\\.",
+        ),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:SelfNorm. init=.authors. opens each gate:fxgraft.FxgraftWarning")
+def test_a_network_of_another_structure_is_named(method: str, name: str, make: Any, match: str) -> None:
+    with pytest.warns(fxgraft.FxgraftWarning, match=match):
+        fxgraft.patch(make(), method, preset=name, input_size=(3, 48, 48))
+    with pytest.warns(fxgraft.FxgraftWarning, match=match):
+        fxgraft.patch(make(), fxgraft.methods()[method].preset(name), input_size=(3, 48, 48), dry_run=True)
+
+
+def test_a_network_without_the_places_is_refused_by_name() -> None:
+    model = ResNeXt(4)
+    keys = list(model.state_dict())
+    with pytest.raises(
+        fxgraft.StructureError,
+        match=r"no dense layer in ResNeXt(?s:.*)'cifar10_densenet' of 'selfnorm' was published for",
+    ):
+        fxgraft.patch(model, "selfnorm", preset="cifar10_densenet", input_size=(3, 16, 16))
+    assert list(model.state_dict()) == keys
+
+
+def test_what_the_scripts_state_is_in_the_notes() -> None:
+    for method in (CrossNorm, SelfNorm):
+        for name, preset in method.presets.items():
+            assert preset.source.startswith("release, github.com/amazon-science/crossnorm-selfnorm, "), name
+            training = CrossNorm.presets[name].training if "_cnsn" in name else preset.training
+            stated = (training.network, training.data, training.optimiser, training.schedule, training.epochs)
+            assert None not in (*stated, training.batch, training.weight_decay, training.augmentation), name
+            assert ("Nesterov" in str(training.optimiser)) == name.startswith("cifar"), name
+            assert "not stated" not in str(training), name
+    rates = {
+        "imagenet_cnsn": ("SGD 0.05", 128),
+        "imagenet_cnsn_ibn_augmix": ("SGD 0.1", 256),
+        "cifar100_resnext_cnsn_consistency": ("SGD 0.05", 64),
+        "cifar100_densenet_cnsn_consistency": ("SGD 0.1", 64),
+        "gtav_fcn_cnsn": ("SGD 0.01", 16),
+    }
+    for name, (rate, batch) in rates.items():
+        training = CrossNorm.presets[name].training
+        assert (str(training.optimiser).startswith(rate), training.batch) == (True, batch), name
+    rows = {f"cifar{n}_{net}{kind}" for n in (10, 100) for net in ("wrn", "resnext", "densenet", "allconv")
+            for kind in ("", "_cnsn", "_cnsn_consistency", "_cnsn_augmix")}  # fmt: skip
+    images = {f"imagenet{kind}" for kind in ("", "_cnsn", "_cnsn_consistency", "_cnsn_ibn_augmix")}
+    assert {*CrossNorm.presets} == {*SelfNorm.presets} == rows | images | {"gtav_fcn_cnsn"}

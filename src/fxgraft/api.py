@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch
@@ -12,7 +14,9 @@ from torch import nn
 from fxgraft.errors import (
     ConfigError,
     DuplicateGraftError,
+    FxgraftWarning,
     UnknownGraftError,
+    because,
     candidates,
 )
 from fxgraft.graph.grafting.graft import Graft
@@ -71,7 +75,7 @@ def patch(
             (as a subclass of it), weights, hooks and ``state_dict`` keys.
         method: name of a method (see `fxgraft.methods`), or the patch itself: ``fxgraft.RSC(layer=-1)``.
         preset: settings that the method's authors published, by name; ``fxgraft info METHOD`` lists them. Options
-            given besides win over the preset's.
+            given besides win over the preset's. On a network of another structure than the published one it warns.
         name: what to call the graft, by default the method's name. Needed to use a method twice.
         dry_run: return the plan instead of carrying it out.
         input_size: (C, H, W) of the images, where the model's own default is not the size it is trained at.
@@ -99,10 +103,32 @@ def patch(
     present = ledger.grafts if ledger is not None else []
     graft = Graft(name or wanted.method, wanted, input_size=input_size)
     _check_new(graft, present, name is not None)
-    if dry_run:
-        return _plan(model, present, graft)
-    (ledger or Ledger()).install(model, [*present, graft])
+    with _published(graft):
+        if dry_run:
+            return _plan(model, present, graft)
+        (ledger or Ledger()).install(model, [*present, graft])
     return model
+
+
+@contextmanager
+def _published(graft: Graft) -> Iterator[None]:
+    """Say it where a preset was published for a network of another structure than the one that gets it."""
+    preset = graft.patch.published_as
+    if preset is None or preset.structure is None:
+        yield
+        return
+    network = str(preset.training.network).partition(", from ")[0]
+    what = f"The preset {preset.name!r} of {graft.patch.method!r} was published for {network}"
+    with because(f"{what}, {preset.structure}."):
+        yield
+    built = graft.patch.built(graft)
+    if built is not None and not preset.structure.like(built):
+        warnings.warn(
+            f"{what}: {preset.structure}. This network has {built}.\nThe same places are there, and the units are "
+            "on them; what was published holds for the other network.",
+            FxgraftWarning,
+            stacklevel=5,
+        )
 
 
 def _check_new(graft: Graft, present: Sequence[Graft], named: bool) -> None:

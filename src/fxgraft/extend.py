@@ -151,10 +151,11 @@ from fxgraft.graph.tracing.observe import tensors
 from fxgraft.graph.tracing.preserve import preserved_modes
 from fxgraft.graph.tracing.settings import acted_on
 from fxgraft.patches import draws
-from fxgraft.patches.base import BlockPatch, LayeredPatch, Patch, recording
+from fxgraft.patches.base import LayeredPatch, Patch, recording
+from fxgraft.patches.blocks import BlockPatch
 from fxgraft.patches.options import check_count, check_positive, check_share, is_count, is_number
 from fxgraft.patches.pictures import Panel, Picture, View
-from fxgraft.patches.presets import Preset, Training, presets_by_name
+from fxgraft.patches.presets import Preset, Structure, Training, presets_by_name
 from fxgraft.patches.registry import register
 
 __all__ = [
@@ -188,6 +189,7 @@ __all__ = [
     "SiteError",
     "Spot",
     "Stem",
+    "Structure",
     "StructureError",
     "Tap",
     "TapError",

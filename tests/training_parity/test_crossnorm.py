@@ -14,6 +14,7 @@ from training_parity.releases import TOLERANCE, Typed, batch, deviation, steppin
 from training_parity.styles import agree, restyled
 
 CLASSES, SIZE, PIXELS, UNITS, ACTIVE = 5, 5, 128, 4, 2
+OTHER = pytest.mark.filterwarnings("ignore:The preset .* was published for:fxgraft.FxgraftWarning")
 SGD = {"lr": 0.1, "momentum": 0.9, "nesterov": True, "weight_decay": 5e-4}
 
 
@@ -41,6 +42,7 @@ class Release(Typed):
         return out
 
 
+@OTHER
 @pytest.mark.parametrize(("preset", "chance"), [("cifar10_wrn", 0.5), ("cifar10_wrn_cnsn", 0.75)])
 def test_five_steps_of_crossnorm(preset: str, chance: float) -> None:
     model, crop = stock(CLASSES), "neither" if preset == "cifar10_wrn" else "both"
@@ -60,6 +62,7 @@ def test_five_steps_of_crossnorm(preset: str, chance: float) -> None:
     assert set().union(*reference.passes) == set(range(UNITS))
 
 
+@OTHER
 def test_five_steps_with_consistency() -> None:
     model, reference, compared = stock(CLASSES), Release(stock(CLASSES), "both"), []
     fxgraft.patch(model, "crossnorm", preset="cifar100_wrn_cnsn_consistency", input_size=(3, PIXELS, PIXELS))

@@ -14,6 +14,7 @@ from training_parity.releases import TOLERANCE, WIDTHS, Typed, batch, deviation,
 from training_parity.styles import Gate, moments, statistics
 
 CLASSES, SIZE, PIXELS = 5, 5, 96
+OTHER = pytest.mark.filterwarnings("ignore:The preset .* was published for:fxgraft.FxgraftWarning")
 SGD = {"lr": 0.1, "momentum": 0.9, "nesterov": True, "weight_decay": 5e-4}
 
 
@@ -50,6 +51,7 @@ class Release(Typed):
         return found
 
 
+@OTHER
 @pytest.mark.parametrize("gates", [1, 2])
 def test_five_steps_of_the_release(gates: int) -> None:
     model, reference = stock(CLASSES), Release(stock(CLASSES), gates)

@@ -14,6 +14,20 @@ def jensen_shannon(*logits: Tensor) -> Tensor:
     As in the training of AugMix and CrossNorm: with p_i = softmax(logits_i) and m their mean, clamped to at
     least 1e-7, it is the mean over i of KL(p_i ‖ m), averaged over the batch. Zero when all agree.
 
+    AugMix compares the clean images with two mixed views of them, and judges the clean ones by their labels. With
+    CrossNorm's consistency as well, as in the presets ``..._cnsn_augmix``, the same pass serves both:
+
+    >>> import fxgraft, timm, torch
+    >>> model = timm.create_model("test_resnet", num_classes=4).train()
+    >>> options = {"consistency": True, "views": 3, "p": 1.0}  # of CIFAR; ImageNet's have CrossNorm on the views
+    >>> model = fxgraft.patch(model, "crossnorm", **options)
+    >>> images, labels = torch.randn(2, 3, 64, 64), torch.tensor([0, 3])
+    >>> views = [images, images + 0.1, images.flip(-1)]  # the second and third by AugMix
+    >>> clean, *mixed = model(torch.cat(views)).chunk(3)
+    >>> loss = fxgraft.loss(model, clean, labels)  # with 10 · that of the clean and two CrossNorm passes
+    >>> loss = loss + 12 * fxgraft.jensen_shannon(clean, *mixed)
+    >>> loss.backward()
+
     Args:
         *logits: two or more of the same shape, (B, K) or (B, K, ...) for dense predictions.
 

@@ -12,7 +12,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from types import MappingProxyType
-from typing import Any, ClassVar, Literal, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 from torch import Tensor, nn
 
@@ -22,27 +22,11 @@ from fxgraft.graph.grafting.graft import Graft, Make, Placer
 from fxgraft.graph.grafting.placement import Placement
 from fxgraft.graph.grafting.unit import Unit
 from fxgraft.graph.structure.sites import Words
-from fxgraft.graph.structure.spot import Spot
-from fxgraft.graph.tracing.editing import Edge
 from fxgraft.patches.options import check_choices, check_known
 from fxgraft.patches.pictures import Picture, View
-from fxgraft.patches.presets import Preset
+from fxgraft.patches.presets import Preset, Structure
 
 P = TypeVar("P", bound="Patch")
-Position = Literal[
-    "pre",
-    "pre_with_projection",
-    "residual",
-    "identity",
-    "post",
-    "output",
-    "conv1_pre",
-    "conv1_post",
-    "conv2_post",
-    "conv",
-    "norm",
-    "act",
-]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -69,7 +53,12 @@ class Patch(Placer):
         saves: a recipe of its options is enough to make it again; otherwise `fxgraft.save` refuses.
         example: options that sweeps over backbones use, where the method cannot do without any.
         presets: settings that its authors published, by name.
+
+    Attributes:
+        published_as: the preset that it was made from; None where there is none. It is no option, and not saved.
     """
+
+    published_as: ClassVar[Preset | None] = None
 
     method: ClassVar[str] = ""
     title: ClassVar[str] = ""
@@ -120,7 +109,9 @@ class Patch(Placer):
                 f"network or training.\nPass {', '.join(f'{each}=...' for each in missing)} with it."
             )
         options = {key: value for key, value in found.options.items() if key not in given}
-        return cls(**{**options, **overrides})
+        made = cls(**{**options, **overrides})
+        object.__setattr__(made, "published_as", found)
+        return made
 
     def place(self, backbone: Backbone, make: Make) -> Iterable[Placement | list[Placement]]:
         """Say which units go where on a bare model.
@@ -141,6 +132,10 @@ class Patch(Placer):
     def describe(self, graft: Graft) -> str:
         """Say what the graft does on its model, in one line, for `fxgraft.summary`; by default where its units are."""
         return ", ".join(graft.units)
+
+    def built(self, graft: Graft) -> Structure | None:
+        """Say what the network of a graft is built of, for a preset that was published for another one."""
+        return None
 
     def losses(
         self, graft: Graft, out: Any, target: Any, criterion: Callable[..., Tensor]
@@ -239,125 +234,6 @@ class LayeredPatch(Patch):
                 'Say where, as layers="layer4", layers=-1 (a stage) or a list; fxgraft.sites(model) lists names.'
             )
         super().__post_init__()
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class BlockPatch(LayeredPatch):
-    """Base of methods that put one unit into every block of a network.
-
-    Args:
-        position: where in its block a unit sits. Residual blocks: "pre" (what the branch sees of the block's
-            input), "pre_with_projection" (the same, and where the shortcut projects the input, what that sees),
-            "residual" (the end of the branch), "identity" (the shortcut, after any downsampling), "post" (the sum,
-            before the last activation) or "output" (behind that activation; the sum, where none follows). Densely
-            connected layers: "conv1_pre" (the layer's joined input, before its first norm and for all that is
-            concatenated with it onwards), "conv1_post" (behind its first convolution), "conv2_post" (behind its
-            second, if there is one). Plain stacks: behind every "conv", "norm" or "act". Default: "post"; in a
-            network without residual blocks "conv1_pre" of its densely connected layers, or else "conv".
-        layers: only these blocks: names of blocks or of modules around them, globs, stage numbers, names from
-            ``fxgraft.sites(model, "residual")``; a name without such a block stands for its own output, and
-            "input" for the image. Default: every block.
-        layer: the same, for one.
-        layout: meaning of the dimensions at the sites, one of NCHW, NHWC, NLC, NCL; found if left out.
-    """
-
-    where = (
-        "inside every residual block, by default before its last activation; networks without: in dense layers, or "
-        "behind convolutions"
-    )
-
-    position: Position | None = None
-    layout: Literal["NCHW", "NHWC", "NLC", "NCL"] | None = None
-
-    def put(
-        self, backbone: Backbone, make: Make, spot: Spot, unit: Unit, *, evaluation: bool = True
-    ) -> Iterator[list[Placement]]:
-        """Place a unit at a position of a block; the parts of a value that was joined for it go on changed.
-
-        Args:
-            backbone: the bare model.
-            make: of `place`.
-            spot: of ``backbone.positions``.
-            unit: what acts there.
-            evaluation: whether it acts in evaluation, too.
-        """
-        unit.bind(position=spot.position or "by name")
-        yield backbone.place(spot, unit, evaluation=evaluation)
-        if not any(_users(part) for part in spot.onward):
-            return
-        joined = make(f"{spot.name}:joined", Joined, spot.name)
-        joined.bind(sizes=[part.value.shape[1] for part in spot.onward if part.value is not None])
-        yield backbone.place(spot, joined, key=f"{spot.name}:joined", evaluation=evaluation)
-        for index, part in enumerate(spot.onward):
-            if _users(part):
-                unit = make(part.name, Part, spot.name, index)
-                unit.bind(always=evaluation)
-                yield backbone.place(part, unit, evaluation=evaluation)
-
-    def placed_at(self, graft: Graft) -> str:
-        """Say at which positions the units of a graft are, for `describe`."""
-        units = graft.units.values()
-        return ", ".join(dict.fromkeys(str(unit.position) for unit in units if hasattr(unit, "position")))
-
-
-def _users(part: Spot) -> bool:
-    return isinstance(part.edit, Edge) and bool(part.edit.users)
-
-
-class Joined(Unit):
-    """Hands a joined value, as it was changed, to the `Part` units of its graft, and on.
-
-    Args:
-        key: the name to hand it over by.
-    """
-
-    sizes: list[int]
-
-    def __init__(self, key: str) -> None:
-        super().__init__()
-        self.key = key
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Return ``x`` (B, C, *S) as it is; its parts go to the units that hand them on."""
-        run = self.current
-        if run is not None:
-            run.put(self.graft, self.key, x.split(self.sizes, 1))
-        return x
-
-
-class Part(Unit):
-    """Hands one part of a joined value on, as it was changed, in place of what it was joined from.
-
-    Args:
-        key: the name that `Joined` hands it over by.
-        index: number of the part.
-    """
-
-    always: bool
-
-    def __init__(self, key: str, index: int) -> None:
-        super().__init__()
-        self.key = key
-        self.index = index
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Return the part (B, C_i, *S); ``x`` outside of a pass, where what acts in passes alone changed nothing.
-
-        Raises:
-            SiteError: a part of the model was called by itself, and what acts in evaluation too changed the value;
-                or the inside of the block is looked at apart from its layers.
-        """
-        run = self.running() if self.always else self.current
-        if run is None:
-            return x
-        parts = run.get(self.graft, self.key)
-        if parts is None:
-            raise SiteError(
-                f"{self.graft!r} changes what {self.key!r} joins, and the block around it was looked at without it.\n"
-                "A method cannot start inside a densely connected block that another changes from within.\n"
-                "Choose a site outside of the block, or another position."
-            )
-        return parts[self.index]
 
 
 @contextmanager

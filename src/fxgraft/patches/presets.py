@@ -23,6 +23,8 @@ class Training:
         augmentation: of the images.
         repetition: how often an image occurs in a batch.
         note: what else matters.
+
+    Numbers of epochs count from 0.
     """
 
     network: str | None = None
@@ -42,6 +44,37 @@ class Training:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Structure:
+    """What a network is built of, as far as the places of a preset depend on it.
+
+    Attributes:
+        blocks: what the units are in: "residual blocks", "dense layers" or "convolutions".
+        units: how many of them there are; None where the user chose among them.
+        convolutions: in a block, without those of its shortcut; None where that cannot be told.
+        groups: of the grouped convolutions in a block, 1 where there are none.
+        instance_norm: whether there are blocks with an InstanceNorm.
+    """
+
+    blocks: str
+    units: int | None
+    convolutions: int | None = None
+    groups: int = 1
+    instance_norm: bool = False
+
+    def __str__(self) -> str:
+        parts = [self.blocks if self.units is None else f"{self.units} {self.blocks}"]
+        if self.convolutions is not None:
+            parts.append(f"of {self.convolutions} convolution{'' if self.convolutions == 1 else 's'}")
+            parts += [f"in {self.groups} groups"] if self.groups > 1 else []
+        return " ".join([*parts, *(["and InstanceNorm"] if self.instance_norm else [])])
+
+    def like(self, other: Structure) -> bool:
+        """Say whether another network is built so, where both say it."""
+        mine, others = (dataclasses.astuple(each) for each in (self, other))
+        return all(a == b for a, b in zip(mine, others, strict=True) if a is not None and b is not None)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Preset:
     """Options that authors published together.
 
@@ -51,6 +84,7 @@ class Preset:
         source: where they are from.
         training: how the result was trained. A patch changes the model alone: this is for whoever trains it.
         needs: options without which the preset means nothing, and that only the user knows.
+        structure: of the network that it was published for; on one that is built otherwise `fxgraft.patch` warns.
     """
 
     name: str
@@ -58,6 +92,7 @@ class Preset:
     source: str
     training: Training = Training()
     needs: tuple[str, ...] = ()
+    structure: Structure | None = None
 
 
 def presets_by_name(*presets: Preset) -> Mapping[str, Preset]:

@@ -14,7 +14,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -31,6 +31,7 @@ from fxgraft.extend import (
     Pass,
     Placement,
     Preset,
+    Structure,
     Training,
     Unit,
     acted_on,
@@ -46,22 +47,83 @@ GateFunction = Callable[[Tensor, Tensor], Tensor]
 EPS = 1e-12
 
 
-def _preset(
-    name: str, network: str, data: str, position: str, *, epochs: int | None = None, decay: str | None = None
-) -> Preset:
-    """Return a preset of the authors' release; ``..._cnsn`` goes with CrossNorm's of the same name."""
-    training = Training(
-        network=network,
-        data=data,
-        optimiser="SGD 0.1, momentum 0.9",
-        epochs=epochs,
-        batch=128,
-        weight_decay=f"{decay or 'not stated'}, on every parameter",
-        note=f"with crossnorm's preset {name!r}" if "_cnsn" in name else None,
+RELEASE = "release, github.com/amazon-science/crossnorm-selfnorm"
+# folder of the scripts, network, epochs, weight decay, structure; places without CrossNorm and with it
+NETWORKS: dict[str, tuple[str, str, int, str, Structure, dict[str, str]]] = {
+    "wrn": (
+        "wideresnet", "WRN-40-2", 100, "5e-4", Structure(blocks="residual blocks", units=18, convolutions=2),
+        {"cifar10": "pre", "cifar100": "post", "cnsn": "post"},
+    ),
+    "resnext": (
+        "resnext", "ResNeXt-29 (4×32)", 200, "5e-4",
+        Structure(blocks="residual blocks", units=9, convolutions=3, groups=4),
+        {"cifar10": "pre_with_projection", "cifar100": "residual", "cnsn": "output"},
+    ),
+    "densenet": (
+        "densenet", "DenseNet-40 (k = 12, no bottleneck)", 200, "1e-4",
+        Structure(blocks="dense layers", units=36, convolutions=1),
+        {"cifar10": "conv1_post", "cifar100": "conv1_pre", "cnsn": "conv1_pre"},
+    ),
+    "allconv": (
+        "allconv", "AllConv", 100, "5e-4", Structure(blocks="conv sites", units=9),
+        {"cifar10": "conv", "cifar100": "conv", "cnsn": "conv"},
+    ),
+}  # fmt: skip
+RESNET = Structure(blocks="residual blocks", units=16, convolutions=3)
+IBN = Structure(blocks="residual blocks", units=16, convolutions=3, instance_norm=True)
+CNSN = {"_cnsn": "cnsn", "_cnsn_consistency": "cnsn-consist", "_cnsn_augmix": "cnsn-augmix"}
+
+
+def _preset(name: str, position: str, script: str, structure: Structure, **training: Any) -> Preset:
+    return Preset(
+        name=name,
+        options={"position": position, "gates": 1, "init": "authors"},
+        source=f"{RELEASE}, {script}",
+        training=Training(**training),
+        structure=structure,
     )
-    source = "release, github.com/amazon-research/crossnorm-selfnorm"
-    options = {"position": position, "gates": 1, "init": "authors"}
-    return Preset(name=name, options=options, source=source, training=training)
+
+
+def _cifar(data: str, key: str, kind: str) -> Preset:
+    """Return a preset of CIFAR; ``..._cnsn`` is trained as CrossNorm's of the same name, which says how."""
+    folder, network, epochs, decay, structure, places = NETWORKS[key]
+    name = f"{data}_{key}{kind}"
+    script = f"{data}-scripts/{folder}/run-{CNSN.get(kind, 'sn')}.sh"
+    if kind:
+        return _preset(name, places["cnsn"], script, structure, network=network, note=_together(name))
+    return _preset(
+        name, places[data], script, structure, network=f"{network}, from scratch",
+        data=f"CIFAR-{data.removeprefix('cifar')}, 32 px, normalised by mean 0.5 and deviation 0.5",
+        optimiser="SGD 0.1, momentum 0.9, Nesterov", schedule="cosine to 1e-6, step by step", epochs=epochs, batch=128,
+        weight_decay=f"{decay}, on every parameter", augmentation="flip, crop 32 with padding 4",
+    )  # fmt: skip
+
+
+def _together(name: str) -> str:
+    return f"with crossnorm's preset {name!r}, and trained as that"
+
+
+PRESETS = presets_by_name(
+    _preset(
+        "imagenet", "post", "imagenet-scripts/run-sn.sh", RESNET, network="ResNet-50, from scratch",
+        data="ImageNet, 224 px", optimiser="SGD 0.05 (0.1 · batch / 256), momentum 0.9",
+        schedule="×0.1 at epochs 30 and 60", epochs=90, batch=128, weight_decay="1e-4, on every parameter",
+        augmentation="random resized crop, flip",
+    ),
+    *(
+        _preset(name, where, f"imagenet-scripts/run-{script}.sh", structure, network=network, note=_together(name))
+        for name, where, script, structure, network in (
+            ("imagenet_cnsn", "post", "cnsn", RESNET, "ResNet-50"),
+            ("imagenet_cnsn_consistency", "post", "cnsn-consist", RESNET, "ResNet-50"),
+            ("imagenet_cnsn_ibn_augmix", "residual", "cnsn-augmix", IBN, "ResNet-50-IBN-b"),
+        )
+    ),
+    *(_cifar(data, key, kind) for key in NETWORKS for data in ("cifar10", "cifar100") for kind in ("", *CNSN)),
+    _preset(
+        "gtav_fcn_cnsn", "residual", "segmentation/config/gtav/gtav_fcn50_cnsn.yaml", RESNET,
+        network="dilated FCN-ResNet-50", note=_together("gtav_fcn_cnsn"),
+    ),
+)  # fmt: skip
 
 
 @register("selfnorm")
@@ -121,29 +183,7 @@ class SelfNorm(BlockPatch):
         }
     )
     adds_parameters = True
-    presets = presets_by_name(
-        _preset("imagenet", "ResNet-50", "ImageNet", "post", epochs=90, decay="1e-4"),
-        _preset("imagenet_cnsn", "ResNet-50", "ImageNet", "post", epochs=90, decay="1e-4"),
-        _preset("imagenet_cnsn_consistency", "ResNet-50", "ImageNet", "post", epochs=90, decay="1e-4"),
-        _preset("imagenet_cnsn_ibn_augmix", "ResNet-50", "ImageNet", "residual", epochs=90, decay="1e-4"),
-        _preset("cifar10_wrn", "WRN-40-2", "CIFAR-10", "pre"),
-        _preset("cifar10_wrn_cnsn", "WRN-40-2", "CIFAR-10", "post"),
-        _preset("cifar10_wrn_cnsn_consistency", "WRN-40-2", "CIFAR-10", "post"),
-        _preset("cifar100_wrn", "WRN-40-2", "CIFAR-100", "post"),
-        _preset("cifar100_wrn_cnsn", "WRN-40-2", "CIFAR-100", "post"),
-        _preset("cifar100_wrn_cnsn_consistency", "WRN-40-2", "CIFAR-100", "post"),
-        _preset("cifar10_resnext", "ResNeXt-29", "CIFAR-10", "pre_with_projection"),
-        _preset("cifar10_resnext_cnsn", "ResNeXt-29", "CIFAR-10", "output"),
-        _preset("cifar10_resnext_cnsn_consistency", "ResNeXt-29", "CIFAR-10", "output"),
-        _preset("cifar100_resnext", "ResNeXt-29", "CIFAR-100", "residual"),
-        _preset("cifar100_resnext_cnsn", "ResNeXt-29", "CIFAR-100", "output"),
-        _preset("cifar100_resnext_cnsn_consistency", "ResNeXt-29", "CIFAR-100", "output"),
-        _preset("cifar10_densenet", "DenseNet", "CIFAR-10", "conv1_post"),
-        _preset("cifar10_densenet_cnsn", "DenseNet", "CIFAR-10", "conv1_pre"),
-        _preset("cifar100_densenet", "DenseNet", "CIFAR-100", "conv1_pre"),
-        _preset("cifar100_densenet_cnsn", "DenseNet", "CIFAR-100", "conv1_pre"),
-        _preset("cifar10_allconv_cnsn", "AllConv", "CIFAR-10", "conv"),
-    )
+    presets = PRESETS
     order = ("style", 1)  # at one site after CrossNorm, in the authors' order
 
     gates: Literal[1, 2] = 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import pytest
 import torch
@@ -95,3 +96,37 @@ def test_without_the_last_unit_the_pooled_features_keep_their_own_statistics() -
             torch.testing.assert_close(seen["pooled"], (branch + seen["given"]).relu(), rtol=1e-3, atol=1e-4)
     model = fxgraft.patch(resnet(), "crossnorm", layers=("layer3.1", "layer4"), skip_last=True, **SMALL)
     assert list(fxgraft.grafts(model)[0].units) == ["layer3.1.add", "layer4.0.add"]
+
+
+def test_of_several_views_the_clean_images_alone_are_compared() -> None:
+    bare = resnet().double()
+    options: dict[str, Any] = {"consistency": True, "p": 1.0, "active": 2, **SMALL}
+    views = fxgraft.patch(copy.deepcopy(bare), "crossnorm", views=3, **options).train()
+    x, y = torch.randn(6, 3, 64, 64, dtype=torch.float64), torch.tensor([0, 1])
+    found, rows = [], []
+    views.register_forward_pre_hook(lambda _, args: rows.append(args[0].shape[0]))
+    for rows_given in (
+        6,
+        2,
+    ):  # predictions of all views, of which the first are the clean images', or of those alone
+        out = views(x)
+        torch.manual_seed(0)
+        parts = fxgraft.losses(views, out[:rows_given], y.repeat(rows_given // 2))
+        found.append(parts["crossnorm.consistency"])
+    assert rows == [6, 2, 2, 6, 2, 2]
+    alone = fxgraft.patch(copy.deepcopy(bare), "crossnorm", **options).train()
+    torch.manual_seed(0)
+    with fxgraft.grafts(alone)[0].asking(forced=True):
+        others = [alone(x[:2]) for _ in range(2)]
+    wanted = 10 * fxgraft.jensen_shannon(out[:2], *others)
+    torch.testing.assert_close(found[0], wanted, rtol=0, atol=1e-12)
+    torch.testing.assert_close(found[1], wanted, rtol=0, atol=1e-12)
+
+
+def test_views_that_a_batch_does_not_hold() -> None:
+    model = fxgraft.patch(resnet(), "crossnorm", consistency=True, views=3, p=1.0, **SMALL).train()
+    x, y = torch.randn(4, 3, 64, 64), torch.tensor([0, 1, 2, 0])
+    with pytest.raises(ConfigError, match=r"loss of 4 predictions, but .* had 4 images, 3 views of each"):
+        fxgraft.loss(model, model(x), y)
+    with pytest.raises(ConfigError, match="views must be a whole number of at least 1, got 0"):
+        fxgraft.CrossNorm(views=0)

@@ -51,6 +51,15 @@ class Arguments:
         self.kwargs = kwargs
         self.labelled = labelled
 
+    def first(self, rows: int, size: int) -> Arguments:
+        """Return those for the first rows of the batch, of which there were ``size``."""
+
+        def cut(value: Any) -> Any:
+            return value[:rows] if isinstance(value, Tensor) and value.shape[:1] == (size,) else value
+
+        kwargs = {name: cut(value) for name, value in self.kwargs.items()}
+        return Arguments(tuple(map(cut, self.args)), kwargs, self.labelled)
+
     def repeat(self, model: nn.Module, target: Any) -> Any:
         """Call the model with them again, with labels for its grafts that the model itself gets only if it got them."""
         if self.labelled:

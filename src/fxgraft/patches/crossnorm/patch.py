@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from fxgraft.extend import (
+    Arguments,
     Backbone,
     BlockPatch,
     ConfigError,
@@ -25,6 +26,7 @@ from fxgraft.extend import (
     Unit,
     View,
     Words,
+    check_count,
     check_positive,
     check_share,
     draws,
@@ -74,6 +76,9 @@ class CrossNorm(BlockPatch):
         consistency: leave the pass itself clean, and add to the loss how far two more passes with CrossNorm on are from
             it.
         consistency_weight: factor of the divergence.
+        views: how many views of the same images a batch holds, one after another, the clean ones first. The consistency
+            compares those alone: they are what runs again, and `fxgraft.loss` may be given their predictions. With
+            AugMix: 3; see `fxgraft.jensen_shannon` for the term that compares the views.
         output: which entry of a structured output holds the logits (a key, an attribute or a position).
 
     Raises:
@@ -130,12 +135,14 @@ class CrossNorm(BlockPatch):
     detach: bool = False
     consistency: bool = False
     consistency_weight: float = 10.0
+    views: int = 1
     output: str | int | None = None
 
     def __post_init__(self, layer: Words | None) -> None:
         super().__post_init__(layer)
         check_share(self, "p", "lam", "threshold")
         check_positive(self, "beta", "consistency_weight")
+        check_count(self, "views")
         if self.active is not None and not is_count(self.active):
             raise ConfigError(
                 f"CrossNorm: active must be a number of units, or None for all; got {self.active!r}."
@@ -190,13 +197,7 @@ class CrossNorm(BlockPatch):
         if again is None or model is None:  # the pass may have been one in evaluation
             return {}
         clean = take_logits(out, [self.output])
-        first = next(iter((*again.args, *again.kwargs.values())), None)
-        if isinstance(first, Tensor) and first.shape[0] != clean.shape[0]:
-            raise ConfigError(
-                f"{graft.name!r} was asked for the loss of {clean.shape[0]} predictions, but the model's last "
-                f"training pass had {first.shape[0]} images.\nIt runs that batch again to compare.\n"
-                "Call fxgraft.loss right after the pass it is for."
-            )
+        again, clean = self._clean(graft, again, clean)
         on = self.p == 1 or draws.coin(self.p, clean.device)
         if on is False:
             return {}
@@ -216,6 +217,22 @@ class CrossNorm(BlockPatch):
         divergence = draws.choose(on, compared, clean.new_zeros(()))
         graft.measure("consistency", divergence)
         return {"consistency": divergence}
+
+    def _clean(self, graft: Graft, again: Arguments, logits: Tensor) -> tuple[Arguments, Tensor]:
+        """Return the arguments of a pass and the predictions for the clean images alone."""
+        first = next(iter((*again.args, *again.kwargs.values())), None)
+        if not isinstance(first, Tensor):
+            return again, logits
+        size = first.shape[0]
+        rows = size // self.views
+        if size % self.views or logits.shape[0] not in (size, rows):
+            views = f", {self.views} views of each" if self.views > 1 else ""
+            raise ConfigError(
+                f"{graft.name!r} was asked for the loss of {logits.shape[0]} predictions, but the model's last "
+                f"training pass had {size} images{views}.\nIt runs that batch again to compare.\n"
+                "Call fxgraft.loss right after the pass it is for."
+            )
+        return (again, logits) if self.views == 1 else (again.first(rows, size), logits[:rows])
 
     def picture(self, graft: Graft, view: View) -> Picture:
         """Show two images in each other's style."""

@@ -1,0 +1,187 @@
+"""The base of methods that put one unit into every block of a network, and what it takes to follow joined values."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from typing import Literal
+
+from torch import Tensor, nn
+
+from fxgraft.errors import SiteError
+from fxgraft.graph.grafting.backbone import Backbone
+from fxgraft.graph.grafting.graft import Graft, Make
+from fxgraft.graph.grafting.placement import Placement
+from fxgraft.graph.grafting.unit import Unit
+from fxgraft.graph.structure.dense import DENSE
+from fxgraft.graph.structure.positions import RESIDUAL
+from fxgraft.graph.structure.spot import Spot
+from fxgraft.graph.tracing.editing import Edge
+from fxgraft.patches.base import LayeredPatch
+from fxgraft.patches.presets import Structure
+
+Position = Literal[
+    "pre",
+    "pre_with_projection",
+    "residual",
+    "identity",
+    "post",
+    "output",
+    "conv1_pre",
+    "conv1_post",
+    "conv2_post",
+    "conv",
+    "norm",
+    "act",
+]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class BlockPatch(LayeredPatch):
+    """Base of methods that put one unit into every block of a network.
+
+    Args:
+        position: where in its block a unit sits. Residual blocks: "pre" (what the branch sees of the block's
+            input), "pre_with_projection" (the same, and where the shortcut projects the input, what that sees),
+            "residual" (the end of the branch), "identity" (the shortcut, after any downsampling), "post" (the sum,
+            before the last activation) or "output" (behind that activation; the sum, where none follows). Densely
+            connected layers: "conv1_pre" (the layer's joined input, before its first norm and for all that is
+            concatenated with it onwards), "conv1_post" (behind its first convolution), "conv2_post" (behind its
+            second, if there is one). Plain stacks: behind every "conv", "norm" or "act". Default: "post"; in a
+            network without residual blocks "conv1_pre" of its densely connected layers, or else "conv".
+        layers: only these blocks: names of blocks or of modules around them, globs, stage numbers, names from
+            ``fxgraft.sites(model, "residual")``; a name without such a block stands for its own output, and
+            "input" for the image. Default: every block.
+        layer: the same, for one.
+        layout: meaning of the dimensions at the sites, one of NCHW, NHWC, NLC, NCL; found if left out.
+    """
+
+    where = (
+        "inside every residual block, by default before its last activation; networks without: in dense layers, or "
+        "behind convolutions"
+    )
+
+    position: Position | None = None
+    layout: Literal["NCHW", "NHWC", "NLC", "NCL"] | None = None
+
+    def put(
+        self, backbone: Backbone, make: Make, spot: Spot, unit: Unit, *, evaluation: bool = True
+    ) -> Iterator[list[Placement]]:
+        """Place a unit at a position of a block; the parts of a value that was joined for it go on changed.
+
+        Args:
+            backbone: the bare model.
+            make: of `place`.
+            spot: of ``backbone.positions``.
+            unit: what acts there.
+            evaluation: whether it acts in evaluation, too.
+        """
+        unit.bind(position=spot.position or "by name", block=_block(backbone, spot))
+        yield backbone.place(spot, unit, evaluation=evaluation)
+        if not any(_users(part) for part in spot.onward):
+            return
+        joined = make(f"{spot.name}:joined", Joined, spot.name)
+        joined.bind(sizes=[part.value.shape[1] for part in spot.onward if part.value is not None])
+        yield backbone.place(spot, joined, key=f"{spot.name}:joined", evaluation=evaluation)
+        for index, part in enumerate(spot.onward):
+            if _users(part):
+                unit = make(part.name, Part, spot.name, index)
+                unit.bind(always=evaluation)
+                yield backbone.place(part, unit, evaluation=evaluation)
+
+    def built(self, graft: Graft) -> Structure | None:
+        """Say how many blocks have units, and of how many convolutions they are."""
+        blocks = [unit.block for unit in graft.units.values() if hasattr(unit, "block")]
+        kinds = {each.blocks for each in blocks}
+        if len(kinds) != 1:
+            return None
+        counts = [each.convolutions for each in blocks if each.convolutions is not None]
+        return Structure(
+            blocks=kinds.pop(),
+            units=len(blocks) if self.layers is None else None,
+            convolutions=min(counts, default=None),
+            groups=max(each.groups for each in blocks),
+            instance_norm=any(each.instance_norm for each in blocks),
+        )
+
+    def placed_at(self, graft: Graft) -> str:
+        """Say at which positions the units of a graft are, for `describe`."""
+        units = graft.units.values()
+        return ", ".join(dict.fromkeys(str(unit.position) for unit in units if hasattr(unit, "position")))
+
+
+def _block(backbone: Backbone, spot: Spot) -> Structure:
+    """Describe the block of a spot."""
+    families = ((RESIDUAL, "residual blocks"), (DENSE, "dense layers"))
+    kind = next((name for positions, name in families if spot.position in positions), "")
+    if not kind or not spot.scope:
+        return Structure(blocks=kind or f"{spot.position or 'named'} sites", units=1)
+    modules = list(backbone.module(spot.scope).modules())
+    convs = [each for each in modules if isinstance(each, nn.Conv2d)]
+    return Structure(
+        blocks=kind,
+        units=1,
+        convolutions=len(convs),
+        groups=max((each.groups for each in convs), default=1),
+        instance_norm=any(isinstance(each, nn.InstanceNorm2d) for each in modules),
+    )
+
+
+def _users(part: Spot) -> bool:
+    return isinstance(part.edit, Edge) and bool(part.edit.users)
+
+
+class Joined(Unit):
+    """Hands a joined value, as it was changed, to the `Part` units of its graft, and on.
+
+    Args:
+        key: the name to hand it over by.
+    """
+
+    sizes: list[int]
+
+    def __init__(self, key: str) -> None:
+        super().__init__()
+        self.key = key
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return ``x`` (B, C, *S) as it is; its parts go to the units that hand them on."""
+        run = self.current
+        if run is not None:
+            run.put(self.graft, self.key, x.split(self.sizes, 1))
+        return x
+
+
+class Part(Unit):
+    """Hands one part of a joined value on, as it was changed, in place of what it was joined from.
+
+    Args:
+        key: the name that `Joined` hands it over by.
+        index: number of the part.
+    """
+
+    always: bool
+
+    def __init__(self, key: str, index: int) -> None:
+        super().__init__()
+        self.key = key
+        self.index = index
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the part (B, C_i, *S); ``x`` outside of a pass, where what acts in passes alone changed nothing.
+
+        Raises:
+            SiteError: a part of the model was called by itself, and what acts in evaluation too changed the value;
+                or the inside of the block is looked at apart from its layers.
+        """
+        run = self.running() if self.always else self.current
+        if run is None:
+            return x
+        parts = run.get(self.graft, self.key)
+        if parts is None:
+            raise SiteError(
+                f"{self.graft!r} changes what {self.key!r} joins, and the block around it was looked at without it.\n"
+                "A method cannot start inside a densely connected block that another changes from within.\n"
+                "Choose a site outside of the block, or another position."
+            )
+        return parts[self.index]
