@@ -9,9 +9,10 @@ from contextlib import ExitStack
 from typing import Any
 
 from fxgraft.api import set_progress
-from fxgraft.errors import TargetError, UnknownGraftError
+from fxgraft.errors import UnknownGraftError
+from fxgraft.graph.grafting.labels import Entry
 from fxgraft.graph.grafting.lookup import patched_parts
-from fxgraft.graph.grafting.published import targets
+from fxgraft.graph.grafting.published import batch_targets
 
 try:
     from lightning.pytorch import Callback, LightningModule, Trainer
@@ -22,6 +23,9 @@ except ImportError as error:
     ) from error
 
 
+_HOW = "Say where they are, Grafts(labels=...), or pass Grafts(labels=None) and call self.model(x, target=y)."
+
+
 class Grafts(Callback):
     """Gives every training step its labels, and the schedules of the grafts the share of training done.
 
@@ -29,15 +33,17 @@ class Grafts(Callback):
     itself. Validation and test steps are left alone.
 
     Args:
-        labels: position or key of the labels in a batch, by default 1; None where the step hands them over itself,
-            as ``self.model(x, target=y)``.
+        labels: where in a batch the labels are, by default at 1: a position, a key, an attribute, or a path of these,
+            as ``("labelled", 1)`` for the batches of a ``CombinedLoader``; None where the step hands them over itself,
+            as ``self.model(x, target=y)``. They are those of the first input that a patch reads them for, as often
+            as it passes; other inputs of the step need labels of their own.
 
     Raises:
         UnknownGraftError: (when the training starts) nothing in the module is patched.
         TargetError: (at a training step) the batch has no such entry.
     """
 
-    def __init__(self, labels: int | str | None = 1) -> None:
+    def __init__(self, labels: Entry | None = 1) -> None:
         self.labels = labels
         self._published = ExitStack()
 
@@ -58,15 +64,7 @@ class Grafts(Callback):
         self._published.close()  # a step that was skipped has no end
         if self.labels is None:
             return
-        try:
-            labels = batch[self.labels]
-        except (KeyError, IndexError, TypeError) as error:
-            raise TargetError(
-                f"The batch, a {type(batch).__name__}, has no entry {self.labels!r} for the labels.\n"
-                "Say where they are, Grafts(labels=...), or pass Grafts(labels=None) and call "
-                "self.model(x, target=y)."
-            ) from error
-        self._published.enter_context(targets(labels))
+        self._published.enter_context(batch_targets(batch, self.labels, _HOW))
 
     def on_train_batch_end(self, *args: Any, **kwargs: Any) -> None:
         """Take the labels back."""

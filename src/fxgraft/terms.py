@@ -9,9 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fxgraft.errors import ConfigError, MethodError, StructureError
+from fxgraft.errors import ConfigError, MethodError, StructureError, TargetError
 from fxgraft.graph.grafting.graft import Graft
+from fxgraft.graph.grafting.labels import batch_of, differ, version_of
 from fxgraft.graph.grafting.lookup import grafts_on, ledger_of, named_grafts, patched_parts
+from fxgraft.graph.grafting.passes import Context
 from fxgraft.graph.structure.outputs import take_logits
 from fxgraft.graph.tracing.observe import tensors
 
@@ -41,12 +43,13 @@ def losses(
             criterion, and the model's output is not that part's.
         ConfigError: grafts of several parts stand in for the criterion.
     """
-    _ask(model)
+    _ask(model, out, y)
     names = [getattr(graft.patch, "output", None) for graft in grafts_on(model)]
     logits = take_logits(out, names)
     for graft in _judging(model, logits):
         given = graft.patch.criterion(graft, criterion)
-        if not hasattr(given, "__call__"):  # noqa: B004 - what `callable` narrows to has lost its return type
+        # Compiled code knows no attributes of a function that it has made itself.
+        if not torch.compiler.is_compiling() and not hasattr(given, "__call__"):  # noqa: B004 - `callable` narrows
             raise MethodError(
                 f"{type(graft.patch).__name__}.criterion returned {_kind(given)}.\n"
                 "criterion() returns a criterion, called as criterion(logits, y): at least the one it was given."
@@ -98,7 +101,7 @@ def extra_loss(
         ConfigError: a graft stands in for the criterion, so that a loss without it would not be the method's.
         StructureError: a term needs the logits, and it is not clear what in the output they are.
     """
-    _ask(model)
+    _ask(model, out, y)
     for name, graft in named_grafts(model).items():
         if graft.patch.replaces_criterion():
             raise ConfigError(
@@ -116,14 +119,49 @@ def _sum(parts: Mapping[str, Tensor]) -> Tensor:
     return torch.stack([value.reshape(()) for value in parts.values()]).sum()
 
 
-def _ask(model: nn.Module) -> None:
-    """Note that the loss of every patched part is asked for."""
-    for part in patched_parts(model).values():
+def _ask(model: nn.Module, out: Any, y: Any) -> None:
+    """Note that the loss of every patched part is asked for, and compare the labels with those its passes took."""
+    for path, part in patched_parts(model).items():
         ledger = ledger_of(part)
         if ledger is not None:
             ledger.context.watch.asked = True
             if part.training and not torch.is_grad_enabled():
                 ledger.context.watch.warn_of_no_gradients(part)
+            if not torch.compiler.is_compiling():
+                ledger.context.doubts.answers()
+                _compare_labels(ledger.context, path, out, y)
+
+
+def _compare_labels(context: Context, path: str, out: Any, y: Any) -> None:
+    """Raise where a loss is given other labels than the pass that it is for took.
+
+    Raises:
+        TargetError: it is; on an accelerator it may come in one of the next steps, since the device is not waited for.
+    """
+    found = context.outputs.records(out)
+    shapes = [tuple(each.shape) for each in tensors(out)]
+    for record in found:
+        if record.labels is None or (path and not any(shape in record.shapes for shape in shapes)):
+            continue  # behind a part there may be a task of its own
+        if record.version is not None and record.version != version_of(record.labels):
+            raise TargetError(
+                "The labels of the pass were written to between the pass and its loss.\n"
+                "The grafts acted on what they were before.\n"
+                "Change labels in a copy, y.clone(), or before the pass, and give both the same."
+            )
+        if len(found) > 1 and batch_of(y) != batch_of(record.labels):
+            continue  # outputs of several passes, joined
+        wrong = differ(record.labels, y)
+        if wrong is not None and wrong is not False:
+            context.doubts.check(wrong, TargetError(_OTHER_LABELS))
+
+
+_OTHER_LABELS = (
+    "The loss was given other labels than the pass of this output took.\n"
+    "The grafts acted on those of the pass, and the loss would train on others: permuted, mixed, mapped to other "
+    "classes, or of another batch. (Smoothed labels of the same classes are the same.)\n"
+    "Give both the same, model(x, target=y) and fxgraft.loss(model, out, y): mix before the pass, map in the criterion."
+)
 
 
 def _terms(model: nn.Module, out: Any, y: Any, criterion: Criterion) -> dict[str, Tensor]:

@@ -78,6 +78,11 @@ def test_nothing_mixes_devices_or_waits_for_one(
     out = model(x, target=y)
     assert out.device.type == "cuda"
     assert fxgraft.loss(model, out, y).device.type == "cuda" or not training
+    # Other tensors with labels that nobody can look at: they are compared on the device, and outputs known by graphs.
+    soft = torch.empty(len(y), out.shape[-1], device="cuda")
+    for given in (y.clone(), y.int(), soft) if training else ():
+        model(x, target=y)
+        fxgraft.losses(model, out.float(), given, lambda out, y: out.sum())
 
 
 class Mixing(nn.Module):

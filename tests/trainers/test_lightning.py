@@ -11,6 +11,7 @@ import lightning
 import pytest
 import torch
 import torch.nn.functional as F
+from lightning.pytorch.utilities import CombinedLoader
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
@@ -119,8 +120,44 @@ def test_labels_under_a_key(tmp_path: Path) -> None:
 
 def test_batches_without_labels_where_they_are_looked_for(tmp_path: Path) -> None:
     data = keyed()
-    with pytest.raises(fxgraft.TargetError, match=r"a dict, has no entry 1 .*\n.*Grafts\(labels=\.\.\.\)"):
+    with pytest.raises(fxgraft.TargetError, match=r"a dict, has no entry 1 (?s:.*)Grafts\(labels=\.\.\.\)"):
         trainer(tmp_path, Grafts()).fit(Module(patched()), data)
+
+
+class Semi(Module):
+    """Labelled and unlabelled images in one step."""
+
+    def __init__(self, model: nn.Module, unlabelled: bool = True) -> None:
+        super().__init__(model)
+        self.unlabelled = unlabelled
+
+    def training_step(self, batch: Any) -> Tensor:
+        (x, y), u = (
+            (batch["l"], batch["u"][0]) if isinstance(batch, dict) else ((batch[0], batch[1]), batch[0] + 1)
+        )
+        torch.manual_seed(1 + self.global_step)
+        out = self.model(x)
+        self.model(x)  # the same input again, as closures of an optimiser do
+        if self.unlabelled:
+            self.model(u)
+        return fxgraft.loss(self.model, out, y)
+
+
+@pytest.mark.parametrize(
+    ("combined", "match"),
+    [
+        (True, "'rsc' was given an input that these labels are not of"),
+        (False, "'rsc' was given labels left over"),
+    ],
+)
+def test_labels_are_those_of_one_input(combined: bool, match: str, tmp_path: Path) -> None:
+    data: Any = CombinedLoader({"l": loader(), "u": loader()}, "min_size") if combined else loader()
+    labels = ("l", 1) if combined else 1
+    with pytest.raises(fxgraft.TargetError, match=match):
+        trainer(tmp_path, Grafts(labels)).fit(Semi(patched()), data)
+    module = Semi(patched(), unlabelled=False)
+    trainer(tmp_path, Grafts(labels), max_steps=2).fit(module, data)
+    assert module.global_step == 2
 
 
 def test_a_step_that_fails_leaves_no_labels(tmp_path: Path) -> None:

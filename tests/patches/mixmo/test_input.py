@@ -85,15 +85,15 @@ def test_wrong_labels(labels: Any, match: str) -> None:
     assert model(x, target=y).shape == (2, 6, CLASSES)
 
 
-def test_the_loss_is_for_the_last_pass() -> None:
+def test_the_loss_is_for_the_pass_of_its_output() -> None:
     model = patched()
     x, y = batch()
-    with pytest.raises(TargetError, match="last training pass is not known"):
+    with pytest.raises(TargetError, match="training pass that they are of is not known"):
         fxgraft.loss(model, torch.zeros(2, 6, CLASSES), y)
     out = model(x, target=y)
     with pytest.raises(TargetError, match="had labels for 6 samples; the loss was given 3 labels"):
         fxgraft.loss(model, out, y[:3])
-    with pytest.raises(TargetError, match="other labels than the last training pass"):
+    with pytest.raises(TargetError, match="other labels than the pass of this output"):
         fxgraft.loss(model, out, (y + 1) % CLASSES)
     with pytest.raises(TargetError, match=r"\(2, 4, 5\) of several members.*gave \(2, 6, 5\)"):
         fxgraft.loss(model, out[:, :4], y[:4])

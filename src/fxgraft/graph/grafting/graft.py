@@ -116,7 +116,11 @@ class Graft(Generic[P]):
     def recall(self, out: Any) -> Any:
         """Return what the graft remembers of the training pass that gave ``out``; None if nothing.
 
-        What `Pass.remember` was given, for `Patch.criterion` and `Patch.losses`.
+        What `Pass.remember` was given, for `Patch.criterion` and `Patch.losses`. The output may be what the model
+        returned, or computed from that: converted, scaled, copied, a view.
+
+        Raises:
+            TargetError: it is of several passes, or of none that is known while the graft remembers some.
         """
         return None if self.context is None else self.context.recall(self.name, out)
 
@@ -132,7 +136,7 @@ class Graft(Generic[P]):
 
     def arguments(self, out: Any) -> Arguments | None:
         """Return the arguments of the pass that gave ``out``, if it was one of training and the patch replays."""
-        return None if self.context is None else self.context.recall(ARGUMENTS, out)
+        return None if self.context is None else self.context.recall(self.name, out, ARGUMENTS)
 
     def asking(self, **options: Any) -> AbstractContextManager[None]:
         """Ask something of the graft's units in the passes of a block, in this thread; see `Pass.asked`."""

@@ -1,13 +1,17 @@
-"""What labels must be like."""
+"""Where labels are in a batch, and what they must be like."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fxgraft.errors import TargetError
+
+Entry = int | str | tuple[int | str, ...]
+"""Where the labels are in a batch: a position, a key, an attribute, or a path of these."""
 
 LEFT_OUT = (255, -1, -100)
 """Indices that data sets and criteria take for no class at all."""
@@ -98,3 +102,166 @@ def _leaving_out(mark: int, spatial: int) -> str:
     if spatial:
         return f"pass ignore_index={mark} to the method and to the criterion."
     return f"in labels of pixels, ignore_index={mark} does so; a sample without a class belongs out of the batch."
+
+
+def tensors_in(value: Any, depth: int = 4) -> Iterator[Tensor]:
+    """List the tensors in a batch: of mappings, sequences, dataclasses and other objects, nested up to a depth."""
+    if isinstance(value, Tensor):
+        yield value
+    elif depth and not isinstance(value, (str, bytes, nn.Module, type)):
+        if isinstance(value, Mapping):
+            parts: Iterable[Any] = value.values()
+        elif isinstance(value, (list, tuple)):
+            parts = value
+        else:
+            names = (*getattr(type(value), "__slots__", ()), *getattr(value, "__dict__", ()))
+            parts = (getattr(value, name, None) for name in names)
+        for each in parts:
+            yield from tensors_in(each, depth - 1)
+
+
+def take_from(batch: Any, entry: Entry, how: str) -> tuple[Any, Any]:
+    """Take the labels out of a batch.
+
+    Args:
+        batch: a sequence, mapping, dataclass or other object.
+        entry: see `Entry`.
+        how: what to write, for the message.
+
+    Returns:
+        The labels, and the part of the batch that they are an entry of. Where a path meets None (a loader of several
+        that has come to its end) both are None.
+
+    Raises:
+        TargetError: the batch has no such entry.
+    """
+    steps = entry if isinstance(entry, tuple) and not _has(batch, entry) else (entry,)
+    around, value = None, batch
+    for step in steps:
+        if value is None:
+            return None, None
+        around, value = value, _entry(value, step, entry, how)
+    return value, around
+
+
+def _has(batch: Any, entry: Any) -> bool:
+    return isinstance(batch, Mapping) and entry in batch
+
+
+def _entry(value: Any, step: Any, entry: Entry, how: str) -> Any:
+    whole = isinstance(value, (Tensor, str, bytes))  # what these can be indexed by is no entry
+    try:
+        if isinstance(step, str) and not isinstance(value, Mapping) and not whole and hasattr(value, step):
+            return getattr(value, step)
+        held: Any = () if whole else value
+        return held[step]
+    except (KeyError, IndexError, TypeError, AttributeError) as error:
+        names: Iterable[Any] = ()
+        if isinstance(value, Mapping):
+            names = value
+        elif isinstance(value, (list, tuple)):
+            names = getattr(value, "_fields", range(len(value)))
+        elif not whole:
+            names = getattr(value, "__dict__", ())
+        has = ", ".join(map(repr, [*names][:12])) or "no entries"
+        part = (
+            "The batch" if step is entry or step == entry else f"On the way to {entry!r} a part of the batch"
+        )
+        raise TargetError(
+            f"{part}, a {type(value).__name__}, has no entry {step!r} for the labels; it has {has}.\n"
+            'The labels are found by a position, a key, an attribute, or a path of these: ("labelled", 1).\n'
+            f"{how}"
+        ) from error
+
+
+def batch_of(labels: Any) -> int | None:
+    """Return the number of samples that labels are of; None if that is not clear."""
+    sizes = {len(each) for each in tensors_in(labels) if each.ndim}
+    return sizes.pop() if len(sizes) == 1 else None
+
+
+def version_of(labels: Any) -> int | None:
+    """Say how often labels were written to; None where that is not known."""
+    try:
+        return sum(each._version for each in tensors_in(labels))
+    except RuntimeError:  # tensors made in inference mode do not count
+        return None
+
+
+def differ(taken: Any, given: Any) -> Tensor | bool | None:
+    """Say whether labels are others than those that a pass took, without waiting for a device.
+
+    Class indices, one-hot labels and smoothed ones of the same classes are alike: a row of one is a positive
+    multiple of the other's, plus a constant. Labels that are mixed, permuted or mapped to other classes are not.
+
+    Args:
+        taken: class indices (B, ...), soft targets (B, K, ...), or several tensors in any structure.
+        given: what they are compared with.
+
+    Returns:
+        () bool on the labels' device; a bool where nothing has to be computed; None where they cannot be compared:
+        there are none, or they are those of a part of the batch.
+    """
+    if given is None or given is taken:
+        return None
+    parts = list(tensors_in(given))
+    if isinstance(taken, Tensor):
+        if isinstance(given, Tensor):
+            return _differ(taken, given)
+        alike = [_differ(taken, each) for each in parts if _comparable(taken, each)]
+        if not alike or any(each is False or each is None for each in alike):
+            return None if not alike else False
+        return _joined(alike, all)
+    own = list(tensors_in(taken))
+    if isinstance(given, Tensor) and isinstance(taken, (list, tuple)):
+        return None  # whoever took several says what is wrong with one
+    if isinstance(given, Tensor) or len(own) != len(parts):
+        return True
+    return _joined([_differ(*pair) for pair in zip(own, parts, strict=True)], any)
+
+
+def _joined(answers: list[Tensor | bool | None], how: Any) -> Tensor | bool:
+    if any(isinstance(each, Tensor) for each in answers):
+        device = next(each.device for each in answers if isinstance(each, Tensor))
+        flags = torch.stack(
+            [torch.as_tensor(bool(each) if each is None else each).to(device) for each in answers]
+        )
+        return flags.any() if how is any else flags.all()
+    return how(bool(each) for each in answers)
+
+
+def _comparable(taken: Tensor, given: Tensor) -> bool:
+    return taken.shape == given.shape and taken.is_floating_point() == given.is_floating_point()
+
+
+def _differ(taken: Tensor, given: Tensor) -> Tensor | bool | None:
+    if taken is given:
+        return False
+    if taken.ndim and given.ndim and given.shape[0] < taken.shape[0] and given.numel() < taken.numel():
+        return None
+    taken = taken.detach().to(given.device, non_blocking=True)
+    given = given.detach()
+    soft, hard = (taken, given) if taken.is_floating_point() else (given, taken)
+    if soft.is_floating_point() and soft.ndim == hard.ndim + 1 and soft.shape[1] > 1:
+        if (*soft.shape[:1], *soft.shape[2:]) != tuple(hard.shape):
+            return True
+        classes = torch.arange(soft.shape[1], device=soft.device).reshape(-1, *[1] * (hard.ndim - 1))
+        hard = (hard.unsqueeze(1) == classes).to(soft.dtype)
+    elif soft.numel() != hard.numel() or (soft.ndim == hard.ndim and soft.shape != hard.shape):
+        return True
+    elif not soft.is_floating_point():
+        return (soft != hard.reshape(soft.shape)).any()
+    half = any(each.dtype in (torch.float16, torch.bfloat16) for each in (soft, hard))
+    hard = hard.reshape(soft.shape)
+    if soft.ndim < 2 or soft.shape[1] == 1 or not hard.is_floating_point():
+        pair = (soft.float(), hard.float())
+    else:
+        pair = (_direction(soft.float()), _direction(hard.float()))
+    return ((pair[0] - pair[1]).abs() > (2e-2 if half else 1e-3)).any()
+
+
+def _direction(rows: Tensor) -> Tensor:
+    """Scale the deviations of rows (B, K, ...) from their means to length 1; where there are none they stay 0."""
+    apart = rows - rows.mean(1, keepdim=True)
+    length = apart.norm(dim=1, keepdim=True)
+    return torch.where(length > 1e-4, apart / length, torch.zeros_like(apart))

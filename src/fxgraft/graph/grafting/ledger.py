@@ -164,6 +164,7 @@ class Ledger:
     def check(self, model: nn.Module) -> None:
         """Before a pass: notice what would run an old graph in silence, and plan again; tell who waits for training."""
         self.renew_stale(model)
+        self.context.doubts.answers()
         for graft in self.grafts if model.training else ():
             if not graft.started:
                 graft.started = True

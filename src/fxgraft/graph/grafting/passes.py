@@ -15,17 +15,34 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.utils.weak import WeakTensorKeyDictionary
 
 from fxgraft.errors import TargetError
 from fxgraft.graph.grafting.labels import checked_labels
-from fxgraft.graph.grafting.published import Labels, published, targets
+from fxgraft.graph.grafting.published import Offer, published, targets
 from fxgraft.graph.grafting.sharded import outside_sharded_step
-from fxgraft.graph.grafting.watch import LossWatch
+from fxgraft.graph.grafting.watch import Doubts, LossWatch, Outputs
 from fxgraft.graph.structure.rest import Rest
 from fxgraft.graph.tracing.observe import tensors
 
 T = TypeVar("T")
+
+_REFUSED = {
+    "loaders": "cannot tell which labels are those of this batch: two loaders of fxgraft.with_targets are open.\n"
+    "The input is a tensor of neither one's last batches, and both are for any model.\n"
+    "Say which model a loader is for, fxgraft.with_targets(loader, model=model), or call model(x, target=y).",
+    "batches": "cannot tell which labels are those of this batch: the loop is ahead of its passes.\n"
+    "Several batches of fxgraft.with_targets wait for a training pass (or were left out), and the input is a copy, "
+    "which is seen to be of none of them.\n"
+    "Call model(x, target=y), or pass the tensors of the batch as the loader gave them.",
+    "other part": "was given an input that these labels are not of.\n"
+    "It belongs to another part of the batch than the labels that were set for it.\n"
+    "Call model(x, target=y) with labels of its own, or leave the input out of the passes that train the patch.",
+    "spent": "was given labels left over from an earlier pass.\n"
+    "Labels set by fxgraft.with_targets serve one training pass, those of a trainer's callback one input, so that no "
+    "batch is ever paired with another batch's labels.\n"
+    "Call model(x, target=y), or use `with fxgraft.targets(y):` around several passes of one batch.",
+}
+"""Why published labels are not taken."""
 
 # A plain threading.local, which torch.compile follows, writes included. Passes nest: the innermost is the last.
 _running = threading.local()
@@ -91,6 +108,8 @@ class Context:
         replays: whether a graft runs the model again; then the arguments of training passes outlive them.
         judges: names of the grafts that have a share in the loss.
         watch: notices that the loss is never asked for.
+        doubts: what was to be checked on a device, whose answer is not waited for.
+        outputs: which pass an output is of.
         model: a weak reference to the model; set when the grafts are installed.
         measured: what grafts measured in the last training pass, whichever thread made it.
     """
@@ -102,8 +121,9 @@ class Context:
         self.judges: tuple[str, ...] = ()
         self.watch = LossWatch()
         self.model: weakref.ref[nn.Module] | None = None
+        self.doubts = Doubts()
+        self.outputs = Outputs()
         self._local = threading.local()
-        self._notes = WeakTensorKeyDictionary()
         # Compiled code asks whether a thread has it: it should not appear between the first call and the second.
         _running.stack = getattr(_running, "stack", ())
 
@@ -130,17 +150,15 @@ class Context:
 
     def leave(self, run: Pass, out: Any, arguments: Arguments) -> None:
         """Keep what a pass that came through leaves behind."""
+        if torch.compiler.is_exporting():
+            return  # tensors of a trace, which nobody can read
         if run.training:
             self.measured = run.measured  # one assignment, which other threads see whole
         if self.replays and run.training:
             run.notes[ARGUMENTS] = arguments
         self._local.left = Left(run.notes, run.recording)
-        if torch.compiler.is_compiling():
-            return
-        if run.notes or len(self._notes):
-            for each in tensors(out):
-                self._notes[each] = run.notes
-        if self.judges:
+        self.outputs.note(out, run.notes, run.given if run.took else None)
+        if self.judges and not torch.compiler.is_compiling():
             self._local.left.shapes = [tuple(each.shape) for each in tensors(out)]
             if run.training and torch.is_grad_enabled():
                 self.watch.note(run.model, self.judges, out)
@@ -160,16 +178,37 @@ class Context:
         finally:
             self._local.asked = before
 
-    def recall(self, graft: str, out: Any) -> Any:
+    def recall(self, graft: str, out: Any, note: str | None = None) -> Any:
         """Return what a graft remembers of the pass that gave ``out``; None if it remembers nothing of it.
 
-        An output that is known is told by its identity. One that a wrapper has made anew, or that came out of
-        compiled code, is taken for that of the last pass in this thread.
+        Args:
+            graft: its name.
+            out: what the pass returned, or something computed from that.
+            note: what the memory is kept under, if not under the graft's name.
+
+        Raises:
+            TargetError: the output is of several passes; or it is not seen to be of any, in training, and the graft
+                remembers passes.
         """
-        for each in tensors(out):
-            if each in self._notes:
-                return self._notes[each].get(graft)
-        return None if self.left is None else self.left.notes.get(graft)
+        found = self.outputs.records(out)
+        if len(found) > 1:
+            raise TargetError(
+                f"{graft!r} was asked for the loss of an output that was computed from {len(found)} passes.\n"
+                "It judges each pass by what it did in that pass.\n"
+                "Call fxgraft.loss on the output of each pass, with its labels, and add the losses."
+            )
+        if found:
+            return found[0].notes.get(note or graft)
+        model = None if self.model is None else self.model()
+        if model is not None and model.training and self.outputs.remembers(note or graft):
+            raise TargetError(
+                f"{graft!r} cannot tell which pass this output is of.\n"
+                "It is not what the model returned, and no gradient leads back from it to one of its training passes: "
+                "it was detached, computed without gradients, or computed from that in compiled code.\n"
+                "Pass on what the model returned, and convert it in the criterion: "
+                "fxgraft.loss(model, out, y, criterion=...)."
+            )
+        return None
 
 
 class Pass:
@@ -186,6 +225,7 @@ class Pass:
         visited: the owners reached so far.
         calls: arguments that grafted modules with hooks were called with, by qualified name.
         recording: where taps put their values; None while a graft looks ahead.
+        took: whether a graft has read the labels.
     """
 
     def __init__(
@@ -207,8 +247,10 @@ class Pass:
         self.calls: dict[str, tuple[tuple[Any, ...], dict[str, Any]]] = {}
         self.recording: dict[str, Any] | None = {}
         self._shared: dict[tuple[str, str], Any] = {}
-        self._stale = self._guessed = False
-        self._published: Labels | None = None
+        self.took = False
+        self._given: Any = None
+        self._offer = Offer()
+        self._refused: str | None = None
 
     @property
     def training(self) -> bool:
@@ -217,21 +259,36 @@ class Pass:
 
     def adopt_published(self) -> None:
         """Take the labels that were published for this thread or task, where the call gave none."""
-        if self.target is not None:
-            return
-        labels, self._guessed = published(self.model, self.inputs)
-        if labels is None:
-            return
-        self.target, self._published = labels.value, labels
-        if self.training:
-            # A patched model inside of this one reads them in the same pass.
-            around = [each for each in getattr(_running, "stack", ()) if each._published is labels]
-            self._stale = around[-1]._stale if around else labels.used and not labels.reusable
+        offer = published(self.model, self.inputs)
+        stack: tuple[Pass, ...] = getattr(_running, "stack", ())
+        around = stack[-1] if stack and not offer.seen and stack[-1]._offer.labels is not None else None
+        if around is not None:  # a model inside of another one: its inputs are of the same batch
+            offer = around._offer
+        if self.target is None:
+            self._offer = offer
+            if offer.labels is None or offer.labels.value is None:
+                return
+            self.target = offer.labels.value
+            if around is not None:
+                self._refused = around._refused
+            elif offer.doubt is not None:
+                self._refused = offer.doubt
+            elif self.training and offer.labels.spent(offer.inputs):
+                self._refused = "spent"
+        elif offer.labels is not None and (offer.seen or self.target is offer.labels.value):
+            self._offer = offer  # labels of a batch that was published have served by that
 
     def came_through(self) -> None:
         """Note that the labels have served their pass; one that failed may be made again."""
-        if self.training and self._published is not None:
-            self._published.used = True
+        offer = self._offer
+        if not self.training or offer.labels is None or offer.source is None or offer.doubt is not None:
+            return
+        if self.took:
+            offer.labels.take(offer.inputs)
+        if torch.compiler.is_compiling():
+            offer.labels.passed = True
+        else:
+            offer.source.pass_made(offer.labels, offer.seen)
 
     def enter(self) -> None:
         """Make this the innermost pass of the thread."""
@@ -253,20 +310,9 @@ class Pass:
             TargetError: no labels, labels that served an earlier batch, labels of which of several loaders
                 nobody says, or another batch size.
         """
-        if self._guessed:
-            raise TargetError(
-                f"{graft!r} cannot tell which labels are those of this batch: two loaders of fxgraft.with_targets "
-                "are open.\nThe input is a tensor of neither one's last batches, and both are for any model.\n"
-                "Say which model a loader is for, fxgraft.with_targets(loader, model=model), or call "
-                "model(x, target=y)."
-            )
-        if self._stale:
-            raise TargetError(
-                f"{graft!r} was given labels left over from an earlier pass.\n"
-                "Labels set by fxgraft.with_targets serve one training pass, so that no batch is ever "
-                "paired with another batch's labels.\n"
-                "Call model(x, target=y), or use `with fxgraft.targets(y):` around several passes of one batch."
-            )
+        self.took = True
+        if self._refused is not None:
+            raise TargetError(f"{graft!r} {_REFUSED[self._refused]}")
         return checked_labels(graft, self.target if part is None else part, batch)
 
     def relabel(self, target: Any) -> None:
@@ -274,7 +320,14 @@ class Pass:
 
         `fxgraft.loss` goes on getting the labels of the batch from the caller.
         """
+        if self._given is None:
+            self._given = self.target
         self.target = target
+
+    @property
+    def given(self) -> Any:
+        """The labels of the batch, as the pass was given them."""
+        return self.target if self._given is None else self._given
 
     def shared(self, graft: str, key: str, make: Callable[[], T]) -> T:
         """Return what all units of a graft share in this pass; made by the first one that asks.

@@ -3,71 +3,169 @@
 from __future__ import annotations
 
 import weakref
-from collections import deque
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, Literal, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from fxgraft.errors import no_module
+from fxgraft.graph.grafting.labels import Entry, take_from, tensors_in
 
 Batch = TypeVar("Batch")
+Doubt = Literal["loaders", "batches", "other part"]
+"""Why nobody can say whether labels are those of an input."""
+
+MOST = 32
+"""So many batches ahead of its passes a loop may be."""
+
+
+class Place(NamedTuple):
+    """Where a tensor keeps its values, without keeping them alive."""
+
+    storage: StorageWeakRef
+    start: int
+    end: int
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+
+    def holds(self, other: Place) -> int:
+        """Say whether another tensor is this one (2), or a part or view of it (1)."""
+        if self.storage != other.storage or self.storage.expired():
+            return 0
+        if self == other:
+            return 2
+        return int(self.start <= other.start and other.end <= self.end)
+
+
+def place_of(value: Tensor) -> Place | None:
+    """Say where a tensor keeps its values; None where that cannot be told."""
+    try:
+        storage = StorageWeakRef(value.untyped_storage())
+        shape, stride, start = tuple(value.shape), value.stride(), int(value.storage_offset())
+    except (NotImplementedError, RuntimeError):  # without storage of its own: sparse, functorch's
+        return None
+    if 0 in shape:
+        return None
+    last: Any = start + sum((size - 1) * step for size, step in zip(shape, stride, strict=True))
+    size = value.element_size()
+    return Place(storage, start * size, (last + 1) * size, shape, stride)
 
 
 class Labels:
-    """Labels set from outside a call, by `targets` or `with_targets`.
+    """Labels set from outside a call, by `targets`, `with_targets` or a trainer's callback.
 
     Attributes:
-        value: class indices (B,) or soft targets (B, K).
-        reusable: whether several training passes may read them. Labels that a loader sets belong to
-            one batch and one pass; those of a ``with targets(y):`` block hold for the whole block.
-        used: whether a training pass has read them.
+        value: class indices (B,) or soft targets (B, K); None for a batch without labels.
+        serves: what may read them: all passes of a "block"; one "pass"; or all passes of one "input", the first one.
+        used: whether a graft has read them in a training pass.
+        passed: whether a training pass was made with them, or with their batch.
     """
 
-    def __init__(self, value: Any, reusable: bool, batch: Any = None) -> None:
+    def __init__(
+        self,
+        value: Any,
+        serves: Literal["block", "pass", "input"],
+        batch: Any = None,
+        around: Any = None,
+    ) -> None:
+        """Note where the inputs are.
+
+        Args:
+            value: the labels.
+            serves: see above.
+            batch: the whole batch.
+            around: the part of it that the labels are an entry of.
+        """
         self.value = value
-        self.reusable = reusable
-        self.used = False
-        self._batch = batch
+        self.serves = serves
+        self.used = self.passed = False
+        self._first: list[Place] | None = None
+        own = {id(each) for each in tensors_in(value)}
+        beside = [each for each in tensors_in(around) if id(each) not in own]
+        own.update(map(id, beside))
+        self._inputs = _places(beside)
+        self._others = _places(each for each in tensors_in(batch) if id(each) not in own)
 
-    def of(self, inputs: tuple[Any, ...]) -> bool:
-        """Say whether a call's inputs are seen to be of the batch: the same tensor, or the same memory."""
-        given = {place for each in inputs if (place := _memory(each)) is not None}
-        leaves = pytree.tree_leaves(self._batch) if given else ()
-        return any(leaf is not self.value and _memory(leaf) in given for leaf in leaves)
+    def of(self, inputs: list[Place]) -> int:
+        """Say whether inputs are seen to be of the batch: the same tensor (2), or the same memory (1)."""
+        return _match(self._inputs, inputs)
+
+    def beside(self, inputs: list[Place]) -> bool:
+        """Say whether inputs are seen to be of the batch, and of a part that these are not the labels of."""
+        return not self.of(inputs) and _match(self._others, inputs) > 0
+
+    @property
+    def gone(self) -> bool:
+        """Whether no input can be seen to be of the batch any more."""
+        return all(each.storage.expired() for each in self._inputs)
+
+    def spent(self, inputs: list[Place]) -> bool:
+        """Say whether they have served already what they may serve."""
+        if self.serves == "block" or not self.used:
+            return False
+        return self.serves == "pass" or not (self._first and _match(self._first, inputs) == 2)
+
+    def take(self, inputs: list[Place]) -> None:
+        """Note that a graft has read them in a training pass on these inputs."""
+        if not self.used:
+            self._first = inputs
+        self.used = True
 
 
-def _memory(value: Any) -> tuple[Any, ...] | None:
-    """Say where a tensor keeps its values; None where that cannot be told."""
-    try:
-        place = value.untyped_storage().data_ptr() if isinstance(value, Tensor) else 0
-    except (
-        NotImplementedError,
-        RuntimeError,
-    ):  # a tensor without storage of its own: fake, sparse, functorch's
-        return None
-    return (value.device, place) if place else None
+def _places(tensors: Iterable[Tensor]) -> list[Place]:
+    found = (place_of(each) for each in tensors)
+    return [each for each in found if each is not None]
+
+
+def _match(known: list[Place], given: list[Place]) -> int:
+    return max((one.holds(other) for one in known for other in given), default=0)
 
 
 class Source:
     """Who publishes labels: a block, or one run through a loader.
 
     Attributes:
-        known: the labels of the last batches; one more than the current one, for loops that look one batch ahead.
+        last: the labels of the last batch.
+        ahead: whether training passes are missing for batches before the last one.
         model: the only model whose passes read them; None for any.
     """
 
     def __init__(self, model: nn.Module | None = None) -> None:
-        self.known: deque[Labels] = deque(maxlen=2)
+        self.last: Labels | None = None
+        self.ahead = False
         self.model = None if model is None else weakref.ref(model)
+        self._earlier: list[Labels] = []
+        self._lost = False
 
     def serves(self, model: nn.Module) -> bool:
         """Say whether the passes of a model read these labels."""
-        return self.model is None or self.model() is model
+        return self.last is not None and (self.model is None or self.model() is model)
+
+    @property
+    def known(self) -> list[Labels]:
+        """The labels of the last batch, and before them those of earlier ones that no training pass was made with."""
+        return self._earlier if self.last is None else [*self._earlier, self.last]
+
+    def publish(self, labels: Labels) -> None:
+        """Set the labels of the next batch."""
+        waiting = [each for each in self.known if not each.passed]
+        kept = [each for each in waiting if not each.gone][-MOST:]
+        # Only compiled code has passes that nobody could see the inputs of.
+        self._lost = self._lost or len(kept) < len(waiting)
+        self._earlier, self.last = kept, labels
+        self.ahead = self._lost or bool(kept)
+
+    def pass_made(self, labels: Labels, seen: bool) -> None:
+        """Note a training pass, and whether its inputs were seen to be of the batch of its labels."""
+        labels.passed = True
+        if seen:  # a loop whose inputs can be told left the lost ones out
+            self._lost = False
+        self._earlier = [each for each in self._earlier if not each.passed and not each.gone]
+        self.ahead = self._lost or bool(self._earlier)
 
 
 # The innermost source is the last one. Of a thread or task alone: what one publishes no other one sees.
@@ -84,30 +182,73 @@ def _publishing(source: Source) -> Iterator[None]:
         _published.set(tuple(each for each in _published.get() if each is not source))
 
 
-def published(model: nn.Module, inputs: tuple[Any, ...]) -> tuple[Labels | None, bool]:
-    """Return the labels that a pass takes of those set for this thread or task, and whether that is a guess.
+class Offer(NamedTuple):
+    """Labels that a pass may take.
 
-    Labels whose batch the inputs are seen to be of come first; then those bound to the model; then the innermost.
-    With two loaders open, the innermost one's are a guess.
+    Attributes:
+        labels: the labels; None if there are none.
+        source: who published them.
+        inputs: where the inputs of the pass are.
+        seen: whether the inputs are seen to be of the batch of these labels.
+        doubt: why the labels may be those of another batch; None if they are not.
+    """
+
+    labels: Labels | None = None
+    source: Source | None = None
+    inputs: list[Place] = []  # noqa: RUF012 - never written to
+    seen: bool = False
+    doubt: Doubt | None = None
+
+
+def published(model: nn.Module, inputs: Any) -> Offer:
+    """Find the labels that a pass takes of those set for this thread or task.
+
+    Labels whose batch the inputs are seen to be of come first; then those bound to the model. Inputs that are not
+    seen to be of any batch (copies) are of the last one, unless there are several that they could be of.
 
     Args:
         model: that makes the pass.
-        inputs: of the call.
+        inputs: the arguments of the call.
     """
-    sources = [each for each in _published.get() if each.serves(model) and each.known]
+    sources = [each for each in _published.get() if each.serves(model)]
     if not sources:
-        return None, False
-    if sources[-1].known[-1].reusable:  # a block around the call says it all
-        return sources[-1].known[-1], False
-    loaders = [each for each in sources if not each.known[-1].reusable]
+        return Offer()
+    last: Any = sources[-1].last
+    if last.serves == "block":  # a block around the call says it all
+        return Offer(last, sources[-1])
+    sources = [each for each in sources if each.last is not None and each.last.serves != "block"]
     if not torch.compiler.is_compiling():
-        for source in loaders[::-1]:
-            for labels in reversed(source.known):
-                if labels.of(inputs):
-                    return labels, False
-    bound = [each for each in loaders if each.model is not None]
-    chosen = bound or loaders
-    return chosen[-1].known[-1], len(chosen) > 1
+        places = _places(tensors_in(inputs))
+        offer = _recognised(sources, places)
+        if offer is not None:
+            return offer
+    else:
+        places = []
+    chosen = [each for each in sources if each.model is not None] or sources
+    source = chosen[-1]
+    doubt: Doubt | None = "loaders" if len(chosen) > 1 else "batches" if source.ahead else None
+    return Offer(source.last, source, places, False, doubt)
+
+
+def _recognised(sources: list[Source], places: list[Place]) -> Offer | None:
+    """Find the labels whose batch the inputs are seen to be of."""
+    known = [(source, labels) for source in sources for labels in source.known]
+    scores = [labels.of(places) for _, labels in known]
+    best = max(scores, default=0)
+    if best == 0:
+        beside = next(((s, labels) for s, labels in known if labels.beside(places)), None)
+        return None if beside is None else Offer(beside[1], beside[0], places, True, "other part")
+    found = [pair for pair, score in zip(known, scores, strict=True) if score == best]
+    bound = [pair for pair in found if pair[0].model is not None] or found
+    source, labels = bound[-1]
+    doubt: Doubt | None = None
+    if any(other is not source and each.value is not labels.value for other, each in bound):
+        doubt = "loaders"
+    elif best == 1 and len(bound) > 1:
+        doubt = (
+            "batches"  # memory that is shared by batches; of buffers that are filled again the last is right
+        )
+    return Offer(labels, source, places, True, doubt)
 
 
 @contextmanager
@@ -121,7 +262,28 @@ def targets(y: Tensor) -> Iterator[None]:
         y: class indices (B,), soft targets (B, K), or whatever the criterion takes.
     """
     source = Source()
-    source.known.append(Labels(y, reusable=True))
+    source.publish(Labels(y, "block"))
+    with _publishing(source):
+        yield
+
+
+@contextmanager
+def batch_targets(batch: Any, entry: Entry, how: str) -> Iterator[None]:
+    """Give the labels of a batch to the patched models that are called on its inputs inside the block.
+
+    The labels are those of the first input that a graft reads them for, as often as it passes.
+
+    Args:
+        batch: as a trainer hands it out.
+        entry: where in it the labels are.
+        how: what to write where they are not, for the message.
+
+    Raises:
+        TargetError: the batch has no such entry.
+    """
+    value, around = take_from(batch, entry, how)
+    source = Source()
+    source.publish(Labels(value, "input", batch, around))
     with _publishing(source):
         yield
 
@@ -135,9 +297,12 @@ def relabel(y: Any, batch: Any) -> None:
         y: the labels from now on.
         batch: tensors that a call may get, by which it is seen to be of the batch.
     """
-    source = next((each for each in _published.get()[::-1] if each.known), None)
-    if source is not None and not source.known[-1].reusable:
-        source.known[-1] = Labels(y, reusable=False, batch=batch)
+    source = next((each for each in _published.get()[::-1] if each.last is not None), None)
+    if source is not None and source.last is not None and source.last.serves == "pass":
+        source.last = Labels(y, "pass", batch, batch)
+
+
+_HOW = "Say where they are: fxgraft.with_targets(loader, index=...)."
 
 
 class LabelledLoader(Generic[Batch]):
@@ -149,7 +314,7 @@ class LabelledLoader(Generic[Batch]):
 
     _OWN = ("_loader", "_index", "_model", "_run")
 
-    def __init__(self, loader: Iterable[Batch], index: int | str, model: nn.Module | None) -> None:
+    def __init__(self, loader: Iterable[Batch], index: Entry, model: nn.Module | None) -> None:
         self._loader, self._index = loader, index
         self._model = None if model is None else weakref.ref(model)
         self._run: Any = None
@@ -160,7 +325,8 @@ class LabelledLoader(Generic[Batch]):
         source = Source(model)
         with _publishing(source):
             for batch in self._loader:
-                source.known.append(Labels(batch[self._index], reusable=False, batch=batch))  # type: ignore[index]
+                labels, around = take_from(batch, self._index, _HOW)
+                source.publish(Labels(labels, "pass", batch, around))
                 yield batch
 
     def __next__(self) -> Batch:
@@ -190,21 +356,23 @@ class LabelledLoader(Generic[Batch]):
 
 
 def with_targets(
-    loader: Iterable[Batch], index: int | str = 1, model: nn.Module | None = None
+    loader: Iterable[Batch], index: Entry = 1, model: nn.Module | None = None
 ) -> LabelledLoader[Batch]:
     """Iterate over a loader and set each batch's labels for the patched models called on it.
 
     Each batch's labels serve one training pass. A second pass before the next batch raises
     `TargetError`, since nothing says that those are still the right labels; use `targets` for that.
-    A pass on a tensor of a batch takes the labels of that batch, also where the loop is one batch ahead of the pass
-    or runs through several loaders at once. Inputs that were copied on the way (to another device) cannot be told;
-    then they are those of the last batch, and where several loaders are open, ``model`` says whose they are.
+    A pass on a tensor of a batch, a view or a part of it takes the labels of that batch, also where the loop is some
+    batches ahead of its passes, or runs through several loaders at once. Inputs that were copied on the way (to another
+    device, or augmented) cannot be told: they are those of the last batch. Where the loop is ahead, or several loaders
+    are open, such a pass raises `TargetError`; ``model`` says which of several loaders it reads.
 
     The labels are seen by the thread or task that iterates.
 
     Args:
-        loader: yields batches that hold their labels at ``batch[index]``.
-        index: position or key of the labels in a batch.
+        loader: yields batches that hold their labels: sequences, mappings, dataclasses or other objects.
+        index: where in a batch the labels are: a position, a key, an attribute, or a path of these, as
+            ``("labelled", 1)``. Where the path meets None the batch has no labels.
         model: the only model whose passes read the labels; by default all do.
 
     Returns:
@@ -212,6 +380,7 @@ def with_targets(
 
     Raises:
         WrappedModelError: ``model`` is no module.
+        TargetError: (at a batch) it has no such entry.
     """
     if model is not None and not isinstance(model, nn.Module):
         raise no_module(model)

@@ -188,31 +188,10 @@ class Pairing:
         if not isinstance(y, (Tensor, MixedLabels)) or len(y) * repeats != self.rows:
             given = f"{len(y)} labels" if isinstance(y, (Tensor, MixedLabels)) else f"a {type(y).__name__}"
             raise TargetError(
-                f"The last training pass had labels for {len(self.labels)} samples; the loss was given {given}.\n"
-                "Which sample each member saw is known for the last pass only.\n"
-                "Call fxgraft.loss right after the pass, with the labels of its batch."
+                f"The pass of this output had labels for {len(self.labels)} samples; the loss was given {given}.\n"
+                "Which sample each member saw is known for all rows of the pass together.\n"
+                "Call fxgraft.loss with the whole output and the labels of its batch."
             )
-        if _differ(y, self.labels):
-            raise TargetError(
-                "The loss was given other labels than the last training pass.\n"
-                "Which sample each member saw is known for the last pass only.\n"
-                "Call fxgraft.loss right after the pass, with the labels of its batch."
-            )
-
-
-def _differ(y: Any, other: Any) -> bool:
-    """Say whether labels of one kind differ, where looking costs nothing.
-
-    On an accelerator it would stall, and a compiled call cannot branch on it.
-    """
-    if y is other or torch.compiler.is_compiling():
-        return False
-    if (
-        not (isinstance(y, Tensor) and isinstance(other, Tensor))
-        or not y.device.type == other.device.type == "cpu"
-    ):
-        return False
-    return y.shape == other.shape and y.dtype == other.dtype and not torch.equal(y, other)
 
 
 def check_pairs(graft: str, members: int, own: Sequence[Tensor], labels: Any) -> None:
@@ -233,7 +212,7 @@ def check_pairs(graft: str, members: int, own: Sequence[Tensor], labels: Any) ->
 
 
 def known_pairing(last: Pairing | None, out: Tensor) -> Pairing:
-    """Return the pairing of the last pass if it can be that of the logits ``out`` (M, B', K).
+    """Return the pairing of a pass if it can be that of the logits ``out`` (M, B', K).
 
     Raises:
         TargetError: there was no such pass.
@@ -241,9 +220,9 @@ def known_pairing(last: Pairing | None, out: Tensor) -> Pairing:
     gave = None if last is None else (last.members, last.rows, last.classes)
     if last is None or tuple(out.shape) != gave:
         raise TargetError(
-            f"The loss was given logits {tuple(out.shape)} of several members, and the last training pass "
+            f"The loss was given logits {tuple(out.shape)} of several members, and the training pass that they are of "
             f"{f'gave {gave}' if gave else 'is not known'}.\n"
-            "Which sample each member saw is known for the last training pass only.\n"
-            "Call fxgraft.loss right after the pass, on the model that made it."
+            "Which sample each member saw is known for the output of a training pass as a whole.\n"
+            "Call fxgraft.loss on what the pass returned, with the model that made it."
         )
     return last
