@@ -17,6 +17,7 @@ import typer
 from rich.console import Console
 from typer.core import TyperGroup
 
+from fxgraft.cli.compare import compare
 from fxgraft.cli.completion import complete_method, complete_model, complete_spec
 from fxgraft.cli.show import show
 from fxgraft.errors import ConfigError, FxgraftError
@@ -48,6 +49,7 @@ app = typer.Typer(
 )
 
 app.command()(show)
+app.command()(compare)
 
 PatchOption = Annotated[
     list[str] | None,

@@ -1,0 +1,205 @@
+"""``fxgraft compare``: does a method help on these images?"""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.live import Live
+from rich.text import Text
+
+from fxgraft.cli.completion import complete_model, complete_spec
+from fxgraft.errors import ConfigError
+
+
+def compare(
+    data: Annotated[str, typer.Argument(help="Folder, tars or a timm data set; see below.")],
+    model: Annotated[
+        str,
+        typer.Option(
+            help="Backbone: a name of timm or torchvision, or package.module:function.",
+            autocompletion=complete_model,
+        ),
+    ] = "resnet50",
+    pretrained: Annotated[
+        bool, typer.Option("--pretrained", help="Start from the library's weights.")
+    ] = False,
+    weights: Annotated[Path | None, typer.Option(help="Start from this checkpoint.")] = None,
+    model_option: Annotated[
+        list[str] | None,
+        typer.Option(metavar="KEY=VALUE", help="Of the model's constructor; again for more."),
+    ] = None,
+    graft: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--graft",
+            metavar="SPEC",
+            help="METHOD:key=value,…, or several as A + B (adapt_batchnorm or gam last); again for another variant.",
+            autocompletion=complete_spec,
+        ),
+    ] = None,
+    baseline: Annotated[str, typer.Option(help="What the variants are compared with.")] = "bare",
+    hold_out: Annotated[
+        list[str] | None, typer.Option(help="Domain to test on and not to train on; again for more, or all.")
+    ] = None,
+    test: Annotated[str | None, typer.Option(help="Other images to test on.")] = None,
+    target: Annotated[str | None, typer.Option(help="Images to adapt to, without labels.")] = None,
+    corrupt: Annotated[
+        bool, typer.Option("--corrupt", help="Test on the corruptions of ImageNet-C.")
+    ] = False,
+    seeds: Annotated[str, typer.Option(metavar="N|N,N,…", help="How many, or which.")] = "5",
+    size: Annotated[int | None, typer.Option(help="Side of the images; the model's own without it.")] = None,
+    epochs: Annotated[int | None, typer.Option(help="Passes over the training images.")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Images per step.")] = None,
+    opt: Annotated[str | None, typer.Option(help="Optimizer, by timm's name.")] = None,
+    lr: Annotated[float | None, typer.Option(help="Learning rate.")] = None,
+    weight_decay: Annotated[float | None, typer.Option(help="Weight decay.")] = None,
+    sched: Annotated[str | None, typer.Option(help="Schedule, by timm's name.")] = None,
+    warmup_epochs: Annotated[int | None, typer.Option(help="Epochs of a linear rise.")] = None,
+    set_: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="Any setting of training; again for more."),
+    ] = None,
+    tune: Annotated[
+        list[str] | None,
+        typer.Option(metavar="KEY=V,V,…", help="Values the baseline is tuned over, as lr=0.003,0.01."),
+    ] = None,
+    tune_each: Annotated[
+        bool, typer.Option("--tune-each", help="Tune every variant on the same values.")
+    ] = False,
+    metric: Annotated[str, typer.Option(help="accuracy, macro_accuracy, top5, nll or ece.")] = "accuracy",
+    interest: Annotated[
+        float, typer.Option(help="The smallest difference that matters: 0.02 is two points.")
+    ] = 0.02,
+    adapt_steps: Annotated[int, typer.Option(help="Steps of gam.")] = 1000,
+    workers: Annotated[
+        int | None, typer.Option(help="Runs side by side; one a core or GPU without it.")
+    ] = None,
+    backend: Annotated[str, typer.Option(help="joblib's: loky, ray or dask.")] = "loky",
+    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, …")] = "cpu",
+    out: Annotated[Path, typer.Option(help="Folder of runs and report.")] = Path("fxgraft-compare"),
+) -> None:
+    """Train a backbone bare and patched on your images, in pairs, and say whether a method helps.
+
+    DATA is domain/class/image, or train|val|test/class/image, or class/image, or tars of these. The same command goes
+    on where it was interrupted; more --graft or --seeds add only what is missing.
+    """
+    from fxgraft.comparison.experiment import compare as run
+
+    given = {
+        "epochs": epochs, "batch_size": batch_size, "opt": opt, "lr": lr, "weight_decay": weight_decay, "sched": sched,
+        "warmup_epochs": warmup_epochs,
+    }  # fmt: skip
+    training = {name: value for name, value in given.items() if value is not None} | _pairs(set_, "--set")
+    held = None if not hold_out else "all" if hold_out == ["all"] else hold_out
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=120)
+    with _Running(console) as running:
+        result = run(
+            data,
+            model=model,
+            grafts=graft or (),
+            hold_out=held,
+            test=test,
+            target=target,
+            corrupt=corrupt,
+            seeds=_seeds(seeds),
+            pretrained=pretrained,
+            weights=weights,
+            model_options=_pairs(model_option, "--model-option"),
+            size=size,
+            training=training,
+            tune={name: _values(value) for name, value in _pairs(tune, "--tune", plain=True).items()} or None,
+            tune_each=tune_each,
+            baseline=baseline,
+            metric=metric,
+            interest=interest,
+            adapt_steps=adapt_steps,
+            workers=workers,
+            backend=backend,
+            device=device,
+            out=out,
+            progress=running,
+        )
+    result.command = shlex.join(["fxgraft", *sys.argv[1:]])
+    present(result, out, console)
+
+
+def present(result: Any, out: Path, console: Console) -> None:
+    """Print the table, and write report.html, table.md and result.json into the folder."""
+    from fxgraft.files import write_text
+
+    console.print(result)
+    write_text(out / "table.md", result.to_markdown())
+    write_text(out / "result.json", result.to_json())
+    report = result.to_html(out / "report.html")
+    console.print(Text(f"Report: {report}"), soft_wrap=True)
+
+
+class _Running:
+    """Shows the table while it grows; an interruption says what is kept."""
+
+    def __init__(self, console: Console) -> None:
+        self.console, self.done = console, 0
+        self.live = Live(console=console, auto_refresh=False, transient=True)
+
+    def __enter__(self) -> _Running:
+        if self.console.is_terminal:
+            self.live.start()
+        return self
+
+    def __exit__(self, kind: Any, *_: object) -> None:
+        if self.console.is_terminal:
+            self.live.stop()
+        if kind is KeyboardInterrupt:
+            self.console.print(f"Stopped. {self.done} runs of this call are kept; the same command goes on.")
+
+    def __call__(self, result: Any, left: float) -> None:
+        self.done += 1
+        if self.console.is_terminal:
+            self.live.update(result, refresh=True)
+            self.live.console.print(f"about {_duration(left)} left")
+            return
+        last = result.records[-1]
+        self.console.print(
+            Text(f"{last['variant']}, {last['task']}, seed {last['seed']}: {result.show(result.score(last))}; "
+                 f"about {_duration(left)} left"),
+            soft_wrap=True,
+        )  # fmt: skip
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
+
+
+def _seeds(text: str) -> int | list[int]:
+    try:
+        numbers = [int(part) for part in text.split(",")]
+    except ValueError:
+        raise ConfigError(
+            f"--seeds takes a number of seeds, or seeds with commas between, such as 0,1,2; got {text!r}."
+        ) from None
+    return numbers if "," in text else numbers[0]
+
+
+def _pairs(texts: list[str] | None, option: str, plain: bool = False) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for text in texts or ():
+        key, equals, value = text.partition("=")
+        if not equals or not value or not key.isidentifier():
+            raise ConfigError(f"{option} takes KEY=VALUE, got {text!r}.")
+        found[key] = value if plain else _values(value)[0]
+    return found
+
+
+def _values(text: str) -> list[Any]:
+    from fxgraft.experiments.spec import parse_patch_spec
+
+    return [parse_patch_spec(f"x:value={part}").options["value"] for part in text.split(",")]

@@ -1,0 +1,363 @@
+"""The comparison itself: which runs there are, where they run, what is kept, when it ends."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import math
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fxgraft.comparison.corruptions import check_corruptions
+from fxgraft.comparison.data import Data, Task, open_image, read_data
+from fxgraft.comparison.models import Model
+from fxgraft.comparison.records import Folder, Record
+from fxgraft.comparison.result import Comparison
+from fxgraft.comparison.runs import BARE, Job, Setup, Variant, carry_out, parse_variant, settings_of
+from fxgraft.comparison.statistics import LEVEL
+from fxgraft.comparison.training import LOWER_IS_BETTER, SCORES, Training
+from fxgraft.errors import ConfigError
+from fxgraft.experiments.environment import checked_device, environment
+from fxgraft.files import digest_of
+
+TUNING_SEED = 10_000
+"""Seed of the runs that choose settings; no pair has it."""
+INTEREST = 0.02
+
+
+def compare(
+    data: str | os.PathLike[str],
+    *,
+    model: Model = "resnet50",
+    grafts: str | Sequence[str] = (),
+    hold_out: str | Sequence[str] | None = None,
+    test: str | os.PathLike[str] | None = None,
+    target: str | os.PathLike[str] | None = None,
+    corrupt: bool = False,
+    seeds: int | Sequence[int] = 5,
+    pretrained: bool = False,
+    weights: str | os.PathLike[str] | None = None,
+    model_options: Mapping[str, Any] | None = None,
+    size: int | None = None,
+    training: Training | Mapping[str, Any] | None = None,
+    train: Callable[..., Any] | None = None,
+    tune: Mapping[str, Sequence[Any]] | None = None,
+    tune_each: bool = False,
+    baseline: str = BARE,
+    metric: str = "accuracy",
+    interest: float = INTEREST,
+    level: float = LEVEL,
+    adapt_steps: int = 1000,
+    adapt_lr: float = 2e-4,
+    workers: int | None = None,
+    backend: str = "loky",
+    device: str = "cpu",
+    out: str | os.PathLike[str] = "fxgraft-compare",
+    progress: Callable[[Comparison, float], Any] | None = None,
+) -> Comparison:
+    """Train a backbone bare and patched on your images, in pairs, and say what the pairs show.
+
+    The two runs of a pair differ in the graft alone: they start from the same weights and see the same batches under
+    the same crops and colours. What is finished is kept in ``out``; the same call goes on from there, and more grafts
+    or seeds add only what is missing. Needs ``pip install "fxgraft[compare]"``.
+
+    Args:
+        data: images as they lie on disk, or the name of a timm data set; see `comparison.data.read_data`.
+        model: a name of timm or torchvision, ``"package.module:function"`` or a function of one's own, called with
+            ``num_classes=``. A function has to be importable from other processes where ``workers`` is above 1.
+        grafts: variants, each ``"METHOD:key=value,..."``, or several on one network with " + " between.
+            ``adapt_batchnorm`` and ``gam`` act after training on the target's images without labels.
+        hold_out: of domains, the one, those or "all" of them that are tested and not trained on.
+        test: other images to test on.
+        target: images to adapt to, without labels; by default those that are tested.
+        corrupt: test on the fifteen corruptions of ImageNet-C at five severities; scores are means over the 75.
+        seeds: number of seeds, or the seeds.
+        pretrained: start from the library's weights.
+        weights: start from a checkpoint; its classifier is left out where it has other classes.
+        model_options: of the model's constructor, such as ``{"output_stride": 16}``.
+        size: side of the images in pixels; by default the model's own.
+        training: settings, see `Training`; a mapping changes the defaults.
+        train: a training loop of one's own instead, called as ``train(model, images, validation, seed)`` with two
+            map-style data sets of (image, label). It trains the model in place, and may return each epoch's loss.
+        tune: values to try, by setting: ``{"lr": [0.003, 0.01]}``. The baseline is tuned on the images of the source
+            that are set apart, with a seed of its own, and every variant gets the setting that was best for it.
+        tune_each: tune every variant, with the same values.
+        baseline: what the variants are compared with: "bare", or a variant.
+        metric: the score of the verdict: "accuracy", "macro_accuracy", "top5", "nll" or "ece".
+        interest: the smallest difference that matters, in the unit of the metric: 0.02 is two points of accuracy.
+        level: error level of all verdicts together; 0.05 gives intervals of 95 % with one variant.
+        adapt_steps: steps of ``gam``.
+        adapt_lr: learning rate of ``gam``.
+        workers: runs side by side; by default one for each CPU core or GPU. On a CPU each has one thread.
+        backend: of joblib: "loky" for processes on this machine, "ray" or "dask" for a cluster.
+        device: "cpu", "cuda" (runs are dealt out to all GPUs) or one of them, "cuda:1".
+        out: folder of the protocol and the runs.
+        progress: called after each run with the comparison so far and the seconds that are left.
+
+    Returns:
+        The runs and verdicts: ``print(result)``, ``result.verdicts``, ``result.to_html("report.html")``.
+
+    Raises:
+        ConfigError: an argument is out of range, the data or the folder do not fit, or a package is missing. All of
+            this, and that every graft fits the backbone, is found before the first training step.
+        WeightsError: weights cannot be fetched, read or loaded.
+        FxgraftError: what `fxgraft.patch` raises for a graft that does not fit.
+    """
+    chosen = _variants(grafts, baseline)
+    numbers = list(range(seeds)) if isinstance(seeds, int) else list(seeds)
+    _check_numbers(numbers, seeds, metric, interest, level, workers)
+    place = checked_device(device)
+    settings = training if isinstance(training, Training) else settings_of(Training(), training or {})
+    images = read_data(data, hold_out=hold_out, test=test, target=target)
+    side = _own_size(model) if size is None else size
+    if corrupt:
+        check_corruptions(side)
+    setup = Setup(
+        model=model,
+        model_options=dict(model_options or {}),
+        pretrained=pretrained,
+        weights=None if weights is None else str(weights),
+        classes=len(images.classes),
+        size=side,
+        training=settings,
+        train=train,
+        corrupt=corrupt,
+        adapt_steps=adapt_steps,
+        adapt_lr=adapt_lr,
+    )
+    _check_images(images, settings, train)
+    for variant in chosen:
+        setup.check(variant)
+    folder = Folder(Path(out), _protocol(setup, images, data, tune, tune_each))
+    with folder.opened() as records:
+        result = Comparison(
+            protocol=folder.protocol,
+            environment=environment(place),
+            variants=[variant.text for variant in chosen],
+            baseline=chosen[0].text,
+            tasks=[task.name for task in images.tasks],
+            seeds=numbers,
+            metric=metric,
+            interest=interest,
+            level=level,
+            records=records,
+            classes=list(images.classes),
+            pictures=functools.partial(_pictures, setup, chosen, images),
+        )
+        runner = _Runner(setup, folder, result, workers, backend, place, progress)
+        tuned = runner.tune(chosen, images.tasks, tune or {}, tune_each)
+        runner.run(_jobs(result, chosen, images.tasks, tuned, place))
+    return result
+
+
+def _variants(grafts: str | Sequence[str], baseline: str) -> list[Variant]:
+    texts = [grafts] if isinstance(grafts, str) else list(grafts)
+    chosen = [parse_variant(text) for text in (baseline, *texts)]
+    names = [variant.text for variant in chosen]
+    if len(set(names)) < len(names):
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ConfigError(
+            f"The variant {twice!r} is given twice.\nThe baseline is compared with each of the others."
+        )
+    if len(names) < 2:
+        raise ConfigError('Nothing to compare: give at least one graft, for example grafts="rsc".')
+    return chosen
+
+
+def _pictures(setup: Setup, chosen: Sequence[Variant], images: Data) -> Sequence[Any]:
+    from fxgraft.comparison.report import method_pictures
+
+    tested = images.tasks[0].test
+    return method_pictures(
+        setup, chosen, [open_image(item) for item in (tested[0], tested[len(tested) // 2])]
+    )
+
+
+def _check_numbers(
+    numbers: list[int], seeds: Any, metric: str, interest: float, level: float, workers: int | None
+) -> None:
+    if not numbers or len(set(numbers)) < len(numbers):
+        raise ConfigError(f"seeds is a number of at least 1, or different numbers; got {seeds!r}.")
+    if TUNING_SEED in numbers:
+        raise ConfigError(f"The seed {TUNING_SEED} is that of tuning. Take another.")
+    if metric not in SCORES:
+        raise ConfigError(f"metric must be one of {', '.join(SCORES)}, got {metric!r}.")
+    if not interest > 0 or not 0 < level < 1:
+        raise ConfigError(f"interest must be above 0 and level in (0, 1); got {interest!r} and {level!r}.")
+    if workers is not None and workers < 1:
+        raise ConfigError(f"workers must be at least 1, got {workers!r}.")
+
+
+def _check_images(images: Data, settings: Training, train: Any) -> None:
+    for task in images.tasks:
+        if train is None and len(task.train) < settings.batch_size:
+            raise ConfigError(
+                f"{len(task.train)} training images do not fill a batch of {settings.batch_size}.\n"
+                "Pass a smaller batch_size."
+            )
+        if not task.validation and settings.select == "best":
+            raise ConfigError(
+                'select="best" needs images that are set apart, and every class has one image only.'
+            )
+
+
+def _own_size(model: Model) -> int:
+    import timm
+
+    config = None
+    if isinstance(model, str):
+        name = model.removeprefix("timm/").partition(".")[0]
+        config = timm.get_pretrained_cfg(name) if timm.is_model(name) else None
+    return 224 if config is None else config.input_size[-1]
+
+
+def _protocol(
+    setup: Setup, images: Data, data: Any, tune: Mapping[str, Sequence[Any]] | None, tune_each: bool
+) -> dict[str, Any]:
+    name = (
+        setup.model
+        if isinstance(setup.model, str)
+        else f"{setup.model.__module__}:{setup.model.__qualname__}"
+    )
+    loop = None if setup.train is None else f"{setup.train.__module__}:{setup.train.__qualname__}"
+    return {
+        "data": Path(str(data)).name,
+        "kind": images.kind,
+        "images": images.counts,
+        "classes": list(images.classes),
+        "model": name,
+        "model_options": setup.model_options,
+        "pretrained": setup.pretrained,
+        "weights_sha256": None if setup.weights is None else digest_of(Path(setup.weights)),
+        "size": setup.size,
+        "training": asdict(setup.training) if loop is None else {"loop": loop},
+        "corrupt": setup.corrupt,
+        "adapt": {"steps": setup.adapt_steps, "lr": setup.adapt_lr},
+        "tune": {name: list(values) for name, values in (tune or {}).items()},
+        "tune_each": tune_each,
+    }
+
+
+def _jobs(
+    result: Comparison,
+    chosen: Sequence[Variant],
+    tasks: Sequence[Task],
+    settings: Mapping[str, Training],
+    device: torch.device,
+) -> list[Job]:
+    """List the runs that are missing, pair by pair; variants that differ in their adaptation alone share one."""
+    jobs = []
+    for seed, task in itertools.product(result.seeds, tasks):
+        missing = [each for each in chosen if result.record(each.text, task.name, seed) is None]
+        shared: dict[tuple[str, str], list[Variant]] = {}
+        for variant in missing:
+            shared.setdefault((variant.trained, str(settings[variant.text])), []).append(variant)
+        jobs += [
+            Job(tuple(group), task, seed, str(device), settings[group[0].text]) for group in shared.values()
+        ]
+    return jobs
+
+
+class _Runner:
+    """Carries out jobs side by side, and writes each record as it comes."""
+
+    def __init__(
+        self,
+        setup: Setup,
+        folder: Folder,
+        result: Comparison,
+        workers: int | None,
+        backend: str,
+        device: torch.device,
+        progress: Callable[[Comparison, float], Any] | None,
+    ) -> None:
+        self.setup, self.folder, self.result, self.backend = setup, folder, result, backend
+        self.devices = [str(device)]
+        if str(device) == "cuda":
+            self.devices = [f"cuda:{index}" for index in range(torch.cuda.device_count())]
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        self.workers = workers or (cores if device.type == "cpu" else len(self.devices))
+        self.progress = progress
+
+    def tune(
+        self,
+        chosen: Sequence[Variant],
+        tasks: Sequence[Task],
+        values: Mapping[str, Sequence[Any]],
+        each: bool,
+    ) -> dict[str, Training]:
+        """Return the settings of every variant, after the runs that choose them."""
+        training = self.setup.training
+        if not values:
+            return dict.fromkeys((variant.text for variant in chosen), training)
+        grid = [dict(zip(values, row, strict=True)) for row in itertools.product(*values.values())]
+        tried = [settings_of(training, row) for row in grid]
+        candidates = chosen if each else chosen[:1]
+        jobs = [
+            Job((variant,), task, TUNING_SEED, self.devices[0], settings, row)
+            for variant in candidates
+            for row, settings in zip(grid, tried, strict=True)
+            for task in tasks
+            if self.result.tuning(variant.text, task.name, row) is None
+        ]
+        self.run(jobs)
+        best = {}
+        for variant in candidates:
+            means = []
+            for row in grid:
+                found = [self.result.tuning(variant.text, task.name, row) for task in tasks]
+                scores = [
+                    -math.inf if each is None or each["diverged"] else self._score(each) for each in found
+                ]
+                means.append(sum(scores) / len(scores))
+            best[variant.text] = tried[means.index(max(means))]
+            self.result.tuned[variant.text] = grid[means.index(max(means))]
+        return {variant.text: best.get(variant.text, best[chosen[0].text]) for variant in chosen}
+
+    def _score(self, record: Record) -> float:
+        value = record["scores"][self.result.metric]
+        value = math.inf if value is None else value
+        return -value if self.result.metric in LOWER_IS_BETTER else value
+
+    def run(self, jobs: Sequence[Job]) -> None:
+        """Carry out jobs; an interruption keeps what is finished."""
+        began, done = time.monotonic(), 0
+        with closing(self._carried_out(jobs)) as finished:
+            for records in finished:
+                for record in records:
+                    self.folder.add(record)
+                    self.result.records.append(record)
+                done += 1
+                if self.progress is not None:
+                    self.progress(self.result, (time.monotonic() - began) / done * (len(jobs) - done))
+
+    def _carried_out(self, jobs: Sequence[Job]) -> Iterator[list[Record]]:
+        if not jobs:
+            return
+        if self.workers == 1 and self.backend == "loky":
+            for job in jobs:
+                yield carry_out(self.setup, job)
+            return
+        from joblib import Parallel, delayed, parallel_config
+
+        options: dict[str, Any] = {}
+        if self.backend == "loky":
+            # Read by OpenMP when a worker starts: two threads that share a core wait for each other.
+            options["inner_max_num_threads"] = 1
+        elif self.backend == "ray":
+            from ray.util.joblib import register_ray
+
+            register_ray()
+        dealt = [
+            replace(job, device=self.devices[index % len(self.devices)]) for index, job in enumerate(jobs)
+        ]
+        with parallel_config(backend=self.backend, n_jobs=self.workers, **options):
+            parallel = Parallel(return_as="generator_unordered")
+            yield from parallel(delayed(carry_out)(self.setup, job) for job in dealt)

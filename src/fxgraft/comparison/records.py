@@ -1,0 +1,135 @@
+"""The folder of a comparison: its protocol, and its runs line by line, so that a cut-off one goes on."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from fxgraft.errors import ConfigError
+from fxgraft.files import write_text
+
+FORMAT = 1
+Record = dict[str, Any]
+
+
+class Folder:
+    """Where a comparison is kept.
+
+    Args:
+        path: of the folder; made if missing.
+        protocol: what must be equal for runs to be comparable: data, model, training. Grafts and seeds are not in it,
+            so that more of both can be added.
+
+    Raises:
+        ConfigError: the folder holds runs of another protocol; names what differs.
+    """
+
+    def __init__(self, path: Path, protocol: Mapping[str, Any]) -> None:
+        self.path, self.protocol = path, json.loads(json.dumps({"format": FORMAT, **protocol}))
+        self._runs = path / "runs.jsonl"
+        self._protocol = path / "protocol.json"
+
+    @contextmanager
+    def opened(self) -> Iterator[list[Record]]:
+        """Hold the folder for one comparison, and give the records that are in it.
+
+        Raises:
+            ConfigError: another process writes to it, it cannot be written, or its protocol differs.
+        """
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            lock = FileLock(self.path / ".lock")
+            lock.acquire(timeout=0)
+        except Timeout:
+            raise ConfigError(
+                f"Another comparison is writing to {str(self.path)!r}.\n"
+                "Two of them would each do the other's runs. Wait for it, or pass another out=."
+            ) from None
+        except OSError as error:
+            raise ConfigError(
+                f"Cannot write to {str(self.path)!r}: {error.strerror}.\nPass another out=."
+            ) from error
+        try:
+            self._check()
+            yield self._read()
+        finally:
+            lock.release()
+
+    def _check(self) -> None:
+        if not self._protocol.exists():
+            if self._runs.exists() and self._runs.stat().st_size:
+                raise ConfigError(f"{self.path} holds runs without their protocol.\nPass another out=.")
+            write_text(self._protocol, json.dumps(self.protocol, indent=2) + "\n")
+            return
+        try:
+            known = json.loads(self._protocol.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ConfigError(f"{self._protocol} is damaged: {error}\nPass another out=.") from error
+        lines = [
+            f"  {name}: {before} there, {now} now" for name, before, now in _differences(known, self.protocol)
+        ]
+        if lines:
+            raise ConfigError(
+                f"{str(self.path)!r} holds runs of another protocol:\n"
+                + "\n".join(lines)
+                + "\nRuns of two protocols cannot be compared. Pass another out=, or the same settings."
+            )
+
+    def _read(self) -> list[Record]:
+        """Read the records; a last line that was cut off in the middle is removed, and its run is done again."""
+        if not self._runs.exists():
+            return []
+        text = self._runs.read_text(encoding="utf-8")
+        whole = text[: text.rfind("\n") + 1]
+        if whole != text:
+            write_text(self._runs, whole)
+        try:
+            return [json.loads(line) for line in whole.splitlines()]
+        except ValueError as error:
+            raise ConfigError(
+                f"{self._runs} is damaged: {error}\nRemove the line, or pass another out=."
+            ) from error
+
+    def add(self, record: Record) -> None:
+        """Write a record.
+
+        Raises:
+            ConfigError: it cannot be written: a full disk. What was written before stays readable.
+        """
+        line = json.dumps(finite(record), allow_nan=False) + "\n"
+        size = self._runs.stat().st_size if self._runs.exists() else 0
+        try:
+            with self._runs.open("a", encoding="utf-8") as file:
+                file.write(line)
+        except OSError as error:
+            with self._runs.open("r+b") as file:
+                file.truncate(size)
+            raise ConfigError(
+                f"Cannot write to {self._runs}: {error.strerror}.\n"
+                "The runs before this one are kept. Make room; the same command goes on."
+            ) from error
+
+
+def finite(value: Any) -> Any:
+    """Turn numbers that JSON does not have into None."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, Mapping):
+        return {key: finite(each) for key, each in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [finite(each) for each in value]
+    return value
+
+
+def _differences(known: Any, now: Any, name: str = "") -> Iterator[tuple[str, Any, Any]]:
+    if isinstance(known, dict) and isinstance(now, dict):
+        for key in sorted({*known, *now}):
+            yield from _differences(known.get(key), now.get(key), f"{name}.{key}" if name else key)
+    elif known != now:
+        yield name, known, now

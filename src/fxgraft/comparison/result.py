@@ -1,0 +1,305 @@
+"""What a comparison found: its runs, its verdicts, and these as a table."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from fxgraft.comparison.records import Record, finite
+from fxgraft.comparison.statistics import Verdict, detectable, verdicts
+from fxgraft.comparison.training import LOWER_IS_BETTER
+
+_PLAIN = frozenset({"nll"})
+"""Scores that are no shares, and not written in per cent."""
+
+
+@dataclass(kw_only=True)
+class Comparison:
+    """Runs in pairs, and what they say.
+
+    Attributes:
+        protocol: data, model and training: what all runs share.
+        environment: versions, device, threads and date of this call.
+        variants: as they were written, the baseline first.
+        baseline: what the others are compared with.
+        tasks: what is tested: held-out domains or test sets.
+        seeds: of the runs.
+        metric: the score of the verdicts.
+        interest: the smallest difference that matters.
+        level: error level of all verdicts together.
+        records: every run of the folder, also of variants that this call does not compare.
+        classes: names of the classes.
+        tuned: the settings that tuning chose, by variant.
+        command: what repeats the comparison on a command line.
+        pictures: draws what the methods do to some of the images, for the report.
+    """
+
+    protocol: Mapping[str, Any]
+    environment: Mapping[str, Any]
+    variants: list[str]
+    baseline: str
+    tasks: list[str]
+    seeds: list[int]
+    metric: str
+    interest: float
+    level: float
+    records: list[Record]
+    classes: list[str]
+    tuned: dict[str, Mapping[str, Any]] = field(default_factory=dict)
+    command: str = ""
+    pictures: Callable[[], Sequence[Any]] = field(default=tuple, repr=False)
+
+    def record(self, variant: str, task: str, seed: int) -> Record | None:
+        """Return a run; None if it is not done."""
+        return next(
+            (
+                each
+                for each in self.records
+                if "tuning" not in each
+                and (each["variant"], each["task"], each["seed"]) == (variant, task, seed)
+            ),
+            None,
+        )
+
+    def tuning(self, variant: str, task: str, values: Mapping[str, Any]) -> Record | None:
+        """Return a run that tried settings; None if it is not done."""
+        return next(
+            (
+                each
+                for each in self.records
+                if each.get("tuning") == values and (each["variant"], each["task"]) == (variant, task)
+            ),
+            None,
+        )
+
+    def pairs(self, variant: str, task: str | None = None) -> list[tuple[Record, Record]]:
+        """Return the finished pairs (baseline, variant), of one task or of all."""
+        found = [
+            (self.record(self.baseline, each, seed), self.record(variant, each, seed))
+            for seed in self.seeds
+            for each in self.tasks
+            if task in (None, each)
+        ]
+        return [(before, after) for before, after in found if before is not None and after is not None]
+
+    def score(self, record: Record) -> float:
+        """Return the score of a run that the verdicts are about.
+
+        Outputs that were not finite have an infinite loss; it counts as that of guessing, the logarithm of the number
+        of classes for "nll" and 1 for "ece", so that one such run does not hide all others.
+        """
+        value = record["scores"][self.metric]
+        if value is not None:
+            return value
+        return math.log(len(self.classes)) if self.metric == "nll" else 1.0
+
+    def scores(self, variant: str, task: str | None = None) -> list[float]:
+        """Return the scores of the finished runs of a variant, of one task or of all."""
+        found = [
+            self.record(variant, each, seed)
+            for seed in self.seeds
+            for each in self.tasks
+            if task in (None, each)
+        ]
+        return [self.score(each) for each in found if each is not None]
+
+    @property
+    def complete(self) -> bool:
+        """Whether every run is done."""
+        return all(
+            self.record(variant, task, seed) is not None
+            for variant in self.variants
+            for task in self.tasks
+            for seed in self.seeds
+        )
+
+    @property
+    def verdicts(self) -> list[Verdict]:
+        """The verdict on each variant with a finished pair, over all tasks: every pair counts the same."""
+        return self._verdicts(None)
+
+    def verdicts_on(self, task: str) -> list[Verdict]:
+        """Return the verdicts from the pairs of one task alone, corrected for the number of variants and of tasks."""
+        return self._verdicts(task)
+
+    def _verdicts(self, task: str | None) -> list[Verdict]:
+        found = {name: self.pairs(name, task) for name in self.variants if name != self.baseline}
+        return verdicts(
+            {
+                name: ([self.score(before) for before, _ in pairs], [self.score(after) for _, after in pairs])
+                for name, pairs in found.items()
+            },
+            interest=self.interest,
+            level=self.level if task is None else self.level / len(self.tasks),
+            lower_is_better=self.metric in LOWER_IS_BETTER,
+            diverged={
+                name: (
+                    sum(before["diverged"] for before, _ in pairs),
+                    sum(after["diverged"] for _, after in pairs),
+                )
+                for name, pairs in found.items()
+            },
+        )
+
+    def step_ratio(self, variant: str) -> float:
+        """Return the median over the pairs of the ratio of their median training steps."""
+        ratios = [
+            after["step_seconds"] / before["step_seconds"]
+            for before, after in self.pairs(variant)
+            if after["step_seconds"] and before["step_seconds"]
+        ]
+        return statistics.median(ratios) if ratios else math.nan
+
+    @property
+    def power_sentence(self) -> str:
+        """What so many pairs can show, in standard deviations of the differences and, once known, in the unit."""
+        pairs, tests = len(self.seeds) * len(self.tasks), len(self.variants) - 1
+        level = self.level / tests
+        if pairs < 2:
+            return "One pair has no interval. Take three seeds or more."
+        text = (
+            f"{pairs} pairs show a difference of {detectable(1.0, pairs, level):.1f} of its own standard deviations "
+            "with 80 % power."
+        )
+        seen = [each for each in self.verdicts if each.pairs > 1]
+        if not seen:
+            return text
+        parts = ", ".join(f"{each.variant} {self.show(each.detectable)}" for each in seen)
+        return f"{text} With the deviations of these pairs: {parts}."
+
+    @property
+    def factor(self) -> float:
+        """What a score is multiplied with to be shown: 100 for shares."""
+        return 1.0 if self.metric in _PLAIN else 100.0
+
+    @property
+    def unit(self) -> str:
+        """The unit of a shown difference."""
+        return "" if self.metric in _PLAIN else " points"
+
+    def show(self, value: float, sign: bool = False) -> str:
+        """Write a score or a difference as it is shown."""
+        digits = 3 if self.metric in _PLAIN else 1
+        return f"{self.factor * value:{'+' if sign else ''}.{digits}f}"
+
+    def rows(self) -> list[list[str]]:
+        """Return the table: a row for each variant, the baseline first."""
+        found = {each.variant: each for each in self.verdicts}
+        table = []
+        for name in self.variants:
+            domains = [self._mean(name, task) for task in self.tasks] if len(self.tasks) > 1 else []
+            row = [name, *domains, self._mean(name)]
+            verdict = found.get(name)
+            if verdict is None:
+                table.append([*row, "", "", "baseline" if name == self.baseline else "no pair yet"])
+                continue
+            interval = f"{self.show(verdict.low, True)} to {self.show(verdict.high, True)}"
+            difference = self.show(verdict.difference, True) + (f" ({interval})" if verdict.pairs > 1 else "")
+            table.append([*row, difference, str(verdict.pairs), verdict.sentence(self.factor, self.unit)])
+        return table
+
+    def _mean(self, variant: str, task: str | None = None) -> str:
+        values = self.scores(variant, task)
+        return self.show(statistics.fmean(values)) if values else "-"
+
+    @property
+    def header(self) -> list[str]:
+        """The columns of `rows`."""
+        domains = self.tasks if len(self.tasks) > 1 else []
+        share = (
+            f"{100 * (1 - self.level):.0f} %"
+            if len(self.variants) == 2
+            else f"{100 * (1 - self.level):.0f} %, Holm"
+        )
+        return [
+            "variant",
+            *domains,
+            "mean" if domains else self.tasks[0],
+            f"difference ({share})",
+            "pairs",
+            "verdict",
+        ]
+
+    @property
+    def title(self) -> str:
+        """One line on what is compared."""
+        unit = "" if self.metric in _PLAIN else ", %"
+        return f"{self.protocol['model']} on {self.protocol['data']}: {self.metric}{unit}"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return protocol, environment, runs and verdicts as plain dictionaries, lists, strings and numbers."""
+        return {
+            "protocol": dict(self.protocol),
+            "environment": dict(self.environment),
+            "metric": self.metric,
+            "interest": self.interest,
+            "level": self.level,
+            "baseline": self.baseline,
+            "tuned": {name: dict(values) for name, values in self.tuned.items()},
+            "verdicts": [
+                {**vars(each), "verdict": each.sentence(self.factor, self.unit)} for each in self.verdicts
+            ],
+            "runs": [
+                each
+                for name in self.variants
+                for task in self.tasks
+                for seed in self.seeds
+                if (each := self.record(name, task, seed)) is not None
+            ],
+        }
+
+    def to_json(self) -> str:
+        """Return `to_dict` as JSON text; numbers that are not finite become null."""
+        return json.dumps(finite(self.to_dict()), indent=2, allow_nan=False) + "\n"
+
+    def to_markdown(self) -> str:
+        """Return the table in Markdown, with protocol and power below it, for a paper's appendix."""
+        lines = [self.header, ["---"] * len(self.header), *self.rows()]
+        table = "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in lines)
+        return f"{self.title}\n\n{table}\n\n{self.power_sentence} {self._settings()}\n"
+
+    def to_html(self, path: str | os.PathLike[str]) -> Path:
+        """Write the report: one file that needs no network.
+
+        Args:
+            path: the file.
+
+        Raises:
+            ConfigError: matplotlib or jinja2 is missing.
+        """
+        from fxgraft.comparison.report import write_report
+
+        return write_report(self, Path(path), self.pictures())
+
+    def _settings(self) -> str:
+        training = self.protocol["training"]
+        return (
+            f"Seeds {', '.join(map(str, self.seeds))}; {self.protocol['size']} px; "
+            + ", ".join(f"{name} {value}" for name, value in training.items() if value not in (None, False))
+            + f"; {self.environment['device']}."
+        )
+
+    def __rich__(self) -> Table:
+        """Lay the verdicts out as a table."""
+        table = Table(title=Text(self.title), caption=Text(self.power_sentence), caption_justify="left")
+        for index, name in enumerate(self.header):
+            table.add_column(Text(name), justify="left" if index in (0, len(self.header) - 1) else "right")
+        for row in self.rows():
+            table.add_row(*map(Text, row))
+        return table
+
+    def __str__(self) -> str:
+        console = Console(width=120, force_terminal=False)
+        with console.capture() as text:
+            console.print(self)
+        return text.get()

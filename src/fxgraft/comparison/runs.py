@@ -1,0 +1,293 @@
+"""One run: a variant trained on one task with one seed, and what is recorded of it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import nn
+
+import fxgraft
+from fxgraft.comparison import models
+from fxgraft.comparison.corruptions import CORRUPTIONS, SEVERITIES, Corrupted
+from fxgraft.comparison.data import Task
+from fxgraft.comparison.training import (
+    SCORES,
+    Fit,
+    Training,
+    evaluate,
+    fit,
+    own_randomness,
+    unlabelled_batches,
+)
+from fxgraft.errors import ConfigError
+from fxgraft.experiments.spec import describe, parse_patch_spec
+
+BARE = "bare"
+ADAPT_BATCHNORM = "adapt_batchnorm"
+Record = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Variant:
+    """What one column of a comparison does to the backbone.
+
+    Attributes:
+        text: as it was written, with normal spacing: "rsc + selfnorm".
+        grafts: method and options of each graft that is on during training.
+        adaptation: what is done after training with the target's images, without labels: None, "adapt_batchnorm",
+            or the options of "gam".
+    """
+
+    text: str
+    grafts: tuple[tuple[str, dict[str, Any]], ...] = ()
+    adaptation: str | dict[str, Any] | None = None
+
+    @property
+    def trained(self) -> str:
+        """Say what is trained; variants that share it share the training run."""
+        return " + ".join(describe(*each) for each in self.grafts) or BARE
+
+
+def parse_variant(text: str) -> Variant:
+    """Read ``GRAFT + GRAFT + ...``, where a graft is ``METHOD:key=value,...``.
+
+    "bare" stands for no graft. ``adapt_batchnorm`` and ``gam`` act after training, on images of the tested domain
+    without labels; at most one of them, at the end.
+
+    Raises:
+        ConfigError: the text does not follow the grammar, or something stands behind an adaptation.
+    """
+    grafts: list[tuple[str, dict[str, Any]]] = []
+    adaptation: str | dict[str, Any] | None = None
+    parts = [each.strip() for each in text.split(" + ")]
+    for part in parts:
+        if part == BARE and (len(parts) == 1 or part is parts[0]):
+            continue
+        if adaptation is not None:
+            raise ConfigError(
+                f"{text!r} has {part!r} behind an adaptation.\n"
+                "adapt_batchnorm and gam act once, after training.\nWrite the one that is wanted at the end."
+            )
+        if part == ADAPT_BATCHNORM:
+            adaptation = part
+            continue
+        spec = parse_patch_spec(part)
+        if spec.method.replace("-", "_") == "gam":
+            adaptation = spec.options
+        else:
+            grafts.append((spec.method, spec.options))
+    return Variant(" + ".join(parts), tuple(grafts), adaptation)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setup:
+    """What all runs of a comparison share.
+
+    Attributes:
+        model: as `models.build` takes it.
+        model_options: of the constructor.
+        pretrained: load the library's weights.
+        weights: a checkpoint instead.
+        classes: number of classes.
+        size: side of the images in pixels.
+        training: how every variant is trained.
+        train: a training loop instead, called as ``train(model, images, validation, seed)``.
+        corrupt: score corrupted test images instead of clean ones.
+        adapt_steps: steps of "gam".
+        adapt_lr: its learning rate.
+    """
+
+    model: models.Model
+    classes: int
+    size: int
+    training: Training
+    model_options: dict[str, Any] = field(default_factory=dict)
+    pretrained: bool = False
+    weights: str | None = None
+    train: Callable[..., Any] | None = None
+    corrupt: bool = False
+    adapt_steps: int = 1000
+    adapt_lr: float = 2e-4
+
+    def build(self, variant: Variant, seed: int) -> nn.Module:
+        """Build the backbone with the weights of a seed, and put the variant's grafts on it."""
+        model = models.build(
+            self.model,
+            self.classes,
+            size=self.size,
+            seed=seed,
+            pretrained=self.pretrained,
+            weights=self.weights,
+            options=self.model_options,
+        )
+        with own_randomness(seed):  # a method may have weights of its own to draw
+            for method, options in variant.grafts:
+                fxgraft.patch(model, method, **{"input_size": (3, self.size, self.size), **options})
+        return model
+
+    def check(self, variant: Variant) -> None:
+        """Raise what `build` or the adaptation would raise in the middle of a comparison."""
+        model = self.build(variant, 0)
+        if isinstance(variant.adaptation, dict):
+            fxgraft.patch(model, "gam", dry_run=True, **self._gam(variant.adaptation))
+        elif variant.adaptation and not any(
+            isinstance(each, nn.modules.batchnorm._BatchNorm) for each in model.modules()
+        ):
+            raise ConfigError(f"{variant.text!r} adapts BatchNorm, and the model has none.")
+
+    def _gam(self, options: Mapping[str, Any]) -> dict[str, Any]:
+        return {"input_size": (3, self.size, self.size), **options}
+
+
+@dataclass(frozen=True)
+class Job:
+    """One training run, and the variants that are scored of it.
+
+    Attributes:
+        variants: that differ in their adaptation alone.
+        task: what is trained on and tested.
+        seed: of weights, batches, transforms and methods.
+        device: where to train.
+        tuning: settings that replace those of the comparison; the run is then scored on validation images.
+        training: the settings of the run.
+    """
+
+    variants: tuple[Variant, ...]
+    task: Task
+    seed: int
+    device: str
+    training: Training
+    tuning: Mapping[str, Any] | None = None
+
+
+def carry_out(setup: Setup, job: Job) -> list[Record]:
+    """Train once and return a record for each variant of the job.
+
+    The generators of the calling process are left as they were. On a CPU one thread computes: two that share a core
+    wait for each other, and numbers do not depend on how many runs go side by side.
+    """
+    threads = torch.get_num_threads()
+    if torch.device(job.device).type == "cpu":
+        torch.set_num_threads(1)
+    try:
+        with own_randomness(job.seed):
+            return _carry_out(replace(setup, training=job.training), job)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _carry_out(setup: Setup, job: Job) -> list[Record]:
+    first, began = job.variants[0], time.perf_counter()
+    model = setup.build(first, job.seed).to(job.device)
+    if setup.training.channels_last:
+        model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    torch.manual_seed(job.seed)
+    fitted = _fitted(setup, model, job)
+    trained = (
+        {name: value.clone() for name, value in model.state_dict().items()} if len(job.variants) > 1 else {}
+    )
+    records = []
+    for variant in job.variants:
+        if trained:
+            model.load_state_dict(trained)
+        adapted = model if fitted.diverged else _adapted(setup, model, variant, job)
+        record: Record = {
+            "variant": variant.text,
+            "task": job.task.name,
+            "seed": job.seed,
+            "epoch_loss": fitted.loss,
+            "epoch_validation": fitted.validation,
+            "epoch_diagnostics": fitted.diagnostics,
+            "step_seconds": fitted.step_seconds,
+            "steps": fitted.steps,
+            "diverged": fitted.diverged,
+        }
+        if job.tuning is not None:
+            scored = evaluate(
+                adapted, job.task.validation, setup.training, size=setup.size, device=job.device
+            )
+            record |= {"tuning": dict(job.tuning), "scores": {name: scored[name] for name in SCORES}}
+        else:
+            record |= _scored(setup, adapted, job)
+        record["diverged"] |= not record.pop("finite", True)
+        records.append({**record, "seconds": round(time.perf_counter() - began, 2)})
+    return records
+
+
+def _fitted(setup: Setup, model: nn.Module, job: Job) -> Fit:
+    task = job.task
+    if setup.train is None:
+        return fit(
+            model,
+            task.train,
+            task.validation,
+            setup.training,
+            size=setup.size,
+            seed=job.seed,
+            device=job.device,
+        )
+    from fxgraft.comparison.training import Images, transform_of
+
+    images = Images(
+        task.train, transform_of(model, setup.training, setup.size, training=True), setup.size, job.seed
+    )
+    seen = Images(
+        task.validation, transform_of(model, setup.training, setup.size, training=False), setup.size
+    )
+    loss = setup.train(model, images, seen, job.seed)
+    return Fit(loss=[float(each) for each in loss] if isinstance(loss, Sequence) else [])
+
+
+def _adapted(setup: Setup, model: nn.Module, variant: Variant, job: Job) -> nn.Module:
+    if variant.adaptation is None:
+        return model
+    target = unlabelled_batches(model, job.task.target, setup.training, size=setup.size, seed=job.seed)
+    if isinstance(variant.adaptation, str):
+        return fxgraft.adapt_batchnorm(model, target, device=job.device)
+    source = unlabelled_batches(model, job.task.train, setup.training, size=setup.size, seed=job.seed)
+    fxgraft.patch(model, "gam", **setup._gam(variant.adaptation))
+    fxgraft.adapt(
+        model, source, target, steps=setup.adapt_steps, lr=setup.adapt_lr, device=job.device, progress=False
+    )
+    return model
+
+
+def _scored(setup: Setup, model: nn.Module, job: Job) -> Record:
+    options: dict[str, Any] = {"size": setup.size, "device": job.device}
+    if not setup.corrupt:
+        found = evaluate(model, job.task.test, setup.training, **options)
+        return {**_parts(found), "finite": found["finite"]}
+    each = {
+        f"{name}, {severity}": evaluate(
+            model, job.task.test, setup.training, **options, prepare=Corrupted(name, severity, setup.size)
+        )
+        for name in CORRUPTIONS
+        for severity in SEVERITIES
+    }
+    return {
+        "scores": {name: sum(found[name] for found in each.values()) / len(each) for name in SCORES},
+        "right": [sum(column) for column in zip(*(found["right"] for found in each.values()), strict=True)],
+        "images": [sum(column) for column in zip(*(found["images"] for found in each.values()), strict=True)],
+        "accuracy_by_corruption": {name: found["accuracy"] for name, found in each.items()},
+        "finite": all(found["finite"] for found in each.values()),
+    }
+
+
+def _parts(found: Mapping[str, Any]) -> Record:
+    return {
+        "scores": {name: found[name] for name in SCORES},
+        "right": found["right"],
+        "images": found["images"],
+    }
+
+
+def settings_of(training: Training, changes: Mapping[str, Any]) -> Training:
+    """Return the settings with some replaced; unknown names and values out of range raise `ConfigError`."""
+    unknown = sorted(set(changes) - set(asdict(training)))
+    if unknown:
+        raise ConfigError(f"Training has no setting {unknown[0]!r}. It has {', '.join(asdict(training))}.")
+    return replace(training, **changes)

@@ -1,0 +1,394 @@
+"""Training for a comparison: timm's optimisers, schedules and transforms in a loop of one page."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import math
+import random
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+
+import fxgraft
+from fxgraft.comparison.data import Item, Items, open_image
+from fxgraft.errors import ConfigError
+
+SCORES = ("accuracy", "macro_accuracy", "top5", "nll", "ece")
+"""What is measured of every run, each as torchmetrics defines it; a verdict is about one of them."""
+LOWER_IS_BETTER = frozenset({"nll", "ece"})
+_CACHE_BYTES = 1 << 30
+
+
+@dataclass(frozen=True, kw_only=True)
+class Training:
+    """How every variant is trained; names and meanings are those of timm's train.py.
+
+    Attributes:
+        epochs: passes over the training images, one or more.
+        batch_size: images per step; the last, smaller batch of an epoch is left out.
+        opt: optimizer, by timm's name.
+        lr: learning rate.
+        momentum: of optimizers that have one.
+        weight_decay: not on biases and norms, as timm does it.
+        sched: schedule, by timm's name, stepped after every update.
+        warmup_epochs: of a linear rise from zero.
+        smoothing: label smoothing.
+        clip_grad: largest norm of the gradients; None does not clip.
+        amp: bfloat16 autocast.
+        channels_last: memory format.
+        model_ema: score the moving average of the weights.
+        model_ema_decay: of that average.
+        train_crop: smallest area of a random crop; 1 takes the whole image.
+        hflip: probability of a horizontal flip.
+        color_jitter: strength; 0 is off.
+        grayscale: probability of losing the colours.
+        select: "last", the weights of the last epoch; or "best", those with the best score on the images of the
+            source that are set apart. Test images never select.
+    """
+
+    epochs: int = 10
+    batch_size: int = 32
+    opt: str = "adamw"
+    lr: float = 1e-3
+    momentum: float = 0.9
+    weight_decay: float = 0.05
+    sched: str = "cosine"
+    warmup_epochs: int = 0
+    smoothing: float = 0.0
+    clip_grad: float | None = None
+    amp: bool = False
+    channels_last: bool = False
+    model_ema: bool = False
+    model_ema_decay: float = 0.999
+    train_crop: float = 0.8
+    hflip: float = 0.5
+    color_jitter: float = 0.4
+    grayscale: float = 0.1
+    select: str = "last"
+
+    def __post_init__(self) -> None:
+        from timm.optim import list_optimizers
+
+        for name in ("epochs", "batch_size"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ConfigError(f"{name} must be a whole number of at least 1, got {value!r}.")
+        for name in ("hflip", "grayscale", "smoothing"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ConfigError(f"{name} must be in [0, 1], got {getattr(self, name)!r}.")
+        if not 0 < self.train_crop <= 1:
+            raise ConfigError(
+                f"train_crop is a share of the image's area, in (0, 1]; got {self.train_crop!r}."
+            )
+        if not self.lr > 0:
+            raise ConfigError(f"lr must be above 0, got {self.lr!r}.")
+        if self.opt not in list_optimizers():
+            raise ConfigError(f"timm has no optimizer {self.opt!r}. It has {', '.join(list_optimizers())}.")
+        if self.sched not in ("cosine", "tanh", "step", "poly", "constant", "none"):
+            raise ConfigError(
+                f"sched must be one of cosine, tanh, step, poly, constant and none, got {self.sched!r}."
+            )
+        if self.select not in ("last", "best"):
+            raise ConfigError(f'select must be "last" or "best", got {self.select!r}.')
+
+
+@dataclass(kw_only=True)
+class Fit:
+    """What training leaves beside the weights.
+
+    Attributes:
+        loss: mean training loss of each epoch.
+        validation: accuracy on the images set apart, after each epoch.
+        diagnostics: what the grafts did in the last step of each epoch; see `fxgraft.diagnostics`.
+        step_seconds: median over the training steps.
+        steps: number of training steps.
+        diverged: whether a loss stopped being finite; training ends there.
+    """
+
+    loss: list[float] = field(default_factory=list)
+    validation: list[float] = field(default_factory=list)
+    diagnostics: list[dict[str, float]] = field(default_factory=list)
+    step_seconds: float = math.nan
+    steps: int = 0
+    diverged: bool = False
+
+
+class Images(Dataset[tuple[Tensor, int]]):
+    """Images with their transform; every draw depends on seed, epoch and image alone.
+
+    So all variants see the same crops and colours, whatever their methods draw.
+    """
+
+    def __init__(self, items: Items, transform: Callable[[Any], Tensor], size: int, seed: int = 0) -> None:
+        self.items, self.transform, self.seed, self.epoch = items, transform, seed, 0
+        self.side = round(size * 8 / 7)
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        item = self.items[index]
+        image = _decoded(item, self.side)
+        own = hash((self.seed, self.epoch, index)) % (1 << 32)
+        with own_randomness(own):
+            return self.transform(image), item.label
+
+
+_cache: dict[tuple[Item, int], Any] = {}
+_cached_bytes = 0
+
+
+def _decoded(item: Item, side: int) -> Any:
+    """Decode an image, its shorter side no longer than ``side``; keep up to a gigabyte of them in this process."""
+    global _cached_bytes
+    key = (item, side)
+    if key in _cache:
+        return _cache[key]
+    image = open_image(item)
+    short = min(image.size)
+    if short > side:
+        width, height = image.size
+        image = image.resize((round(width * side / short), round(height * side / short)), resample=3)
+    size = 3 * image.size[0] * image.size[1]
+    if _cached_bytes + size <= _CACHE_BYTES:
+        _cached_bytes += size
+        _cache[key] = image
+    return image
+
+
+@contextlib.contextmanager
+def own_randomness(seed: int) -> Iterator[None]:
+    """Seed torch's CPU generator, Python's and NumPy's inside the block, and put their states back after it."""
+    python, arrays, own = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    try:
+        random.seed(seed)
+        np.random.seed(seed)
+        # torch.manual_seed also notes the seed for every device that may start later: slow, and a list that grows.
+        torch.default_generator.manual_seed(seed)
+        yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(arrays)
+        torch.set_rng_state(own)
+
+
+def fit(
+    model: nn.Module,
+    train: Items,
+    validation: Items,
+    settings: Training,
+    *,
+    size: int,
+    seed: int = 0,
+    device: str | torch.device = "cpu",
+    progress: Callable[[int, int], None] | None = None,
+) -> Fit:
+    """Train a model, bare or patched, and leave it with the weights that are scored.
+
+    Args:
+        model: on ``device``.
+        train: images to train on.
+        validation: images of the same domains, set apart; scored after each epoch.
+        settings: see `Training`.
+        size: side of the images in pixels.
+        seed: of the batches and the transforms.
+        device: where to train.
+        progress: called with the steps done and all steps.
+
+    Raises:
+        ConfigError: there are fewer training images than a batch holds.
+    """
+    from timm.optim import create_optimizer_v2
+    from timm.scheduler import create_scheduler_v2
+    from timm.utils import ModelEmaV3
+
+    if len(train) < settings.batch_size:
+        raise ConfigError(
+            f"{len(train)} training images do not fill a batch of {settings.batch_size}.\nPass a smaller batch_size."
+        )
+    data = Images(train, transform_of(model, settings, size, training=True), size, seed)
+    order = torch.Generator().manual_seed(seed)
+    loader: Any = DataLoader(data, settings.batch_size, shuffle=True, drop_last=True, generator=order)
+    optimizer = create_optimizer_v2(
+        model,
+        opt=settings.opt,
+        lr=settings.lr,
+        weight_decay=settings.weight_decay,
+        momentum=settings.momentum,
+    )
+    scheduler, _ = create_scheduler_v2(
+        optimizer,
+        sched=settings.sched,
+        num_epochs=settings.epochs,
+        warmup_epochs=settings.warmup_epochs,
+        warmup_lr=0.0,
+        step_on_epochs=False,
+        updates_per_epoch=len(loader),
+    )
+    ema = ModelEmaV3(model, decay=settings.model_ema_decay) if settings.model_ema else None
+    criterion = functools.partial(F.cross_entropy, label_smoothing=settings.smoothing)
+    found, seconds, total = Fit(), [], settings.epochs * len(loader)
+    best: tuple[float, dict[str, Tensor]] | None = None
+    for epoch in range(settings.epochs):
+        data.epoch = epoch
+        model.train()
+        losses = []
+        for x, y in loader:
+            began = time.perf_counter()
+            x, y = _on(x, device, settings), y.to(device)
+            fxgraft.set_progress(model, found.steps / total)
+            with _precision(device, settings), fxgraft.targets(y):
+                out = model(x)
+                loss = fxgraft.loss(model, out, y, criterion)
+            optimizer.zero_grad()
+            loss.backward()
+            if settings.clip_grad is not None:
+                nn.utils.clip_grad_norm_(model.parameters(), settings.clip_grad)
+            optimizer.step()
+            found.steps += 1
+            if scheduler is not None:
+                scheduler.step_update(found.steps)
+            if ema is not None:
+                ema.update(model, found.steps)
+            losses.append(loss.detach())
+            seconds.append(time.perf_counter() - began)
+            if progress is not None:
+                progress(found.steps, total)
+        found.loss.append(float(torch.stack(losses).mean()))
+        found.diagnostics.append(fxgraft.diagnostics(model))
+        if not math.isfinite(found.loss[-1]):
+            found.diverged = True
+            break
+        if validation:
+            scored = model if ema is None else ema.module
+            accuracy = evaluate(scored, validation, settings, size=size, device=device)["accuracy"]
+            found.validation.append(accuracy)
+            if settings.select == "best" and (best is None or accuracy > best[0]):
+                best = accuracy, {name: value.clone() for name, value in scored.state_dict().items()}
+    if best is not None:
+        model.load_state_dict(best[1])
+    elif ema is not None:
+        model.load_state_dict(ema.module.state_dict())
+    found.step_seconds = statistics.median(seconds)
+    return found
+
+
+def evaluate(
+    model: nn.Module,
+    items: Items,
+    settings: Training,
+    *,
+    size: int,
+    device: str | torch.device = "cpu",
+    prepare: Callable[[Any], Any] | None = None,
+) -> dict[str, Any]:
+    """Score a model on images.
+
+    Args:
+        model: bare or patched; run in evaluation mode, and left in it.
+        items: the images.
+        settings: those of training, for batch size and precision.
+        size: side of the images in pixels.
+        device: where the model is.
+        prepare: applied to each decoded image first, as a corruption is.
+
+    Returns:
+        Each of `SCORES` by name, and "right" and "images", counts by class. Outputs that are not finite are no
+        predictions: such an image counts as wrong, and "finite" is then False.
+    """
+    from torchmetrics.functional.classification import multiclass_calibration_error
+
+    logits, labels = predict(model, items, settings, size=size, device=device, prepare=prepare)
+    classes = logits.shape[1]
+    finite = logits.isfinite().all(1)
+    right = (logits.argmax(1) == labels) & finite
+    images = torch.bincount(labels, minlength=classes)
+    hits = torch.bincount(labels[right], minlength=classes)
+    known = images > 0
+    top = logits.topk(min(5, classes), dim=1).indices
+    sound = bool(finite.all())
+    return {
+        "accuracy": float(right.double().mean()),
+        "macro_accuracy": float((hits[known] / images[known]).double().mean()),
+        "top5": float(((top == labels[:, None]).any(1) & finite).double().mean()),
+        "nll": float(F.cross_entropy(logits, labels)) if sound else math.inf,
+        "ece": float(multiclass_calibration_error(logits.softmax(1), labels, classes)) if sound else math.inf,
+        "right": hits.tolist(),
+        "images": images.tolist(),
+        "finite": sound,
+    }
+
+
+def predict(
+    model: nn.Module,
+    items: Sequence[Item],
+    settings: Training,
+    *,
+    size: int,
+    device: str | torch.device = "cpu",
+    prepare: Callable[[Any], Any] | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Return the logits (N, K) in float32 and the labels (N,) of images, on the CPU."""
+    transform = transform_of(model, settings, size, training=False)
+    whole = transform if prepare is None else lambda image: transform(prepare(image))
+    loader: Any = DataLoader(Images(tuple(items), whole, size), settings.batch_size)
+    model.eval()
+    rows, labels = [], []
+    with torch.inference_mode(), _precision(device, settings):
+        for x, y in loader:
+            rows.append(model(_on(x, device, settings)).float().cpu())
+            labels.append(y)
+    return torch.cat(rows), torch.cat(labels)
+
+
+def unlabelled_batches(model: nn.Module, items: Items, settings: Training, *, size: int, seed: int) -> Any:
+    """Return a loader of batches of images (B, 3, S, S) alone, in a drawn order, as evaluation transforms them."""
+    data = Images(items, transform_of(model, settings, size, training=False), size)
+    order = torch.Generator().manual_seed(seed)
+    count = min(settings.batch_size, len(items))
+    return DataLoader(
+        data, count, shuffle=True, drop_last=len(items) > count, generator=order, collate_fn=_stack
+    )
+
+
+def _stack(rows: list[tuple[Tensor, int]]) -> Tensor:
+    return torch.stack([image for image, _ in rows])
+
+
+def transform_of(
+    model: nn.Module, settings: Training, size: int, *, training: bool
+) -> Callable[[Any], Tensor]:
+    """Make timm's transform, with the mean and deviation that the model's weights were trained with."""
+    from timm.data import create_transform, resolve_data_config
+
+    config = resolve_data_config({"input_size": (3, size, size)}, model=model)
+    shared = {"input_size": size, "mean": config["mean"], "std": config["std"], "interpolation": "bicubic"}
+    if not training:
+        return create_transform(**shared, crop_pct=1.0)
+    return create_transform(
+        **shared,
+        is_training=True,
+        scale=(settings.train_crop, 1.0),
+        hflip=settings.hflip,
+        color_jitter=settings.color_jitter or None,  # type: ignore[arg-type]
+        grayscale_prob=settings.grayscale,
+    )
+
+
+def _on(x: Tensor, device: str | torch.device, settings: Training) -> Tensor:
+    form = torch.channels_last if settings.channels_last else torch.contiguous_format
+    return x.to(device, non_blocking=True, memory_format=form)
+
+
+def _precision(device: str | torch.device, settings: Training) -> Any:
+    kind = torch.device(device).type
+    return torch.autocast(kind, torch.bfloat16) if settings.amp else contextlib.nullcontext()
