@@ -23,9 +23,9 @@ from torch.utils.data import BatchSampler, DataLoader, Dataset, RandomSampler
 
 import fxgraft
 from benchmarks.study import BARE, Claim, Job, Patches, Run, Study
-from fxgraft.experiments.evaluation import evaluate
-from fxgraft.experiments.images import as_input
-from fxgraft.experiments.training import train
+from benchmarks.loops.evaluation import evaluate
+from benchmarks.loops.images import as_input
+from benchmarks.loops.training import train
 
 SIDE = 28
 PAIRS = ("mnist→usps", "usps→mnist")

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from fxgraft.experiments.environment import environment
+from fxgraft.environment import environment
 
 KEPT = ("min", "median", "iqr", "rounds", "iterations")
 

@@ -21,9 +21,9 @@ from benchmarks.pretrained import pretrained
 from benchmarks.study import BARE, Claim, Job, Patches, Run, Study
 from benchmarks.training import course_of, trained
 from fxgraft.errors import ConfigError
-from fxgraft.experiments.domains import Domain, leave_one_out
-from fxgraft.experiments.evaluation import evaluate
-from fxgraft.experiments.loading import load_domains
+from benchmarks.loops.domains import Domain, leave_one_out
+from benchmarks.loops.evaluation import evaluate
+from benchmarks.loops.loading import load_domains
 
 DOMAINS = ("art_painting", "cartoon", "photo", "sketch")
 FILES = "*pacs*.tar"

@@ -19,7 +19,7 @@ from benchmarks.pretrained import pretrained
 from benchmarks.study import BARE, Claim, Job, Patches, Study
 from benchmarks.training import course_of, runs_by_seed, trained
 from benchmarks.wide import WideResNet
-from fxgraft.experiments.images import as_input
+from benchmarks.loops.images import as_input
 
 MEMBERS = 2
 MIXINGS: dict[str, dict[str, Any]] = {

@@ -11,7 +11,7 @@ from rich.table import Table
 
 from benchmarks.results import Results
 from benchmarks.study import BARE, Claim, Run, Study
-from fxgraft.experiments.spec import describe
+from fxgraft.spec import describe
 
 LEVEL = 0.05
 """Below this, a paired t-test is taken to show a difference."""

@@ -18,7 +18,7 @@ from benchmarks.domain_generalisation import FILES, read_pacs
 from benchmarks.pretrained import pretrained
 from benchmarks.study import BARE, Claim, Job, Patches, Study
 from benchmarks.training import course_of, runs_by_seed, trained
-from fxgraft.experiments.evaluation import evaluate
+from benchmarks.loops.evaluation import evaluate
 
 SHARED: dict[str, Any] = {
     "task": "PACS, photographs and paintings, from ImageNet weights, weights of the last epoch",

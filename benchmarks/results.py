@@ -9,7 +9,7 @@ from typing import Any
 
 from benchmarks.study import Run, Study
 from fxgraft.errors import ConfigError
-from fxgraft.experiments.environment import environment
+from fxgraft.environment import environment
 from fxgraft.files import write_text
 
 FORMAT = 2

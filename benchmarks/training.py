@@ -8,9 +8,9 @@ from typing import Any
 from torch import nn
 
 from benchmarks.study import Job, Run
-from fxgraft.experiments.augment import Augment
-from fxgraft.experiments.domains import ImagesAndLabels
-from fxgraft.experiments.training import History, train
+from benchmarks.loops.augment import Augment
+from benchmarks.loops.domains import ImagesAndLabels
+from benchmarks.loops.training import History, train
 
 
 def runs_by_seed(protocol: dict[str, Any], seeds: Sequence[int]) -> list[Run]:

@@ -43,7 +43,9 @@ LAYERS: list[tuple[str, ...]] = [
     ("api.py", "terms.py"),
     ("adaptation/", "recipe.py", "reading.py", "stock.py", "lightning.py"),
     ("public.py", "__init__.py"),
-    ("experiments/",),
+    ("spec.py", "models.py", "environment.py"),
+    ("viz/",),
+    ("comparison/",),
     ("bench/", "timm/"),
     ("cli/",),
 ]

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from fxgraft.cli.readme import own_methods
-from fxgraft.experiments.environment import environment
+from fxgraft.environment import environment
 from fxgraft.files import write_text
 
 PROPERTY = "works_with"

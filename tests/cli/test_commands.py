@@ -17,7 +17,7 @@ from fxgraft.cli.cards import option_docs
 from fxgraft.cli.commands import app
 from fxgraft.cli.readme import own_methods
 from fxgraft.errors import ConfigError
-from fxgraft.experiments.backbones import build_model, split_name
+from fxgraft.models import build_model, split_name
 from fxgraft.patches import registry
 
 ANSI = re.compile(r"\x1b\[[0-9;]*m")
@@ -256,7 +256,7 @@ def test_shells_are_offered_completion():
 
 
 def test_demo_hands_over_only_what_was_given(monkeypatch, tmp_path):
-    from fxgraft.experiments import demo
+    from fxgraft.comparison import demo
 
     seen = []
     monkeypatch.setattr(demo, "run_demo", seen.append)

@@ -14,9 +14,9 @@ from typer.testing import CliRunner
 import fxgraft
 from fxgraft import extend
 from fxgraft.cli.commands import app
-from fxgraft.cli.pictures import methods_with_pictures, picture_of, save_picture
+from fxgraft.viz.pictures import methods_with_pictures, picture_of, save_picture
 from fxgraft.errors import ConfigError
-from fxgraft.experiments.images import decode, to_floats
+from benchmarks.loops.images import decode, to_floats
 from fxgraft.patches import registry
 from fxgraft.patches.diversification.patch import maps
 

@@ -23,9 +23,9 @@ from fxgraft.bench.contestants import BARE, MEASURES, STEP, Call, Contestant, Lo
 from fxgraft.bench.memory import memory_kind, peak_memory
 from fxgraft.bench.report import OverheadReport, Row, Spread
 from fxgraft.errors import ConfigError
-from fxgraft.experiments.backbones import build_model
-from fxgraft.experiments.environment import checked_device, processor, versions
-from fxgraft.experiments.spec import describe
+from fxgraft.models import build_model
+from fxgraft.environment import checked_device, processor, versions
+from fxgraft.spec import describe
 
 ALLOCATOR = (
     *("LD_PRELOAD", "GLIBC_TUNABLES", "MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_", "MALLOC_CONF"),
@@ -52,7 +52,7 @@ def measure(
     """Measure what the patches cost on a classifier.
 
     Args:
-        model: a name for `fxgraft.experiments.backbones.build_model`, or a function that builds the model.
+        model: a name for `fxgraft.models.build_model`, or a function that builds the model.
         patches: pairs of method and options, all grafted on one model, in this order. Without any, only the
             bare model and its control are measured.
         batch: images per call.

@@ -17,7 +17,7 @@ import typer
 from rich.console import Console
 from typer.core import TyperGroup
 
-from fxgraft.cli.compare import compare
+from fxgraft.cli.compare import compare, demo
 from fxgraft.cli.completion import complete_method, complete_model, complete_spec
 from fxgraft.cli.show import show
 from fxgraft.errors import ConfigError, FxgraftError
@@ -50,6 +50,7 @@ app = typer.Typer(
 
 app.command()(show)
 app.command()(compare)
+app.command()(demo)
 
 PatchOption = Annotated[
     list[str] | None,
@@ -92,47 +93,6 @@ def _main(
 
 
 @app.command()
-def demo(
-    data: Annotated[
-        Path | None, typer.Option(help="Folder of domains; without it, digits drawn in four styles.")
-    ] = None,
-    model: Annotated[
-        str | None, typer.Option(help="Backbone, as in `fxgraft sites`.", autocompletion=complete_model)
-    ] = None,
-    patch: PatchOption = None,
-    held_out: Annotated[
-        list[str] | None, typer.Option(help="Domain to leave out; the last one without it.")
-    ] = None,
-    all_domains: Annotated[bool, typer.Option("--all", help="Leave out every domain in turn.")] = False,
-    epochs: Annotated[int | None, typer.Option(help="Passes over the training domains.")] = None,
-    size: Annotated[int | None, typer.Option(help="Side of the images.")] = None,
-    device: DeviceOption = None,
-    seeds: Annotated[str | None, typer.Option(metavar="N,N,…", help="Random seeds to repeat with.")] = None,
-    out: Annotated[Path | None, typer.Option(help="Folder for the JSON and the picture.")] = None,
-    batch_size: Annotated[int | None, typer.Option(help="Images per step.")] = None,
-    quiet: Annotated[bool, typer.Option("--quiet", help="No progress bar.")] = False,
-) -> None:
-    """Patch, train, fold and undo a model; then compare bare and patched on a domain they never saw."""
-    from fxgraft.experiments.demo import DemoSettings, run_demo
-
-    given = {
-        "data": data,
-        "model": model,
-        "patch": patch or None,
-        "held_out": held_out or None,
-        "all": all_domains,
-        "epochs": epochs,
-        "size": size,
-        "device": device,
-        "seeds": None if seeds is None else _integers(seeds),
-        "out": out,
-        "batch_size": batch_size,
-    }
-    # What is not given stays with the demo, which knows its defaults better than this file.
-    run_demo(DemoSettings(quiet=quiet, **{name: value for name, value in given.items() if value is not None}))
-
-
-@app.command()
 def sites(
     model: ModelArgument,
     pattern: Annotated[
@@ -145,7 +105,7 @@ def sites(
 ) -> None:
     """List the places in a model where a patch can go."""
     import fxgraft
-    from fxgraft.experiments.backbones import build_model
+    from fxgraft.models import build_model
 
     name = model if library is None or model.startswith(f"{library.value}/") else f"{library.value}/{model}"
     shape = None if input_size is None else (3, input_size, input_size)
@@ -220,7 +180,7 @@ def bench(
     # torch's profiler, which reads the memory, logs its start and stop to stderr unless told otherwise.
     os.environ.setdefault("KINETO_LOG_LEVEL", "6")
     from fxgraft.bench.overhead import measure
-    from fxgraft.experiments.spec import parse_patch_spec
+    from fxgraft.spec import parse_patch_spec
     from fxgraft.files import write_text
 
     if not patch:
@@ -260,15 +220,6 @@ def _show(table: Any, plain: str | None = None) -> None:
     else:
         # Not cut to the 80 columns that rich assumes of a pipe.
         Console(width=110).print(table)
-
-
-def _integers(text: str) -> list[int]:
-    try:
-        return [int(part) for part in text.split(",")]
-    except ValueError:
-        raise ConfigError(
-            f"--seeds takes whole numbers with commas between, such as 0,1,2; got {text!r}."
-        ) from None
 
 
 def _open_for_writing(path: Path) -> None:

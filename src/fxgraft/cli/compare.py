@@ -96,9 +96,7 @@ def compare(
     }  # fmt: skip
     training = {name: value for name, value in given.items() if value is not None} | _pairs(set_, "--set")
     held = None if not hold_out else "all" if hold_out == ["all"] else hold_out
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=120)
+    console = _console()
     with _Running(console) as running:
         result = run(
             data,
@@ -128,6 +126,27 @@ def compare(
         )
     result.command = shlex.join(["fxgraft", *sys.argv[1:]])
     present(result, out, console)
+
+
+def demo(
+    out: Annotated[Path, typer.Option(help="Folder of images, runs and report.")] = Path("fxgraft-demo"),
+    seeds: Annotated[int, typer.Option(min=2, help="Pairs of each variant.")] = 5,
+    workers: Annotated[int | None, typer.Option(help="Runs side by side; one a core without it.")] = None,
+) -> None:
+    """Patch, train, fold and undo a model; then compare bare and patched on a style they never saw."""
+    from fxgraft.comparison.demo import MEANING, NEXT, run_demo
+
+    console = _console()
+    with _Running(console) as running:
+        result = run_demo(out, seeds=seeds, workers=workers, console=console, progress=running)
+    present(result, out, console)
+    console.print(Text(MEANING), soft_wrap=True)
+    console.print(Text(f"  {NEXT}"), soft_wrap=True)
+
+
+def _console() -> Console:
+    console = Console()
+    return console if console.is_terminal else Console(width=120)  # a pipe is not cut to 80 columns
 
 
 def present(result: Any, out: Path, console: Console) -> None:
@@ -200,6 +219,6 @@ def _pairs(texts: list[str] | None, option: str, plain: bool = False) -> dict[st
 
 
 def _values(text: str) -> list[Any]:
-    from fxgraft.experiments.spec import parse_patch_spec
+    from fxgraft.spec import parse_patch_spec
 
     return [parse_patch_spec(f"x:value={part}").options["value"] for part in text.split(",")]

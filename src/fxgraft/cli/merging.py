@@ -18,8 +18,8 @@ from torch import Tensor, nn
 
 import fxgraft
 from fxgraft.errors import ConfigError, WeightsError
-from fxgraft.experiments.backbones import build_model, split_name
-from fxgraft.experiments.spec import parse_patch_spec
+from fxgraft.models import build_model, split_name
+from fxgraft.spec import parse_patch_spec
 from fxgraft.files import write_files
 from fxgraft.recipe import RECIPE, WEIGHTS, unshared
 from fxgraft.stock import WRAPPERS, differences

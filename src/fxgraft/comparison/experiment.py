@@ -17,14 +17,14 @@ import torch
 
 from fxgraft.comparison.corruptions import check_corruptions
 from fxgraft.comparison.data import Data, Task, open_image, read_data
-from fxgraft.comparison.models import Model
+from fxgraft.comparison.backbones import Model
 from fxgraft.comparison.records import Folder, Record
 from fxgraft.comparison.result import Comparison
 from fxgraft.comparison.runs import BARE, Job, Setup, Variant, carry_out, parse_variant, settings_of
 from fxgraft.comparison.statistics import LEVEL
 from fxgraft.comparison.training import LOWER_IS_BETTER, SCORES, Training
 from fxgraft.errors import ConfigError
-from fxgraft.experiments.environment import checked_device, environment
+from fxgraft.environment import checked_device, environment
 from fxgraft.files import digest_of
 
 TUNING_SEED = 10_000

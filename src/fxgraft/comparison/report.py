@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import statistics
+import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
@@ -270,17 +271,10 @@ def method_pictures(setup: Setup, variants: Sequence[Variant], images: Sequence[
         variants: whose methods are drawn, once each.
         images: decoded, two or more.
     """
-    import tempfile
-
-    import torch
-    from PIL import ImageOps
-    from torchvision.transforms.v2.functional import pil_to_tensor
-
-    from fxgraft.cli.pictures import methods_with_pictures, picture_of, save_picture
+    from fxgraft.viz.pictures import methods_with_pictures, picture_of, save_picture, squares
 
     known = methods_with_pictures()
-    side = (setup.size, setup.size)
-    batch = torch.stack([pil_to_tensor(ImageOps.fit(each, side)) for each in images]).float() / 255
+    batch = squares(images, setup.size)
     start = "pretrained weights" if setup.pretrained or setup.weights else "untrained weights"
     found: dict[str, Photo] = {}
     for variant in variants:

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 import fxgraft
-from fxgraft.comparison import models
+from fxgraft.comparison import backbones
 from fxgraft.comparison.corruptions import CORRUPTIONS, SEVERITIES, Corrupted
 from fxgraft.comparison.data import Task
 from fxgraft.comparison.training import (
@@ -24,7 +24,7 @@ from fxgraft.comparison.training import (
     unlabelled_batches,
 )
 from fxgraft.errors import ConfigError
-from fxgraft.experiments.spec import describe, parse_patch_spec
+from fxgraft.spec import describe, parse_patch_spec
 
 BARE = "bare"
 ADAPT_BATCHNORM = "adapt_batchnorm"
@@ -88,7 +88,7 @@ class Setup:
     """What all runs of a comparison share.
 
     Attributes:
-        model: as `models.build` takes it.
+        model: as `backbones.build` takes it.
         model_options: of the constructor.
         pretrained: load the library's weights.
         weights: a checkpoint instead.
@@ -101,7 +101,7 @@ class Setup:
         adapt_lr: its learning rate.
     """
 
-    model: models.Model
+    model: backbones.Model
     classes: int
     size: int
     training: Training
@@ -115,7 +115,7 @@ class Setup:
 
     def build(self, variant: Variant, seed: int) -> nn.Module:
         """Build the backbone with the weights of a seed, and put the variant's grafts on it."""
-        model = models.build(
+        model = backbones.build(
             self.model,
             self.classes,
             size=self.size,

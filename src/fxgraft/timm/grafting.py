@@ -29,7 +29,7 @@ from torch import nn
 
 import fxgraft
 from fxgraft.errors import ConfigError, FxgraftWarning, WrappedModelError
-from fxgraft.experiments.spec import parse_patch_spec
+from fxgraft.spec import parse_patch_spec
 from fxgraft.graph.grafting.published import relabel
 
 _logger = logging.getLogger(__name__)

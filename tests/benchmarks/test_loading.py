@@ -10,10 +10,10 @@ import torch
 from PIL import Image
 
 from fxgraft.errors import ConfigError
-from fxgraft.experiments import digits as drawing
-from fxgraft.experiments.digits import DIGIT_DOMAINS, digits_domains
-from fxgraft.experiments.domains import Domain
-from fxgraft.experiments.loading import load_domains
+from fxgraft.comparison import digits as drawing
+from fxgraft.comparison.digits import DIGIT_DOMAINS, digits_domains
+from benchmarks.loops.domains import Domain
+from benchmarks.loops.loading import load_domains
 
 REAL = Path(__file__).resolve().parents[3] / "shared" / "data"
 

@@ -11,11 +11,11 @@ from PIL import Image
 from rich.console import Console
 
 from fxgraft.errors import ConfigError, SiteError, UnknownMethodError
-from fxgraft.experiments import demo, surgery
-from fxgraft.experiments.backbones import RepeatedBackbone
-from fxgraft.experiments.demo import DemoSettings, run_demo
-from fxgraft.experiments.digits import digits_domains
-from fxgraft.experiments.domains import Domain
+from fxgraft.comparison import demo, surgery
+from fxgraft.models import RepeatedBackbone
+from fxgraft.comparison.demo import DemoSettings, run_demo
+from fxgraft.comparison.digits import digits_domains
+from benchmarks.loops.domains import Domain
 from fxgraft.experiments.muting import muting_picture
 from fxgraft.experiments.report import DemoReport, Run
 

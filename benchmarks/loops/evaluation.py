@@ -7,8 +7,8 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import nn
 
-from fxgraft.experiments.domains import checked_images
-from fxgraft.experiments.images import as_input
+from benchmarks.loops.domains import checked_images
+from benchmarks.loops.images import as_input
 from fxgraft.graph.tracing.preserve import preserved_modes
 
 

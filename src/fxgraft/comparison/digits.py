@@ -3,17 +3,50 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from fxgraft.errors import ConfigError
-from fxgraft.experiments.domains import Domain
 
 DIGIT_DOMAINS = ("plain", "inverted", "thick", "sketch")
 
 
-def digits_domains(size: int = 32, *, seed: int = 0) -> tuple[Domain, ...]:
+def write_digits(folder: Path, size: int) -> Path:
+    """Write the digits as images, ``domain/class/number.png``, unless the folder is there already.
+
+    Args:
+        folder: to be made; files are written beside it first, so that it is never half full.
+        size: side of the images in pixels.
+
+    Returns:
+        The folder.
+
+    Raises:
+        ConfigError: as `digits_domains`, or the files cannot be written.
+    """
+    from PIL import Image
+
+    if folder.is_dir():
+        return folder
+    domains = digits_domains(size)
+    draft = folder.with_name(f".{folder.name}.part")
+    try:
+        for name, (images, labels) in domains.items():
+            for digit in range(10):
+                (draft / name / str(digit)).mkdir(parents=True, exist_ok=True)
+            for index, (image, label) in enumerate(zip(images, labels.tolist(), strict=True)):
+                pixels = image.permute(1, 2, 0).contiguous().numpy()
+                Image.fromarray(pixels).save(draft / name / str(label) / f"{index:04d}.png")
+        draft.rename(folder)
+    except OSError as error:
+        raise ConfigError(f"Cannot write the digits to {str(folder)!r}: {error.strerror}.") from error
+    return folder
+
+
+def digits_domains(size: int = 32, *, seed: int = 0) -> dict[str, tuple[Tensor, Tensor]]:
     """Turn scikit-learn's bundled digits (1797 images of 8×8) into four domains that share no image.
 
     The digits of each class are shuffled and dealt out in turn, so that each image lands in exactly
@@ -29,7 +62,7 @@ def digits_domains(size: int = 32, *, seed: int = 0) -> tuple[Domain, ...]:
         seed: decides who goes where, and every random part of the styles.
 
     Returns:
-        The domains in the order of `DIGIT_DOMAINS`; images (N, 3, size, size) uint8, classes "0" to "9".
+        By domain, in the order of `DIGIT_DOMAINS`: images (N, 3, size, size) uint8, and labels (N,) int64.
 
     Raises:
         ConfigError: if `size` is below 16, or scikit-learn is not installed.
@@ -41,7 +74,7 @@ def digits_domains(size: int = 32, *, seed: int = 0) -> tuple[Domain, ...]:
     except ImportError as error:
         raise ConfigError(
             "The embedded digits come with scikit-learn, which is not installed.\n"
-            'Install it with: pip install "fxgraft[demo]", or pass your own images with --data.'
+            'Install it with: pip install "fxgraft[demo]", or compare on images of your own: fxgraft compare DATA.'
         ) from error
     flat, digits = load_digits(return_X_y=True)
     # The digits touch the frame: a margin keeps tilted and widened ones inside.
@@ -55,12 +88,11 @@ def digits_domains(size: int = 32, *, seed: int = 0) -> tuple[Domain, ...]:
         # The start moves on with the class: otherwise the first domains would get every odd one out.
         home[members[order]] = (torch.arange(len(members)) + digit) % len(DIGIT_DOMAINS)
     ink = F.interpolate(ink, size=(size, size), mode="bicubic", align_corners=False).clamp(0, 1)
-    classes = tuple(str(digit) for digit in range(10))
-    domains = []
+    domains = {}
     for index, name in enumerate(DIGIT_DOMAINS):
         images = _STYLES[name](ink[home == index], generator).clamp(0, 1)
-        domains.append(Domain(name, (images * 255).round().byte(), labels[home == index], classes))
-    return tuple(domains)
+        domains[name] = (images * 255).round().byte(), labels[home == index]
+    return domains
 
 
 def _plain(ink: torch.Tensor, generator: torch.Generator) -> torch.Tensor:

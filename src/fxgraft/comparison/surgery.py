@@ -6,16 +6,15 @@ Every line is checked as it is said.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 
 import fxgraft
-from fxgraft.experiments.domains import Domain
-from fxgraft.experiments.images import as_input
-from fxgraft.experiments.training import train
+from fxgraft.comparison.data import Items
+from fxgraft.comparison.training import Images, Training, fit, transform_of
 from fxgraft.graph.tracing.preserve import preserved_modes
 
 PATCHES = ("rsc", "crossnorm", "mixmo")
@@ -29,35 +28,27 @@ class Check:
     holds: bool
 
 
-def surgery(
-    model: nn.Module,
-    domain: Domain,
-    *,
-    batch_size: int,
-    device: torch.device,
-    progress: Callable[[int, int], None],
-) -> Iterator[Check]:
+def surgery(model: nn.Module, items: Items, training: Training, *, size: int) -> Iterator[Check]:
     """Patch a model with three methods, train it for an epoch, fold it, and take everything off again.
 
     Args:
         model: as its library built it; it ends trained, and bare.
-        domain: what to train on.
-        batch_size: images per step.
-        device: where the model is.
-        progress: called with the steps done and the steps in all.
+        items: images to train on.
+        training: how; for one epoch.
+        size: side of the images in pixels.
 
     Yields:
         What was done, and whether what it says was found to be so.
     """
-    x = as_input(domain.images[:8]).to(device)
-    _, channels, height, width = domain.images.shape
+    images = Images(items, transform_of(model, training, size, training=False), size)
+    x = torch.stack([images[index][0] for index in range(8)])
     cls, keys, parts = type(model), list(model.state_dict()), _parts(model)
     before, exported = _output(model, x), _exported(model, x)
     yield Check(f"a stock {cls.__module__}.{cls.__name__}, {len(keys)} tensors in its state dict", True)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)  # a method may have weights of its own to draw
         for method in PATCHES:
-            fxgraft.patch(model, method, input_size=(channels, height, width))
+            fxgraft.patch(model, method, input_size=(3, size, size))
     names = ", ".join(graft.name for graft in fxgraft.grafts(model))
     stock = set(keys) <= set(model.state_dict())
     yield Check(
@@ -66,11 +57,8 @@ def surgery(
     yield Check(
         "as it was patched it predicts what it did, bit for bit", torch.equal(_output(model, x), before)
     )
-    options = {"batch_size": batch_size, "lr": 2e-3, "optimizer": "adamw"}
-    history = train(
-        model, (domain.images, domain.labels), epochs=1, **options, device=device, progress=progress
-    )
-    yield Check(f"trained for an epoch on {len(domain)} images: loss {history.epoch_loss[0]:.2f}", True)
+    fitted = fit(model, items, (), training, size=size)
+    yield Check(f"trained for an epoch on {len(items)} images: loss {fitted.loss[0]:.2f}", True)
     trained, folded = _output(model, x), fxgraft.merge(model)
     fits = type(folded) is cls and list(folded.state_dict()) == keys
     close = torch.allclose(_output(folded, x), trained, rtol=1e-4, atol=1e-4)

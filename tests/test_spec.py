@@ -3,7 +3,7 @@
 import pytest
 
 from fxgraft.errors import ConfigError
-from fxgraft.experiments.spec import parse_patch_spec
+from fxgraft.spec import parse_patch_spec
 
 
 @pytest.mark.parametrize(

@@ -23,12 +23,12 @@ from torch import nn
 
 import fxgraft
 from fxgraft.errors import ConfigError
-from fxgraft.experiments.augment import Augment
-from fxgraft.experiments.domains import ImagesAndLabels, checked_images
-from fxgraft.experiments.evaluation import autocast, evaluate
-from fxgraft.experiments.images import normalised, to_floats
-from fxgraft.experiments.resuming import keep, resume
-from fxgraft.experiments.timing import Clock
+from benchmarks.loops.augment import Augment
+from benchmarks.loops.domains import ImagesAndLabels, checked_images
+from benchmarks.loops.evaluation import autocast, evaluate
+from benchmarks.loops.images import normalised, to_floats
+from benchmarks.loops.resuming import keep, resume
+from benchmarks.loops.timing import Clock
 
 
 @dataclass

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from PIL import Image, ImageOps
 from torch import Tensor, nn
+from torchvision.transforms.v2.functional import pil_to_tensor
 
 import fxgraft
 from fxgraft.errors import ConfigError
-from fxgraft.experiments.images import decode, to_floats
 from fxgraft.patches.pictures import Panel, Picture, View
 
 IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -46,7 +46,21 @@ def read_images(paths: Sequence[Path], size: int) -> Tensor:
     """
     if size < 1:
         raise ConfigError(f"--size must be at least 1 pixel, got {size}.")
-    return torch.stack([to_floats(decode(repr(str(path)), partial(path.open, "rb"), size)) for path in paths])
+    return squares([_opened(path) for path in paths], size)
+
+
+def _opened(path: Path) -> Image.Image:
+    try:
+        with Image.open(path) as image:
+            return image.convert("RGB")
+    except (OSError, ValueError, Image.DecompressionBombError) as error:
+        raise ConfigError(f"Cannot read {str(path)!r} as an image: {error}") from error
+
+
+def squares(images: Sequence[Image.Image], size: int) -> Tensor:
+    """Crop images about their centres to squares of one size: (B, 3, size, size), colours in [0, 1]."""
+    fitted = [ImageOps.fit(image, (size, size), method=Image.Resampling.BICUBIC) for image in images]
+    return torch.stack([pil_to_tensor(image) for image in fitted]).float() / 255
 
 
 def picture_of(

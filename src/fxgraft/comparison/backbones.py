@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from fxgraft.errors import ConfigError, WeightsError
-from fxgraft.experiments.backbones import build_model
+from fxgraft.models import build_model
 
 Model = str | Callable[..., nn.Module]
 

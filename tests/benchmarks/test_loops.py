@@ -8,13 +8,13 @@ from torch import nn
 
 import fxgraft
 from fxgraft.errors import ConfigError
-from fxgraft.experiments import training
-from fxgraft.experiments.augment import Augment
-from fxgraft.experiments.domains import Domain, leave_one_out
-from fxgraft.experiments.environment import environment
-from fxgraft.experiments.evaluation import evaluate
-from fxgraft.experiments.images import as_input
-from fxgraft.experiments.training import train
+from benchmarks.loops import training
+from benchmarks.loops.augment import Augment
+from benchmarks.loops.domains import Domain, leave_one_out
+from fxgraft.environment import environment
+from benchmarks.loops.evaluation import evaluate
+from benchmarks.loops.images import as_input
+from benchmarks.loops.training import train
 
 
 class Small(nn.Module):
@@ -256,7 +256,7 @@ def test_best_goes_back_to_the_best_epoch(monkeypatch):
         kept.append(copy.deepcopy(model.state_dict()))
         return next(scores)
 
-    monkeypatch.setattr("fxgraft.experiments.training.evaluate", score)
+    monkeypatch.setattr("benchmarks.loops.training.evaluate", score)
     model = small()
     history = train(model, blocks(), epochs=4, batch_size=16, validation=blocks(6), select="best")
     assert history.validation == [0.5, 0.9, 0.9, 0.1]
@@ -266,7 +266,7 @@ def test_best_goes_back_to_the_best_epoch(monkeypatch):
 
 def test_last_is_the_default(monkeypatch):
     scores = iter([0.9, 0.1])
-    monkeypatch.setattr("fxgraft.experiments.training.evaluate", lambda *_, **__: next(scores))
+    monkeypatch.setattr("benchmarks.loops.training.evaluate", lambda *_, **__: next(scores))
     assert train(small(), blocks(), epochs=2, validation=blocks(6)).selected_epoch == 1
 
 

@@ -13,9 +13,9 @@ from typing import IO
 import torch
 
 from fxgraft.errors import ConfigError
-from fxgraft.experiments.domains import Domain
-from fxgraft.experiments.images import decode
-from fxgraft.experiments.sources import find_sources
+from benchmarks.loops.domains import Domain
+from benchmarks.loops.images import decode
+from benchmarks.loops.sources import find_sources
 
 IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".webp"})
 

@@ -1,0 +1,1 @@
+"""The training loop of the studies, until they run on `fxgraft.compare`."""

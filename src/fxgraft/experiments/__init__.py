@@ -1,1 +1,0 @@
-"""Training and comparing networks on small data: the loop, the data, the demo."""

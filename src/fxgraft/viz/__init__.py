@@ -1,0 +1,1 @@
+"""Pictures: of what methods do with images."""
