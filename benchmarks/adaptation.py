@@ -22,10 +22,10 @@ from torch import Tensor, nn
 from torch.utils.data import BatchSampler, DataLoader, Dataset, RandomSampler
 
 import fxgraft
-from benchmarks.study import BARE, Claim, Job, Patches, Run, Study
 from benchmarks.loops.evaluation import evaluate
 from benchmarks.loops.images import as_input
 from benchmarks.loops.training import train
+from benchmarks.study import BARE, Claim, Job, Patches, Run, Study
 
 SIDE = 28
 PAIRS = ("mnist→usps", "usps→mnist")

@@ -18,13 +18,13 @@ from torch import nn
 
 import fxgraft
 from benchmarks.corruptions import CORRUPTIONS, corrupt
+from benchmarks.loops.domains import Domain
+from benchmarks.loops.evaluation import evaluate
+from benchmarks.loops.loading import load_domains
 from benchmarks.pretrained import pretrained
 from benchmarks.study import BARE, Claim, Job, Patches, Study
 from benchmarks.training import course_of, runs_by_seed, trained
 from benchmarks.wide import WideResNet
-from benchmarks.loops.domains import Domain
-from benchmarks.loops.evaluation import evaluate
-from benchmarks.loops.loading import load_domains
 
 IMAGE: dict[str, Any] = {"layers": "input", "crop": "both", "p": 0.5, "active": 1}
 

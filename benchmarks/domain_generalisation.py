@@ -17,13 +17,13 @@ from typing import Any
 import torch
 
 import fxgraft
+from benchmarks.loops.domains import Domain, leave_one_out
+from benchmarks.loops.evaluation import evaluate
+from benchmarks.loops.loading import load_domains
 from benchmarks.pretrained import pretrained
 from benchmarks.study import BARE, Claim, Job, Patches, Run, Study
 from benchmarks.training import course_of, trained
 from fxgraft.errors import ConfigError
-from benchmarks.loops.domains import Domain, leave_one_out
-from benchmarks.loops.evaluation import evaluate
-from benchmarks.loops.loading import load_domains
 
 DOMAINS = ("art_painting", "cartoon", "photo", "sketch")
 FILES = "*pacs*.tar"

@@ -15,11 +15,11 @@ from torch import Tensor, nn
 
 import fxgraft
 from benchmarks.corruption import read_cifar10
+from benchmarks.loops.images import as_input
 from benchmarks.pretrained import pretrained
 from benchmarks.study import BARE, Claim, Job, Patches, Study
 from benchmarks.training import course_of, runs_by_seed, trained
 from benchmarks.wide import WideResNet
-from benchmarks.loops.images import as_input
 
 MEMBERS = 2
 MIXINGS: dict[str, dict[str, Any]] = {

@@ -15,10 +15,10 @@ import torch
 
 import fxgraft
 from benchmarks.domain_generalisation import FILES, read_pacs
+from benchmarks.loops.evaluation import evaluate
 from benchmarks.pretrained import pretrained
 from benchmarks.study import BARE, Claim, Job, Patches, Study
 from benchmarks.training import course_of, runs_by_seed, trained
-from benchmarks.loops.evaluation import evaluate
 
 SHARED: dict[str, Any] = {
     "task": "PACS, photographs and paintings, from ImageNet weights, weights of the last epoch",

@@ -30,8 +30,8 @@ from fxgraft.bench.overhead import measure
 from fxgraft.bench.report import OverheadReport, Row
 from fxgraft.cli.readme import markdown_table, own_methods
 from fxgraft.errors import ConfigError, SiteError, StructureError
-from fxgraft.spec import describe, parse_patch_spec
 from fxgraft.files import write_text
+from fxgraft.spec import describe, parse_patch_spec
 
 MODELS = (
     *("resnet18", "resnet50", "convnext_tiny"),

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.study import Run, Study
-from fxgraft.errors import ConfigError
 from fxgraft.environment import environment
+from fxgraft.errors import ConfigError
 from fxgraft.files import write_text
 
 FORMAT = 2

@@ -7,10 +7,10 @@ from typing import Any
 
 from torch import nn
 
-from benchmarks.study import Job, Run
 from benchmarks.loops.augment import Augment
 from benchmarks.loops.domains import ImagesAndLabels
 from benchmarks.loops.training import History, train
+from benchmarks.study import Job, Run
 
 
 def runs_by_seed(protocol: dict[str, Any], seeds: Sequence[int]) -> list[Run]:

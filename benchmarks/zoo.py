@@ -24,8 +24,8 @@ from rich.console import Console
 
 from benchmarks.coverage import Record, architectures, examine, meta_dirichlet, structure
 from benchmarks.runner import progress_bar, start_worker
-from fxgraft.errors import ConfigError
 from fxgraft.environment import environment
+from fxgraft.errors import ConfigError
 from fxgraft.files import write_text
 
 PROTOCOL = (

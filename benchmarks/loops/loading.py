@@ -12,10 +12,10 @@ from typing import IO
 
 import torch
 
-from fxgraft.errors import ConfigError
 from benchmarks.loops.domains import Domain
 from benchmarks.loops.images import decode
 from benchmarks.loops.sources import find_sources
+from fxgraft.errors import ConfigError
 
 IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".webp"})
 

@@ -22,13 +22,13 @@ from timm.optim import param_groups_weight_decay  # pyright: ignore[reportPrivat
 from torch import nn
 
 import fxgraft
-from fxgraft.errors import ConfigError
 from benchmarks.loops.augment import Augment
 from benchmarks.loops.domains import ImagesAndLabels, checked_images
 from benchmarks.loops.evaluation import autocast, evaluate
 from benchmarks.loops.images import normalised, to_floats
 from benchmarks.loops.resuming import keep, resume
 from benchmarks.loops.timing import Clock
+from fxgraft.errors import ConfigError
 
 
 @dataclass

@@ -71,6 +71,7 @@ from fxgraft.public import tapped as tapped
 from fxgraft.public import targets as targets
 from fxgraft.public import unpatch as unpatch
 from fxgraft.public import with_targets as with_targets
+from fxgraft.comparison.experiment import compare as compare
 
 __version__: str
 

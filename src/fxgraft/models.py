@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import nn
 
 from fxgraft.errors import ConfigError, candidates
@@ -18,7 +17,6 @@ LIBRARIES = ("timm", "torchvision")
 _TIMM_SCHEMES = ("hf-hub:", "hf_hub:", "local-dir:")
 # Their constructors warn for as long as the caller has not said how to initialise.
 _WANT_INIT_WEIGHTS = ("googlenet", "inception_v3")
-SMALLEST_MAP = 3
 
 
 def build_model(
@@ -128,34 +126,3 @@ def _build_torchvision(
             )
         options.setdefault("num_classes", num_classes)
     return models.get_model(model, weights="DEFAULT" if pretrained else None, **options)
-
-
-class RepeatedBackbone:
-    """Builds the same backbone again and again: equal weights for equal seeds.
-
-    The output stride is one at which the last feature map is 3×3 or larger, as far as the constructor lets one
-    choose: a stock ResNet would shrink a 32-pixel image to a single position.
-
-    Args:
-        model: as `build_model` takes it.
-        classes: outputs of the classifier.
-        size: side of the images.
-    """
-
-    def __init__(self, model: str, classes: int, size: int) -> None:
-        self.model, self.classes, self.size = model, classes, size
-        self.options: dict[str, Any] = {}
-        self(0)  # an unknown name fails here, before a refused option could hide it
-        stride = next((s for s in (32, 16, 8) if size / s >= SMALLEST_MAP), 8)
-        if stride < 32:
-            self.options = {"output_stride": stride}
-            try:
-                self(0)
-            except ConfigError:
-                self.options = {}
-
-    def __call__(self, seed: int) -> nn.Module:
-        """Return a new backbone with the weights of this seed."""
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            return build_model(self.model, self.classes, input_size=self.size, **self.options)

@@ -13,8 +13,8 @@ from fxgraft.bench.contestants import BARE, CONTROL, FORWARD, MEASURES, PATCHED,
 from fxgraft.bench.memory import memory_kind, peak_memory, peak_of_events
 from fxgraft.bench.overhead import ALLOCATOR, measure, turn_order
 from fxgraft.bench.report import OverheadReport, Spread
-from fxgraft.errors import ConfigError
 from fxgraft.environment import checked_device
+from fxgraft.errors import ConfigError
 from fxgraft.spec import describe
 
 CPU = torch.device("cpu")

@@ -1,26 +1,18 @@
-"""Domains from the embedded digits, from folders and from tars."""
+"""Domains from folders and from tars."""
 
 import io
-import sys
 import tarfile
 from pathlib import Path
 
 import pytest
 import torch
+from benchmarks.loops.domains import Domain
+from benchmarks.loops.loading import load_domains
 from PIL import Image
 
 from fxgraft.errors import ConfigError
-from fxgraft.comparison import digits as drawing
-from fxgraft.comparison.digits import DIGIT_DOMAINS, digits_domains
-from benchmarks.loops.domains import Domain
-from benchmarks.loops.loading import load_domains
 
 REAL = Path(__file__).resolve().parents[3] / "shared" / "data"
-
-
-@pytest.fixture(scope="module")
-def digits():
-    return digits_domains(16)
 
 
 def jpeg(value, size=(20, 12), kind="JPEG"):
@@ -53,72 +45,23 @@ def class_tar(path, classes=("cat", "dog"), count=2):
     return make_tar(path, {name: jpeg(90 * label) for label, name in names})
 
 
-# ------------------------------------------------------------------------------------------ digits
+@pytest.fixture(scope="module")
+def domain():
+    labels = torch.arange(200) % 7
+    images = torch.randint(256, (200, 3, 4, 4), generator=torch.Generator().manual_seed(0)).byte()
+    return Domain("plain", images, labels, tuple("abcdefg"))
 
 
-def test_digits_have_four_balanced_domains(digits):
-    assert tuple(domain.name for domain in digits) == DIGIT_DOMAINS
-    assert sum(len(domain) for domain in digits) == 1797
-    for domain in digits:
-        assert domain.images.shape == (len(domain), 3, 16, 16)
-        assert domain.images.dtype == torch.uint8
-        assert domain.labels.dtype == torch.int64
-        assert domain.classes == tuple("0123456789")
-        counts = torch.bincount(domain.labels, minlength=10)
-        assert counts.min() >= 43
-        assert counts.max() <= 46
-
-
-def test_digits_share_no_image(monkeypatch):
-    # With styles that draw nothing, the domains together are the source, each image once.
-    monkeypatch.setattr(drawing, "_STYLES", dict.fromkeys(DIGIT_DOMAINS, lambda ink, generator: ink))
-    images = torch.cat([domain.images for domain in digits_domains(16)]).flatten(1)
-    assert len(images) == 1797
-    assert len(images.unique(dim=0)) == 1797
-
-
-def test_digits_differ_in_style(digits):
-    plain, inverted, thick, sketch = (domain.images.float() / 255 for domain in digits)
-    assert plain.mean() < 0.35
-    assert inverted.mean() > 0.5
-    assert sketch.mean() > 0.6
-    assert (thick.amax(1) - thick.amin(1)).mean() > 2 * (plain.amax(1) - plain.amin(1)).mean()
-
-
-def test_digits_are_deterministic_by_seed(digits):
-    for first, again, other in zip(digits, digits_domains(16), digits_domains(16, seed=1), strict=True):
-        assert torch.equal(first.images, again.images)
-        assert torch.equal(first.labels, again.labels)
-        assert first.images.shape != other.images.shape or not torch.equal(first.images, other.images)
-
-
-def test_digits_leave_torch_generator_alone():
-    before = torch.get_rng_state()
-    digits_domains(16)
-    assert torch.equal(before, torch.get_rng_state())
-
-
-def test_digits_refuse_a_tiny_size():
-    with pytest.raises(ConfigError, match="at least 16, got 8"):
-        digits_domains(8)
-
-
-def test_digits_without_scikit_learn(monkeypatch):
-    monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
-    with pytest.raises(ConfigError, match=r'pip install "fxgraft\[demo\]"'):
-        digits_domains(16)
-
-
-def test_split_is_stratified_and_disjoint(digits):
-    rest, held = digits[0].split(0.2, seed=3)
-    assert len(rest) + len(held) == len(digits[0])
-    expected = [round(0.2 * count) for count in digits[0].labels.bincount().tolist()]
+def test_split_is_stratified_and_disjoint(domain):
+    rest, held = domain.split(0.2, seed=3)
+    assert len(rest) + len(held) == len(domain)
+    expected = [round(0.2 * count) for count in domain.labels.bincount().tolist()]
     assert held.labels.bincount().tolist() == expected
-    assert torch.equal(held.images, digits[0].split(0.2, seed=3)[1].images)
-    assert not torch.equal(held.images, digits[0].split(0.2, seed=4)[1].images)
-    assert len(digits[0].split(0)[1]) == 0
+    assert torch.equal(held.images, domain.split(0.2, seed=3)[1].images)
+    assert not torch.equal(held.images, domain.split(0.2, seed=4)[1].images)
+    assert len(domain.split(0)[1]) == 0
     with pytest.raises(ConfigError, match=r"in \[0, 1\), got 1"):
-        digits[0].split(1)
+        domain.split(1)
 
 
 # ----------------------------------------------------------------------------------- files on disk

@@ -4,17 +4,17 @@ import copy
 
 import pytest
 import torch
-from torch import nn
-
-import fxgraft
-from fxgraft.errors import ConfigError
 from benchmarks.loops import training
 from benchmarks.loops.augment import Augment
 from benchmarks.loops.domains import Domain, leave_one_out
-from fxgraft.environment import environment
 from benchmarks.loops.evaluation import evaluate
 from benchmarks.loops.images import as_input
 from benchmarks.loops.training import train
+from torch import nn
+
+import fxgraft
+from fxgraft.environment import environment
+from fxgraft.errors import ConfigError
 
 
 class Small(nn.Module):

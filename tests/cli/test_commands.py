@@ -73,8 +73,6 @@ def test_sites_of_torchvision(arguments):
         ((*BENCH, "--patch", "rsc:layer=layer9"), r"layer9"),
         ((*BENCH, "--patch", "rsc:batch_share=2"), r"batch_share"),
         ((*BENCH, "--patch", "rsc", "--device", "warp"), r"no device 'warp'"),
-        (("demo", "--seeds", "one,two"), r"--seeds takes whole numbers"),
-        (("demo", "--data", "/nowhere/at/all"), r"/nowhere/at/all"),
     ],
 )
 def test_errors_are_one_plain_message_and_exit_code_2(arguments, message):
@@ -255,36 +253,6 @@ def test_shells_are_offered_completion():
     assert "--install-completion" in out
 
 
-def test_demo_hands_over_only_what_was_given(monkeypatch, tmp_path):
-    from fxgraft.comparison import demo
-
-    seen = []
-    monkeypatch.setattr(demo, "run_demo", seen.append)
-    run(
-        "demo",
-        "--quiet",
-        "--seeds",
-        "0,2",
-        "--patch",
-        "rsc:layer=layer4",
-        "--out",
-        str(tmp_path),
-        "--epochs",
-        "1",
-    )
-    expected = demo.DemoSettings(quiet=True, seeds=[0, 2], patch=["rsc:layer=layer4"], out=tmp_path, epochs=1)
-    assert seen == [expected]
-
-
-@pytest.mark.parametrize(
-    ("name", "parts"),
-    [
-        ("resnet50", ("timm", "resnet50")),
-        ("timm/resnet50", ("timm", "resnet50")),
-        ("torchvision/resnet50", ("torchvision", "resnet50")),
-        ("hf-hub:timm/resnet50", ("timm", "hf-hub:timm/resnet50")),
-    ],
-)
 def test_split_name(name, parts):
     assert split_name(name) == parts
 

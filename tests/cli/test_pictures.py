@@ -8,17 +8,17 @@ from dataclasses import dataclass
 import pytest
 import timm
 import torch
+from benchmarks.loops.images import decode, to_floats
 from PIL import Image
 from typer.testing import CliRunner
 
 import fxgraft
 from fxgraft import extend
 from fxgraft.cli.commands import app
-from fxgraft.viz.pictures import methods_with_pictures, picture_of, save_picture
 from fxgraft.errors import ConfigError
-from benchmarks.loops.images import decode, to_floats
 from fxgraft.patches import registry
 from fxgraft.patches.diversification.patch import maps
+from fxgraft.viz.pictures import methods_with_pictures, picture_of, save_picture
 
 SIZE = ("--model", "resnet18", "--classes", "5", "--size", "96")
 

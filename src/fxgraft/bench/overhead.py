@@ -22,9 +22,9 @@ from torch.utils.benchmark import Timer
 from fxgraft.bench.contestants import BARE, MEASURES, STEP, Call, Contestant, Loss, line_up
 from fxgraft.bench.memory import memory_kind, peak_memory
 from fxgraft.bench.report import OverheadReport, Row, Spread
+from fxgraft.environment import checked_device, processor, versions
 from fxgraft.errors import ConfigError
 from fxgraft.models import build_model
-from fxgraft.environment import checked_device, processor, versions
 from fxgraft.spec import describe
 
 ALLOCATOR = (

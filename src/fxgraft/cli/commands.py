@@ -180,8 +180,8 @@ def bench(
     # torch's profiler, which reads the memory, logs its start and stop to stderr unless told otherwise.
     os.environ.setdefault("KINETO_LOG_LEVEL", "6")
     from fxgraft.bench.overhead import measure
-    from fxgraft.spec import parse_patch_spec
     from fxgraft.files import write_text
+    from fxgraft.spec import parse_patch_spec
 
     if not patch:
         raise ConfigError(

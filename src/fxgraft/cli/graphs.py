@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from html import escape
 from pathlib import Path
 
-from fxgraft.viz.pictures import matplotlib_figure, write_picture
 from fxgraft.files import write_text
 from fxgraft.graph.grafting.views import NodeView, PartView
+from fxgraft.viz.pictures import matplotlib_figure, write_picture
 
 Place = tuple[float, float]
 

@@ -18,10 +18,10 @@ from torch import Tensor, nn
 
 import fxgraft
 from fxgraft.errors import ConfigError, WeightsError
-from fxgraft.models import build_model, split_name
-from fxgraft.spec import parse_patch_spec
 from fxgraft.files import write_files
+from fxgraft.models import build_model, split_name
 from fxgraft.recipe import RECIPE, WEIGHTS, unshared
+from fxgraft.spec import parse_patch_spec
 from fxgraft.stock import WRAPPERS, differences
 
 RUN_FILES = ("model_best.pth.tar", "last.pth.tar")

@@ -84,9 +84,9 @@ def show(
 def _show_model(name: str, patches: list[str], out: Path | None, mode: Mode, size: int | None) -> None:
     import fxgraft
     from fxgraft.cli.differences import differences
+    from fxgraft.graph.grafting.views import view_grafts
     from fxgraft.models import build_model
     from fxgraft.spec import parse_patch_spec
-    from fxgraft.graph.grafting.views import view_grafts
 
     if name in (*fxgraft.methods(), MAPS):
         raise ConfigError(
@@ -133,10 +133,10 @@ def _show_method(
     pretrained: bool,
 ) -> None:
     import fxgraft
-    from fxgraft.viz.pictures import check_picture, picture_of, read_images, read_weights, save_picture
     from fxgraft.errors import UnknownMethodError, candidates
     from fxgraft.models import build_model
     from fxgraft.spec import parse_patch_spec
+    from fxgraft.viz.pictures import check_picture, picture_of, read_images, read_weights, save_picture
 
     wanted = "diversification" if method == MAPS else method
     if wanted not in fxgraft.methods():

@@ -57,7 +57,10 @@ def stub() -> str:
     """Return the text of ``__init__.pyi``."""
     # Each as itself, which hands it on; `patch` is declared here alone.
     names = [name for name in public.__all__ if name != "patch"]
-    parts = [_HEAD.format(imports="\n".join(f"from fxgraft.public import {n} as {n}" for n in names))]
+    places = {**dict.fromkeys(names, "fxgraft.public"), **fxgraft._ELSEWHERE}
+    parts = [
+        _HEAD.format(imports="\n".join(f"from {where} import {n} as {n}" for n, where in places.items()))
+    ]
     for name, method in own_methods().items():
         options = {"preset": _presets(method), **_options(method)}
         lines = "".join(f"    {option}: {hint} = ...,\n" for option, hint in options.items())

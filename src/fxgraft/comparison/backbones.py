@@ -47,7 +47,12 @@ def build(
         torch.manual_seed(seed)
         if callable(model) or (":" in model and not model.startswith(("hf-hub:", "hf_hub:", "local-dir:"))):
             function = model if callable(model) else imported(model)
-            built = function(num_classes=classes, **(options or {}))
+            try:
+                built = function(num_classes=classes, **(options or {}))
+            except TypeError as error:
+                raise ConfigError(
+                    f"{model!r} could not be called with num_classes={classes}: {error}"
+                ) from error
             if not isinstance(built, nn.Module):
                 raise ConfigError(f"{model!r} returned a {type(built).__name__}, and not a torch.nn.Module.")
         else:

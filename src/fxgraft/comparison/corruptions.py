@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,8 +17,8 @@ CORRUPTIONS = (
     *("contrast", "elastic_transform", "pixelate", "jpeg_compression"),
 )
 SEVERITIES = (1, 2, 3, 4, 5)
-_IMPULSES = (0.03, 0.06, 0.09, 0.17, 0.27)
-"""Share of the values that impulse noise replaces, by severity."""
+_SEEDED = ("impulse_noise", "glass_blur")
+"""Corruptions that do not draw from NumPy's global generator: they are given a seed from it."""
 
 
 @dataclass(frozen=True)
@@ -39,26 +37,16 @@ class Corrupted:
 
     def __call__(self, image: Any) -> Any:
         """Return the corrupted image; draws come from NumPy's generator."""
-        from imagecorruptions import corrupt
+        from imagecorruptions import corrupt, corruptions
         from PIL import ImageOps
-        from skimage.util import random_noise
 
-        square = np.asarray(ImageOps.fit(image, (self.size, self.size), method=Image.Resampling.BICUBIC))
-        own = int(np.random.randint(1 << 31))
-        if self.name == "impulse_noise":  # the package leaves its generator to chance
-            amount = _IMPULSES[self.severity - 1]
-            return Image.fromarray(np.uint8(random_noise(square, mode="s&p", amount=amount, rng=own) * 255))
-        if self.name == "glass_blur":  # compiled code of the package draws from a generator of its own
-            _seed_compiled()(own)
-        return Image.fromarray(np.uint8(corrupt(square, corruption_name=self.name, severity=self.severity)))
-
-
-@functools.cache
-def _seed_compiled() -> Callable[[int], None]:
-    """Return what seeds the generator that numba's compiled functions draw from."""
-    import numba
-
-    return numba.njit(lambda seed: np.random.seed(seed))
+        square = ImageOps.fit(image, (self.size, self.size), method=Image.Resampling.BICUBIC)
+        if self.name in _SEEDED:
+            seed = int(np.random.randint(1 << 31))
+            pixels = getattr(corruptions, self.name)(square, self.severity, seed=seed)
+        else:
+            pixels = corrupt(np.asarray(square), corruption_name=self.name, severity=self.severity)
+        return Image.fromarray(np.uint8(pixels))
 
 
 def check_corruptions(size: int) -> None:

@@ -156,6 +156,10 @@ def _tasks(
 ) -> Iterable[Task]:
     if kind == "domains" and not asked:
         names = list(items)
+        if len(names) < 2:
+            raise ConfigError(
+                f"{data} has one domain, {names[0]}. Holding one out needs two or more, or pass test=."
+            )
         chosen = (
             names if hold_out == "all" else [hold_out] if isinstance(hold_out, str) else list(hold_out or ())
         )

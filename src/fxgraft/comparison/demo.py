@@ -65,7 +65,11 @@ def run_demo(
     data = write_digits(out / "digits", SIZE)
     task = read_data(data, hold_out=HELD_OUT).tasks[0]
     setup = Setup(
-        model=MODEL, model_options=dict(MODEL_OPTIONS), classes=10, size=SIZE, training=replace(TRAINING, epochs=1)
+        model=MODEL,
+        model_options=dict(MODEL_OPTIONS),
+        classes=10,
+        size=SIZE,
+        training=replace(TRAINING, epochs=1),
     )
     model = setup.build(parse_variant("bare"), 0)
     for check in surgery(model, task.train[:450], setup.training, size=SIZE):

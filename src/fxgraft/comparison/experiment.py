@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib.util
 import itertools
 import math
 import os
@@ -15,16 +16,16 @@ from typing import Any
 
 import torch
 
+from fxgraft.comparison.backbones import Model
 from fxgraft.comparison.corruptions import check_corruptions
 from fxgraft.comparison.data import Data, Task, open_image, read_data
-from fxgraft.comparison.backbones import Model
 from fxgraft.comparison.records import Folder, Record
 from fxgraft.comparison.result import Comparison
 from fxgraft.comparison.runs import BARE, Job, Setup, Variant, carry_out, parse_variant, settings_of
 from fxgraft.comparison.statistics import LEVEL
 from fxgraft.comparison.training import LOWER_IS_BETTER, SCORES, Training
-from fxgraft.errors import ConfigError
 from fxgraft.environment import checked_device, environment
+from fxgraft.errors import ConfigError
 from fxgraft.files import digest_of
 
 TUNING_SEED = 10_000
@@ -110,6 +111,7 @@ def compare(
         WeightsError: weights cannot be fetched, read or loaded.
         FxgraftError: what `fxgraft.patch` raises for a graft that does not fit.
     """
+    _check_packages(backend)
     chosen = _variants(grafts, baseline)
     numbers = list(range(seeds)) if isinstance(seeds, int) else list(seeds)
     _check_numbers(numbers, seeds, metric, interest, level, workers)
@@ -155,6 +157,20 @@ def compare(
         tuned = runner.tune(chosen, images.tasks, tune or {}, tune_each)
         runner.run(_jobs(result, chosen, images.tasks, tuned, place))
     return result
+
+
+def _check_packages(backend: str) -> None:
+    wanted = ("scipy", "joblib", "torchmetrics", "jinja2", "matplotlib")
+    missing = [name for name in wanted if importlib.util.find_spec(name) is None]
+    if missing:
+        raise ConfigError(
+            f"Comparisons need {', '.join(missing)}, which is not installed.\n"
+            'Install it with: pip install "fxgraft[compare]".'
+        )
+    if backend not in ("loky", "ray", "dask"):
+        raise ConfigError(f'backend must be "loky", "ray" or "dask", got {backend!r}.')
+    if backend != "loky" and importlib.util.find_spec(backend) is None:
+        raise ConfigError(f"The backend {backend!r} needs the package {backend}, which is not installed.")
 
 
 def _variants(grafts: str | Sequence[str], baseline: str) -> list[Variant]:
@@ -332,8 +348,7 @@ class _Runner:
         with closing(self._carried_out(jobs)) as finished:
             for records in finished:
                 for record in records:
-                    self.folder.add(record)
-                    self.result.records.append(record)
+                    self.result.records.append(self.folder.add(record))
                 done += 1
                 if self.progress is not None:
                     self.progress(self.result, (time.monotonic() - began) / done * (len(jobs) - done))

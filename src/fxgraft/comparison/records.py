@@ -96,13 +96,14 @@ class Folder:
                 f"{self._runs} is damaged: {error}\nRemove the line, or pass another out=."
             ) from error
 
-    def add(self, record: Record) -> None:
-        """Write a record.
+    def add(self, record: Record) -> Record:
+        """Write a record, and return it as it is read again: numbers that are not finite are None.
 
         Raises:
             ConfigError: it cannot be written: a full disk. What was written before stays readable.
         """
-        line = json.dumps(finite(record), allow_nan=False) + "\n"
+        plain = finite(record)
+        line = json.dumps(plain, allow_nan=False) + "\n"
         size = self._runs.stat().st_size if self._runs.exists() else 0
         try:
             with self._runs.open("a", encoding="utf-8") as file:
@@ -114,6 +115,7 @@ class Folder:
                 f"Cannot write to {self._runs}: {error.strerror}.\n"
                 "The runs before this one are kept. Make room; the same command goes on."
             ) from error
+        return plain
 
 
 def finite(value: Any) -> Any:

@@ -158,11 +158,11 @@ def _curves(result: Comparison) -> Figure:
             if rows:
                 factor = 1 if name == "epoch_loss" else 100
                 values = [factor * statistics.fmean(column) for column in rows]
-                axis.plot(
-                    range(1, len(values) + 1), values, color=_COLOURS[index % len(_COLOURS)], label=variant
-                )
+                colour = _COLOURS[index % len(_COLOURS)]
+                axis.plot(range(1, len(values) + 1), values, "o-", markersize=3, color=colour, label=variant)
         axis.set_xlabel("epoch")
         axis.set_title(label, fontsize=9)
+        axis.locator_params(axis="x", integer=True)
     axes[0].legend(fontsize=7)
     return Figure(
         "Learning curves",
@@ -204,9 +204,11 @@ def _diagnostics(result: Comparison) -> Figure | None:
     figure = _figure(7.5, 1.9 * -(-len(found) // 3))
     for index, (name, columns) in enumerate(found.items()):
         axis = figure.add_subplot(-(-len(found) // 3), 3, index + 1)
-        axis.plot(range(1, len(columns) + 1), [statistics.fmean(each) for each in columns], color=_COLOURS[0])
+        means = [statistics.fmean(each) for each in columns]
+        axis.plot(range(1, len(means) + 1), means, "o-", markersize=3, color=_COLOURS[0])
         axis.set_title(name, fontsize=7, wrap=True)
         axis.tick_params(labelsize=7)
+        axis.locator_params(axis="x", integer=True)
     return Figure(
         "Diagnostics",
         "What the methods did in the last step of each epoch, as means over all runs.",

@@ -7,12 +7,15 @@ their levels follow Holm's step-down rule (Holm, Scandinavian Journal of Statist
 
 from __future__ import annotations
 
+import importlib
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
-from scipy import optimize, stats
+
+from fxgraft.errors import ConfigError
 
 LEVEL = 0.05
 POWER = 0.8
@@ -148,6 +151,7 @@ def _verdict(
     diverged: tuple[int, int],
 ) -> Verdict:
     values = np.subtract(after, before)
+    stats = _scipy("stats")
     count, mean = len(values), float(np.mean(values))
     deviation = float(np.std(values, ddof=1)) if count > 1 else math.nan
     reach = math.inf
@@ -178,7 +182,16 @@ def _p(values: np.ndarray) -> float:
         return 1.0
     if not np.std(values):  # all the same: no difference at all, or one without any noise
         return float(not np.any(values))
-    return float(stats.ttest_1samp(values, 0.0).pvalue)
+    return float(_scipy("stats").ttest_1samp(values, 0.0).pvalue)
+
+
+def _scipy(part: str) -> Any:
+    try:
+        return importlib.import_module(f"scipy.{part}")
+    except ImportError as error:
+        raise ConfigError(
+            'Comparisons need scipy, which is not installed.\nInstall it with: pip install "fxgraft[compare]".'
+        ) from error
 
 
 def power(difference: float, deviation: float, pairs: int, level: float = LEVEL) -> float:
@@ -192,6 +205,7 @@ def power(difference: float, deviation: float, pairs: int, level: float = LEVEL)
     """
     if deviation == 0:
         return float(difference != 0)
+    stats = _scipy("stats")
     centre = abs(difference) / deviation * math.sqrt(pairs)
     limit = stats.t.ppf(1 - level / 2, pairs - 1)
     # The other tail's share underflows to NaN far out, where it is zero.
@@ -218,7 +232,9 @@ def detectable(deviation: float, pairs: int, level: float = LEVEL, wanted: float
     top = 1.0
     while power(top, 1.0, pairs, level) < wanted:
         top *= 2
-    return deviation * float(optimize.brentq(lambda d: power(d, 1.0, pairs, level) - wanted, 0.0, top))
+    return deviation * float(
+        _scipy("optimize").brentq(lambda d: power(d, 1.0, pairs, level) - wanted, 0.0, top)
+    )
 
 
 def pairs_needed(deviation: float, difference: float, level: float = LEVEL, wanted: float = POWER) -> int:

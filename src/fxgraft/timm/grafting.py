@@ -29,8 +29,8 @@ from torch import nn
 
 import fxgraft
 from fxgraft.errors import ConfigError, FxgraftWarning, WrappedModelError
-from fxgraft.spec import parse_patch_spec
 from fxgraft.graph.grafting.published import relabel
+from fxgraft.spec import parse_patch_spec
 
 _logger = logging.getLogger(__name__)
 
