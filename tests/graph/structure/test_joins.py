@@ -13,8 +13,8 @@ from torch import Tensor, fx, nn
 import fxgraft
 from fxgraft.graph.structure.joins import POSITIONS, residual_joins
 from fxgraft.graph.tracing.anatomy import Anatomy
+from fxgraft.graph.tracing.branches import iadd
 from fxgraft.graph.tracing.editing import After, Edge
-from fxgraft.graph.tracing.proxies import iadd
 
 
 class Branch(nn.Sequential):

@@ -150,7 +150,7 @@ def test_sizes_that_the_forward_branches_on_are_bound() -> None:
 
 
 class Draws(nn.Module):
-    """Uses every source of chance while it is traced, then fails if told to."""
+    """Draws while it is traced, and fails if told to."""
 
     def __init__(self, fail: bool) -> None:
         super().__init__()
@@ -178,10 +178,13 @@ def test_tracing_leaves_the_model_as_it_was(training: bool, mode: str, fail: boo
     before, state = state_of_everything(model), random.getstate()
     anatomy = Anatomy(model, (3, 8, 8))
     if fail:
-        with pytest.raises(TraceError):
+        with pytest.raises(TraceError, match="cannot trace Draws"):
             anatomy.graph("", training, deep=("",))
     else:
-        assert called(anatomy.graph("", training, deep=("",))) == ["bn", "inner.0", "inner.1"]
+        traced = anatomy.graph("", training, deep=("",))
+        assert called(traced) == ["bn", "inner.0", "inner.1"]
+        with pytest.raises(TraceError, match="draws from or sets the random state of torch"):
+            traced.runnable()
     assert_same(before, state_of_everything(model))
     assert random.getstate() == state
     assert fired == []
@@ -255,20 +258,32 @@ def test_constants_made_in_forward_do_not_stay_on_the_module() -> None:
 
 
 class Counts(nn.Module):
-    def __init__(self) -> None:
+    """Counts in a buffer, or in a tensor that is none."""
+
+    def __init__(self, buffer: bool) -> None:
         super().__init__()
-        self.register_buffer("count", torch.zeros(1))
+        if buffer:
+            self.register_buffer("count", torch.zeros(1))
+        else:
+            self.count = torch.zeros(1)
 
     def forward(self, x: Tensor) -> Tensor:
-        if isinstance(x, fx.Proxy):
-            self.count.add_(1)
+        self.count.add_(1)
         return x
 
 
-def test_a_forward_that_changes_a_buffer_is_refused_and_the_buffer_put_back() -> None:
-    model = Counts()
-    with pytest.raises(TraceError, match="Counts changes a buffer in its own forward"):
-        graph(model)
+def test_a_forward_that_changes_a_buffer_changes_it_in_every_pass() -> None:
+    model = Counts(True)
+    traced = graph(model)
+    assert model.count.item() == 0
+    run(model, traced.runnable(), images())
+    assert model.count.item() == 1
+
+
+def test_a_forward_that_changes_another_tensor_is_refused_and_the_tensor_put_back() -> None:
+    model = Counts(False)
+    with pytest.raises(TraceError, match=r"Counts writes to 'count', at .*self\.count\.add_\(1\)"):
+        graph(model).runnable()
     assert model.count.item() == 0
 
 

@@ -14,6 +14,7 @@ from fxgraft.graph.tracing.compile import compile_graph
 from fxgraft.graph.tracing.editing import (
     is_unit,
 )
+from fxgraft.graph.tracing.regions import REGION, region_of
 from fxgraft.graph.tracing.signatures import INPUT, bind
 from fxgraft.graph.tracing.trace import CHECKPOINT_REGION, Traced
 
@@ -42,6 +43,7 @@ def restore_checkpointing(traced: Traced) -> None:
             call = graph.call_function(
                 torch.utils.checkpoint.checkpoint, (child, *node.args), {"use_reentrant": False}
             )
+        child.meta[REGION] = call.meta[REGION] = region_of(node)
         node.replace_all_uses_with(call)
         graph.erase_node(node)
 

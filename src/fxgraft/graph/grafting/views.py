@@ -15,6 +15,7 @@ from fxgraft.graph.tracing.anatomy import Anatomy
 from fxgraft.graph.tracing.editing import Editor, Input, Instead, Output, unit_call
 from fxgraft.graph.tracing.names import STATE, class_name
 from fxgraft.graph.tracing.preserve import preserved_random_state
+from fxgraft.graph.tracing.regions import python_code
 from fxgraft.graph.tracing.trace import Traced
 from fxgraft.graph.tracing.values import shape_of
 
@@ -186,7 +187,7 @@ def _given_back(graph: fx.Graph) -> str | None:
 
 def _code(graph: fx.Graph) -> str:
     """Write a graph as the forward that torch.fx makes of it, without what a reader does not need."""
-    source = graph.python_code(root_module="self").src.replace(f"{STATE}.units.", "")
+    source = python_code(graph).src.replace(f"{STATE}.units.", "")
     start = source.index("def forward")
     lines = [_NOISE.sub("", line).rstrip() for line in source[start:].splitlines()]
     return "\n".join(line for line in lines if line)

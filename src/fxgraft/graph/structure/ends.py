@@ -207,7 +207,7 @@ def _stem(anatomy: Anatomy, traced: Traced, node: fx.Node, values: Values) -> St
 def _function(anatomy: Anatomy, traced: Traced, end: fx.Node) -> Callable[..., Any]:
     """Compile the way from the image to a value before the stems."""
     graph = cut(placeholders(traced.graph), end)
-    return compile_graph(graph, traced.constants, f"{anatomy.name} before its stem")
+    return compile_graph(graph, traced.runnable(elsewhere=True).constants, f"{anatomy.name} before its stem")
 
 
 def _last_layers(anatomy: Anatomy, traced: Traced) -> list[str]:

@@ -19,9 +19,9 @@ from torch import Tensor, fx, nn
 
 from fxgraft.errors import SiteError, TraceError
 from fxgraft.graph.tracing.anatomy import Anatomy
+from fxgraft.graph.tracing.branches import iadd
 from fxgraft.graph.tracing.editing import After, Edge, Edit
 from fxgraft.graph.tracing.names import join, relative
-from fxgraft.graph.tracing.proxies import iadd
 from fxgraft.graph.tracing.trace import is_primitive
 from fxgraft.graph.tracing.values import Values
 from fxgraft.graph.tracing.walks import upstream_of

@@ -194,7 +194,7 @@ def _per_position(head: HeadTrace, traced: Traced, owner: nn.Module) -> Position
         node.replace_all_uses_with(call)
         graph.erase_node(node)
     label = f"layers behind the pooling of {type(owner).__name__}"
-    return compile_graph(graph, traced.constants, label)
+    return compile_graph(graph, traced.runnable().constants, label)
 
 
 def _shared(module: nn.Module) -> Callable[..., Tensor] | None:
@@ -274,7 +274,9 @@ def position_scores(
     grid = token_grid(anatomy, traced, found.maps, found.pooling.channel)
     maps = PositionwiseHead("", found, traced, grid, model)
     graph = cut(placeholders(traced.graph), found.maps)
-    features = compile_graph(graph, traced.constants, f"feature map of {anatomy.name}")
+    features = compile_graph(
+        graph, traced.runnable(elsewhere=True).constants, f"feature map of {anatomy.name}"
+    )
     with preserved_modes(model):
         for each in model.modules():
             each.training = False

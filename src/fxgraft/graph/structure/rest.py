@@ -233,6 +233,7 @@ def rest_of_network(
         TraceError: a module around the site cannot be traced.
     """
     traced, start, logits, opened = span_to_output(anatomy, site, output, hooks=True)
+    constants = traced.runnable(elsewhere=True).constants
     name = start.name
     while acted is not None:
         units = (user for user in start.users if is_unit(user) and user.op == "call_module")
@@ -256,7 +257,7 @@ def rest_of_network(
     watched = ("", *opened, *(str(node.target) for node in needed if node.op == "call_module"))
     return Rest(
         site,
-        compile_graph(graph, traced.constants, f"rest of {model} after {site.name}"),
+        compile_graph(graph, constants, f"rest of {model} after {site.name}"),
         captured,
         inputs,
         children,

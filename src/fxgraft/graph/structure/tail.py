@@ -13,6 +13,7 @@ from fxgraft.graph.structure.pooling import head_in, is_classifier
 from fxgraft.graph.structure.sites import Site
 from fxgraft.graph.tracing.anatomy import Anatomy
 from fxgraft.graph.tracing.names import ancestors
+from fxgraft.graph.tracing.regions import region_of
 from fxgraft.graph.tracing.settings import acted_on, output_hooked
 from fxgraft.graph.tracing.trace import is_primitive
 from fxgraft.graph.tracing.walks import modules_in
@@ -47,6 +48,8 @@ def linear_tail(
         head = head_in(anatomy, "", traced, logits)
     except (TraceError, StructureError, SiteError):
         return None
+    if any(region_of(node) for node in traced.graph.nodes if node >= start):
+        return None  # the closed form knows nothing of another precision, or of gradients that end there
     between = head.maps
     passed = [head.pool, *head.between]
     while between is not start and len(between.users) == 1 and passes(anatomy.model, between):

@@ -12,7 +12,7 @@ from torch import Tensor, fx, nn
 from torchvision.models.vision_transformer import MLPBlock
 
 from fxgraft.graph.tracing.anatomy import Anatomy
-from fxgraft.graph.tracing.proxies import iadd, imul
+from fxgraft.graph.tracing.branches import iadd, imul
 from fxgraft.graph.tracing.trace import Traced
 
 _LAYERS = (nn.LayerNorm, nn.RMSNorm, nn.Linear, nn.Identity, nn.Dropout)

@@ -126,10 +126,20 @@ class Anatomy:
         """
         key = (path, training, opened, deep, *([hooks] if hooks else []))
         if key not in self._graphs:
-            self._graphs[key] = self.fresh_graph(path, training, opened, deep, hooks=hooks)
+            self._graphs[key] = self._trace(path, training, opened, deep, hooks=hooks)
         return self._graphs[key]
 
-    def fresh_graph(
+    def fresh_graph(self, path: str, training: bool, labels: tuple[str, ...] = ()) -> Traced:
+        """Trace one module's forward into a graph that the caller may edit, and run in the place of the forward.
+
+        ``labels`` names arguments that the observed call left out, and that are inputs of this graph.
+
+        Raises:
+            TraceError: the forward cannot be traced, or acts through more than values.
+        """
+        return self._trace(path, training, labels=labels).runnable()
+
+    def _trace(
         self,
         path: str,
         training: bool,
@@ -138,10 +148,6 @@ class Anatomy:
         labels: tuple[str, ...] = (),
         hooks: bool = False,
     ) -> Traced:
-        """Trace one module's forward into a graph that the caller may edit.
-
-        ``labels`` names arguments that the observed call left out, and that are inputs of this graph.
-        """
         calls = self.observation.calls.get(path)
         if not calls:
             raise SiteError(

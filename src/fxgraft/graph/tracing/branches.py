@@ -7,6 +7,7 @@ it. A branch on the numbers in a tensor stays what it is, untraceable: nothing i
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -102,3 +103,54 @@ def user_line() -> str:
             return f"{name}:{frame.f_lineno}"
         frame = frame.f_back
     return "an unknown line"
+
+
+def iadd(a: Any, b: Any) -> Any:
+    """Return ``a`` after ``a += b``."""
+    a += b
+    return a
+
+
+def isub(a: Any, b: Any) -> Any:
+    """Return ``a`` after ``a -= b``."""
+    a -= b
+    return a
+
+
+def imul(a: Any, b: Any) -> Any:
+    """Return ``a`` after ``a *= b``."""
+    a *= b
+    return a
+
+
+def itruediv(a: Any, b: Any) -> Any:
+    """Return ``a`` after ``a /= b``."""
+    a /= b
+    return a
+
+
+class InPlaceProxy(fx.Proxy):
+    """A proxy whose ``+=``, ``-=``, ``*=`` and ``/=`` stay in place, and which has a length where its tracer knows it.
+
+    Their nodes are called "add" and so on, as torch.fx and torchvision's feature extraction call them.
+    """
+
+    def _in_place(self, function: Callable[[Any, Any], Any], other: Any) -> fx.Proxy:
+        name = function.__name__.removeprefix("i")
+        return self.tracer.create_proxy("call_function", function, (self, other), {}, name=name)
+
+    def __len__(self) -> int:
+        length = getattr(self.tracer, "length", lambda _: None)(self)
+        return super().__len__() if length is None else length
+
+    def __iadd__(self, other: Any) -> fx.Proxy:
+        return self._in_place(iadd, other)
+
+    def __isub__(self, other: Any) -> fx.Proxy:
+        return self._in_place(isub, other)
+
+    def __imul__(self, other: Any) -> fx.Proxy:
+        return self._in_place(imul, other)
+
+    def __itruediv__(self, other: Any) -> fx.Proxy:
+        return self._in_place(itruediv, other)

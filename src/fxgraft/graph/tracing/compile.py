@@ -16,6 +16,8 @@ from typing import Any
 from torch import Tensor, fx
 from torch.fx._symbolic_trace import _wrapped_fns_to_patch
 
+from fxgraft.graph.tracing.regions import python_code
+
 _numbers = itertools.count()
 
 
@@ -42,7 +44,7 @@ def compile_graph(graph: fx.Graph, constants: dict[str, Any], label: str) -> Cal
             value = graph.call_function(_constant(constants[node.target]), tuple(inputs[:1]))
         node.replace_all_uses_with(value)
         graph.erase_node(node)
-    code = graph.python_code(root_module="self")
+    code = python_code(graph)
     filename = f"<fxgraft {label} {next(_numbers)}>"
     linecache.cache[filename] = (len(code.src), None, code.src.splitlines(keepends=True), filename)
     namespace = dict(code.globals)

@@ -9,6 +9,7 @@ from torch import fx
 
 from fxgraft.errors import SiteError, candidates
 from fxgraft.graph.tracing.names import UNIT
+from fxgraft.graph.tracing.regions import REGION, region_of
 from fxgraft.graph.tracing.trace import Traced
 
 
@@ -129,7 +130,7 @@ class Editor:
         if isinstance(edit, Replace):
             node = self._node(edit.node)
             with graph.inserting_before(node):
-                call = unit_call(graph, unit, node.args, node.kwargs)
+                call = unit_call(graph, unit, node.args, node.kwargs, like=node)
             node.replace_all_uses_with(call)
             graph.erase_node(node)
             self._named[edit.node] = call
@@ -161,7 +162,7 @@ class Editor:
                 value = self._latest_on_edge.get((node, user), end)
                 if value not in calls:
                     with graph.inserting_before(user):
-                        calls[value] = unit_call(graph, unit, (value,))
+                        calls[value] = unit_call(graph, unit, (value,), like=user)
                 user.replace_input_with(value, calls[value])
                 self._latest_on_edge[node, user] = calls[value]
 
@@ -170,13 +171,19 @@ class Editor:
         start, end = self._node(edit.start), self._node(edit.end)
         value, last = self._latest.get(start, start), self._latest.get(end, end)
         with graph.inserting_before(end):
-            call = unit_call(graph, unit, (value,))
+            call = unit_call(graph, unit, (value,), like=end)
         last.replace_all_uses_with(call)
         waiting = [last]
         while waiting:
             node = waiting.pop()
             if node.users or node is value or node.op == "placeholder" or node in self._dropped:
                 continue
+            if region_of(node) != region_of(end):
+                raise SiteError(
+                    f"Part of what lies between {edit.start!r} and {edit.end!r} runs under another grad mode or "
+                    "autocast.\nWhat replaces it in training would run under one.\n"
+                    "Leave that mode around the whole of it, or around none."
+                )
             if is_unit(node):
                 raise SiteError(
                     f"One patch acts between {edit.start!r} and {edit.end!r}, and another rewrites that.\n"
@@ -205,15 +212,21 @@ class Editor:
     def _insert_after(self, value: fx.Node, unit: str) -> fx.Node:
         graph = self.traced.graph
         with graph.inserting_after(value):
-            return unit_call(graph, unit, (value,))
+            return unit_call(graph, unit, (value,), like=value)
 
 
 def unit_call(
-    graph: fx.Graph, unit: str, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None
+    graph: fx.Graph,
+    unit: str,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any] | None = None,
+    like: fx.Node | None = None,
 ) -> fx.Node:
     """Add a call of a unit, by the name that its owner reaches it under, at the graph's insert point."""
     call = graph.call_module(unit, args, kwargs)
     call.meta[UNIT] = True
+    if like is not None:  # it runs under the grad mode and autocast of that node
+        call.meta[REGION] = region_of(like)
     return call
 
 

@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from fxgraft.errors import ConfigError
 from fxgraft.graph.tracing.preserve import (
     preserved_attributes,
+    preserved_globals,
     preserved_modes,
     preserved_random_state,
     replaced_checkpoint,
@@ -72,7 +73,8 @@ class _Converting(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if any(issubclass(each, FakeTensor) for each in types):
+        # Writing to a real tensor, as to a parameter, would change the model.
+        if func._schema.is_mutable or any(issubclass(each, FakeTensor) for each in types):
             args, kwargs = pytree.tree_map_only(Tensor, self._fake, (args, kwargs))
         return func(*args, **kwargs)
 
@@ -205,14 +207,15 @@ def observe(
     with (
         preserved_modes(model),
         preserved_attributes(model.modules()),
+        preserved_globals(model.modules()),
         preserved_random_state(),
         replaced_checkpoint(checkpoint),
     ):
         for module in model.modules():
             module.training = training
-            if training:  # BatchNorm counts on its real buffers, also in a fake pass
-                own = module._buffers
-                own.update({name: None if b is None else b.clone() for name, b in own.items()})
+            # What counts does so on real buffers, also in a fake pass.
+            own = module._buffers
+            own.update({name: None if b is None else b.clone() for name, b in own.items()})
         with afterwards(restore):
             nn.Module.__call__ = call  # type: ignore[method-assign]
             seen.run(call, model, *inputs)

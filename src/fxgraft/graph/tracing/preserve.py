@@ -1,18 +1,34 @@
-"""What looking at a model must leave as it was: modes, attributes, random state, checkpointing."""
+"""What looking at a model must leave as it was: modes, attributes, globals, random state, checkpointing.
+
+What a forward changes of these while it is traced, a graph of values would not change again: so it is found here.
+"""
 
 from __future__ import annotations
 
+import builtins
 import contextlib
-import copy
+import functools
+import gc
+import inspect
+import operator
 import random
+import re
+import sys
 import threading
-from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+import weakref
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from types import BuiltinFunctionType, FunctionType, MethodType, ModuleType
+from typing import Any, Final
 
 import torch
 import torch.utils.checkpoint
-from torch import nn
+from torch import Tensor, fx, nn
+from torch.utils import _pytree as pytree
 
+from fxgraft.graph.tracing.branches import iadd, imul, isub, itruediv
+from fxgraft.graph.tracing.regions import Recorder
+from fxgraft.graph.tracing.walks import upstream_of
 from fxgraft.graph.tracing.whole import afterwards
 
 
@@ -36,34 +52,113 @@ def preserved_modes(model: nn.Module) -> Iterator[None]:
 # What is registered, and what a graft keeps: no forward pass sets them, and planning anew may.
 _LASTING = ("_modules", "_parameters", "_fxgraft")
 
+MISSING: Final = type("_Missing", (), {"__repr__": lambda self: "nothing"})()
+"""Stands for an attribute or an entry that is not there."""
+
+Change = tuple[nn.Module, str, Any, Any]
+"""A module, the name of its attribute, and what stood there, or in it, before and after."""
+
+
+class Snapshot:
+    """What is in the attributes of modules, and in the containers and plain objects that these hold.
+
+    Args:
+        modules: whose attributes.
+        beside: modules of which the attributes alone are of interest, and not what is in them.
+    """
+
+    def __init__(self, modules: Iterable[nn.Module], beside: Iterable[nn.Module] = ()) -> None:
+        self._kept: list[tuple[nn.Module, str, Any, Any]] = []
+        inner = set(modules)
+        for module in dict.fromkeys((*inner, *beside)):
+            own = {k: v for k, v in module.__dict__.items() if k not in _LASTING}
+            self._kept.append((module, "", module.__dict__, own))
+            for name, value in own.items() if module in inner else ():
+                self._kept += [(module, name, each, _content(each)) for each in _containers(value)]
+
+    def has(self, module: nn.Module, attribute: str) -> bool:
+        """Say whether a module had an attribute of its own."""
+        return any(each is module and not name and attribute in own for each, name, _, own in self._kept)
+
+    def changes(self) -> Iterator[Change]:
+        """Yield what differs now; an entry of a container has the name of the attribute that holds it."""
+        for module, name, container, before in self._kept:
+            if _same(container, before):
+                continue
+            if not isinstance(container, dict):
+                yield module, name, before, _content(container)
+                continue
+            keys = [key for key in dict.fromkeys([*before, *container]) if name or key not in _LASTING]
+            for key in keys:
+                old, new = before.get(key, MISSING), container.get(key, MISSING)
+                if old is not new:
+                    yield module, str(key) if name in ("", "_buffers") else name, old, new
+
+    def restore(self) -> None:
+        """Put back what differs."""
+        for _, name, container, before in self._kept:
+            if _same(container, before):
+                continue
+            if not name:
+                for key in [key for key in container if key not in before and key not in _LASTING]:
+                    del container[key]
+                container.update(before)
+            elif isinstance(container, list):
+                container[:] = before
+            else:
+                container.clear()
+                (container.extend if isinstance(container, deque) else container.update)(before)
+
+
+def _content(container: Any) -> Any:
+    return dict(container) if isinstance(container, dict) else list(container)
+
+
+def _same(container: Any, before: Any) -> bool:
+    if isinstance(container, dict):
+        lasting = sum(key in container for key in _LASTING if key not in before)
+        unchanged = len(container) - lasting == len(before)
+        return unchanged and all(container.get(k, MISSING) is v for k, v in before.items())
+    return len(container) == len(before) and all(map(operator.is_, container, before))
+
+
+def _containers(value: Any, depth: int = 3) -> Iterator[Any]:
+    """Yield the containers that a value is or holds; of a plain object, the dictionary of its attributes."""
+    if not depth or isinstance(value, _LEAVES):
+        return
+    if isinstance(value, (dict, list, set, deque)):
+        yield value
+    elif not isinstance(value, tuple):
+        value = getattr(value, "__dict__", None)
+        if type(value) is not dict:
+            return
+        yield value
+    for each in value.values() if isinstance(value, dict) else value:
+        yield from _containers(each, depth - 1)
+
+
+_LEAVES = (
+    *(str, int, float, type(None), Tensor, nn.Module, type, torch.dtype, torch.device, weakref.ref),
+    *(FunctionType, BuiltinFunctionType, MethodType, ModuleType, functools.partial),
+)
+"""What is not looked into."""
+
 
 @contextlib.contextmanager
-def preserved_attributes(modules: Iterable[nn.Module]) -> Iterator[None]:
+def preserved_attributes(
+    modules: Iterable[nn.Module], beside: Iterable[nn.Module] = ()
+) -> Iterator[Snapshot]:
     """Put back on exit whatever a forward pass sets on modules.
 
     Some keep what they computed once (attention biases, position grids). What they compute here is fake, or
     symbolic, and must not be found there by a pass that is not.
+
+    Yields:
+        What was there before.
     """
-    kept = []
-    for module in modules:
-        own = {k: v for k, v in module.__dict__.items() if k not in _LASTING}
-        inner = {k: copy.copy(v) for k, v in own.items() if type(v) in (dict, list)}
-        kept.append((module, own, inner))
-
-    def restore() -> None:
-        for module, own, inner in kept:
-            for name in [k for k in module.__dict__ if k not in own and k not in _LASTING]:
-                del module.__dict__[name]
-            module.__dict__.update(own)
-            for name, value in inner.items():
-                if isinstance(value, dict):
-                    own[name].clear()
-                    own[name].update(value)
-                else:
-                    own[name][:] = value
-
-    with afterwards(restore):
-        yield
+    kept = Snapshot(modules, beside)
+    with afterwards(kept.restore):
+        yield kept
 
 
 @contextlib.contextmanager
@@ -119,3 +214,193 @@ def replaced_checkpoint(run: Callable[..., Any]) -> Iterator[None]:
     with afterwards(restore):
         torch.utils.checkpoint.checkpoint = checkpoint  # type: ignore[assignment]
         yield
+
+
+@contextlib.contextmanager
+def untouched(opened: Sequence[nn.Module], training: bool) -> Iterator[Callable[[], list[str]]]:
+    """Set the mode of the opened modules, and put back the tensors that the user's code writes to.
+
+    Yields:
+        A function that names the tensors that were written to so far.
+    """
+    flags = [(each, each.training) for each in opened]
+    own = [(k, v) for each in opened for k, v in (*each._buffers.items(), *vars(each).items())]
+    tensors = [
+        (k, v, v._version, v.clone()) for k, v in own if isinstance(v, Tensor) and not v.is_inference()
+    ]
+
+    def written() -> list[tuple[str, Tensor, Tensor]]:
+        return [(name, t, before) for name, t, version, before in tensors if t._version != version]
+
+    changed: list[tuple[str, Tensor, Tensor]] = []
+
+    def restore() -> None:
+        for each, flag in flags:
+            each.training = flag
+        changed[:] = changed or written()
+        for _, tensor, before in changed:
+            tensor.detach().copy_(before)
+
+    with afterwards(restore), preserved_random_state():
+        for each in opened:
+            each.training = training
+        yield lambda: [name for name, _, _ in written()]
+
+
+class Reachable:
+    """The globals and class attributes that the code of modules can set.
+
+    Args:
+        modules: whose code.
+    """
+
+    def __init__(self, modules: Iterable[nn.Module]) -> None:
+        classes = {
+            cls for each in modules for cls in type(each).__mro__ if not cls.__module__.startswith("torch.")
+        }
+        names = {cls.__module__ for cls in classes if cls is not object}
+        self._spaces: list[tuple[Any, dict[str, Any], dict[str, Any]]] = []
+        for holder in (*classes - {object}, *(sys.modules[name] for name in names if name in sys.modules)):
+            content = dict(vars(holder))
+            inner = {k: type(v)(v) for k, v in content.items() if type(v) in (list, dict, set)}
+            self._spaces.append((holder, content, inner))
+
+    def changes(self) -> Iterator[tuple[Any, str]]:
+        """Yield what was set, replaced, appended to or counted up since; entries added to a dictionary are a cache."""
+        for holder, content, inner in self._spaces:
+            now = vars(holder)
+            for name in dict.fromkeys([*content, *now]):
+                old, new = content.get(name, MISSING), now.get(name, MISSING)
+                lazily = (old is None and not isinstance(new, (bool, int, float))) or name.startswith("__")
+                if old is not new and not lazily:
+                    yield holder, name
+            for name, before in inner.items():
+                value = content[name]
+                if isinstance(value, dict):
+                    same = all(value.get(key, MISSING) is each for key, each in before.items())
+                else:
+                    same = len(value) == len(before)
+                if not same:
+                    yield holder, name
+
+    def restore(self) -> None:
+        """Put back what differs."""
+        for holder, content, inner in self._spaces:
+            for name in [name for name in vars(holder) if name not in content]:
+                delattr(holder, name)
+            for name, value in content.items():
+                if vars(holder).get(name, MISSING) is not value:
+                    setattr(holder, name, value)
+            for name, before in inner.items():
+                value = content[name]
+                if isinstance(value, list):
+                    value[:] = before
+                else:
+                    value.clear()
+                    value.update(before)
+
+
+@contextlib.contextmanager
+def preserved_globals(modules: Iterable[nn.Module]) -> Iterator[Reachable]:
+    """Put back on exit what the code of modules sets besides attributes of theirs."""
+    reachable = Reachable(modules)
+    with afterwards(reachable.restore):
+        yield reachable
+
+
+@contextlib.contextmanager
+def noticed_prints(recorder: Recorder) -> Iterator[None]:
+    """Take down ``print`` in this thread, and do not print: a graph would not."""
+    original = builtins.print
+    here = threading.get_ident()
+
+    def noticing(*args: Any, **kwargs: Any) -> None:
+        if threading.get_ident() == here:
+            recorder.found("prints", recorder.line(), beside=True)
+        else:
+            original(*args, **kwargs)
+
+    def restore() -> None:
+        builtins.print = original
+
+    with afterwards(restore):
+        builtins.print = noticing
+        yield
+
+
+def find_changes(
+    recorder: Recorder, kept: Snapshot, reachable: Reachable, graph: fx.Graph, opened: Sequence[nn.Module]
+) -> None:
+    """Take down where the traced forward changed what its code can reach.
+
+    A value that is computed from parameters and sizes alone, and stored where nothing stood, is a cache: the graph
+    computes it itself. So are the constants that torch.fx stores.
+    """
+    stored = {str(node.target) for node in graph.nodes if node.op == "get_attr"}
+    for module, name, old, new in kept.changes():
+        first = old is MISSING or old is None
+        declared = isinstance(getattr(type(module), name, None), functools.cached_property)
+        cached = first and (name in stored or declared or _is_cache(new))
+        if not cached and not _is_itself(new, name):
+            line = line_of(name, (module, *opened))
+            recorder.found(f"sets {name!r} of {module._get_name()}", line, beside=name != "training")
+    for holder, name in reachable.changes():
+        shown = f"attribute {name!r} of {holder.__name__}" if isinstance(holder, type) else f"global {name!r}"
+        recorder.found(f"changes the {shown}", line_of(name, opened), beside=True)
+
+
+def _is_itself(value: Any, name: str) -> bool:
+    """Say whether a value is the buffer of that name after operations in place, as in ``self.count += 1``."""
+    node = value.node if isinstance(value, fx.Proxy) else None
+    while node is not None and (node.target in (iadd, isub, imul, itruediv) or _writes(node)):
+        node = next(iter(node.all_input_nodes), None)
+    return node is not None and node.op == "get_attr" and str(node.target).rpartition(".")[2] == name
+
+
+def _writes(node: fx.Node) -> bool:
+    return node.op == "call_method" and re.fullmatch(r"[a-z]\w*[a-z0-9]_", str(node.target)) is not None
+
+
+def _is_cache(value: Any) -> bool:
+    """Say whether a value is made of tensors that no input of the trace has a part in."""
+    leaves = pytree.tree_leaves(value)
+    for leaf in leaves:
+        if isinstance(leaf, fx.Proxy):
+            if any(node.op == "placeholder" for node in (leaf.node, *upstream_of(leaf.node))):
+                return False
+        elif not isinstance(leaf, Tensor):
+            return False
+    return bool(leaves)
+
+
+def kept_values(proxies: Sequence[weakref.ref[fx.Proxy]]) -> list[str]:
+    """Name the values of a trace that outlive it: the forward has handed them to something out of its sight."""
+
+    def alive() -> list[str]:
+        found = (each() for each in proxies)
+        return [each.node.name for each in found if each is not None and each.node.op != "get_attr"]
+
+    if alive():
+        gc.collect()
+    return alive()
+
+
+def line_of(name: str, modules: Iterable[nn.Module]) -> str | None:
+    """Find the line in the code of modules that sets a name."""
+    word = re.escape(name)
+    setting = re.compile(rf"""\b{word}\b[^=\n]*(=(?!=)|\.\w+\()|\(["']{word}["']|setattr\(.*{word}""")
+    for cls in dict.fromkeys(cls for each in modules for cls in type(each).__mro__):
+        if cls.__module__.startswith("torch.") or cls is object:
+            continue
+        for function in vars(cls).values():
+            code = getattr(inspect.unwrap(function) if callable(function) else None, "__code__", None)
+            if code is None or code.co_name == "__init__":
+                continue
+            try:
+                lines, start = inspect.getsourcelines(code)
+            except (OSError, TypeError):  # code that was generated
+                continue
+            for number, line in enumerate(lines):
+                if setting.search(line):
+                    return f"{code.co_filename}:{start + number}: {line.strip()}"
+    return None

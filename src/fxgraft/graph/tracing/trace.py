@@ -7,14 +7,15 @@ honoured. The module traced is left exactly as it was, also when tracing fails.
 
 from __future__ import annotations
 
-import contextlib
 import inspect
 import sys
 import threading
 import traceback
+import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
+from functools import partial
 from typing import Any
 
 from timm.layers import get_notrace_functions, get_notrace_modules  # pyright: ignore[reportPrivateImportUsage]
@@ -22,11 +23,28 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from fxgraft.errors import TraceError
-from fxgraft.graph.tracing.branches import Known, held, user_line
+from fxgraft.graph.tracing.branches import InPlaceProxy, Known, held, user_line
 from fxgraft.graph.tracing.names import UNIT, join
 from fxgraft.graph.tracing.observe import Call
-from fxgraft.graph.tracing.preserve import preserved_attributes, preserved_random_state, replaced_checkpoint
-from fxgraft.graph.tracing.proxies import InPlaceProxy
+from fxgraft.graph.tracing.preserve import (
+    find_changes,
+    kept_values,
+    line_of,
+    noticed_prints,
+    preserved_attributes,
+    preserved_globals,
+    replaced_checkpoint,
+    untouched,
+)
+from fxgraft.graph.tracing.regions import (
+    CALLERS,
+    Modes,
+    Recorder,
+    StateChangedError,
+    called_by,
+    mark_regions,
+    watched_modes,
+)
 from fxgraft.graph.tracing.settings import (
     hooked_inputs,
     hooked_output,
@@ -35,7 +53,7 @@ from fxgraft.graph.tracing.settings import (
     plain_settings,
 )
 from fxgraft.graph.tracing.signatures import INPUT, bare_forward, bind, forward_signature, leaf_names
-from fxgraft.graph.tracing.whole import afterwards, alone, at_once, refilling
+from fxgraft.graph.tracing.whole import alone, at_once, refilling
 
 HOOKED = "fxgraft_hooked"
 """Key in ``node.meta`` of what stands for the hooks of an opened module."""
@@ -65,6 +83,8 @@ class Traced:
         signature: the forward's own signature, by which calls are brought to one form.
         constants: tensors that the forward made from nothing, by the name the graph calls them.
         settings: plain attributes of the opened modules that the trace may have read, by module path.
+        refusal: says what the forward does that the graph would not do again; None where that is nothing.
+        beside: whether that is only something that it notes beside what it computes.
     """
 
     graph: fx.Graph
@@ -73,6 +93,21 @@ class Traced:
     signature: inspect.Signature
     constants: dict[str, Any] = field(default_factory=dict)
     settings: dict[str, dict[str, Any]] = field(default_factory=dict)
+    refusal: TraceError | None = None
+    beside: bool = False
+
+    def runnable(self, elsewhere: bool = False) -> Traced:
+        """Return this trace if its graph may run.
+
+        Args:
+            elsewhere: it runs besides the forward, and not in its place: then it need not note what that notes.
+
+        Raises:
+            TraceError: the forward acts through more than values.
+        """
+        if self.refusal is not None and not (elsewhere and self.beside):
+            raise self.refusal
+        return self
 
 
 class ShallowTracer(fx.Tracer):
@@ -91,6 +126,8 @@ class ShallowTracer(fx.Tracer):
         self.thread = threading.get_ident()
         self.touched: set[str] = {""}
         self.known: Known | None = None
+        self.recorder: Recorder
+        self.proxies: list[weakref.ref[fx.Proxy]] = []
 
     def prepare(
         self,
@@ -156,9 +193,17 @@ class ShallowTracer(fx.Tracer):
         at_once(refilling(self.__dict__, {"thread": self.thread, "_autowrap_function_ids": set()}))
         return touched
 
+    def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
+        """Make a node, and take down what it runs under."""
+        node = super().create_node(*args, **kwargs)
+        self.recorder.note(node)
+        return node
+
     def proxy(self, node: fx.Node) -> fx.Proxy:
         """Stand in for a node's value."""
-        return InPlaceProxy(node, self)
+        proxy = InPlaceProxy(node, self)
+        self.proxies.append(weakref.ref(proxy))
+        return proxy
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         """Keep every module closed that nobody asked to open."""
@@ -276,38 +321,18 @@ def _unpacked(proxy: fx.Proxy, seen: Any) -> Any:
     return proxy
 
 
-@contextlib.contextmanager
-def _untouched(module: nn.Module, opened: Sequence[nn.Module], training: bool) -> Iterator[dict[str, Any]]:
-    """Set the mode of the opened modules, and put back whatever the user's code changed while traced.
-
-    Yields:
-        A dictionary that holds, after the block, the attributes that fx added for constants.
-    """
-    flags = [(each, each.training) for each in opened]
-    attributes = set(module.__dict__)
-    buffers = [(b, b._version, b.clone()) for each in opened for b in each.buffers(recurse=False)]
-    added: dict[str, Any] = {}
-    changed: list[tuple[Tensor, Tensor]] = []
-
-    def restore() -> None:
-        for each, flag in flags:
-            each.training = flag
-        for name in set(module.__dict__) - attributes:
-            added[name] = module.__dict__.pop(name)
-        changed[:] = changed or [(b, saved) for b, version, saved in buffers if b._version != version]
-        for buffer, saved in changed:
-            buffer.detach().copy_(saved)
-
-    with afterwards(restore), preserved_random_state():
-        for each in opened:
-            each.training = training
-        yield added
-    if changed:
-        raise TraceError(
-            f"{type(module).__name__} changes a buffer in its own forward.\n"
-            "A traced graph would change it once, while tracing, and never again.\n"
-            "Choose a site outside this module, or the module's output."
-        )
+def _refused(module: nn.Module, path: str, error: StateChangedError) -> TraceError:
+    """Say what the forward of a module does that a graph of it would not do again."""
+    name = f"{path!r} ({module._get_name()})" if path else module._get_name()
+    code = getattr(bare_forward(module), "__code__", None)
+    where = error.line or (f"{code.co_filename}:{code.co_firstlineno}" if code else "an unknown line")
+    return TraceError(
+        f"The forward of {name} {error.what}, at {where}.\n"
+        "To act inside of it, it is turned into a graph of values, which would do that once, while it is traced, and "
+        "never again.\n"
+        "Choose the output of a whole module as the site (its inside then need not be opened), or move that line into "
+        "a module of its own, which stays closed."
+    )
 
 
 def _trace_error(module: nn.Module, path: str, error: BaseException) -> TraceError:
@@ -374,39 +399,105 @@ def trace(
     )
     names = leaf_names(signature, args, kwargs)
     failure: Exception = ValueError("no attempt was made")
-    # What branches on shapes is held to the branches that were taken, so that comes last.
-    for fixed, branching in dict.fromkeys(((with_sizes, False), (tensors_only, False), (with_sizes, True))):
-        tracer = ShallowTracer(opened, deep, hooks)
-        tracer.prepare(path, observed or {}, bare_forward(module), spec, fixed, names, leaves)
-        tracer.known = Known(module) if branching else None
-        classes = {cls.__module__ for each in module.modules() for cls in type(each).__mro__}
-        tracer._autowrap_search += [sys.modules[name] for name in sorted(classes) if name in sys.modules]
-        to_open = [module, *(m for n, m in module.named_modules() if n and not tracer.is_leaf_module(m, n))]
+    # What branches on shapes is held to the branches that were taken, so that comes last. Buffers are looked up at
+    # every call, unless the forward needs to know their numbers.
+    attempts = [
+        (with_sizes, False, True),
+        (tensors_only, False, True),
+        (with_sizes, False, False),
+        (tensors_only, False, False),
+        (with_sizes, True, True),
+        (with_sizes, True, False),
+    ]
+    for fixed, branching, buffers in dict.fromkeys(attempts):
+        given = (path, observed or {}, bare_forward(module), spec, fixed, names, leaves)
         try:
-            with (
-                preserved_attributes(to_open),
-                _untouched(module, to_open, training) as constants,
-                replaced_checkpoint(tracer.run_checkpoint),
-            ):
-                graph = tracer.trace(module)
+            start = partial(_tracer, module, opened, deep, given, branching, buffers, hooks)
+            first = _attempt(module, start(), training, CALLERS[0])
+            # Where nothing asks for the modes or sets them, another caller makes no difference.
+            second = _attempt(module, start(), training, CALLERS[1]) if first.recorder.touched else first
+            if first.recorder.change is None or first.recorder.change.beside:
+                mark_regions(first.recorder, second.recorder)
         except TraceError:
             raise
         except Exception as error:
             failure = error
             continue
-        finally:
-            touched = tracer.retire()
         settings = {
-            name: plain_settings(module.get_submodule(name) if name else module) for name in sorted(touched)
+            name: plain_settings(module.get_submodule(name) if name else module)
+            for name in sorted(first.touched)
         }
         failure = ValueError(
             "none"
         )  # the traceback of another attempt holds this frame, and the frame the model
-        return Traced(graph, spec, fixed, signature, constants, settings)
+        change = first.recorder.change
+        refusal = None if change is None else _refused(module, path, change)
+        beside = change is not None and change.beside
+        return Traced(first.graph, spec, fixed, signature, first.constants, settings, refusal, beside)
     try:
         raise _trace_error(module, path, failure) from failure
     finally:
         del failure  # its traceback holds this frame, and the frame the model
+
+
+def _tracer(
+    module: nn.Module,
+    opened: Sequence[str],
+    deep: Sequence[str],
+    given: tuple[Any, ...],
+    branching: bool,
+    buffers: bool,
+    hooks: bool,
+) -> ShallowTracer:
+    tracer = ShallowTracer(opened, deep, hooks)
+    tracer.prepare(*given)
+    tracer.known = Known(module) if branching else None
+    tracer.proxy_buffer_attributes = buffers
+    classes = {cls.__module__ for each in module.modules() for cls in type(each).__mro__}
+    tracer._autowrap_search += [sys.modules[name] for name in sorted(classes) if name in sys.modules]
+    return tracer
+
+
+@dataclass
+class _Attempt:
+    """What came of tracing once: a graph, its constants, the state of its nodes, and the modules that were opened."""
+
+    graph: fx.Graph
+    constants: dict[str, Any]
+    recorder: Recorder
+    touched: set[str]
+
+
+def _attempt(module: nn.Module, tracer: ShallowTracer, training: bool, modes: Modes) -> _Attempt:
+    """Trace a module once, for a caller in these modes.
+
+    Raises:
+        Exception: whatever stops torch.fx.
+    """
+    opened = [module, *(m for n, m in module.named_modules() if n and not tracer.is_leaf_module(m, n))]
+    proxies = tracer.proxies
+    try:
+        with (
+            untouched(opened, training) as written,
+            preserved_attributes(opened, module.modules()) as kept,
+            preserved_globals(opened) as reachable,
+            replaced_checkpoint(tracer.run_checkpoint),
+            called_by(modes),
+        ):
+            recorder = tracer.recorder = Recorder(user_line)
+            with watched_modes(recorder.touched), noticed_prints(recorder):
+                graph = tracer.trace(module)
+            recorder.close()
+            for name in written():
+                recorder.found(f"writes to {name!r}", line_of(name, opened))
+            find_changes(recorder, kept, reachable, graph, opened)
+            added = {str(n.target) for n in graph.nodes if n.op == "get_attr"} & set(vars(module))
+            constants = {name: vars(module)[name] for name in added if not kept.has(module, name)}
+    finally:
+        touched = tracer.retire()
+    for name in kept_values(proxies)[:1]:
+        recorder.found(f"keeps a value ({name!r}) outside of the model", beside=True)
+    return _Attempt(graph, constants, recorder, touched)
 
 
 def _copy_graph(module: fx.GraphModule, training: bool) -> fx.Graph:

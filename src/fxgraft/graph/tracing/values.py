@@ -11,6 +11,7 @@ from fxgraft.errors import FxgraftError, StructureError
 from fxgraft.graph.tracing.names import class_name, join
 from fxgraft.graph.tracing.observe import Call, Observation
 from fxgraft.graph.tracing.preserve import preserved_attributes, preserved_modes, preserved_random_state
+from fxgraft.graph.tracing.regions import entered, region_of
 from fxgraft.graph.tracing.signatures import INPUT, bind
 from fxgraft.graph.tracing.trace import Traced
 from fxgraft.graph.tracing.walks import scope_of
@@ -101,7 +102,7 @@ class Values:
             name = str(node.target)
             return constants[name] if name in constants else _attribute(self.owner, name)
         run = self._observation.run
-        with preserved_random_state():
+        with preserved_random_state(), entered(region_of(node)):
             if node.op == "call_function":
                 return run(node.target, *args, **kwargs)  # type: ignore[arg-type]
             if node.op == "call_method":

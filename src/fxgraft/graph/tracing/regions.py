@@ -1,0 +1,421 @@
+"""Regions: parts of a forward that run under another grad mode or autocast than their caller.
+
+Such a state is set, not handed on, so a graph of values knows nothing of it. While a forward is traced, the state is
+read whenever a node is made, however it was set: by a context, a decorator, a call or a helper. The trace is made for
+two callers whose states differ in everything: what is the same for both was set by the forward, and what differs is the
+caller's. Generated code runs the nodes of a region in ``with`` blocks, as the forward did.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import random
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from torch import fx
+from torch.utils import _pytree as pytree
+
+from fxgraft.graph.tracing.whole import afterwards
+
+REGION = "fxgraft_region"
+"""Key in ``node.meta`` of what a node runs under: a tuple of `Setting`; empty where its caller's state holds."""
+
+_DTYPES = {
+    "cpu": (torch.bfloat16, torch.float16),
+    "cuda": (torch.float16, torch.float32),
+    "mps": (torch.float16, torch.bfloat16),
+    "xpu": (torch.bfloat16, torch.float16),
+}
+"""Device types whose autocast is followed, with the dtype that it has for either caller."""
+
+Setting = tuple[str, Any]
+"""A name and a value: ("grad", False), ("inference", True), ("cpu", (enabled, dtype or None, cache or None)), or
+("span", number) in an autocast."""
+
+Region = tuple[Setting, ...]
+
+
+Modes = tuple[Any, ...]
+"""Gradients, inference mode, the cache of autocast, and (enabled, dtype) of autocast by device type."""
+
+# Taken here, since their names in torch are watched while a forward is traced.
+_grad, _inference = torch.is_grad_enabled, torch.is_inference_mode_enabled
+_increment, _decrement = torch.autocast_increment_nesting, torch.autocast_decrement_nesting
+_cache, _enabled, _dtype = (
+    torch.is_autocast_cache_enabled,
+    torch.is_autocast_enabled,
+    torch.get_autocast_dtype,
+)
+
+
+def _read() -> Modes:
+    return _grad(), _inference(), _cache(), *[(_enabled(each), _dtype(each)) for each in _DTYPES]
+
+
+def _nesting() -> int:
+    _increment()
+    return _decrement()
+
+
+def _write(modes: Modes) -> None:
+    grad, _, cache, *autocast = modes
+    torch.set_grad_enabled(grad)
+    torch.set_autocast_cache_enabled(cache)
+    for device, (enabled, dtype) in zip(_DTYPES, autocast, strict=True):
+        torch.set_autocast_enabled(device, enabled)
+        torch.set_autocast_dtype(device, dtype)
+
+
+CALLERS: tuple[Modes, Modes] = (
+    (True, False, True, *((False, pair[0]) for pair in _DTYPES.values())),
+    (False, False, False, *((True, pair[1]) for pair in _DTYPES.values())),
+)
+"""The usual caller: gradients, no autocast. And one that differs from it in everything but inference mode."""
+
+
+@contextlib.contextmanager
+def called_by(modes: Modes) -> Iterator[None]:
+    """Run the block as code runs that is called in these modes, whatever they are outside."""
+    outside = torch.inference_mode(False) if _inference() else contextlib.nullcontext()
+    with outside, afterwards(partial(_write, _read())):
+        _write(modes)
+        yield
+
+
+def _names() -> list[tuple[Any, str]]:
+    """List what code calls that reads or sets the modes."""
+    own = [
+        (torch, name)
+        for name in vars(torch)
+        if "autocast" in name and inspect.isbuiltin(getattr(torch, name))
+    ]
+    grad = [(torch, "is_grad_enabled"), (torch, "is_inference_mode_enabled"), (torch._C, "_set_grad_enabled")]
+    return [*own, *grad, (torch._C, "_InferenceMode")]
+
+
+_WATCHED = [(holder, name) for holder, name in _names() if hasattr(holder, name)]
+
+
+@contextlib.contextmanager
+def watched_modes(touched: list[str]) -> Iterator[None]:
+    """Note in a list what in the block, in this thread, reads or sets the modes."""
+    here = threading.get_ident()
+    originals = [(holder, name, getattr(holder, name)) for holder, name in _WATCHED]
+
+    def watching(name: str, original: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            if threading.get_ident() == here:
+                touched.append(name)
+            return original(*args, **kwargs)
+
+        return call
+
+    def restore() -> None:
+        for holder, name, original in originals:
+            setattr(holder, name, original)
+
+    with afterwards(restore):
+        for holder, name, original in originals:
+            setattr(holder, name, watching(name, original))
+        yield
+
+
+_WITH_INFERENCE = {"multithreading of autograd", "forward-mode gradients", "view replay of autograd"}
+"""What inference mode switches as well."""
+
+
+def _getters() -> dict[str, Callable[[], Any]]:
+    """Name what else a forward may set for the whole process or thread, with a function that reads it."""
+    c = torch._C
+    autograd = c._autograd
+    wanted: dict[str, tuple[Any, str]] = {
+        "the default dtype": (torch, "get_default_dtype"),
+        "the default device": (torch, "get_default_device"),
+        "deterministic algorithms": (torch, "are_deterministic_algorithms_enabled"),
+        "the deterministic debug mode": (torch, "get_deterministic_debug_mode"),
+        "anomaly detection": (torch, "is_anomaly_enabled"),
+        "the number of threads": (torch, "get_num_threads"),
+        "cudnn.enabled": (c, "_get_cudnn_enabled"),
+        "cudnn.benchmark": (c, "_get_cudnn_benchmark"),
+        "cudnn.deterministic": (c, "_get_cudnn_deterministic"),
+        "mkldnn.enabled": (c, "_get_mkldnn_enabled"),
+        "mkldnn.deterministic": (c, "_get_mkldnn_deterministic"),
+        "NNPACK": (c, "_get_nnpack_enabled"),
+        "the kernels of attention (flash)": (c, "_get_flash_sdp_enabled"),
+        "the kernels of attention (memory-efficient)": (c, "_get_mem_efficient_sdp_enabled"),
+        "the kernels of attention (math)": (c, "_get_math_sdp_enabled"),
+        "the kernels of attention (cudnn)": (c, "_get_cudnn_sdp_enabled"),
+        "the kernels of attention (order)": (c, "_get_sdp_priority_order"),
+        "TF32 of cudnn": (c, "_get_cudnn_allow_tf32"),
+        "the precision of float32 products": (torch, "get_float32_matmul_precision"),
+        "multithreading of autograd": (c, "_is_multithreading_enabled"),
+        "forward-mode gradients": (c, "_is_fwd_grad_enabled"),
+        "view replay of autograd": (c, "_is_view_replay_enabled"),
+        "torch function modes": (c, "_len_torch_function_stack"),
+        "torch dispatch modes": (c, "_len_torch_dispatch_stack"),
+        "transforms of torch.func": (c, "_are_functorch_transforms_active"),
+    }
+    found = {}
+    for name, (holder, attribute) in wanted.items():
+        get = getattr(holder, attribute, None)
+        try:
+            if get is not None:
+                get()
+                found[name] = get
+        except RuntimeError:  # some cannot be read once their newer form was used
+            continue
+    hooks = getattr(autograd, "_top_saved_tensors_default_hooks", None)
+    if hooks is not None:
+        found["hooks on saved tensors"] = partial(hooks, True)
+    return found
+
+
+def _random_states() -> dict[str, Any]:
+    states: dict[str, Any] = {"the random state of torch": torch.default_generator.get_state()}
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        for device in range(torch.cuda.device_count()):
+            states[f"the random state of cuda:{device}"] = torch.cuda.get_rng_state(device)
+    return states
+
+
+class StateChangedError(Exception):
+    """A traced forward set something that a graph cannot follow.
+
+    Attributes:
+        what: it set.
+        line: of the forward, or None.
+        beside: whether it only notes something beside what it computes.
+    """
+
+    def __init__(self, what: str, line: str | None, beside: bool = False) -> None:
+        super().__init__(what)
+        self.what = what
+        self.line = line
+        self.beside = beside
+
+
+@dataclass
+class Recorder:
+    """Reads the state whenever a trace makes a node.
+
+    Attributes:
+        line: names the line of the user's code that runs now.
+        touched: what was called that reads or sets the modes; see `watched_modes`.
+        modes: of every node, in order, with the line where they are not the caller's.
+        spans: of the nodes in an autocast, the number of the outermost one.
+        change: the first thing that a graph cannot follow; None if there is nothing.
+    """
+
+    line: Callable[[], str]
+    touched: list[str] = field(default_factory=list)
+    modes: list[tuple[fx.Node, Modes, str | None]] = field(default_factory=list)
+    spans: dict[fx.Node, int] = field(default_factory=dict)
+    change: StateChangedError | None = None
+
+    def __post_init__(self) -> None:
+        self._caller = _read()
+        self._level = _nesting()
+        self._getters = list(_getters().items())
+        self._settings = [get() for _, get in self._getters]
+        self._random = _random_states()
+        self._python = random.getstate()
+
+    def note(self, node: fx.Node) -> None:
+        """Take down what a node that was just made runs under."""
+        now = _read()
+        if self.touched and _nesting() > self._level:
+            self.spans[node] = self.touched.count("clear_autocast_cache")
+        self.modes.append((node, now, None if now == self._caller else self.line()))
+        self._check_settings()
+
+    def found(self, what: str, line: str | None = None, beside: bool = False) -> None:
+        """Take down what a graph cannot follow, unless there is something already that is as bad."""
+        if self.change is None or (self.change.beside and not beside):
+            self.change = StateChangedError(what, line, beside)
+
+    def _check_settings(self) -> None:
+        if self.change is not None and not self.change.beside:
+            return None
+        for (name, get), before in zip(self._getters, self._settings, strict=True):
+            if get() != before and not (name in _WITH_INFERENCE and _inference()):
+                return self.found(f"sets {name}", self.line())
+        for name, state in _random_states().items():
+            if name in self._random and not torch.equal(state, self._random[name]):
+                what = f"draws from or sets {name}, outside of what is done to its input"
+                return self.found(what, self.line())
+        return None
+
+    def close(self) -> None:
+        """After the forward returned: check that nothing stays set."""
+        self._check_settings()
+        if random.getstate() != self._python:
+            self.found("draws from or seeds Python's random numbers")
+        if _read() != self._caller:
+            self.found("leaves another grad mode or autocast behind than it found")
+
+
+def mark_regions(first: Recorder, second: Recorder) -> None:
+    """Write into the nodes of one trace what they run under, or take down that it cannot be told.
+
+    Args:
+        first: of the trace, made for the first of `CALLERS`.
+        second: of a trace of the same forward for the second one; the first again where it neither reads nor sets
+            anything of the modes.
+    """
+    if second is first:
+        for node, *_ in first.modes:
+            node.meta[REGION] = ()
+        return None
+    another = "goes another way without gradients or under autocast"
+    for (node, one, line), (other, two, second_line) in zip(first.modes, second.modes, strict=False):
+        line = line or second_line
+        if (node.op, _target(node), _shape(node)) != (other.op, _target(other), _shape(other)):
+            return first.found(f"{another} (from {node.name!r} on)", line)
+        try:
+            region = _region(one, two, line) if line is not None else ()
+        except StateChangedError as error:
+            return first.found(error.what, line)
+        span = first.spans.get(node)
+        node.meta[REGION] = (("span", span), *region) if region and span is not None else region
+    if len(first.modes) != len(second.modes):
+        first.found(another)
+    return None
+
+
+def _target(node: fx.Node) -> Any:
+    return (
+        node.target if isinstance(node.target, str) else getattr(node.target, "__name__", type(node.target))
+    )
+
+
+def _shape(node: fx.Node) -> tuple[Any, ...]:
+    """Return the arguments of a node in a form that can be compared across two traces."""
+    plain = (bool, int, float, str, type(None), torch.dtype)
+    leaves = pytree.tree_leaves((node.args, dict(node.kwargs)))
+    return tuple(
+        leaf.name if isinstance(leaf, fx.Node) else leaf if isinstance(leaf, plain) else type(leaf)
+        for leaf in leaves
+    )
+
+
+def _region(one: Modes, two: Modes, line: str | None) -> Region:
+    """Say what the forward set, from what holds for two callers that differ in everything."""
+
+    def own(name: str, values: tuple[Any, Any], callers: tuple[Any, Any]) -> Any:
+        if values == callers:
+            return None
+        if values[0] != values[1]:
+            raise StateChangedError(f"sets {name} by what its caller has", line)
+        return values[0]
+
+    found: list[Setting] = []
+    parts = list(zip(one, two, *CALLERS, strict=True))
+    grad, inference, cache = (
+        own(name, part[:2], part[2:])
+        for name, part in zip(("the grad mode", "inference mode", "autocast"), parts, strict=False)
+    )
+    if inference:
+        found.append(("inference", True))
+    if grad is not None and not (inference and not grad):
+        found.append(("grad", grad))
+    for device, part in zip(_DTYPES, parts[3:], strict=True):
+        enabled, dtype = (own("autocast", each[:2], each[2:]) for each in zip(*part, strict=True))
+        if enabled is None and dtype is not None:
+            raise StateChangedError("sets the dtype of autocast, and not whether it is enabled", line)
+        if enabled is not None:
+            found.append((device, (enabled, dtype, cache)))
+    return tuple(found)
+
+
+def region_of(node: fx.Node) -> Region:
+    """Return what a node runs under besides its caller's state; empty where there is nothing."""
+    return node.meta.get(REGION, ())
+
+
+@contextlib.contextmanager
+def entered(region: Region) -> Iterator[None]:
+    """Run the block under a region."""
+    with contextlib.ExitStack() as stack:
+        for name, value in region:
+            if name == "span":
+                continue
+            if name == "grad":
+                stack.enter_context(torch.set_grad_enabled(value))
+            elif name == "inference":
+                stack.enter_context(torch.inference_mode(value))
+            else:
+                enabled, dtype, cache = value
+                stack.enter_context(torch.autocast(name, dtype, enabled, cache))
+        yield
+
+
+def _source(region: Region) -> str:
+    """Write down what `entered` enters."""
+    parts = []
+    for name, value in region:
+        if name == "span":
+            continue
+        if name == "grad":
+            parts.append(f"torch.set_grad_enabled({value})")
+        elif name == "inference":
+            parts.append(f"torch.inference_mode({value})")
+        else:
+            enabled, dtype, cache = value
+            more = f", dtype={dtype}" if dtype is not None else ""
+            more += f", cache_enabled={cache}" if cache is not None else ""
+            parts.append(f'torch.autocast("{name}", enabled={enabled}{more})')
+    return ", ".join(parts)
+
+
+def python_code(graph: fx.Graph) -> Any:
+    """Generate the code of a graph, as torch.fx does, with its regions in ``with`` blocks.
+
+    A node that was put in later and says nothing of its own runs under what the one before it does.
+    """
+    regions: list[Region] = [()]
+    marks: list[fx.Node] = []
+    for node in list(graph.nodes):
+        region = () if node.op in ("placeholder", "output") else node.meta.get(REGION, regions[-1])
+        if region != regions[-1]:
+            with graph.inserting_before(node):
+                marks.append(graph.call_function(_mark, (len(regions),)))
+            regions.append(region)
+    code = graph.python_code(root_module="self")
+    for mark in marks:
+        graph.erase_node(mark)
+    if marks:
+        code.src = "\n".join(_blocks(code.src.split("\n"), [each.name for each in marks], regions[1:]))
+    return code
+
+
+def _blocks(lines: Iterable[str], marks: Sequence[str], regions: Sequence[Region]) -> Iterator[str]:
+    """Turn the lines of the marks into ``with`` lines, and indent what follows."""
+    waiting = dict(zip(marks, regions, strict=True))
+    indent, outer = "", ()
+    for line in lines:
+        name = line.strip().partition(" ")[0]
+        if name not in waiting:
+            yield indent + line if line.strip() else line
+            continue
+        region = waiting[name]
+        inside = _span(region) is not None and _span(region) == _span(outer)
+        if not inside:
+            outer = region
+        indent = "    " * (bool(outer) + (region != outer))
+        if region and not (inside and region == outer):
+            yield f"{indent}with {_source(region)}:"
+
+
+def _span(region: Region) -> Any:
+    """Number the outermost autocast of a region: within it, weights are cast once, so it is left once."""
+    return next((value for name, value in region if name == "span"), None)
+
+
+def _mark(number: int) -> None:
+    """Stand for the place where a region begins."""
