@@ -15,7 +15,7 @@ from fxgraft.files import Header
 
 _KINDS = {"architecture": dict, "progress": (int, float), "weights": str, "grafts": list}
 _ENTRIES = {"name": str, "method": str, "options": dict}
-_KNOWN = {"format", "version", "versions", "sha256", *_KINDS}
+_KNOWN = {"format", "version", "versions", "sha256", "placements", *_KINDS}
 _LARGEST_SIDE = 100_000
 _FEW = 10_000
 

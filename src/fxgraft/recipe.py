@@ -24,6 +24,7 @@ from fxgraft.files import Header, digest_of, write_files
 from fxgraft.graph.grafting.graft import Graft
 from fxgraft.graph.grafting.ledger import Ledger
 from fxgraft.graph.grafting.lookup import ledger_of, own_keys
+from fxgraft.graph.grafting.placement import PlacementRecord
 from fxgraft.graph.grafting.state import state_of
 from fxgraft.graph.tracing.preserve import preserved_random_state
 from fxgraft.graph.tracing.whole import alone
@@ -93,6 +94,7 @@ def save(model: nn.Module, path: str | Path, *, weights: bool = True) -> Path:
         "progress": ledger.context.progress,
         "weights": "all" if weights else "grafts",
         "grafts": [_entry(graft) for graft in ledger.grafts],
+        "placements": [each.as_data() for each in ledger.recorded()],
     }
     try:
         json.dumps(recipe)
@@ -213,7 +215,9 @@ def _install(ledger: Ledger, model: nn.Module, recipe: dict[str, Any], folder: P
             )
             for e in recipe["grafts"]
         ]  # fmt: skip
-        ledger.install(model, wanted)
+        # A recipe that was changed on purpose says by its options where the grafts go.
+        records = recipe.get("placements", ()) if "sha256" in recipe else ()
+        ledger.install(model, wanted, [PlacementRecord.of_data(each) for each in records])
     except Exception as error:
         raise RecipeError(
             f"The recipe in {str(folder)!r} asks for what this fxgraft does not have, or not on this model.\n"

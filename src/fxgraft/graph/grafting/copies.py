@@ -32,7 +32,9 @@ def copy_with(model: M, keep: Callable[[Graft], bool]) -> M:
     portable = ledger.portable()
     portable.grafts = [graft for graft in portable.grafts if keep(graft)]
     if portable.grafts:
-        copy.deepcopy(portable).install(plain)
+        names = {graft.name for graft in portable.grafts}
+        portable.records = tuple(each for each in portable.records if each.graft in names)
+        copy.deepcopy(portable).restore(plain)
     return plain
 
 

@@ -18,16 +18,18 @@ from typing import Any
 import torch
 from torch import nn
 
-from fxgraft.errors import FxgraftWarning, WrappedModelError
+from fxgraft.errors import FxgraftWarning, StructureError, WrappedModelError
 from fxgraft.graph.grafting.backbone import Backbone
 from fxgraft.graph.grafting.graft import Graft, Make, Placer, U, checked_placements
 from fxgraft.graph.grafting.journal import Installation, Kept
 from fxgraft.graph.grafting.passes import Context
+from fxgraft.graph.grafting.placement import Placement, PlacementRecord
 from fxgraft.graph.grafting.planning import compile_placements
 from fxgraft.graph.grafting.state import GraftState, hidden_forward, state_of
 from fxgraft.graph.grafting.swap import orphaning, parts_without_model, releasing
 from fxgraft.graph.tracing.anatomy import Anatomy
 from fxgraft.graph.tracing.names import class_name
+from fxgraft.graph.tracing.preserve import preserved_random_state
 from fxgraft.graph.tracing.settings import settings_changed
 from fxgraft.graph.tracing.whole import Step, afterwards, alone, at_once, refilling
 
@@ -40,8 +42,11 @@ class Ledger:
         context: what their units share during a pass.
         installation: what is written on the model now.
         owners: the grafted parts of the model, and in which modes (training, evaluation) they run a graft.
-        options: keyword arguments of a call that are meant for the grafts and not for the model.
+        options: keyword arguments of a call that the grafts read, besides ``target``.
+        records: the placements that are to be repeated on a copy of the model; on the way to it only.
     """
+
+    records: tuple[PlacementRecord, ...] = ()
 
     def __init__(self) -> None:
         self.grafts: list[Graft] = []
@@ -51,8 +56,15 @@ class Ledger:
         self.options: tuple[str, ...] = ()
 
     @alone
-    def plan(self, model: nn.Module, grafts: Sequence[Graft]) -> Installation:
+    def plan(
+        self, model: nn.Module, grafts: Sequence[Graft], records: Sequence[PlacementRecord] = ()
+    ) -> Installation:
         """Plan and compile grafts on a bare model; nothing is written.
+
+        Args:
+            model: the model.
+            grafts: all of its grafts.
+            records: the placements to repeat, where it is the copy of a model.
 
         Raises:
             FxgraftError: whatever a patch finds wrong.
@@ -64,6 +76,10 @@ class Ledger:
             asked: set[str] = set()
             make = _noting(graft, asked)
             placed = checked_placements(graft, graft.patch.place(Backbone(anatomy), make))
+            if records:
+                placed = _repeated(
+                    graft, placed, [each for each in records if each.graft == graft.name], asked
+                )
             installation.placements += [(graft, placement) for placement in placed]
             # What an earlier plan made, for a layer that another has replaced since, is of no use any more;
             # what this one asked for is, placed or not.
@@ -74,8 +90,19 @@ class Ledger:
         return installation
 
     @alone
-    def install(self, model: nn.Module, grafts: Sequence[Graft] | None = None) -> None:
-        """Put grafts on a model in place of those that are there; on failure nothing changes."""
+    def install(
+        self,
+        model: nn.Module,
+        grafts: Sequence[Graft] | None = None,
+        records: Sequence[PlacementRecord] = (),
+    ) -> None:
+        """Put grafts on a model in place of those that are there; on failure nothing changes.
+
+        Args:
+            model: the model.
+            grafts: those that it is to have; by default those that it has, planned again.
+            records: see `plan`.
+        """
         self._check_intact()
         if self.installation is not None and self.installation.model is not model:
             raise WrappedModelError(
@@ -90,7 +117,7 @@ class Ledger:
         after = None
         try:
             at_once([*self._erasing(), *(step for each in orphans for step in releasing(each))])
-            after = self.plan(model, wanted) if wanted else None
+            after = self.plan(model, wanted, records) if wanted else None
             written: list[Step] = []
             if after is not None:
                 kept.settle_new(after)
@@ -224,7 +251,15 @@ class Ledger:
         twin = Ledger()
         twin.grafts = [replace(graft) for graft in self.grafts]
         twin.context.progress = self.context.progress
+        twin.records = self.recorded()
         return twin
+
+    def recorded(self) -> tuple[PlacementRecord, ...]:
+        """Take down all placements; none where the model has changed since in what they depend on."""
+        if self.installation is None or self._stale(self.installation.model):
+            return ()
+        keys = {id(unit): key for graft in self.grafts for key, unit in graft.units.items()}
+        return tuple(PlacementRecord.of(graft.name, p, keys) for graft, p in self.installation.placements)
 
     def restore(self, model: nn.Module) -> None:
         """Put the grafts on a copy of the model that they were on."""
@@ -233,11 +268,43 @@ class Ledger:
         for module in model.modules():
             for name in [name for name, child in module._modules.items() if id(child) in own]:
                 del module._modules[name]
-        self.install(model)
+        records, self.records = self.records, ()
+        with preserved_random_state():  # units that are not repeated are built and dropped
+            self.install(model, records=records)
 
     def paths(self) -> list[str]:
         """Name the grafted modules."""
         return list(self.installation.states) if self.installation else []
+
+
+def _repeated(
+    graft: Graft[Placer], placed: list[Placement], records: Sequence[PlacementRecord], asked: set[str]
+) -> list[Placement]:
+    """Return the placements that are recorded of a graft, in place of those that it would choose now.
+
+    Layers that were wrapped or replaced since the model was patched may look like other places for units.
+
+    Raises:
+        StructureError: a unit that was placed is not found on the model any more.
+    """
+    keys = {id(unit): key for key, unit in graft.units.items()}
+    if [PlacementRecord.of(graft.name, each, keys) for each in placed] == list(records):
+        return placed
+    repeated = {each.unit: each for each in records}
+    lost = next(
+        (k for k, each in repeated.items() if k not in asked and not (each.whole and k in graft.units)), None
+    )
+    if lost is not None:
+        raise StructureError(
+            f"{graft.name!r} has a unit {lost!r} that is not found on a copy of the model.\n"
+            "What stands there was wrapped or replaced since the model was patched.\n"
+            "Patch after layers are wrapped or replaced, or copy fxgraft.unpatch(model) and patch the copy."
+        )
+    asked.clear()
+    asked.update(repeated)
+    for key, each in repeated.items():
+        graft.units[key].bind(**each.bound)
+    return [each.placement(graft.units[each.unit]) for each in records]
 
 
 def _stale_settings(module: nn.Module, state: GraftState) -> bool:

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any, get_args
 
 from fxgraft.graph.grafting.unit import Unit
+from fxgraft.graph.structure.layout import Layout
 from fxgraft.graph.tracing.editing import Edit
+
+_EDITS = {kind.__name__: kind for kind in get_args(Edit)}
 
 
 @dataclass(frozen=True)
@@ -48,3 +53,71 @@ def placements(
     if evaluation is not None:
         placed.append(Placement(owner, evaluation, key, unit, training=False))
     return placed
+
+
+@dataclass(frozen=True)
+class PlacementRecord:
+    """A placement as data, by which a copy of a model repeats those of its original.
+
+    Attributes:
+        graft: the graft's name.
+        unit: the unit's key among those of its graft.
+        owner, edit, key, training, evaluation: of the `Placement`.
+        bound: plain values, and layouts, that the unit was bound to.
+        whole: whether that is all that it was bound to, so that nothing has to be found for it.
+    """
+
+    graft: str
+    unit: str
+    owner: str
+    edit: Edit
+    key: str
+    training: bool
+    evaluation: bool
+    bound: Mapping[str, Any] = field(default_factory=dict, compare=False)
+    whole: bool = field(default=False, compare=False)
+
+    @classmethod
+    def of(cls, graft: str, placement: Placement, keys: Mapping[int, str]) -> PlacementRecord:
+        """Take down a placement.
+
+        Args:
+            graft: the graft's name.
+            placement: of one of its units.
+            keys: keys of the graft's units, by the identity of the unit.
+        """
+        p = placement
+        known = p.unit.bound()
+        bound = {name: value for name, value in known.items() if isinstance(value, Layout) or is_plain(value)}
+        place = (p.owner, p.edit, p.key, p.training, p.evaluation)
+        return cls(graft, keys[id(p.unit)], *place, bound, len(bound) == len(known))
+
+    def placement(self, unit: Unit) -> Placement:
+        """Place a unit so."""
+        return Placement(self.owner, self.edit, self.key, unit, self.training, self.evaluation)
+
+    def as_data(self) -> dict[str, Any]:
+        """Return what JSON can hold of it."""
+        edit = {"kind": type(self.edit).__name__, **asdict(self.edit)}
+        bound = {name: vars(v) if isinstance(v, Layout) else v for name, v in self.bound.items()}
+        return {**vars(self), "edit": edit, "bound": bound}
+
+    @classmethod
+    def of_data(cls, data: Mapping[str, Any]) -> PlacementRecord:
+        """Read what `as_data` returned.
+
+        Raises:
+            Exception: it is something else.
+        """
+        edit = dict(data["edit"])
+        kind = _EDITS[edit.pop("kind")]
+        edit = {name: tuple(value) if isinstance(value, list) else value for name, value in edit.items()}
+        bound = {name: Layout(**v) if isinstance(v, dict) else v for name, v in data["bound"].items()}
+        return cls(**{**data, "edit": kind(**edit), "bound": bound})
+
+
+def is_plain(value: Any) -> bool:
+    """Say whether a value is a number, a word, nothing, or a list of those."""
+    if isinstance(value, list):
+        return all(map(is_plain, value))
+    return value is None or isinstance(value, (bool, int, float, str))

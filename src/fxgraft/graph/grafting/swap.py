@@ -8,6 +8,7 @@ no ``state_dict`` sees. Copies are made of the bare modules and grafted again, s
 from __future__ import annotations
 
 import copy
+import copyreg
 import functools
 import inspect
 import operator
@@ -36,7 +37,9 @@ ENTRY_POINTS = ("forward_features", "forward_head", "forward_intermediates", "ge
 
 def _run(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
     """Run the program of the current mode."""
-    state: GraftState = self.__dict__[STATE]
+    state = state_of(self)
+    if state is None:
+        return _base(self).forward(self, *args, **kwargs)
     if state.orphan:
         raise BypassError(
             f"This {state.base.__name__} was copied out of a patched model, without the model.\n"
@@ -67,12 +70,19 @@ def _run(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
 
 def _traced_run(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
     """Run as part of a trace: no pass of anything, but entry points that the forward uses lie inside it."""
-    state: GraftState = self.__dict__[STATE]
+    state = state_of(self)
+    if state is None:
+        return _base(self).forward(self, *args, **kwargs)
     run = Pass(state.context, self)
     kwargs = type(self)._fxgraft_declared.own(_options(state), kwargs)  # type: ignore[attr-defined]
     with afterwards(run.exit):
         run.enter()
         return _run(self, *args, **kwargs)
+
+
+def _base(module: nn.Module) -> type[nn.Module]:
+    """Return the class that the grafted class of a module, or of an instance of a subclass of that, stands for."""
+    return type(module)._fxgraft_base  # type: ignore[attr-defined]
 
 
 def _options(state: GraftState) -> tuple[str, ...]:
@@ -142,12 +152,15 @@ def _whole_call(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
     return out
 
 
-def _entry_point(name: str, own: Callable[..., Any]) -> Callable[..., Any]:
+def _entry_point(base: type[nn.Module], name: str) -> Callable[..., Any]:
     """Wrap a method that runs part of the model, so that it passes through the grafts or refuses."""
+    own: Callable[..., Any] = getattr(base, name)
 
     @functools.wraps(own)
     def method(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        state: GraftState = self.__dict__[STATE]
+        state = state_of(self)
+        if state is None or state.base is not base:
+            return own(self, *args, **kwargs)
         program = state.training if self.training else state.evaluation
         if state.context.current is None and program.acts:
             mode = "training" if self.training else "evaluation"
@@ -164,6 +177,9 @@ def _entry_point(name: str, own: Callable[..., Any]) -> Callable[..., Any]:
 
 def grafted_class(base: type[nn.Module], outer: bool) -> type[nn.Module]:
     """Make the subclass of ``base`` that grafted modules get.
+
+    It is there for the modules that are grafted. Called, as in ``type(layer)(3, 8, 3)``, it makes an instance of
+    ``base``; an instance that came about in another way, of a subclass of it for example, acts as one of ``base``.
 
     Args:
         base: the module's own class.
@@ -184,8 +200,7 @@ def grafted_class(base: type[nn.Module], outer: bool) -> type[nn.Module]:
         "__module__": base.__module__,
         "__doc__": base.__doc__,
         "__reduce_ex__": _reduce,
-        "__deepcopy__": _deepcopy,
-        "_get_name": lambda self: base.__name__,
+        "__setstate__": _setstate,
         "__copy__": _shallow_copy,
         "extra_repr": _extra_repr,
         "_replicate_for_data_parallel": _replicate,
@@ -195,6 +210,9 @@ def grafted_class(base: type[nn.Module], outer: bool) -> type[nn.Module]:
         most = sys.maxsize if arguments.any_positional else len(arguments.positional)
 
         def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+            state = state_of(self)
+            if state is None or state.base is not base:
+                return base.forward(self, *args, **kwargs)
             if len(args) == most + 1 and args[-1] is None and torch.jit.is_tracing():  # pyright: ignore[reportPrivateImportUsage]
                 args = args[:-1]  # the default of target, which torch.onnx's older exporter gives by position
             if len(args) > most:
@@ -204,7 +222,7 @@ def grafted_class(base: type[nn.Module], outer: bool) -> type[nn.Module]:
                     "Labels are no input of the model: they reach its patches by name.\n"
                     "Call model(x, target=y)."
                 )
-            names = _options(self.__dict__[STATE])
+            names = _options(state)
             options = {name: arguments.given(name, args, kwargs) for name in (*names, LABELS)}
             options = {name: value for name, value in options.items() if value is not None}
             return _outer_call(self, _whole_call, args, arguments.own(names, kwargs), options)
@@ -217,12 +235,15 @@ def grafted_class(base: type[nn.Module], outer: bool) -> type[nn.Module]:
         run = forward
         for name in ENTRY_POINTS:
             if callable(getattr(base, name, None)):
-                body[name] = _entry_point(name, getattr(base, name))
+                body[name] = _entry_point(base, name)
         if callable(getattr(base, "set_grad_checkpointing", None)):
             body["set_grad_checkpointing"] = _set_grad_checkpointing
     else:
 
         def part(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+            state = state_of(self)
+            if state is None or state.base is not base:  # it stands for an instance of ``base``
+                return base.forward(self, *args, **kwargs)
             return _run(self, *args, **kwargs)
 
         run = part
@@ -231,9 +252,23 @@ def grafted_class(base: type[nn.Module], outer: bool) -> type[nn.Module]:
     body["forward"] = run
     if issubclass(base, fx.GraphModule):
         body["recompile"] = _recompile
+    if hasattr(base, "__deepcopy__"):
+        # Only there: wrappers that hand unknown attributes on to the model would be copied as if they were the model.
+        body["__deepcopy__"] = _deepcopy
     # Under the name of the base: what is written down of a model, or chosen by the name of a class, goes by it.
     body["__qualname__"] = base.__qualname__
-    return cast("type[nn.Module]", type(base.__name__, (base,), body))
+    return cast("type[nn.Module]", _making_bases(type(base))(base.__name__, (base,), body))
+
+
+@functools.cache
+def _making_bases(metaclass: type) -> type:
+    """Derive the class of grafted classes: called, they make instances of their base."""
+
+    def call(cls: Any, *args: Any, **kwargs: Any) -> Any:
+        made = cls._fxgraft_base if "_fxgraft_base" in vars(cls) else cls
+        return metaclass.__call__(made, *args, **kwargs)  # type: ignore[operator]
+
+    return type(metaclass.__name__, (metaclass,), {"__call__": call})
 
 
 def _recompile(self: fx.GraphModule) -> Any:
@@ -246,24 +281,28 @@ def _recompile(self: fx.GraphModule) -> Any:
 
 def _set_grad_checkpointing(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
     """Switch checkpointing as the model does, then trace again: graphs hold what the flag decided."""
-    state: GraftState = self.__dict__[STATE]
-    out = state.base.set_grad_checkpointing(self, *args, **kwargs)  # type: ignore[attr-defined]
-    if state.ledger is not None:
+    state = state_of(self)
+    out = _base(self).set_grad_checkpointing(self, *args, **kwargs)  # type: ignore[attr-defined]
+    if state is not None and state.ledger is not None:
         state.ledger.renew(self)
     return out
 
 
 def _extra_repr(self: nn.Module) -> str:
     """Show the grafts where the module is printed."""
-    state: GraftState = self.__dict__[STATE]
-    own = state.base.extra_repr(self)
+    state = state_of(self)
+    own = _base(self).extra_repr(self)
+    if state is None:
+        return own
     names = state.ledger.describe() if state.outer and state.ledger else _unit_names(state)
     return ", ".join(part for part in (own, f"grafted: {names}" if names else "") if part)
 
 
 def _refuse_scripting(self: nn.Module) -> nn.Module:
     """Say that TorchScript would compile the class's own source, which knows of no graft."""
-    name = self.__dict__[STATE].base.__name__
+    if state_of(self) is None:
+        return self
+    name = _base(self).__name__
     raise BypassError(
         f"torch.jit.script cannot compile a patched {name}.\n"
         "It compiles the source of forward, and what a patched module runs is made from a graph.\n"
@@ -280,8 +319,11 @@ def _unit_names(state: GraftState) -> str:
 
 def _plain(module: nn.Module) -> nn.Module:
     """View a grafted module as an instance of its own class, sharing everything but the graft."""
-    state: GraftState = module.__dict__[STATE]
-    plain = object.__new__(state.base)
+    state = state_of(module)
+    plain = object.__new__(_base(module))
+    if state is None:
+        plain.__dict__.update(module.__dict__)
+        return plain
     if foreign_forward(module):
         raise WrappedModelError(hidden_forward(state.path or state.base.__name__))
     plain.__dict__.update({k: v for k, v in module.__dict__.items() if k not in (STATE, "forward")})
@@ -291,25 +333,57 @@ def _plain(module: nn.Module) -> nn.Module:
     return plain
 
 
+def _of_subclass(module: nn.Module) -> bool:
+    """Say whether a module without a graft is of a subclass that somebody derived from a grafted class."""
+    return state_of(module) is None and "_fxgraft_base" not in vars(type(module))
+
+
 def _reduce(self: nn.Module, protocol: Any) -> Any:
-    """Pickle the bare module; the patched model adds its ledger and grafts itself again on loading."""
-    state: GraftState = self.__dict__[STATE]
+    """Copy and pickle the bare module; the patched model adds its ledger and grafts itself again."""
+    if _of_subclass(self):
+        return _base(self).__reduce_ex__(self, protocol)
+    state = state_of(self)
+    plain = _plain(self)
+    if state is None:
+        return _itself, (plain,)
     ledger = state.ledger.portable() if state.outer and state.ledger else None
-    return _restore, (_plain(self), ledger)
+    reduced = plain.__reduce_ex__(protocol)
+    if reduced[:2] == (copyreg.__newobj__, (state.base,)):  # type: ignore[attr-defined]
+        # Empty first, so that parts that hold on to the module find it while they are copied.
+        return _empty, (state.base,), (reduced[2], ledger)
+    return _restore, (plain, ledger)
+
+
+def _itself(module: nn.Module) -> nn.Module:
+    return module
+
+
+def _empty(base: type[nn.Module]) -> nn.Module:
+    """Begin a copy of a grafted module; `_setstate` ends it."""
+    return object.__new__(grafted_class(base, outer=False))
+
+
+def _setstate(self: nn.Module, state: Any) -> None:
+    """Fill a copy that `_empty` began, and graft it again."""
+    base = _base(self)
+    if _of_subclass(self):
+        base.__setstate__(self, state)
+        return
+    self.__class__ = base
+    own, ledger = state
+    self.__setstate__(own)
+    _restore(self, ledger)
 
 
 def _deepcopy(self: nn.Module, memo: dict[int, Any]) -> nn.Module:
-    """Copy the bare module; the patched model grafts its copy again."""
-    state: GraftState = self.__dict__[STATE]
-    plain = _plain(self)
-    ledger = state.ledger.portable() if state.outer and state.ledger else None
-    if "__deepcopy__" in dir(state.base):
-        new = copy.deepcopy(plain, memo)
-    else:
-        new = object.__new__(state.base)
-        memo[id(self)] = new
-        new.__dict__.update(copy.deepcopy(plain.__dict__, memo))
+    """Copy a bare module that says itself how it is copied; the patched model grafts its copy again."""
+    state = state_of(self)
+    plain = self if _of_subclass(self) else _plain(self)
+    new = _base(self).__deepcopy__(plain, memo)  # type: ignore[attr-defined]
     memo[id(self)] = new
+    if state is None:
+        return new
+    ledger = state.ledger.portable() if state.outer and state.ledger else None
     return _restore(new, copy.deepcopy(ledger, memo))
 
 
@@ -351,8 +425,9 @@ def orphaning(part: nn.Module) -> list[Step]:
 
 def _replicate(self: nn.Module) -> nn.Module:
     """Give a DataParallel replica a context of its own: replicas run in threads, on their own labels."""
-    state: GraftState = self.__dict__[STATE]
-    replica = state.base._replicate_for_data_parallel(self)
-    replica.__dict__[STATE] = state
+    state = state_of(self)
+    replica = _base(self)._replicate_for_data_parallel(self)
+    if state is not None:
+        replica.__dict__[STATE] = state
     replica.__class__ = type(self)
     return replica

@@ -76,6 +76,10 @@ class Unit(nn.Module):
         self.__dict__["_bound"] = tuple(dict.fromkeys((*self.__dict__.get("_bound", ()), *found)))
         self.__dict__.update(found)
 
+    def bound(self) -> dict[str, Any]:
+        """Return what `bind` has set."""
+        return {name: self.__dict__[name] for name in self.__dict__.get("_bound", ())}
+
     def set_progress(self, fraction: float) -> None:
         """Follow a schedule. Keep what depends on it in plain attributes: compiled code guards on those."""
 
@@ -88,7 +92,7 @@ class Unit(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out what belongs to the model the unit sits in; it is set again when a copy is grafted."""
-        out = {"context", "_bound", *self.__dict__.get("_bound", ())}
+        out = {"context", "_bound", *self.bound()}
         return {key: value for key, value in self.__dict__.items() if key not in out}
 
     @property

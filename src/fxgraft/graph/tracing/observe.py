@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -186,7 +187,9 @@ def observe(
         if name is not None:
             seen.calls.setdefault(name, []).append(record)
         # A patched model is looked at as part of a trace: this is no pass, and serves no labels.
-        run = getattr(module, "_fxgraft_forward", None) or module.forward
+        # By its class: a wrapper may hand unknown attributes on to the model.
+        traced = getattr(type(module), "_fxgraft_forward", None)
+        run = module.forward if traced is None else partial(traced, module)
         record.output = _one_step(module, run, args, kwargs)
         record.order = order
         order += 1
