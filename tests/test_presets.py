@@ -13,7 +13,7 @@ import timm
 from rich.console import Console
 
 import fxgraft
-from fxgraft import RSC, ConfigError, CrossNorm, Diversification, MixMo, SelfNorm, extend
+from fxgraft import GAM, RSC, ConfigError, CrossNorm, Diversification, MixMo, SelfNorm, extend
 from fxgraft.cli.cards import card
 from training_parity.networks import DenseNet, ResNet, ResNeXt
 
@@ -60,16 +60,17 @@ def test_mixmo_starts_from_scratch_and_leaves_repeating_to_the_sampler() -> None
     made = {name: MixMo.preset(name) for name in MixMo.presets}
     assert {(each.init, each.members, each.repetitions) for each in made.values()} == {("random", 2, 1)}
     assert (made["cifar_cut"].p, made["cifar_cut"].decay, made["cifar_cut"].r) == (0.5, 1 / 12, 3.0)
-    assert {name for name, each in made.items() if each.mixing == "sum"} == {
-        "cifar_mimo",
-        "tiny_imagenet_mimo",
-    }
+    assert {name for name, each in made.items() if each.mixing == "sum"} == {"cifar_mimo"}
+    assert (made["cifar_cut"].epochs, made["tiny_imagenet_cut"].epochs) == (300, 1200)
     assert made["tiny_imagenet_linear"] == made["cifar_linear"]
     for name, rows in (("cifar_cut", 64), ("tiny_imagenet_cut", 100)):
         training = MixMo.presets[name].training
         assert training.batch == rows
-        assert f"RepeatedBatchSampler(batch_size={rows}, repetitions=4)" in str(training)
-        assert "input_cutmix" in str(training)
+        assert f"fxgraft.paired_loader(data, {rows}, repetitions=4)" in str(training)
+        assert "cutmix=0.5 in the loader" in str(training)
+    assert "1e-4" in str(MixMo.presets["tiny_imagenet_cut"].training.weight_decay)
+    assert str(MixMo.presets["cifar_cut"].training.schedule).endswith("100, 200, 225")
+    assert str(MixMo.presets["tiny_imagenet_cut"].training.schedule).endswith("599, 899")
 
 
 def test_diversification_says_which_row_of_the_paper_is_which() -> None:
@@ -207,3 +208,13 @@ def test_what_the_scripts_state_is_in_the_notes() -> None:
             for kind in ("", "_cnsn", "_cnsn_consistency", "_cnsn_augmix")}  # fmt: skip
     images = {f"imagenet{kind}" for kind in ("", "_cnsn", "_cnsn_consistency", "_cnsn_ibn_augmix")}
     assert {*CrossNorm.presets} == {*SelfNorm.presets} == rows | images | {"gtav_fcn_cnsn"}
+
+
+def test_what_was_stated_of_the_other_methods() -> None:
+    imagenet, pacs, domainbed = (RSC.presets[name].training for name in ("imagenet", "pacs", "domainbed"))
+    assert "pretrained" in str(imagenet.network)
+    assert (imagenet.schedule, imagenet.epochs, imagenet.batch) == ("×0.1 every 20 epochs", 90, 256)
+    assert (pacs.batch, pacs.epochs, "128 rows" in str(pacs.repetition)) == (64, 20, True)
+    assert (domainbed.optimiser, domainbed.weight_decay, domainbed.batch) == ("Adam 5e-5", "0", 32)
+    digits = str(GAM.presets["digits"].training)
+    assert all(word in digits for word in ("behind its ReLU", "train split alone", "95 %", "98 %", "2.5e-5"))

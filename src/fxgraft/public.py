@@ -38,7 +38,7 @@ from fxgraft.patches.mixmo.ensemble import EnsembleMetrics, disagreement, ensemb
 from fxgraft.patches.mixmo.members import MemberLogits, member_logits
 from fxgraft.patches.mixmo.pairing import MixMoInput
 from fxgraft.patches.mixmo.patch import MixMo
-from fxgraft.patches.mixmo.sampling import RepeatedBatchSampler
+from fxgraft.patches.mixmo.sampling import RepeatedBatchSampler, paired_loader
 from fxgraft.patches.mixmo.tensors import MixedLabels, input_cutmix
 from fxgraft.patches.registry import methods, register
 from fxgraft.patches.rsc.patch import RSC
@@ -106,6 +106,7 @@ __all__ = [
     "member_logits",
     "merge",
     "methods",
+    "paired_loader",
     "patch",
     "register",
     "save",

@@ -17,7 +17,7 @@ from fxgraft.patches.gam import discriminators
 from training_parity.releases import STEPS, TOLERANCE
 
 SIZE = 6
-TAPS = {"fc3": 0.1, "fc4": 1.0}
+TAPS = {"relu_2": 0.1, "fc4": 1.0}  # the release taps fc3 behind its ReLU
 
 
 class LeNet(nn.Module):
@@ -38,8 +38,8 @@ def activations(p: Mapping[str, Tensor], x: Tensor) -> dict[str, Tensor]:
     """The last two layers of a `LeNet` with the given weights."""
     for name in ("conv1", "conv2"):
         x = F.max_pool2d(F.relu(F.conv2d(x, p[f"{name}.weight"], p[f"{name}.bias"])), 2)
-    inner = x.flatten(1) @ p["fc3.weight"].T + p["fc3.bias"]
-    return {"fc3": inner, "fc4": F.relu(inner) @ p["fc4.weight"].T + p["fc4.bias"]}
+    inner = F.relu(x.flatten(1) @ p["fc3.weight"].T + p["fc3.bias"])
+    return {"relu_2": inner, "fc4": inner @ p["fc4.weight"].T + p["fc4.bias"]}
 
 
 def verdict(d: Mapping[str, Tensor], tap: str, x: Tensor) -> Tensor:

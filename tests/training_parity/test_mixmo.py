@@ -16,6 +16,7 @@ from training_parity.releases import TOLERANCE, Typed, batch, deviation, steppin
 
 CLASSES, SIZE, PIXELS, REPEATED, L2 = 6, 4, 64, 2, 3e-4
 SGD = {"lr": 0.0125, "momentum": 0.9, "nesterov": True}
+EPOCHS = 300
 PROGRESS = (0.0, 0.3, 0.6, 0.9, 0.95)
 """Of the training, before each step: the last is in the twelfth where the probability falls."""
 
@@ -108,7 +109,8 @@ def test_five_steps_of_the_release(preset: str) -> None:
 
     def theirs(step: int) -> Tensor:
         x, y = batch(step, SIZE, PIXELS, CLASSES)
-        reference.chance = 0.5 * min(1.0, 12 * (1 - PROGRESS[step]))
+        epoch = int(PROGRESS[step] * EPOCHS) + 1  # the release counts from 1
+        reference.chance = 0.5 * min(1.0, 12 * (1 - epoch / EPOCHS))
         optimiser.zero_grad()
         loss = reference.loss(x, y)
         (loss + L2 * sum(p.square().sum() for p in reference.parameters())).backward()

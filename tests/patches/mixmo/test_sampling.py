@@ -2,13 +2,17 @@
 
 from collections import Counter
 from itertools import chain
+from typing import Any
 
 import pytest
+import timm
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor
 from torch.utils.data import DataLoader, DistributedSampler, RandomSampler, SequentialSampler, TensorDataset
 
+import fxgraft
 from fxgraft.errors import ConfigError
 from fxgraft.patches.mixmo.sampling import RepeatedBatchSampler
 
@@ -100,3 +104,76 @@ def test_an_epoch_may_be_set_on_any_sampler():
 def test_batches_that_cannot_be_made(size: int, repetitions: int, message: str):
     with pytest.raises(ConfigError, match=message):
         RepeatedBatchSampler(range(10), size, repetitions)
+
+
+class Counted(torch.utils.data.Dataset[Any]):
+    """Says which sample an image is of, and which of those that were loaded it is."""
+
+    def __init__(self, size: int = 12) -> None:
+        self.size, self.loaded = size, 0
+
+    def __len__(self) -> int:
+        return self.size
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        self.loaded += 1
+        return torch.full((2, 6, 6), float(index)) + torch.tensor(self.loaded / 1000), index
+
+
+@pytest.mark.parametrize("members", [1, 2, 3])
+def test_every_member_has_an_image_of_its_own(members: int) -> None:
+    torch.manual_seed(0)
+    data = Counted()
+    loader = fxgraft.paired_loader(data, 8, members=members, repetitions=2, drop_last=True)
+    batches = list(loader)
+    assert len(batches) == len(loader) == 3
+    assert data.loaded == 3 * 8 * members  # nothing that two members, or two rows, share
+    for images, labels in batches:
+        assert len(images.inputs) == len(labels) == members
+        for each, known in zip(images.inputs, labels, strict=True):
+            assert torch.equal(each[:, 0, 0, 0].floor().long(), known)
+            assert sorted(known.tolist()) == sorted(labels[0].tolist())
+            assert all(count == 2 for count in known.bincount()[known.unique()])
+    assert len({tuple(each.tolist()) for each in batches[0][1]}) == members
+
+
+def test_cutmix_of_each_image_with_one_of_all_the_data() -> None:
+    torch.manual_seed(0)
+    seen, mixed, images_seen = set(), 0, 0
+    for images, labels in fxgraft.paired_loader(Counted(40), 4, cutmix=0.5):
+        for each, known in zip(images.inputs, labels, strict=True):
+            first = known.mask.bool().expand_as(each)
+            assert torch.equal(torch.where(first, each.floor(), 0.0).amax((1, 2, 3)).long(), known.first)
+            second = torch.where(first, -1.0, each.floor()).amax((1, 2, 3)).long()
+            other = (known.mask == 0).flatten(1).any(1)
+            assert torch.equal(second[other], known.second[other])
+            assert bool((known.mask.mean((1, 2, 3)) >= 0.5).all())
+            seen |= set(known.second[other].tolist())
+            mixed, images_seen = mixed + int(other.sum()), images_seen + len(other)
+    assert 0.25 < mixed / images_seen < 0.6  # half of them, but for boxes that come out empty
+    assert len(seen) > 15
+
+
+def test_a_step_with_the_loader_and_what_it_refuses() -> None:
+    data = torch.utils.data.TensorDataset(torch.randn(6, 3, 64, 64), torch.arange(6) % 4)
+    model = fxgraft.patch(
+        timm.create_model("test_resnet", num_classes=4), "mixmo", preset="cifar_cut"
+    ).train()
+    loader = fxgraft.paired_loader(data, 6, cutmix=1.0, generator=torch.Generator().manual_seed(0))
+    for images, labels in loader:
+        moved, known = (
+            images.to("cpu", non_blocking=True),
+            [each.to("cpu", non_blocking=True) for each in labels],
+        )
+        fxgraft.loss(model, model(moved, target=known), known).backward()
+    for options, match in (
+        ({"cutmix": 1.5}, "cutmix must be a probability"),
+        ({"alpha": 0}, "alpha must be above 0"),
+        ({"members": 0}, "members must be a whole number"),
+        ({"repetitions": 4}, "cannot hold each sample 4 times"),
+    ):
+        with pytest.raises(ConfigError, match=match):
+            fxgraft.paired_loader(data, 6, **options)
+    whole = torch.utils.data.TensorDataset(torch.zeros(4, 3, 8, 8, dtype=torch.uint8), torch.zeros(4))
+    with pytest.raises(ConfigError, match=r"images are Tensor of torch.uint8.*\n.*\nPut ToTensor"):
+        next(iter(fxgraft.paired_loader(whole, 2)))

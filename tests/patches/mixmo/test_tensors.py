@@ -408,3 +408,27 @@ def test_input_cutmix_needs_indices_and_a_positive_alpha():
             input_cutmix(x, y)
     with pytest.raises(ConfigError, match="alpha must be above 0"):
         input_cutmix(x, torch.zeros(4, dtype=torch.long), 0.0)
+
+
+def test_the_probability_by_epochs_is_that_of_the_release() -> None:
+    """p · min(1, 12 · (1 − e / E)) with epochs e that count from 1: one number in an epoch, 0 in the last."""
+    for epochs in (12, 300, 1200):
+        for done in range(epochs):
+            wanted = 0.5 * min(1.0, 12 * (1 - (done + 1) / epochs))
+            for fraction in (done / epochs, (done + 0.99) / epochs):
+                assert cut_probability(0.5, fraction, 1 / 12, epochs) == pytest.approx(wanted, abs=1e-12)
+        assert cut_probability(0.5, (epochs - 1) / epochs, 1 / 12, epochs) == 0.0
+        assert cut_probability(0.5, 1.0, 1 / 12, epochs) == 0.0
+
+
+def test_input_cutmix_tosses_a_coin_for_each_image() -> None:
+    torch.manual_seed(0)
+    x, y = torch.rand(400, 1, 8, 8), torch.arange(400)
+    mixed, labels = input_cutmix(x, y, p=0.5)
+    alone = (labels.mask == 1).flatten(1).all(1)
+    assert 150 < int(alone.sum()) < 260  # half of them, and those whose box is empty
+    assert torch.equal(mixed[alone], x[alone])
+    assert torch.equal(labels.soft(400)[alone], torch.eye(400)[alone])
+    assert torch.equal(input_cutmix(x, y, p=0.0)[0], x)
+    with pytest.raises(ConfigError, match=r"must be in \[0, 1\], got 1.5"):
+        input_cutmix(x, y, p=1.5)

@@ -70,7 +70,8 @@ class GAM(LayeredPatch):
 
     Args:
         layers: the taps: names, globs or stage numbers, found in both networks. The authors match the last two
-            layers of a classifier (the logits may be one), and four spread over the depth for dense prediction.
+            layers of a classifier (the logits may be one), and four spread over the depth for dense prediction. A
+            linear layer is tapped before its activation; the release taps behind it, which is a name of its own.
         layer: the same, for one.
         source: the source network, trained and frozen; a copy is kept. Default: a copy of the model as it is before
             the first step, so weights may be loaded after patching; layers may not be replaced.

@@ -3,7 +3,7 @@
 from fxgraft.patches.mixmo.ensemble import EnsembleMetrics, disagreement, ensemble_entropy
 from fxgraft.patches.mixmo.pairing import MixMoInput
 from fxgraft.patches.mixmo.patch import MixMo
-from fxgraft.patches.mixmo.sampling import RepeatedBatchSampler
+from fxgraft.patches.mixmo.sampling import RepeatedBatchSampler, paired_loader
 from fxgraft.patches.mixmo.tensors import MixedLabels, input_cutmix
 
 __all__ = [
@@ -15,4 +15,5 @@ __all__ = [
     "disagreement",
     "ensemble_entropy",
     "input_cutmix",
+    "paired_loader",
 ]

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fxgraft.extend import ConfigError, TargetError, draws
+from fxgraft.extend import ConfigError, Pass, TargetError, check_label_range, draws
 from fxgraft.patches.mixmo.masks import Mixing, draw_masks, shuffle_roles
 from fxgraft.patches.mixmo.tensors import MixedLabels, balance, dirichlet
 
@@ -40,6 +40,14 @@ class MixMoInput:
                 f"MixMoInput was given inputs of different sizes: {shapes}.\n"
                 "They are mixed position by position.\nResize them to one size, in batches of one length."
             )
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> MixMoInput:
+        """The images on another device."""
+        return MixMoInput([each.to(device, non_blocking=non_blocking) for each in self.inputs])
+
+    def pin_memory(self) -> MixMoInput:
+        """The images in pinned memory, for loaders."""
+        return MixMoInput([each.pin_memory() for each in self.inputs])
 
 
 @dataclass
@@ -209,6 +217,27 @@ def check_pairs(graft: str, members: int, own: Sequence[Tensor], labels: Any) ->
         f"{graft!r} was given {'MixMoInput' if own else 'one batch of images'} with {what} as labels.\n"
         f"One batch has one tensor of labels, MixMoInput a list of {members}."
     )
+
+
+def check_labels(
+    graft: str, run: Pass, members: int, own: tuple[Tensor, ...], batch: int, classes: int
+) -> None:
+    """Raise unless the labels of a pass are class indices or soft targets for every row that it mixes.
+
+    Args:
+        graft: its name.
+        run: the pass.
+        members: M.
+        own: the user's M batches, or none.
+        batch: B.
+        classes: K.
+    """
+    check_pairs(graft, members, own, run.target)
+    parts: Sequence[Any] = run.target if own and run.target is not None else (run.target,)
+    for each in parts:
+        # Two lists of indices and a mask: the first stands for all of them.
+        part = each.first if isinstance(each, MixedLabels) else each
+        check_label_range(graft, run.labels(graft, batch, part), classes)
 
 
 def known_pairing(last: Pairing | None, out: Tensor) -> Pairing:

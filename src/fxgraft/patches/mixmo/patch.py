@@ -16,7 +16,6 @@ from fxgraft.extend import (
     ConfigError,
     Graft,
     Make,
-    Pass,
     Patch,
     Picture,
     Placement,
@@ -28,7 +27,6 @@ from fxgraft.extend import (
     apply_layer,
     because,
     check_count,
-    check_label_range,
     check_positive,
     check_share,
     grafts_on,
@@ -39,10 +37,9 @@ from fxgraft.patches.mixmo import tensors as core
 from fxgraft.patches.mixmo.copies import LayerCopies, copies_key, fold
 from fxgraft.patches.mixmo.masks import BY_CHANNEL, WITHOUT_POSITIONS, Mixing
 from fxgraft.patches.mixmo.members import Members
-from fxgraft.patches.mixmo.pairing import PAIRING, MixMoInput, Pairing, check_pairs, known_pairing
+from fxgraft.patches.mixmo.pairing import PAIRING, MixMoInput, Pairing, check_labels, known_pairing
 from fxgraft.patches.mixmo.picture import mixture_panels
 from fxgraft.patches.mixmo.presets import PRESETS
-from fxgraft.patches.mixmo.tensors import MixedLabels
 
 INPUTS, RETURN = "inputs", "members"
 
@@ -83,11 +80,9 @@ class MixMo(Patch):
       tensors. The mixture is M · Σ_i mask_i · conv(x_i; V_i), evaluation has Σ_i V_i: an untrained network whose
       stem is not the stock one.
 
-    Why members should not start alike: without a spread only the pairing of the batch tells them apart. On a small
-    ResNet-18, three epochs on 500 digits and then two members on 900 others (means of 3 seeds, SGD at 0.005), a
-    spread of 0, 0.05, 0.1 and 0.2 left them, after one epoch, disagreeing on 2.9, 4.6, 5.0 and 7.4 % of the test
-    images (0, 1.0, 2.4 and 4.8 % before it), the merged network at 85, 86, 88 and 87 %. After five epochs nothing
-    of that was left: 1 to 2 % and 96 % whatever the spread.
+    Without a spread only the pairing of the batch tells the members apart. On a small ResNet-18 (500 digits, then two
+    members on 900 others, means of 3 seeds) spreads of 0, 0.05, 0.1 and 0.2 left them disagreeing on 2.9, 4.6, 5.0 and
+    7.4 % of the test images after one epoch, the merged network at 85 to 88 %; after five epochs on 1 to 2 %, at 96 %.
 
     A stem's bias is one of the tensors and follows the same rule, as does the gain of one whose weight is standardised;
     what is averaged there are the standardised weights. Where the image enters through stems of several sizes, the
@@ -103,11 +98,13 @@ class MixMo(Patch):
             than two members those beyond the first share what it leaves, linearly.
         p: probability of that mixing in a batch, else it is linear; in [0, 1].
         decay: last share of training over which p falls to 0; read from `fxgraft.set_progress`.
+        epochs: length of the training in epochs; p then falls from epoch to epoch, as in the release, to exactly 0 in
+            the last one. Default: with every `fxgraft.set_progress`.
         alpha: of the Dirichlet distribution of the mixing ratios, above 0. Large values mix evenly.
         r: root of the ratios that weighs the losses, above 0; larger values weigh more evenly.
         repetitions: how often every image of the batch, as it was augmented, occurs, in as many mixtures; the output
-            is then (M, repetitions · B, K). `fxgraft.RepeatedBatchSampler`, which has each copy augmented anew, is
-            what the authors do, and to be preferred where loading is no bottleneck.
+            is then (M, repetitions · B, K). The authors repeat in the loader: `fxgraft.paired_loader` has each member's
+            image augmented by itself, `fxgraft.RepeatedBatchSampler` each copy of the batch, which the members share.
         kept: share of the rows in which all members get the same image.
         shuffle_roles: deal in every batch anew whose image is the one that is cut out.
         visible_labels: weigh the two labels of `MixedLabels` (images mixed before, by `fxgraft.input_cutmix`) by
@@ -157,6 +154,7 @@ class MixMo(Patch):
     mixing: Mixing = "cut"
     p: float = 0.5
     decay: float = 1 / 12
+    epochs: int | None = None
     alpha: float = 2.0
     r: float = 3.0
     repetitions: int = 1
@@ -169,7 +167,7 @@ class MixMo(Patch):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_share(self, "p", "decay", "kept", "spread")
-        check_count(self, "members", "repetitions")
+        check_count(self, "members", "repetitions", *(["epochs"] if self.epochs is not None else []))
         check_positive(self, "alpha", "r")
 
     @property
@@ -283,7 +281,7 @@ class Inputs(Unit):
         images: Tensor = own[0] if own else x  # type: ignore[assignment]
         head: Any = run.model.get_submodule(self.classifier)
         classes: int = head.weight.shape[0]
-        self._check_labels(run, own, images.shape[0], classes)
+        check_labels(self.graft, run, config.members, own, images.shape[0], classes)
         repetitions = 1 if own else config.repetitions
         batch, device = images.shape[0], images.device
         orders = (
@@ -295,14 +293,6 @@ class Inputs(Unit):
         pairing = Pairing(config.members, images.shape[0], size, classes, orders, own, run.target)
         run.put(self.graft, PAIRING, pairing)
         return images
-
-    def _check_labels(self, run: Pass, own: tuple[Tensor, ...], batch: int, classes: int) -> None:
-        check_pairs(self.graft, self.config.members, own, run.target)
-        parts: Sequence[Any] = run.target if own and run.target is not None else (run.target,)
-        for each in parts:
-            # Two lists of indices and a mask: the first stands for all of them.
-            part = each.first if isinstance(each, MixedLabels) else each
-            check_label_range(self.graft, run.labels(self.graft, batch, part), classes)
 
 
 class MemberUnit(LayerCopies):
@@ -344,7 +334,9 @@ class Encoders(MemberUnit):
 
     def set_progress(self, fraction: float) -> None:
         """Follow the schedule of the probability. A tensor, since compiled code would guard on a number."""
-        self.chance = torch.tensor(core.cut_probability(self.config.p, fraction, self.config.decay))
+        self.chance = torch.tensor(
+            core.cut_probability(self.config.p, fraction, self.config.decay, self.config.epochs)
+        )
 
     def forward(self, module: nn.Module, x: Tensor) -> Tensor:
         """Return the mixture of the members' encodings."""

@@ -7,7 +7,7 @@ from typing import Any
 from fxgraft.extend import Preset, Training, presets_by_name
 
 SOURCE = "release, github.com/alexrame/mixmo-pytorch, config"
-# The release repeats in its sampler, so that every copy is augmented anew, and not in the network.
+# The release repeats and pairs in its loader, where each member's image is augmented by itself, and not in the network.
 START: dict[str, Any] = {"members": 2, "init": "random", "repetitions": 1}
 DRAWN: dict[str, Any] = {**START, "alpha": 2.0, "r": 3.0}
 MIXINGS: dict[str, dict[str, Any]] = {
@@ -20,42 +20,54 @@ MIXINGS: dict[str, dict[str, Any]] = {
 
 def _repetition(batch: int) -> str:
     return (
-        f"each image 4 times, augmented anew each time: RepeatedBatchSampler(batch_size={batch}, repetitions=4), "
-        f"that is {batch // 4} images"
+        f"each image 4 times, loaded and augmented for every member by itself: fxgraft.paired_loader(data, {batch}, "
+        f"repetitions=4), that is {batch // 4} images; pairing by the patch itself is the cheaper way"
     )
 
 
 NOTE = (
-    "warm-up from 0 over the first epoch; rows with CutMix: fxgraft.input_cutmix(x, y, alpha=1) on the images, with "
-    "probability 0.5"
+    "epochs count from 0 (the release's configuration counts from 1, so torch's MultiStepLR has these milestones); "
+    "warm-up from 0 over the first epoch; rows with CutMix: cutmix=0.5 in the loader, a coin for each image and a "
+    "partner from all of the data"
 )
 CIFAR = Training(
     network="WRN-28-10 without a pooling stem, from scratch",
-    data="CIFAR-10 or CIFAR-100",
+    data="CIFAR-10 or CIFAR-100, 32 px",
     optimiser="SGD 0.0125, momentum 0.9, Nesterov (the single network without repetition: 0.05)",
-    schedule="×0.1 at epochs 101, 201, 226",
+    schedule="×0.1 at epochs 100, 200, 225",
     epochs=300,
     batch=64,
     weight_decay="3e-4 times the sum of squares in the loss, that is 6e-4, on every parameter",
+    augmentation="crop 32 with padding 4, flip",
     repetition=_repetition(64),
     note=NOTE,
 )
 TINY_IMAGENET = Training(
     network="pre-activation ResNet-18 of width 1, 2 or 3, from scratch",
-    data="Tiny ImageNet",
+    data="Tiny ImageNet, 64 px",
     optimiser="SGD 0.05, momentum 0.9, Nesterov (the single network without repetition: 0.2)",
-    schedule="×0.1 at epochs 600, 900",
+    schedule="×0.1 at epochs 599, 899",
     epochs=1200,
     batch=100,
-    weight_decay="0",
+    weight_decay="1e-4, on every parameter; nothing in the loss",
+    augmentation="flip, crop 64 with padding 4",
     repetition=_repetition(100),
     note=NOTE,
 )
 
 PRESETS = presets_by_name(
     *(
-        Preset(name=f"{data}_{name}", options=options, source=SOURCE, training=training)
-        for data, training in (("cifar", CIFAR), ("tiny_imagenet", TINY_IMAGENET))
-        for name, options in MIXINGS.items()
+        Preset(
+            name=f"{data}_{name}",
+            # Its probability falls by epochs, to exactly 0 in the last.
+            options={**MIXINGS[name], **({"epochs": training.epochs} if name == "cut" else {})},
+            source=f"{SOURCE}/{folder}",
+            training=training,
+        )
+        for data, folder, training, names in (
+            ("cifar", "cifar10 and cifar100", CIFAR, ("linear", "cut", "mimo")),
+            ("tiny_imagenet", "tiny", TINY_IMAGENET, ("linear", "cut")),
+        )
+        for name in names
     )
 )

@@ -151,14 +151,19 @@ def permutations(
     return torch.cat((own.unsqueeze(0), torch.cat((own[:fixed].expand(members - 1, -1), shuffled), 1)))
 
 
-def cut_probability(p: float, progress: float, decay: float = 1 / 12) -> float:
+def cut_probability(p: float, progress: float, decay: float = 1 / 12, epochs: int | None = None) -> float:
     """Probability of the binary mixing: `p`, but falling linearly to 0 over the last `decay` of training.
 
     Args:
         p: probability before, in [0, 1]; 0.5 in the paper.
         progress: share of training that is done, in [0, 1].
         decay: share of training over which it falls; 0 keeps it constant.
+        epochs: length of the training. The release counts the running epoch as done: the probability is one number in
+            every epoch, and 0 in the last. None: it follows the progress.
     """
+    if epochs is not None:
+        # A fraction of k/epochs may come out just below k; it means that epoch k begins.
+        progress = min(1.0, (int(progress * epochs + 1e-9) + 1) / epochs)
     return p if decay <= 0 else p * min(1.0, max(0.0, (1 - progress) / decay))
 
 
@@ -255,9 +260,14 @@ class MixedLabels:
         """The labels of some rows, such as those that a member of a permuted batch sees."""
         return MixedLabels(self.first[rows], self.second[rows], self.mask[rows])
 
-    def to(self, device: torch.device | str) -> MixedLabels:
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> MixedLabels:
         """The labels on another device."""
-        return MixedLabels(self.first.to(device), self.second.to(device), self.mask.to(device))
+        parts = (self.first, self.second, self.mask)
+        return MixedLabels(*(each.to(device, non_blocking=non_blocking) for each in parts))
+
+    def pin_memory(self) -> MixedLabels:
+        """The labels in pinned memory, for loaders."""
+        return MixedLabels(*(each.pin_memory() for each in (self.first, self.second, self.mask)))
 
     def soft(self, classes: int, visible: Tensor | None = None) -> Tensor:
         """Soft targets: each of the two labels with the share of its image.
@@ -298,7 +308,7 @@ def visible_shares(mixed_mask: Tensor, masks: Tensor) -> Tensor:
 
 
 def input_cutmix(
-    x: Tensor, y: Tensor, alpha: float = 1.0, visible: Tensor | None = None
+    x: Tensor, y: Tensor, alpha: float = 1.0, visible: Tensor | None = None, p: float = 1.0
 ) -> tuple[Tensor, MixedLabels]:
     """Mix the images of a batch by CutMix (Yun et al., ICCV 2019), and remember which pixel is whose.
 
@@ -317,14 +327,18 @@ def input_cutmix(
         alpha: of the Beta distribution, above 0.
         visible: the mask under which these images will be shown, (B, 1 or C, h, w), for whoever draws masks
             first. None: all of the image is seen.
+        p: probability that an image is mixed, a coin for each; the others stay as they are. 0.5 in the release, which
+            mixes each member's image by itself with one from all of the data: `fxgraft.paired_loader` does.
 
     Returns:
         The mixed images, with row b of `x` as the first image of row b, and their labels.
 
     Raises:
-        ConfigError: alpha is not above 0.
+        ConfigError: alpha is not above 0, or p outside [0, 1].
         TargetError: labels that are not one class index per image.
     """
+    if not 0 <= p <= 1:
+        raise ConfigError(f"The probability of mixing an image must be in [0, 1], got {p!r}.")
     if y.shape != x.shape[:1] or y.is_floating_point():
         raise TargetError(
             f"Input CutMix pairs class indices of shape {tuple(x.shape[:1])}, got {tuple(y.shape)} of {y.dtype}.\n"
@@ -335,5 +349,7 @@ def input_cutmix(
     box = box_mask(share, draw_centres(x.shape[0], height, width, x.device), height, width)
     part = box.mean((1, 2, 3)) if visible is None else visible_shares(box, visible)
     mask = torch.where(part[:, None, None, None] < 0.5, 1 - box, box)
+    if p < 1:
+        mask = torch.where(torch.rand(x.shape[0], 1, 1, 1, device=x.device) < p, mask, 1)
     partner = torch.rand(x.shape[0], device=x.device).argsort()
     return torch.where(mask > 0, x, x[partner]), MixedLabels(y, y[partner], mask)
