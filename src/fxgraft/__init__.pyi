@@ -62,6 +62,7 @@ from fxgraft.public import losses as losses
 from fxgraft.public import member_logits as member_logits
 from fxgraft.public import merge as merge
 from fxgraft.public import methods as methods
+from fxgraft.public import paired_loader as paired_loader
 from fxgraft.public import register as register
 from fxgraft.public import save as save
 from fxgraft.public import set_progress as set_progress
@@ -162,11 +163,12 @@ def patch(
     name: str | None = ...,
     dry_run: Literal[False] = ...,
     input_size: tuple[int, int, int] | None = ...,
-    preset: Literal["cifar_linear", "cifar_cut", "cifar_mimo", "tiny_imagenet_linear", "tiny_imagenet_cut", "tiny_imagenet_mimo"] | None = ...,
+    preset: Literal["cifar_linear", "cifar_cut", "cifar_mimo", "tiny_imagenet_linear", "tiny_imagenet_cut"] | None = ...,
     members: int = ...,
     mixing: Literal["linear", "sum", "cut", "cow", "patchup_hard", "patchup_soft", "horizontal", "vertical", "channel", "stack_channel", "noise"] = ...,
     p: float = ...,
     decay: float = ...,
+    epochs: int | None = ...,
     alpha: float = ...,
     r: float = ...,
     repetitions: int = ...,
