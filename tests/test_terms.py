@@ -126,6 +126,15 @@ def test_the_entry_that_was_named_is_compared() -> None:
     assert fxgraft.losses(model, out, LABELS)["crossnorm.consistency"] > 0
 
 
+def test_terms_cannot_be_added_to_values_that_nothing_reduces() -> None:
+    model, values = crossnorm(net()), torch.nn.CrossEntropyLoss(reduction="none")
+    match = r"shape \(4,\), and the grafts add 'crossnorm.consistency'(?s:.*)fxgraft\.losses"
+    with pytest.raises(ConfigError, match=match):
+        fxgraft.loss(model, model(images()), LABELS, values)
+    assert fxgraft.losses(model, model(images()), LABELS, values)["criterion"].shape == (4,)
+    assert fxgraft.loss(net(), torch.zeros(4, CLASSES), LABELS, values).shape == (4,)
+
+
 # Parts of a bigger model.
 
 

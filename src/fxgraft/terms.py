@@ -35,8 +35,8 @@ def losses(
         criterion: called as ``criterion(logits, y)``.
 
     Returns:
-        Scalars by name, those of grafts as ``"<graft>.<term>"``, with the part's name before it where a graft is on a
-        part: ``"backbone.crossnorm.consistency"``.
+        Scalars by name, "criterion" as the criterion gives it. Those of grafts are ``"<graft>.<term>"``, with the
+        part's name before it where a graft is on a part: ``"backbone.crossnorm.consistency"``.
 
     Raises:
         StructureError: it is not clear what in the output are the logits; or a graft on a part stands in for the
@@ -59,7 +59,7 @@ def losses(
 
 
 def loss(model: nn.Module, out: Any, y: Any, criterion: Callable[..., Tensor] = F.cross_entropy) -> Tensor:
-    """Return the whole loss as one scalar: the sum of `losses`.
+    """Return the whole loss as one scalar: the sum of `losses`. A criterion alone is returned as it is.
 
     >>> import fxgraft, timm, torch
     >>> model = fxgraft.patch(timm.create_model("test_resnet", num_classes=4), "mixmo")
@@ -74,9 +74,16 @@ def loss(model: nn.Module, out: Any, y: Any, criterion: Callable[..., Tensor] = 
         criterion: called as ``criterion(logits, y)``.
 
     Raises:
-        StructureError, ConfigError: as `losses`.
+        StructureError, ConfigError: as `losses`; or the criterion reduces nothing and grafts add terms.
     """
     parts = losses(model, out, y, criterion)
+    if len(parts) > 1 and parts["criterion"].numel() != 1:
+        others = ", ".join(map(repr, list(parts)[1:]))
+        raise ConfigError(
+            f"The criterion gave {_kind(parts['criterion'])}, and the grafts add {others} to it, which are scalars.\n"
+            "A sum of both would count them once for every value.\n"
+            'Let the criterion reduce (reduction="mean"), or take fxgraft.losses(...) and add up its parts.'
+        )
     return _sum(parts) if len(parts) > 1 else parts["criterion"]
 
 

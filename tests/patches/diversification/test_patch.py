@@ -220,3 +220,19 @@ class TestLoss:
         model = patched(loss="gradient_boosting")
         with pytest.raises(ConfigError, match=r"was given multi_margin_loss[\s\S]*patch without loss="):
             fxgraft.loss(model, model(x), y, F.multi_margin_loss)
+
+    @pytest.mark.parametrize("how", ["class", "instance", "legacy"])
+    def test_cross_entropy_with_a_rule_of_its_own_is_another_criterion(self, how):
+        class Own(nn.CrossEntropyLoss):
+            def forward(self, out, y):
+                return 100 * super().forward(out, y)
+
+        criterion = Own() if how == "class" else nn.CrossEntropyLoss()
+        if how == "instance":
+            criterion.forward = lambda out, y: out.sum()
+        if how == "legacy":
+            criterion = functools.partial(F.cross_entropy, size_average=False)
+        x, y = images()
+        model = patched(loss="gradient_boosting")
+        with pytest.raises(ConfigError, match=r"stands in for cross-entropy"):
+            fxgraft.loss(model, model(x), y, criterion)

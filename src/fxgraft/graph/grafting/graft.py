@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Generic, Protocol, TypeVar
 
 from torch import Tensor, nn
 
-from fxgraft.errors import MethodError
+from fxgraft.errors import FxgraftError, MethodError
 from fxgraft.graph.grafting.backbone import Backbone
 from fxgraft.graph.grafting.passes import ARGUMENTS, Arguments, Context
 from fxgraft.graph.grafting.placement import Placement
@@ -133,6 +133,16 @@ class Graft(Generic[P]):
         if self.context is not None:
             kept = value.detach() if isinstance(value, Tensor) else value
             self.context.measured.setdefault(self.name, {})[name] = [kept]
+
+    def doubt(self, wrong: Tensor | bool, error: FxgraftError) -> None:
+        """Raise an error if something is wrong, without waiting for a device: there it comes in a later step.
+
+        Args:
+            wrong: () bool.
+            error: what to raise.
+        """
+        if self.context is not None:
+            self.context.doubts.check(wrong, error)
 
     def arguments(self, out: Any) -> Arguments | None:
         """Return the arguments of the pass that gave ``out``, if it was one of training and the patch replays."""

@@ -178,19 +178,21 @@ class Diversification(Patch):
         (unit,) = graft.units_of(DiversificationUnit)
         if self.loss is None or not unit.boosts:
             return criterion
-        if isinstance(criterion, nn.CrossEntropyLoss):
+        given: Any = criterion  # a subclass with a rule of its own is another criterion
+        forward = getattr(type(given), "forward", None)
+        if forward is nn.CrossEntropyLoss.forward and "forward" not in vars(given):
             return GradientBoostingCrossEntropy(
                 self.loss_k,
-                label_smoothing=criterion.label_smoothing,
-                weight=criterion.weight,
-                ignore_index=criterion.ignore_index,
-                reduction=criterion.reduction,  # type: ignore[arg-type]
+                label_smoothing=given.label_smoothing,
+                weight=given.weight,
+                ignore_index=given.ignore_index,
+                reduction=given.reduction,
             )
         options: dict[str, Any] = {}
         inner = criterion
         if isinstance(criterion, functools.partial) and not criterion.args:
             inner, options = criterion.func, criterion.keywords
-        if inner is not F.cross_entropy:
+        if inner is not F.cross_entropy or not options.keys() <= _SETTINGS:
             name = getattr(criterion, "__name__", type(criterion).__name__)
             raise ConfigError(
                 f'{graft.name!r} was made with loss="gradient_boosting", and fxgraft.loss was given {name}.\n'
@@ -198,6 +200,9 @@ class Diversification(Patch):
                 "Leave criterion= out (or pass cross-entropy with its options), or patch without loss=."
             )
         return functools.partial(gradient_boosting_cross_entropy, k=self.loss_k, **options)
+
+
+_SETTINGS = {"weight", "ignore_index", "reduction", "label_smoothing"}
 
 
 class WithMaps(NamedTuple):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -65,6 +66,7 @@ class Pairing:
         masks: (M, B', ...) as they were mixed with; None until the stem has drawn them.
         shares: (B', M), what each member has of the map.
         weights: (B', M) of the members' losses.
+        even: whether all of these are 1.
     """
 
     members: int
@@ -77,6 +79,7 @@ class Pairing:
     masks: Tensor | None = None
     shares: Tensor | None = None
     weights: Tensor | None = None
+    even: bool = False
 
     def draw(
         self,
@@ -105,7 +108,7 @@ class Pairing:
         kappa = dirichlet(alpha, self.rows, self.members, device, dtype)
         if mixing == "sum":
             self.masks, self.shares = draw_masks(mixing, kappa, channels, height, width)
-            self.weights = torch.ones_like(self.shares)
+            self.weights, self.even = torch.ones_like(self.shares), True
             return
         masks, shares = draw_masks("linear", kappa, channels, height, width)
         on = False if mixing == "linear" else draws.coin(chance, device)
@@ -115,6 +118,7 @@ class Pairing:
             pairs = zip(drawn, (masks, shares), strict=True)
             masks, shares = drawn if on is True else [torch.where(on, *pair) for pair in pairs]
         self.masks, self.shares, self.weights = masks, shares, balance(shares, r)
+        self.even = math.isinf(r)
 
     def masks_for(self, encoding: Tensor) -> Tensor:
         """Shape the masks to be multiplied with a map (B', C, *positions), that of a coarser or finer stem as well.

@@ -239,7 +239,9 @@ class MixMo(Patch):
             record = known_pairing(graft.recall(out), out)
             targets = record.soft_labels(y, self.visible_labels)
             weights = out.new_ones(out.shape[1::-1]) if record.weights is None else record.weights
-            return core.member_losses(criterion, out, targets, weights).sum()
+            return core.member_losses(
+                criterion, out, targets, weights, record.weights is None or record.even, graft.doubt
+            ).sum(0)
 
         return members
 

@@ -12,12 +12,14 @@ of the images themselves, whose labels then depend on what the mixing leaves vis
 
 from __future__ import annotations
 
-import copy
 import functools
 import inspect
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -167,76 +169,179 @@ def cut_probability(p: float, progress: float, decay: float = 1 / 12, epochs: in
     return p if decay <= 0 else p * min(1.0, max(0.0, (1 - progress) / decay))
 
 
-def member_losses(criterion: Criterion, logits: Tensor, targets: Sequence[Tensor], weights: Tensor) -> Tensor:
+def member_losses(
+    criterion: Criterion,
+    logits: Tensor,
+    targets: Sequence[Tensor],
+    weights: Tensor,
+    even: bool = False,
+    doubt: Callable[[Tensor | bool, ConfigError], None] | None = None,
+) -> Tensor:
     """Losses of the members: for member i, Σ_b w[b, i] · criterion(logits[i, b], target_i[b]) / B.
 
-    The criterion is asked for one value per row: a function (or `functools.partial` of one) that takes
-    `reduction`, or a module that has it as attribute, with "none" (a module in a copy; the user's stays as it
-    is); anything else on every row by itself, through `torch.func.vmap`, or one after the other if that cannot run
-    it. Where it sums over the batch (its reduction is "sum") nothing is divided by B.
+    The weights differ from row to row, so the criterion is asked for one value per row: a function (or
+    `functools.partial` of one) that takes `reduction`, or a module or object that has it as attribute, is called with
+    "none"; the attribute is put back afterwards. Then its own reduction is applied to the weighted values: "mean" and
+    "batchmean" divide by B (and "mean" of a loss per class by the classes as well), "sum" by nothing, "none" keeps
+    them. The divisor is B whatever the labels: class weights scale a row's loss and are not divided out again, and rows
+    labelled `ignore_index` count as 0 in the sum and as 1 in B.
 
-    The divisor is B whatever the labels: class weights scale a row's loss and are not divided out again, and
-    rows labelled `ignore_index` count as 0 in the sum and as 1 in B. A criterion without `reduction` sees
-    batches of one, so class weights that it divides out have no effect at all. A single member is given to the
-    criterion as it is, without weights.
+    Any other criterion is called as it is, once for each member, where that is the same: all weights are 1, or there is
+    one member.
 
     Args:
         criterion: called with logits (B, K) and a target.
         logits: (M, B, K).
         targets: one per member, class indices (B,) or soft targets (B, K).
         weights: (B, M), from `balance`.
+        even: all weights are 1.
+        doubt: called with () bool and an error, where the criterion's value for a row depends on which row it is (it
+            holds data of the batch, whose order is not that of the members).
 
     Returns:
-        (M,).
+        (M,), or (M, B, ...) where the criterion reduces nothing.
+
+    Raises:
+        ConfigError: a criterion that has no values for rows, with weights that differ.
     """
     if len(logits) == 1:
-        return criterion(logits[0], targets[0]).reshape(1)
-    by_row, reduction = _by_row(criterion)
+        return criterion(logits[0], targets[0]).unsqueeze(0)
+    pairs = list(zip(logits, targets, strict=True))
+    reduction = reduction_of(criterion)
+    if reduction is not None and doubt is not None and not _knows_rows_alone(criterion):
+        with _undisturbed(criterion):
+            found = _rows(criterion, reduction, *pairs[0])
+            wrong = (
+                True
+                if found is None
+                else _depends_on_order(partial(_rows, criterion, reduction), found, *pairs[0])
+            )
+        if found is None:
+            reduction = None
+        else:
+            doubt(wrong, _batch_data(criterion))
+    if reduction is None:
+        if not even:
+            raise _no_rows(criterion)
+        if doubt is not None and not torch.compiler.is_compiling():
+            with _undisturbed(criterion):
+                wrong = _depends_on_order(criterion, criterion(*pairs[0]), *pairs[0])
+            doubt(wrong, _batch_data(criterion))
+        return torch.stack([criterion(*pair) for pair in pairs])
     losses = []
-    for rows, target, weight in zip(logits, targets, weights.unbind(1), strict=True):
-        values = by_row(rows, target)
-        if values.shape[:1] != rows.shape[:1]:  # it reduces the batch all the same, as timm's BCE can
-            values = _each_row(criterion, rows, target)
-        if values.ndim > 1:  # a loss per class, as those of binary cross-entropy
-            values = values.flatten(1).sum(1) if reduction == "sum" else values.flatten(1).mean(1)
-        total = (values * weight).sum()
-        losses.append(total if reduction == "sum" else total / rows.shape[0])
+    for (rows, target), weight in zip(pairs, weights.unbind(1), strict=True):
+        values = _rows(criterion, reduction, rows, target)
+        if values is None:
+            raise _no_rows(criterion)
+        weighted = values * weight.reshape(-1, *[1] * (values.ndim - 1))
+        if reduction == "mean":
+            weighted = weighted.flatten(1).mean(1) if values.ndim > 1 else weighted
+        total = weighted if reduction == "none" else weighted.sum()
+        losses.append(total if reduction in ("none", "sum") else total / rows.shape[0])
     return torch.stack(losses)
 
 
-def _by_row(criterion: Criterion) -> tuple[Criterion, str]:
-    """A version of the criterion that gives one loss per row, and how the original reduces them."""
-    if isinstance(criterion, nn.Module):
-        reduction = getattr(criterion, "reduction", None)
-        if isinstance(reduction, str):
-            criterion = copy.copy(criterion)
-            criterion.reduction = "none"  # type: ignore[assignment]
-            return criterion, reduction
+REDUCTIONS = ("mean", "sum", "none", "batchmean")
+
+
+def reduction_of(criterion: Criterion) -> str | None:
+    """Return how a criterion reduces a batch, if it can be asked for its rows instead; else None."""
+    inner, keywords = criterion, {}
+    if isinstance(criterion, functools.partial):
+        inner, keywords = criterion.func, criterion.keywords
+    if inner is F.cross_entropy:  # compiled code cannot read signatures
+        found = keywords.get("reduction", "mean")
+    elif isinstance(getattr(criterion, "reduction", None), str):
+        found = criterion.reduction  # type: ignore[attr-defined]
     else:
-        reduction = _default_reduction(criterion)
-        if reduction is not None:
-            return functools.partial(criterion, reduction="none"), reduction
-    return functools.partial(_each_row, criterion), "mean"
+        try:
+            parameter = inspect.signature(criterion).parameters.get("reduction")
+        except (TypeError, ValueError):  # builtins may hide their signature
+            return None
+        found = None if parameter is None else parameter.default
+    return found if found in REDUCTIONS else None
 
 
-def _default_reduction(function: Criterion) -> str | None:
+def _rows(criterion: Any, reduction: str, logits: Tensor, target: Tensor) -> Tensor | None:
+    """Ask a criterion for one value per row, (B, ...); None if it reduces the batch all the same."""
+    if isinstance(getattr(criterion, "reduction", None), str):
+        criterion.reduction = "none"
+        try:
+            values = criterion(logits, target)
+        finally:
+            criterion.reduction = reduction
+    else:
+        values = criterion(logits, target, reduction="none")
+    whole = isinstance(values, Tensor) and values.ndim > 0 and values.shape[0] == logits.shape[0]
+    return values if whole else None
+
+
+def _knows_rows_alone(criterion: Any) -> bool:
+    """Say whether a criterion is known to judge every row by itself, so that nothing has to be tried."""
+    if torch.compiler.is_compiling():
+        return True
+    inner = criterion.func if isinstance(criterion, functools.partial) else criterion
+    return inner in (F.cross_entropy, F.nll_loss) or type(inner) in (nn.CrossEntropyLoss, nn.NLLLoss)
+
+
+def _depends_on_order(
+    ask: Callable[..., Tensor | None], found: Tensor, logits: Tensor, target: Tensor
+) -> Tensor | bool:
+    """Say whether values change where the rows of a batch change places, () bool, without waiting for a device."""
+    with torch.no_grad():
+        try:
+            again = ask(logits.detach().roll(1, 0), target.roll(1, 0))
+        except (RuntimeError, ValueError, IndexError):
+            return True
+        expected = found.detach().roll(1, 0) if found.ndim else found.detach()
+        if again is None or again.shape != expected.shape:
+            return True
+        allowed = 1e-3 if expected.dtype in (torch.float32, torch.float64) else 5e-2
+        return ((again - expected).abs() > allowed * (1 + expected.abs())).any()
+
+
+@contextmanager
+def _undisturbed(criterion: Any) -> Iterator[None]:
+    """Leave attributes and buffers of a criterion, and the CPU's generator of random numbers, as they were."""
+    owner = criterion.func if isinstance(criterion, functools.partial) else criterion
+    owner = getattr(owner, "__self__", owner)
+    parts = list(owner.modules()) if isinstance(owner, nn.Module) else [owner]
+    kept = [(vars(part), dict(vars(part))) for part in parts if hasattr(part, "__dict__")]
+    buffers = [(part._buffers, dict(part._buffers)) for part in parts if isinstance(part, nn.Module)]
+    for now, before in buffers:
+        now.update({name: each.clone() for name, each in before.items() if each is not None})
+    state = torch.get_rng_state()
     try:
-        parameter = inspect.signature(function).parameters.get("reduction")
-    except (TypeError, ValueError):  # builtins may hide their signature
-        return None
-    if parameter is None:
-        return None
-    return parameter.default if isinstance(parameter.default, str) else "mean"
+        yield
+    finally:
+        torch.set_rng_state(state)
+        for now, before in (*kept, *buffers):
+            now.clear()
+            now.update(before)
 
 
-def _each_row(criterion: Criterion, logits: Tensor, target: Tensor) -> Tensor:
-    def one(row: Tensor, label: Tensor) -> Tensor:
-        return criterion(row.unsqueeze(0), label.unsqueeze(0)).reshape(())
+def _name(criterion: Any) -> str:
+    inner = criterion.func if isinstance(criterion, functools.partial) else criterion
+    return getattr(inner, "__name__", type(inner).__name__)
 
-    try:
-        return torch.func.vmap(one, randomness="different")(logits, target)
-    except RuntimeError:  # it writes in place, or decides by a value: slowly, but the same
-        return torch.stack([one(row, label) for row, label in zip(logits, target, strict=True)])
+
+def _no_rows(criterion: Any) -> ConfigError:
+    return ConfigError(
+        f"The criterion {_name(criterion)} gives one value for a batch, and MixMo weighs every row by itself.\n"
+        "The weighted loss does not follow from it: class weights, ranks and normalisation may span rows.\n"
+        "Pass a criterion that can be asked for its rows: nn.CrossEntropyLoss(weight=..., label_smoothing=...), "
+        "functools.partial(F.cross_entropy, weight=...), or a function with a parameter reduction that returns (B,) "
+        'for reduction="none". Or give all members the same weight: mixing="sum".'
+    )
+
+
+def _batch_data(criterion: Any) -> ConfigError:
+    return ConfigError(
+        f"The criterion {_name(criterion)} gives a row another value where the rows of the batch change places.\n"
+        "It holds data of the batch (weights of samples, a teacher's predictions) or draws random numbers, and MixMo's "
+        "members see the batch in orders of their own.\n"
+        "Hand such data over inside the labels, as soft targets, or leave them out."
+    )
 
 
 @dataclass(frozen=True)
