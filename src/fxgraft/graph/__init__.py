@@ -1,4 +1,4 @@
 """The graph layer: it reads and rewrites networks, and knows no method.
 
-Three rooms, each of which knows only those before it: `tracing`, `structure`, `grafting`.
+Four rooms, each of which knows only those before it: `dataflow`, `tracing`, `structure`, `grafting`.
 """

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 import fxgraft
 from fxgraft.errors import ConfigError, SiteError, StructureError
-from fxgraft.graph.structure.layout import Layout, layout_of, prefix_tokens
+from fxgraft.graph.structure.layout import Layout, layout_of
 from fxgraft.graph.tracing.anatomy import Anatomy
 from fxgraft.graph.tracing.observe import default_input_size, observe, tensors
 from fxgraft.graph.tracing.preserve import preserved_modes
@@ -148,10 +148,10 @@ def test_a_map_as_wide_as_it_has_channels_is_told_by_a_larger_image() -> None:
 
 
 class Odd(nn.Module):
-    """Resizes to a fixed size, so that no image tells its dimensions apart."""
+    """Takes the first pixels of an image for a map, so that nothing tells its dimensions apart."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return nn.functional.adaptive_avg_pool2d(x, 3)
+        return x.flatten(1)[:, :27].unflatten(1, (3, 3, 3))
 
 
 def test_a_layout_that_cannot_be_told_asks_for_it() -> None:
@@ -168,13 +168,6 @@ def test_a_layout_that_cannot_be_told_asks_for_it() -> None:
 def test_a_declared_layout_must_fit_the_value() -> None:
     with pytest.raises(SiteError, match=r"'stage2' was said to be NLC, but its shape is \(2, 16, 4, 4\)"):
         fxgraft.patch(net(), "rsc", layer="stage2", layout="NLC", input_size=(3, 8, 8))
-
-
-def test_prefix_tokens() -> None:
-    anatomy = Anatomy(timm.create_model("vit_tiny_patch16_224", img_size=32, depth=1), None)
-    assert anatomy.model.num_prefix_tokens == 1
-    assert prefix_tokens(anatomy, 4) == 0  # as many as the map of patches has cells
-    assert prefix_tokens(anatomy, 5) == 1
 
 
 X = {

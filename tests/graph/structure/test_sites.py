@@ -110,17 +110,30 @@ def test_a_stage_out_of_range_lists_the_stages(index: int) -> None:
     ],
 )
 def test_without_feature_info_stages_are_the_last_maps_of_each_size(build: object, last: str) -> None:
-    assert stages(Anatomy(build(), (3, 64, 64)))[-1] == last  # type: ignore[operator]
+    assert stages(Anatomy(build(), (3, 64, 64)))[-1].name == last  # type: ignore[operator]
 
 
 def test_stages_of_a_network_without_feature_info() -> None:
-    assert stages(Anatomy(net(), SIZE)) == ["stage1", "stage2"]
+    assert [stage.name for stage in stages(Anatomy(net(), SIZE))] == ["stage1", "stage2"]
 
 
-def test_feature_info_that_names_no_tensor_is_not_believed() -> None:
+@pytest.mark.parametrize(
+    ("entries", "expected"),
+    [
+        ([{"module": "nowhere"}, {"module": "stage2"}], ["stage2"]),
+        ([{"module": ""}, {"num_chs": 8}, {"module": "stage1", "num_chs": 8}, {"module": "fc"}], ["stage1"]),
+        # Entries that say something else than the network: its own stages.
+        ([{"module": "stage1", "num_chs": 9}], ["stage1", "stage2"]),
+        ([{"module": "stage1"}, {"module": "stage1"}], ["stage1", "stage2"]),
+        ([{"module": "nowhere"}], ["stage1", "stage2"]),
+    ],
+)
+def test_entries_of_feature_info_that_work_are_used(
+    entries: list[dict[str, object]], expected: list[str]
+) -> None:
     model = net()
-    model.feature_info = [{"module": "nowhere"}, {"module": "stage2"}]
-    assert stages(Anatomy(model, SIZE)) == ["stage1", "stage2"]
+    model.feature_info = entries
+    assert [stage.name for stage in stages(Anatomy(model, SIZE))] == expected
 
 
 def test_a_network_without_maps_has_no_stages() -> None:

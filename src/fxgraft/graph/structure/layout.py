@@ -2,12 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from fxgraft.errors import SiteError, StructureError
+from fxgraft.errors import FxgraftError, SiteError
+from fxgraft.graph.dataflow.axes import (
+    BATCH,
+    CHANNEL,
+    KEY,
+    ONE,
+    POSITION,
+    UNKNOWN,
+    Axes,
+    kind_of,
+    runs_of,
+    unknown,
+)
+from fxgraft.graph.dataflow.flow import mark_of
 from fxgraft.graph.tracing.anatomy import Anatomy
 
 DIMENSIONS = {"NCHW": 4, "NHWC": 4, "NLC": 3, "NCL": 3, "NC": 2}
@@ -57,76 +72,122 @@ class Layout:
         return x * mask
 
 
-def prefix_tokens(anatomy: Anatomy, tokens: int) -> int:
-    """Count the class and register tokens in front of a sequence of ``tokens``.
-
-    A sequence as long as one of the network's maps has cells has none; otherwise the model's own
-    ``num_prefix_tokens`` decides, or the difference to the longest map that fits.
-    """
-    cells = set()
-    for calls in anatomy.observation.calls.values():
-        for call in calls:
-            if isinstance(call.output, Tensor) and call.output.ndim == 4:
-                _, a, b, c = call.output.shape
-                cells |= {b * c, a * b}
-    if tokens in cells:
-        return 0
-    declared = getattr(anatomy.model, "num_prefix_tokens", None)
-    if isinstance(declared, int) and 0 < declared < tokens:
-        return declared
-    shorter = [n for n in cells if tokens - 16 <= n < tokens]
-    return tokens - max(shorter) if shorter else 0
-
-
-def layout_of(anatomy: Anatomy, value: Tensor, path: str, strict: bool = True) -> Layout | None:
+def layout_of(
+    anatomy: Anatomy,
+    value: Tensor,
+    path: str,
+    strict: bool = True,
+    again: Callable[[Anatomy], Any] | None = None,
+) -> Layout | None:
     """Find the layout of a value of the model.
 
-    Channels are the dimension beside two that have the shape of the image, or, where that does not decide,
-    the one that stays when the image grows.
+    What made the value says what its dimensions are: layers give features, whatever reshapes, permutes, cuts or
+    concatenates keeps track of them, and tokens that were concatenated without coming from the image are no places.
+    Where that leaves a dimension open, a larger image is tried: places become more, features do not.
 
     Args:
         anatomy: of the bare model.
         value: fake tensor at the site, batch first.
         path: the module whose output it is, or ''.
-        strict: raise where the layout cannot be told, instead of returning None.
+        strict: raise where there is none, instead of returning None.
+        again: how to find the value when the model sees a larger image; by default as the output of ``path``.
 
     Raises:
-        SiteError: the layout cannot be told from the shape; says which argument to pass.
+        SiteError: the value is no map, row of tokens or vector of each image, or its layout cannot be told: says which
+            argument to pass.
     """
-    if value.ndim == 2:
-        return Layout("NC")
-    if value.ndim == 3:
-        if value.shape[2] == 1 < value.shape[1]:  # pooled: one position, its channels in front
-            return Layout("NCL")
-        return Layout("NLC", prefix_tokens(anatomy, value.shape[1]))
-    if value.ndim == 4:
-        _, a, b, c = value.shape
-        first, last = _unlike_image(anatomy, b, c), _unlike_image(anatomy, a, b)
-        if (first < 1) != (last < 1):
-            return Layout("NCHW" if first < 1 else "NHWC")
-        fixed = _fixed_dimension(anatomy, value, path) if strict else None
-        if fixed in (1, 3):
-            return Layout("NCHW" if fixed == 1 else "NHWC")
-        channels = getattr(anatomy.model, "num_features", None)
-        if channels == a and channels != c:
-            return Layout("NCHW")
-        if channels == c and channels != a:
-            return Layout("NHWC")
-        if first < 1 and first != last:
-            return Layout("NCHW" if first < last else "NHWC")
-        if b == c and a != b:  # a square map of an image that is none, or a pooled one
-            return Layout("NCHW")
-        if first >= 1 and a == b and b != c:
-            return Layout("NHWC")
-    if not strict:
-        return None
+    mark = mark_of(value)
+    axes = unknown(value.shape) if mark is None else mark.axes
+    kinds = [kind_of(axis) for axis in axes]
+    if strict and UNKNOWN in kinds[1:]:
+        kinds = _seen_larger(anatomy, value, kinds, again or (_output(path) if path else None))
+    found = _layout(kinds, axes)
+    if found is not None or not strict:
+        return found
+    what = f"{path or 'this value'!r}, of shape {tuple(value.shape)},"
+    if kinds and kinds[0] not in (BATCH, UNKNOWN if mark is None else BATCH):
+        raise SiteError(
+            f"The first dimension of {what} is not that of the images: something else was merged with them.\n"
+            "Windows, heads or tokens there are no samples, and have no labels.\n"
+            "Choose the output of the block around it; fxgraft.sites(model) lists the layouts."
+        )
+    if KEY in kinds:
+        raise SiteError(
+            f"The value at {what} is no map: it compares places with each other, as attention weights do.\n"
+            "It has no features that a method could act on.\n"
+            "Choose the output of the block around it; fxgraft.sites(model) lists the layouts."
+        )
     raise SiteError(
-        f"The layout of {path or 'this value'!r}, of shape {tuple(value.shape)}, cannot be told from its "
-        f"shape.\nEvery dimension might hold the channels.\nPass layout=, one of {', '.join(NAMES)}."
+        f"The layout of {what} cannot be told: {_reason(kinds)}.\n"
+        "Which dimension holds the channels follows from the layers and reshapes that made a value, and from what a "
+        f"larger image changes.\nPass layout=, one of {', '.join(NAMES)}, or choose another site."
     )
 
 
-def named_layout(anatomy: Anatomy, value: Tensor, path: str, name: str, where: str) -> Layout:
+def layout_of_value(value: Tensor) -> Layout | None:
+    """Find the layout of a value from what made it alone; None where that does not tell."""
+    mark = mark_of(value)
+    return None if mark is None else _layout([kind_of(axis) for axis in mark.axes], mark.axes)
+
+
+def _layout(kinds: list[str], axes: Axes) -> Layout | None:
+    """Read the layout off the meaning of the dimensions; None where they are not those of a map, tokens or a vector."""
+    if not kinds or kinds[0] != BATCH:
+        return None
+    rest = kinds[1:]
+    if len(rest) == 1:
+        return Layout("NC") if rest[0] != KEY else None
+    channels = [dim for dim, kind in enumerate(kinds) if kind == CHANNEL]
+    if len(channels) != 1 or any(kind not in (CHANNEL, POSITION, ONE) for kind in rest):
+        return None
+    runs = [run for dim in range(1, len(axes)) if kinds[dim] == POSITION for run in runs_of(axes[dim])]
+    name = {(3, 1): "NCL", (3, 2): "NLC", (4, 1): "NCHW", (4, 3): "NHWC"}.get((len(kinds), channels[0]))
+    if name is None or all(places for _, places in runs):
+        return None if name is None else Layout(name)
+    leading = 0 if runs[0][1] else runs[0][0]
+    if name != "NLC" or not all(places for _, places in runs[bool(leading) :]):
+        return None
+    return Layout(name, leading)
+
+
+def _reason(kinds: list[str]) -> str:
+    words = {CHANNEL: "features", POSITION: "places", ONE: "one entry", UNKNOWN: "unknown", BATCH: "images"}
+    if kinds.count(CHANNEL) == 1 and UNKNOWN not in kinds:
+        return "tokens that are no places stand elsewhere than in front of the others"
+    return f"its dimensions are {', '.join(words[kind] for kind in kinds)}"
+
+
+def _output(path: str) -> Callable[[Anatomy], Any]:
+    return lambda anatomy: anatomy.observation.output(path)
+
+
+def _seen_larger(
+    anatomy: Anatomy, value: Tensor, kinds: list[str], again: Callable[[Anatomy], Any] | None
+) -> list[str]:
+    """Tell unknown dimensions by what a larger image does to them: places become more."""
+    try:
+        other = None if again is None else again(anatomy.enlarged)
+    except FxgraftError:  # a model of one fixed image size tells nothing this way
+        other = None
+    if not isinstance(other, Tensor) or other.ndim != value.ndim:
+        return kinds
+    same = [a == b for a, b in zip(value.shape, other.shape, strict=True)]
+    if sum(same[1:]) != 1 or not same[0]:
+        return kinds
+    told = [
+        kind if kind != UNKNOWN else CHANNEL if alike else POSITION
+        for kind, alike in zip(kinds, same, strict=True)
+    ]
+    return [BATCH, *told[1:]] if kinds[0] in (BATCH, UNKNOWN) else told
+
+
+def named_layout(
+    anatomy: Anatomy,
+    value: Tensor,
+    path: str,
+    name: str,
+    where: str,
+) -> Layout:
     """Check the layout that a user names for a value; prefix tokens are counted where that is what is found.
 
     Raises:
@@ -139,22 +200,3 @@ def named_layout(anatomy: Anatomy, value: Tensor, path: str, name: str, where: s
         )
     known = layout_of(anatomy, value, path, strict=False)
     return known if known is not None and known.name == name else Layout(name)
-
-
-def _unlike_image(anatomy: Anatomy, height: int, width: int) -> float:
-    """Say how far a map of this size is from the shape of the image; below 1 it may be rounding."""
-    size = anatomy.image_size
-    image_height, image_width = size[-2:] if len(size) == 3 else (1, 1)
-    return abs(height * image_width - width * image_height) / max(image_height, image_width)
-
-
-def _fixed_dimension(anatomy: Anatomy, value: Tensor, path: str) -> int | None:
-    """Run the model on a larger image and return the one dimension of the value that did not change."""
-    if not path:
-        return None
-    try:
-        other = anatomy.enlarged.observation.output(path)
-    except StructureError:  # a model of one fixed image size tells nothing this way
-        return None
-    same = [i for i in range(1, value.ndim) if other.shape[i] == value.shape[i]]
-    return same[0] if len(same) == 1 else None

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import Tensor, fx, nn
+from torch import Tensor, fx
 
 from fxgraft.errors import SiteError
-from fxgraft.graph.structure.sites import Site, module_site, node_sites
+from fxgraft.graph.structure.sites import Site, entry_site, is_block, module_site
 from fxgraft.graph.tracing.anatomy import Anatomy
 from fxgraft.graph.tracing.editing import After, Edit, Output, is_unit
 from fxgraft.graph.tracing.names import relative
@@ -131,10 +131,10 @@ def blocks_before(anatomy: Anatomy, site: Site) -> list[Site]:
     and its size, the first is meant that is like the site's.
     """
     calls = anatomy.observation.calls
-    found = [site.path] if _is_block(anatomy, site.path) else []
+    found = [site.path] if is_block(anatomy, site.path) else []
     outer, inner = [], []
     for path in reversed(anatomy.in_order()):
-        if path == site.path or len(calls[path]) > 1 or not _is_block(anatomy, path):
+        if path == site.path or len(calls[path]) > 1 or not is_block(anatomy, path):
             continue
         if site.path in calls and calls[path][0].order > calls[site.path][0].order:
             continue
@@ -154,21 +154,6 @@ def _value_like(anatomy: Anatomy, path: str, shape: tuple[int, ...]) -> Site | N
     def alike(value: Any) -> bool:
         return isinstance(value, Tensor) and value.ndim == len(shape) and value.shape[-1] == shape[-1]
 
-    output = anatomy.observation.output(path)
-    if alike(output):
+    if alike(anatomy.observation.output(path)):
         return module_site(anatomy, path)
-    if not isinstance(output, (tuple, list)) or not any(map(alike, output)):
-        return None
-    graph = anatomy.graph(path, training=False).graph
-    returned: Any = next(node.args[0] for node in graph.nodes if node.op == "output")
-    if not isinstance(returned, (tuple, list)):
-        return None
-    name = next(node.name for node, value in zip(returned, output, strict=True) if alike(value))
-    return next((each for each in node_sites(anatomy, path) if each.node == name), None)
-
-
-def _is_block(anatomy: Anatomy, path: str) -> bool:
-    parent = anatomy.module(path.rpartition(".")[0])
-    module = anatomy.module(path)
-    alike = sum(type(each) is type(module) for each in parent.children())
-    return bool(path) and isinstance(parent, (nn.Sequential, nn.ModuleList)) and alike > 1
+    return entry_site(anatomy, path, alike)

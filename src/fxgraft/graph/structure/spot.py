@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from torch import Tensor, nn
+from torch import Tensor
 
-from fxgraft.errors import FxgraftError, SiteError
+from fxgraft.errors import SiteError
 from fxgraft.graph.structure.layout import Layout, layout_of, named_layout
 from fxgraft.graph.structure.places import site_edit, value_at
 from fxgraft.graph.structure.site import Site
@@ -66,43 +66,10 @@ def spot_layout(anatomy: Anatomy, spot: Spot, name: str | None = None) -> Layout
     value = spot.value
     if value is None:
         raise SiteError(f"{spot.name!r} holds no tensor.\nfxgraft.sites(model) lists what there is.")
-    owner_output = anatomy.observation.calls[spot.scope][0].output
-    like_output = isinstance(owner_output, Tensor) and owner_output.shape == value.shape
-    path = spot.path or (spot.scope if like_output else "")
-    if name is None:
-        if isinstance(spot.edit, Input):
-            return Layout("NCHW")
-        return _layout(anatomy, spot, value, path)
-    return named_layout(anatomy, value, path, name, spot.name)
-
-
-def _layout(anatomy: Anatomy, spot: Spot, value: Tensor, path: str) -> Layout:
-    """Find the layout from the shape, else from what stays the same at the spot when the image grows."""
-    known = layout_of(anatomy, value, path, strict=False)
+    if name is not None:
+        return named_layout(anatomy, value, spot.path, name, spot.name)
+    if isinstance(spot.edit, Input) and value.ndim == 4:
+        return Layout("NCHW")
     node = getattr(spot.edit, "node", None)
-    if known is not None or node is None or value.ndim != 4:
-        return known or layout_of(anatomy, value, path) or Layout("NCHW")
-    try:
-        other = anatomy.enlarged.values(spot.owner).get(node)
-    except FxgraftError:  # a model of one fixed image size tells nothing this way
-        other = None
-    if isinstance(other, Tensor):
-        same = [i for i in range(1, 4) if other.shape[i] == value.shape[i]]
-        if same in ([1], [3]):
-            return Layout("NCHW" if same == [1] else "NHWC")
-    return _layout_by_layers(anatomy, spot.scope, value) or layout_of(anatomy, value, path) or Layout("NCHW")
-
-
-def _layout_by_layers(anatomy: Anatomy, scope: str, value: Tensor) -> Layout | None:
-    """Tell the layout from the first layer of a block that works on such a value: it knows its channels."""
-    for path, calls in anatomy.observation.calls.items():
-        module = anatomy.module(path)
-        near = (*calls[0].args[:1], calls[0].output)
-        if scope and not path.startswith(scope + "."):
-            continue
-        if any(isinstance(each, Tensor) and each.shape == value.shape for each in near):
-            if isinstance(module, (nn.Conv2d, nn.BatchNorm2d)):
-                return Layout("NCHW")
-            if type(module) in (nn.Linear, nn.LayerNorm):
-                return Layout("NHWC")
-    return None
+    again = None if node is None else lambda other: other.values(spot.owner).get(node)
+    return layout_of(anatomy, value, spot.path, again=again) or Layout("NCHW")

@@ -16,6 +16,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fxgraft.errors import ConfigError
+from fxgraft.graph.dataflow.flow import Flow, mark_of
 from fxgraft.graph.tracing.preserve import (
     preserved_attributes,
     preserved_globals,
@@ -35,6 +36,8 @@ class Call:
         output: what the call returned, tensors fake.
         checkpointed: whether it ran under activation checkpointing.
         order: position among all calls of the pass, by the time they returned.
+        made: for each tensor in the output, the number in the pass's `Flow` of the operation that made it; None where
+            it is not made from the images.
     """
 
     args: tuple[Any, ...]
@@ -42,14 +45,22 @@ class Call:
     output: Any = None
     checkpointed: bool = False
     order: int = 0
+    made: tuple[int | None, ...] = ()
 
 
 @dataclass
 class Observation:
-    """All module calls of one evaluation pass of a model, by qualified name ('' is the model)."""
+    """All module calls of one evaluation pass of a model, by qualified name ('' is the model).
+
+    Attributes:
+        calls: of every module, in the order they were made.
+        mode: that the tensors are of.
+        flow: what the values of the pass are made of, and what their dimensions mean.
+    """
 
     calls: dict[str, list[Call]] = field(default_factory=dict)
     mode: FakeTensorMode = field(default_factory=lambda: FakeTensorMode(allow_non_fake_inputs=True))
+    flow: Flow = field(default_factory=Flow)
 
     def output(self, path: str) -> Any:
         """Return the output of a module's first call."""
@@ -58,26 +69,38 @@ class Observation:
     def run(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Call a function on fake tensors of this pass, without gradients."""
         return within(
-            torch.no_grad(), within, self.mode, within, _Converting(self.mode), function, *args, **kwargs
+            torch.no_grad(),
+            within,
+            self.mode,
+            within,
+            _Converting(self.mode, self.flow),
+            function,
+            *args,
+            **kwargs,
         )
 
 
 class _Converting(TorchDispatchMode):
-    """Gives operations on fake tensors the fakes of the model's own ones.
+    """Gives operations on fake tensors the fakes of the model's own ones, and takes the operations down.
 
     The fake mode takes real ones as well, but looks nothing up for them: a pass is two to five times slower.
     """
 
-    def __init__(self, mode: FakeTensorMode) -> None:
+    def __init__(self, mode: FakeTensorMode, flow: Flow) -> None:
         super().__init__()
         self.mode = mode
+        self.flow = flow
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if func is torch.ops.prim.device.default:  # asked for most often, and of no interest
+            return func(*args, **kwargs)
         # Writing to a real tensor, as to a parameter, would change the model.
         if func._schema.is_mutable or any(issubclass(each, FakeTensor) for each in types):
             args, kwargs = pytree.tree_map_only(Tensor, self._fake, (args, kwargs))
-        return func(*args, **kwargs)
+        out = func(*args, **kwargs)
+        self.flow.note(func, args, kwargs, out)
+        return out
 
     def _fake(self, tensor: Tensor) -> Tensor:
         return tensor if isinstance(tensor, FakeTensor) else self.mode.from_tensor(tensor)
@@ -190,8 +213,10 @@ def observe(
         # By its class: a wrapper may hand unknown attributes on to the model.
         traced = getattr(type(module), "_fxgraft_forward", None)
         run = module.forward if traced is None else partial(traced, module)
-        record.output = _one_step(module, run, args, kwargs)
+        record.output = _one_step(seen.flow, module, run, args, kwargs)
         record.order = order
+        marks = map(mark_of, tensors(record.output))
+        record.made = tuple(None if mark is None else mark.number for mark in marks)
         order += 1
         return record.output
 
@@ -207,6 +232,7 @@ def observe(
         nn.Module.__call__ = original
 
     inputs = fake_inputs(model, mode, input_size, batch)
+    seen.flow.start(inputs[0])
     with (
         preserved_modes(model),
         preserved_attributes(model.modules()),
@@ -226,7 +252,7 @@ def observe(
 
 
 def _one_step(
-    module: nn.Module, run: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    flow: Flow, module: nn.Module, run: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Any:
     """Call a forward, that of a recurrent layer on one position, whose output stands for those of all of them.
 
@@ -237,7 +263,9 @@ def _one_step(
         return run(*args, **kwargs)
     dim = int(module.batch_first and args[0].ndim == 3)
     out, state = run(args[0].narrow(dim, 0, 1), *args[1:], **kwargs)
-    return out.repeat_interleave(args[0].shape[dim], dim), state
+    out = out.repeat_interleave(args[0].shape[dim], dim)
+    flow.like(out, args[0], out.shape[-1])
+    return out, state
 
 
 def tensors(tree: Any) -> list[Tensor]:

@@ -1,0 +1,151 @@
+"""The flow of one pass: what every value made from the images is made of, and what its dimensions mean."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from fxgraft.graph.dataflow.axes import (
+    BATCH,
+    CHANNEL,
+    POSITION,
+    Axes,
+    Axis,
+    Factor,
+    kind_of,
+    resized,
+    unknown,
+)
+from fxgraft.graph.dataflow.rules import Operation, axes_after
+
+_MARK = "_fxgraft_mark"
+
+
+@dataclass(frozen=True)
+class Mark:
+    """What is known of a value.
+
+    Attributes:
+        axes: the meaning of its dimensions.
+        number: of the operation that made it; later ones have higher numbers.
+    """
+
+    axes: Axes
+    number: int
+
+
+def mark_of(value: Any) -> Mark | None:
+    """Return what is known of a value of a pass; None where it is not made from the images."""
+    return getattr(value, _MARK, None)
+
+
+class Flow:
+    """Follows the images through the operations of a pass.
+
+    Attributes:
+        sources: for each operation, by number, those that made what it works on; the images are number 0.
+    """
+
+    def __init__(self) -> None:
+        self.sources: list[tuple[int, ...]] = []
+        # With a tensor each, that keeps the storage: another would get its number.
+        self._written: dict[int, tuple[Mark, Tensor]] = {}
+
+    def start(self, image: Tensor) -> None:
+        """Begin with the images (B, C, H, W), or with signals or tokens (B, *, *), of which layers tell the meaning."""
+        beside = CHANNEL if image.ndim != 3 else POSITION
+        kinds = [BATCH, beside, *[POSITION] * (image.ndim - 2)]
+        axes = tuple((Factor(kind, size),) for kind, size in zip(kinds, image.shape, strict=True))
+        self._put([image], [axes], ())
+
+    def note(self, func: Any, args: Any, kwargs: Any, out: Any) -> None:
+        """Take down an operation. What only takes the shape of a value is not made from it."""
+        name = func._schema.name
+        if name.endswith("_like") or name.startswith("aten::new_"):
+            return
+        used: list[Mark] = []
+        for each in (*args, *kwargs.values()) if kwargs else args:
+            for value in each if isinstance(each, (list, tuple)) else (each,):
+                mark = self._mark(value) if isinstance(value, Tensor) else None
+                if mark is not None:
+                    used.append(mark)
+        if not used:
+            return
+        outs = [out] if isinstance(out, Tensor) else [each for each in out or () if isinstance(each, Tensor)]
+        axes = [
+            axes_after(Operation(func, args, kwargs, self._known, each, index, outs), name)
+            for index, each in enumerate(outs)
+        ]
+        self._put(outs, axes, tuple(sorted({mark.number for mark in used})))
+        if func._schema.is_mutable:
+            for each in outs:
+                self._written[_storage(each)] = getattr(each, _MARK), each
+
+    def like(self, value: Tensor, source: Tensor, features: int) -> None:
+        """Take down a layer that was not called as a whole: its output means what its input does, but for features."""
+        mark = self._mark(source)
+        if mark is not None and value.ndim == source.ndim:
+            axes: list[Axis] = [resized(axis, n) for axis, n in zip(mark.axes, value.shape, strict=True)]
+            axes[-1] = (Factor(CHANNEL, features),)
+            used = self._mark(value) or mark
+            self._put([value], [tuple(axes)], tuple({mark.number, used.number}))
+
+    def _put(self, outs: list[Tensor], axes: list[Axes], used: tuple[int, ...]) -> None:
+        number = len(self.sources)
+        self.sources.append(used)
+        for each, known in zip(outs, axes, strict=True):
+            object.__setattr__(each, _MARK, Mark(known, number))
+
+    def _known(self, value: Any) -> Axes | None:
+        mark = self._mark(value) if isinstance(value, Tensor) else None
+        return None if mark is None else mark.axes
+
+    def _mark(self, value: Tensor) -> Mark | None:
+        own = mark_of(value)
+        written, _ = self._written.get(_storage(value), (None, None))
+        if written is None or (own is not None and own.number >= written.number):
+            return own
+        if own is not None:
+            return Mark(own.axes, written.number)
+        if len(written.axes) != value.ndim:  # written to in part, through a view of another shape
+            return Mark(unknown(value.shape), written.number)
+        return Mark(
+            tuple(resized(axis, n) for axis, n in zip(written.axes, value.shape, strict=True)), written.number
+        )
+
+
+def _storage(value: Tensor) -> int:
+    return value.untyped_storage()._cdata
+
+
+def passed_by_all(sources: list[tuple[int, ...]], end: int) -> set[int]:
+    """List the operations on the main path: those that all that goes from the first to ``end`` goes through.
+
+    Args:
+        sources: for each operation, by number, the earlier ones that it works on; the first has none.
+        end: the last one.
+    """
+    needed, waiting = {end}, [end]
+    while waiting:
+        for each in sources[waiting.pop()]:
+            if each not in needed:
+                needed.add(each)
+                waiting.append(each)
+    # A value that something goes around stands between two that are connected.
+    reach, found = 0, set[int]()
+    users: dict[int, int] = {}
+    for number in needed:
+        for each in sources[number]:
+            users[each] = max(users.get(each, 0), number)
+    for number in sorted(needed):
+        if reach <= number:
+            found.add(number)
+        reach = max(reach, users.get(number, number))
+    return found
+
+
+def first_alone(axes: Axes) -> bool:
+    """Say whether a value's first dimension is that of the images, with nothing merged into it."""
+    return bool(axes) and kind_of(axes[0]) == BATCH
