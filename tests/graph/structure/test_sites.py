@@ -10,7 +10,8 @@ from torch import Tensor, fx, nn
 
 import fxgraft
 from fxgraft.errors import SiteError, StructureError
-from fxgraft.graph.structure.sites import Words, resolve, stages
+from fxgraft.graph.structure.sites import Words, resolve
+from fxgraft.graph.structure.stages import stages
 from fxgraft.graph.tracing.anatomy import Anatomy
 from fxgraft.graph.tracing.editing import After
 from toys import Net, Toy, assert_same, images, net, register_toys, state_of_everything

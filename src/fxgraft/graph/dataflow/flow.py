@@ -20,8 +20,6 @@ from fxgraft.graph.dataflow.axes import (
 )
 from fxgraft.graph.dataflow.rules import Operation, axes_after
 
-_MARK = "_fxgraft_mark"
-
 
 @dataclass(frozen=True)
 class Mark:
@@ -38,7 +36,7 @@ class Mark:
 
 def mark_of(value: Any) -> Mark | None:
     """Return what is known of a value of a pass; None where it is not made from the images."""
-    return getattr(value, _MARK, None)
+    return getattr(value, Flow.mark, None)
 
 
 class Flow:
@@ -46,7 +44,10 @@ class Flow:
 
     Attributes:
         sources: for each operation, by number, those that made what it works on; the images are number 0.
+        mark: under which name a value keeps what is known of it.
     """
+
+    mark = "_fxgraft_mark"
 
     def __init__(self) -> None:
         self.sources: list[tuple[int, ...]] = []
@@ -81,7 +82,7 @@ class Flow:
         self._put(outs, axes, tuple(sorted({mark.number for mark in used})))
         if func._schema.is_mutable:
             for each in outs:
-                self._written[_storage(each)] = getattr(each, _MARK), each
+                self._written[_storage(each)] = getattr(each, self.mark), each
 
     def like(self, value: Tensor, source: Tensor, features: int) -> None:
         """Take down a layer that was not called as a whole: its output means what its input does, but for features."""
@@ -96,14 +97,14 @@ class Flow:
         number = len(self.sources)
         self.sources.append(used)
         for each, known in zip(outs, axes, strict=True):
-            object.__setattr__(each, _MARK, Mark(known, number))
+            object.__setattr__(each, self.mark, Mark(known, number))
 
     def _known(self, value: Any) -> Axes | None:
         mark = self._mark(value) if isinstance(value, Tensor) else None
         return None if mark is None else mark.axes
 
     def _mark(self, value: Tensor) -> Mark | None:
-        own = mark_of(value)
+        own: Mark | None = getattr(value, self.mark, None)
         written, _ = self._written.get(_storage(value), (None, None))
         if written is None or (own is not None and own.number >= written.number):
             return own

@@ -13,7 +13,7 @@ from fxgraft.graph.grafting.unit import Unit
 from fxgraft.graph.structure.absorbing import Absorber, absorber_of
 from fxgraft.graph.structure.ends import Stem, find_classifiers, find_stems
 from fxgraft.graph.structure.head import Head, find_head, pooled_map
-from fxgraft.graph.structure.idle import without_idle
+from fxgraft.graph.structure.idle import reads_places, without_idle
 from fxgraft.graph.structure.joins import Join, residual_joins
 from fxgraft.graph.structure.layout import Layout, layout_of, named_layout
 from fxgraft.graph.structure.places import blocks_before, site_edit, site_edits, value_at
@@ -23,6 +23,7 @@ from fxgraft.graph.structure.rest import Captured, Rest, rest_of_network, span_t
 from fxgraft.graph.structure.site import Site
 from fxgraft.graph.structure.sites import Words, list_sites, named_sites, resolve
 from fxgraft.graph.structure.spot import Spot, spot_layout
+from fxgraft.graph.structure.stages import stages
 from fxgraft.graph.tracing.anatomy import Anatomy
 from fxgraft.graph.tracing.editing import Input, Instead, Output
 
@@ -79,6 +80,10 @@ class Backbone:
     def sites(self, words: Words) -> list[Site]:
         """Resolve what users write for ``layers=``: names, globs, stage numbers, alone or several."""
         return resolve(self.anatomy, words)
+
+    def stages(self) -> list[Site]:
+        """List the stages, in running order; a stage number is an index into them."""
+        return stages(self.anatomy)
 
     def module_outputs(self) -> list[Site]:
         """List the outputs of modules that compute something, in running order."""
@@ -155,7 +160,6 @@ class Backbone:
         self,
         site: Site,
         output: str | int | None = None,
-        prefix: int = 0,
         behind: Collection[str] | None = None,
     ) -> Rest:
         """Split off the rest of the network after a site, as a function of its value.
@@ -163,12 +167,21 @@ class Backbone:
         Args:
             site: where it starts.
             output: which entry of a structured output holds the logits.
-            prefix: how many class and register tokens the value begins with.
             behind: in `Patch.installed`, the grafts that come before this one: what they do to the site's value is part
                 of it, and what the rest needs besides is recorded already.
         """
         acted = None if behind is None else lambda unit: getattr(unit, "graft", None) in behind
-        return rest_of_network(self.anatomy, site, output, prefix, acted)
+        return rest_of_network(self.anatomy, site, output, acted)
+
+    def reads_places(self, rest: Rest, prefix: int, compute: bool = False) -> bool:
+        """Say whether the logits read anything of a site's value but its first ``prefix`` tokens.
+
+        Args:
+            rest: of the network after the site.
+            prefix: how many class and register tokens come first.
+            compute: whether to look for a gradient as well, on two random images, where the weights are there.
+        """
+        return reads_places(self.anatomy, rest, prefix, compute)
 
     def absorber(self, site: Site, layout: Layout) -> Absorber | None:
         """Find the layer that can take a scale and a shift per channel of a site's value into its weights."""

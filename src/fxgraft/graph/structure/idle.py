@@ -2,14 +2,26 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.utils import _pytree as pytree
+
 from fxgraft.errors import FxgraftError, SiteError
-from fxgraft.graph.structure.places import locate
-from fxgraft.graph.structure.rest import span_to_output
+from fxgraft.graph.dataflow.reach import Reach
+from fxgraft.graph.structure.places import locate, value_at
+from fxgraft.graph.structure.rest import Captured, Rest, span_to_output
 from fxgraft.graph.structure.site import Site
 from fxgraft.graph.structure.spot import Spot, spot_layout
 from fxgraft.graph.structure.tokens import reads_prefix_only
 from fxgraft.graph.tracing.anatomy import Anatomy
 from fxgraft.graph.tracing.editing import After, Edge
+from fxgraft.graph.tracing.observe import tensors
+from fxgraft.graph.tracing.preserve import preserved_attributes, preserved_modes, preserved_random_state
 from fxgraft.graph.tracing.walks import downstream_of, upstream_of
 
 
@@ -51,3 +63,87 @@ def _is_idle(anatomy: Anatomy, spot: Spot) -> bool:
     inside = reached & (upstream_of(logits) | {logits})
     users = nodes if isinstance(spot.edit, Edge) else None
     return reads_prefix_only(anatomy.model, start, inside, prefix, users)
+
+
+def reads_places(anatomy: Anatomy, rest: Rest, prefix: int, compute: bool = False) -> bool:
+    """Say whether the logits read anything of a site's value but its class and register tokens.
+
+    Every operation on the way is looked at, on fake tensors: one that may mix tokens is taken to read all of them.
+
+    Args:
+        anatomy: of the bare model.
+        rest: of the network after the site.
+        prefix: how many class and register tokens come first.
+        compute: whether to look for a gradient as well, where the weights are there.
+    """
+    value = value_at(anatomy, rest.site)
+    others = [*(_captured(anatomy, each) for each in rest.captured)]
+    others += [anatomy.observation.calls[""][0].args[index] for index in rest.inputs]
+    if prefix:
+        reach = Reach(prefix)
+        observation = anatomy.observation
+        z = observation.run(torch.empty_like, value)
+        reach.start(z)
+        with _left_alone(anatomy), rest.evaluation_mode(anatomy.model):
+            out = observation.follow(reach, rest.function, anatomy.model, z, *others)
+        if not any(reach.reads(each) for each in tensors(out)):
+            return False
+    found = _gradient(anatomy, rest, value, others) if compute and rest.tail is None else None
+    # A gradient of nought everywhere says nothing: a classifier that starts at nought passes none.
+    return found is None or not found.any() or bool(found[:, prefix:].any())
+
+
+@contextlib.contextmanager
+def _left_alone(anatomy: Anatomy) -> Iterator[None]:
+    """Put back what a forward writes on its modules."""
+    modules = list(anatomy.model.modules())
+    with preserved_modes(anatomy.model), preserved_attributes(modules), preserved_random_state():
+        yield
+
+
+def _captured(anatomy: Anatomy, captured: Captured) -> Any:
+    """Return the fake value that the rest of a network needs besides the site's."""
+    if isinstance(captured.edit, After):
+        graph = anatomy.graph(captured.owner, training=True)
+        return anatomy.values(captured.owner, graph).get(captured.edit.node)
+    return anatomy.observation.output(captured.owner)
+
+
+def _gradient(anatomy: Anatomy, rest: Rest, value: Tensor, others: list[Any]) -> Tensor | None:
+    """Differentiate random logits' sum by random values at the site; None where that cannot be computed."""
+    model = anatomy.model
+    modules = {each for name in rest.children for each in model.get_submodule(name).modules()}
+    held = [tensor for each in modules for tensor in (*each.parameters(False), *each.buffers(False))]
+    if any(each.is_meta or isinstance(each, FakeTensor) for each in held):
+        return None
+    generator = torch.Generator().manual_seed(0)
+
+    def drawn(fake: Any) -> Any:
+        if not isinstance(fake, Tensor):
+            return fake
+        real = (
+            torch.randn(fake.shape, generator=generator)
+            if fake.is_floating_point()
+            else torch.zeros(fake.shape)
+        )
+        return real.to(fake.device, fake.dtype)
+
+    kept = [(each, each._version, each.clone()) for each in held if not each.requires_grad]
+    try:
+        with (
+            torch.inference_mode(False),
+            torch.enable_grad(),
+            _left_alone(anatomy),
+            rest.evaluation_mode(model),
+        ):
+            z = drawn(value).requires_grad_()
+            out = rest.function(model, z.clone(), *pytree.tree_map(drawn, others))
+            logits = [each for each in tensors(out) if each.requires_grad]
+            score = sum((each * drawn(each)).sum() for each in logits)
+            return torch.autograd.grad(score, z)[0] if logits else torch.zeros_like(z)
+    except Exception:  # a forward that takes no values but real ones: what its operations say is believed
+        return None
+    finally:
+        for each, version, content in kept:
+            if each._version != version:
+                each.detach().copy_(content)

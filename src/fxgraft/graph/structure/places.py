@@ -7,7 +7,8 @@ from typing import Any
 from torch import Tensor, fx
 
 from fxgraft.errors import SiteError
-from fxgraft.graph.structure.sites import Site, entry_site, is_block, module_site
+from fxgraft.graph.structure.site import Site, entry_site, module_site
+from fxgraft.graph.structure.stages import is_block
 from fxgraft.graph.tracing.anatomy import Anatomy
 from fxgraft.graph.tracing.editing import After, Edit, Output, is_unit
 from fxgraft.graph.tracing.names import relative

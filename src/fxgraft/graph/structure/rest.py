@@ -18,7 +18,6 @@ from fxgraft.graph.structure.outputs import check_logits, logits_node, take_logi
 from fxgraft.graph.structure.places import alike, locate, own_nodes, site_edit, training_name
 from fxgraft.graph.structure.sites import Site, module_site
 from fxgraft.graph.structure.tail import LinearTail, linear_tail, tail_layer
-from fxgraft.graph.structure.tokens import reads_prefix_only
 from fxgraft.graph.tracing.anatomy import Anatomy
 from fxgraft.graph.tracing.branches import held
 from fxgraft.graph.tracing.compile import compile_graph
@@ -54,7 +53,6 @@ class Rest:
         inputs: which of the model's own positional inputs it needs (for their shape, mostly).
         children: qualified names of the modules it calls.
         tail: set when the rest is pooling and one linear layer.
-        positions_matter: False when the logits read nothing of the site but its prefix tokens.
         settings: plain attributes of the modules it was traced through, by qualified name.
         identities: the modules it was traced with, to notice a replaced one.
         hooked: whether hooks act on the modules that it was traced through, by qualified name.
@@ -69,7 +67,6 @@ class Rest:
     inputs: tuple[int, ...]
     children: tuple[str, ...]
     tail: LinearTail | None
-    positions_matter: bool = True
     settings: dict[str, dict[str, Any]] = field(default_factory=dict)
     identities: dict[str, nn.Module] = field(default_factory=dict)
     hooked: dict[str, bool] = field(default_factory=dict)
@@ -214,7 +211,6 @@ def rest_of_network(
     anatomy: Anatomy,
     site: Site,
     output: str | int | None = None,
-    prefix: int = 0,
     acted: Callable[[nn.Module], bool] | None = None,
 ) -> Rest:
     """Split off the rest of a model after a site.
@@ -223,7 +219,6 @@ def rest_of_network(
         anatomy: of the model, bare or with its grafts installed; those that act in evaluation are kept.
         site: where the rest starts.
         output: which entry of a structured output holds the logits.
-        prefix: how many class and register tokens the site's value begins with.
         acted: of a model with its grafts installed, whose records are in place: whether a unit on the site's value is
             part of it, and not of the rest.
 
@@ -262,7 +257,6 @@ def rest_of_network(
         inputs,
         children,
         tail,
-        positions_matter=not (prefix and reads_prefix_only(anatomy.model, start, inside, prefix)),
         settings=traced.settings,
         identities=inner,
         hooked={name: _is_hooked(anatomy.module(name)) for name in watched},

@@ -1,12 +1,21 @@
-"""One site, and a list of them that prints as a table."""
+"""One site, how a place in a model becomes one, and a list of them that prints as a table."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+import dataclasses
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import overload
+from typing import Any, overload
 
 from rich.table import Table
+from torch import Tensor, fx, nn
+from torch.utils import _pytree as pytree
+
+from fxgraft.errors import TraceError
+from fxgraft.graph.structure.layout import Layout, layout_of, layout_of_value
+from fxgraft.graph.tracing.anatomy import Anatomy
+from fxgraft.graph.tracing.names import join
+from fxgraft.graph.tracing.values import shape_of
 
 
 @dataclass(frozen=True)
@@ -20,7 +29,6 @@ class Site:
         path: qualified name of the module whose output it is, or '' for the value of a function.
         calls: how often that module is called in one pass.
         checkpointed: whether the call runs under activation checkpointing.
-        numbered: whether it was asked for by a stage number, which leaves some choice of place.
         op: the module's class, or the function.
         shape: (batch of 2, ...) at the listing's input size, None when it is no tensor.
         dtype: of the value, without the ``torch.`` prefix.
@@ -33,7 +41,6 @@ class Site:
     path: str = ""
     calls: int = 1
     checkpointed: bool = False
-    numbered: bool = False
     op: str = ""
     shape: tuple[int, ...] | None = None
     dtype: str = ""
@@ -99,3 +106,108 @@ class Sites(Sequence[Site]):
             "  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows
         ]
         return "\n".join(([self.title] if self.title else []) + lines)
+
+
+def call_name(node: fx.Node) -> str:
+    """Name a node as users write it: a child's own name (``name_1`` for its second call), else its fx name."""
+    if node.op != "call_module":
+        return node.name
+    earlier = [
+        n for n in node.graph.nodes if n.op == "call_module" and n.target == node.target and n is not node
+    ]
+    rank = sum(1 for n in earlier if n < node)
+    return f"{node.target}_{rank}" if rank else str(node.target)
+
+
+def _describe(anatomy: Anatomy, value: Any, path: str) -> dict[str, Any]:
+    if not isinstance(value, Tensor):
+        return {}
+    layout = layout_of(anatomy, value, path, strict=False)
+    return {
+        "shape": shape_of(value),
+        "dtype": str(value.dtype).removeprefix("torch."),
+        "layout": str(layout) if isinstance(layout, Layout) else "",
+    }
+
+
+def module_site(anatomy: Anatomy, path: str, call: int = 0) -> Site:
+    """Describe the output of a module's call as a site."""
+    calls = anatomy.observation.calls[path]
+    record = calls[call]
+    owner = anatomy.caller(path)
+    return Site(
+        name=path if call == 0 else f"{path}_{call}",
+        owner=owner,
+        node="",
+        path=path,
+        calls=len(calls),
+        checkpointed=record.checkpointed,
+        op=type(anatomy.module(path)).__name__,
+        **_describe(anatomy, record.output, path),
+    )
+
+
+def node_sites(anatomy: Anatomy, owner: str) -> list[Site]:
+    """List the values in one module's forward, in running order: children's calls and what is between them.
+
+    Args:
+        anatomy: of the bare model.
+        owner: the module whose forward is looked at.
+    """
+    values = anatomy.values(owner)
+    found = []
+    for node in anatomy.graph(owner, training=False).graph.nodes:
+        if node.op in ("placeholder", "output", "get_attr"):
+            continue
+        name = call_name(node)
+        value = values.get(node.name)
+        if node.op == "call_module":
+            path = join(owner, str(node.target))
+            if name == str(node.target) and path in anatomy.observation.calls:
+                found.append(dataclasses.replace(module_site(anatomy, path), owner=owner, node=node.name))
+                continue
+            op = type(anatomy.module(path)).__name__
+        elif isinstance(value, Tensor):
+            op = getattr(node.target, "__name__", str(node.target))
+        else:
+            continue
+        found.append(Site(join(owner, name), owner, node.name, op=op, **_describe(anatomy, value, "")))
+    return found
+
+
+def last_called(anatomy: Anatomy, path: str, containers: tuple[type, ...] = (nn.Sequential,)) -> str | None:
+    """Follow a Sequential whose children are called one by one to the child that gives its output."""
+    try:
+        module = anatomy.module(path) if path else None
+    except AttributeError:
+        return None
+    while isinstance(module, containers) and len(module):
+        name = list(module._modules)[-1]
+        path = f"{path}.{name}"
+        if path in anatomy.observation.calls:
+            return path
+        module = module._modules[name]
+    return None
+
+
+def entry_site(anatomy: Anatomy, path: str, wanted: Callable[[Any], bool]) -> Site | None:
+    """Find the first of several values that a module returns that is as wanted; None where it cannot be told apart."""
+    output = anatomy.observation.output(path)
+    if not any(wanted(value) for value in pytree.tree_leaves(output)):
+        return None
+    try:
+        graph = anatomy.graph(path, training=False).graph
+    except TraceError:
+        return None
+    returned = pytree.tree_leaves(next(node.args[0] for node in graph.nodes if node.op == "output"))
+    values = pytree.tree_leaves(output)
+    if len(returned) != len(values):
+        return None
+    name = next(node.name for node, value in zip(returned, values, strict=True) if wanted(value))
+    return next((site for site in node_sites(anatomy, path) if site.node == name), None)
+
+
+def places_in(value: Any) -> int:
+    """Count the places that a map or tokens have of each image; 0 for anything else, as for attention weights."""
+    layout = layout_of_value(value) if isinstance(value, Tensor) else None
+    return 0 if layout is None or layout.name == "NC" else layout.canonical(value)[0, 0].numel()

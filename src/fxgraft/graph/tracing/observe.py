@@ -68,12 +68,16 @@ class Observation:
 
     def run(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Call a function on fake tensors of this pass, without gradients."""
+        return self.follow(self.flow, function, *args, **kwargs)
+
+    def follow(self, flow: Flow, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Do the same, and let another flow take down the operations."""
         return within(
             torch.no_grad(),
             within,
             self.mode,
             within,
-            _Converting(self.mode, self.flow),
+            _Converting(self.mode, flow),
             function,
             *args,
             **kwargs,

@@ -27,7 +27,6 @@ from fxgraft.extend import (
     Placement,
     Rest,
     Site,
-    SiteError,
     Unit,
     View,
     Words,
@@ -44,6 +43,7 @@ from fxgraft.patches.rsc import tensors as core
 from fxgraft.patches.rsc.picture import mute_panels
 from fxgraft.patches.rsc.presets import PRESETS
 from fxgraft.patches.rsc.probe import Probe, Scoring
+from fxgraft.patches.rsc.sites import found_sites
 
 
 @register("rsc")
@@ -64,9 +64,9 @@ class RSC(LayeredPatch):
     maps lose too much: below about 3×3 positions the spatial scope mutes most of what there is.
 
     Args:
-        layers: where, by name, glob or stage number (-1 is the last stage); several give one unit each. Default:
-            the last map before global pooling. Where the head averages no map, as one that reads the class token
-            alone, the last stage, and in it the last block whose positions still reach the logits.
+        layers: where, by name, glob or stage number (-1 is the last stage whose positions reach the logits); several
+            give one unit each. Default: the last map before global pooling. Where the head averages no map of several
+            positions, or reads the class token alone, the last stage or block whose positions still reach the logits.
         layer: the same, for one.
         scope: what is muted in one batch: positions ("spatial"), channels ("channel"), or one of the two
             drawn for each batch with probability 1/2 ("both", the default).
@@ -156,7 +156,7 @@ class RSC(LayeredPatch):
 
     def place(self, backbone: Backbone, make: Make) -> Iterator[list[Placement]]:
         """Put one unit on each site, and record what the rest of the network needs besides."""
-        for site, layout, rest in self._sites(backbone):
+        for site, layout, rest in found_sites(backbone, self.layers, self.output, self.layout):
             unit = make(site.name, RSCUnit, self)
             unit.bind(site=site, layout=layout, rest=rest)
             for each in rest.captured:
@@ -176,36 +176,7 @@ class RSC(LayeredPatch):
         names = [each.name for each in grafts_on(backbone.model)]
         behind = names[: names.index(graft.name)]
         for unit in graft.units_of(RSCUnit):
-            unit.bind(rest=backbone.rest(unit.site, self.output, unit.layout.prefix, behind))
-
-    def _sites(self, backbone: Backbone) -> Iterator[tuple[Site, Layout, Rest]]:
-        """Find the sites; a stage number means the last block of the stage whose positions reach the logits."""
-        pooled = backbone.pooled_map(self.output) if self.layers is None else None
-        named = -1 if self.layers is None else self.layers
-        for site in backbone.sites(named) if pooled is None else [pooled]:
-            for choice in [site, *(backbone.blocks_before(site) if site.numbered else ())]:
-                layout = self._layout(backbone, choice)
-                rest = backbone.rest(choice, self.output, layout.prefix)
-                if rest.positions_matter:
-                    yield choice, layout, rest
-                    break
-            else:
-                raise SiteError(
-                    f"RSC would mute nothing at {site.name!r}: the logits read its class token alone.\n"
-                    "It mutes the positions that a prediction leans on, and this one leans on none of them.\n"
-                    "Choose an earlier block, or build the model to pool by average (timm: global_pool='avg')."
-                )
-
-    def _layout(self, backbone: Backbone, site: Site) -> Layout:
-        value = backbone.value(site)
-        if not isinstance(value, Tensor) or not value.is_floating_point():
-            found = type(value).__name__ if not isinstance(value, Tensor) else f"a tensor of {value.dtype}"
-            raise SiteError(
-                f"RSC needs a feature map at {site.name!r}, and {site.op} returns {found}.\n"
-                "It mutes positions or channels of a floating-point tensor with the batch first.\n"
-                "fxgraft.sites(model) shows what every layer returns."
-            )
-        return backbone.layout(site, self.layout)
+            unit.bind(rest=backbone.rest(unit.site, self.output, behind))
 
     def picture(self, graft: Graft, view: View) -> Picture:
         """Show what a training pass mutes in an image."""

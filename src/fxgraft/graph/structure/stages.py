@@ -1,0 +1,263 @@
+"""Stages: which values of a network are the ends of its stages."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from torch import Tensor, fx, nn
+
+from fxgraft.errors import SiteError, StructureError
+from fxgraft.graph.dataflow.flow import passed_by_all
+from fxgraft.graph.structure.layout import layout_of_value
+from fxgraft.graph.structure.outputs import take_logits
+from fxgraft.graph.structure.pooling import is_classifier
+from fxgraft.graph.structure.site import Site, entry_site, last_called, module_site, node_sites, places_in
+from fxgraft.graph.tracing.anatomy import Anatomy
+from fxgraft.graph.tracing.names import ancestors, inside
+from fxgraft.graph.tracing.observe import Call, tensors
+from fxgraft.graph.tracing.walks import downstream_of
+
+
+def stage_at(anatomy: Anatomy, index: int) -> Site:
+    """Return the stage of that number; negative numbers count from the last.
+
+    Raises:
+        SiteError: there is none; lists those there are.
+    """
+    found = stages(anatomy)
+    if not -len(found) <= index < len(found):
+        raise SiteError(
+            f"There is no stage {index} in {anatomy.name}, which has {len(found)}.\n"
+            f"They are numbered 0 to {len(found) - 1} (or from -1 backwards): "
+            f"{', '.join(repr(site.name) for site in found)}."
+        )
+    return found[index]
+
+
+def stages(anatomy: Anatomy) -> list[Site]:
+    """List the stages of a backbone, in running order.
+
+    Those of timm's ``feature_info`` that give a map or tokens of the channels it says, the first one of several values.
+    Without any, the last module at each number of places that nothing goes around on the way to the output, or every
+    block where that number never changes. Modules that run several stages are looked into; a norm behind a stage
+    belongs to it.
+
+    Raises:
+        StructureError: there is none.
+    """
+    info = getattr(anatomy.model, "feature_info", None)
+    entries = getattr(info, "info", info)
+    declared = [entry for entry in entries or () if isinstance(entry, dict) and entry.get("module")]
+    names = {entry["module"] for entry in declared}
+    found = []
+    if len(names) == len(declared):  # else it does not say where its stages are
+        found = [
+            site
+            for entry in declared
+            if (site := _declared(anatomy, entry["module"], entry.get("num_chs"))) is not None
+        ]
+    found = found or _by_places(anatomy)
+    if not found:
+        raise StructureError(
+            f"{anatomy.name} has no feature_info and no feature maps to number stages by.\n"
+            "Name the layer instead; fxgraft.sites(model) lists all of them."
+        )
+    return found
+
+
+def _declared(anatomy: Anatomy, name: str, channels: int | None = None) -> Site | None:
+    """Find the map of a stage that ``feature_info`` names; None where that module gives none, of as many channels."""
+
+    def wanted(value: Any) -> bool:
+        layout = layout_of_value(value) if isinstance(value, Tensor) else None
+        if layout is None or not places_in(value):
+            return False
+        return channels is None or layout.canonical(value).shape[1] == channels
+
+    lists = (nn.Sequential, nn.ModuleList)
+    path = name if name in anatomy.observation.calls else last_called(anatomy, name, lists)
+    if path is None:
+        return None
+    output = anatomy.observation.output(path)
+    if isinstance(output, Tensor):
+        return module_site(anatomy, path) if wanted(output) else None
+    return entry_site(anatomy, path, wanted)
+
+
+def _by_places(anatomy: Anatomy) -> list[Site]:
+    """Find the last value of the main path at each number of places, or the blocks where that number is one."""
+    if isinstance(anatomy.model, fx.GraphModule):
+        return _last_of_each(_graph_path(anatomy))
+    main = _main_path(anatomy)
+    opened = {""}
+    for path in sorted(main, key=lambda path: path.count(".")):
+        if anatomy.caller(path) in opened and (main[path] is None or _holds_stages(anatomy, path, main)):
+            opened.add(path)
+    outer: dict[int, str] = {}
+    for path, value in main.items():
+        if value is not None and anatomy.caller(path) in opened:
+            known = outer.setdefault(value.made, path)
+            # Of several modules that hand one value on the outermost, if it returns nothing else.
+            if value.alone and path.count(".") < known.count("."):
+                outer[value.made] = path
+    found = _last_of_each(
+        ((path, main[path].places) for _, path in sorted(outer.items())),
+        lambda path, before: not _is_composite(anatomy, path) and _is_composite(anatomy, before),
+    )
+    if len(found) == 1:
+        blocks = [
+            path for path in main if main[path] and _is_composite(anatomy, path) and is_block(anatomy, path)
+        ]
+        found = [
+            path for path in blocks if not any(inside(path, each) for each in blocks if each != path)
+        ] or found
+    return [site for path in found if (site := _declared(anatomy, path)) is not None]
+
+
+def _last_of_each(
+    counted: Iterable[tuple[Any, int]], belongs: Callable[[Any, Any], bool] = lambda each, before: False
+) -> list[Any]:
+    """Keep the last of those with about as many places; a border that a convolution cuts off is no other stage.
+
+    Args:
+        counted: things with their places.
+        belongs: whether one that comes right behind another at its number of places does not take its place, as the
+            norm behind a stage.
+    """
+    last: list[tuple[Any, int]] = []
+    for each, places in counted:
+        near = [0.7 < count / places < 1 / 0.7 for _, count in last]
+        if near and near[-1] and belongs(each, last[-1][0]):
+            continue
+        last = [pair for pair, close in zip(last, near, strict=True) if not close]
+        last.append((each, places))
+    return [each for each, _ in last]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Map:
+    """A map that a module returns: its places, what made it, whether it is all that is returned, and its shape."""
+
+    places: int
+    made: int
+    alone: bool
+    shape: tuple[int, ...]
+
+
+def _main_path(anatomy: Anatomy) -> dict[str, _Map | None]:
+    """Find the map that each module returns, in running order, where all of the image goes through it.
+
+    Where nothing is like that, as in networks of several branches, the maps of all modules. None for a module that
+    returns no map but holds some that do. The classifier is left out.
+    """
+    observation = anatomy.observation
+    calls = {path: calls[0] for path, calls in observation.calls.items() if path and len(calls) == 1}
+    ordered = [path for path in _before_the_heads(anatomy, anatomy.in_order()[:-1]) if path in calls]
+    maps = {path: found for path in ordered if (found := _first_map(calls[path])) is not None}
+    made = [number for number in observation.calls[""][0].made if number is not None]
+    main = passed_by_all(observation.flow.sources, made[0]) if made else set[int]()
+    kept = {path: found for path, found in maps.items() if found.made in main} or maps
+    around = {each for path in kept for each in ancestors(path)}
+    return {
+        path: kept.get(path)
+        for path in anatomy.in_order()
+        if path in kept or (path in around and path in calls)
+    }
+
+
+def _first_map(call: Call) -> _Map | None:
+    for value, made in zip(tensors(call.output), call.made, strict=True):
+        count = places_in(value)
+        if count > 1 and made is not None:
+            return _Map(count, made, isinstance(call.output, Tensor), tuple(value.shape))
+    return None
+
+
+def _holds_stages(anatomy: Anatomy, path: str, main: dict[str, _Map | None]) -> bool:
+    """Say whether a module runs more than one stage.
+
+    There is a number of places within it that it neither gets nor gives, or there are blocks in it before it gives
+    fewer places: of a plain sequence any, of another module those that leave the number of channels alone.
+    """
+    own = {name: value for name, value in main.items() if value and inside(name, path) and name != path}
+    out = main[path]
+    given = next(
+        (value for value in tensors(anatomy.observation.calls[path][0].args) if places_in(value) > 1), None
+    )
+    if out is None or given is None:
+        return bool(own)
+    before = places_in(given)
+    if len(
+        _last_of_each([("", before), ("", out.places), *(("", value.places) for value in own.values())])
+    ) > (1 + (len(_last_of_each([("", before), ("", out.places)])) > 1)):
+        return True
+    if before == out.places:
+        return False
+    blocks = [own[name] for name in own if own[name].places == before and _is_composite(anatomy, name)]
+    if type(anatomy.module(path)) is nn.Sequential:
+        return bool(blocks)
+    return any(value.shape == given.shape for value in blocks)
+
+
+def _is_composite(anatomy: Anatomy, path: str) -> bool:
+    return next(anatomy.module(path).children(), None) is not None
+
+
+def _graph_path(anatomy: Anatomy) -> list[tuple[Site, int]]:
+    """Do the same for a model that is a graph: its nodes are the values."""
+    nodes = list(anatomy.graph("", training=False).graph.nodes)
+    carrying = {
+        node for start in nodes if start.op == "placeholder" for node in (start, *downstream_of(start))
+    }
+    number = {node: index for index, node in enumerate(nodes)}
+    sources = [tuple(number[each] for each in node.all_input_nodes if each in carrying) for node in nodes]
+    main = passed_by_all(sources, len(nodes) - 1)
+    values = anatomy.values("")
+    names = {node.name for node in nodes if number[node] in main}
+    sites = [site for site in node_sites(anatomy, "")[:-1] if site.node in names]
+    return [(site, count) for site in sites if (count := places_in(values.get(site.node))) > 1]
+
+
+def _before_the_heads(anatomy: Anatomy, ordered: list[str]) -> list[str]:
+    """Leave out the classifier and what follows it, and of a dense predictor all that gives maps of classes.
+
+    There may be several, an auxiliary one or one at each scale. A dense predictor is told by logits as large as the
+    image; their channels are the classes.
+    """
+    try:
+        logits = take_logits(anatomy.observation.output(""))
+    except StructureError:
+        return ordered[:-1]
+    if not isinstance(logits, Tensor) or logits.ndim < 2:
+        return ordered[:-1]
+    classes = logits.shape[1]
+    if logits.ndim == 4 and logits.shape[2:] == anatomy.image_size[1:]:
+        heads: list[str] = []
+        for path in (each for each in reversed(ordered) if anatomy.caller(each) == ""):
+            value = anatomy.observation.output(path)
+            if not isinstance(value, Tensor) or value.ndim != 4 or value.shape[1] != classes:
+                break
+            heads.append(path)
+        kept = [path for path in ordered[:-1] if not any(inside(path, head) for head in heads)]
+        return kept or ordered[:-1]
+    weighted = [path for path in ordered if next(anatomy.module(path).parameters(False), None) is not None]
+    last = weighted[-1] if weighted else ""
+    value = anatomy.observation.output(last)
+    if (
+        last
+        and is_classifier(anatomy.module(last))
+        and isinstance(value, Tensor)
+        and classes in value.shape[1:]
+    ):
+        return ordered[: ordered.index(last)]
+    return ordered[:-1]
+
+
+def is_block(anatomy: Anatomy, path: str) -> bool:
+    """Say whether a module is one of several of its class in one `torch.nn.Sequential` or ``ModuleList``."""
+    parent = anatomy.module(path.rpartition(".")[0])
+    module = anatomy.module(path)
+    alike = sum(type(each) is type(module) for each in parent.children())
+    return bool(path) and isinstance(parent, (nn.Sequential, nn.ModuleList)) and alike > 1
