@@ -31,11 +31,13 @@ def found_sites(
         yield search.default()
         return
     words = list(layers) if isinstance(layers, Iterable) and not isinstance(layers, str) else [layers]
+    if not words:
+        backbone.sites(words)
     numbers = [word for word in words if isinstance(word, int) and not isinstance(word, bool)]
     stages = search.stages() if numbers else []
     found: dict[str, Site] = {}
-    for word in words or [words]:
-        sites = [_numbered(stages, word)] if word in numbers else backbone.sites(word)  # type: ignore[arg-type]
+    for word in words:
+        sites = [_numbered(stages, word)] if word in numbers else backbone.sites([word])  # type: ignore[list-item]
         found |= {site.name: site for site in sites}
     for site in found.values():
         kind, rest = search.read_at(site)
