@@ -104,7 +104,7 @@ def examine(name: str) -> Record:
     Returns:
         "family"; "build" in seconds; "bare", None or how it fails by itself; "methods" and "stack", each with "plan"
         in seconds and with "refused" (the text), "failed" (a crash), or "steps": None, or how a training step or
-        an evaluation fails.
+        an evaluation fails. "inexact" beside it says what makes a training pass differ where the method does nothing.
     """
     warnings.simplefilter("ignore")
     record: Record = {"family": family(name)}
@@ -117,6 +117,7 @@ def examine(name: str) -> Record:
     for method in own_methods():
         tried = record["methods"][method] = graft(model, [method], size)
         if "refused" not in tried and "failed" not in tried:
+            tried |= inexact(model)
             tried["steps"] = record["bare"] or steps(model, size)
             fxgraft.unpatch(model)
     goes_on = [m for m in STACK if not {"refused", "failed"} & record["methods"][m].keys()]
@@ -124,6 +125,11 @@ def examine(name: str) -> Record:
     if "refused" not in stack and "failed" not in stack:
         stack["steps"] = record["bare"] or steps(model, size)
     return record
+
+
+def inexact(model: nn.Module) -> Record:
+    """Return what makes the methods on a model differ from the bare network where they do nothing; '' for nothing."""
+    return {"inexact": "; ".join(filter(None, (g.patch.inexact(g) for g in fxgraft.grafts(model))))}
 
 
 def graft(model: nn.Module, methods: list[str], size: tuple[int, ...]) -> Record:

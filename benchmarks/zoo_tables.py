@@ -32,13 +32,32 @@ def shares(records: dict[str, Record]) -> dict[str, tuple[int, int]]:
     return {method: (count[True], count.total()) for method, count in counts.items()}
 
 
+def inexact(records: dict[str, Record], method: str) -> str:
+    """Count the networks on which a method works and differs from the bare network where it does nothing.
+
+    Records of earlier versions do not say it; then the count has with it of how many it is.
+    """
+    said = [
+        tried.get("inexact") for _, _, name, tried in outcomes(records) if name == method and works(tried)
+    ]
+    known = [each for each in said if each is not None]
+    count = str(sum(map(bool, known)))
+    return "" if not known else count if len(known) == len(said) else f"{count} of {len(known)} looked at"
+
+
 def coverage(zoo: Zoo) -> str:
     """Write what the README says: how much of the zoo is known, and on what share of it each method works."""
     known = zoo.known()
     counted = len({name for name, *_ in outcomes(known)})
     unbuilt = sum("unbuilt" in each for each in zoo.structures.values())
     rows = [
-        (f"`{method}`" if method in own_methods() else method, str(good), str(total), f"{good / total:.1%}")
+        (
+            f"`{method}`" if method in own_methods() else method,
+            str(good),
+            str(total),
+            f"{good / total:.1%}",
+            inexact(known, method),
+        )
         for method, (good, total) in shares(known).items()
     ]
     left_out = (
@@ -51,7 +70,10 @@ def coverage(zoo: Zoo) -> str:
         [
             f"{counted} of {len(zoo.structures)} architectures, by {len(zoo.records)} of them that were tried{others}.",
             "",
-            markdown_table(("method", "works", "of", "share"), rows),
+            markdown_table(("method", "works", "of", "share", "of these not exact"), rows),
+            "",
+            "Not exact: a training pass differs from the bare network's even where the method does nothing, as with an "
+            "activation between pooling and classifier; the summary names it.",
         ]
     )
 

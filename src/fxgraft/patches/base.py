@@ -137,6 +137,13 @@ class Patch(Placer):
         """Say what the network of a graft is built of, for a preset that was published for another one."""
         return None
 
+    def inexact(self, graft: Graft) -> str:
+        """Say what makes a training pass on this model differ from the bare one even where the method does nothing.
+
+        ``describe`` says it too, and so do the tables of what works. By default nothing: ''.
+        """
+        return ""
+
     def losses(
         self, graft: Graft, out: Any, target: Any, criterion: Callable[..., Tensor]
     ) -> Mapping[str, Tensor]:

@@ -7,7 +7,7 @@ average over all positions of a map. Modules on the way are opened as they are m
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from timm.layers.linear import Linear as TimmLinear
 from torch import Tensor, fx, nn
@@ -19,7 +19,7 @@ from fxgraft.graph.tracing.anatomy import Anatomy
 from fxgraft.graph.tracing.names import ancestors, class_name, join
 from fxgraft.graph.tracing.trace import Traced, is_primitive
 from fxgraft.graph.tracing.values import Values, describe_node, node_name, tensor_inputs
-from fxgraft.graph.tracing.walks import scope_of
+from fxgraft.graph.tracing.walks import scope_of, upstream_of
 
 # timm's own Linear differs under TorchScript only.
 _LINEAR_FORWARDS = (nn.Linear.forward, TimmLinear.forward)
@@ -60,7 +60,8 @@ class HeadTrace:
             none where the maps hold classes already.
         end: what gives the logits: the classifier, or the node that puts those of several together.
         neutral: whether the nodes between only change the shape, or drop features in training.
-        affine: whether they commute with averaging.
+        affine: whether they commute with averaging as they are, run at one position after the other.
+        values: of the trace.
     """
 
     maps: fx.Node
@@ -71,6 +72,7 @@ class HeadTrace:
     end: fx.Node
     neutral: bool
     affine: bool
+    values: Values = field(repr=False, compare=False)
 
     @property
     def classifier(self) -> fx.Node | None:
@@ -158,7 +160,7 @@ def head_in(anatomy: Anatomy, path: str, traced: Traced, end: fx.Node) -> HeadTr
     steps = [node for node in (*between, last) if node is not found[0] and tensor_inputs(node, values)]
     neutral = all(node_name(node, owner) in SHAPES | DROPOUTS for node in steps)
     affine = all(_affine(node, values) for node in steps)
-    return HeadTrace(maps, pool, pooling, between, found, last, neutral, affine)
+    return HeadTrace(maps, pool, pooling, between, found, last, neutral, affine, values)
 
 
 def _affine(node: fx.Node, values: Values) -> bool:
@@ -218,7 +220,7 @@ def _class_maps(end: fx.Node, values: Values) -> HeadTrace:
     fits = isinstance(module, nn.Conv2d) and declared in (None, module.out_channels)
     if pool is None or module is None or not (fits and is_classifier(module)):
         raise _no_classifier(end, values)
-    return HeadTrace(maps, pool, pooling, (), (), pool, True, True)
+    return HeadTrace(maps, pool, pooling, (), (), pool, True, True, values)
 
 
 def _no_classifier(end: fx.Node, values: Values) -> StructureError:
@@ -233,12 +235,12 @@ def _no_classifier(end: fx.Node, values: Values) -> StructureError:
 def _pooled(classifier: fx.Node, values: Values) -> tuple[fx.Node, Pooling]:
     """Follow the classifier's input back to the pooling."""
     owner = values.owner
-    sources = tensor_inputs(classifier, values)
+    sources = _carried(classifier, values)
     if len(sources) != 1:
         raise _no_pooling(classifier, f"{len(sources)} inputs", values)
     while True:
         (node,) = sources
-        sources = tensor_inputs(node, values)
+        sources = _carried(node, values)
         pooling = pooling_of(node, values)
         if pooling is not None:
             return node, pooling
@@ -251,19 +253,28 @@ def _pooled(classifier: fx.Node, values: Values) -> tuple[fx.Node, Pooling]:
             raise _no_pooling(classifier, reason, values)
 
 
+def _carried(node: fx.Node, values: Values) -> list[fx.Node]:
+    """List the tensors that a node works on, without those that are made of parameters alone (``weight.float()``)."""
+    found = tensor_inputs(node, values)
+    if len(found) < 2:
+        return found
+    return [each for each in found if any(n.op == "placeholder" for n in (each, *upstream_of(each)))]
+
+
 def _one_vector(node: fx.Node, values: Values) -> list[fx.Node] | None:
     """Find the one pooled vector that all inputs of a node come from, as in a norm that is written out; or None."""
     waiting = {node}
-    while all(_is_vector(values(each)) for each in waiting):
+    while all(is_vector(values(each)) for each in waiting):
         last = max(waiting)
-        waiting = waiting - {last} | {*tensor_inputs(last, values)}
+        waiting = waiting - {last} | {*_carried(last, values)}
         if len(waiting) == 1:
             (met,) = waiting
-            return [met] if _is_vector(values(met)) else None
+            return [met] if is_vector(values(met)) else None
     return None
 
 
-def _is_vector(value: object) -> bool:
+def is_vector(value: object) -> bool:
+    """Say whether a value has one dimension besides the batch that is no size of one."""
     return isinstance(value, Tensor) and value.shape[1:].numel() == max(value.shape[1:], default=0)
 
 
@@ -307,9 +318,9 @@ def _obstacle(node: fx.Node, sources: list[fx.Node], values: Values) -> str | No
         return shown
     if name in ("flatten", "view", "reshape") and after.ndim == 2 and max(before.shape[1:]) < after.shape[1]:
         return f"a whole map of shape {tuple(before.shape[1:])}, flattened"
-    if not _is_vector(before) and _is_vector(after):
+    if not is_vector(before) and is_vector(after):
         return f"the output of {shown}, which is no plain average over positions"
-    if not _is_vector(after):
+    if not is_vector(after):
         return f"the output of {shown}, of shape {tuple(after.shape[1:])}"
     return None
 

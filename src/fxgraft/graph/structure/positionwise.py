@@ -2,37 +2,72 @@
 
 Pooling and a linear classifier may change places: the average of the scores at all positions is the classifier's
 answer for the average. Layers between the two are run on the positions as if each were a pooled vector.
-What must not differ from position to position does not: dropout draws one mask per image, and BatchNorm
-keeps the statistics of the pooled vectors, so both commute with the average exactly.
+What must not differ from position to position does not: dropout draws one mask per image, and norms have the
+statistics of the pooled vectors (which is what BatchNorm keeps), so both commute with the average exactly. An
+activation does not: it acts on every position, and the average is another number than the network's. That is what
+`PositionwiseHead.inexact` names.
 """
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
-from torch import Tensor, nn
+from timm.layers.norm_act import BatchNormAct2d, FrozenBatchNormAct2d, SyncBatchNormAct
+from torch import Tensor, fx, nn
+from torch.nn.modules.batchnorm import _NormBase
 
-from fxgraft.errors import BypassError, SiteError
+from fxgraft.errors import BypassError, SiteError, StructureError
+from fxgraft.functional import pooled_vectors
 from fxgraft.graph.structure.head import Head
 from fxgraft.graph.structure.linear import made_by_hooks
-from fxgraft.graph.structure.pooling import HeadTrace, is_classifier, opened_head
+from fxgraft.graph.structure.pooling import (
+    DROPOUTS,
+    SCALES,
+    SHAPES,
+    SUMS,
+    HeadTrace,
+    is_classifier,
+    is_vector,
+    opened_head,
+)
 from fxgraft.graph.structure.tokens import token_grid
 from fxgraft.graph.tracing.anatomy import Anatomy
 from fxgraft.graph.tracing.compile import compile_graph
-from fxgraft.graph.tracing.names import join
+from fxgraft.graph.tracing.names import class_name, join
 from fxgraft.graph.tracing.preserve import preserved_modes
 from fxgraft.graph.tracing.settings import acted_on, plain_settings, settings_changed
 from fxgraft.graph.tracing.trace import Traced
-from fxgraft.graph.tracing.walks import cut, modules_in, placeholders
+from fxgraft.graph.tracing.values import Values, describe_node, node_name
+from fxgraft.graph.tracing.walks import cut, modules_in, placeholders, upstream_of
 
 Positions = Callable[..., Tensor]
 """``f(module, rows, positions) -> rows``: layers on (B·N, ...) rows, the N positions of an image together."""
 
 
+Pairwise = Callable[..., tuple[Any, Tensor]]
+"""``f(layer, pooled, rows, positions, ...) -> (pooled, rows)``: a layer on the pooled vectors and on all positions."""
+
 _DROPOUTS = (F.dropout, F.dropout1d, F.dropout2d)
+_REDUCTIONS = {
+    "mean",
+    "sum",
+    "var",
+    "std",
+    "var_mean",
+    "std_mean",
+    "norm",
+    "vector_norm",
+    "amax",
+    "amin",
+    "logsumexp",
+}
+_LINEAR = {"sub", "isub", "rsub", "float", "half", "double", "bfloat16", "to", "type", "type_as"}
 
 
 class PositionwiseHead:
@@ -44,6 +79,10 @@ class PositionwiseHead:
         traced: the trace.
         grid: (H, W) of a map of tokens.
         model: the model, to notice later that layers of the head were replaced.
+
+    Attributes:
+        inexact: what between pooling and classifier does not commute with the average, for messages; where nothing is
+            named, the scores of all positions average to the logits exactly.
     """
 
     def __init__(
@@ -54,7 +93,10 @@ class PositionwiseHead:
         self.grid = grid
         self.classifiers = tuple(str(node.target) for node in head.classifiers)
         owner = model.get_submodule(path)
-        self.between = None if _only_shapes(head, owner) else _per_position(head, traced, owner)
+        self.between: Positions | None = None
+        self.inexact: tuple[str, ...] = ()
+        if not _only_shapes(head, owner):
+            self.between, self.inexact = _per_position(head, traced, owner, head.values)
         passed = {*modules_in([head.pool, *head.between, *head.classifiers, head.end])}
         self.bypassed = tuple(sorted(passed))
         names = sorted({*modules_in([head.pool, *head.between])} - {*self.classifiers})
@@ -166,86 +208,268 @@ def _only_shapes(head: HeadTrace, owner: nn.Module) -> bool:
     return not dropouts and all(isinstance(module, (nn.Identity, nn.Flatten)) for module in calls)
 
 
-def _per_position(head: HeadTrace, traced: Traced, owner: nn.Module) -> Positions:
-    """Compile what follows the pooling into a function of rows: up to the classifier, or to the logits of several."""
+@dataclass
+class _Roles:
+    """What the nodes between pooling and classifier are run on.
+
+    Attributes:
+        varying: what differs between positions.
+        statistics: what is one per image: statistics over the channels of a vector, and what is made of them alone.
+        special: how layers are run where running them row by row would not commute with the average.
+        rows: what is needed at every position.
+        pooled: what is needed of the pooled vectors.
+        inexact: what does not commute with the average.
+    """
+
+    varying: set[fx.Node]
+    statistics: set[fx.Node]
+    special: dict[fx.Node, Pairwise]
+    rows: set[fx.Node]
+    pooled: set[fx.Node]
+    inexact: list[fx.Node]
+
+    @classmethod
+    def of(cls, order: list[fx.Node], pool: fx.Node, end: fx.Node, values: Values) -> _Roles:
+        """Give every node its role, in running order.
+
+        Statistics are taken of the pooled vector alone: a norm at a position then has the pooled vector's mean and
+        deviation, is linear in the position, and commutes with the average. Where something else does not, they are
+        nobody's gain, and every position has its own.
+        """
+        found = cls._with(order, pool, end, values, True)
+        if not found.inexact and end in found.varying:
+            return found
+        return replace(cls._with(order, pool, end, values, False), inexact=found.inexact or [end])
+
+    @classmethod
+    def _with(cls, order: list[fx.Node], pool: fx.Node, end: fx.Node, values: Values, shared: bool) -> _Roles:
+        varying, statistics = {pool}, set[fx.Node]()
+        for node in order:
+            inputs = [each for each in node.all_input_nodes if each in varying or each in statistics]
+            tensors = [each for each in inputs if not _is_size(values(each))]
+            if inputs:
+                alone = bool(tensors) and all(each in statistics for each in tensors)
+                frozen = alone or (shared and _reduces(node, tensors, values))
+                (statistics if frozen else varying).add(node)
+        special = {node: _special(node, values.owner) for node in order if node in varying}
+        known = {node: run for node, run in special.items() if run and (shared or run not in _BY_IMAGE)}
+        rows, pooled = {end}, set[fx.Node]()
+        for node in reversed(order):
+            seeing = known.get(node) in _SEEING
+            for each in node.all_input_nodes:
+                if node in rows and each in varying:
+                    rows.add(each)
+                if node in pooled or (node in rows and (seeing or each in statistics)):
+                    pooled.add(each)
+        inexact = [node for node in order if node in rows and not _commutes(node, varying, values)]
+        return cls(varying, statistics, known, rows, pooled, inexact)
+
+
+def _is_size(value: object) -> bool:
+    return isinstance(value, (int, torch.Size, torch.dtype, torch.device))
+
+
+def _reduces(node: fx.Node, inputs: list[fx.Node], values: Values) -> bool:
+    """Say whether a node makes one number of the channels of a vector."""
+    if not inputs or node_name(node, values.owner) not in _REDUCTIONS:
+        return False
+    value, out = values(inputs[0]), values(node)
+    out = out[0] if isinstance(out, tuple) else out
+    if not is_vector(value) or not isinstance(out, Tensor) or not out.ndim:
+        return False
+    return len(out) == len(value) and out.numel() < value.numel()
+
+
+def _commutes(node: fx.Node, varying: set[fx.Node], values: Values) -> bool:
+    """Say whether what a node does at every position averages to what it does to the average."""
+    owner = values.owner
+    if node.op == "call_module":
+        module = owner.get_submodule(str(node.target))
+        layer = _special(node, owner) is not None or is_classifier(module)
+        plain = layer or isinstance(module, (nn.Identity, nn.Flatten, FrozenBatchNormAct2d))
+        return plain and _inert(getattr(module, "act", None))
+    name = node_name(node, owner)
+    inputs = [each for each in node.all_input_nodes if each in varying and not _is_size(values(each))]
+    if name in SCALES | {"matmul"}:
+        divided = name in ("div", "truediv", "itruediv") and [
+            each for each in node.args[1:] if each in inputs
+        ]
+        return len(inputs) == 1 and not divided
+    if name == "linear":
+        return inputs == [node.args[0] if node.args else node.kwargs["input"]]
+    return name in SHAPES | DROPOUTS | SUMS | _LINEAR or node.target in pooled_vectors.NORMS
+
+
+def _inert(module: object) -> bool:
+    return module is None or type(module) is nn.Identity
+
+
+def _per_position(
+    head: HeadTrace, traced: Traced, owner: nn.Module, values: Values
+) -> tuple[Positions, tuple[str, ...]]:
+    """Compile what follows the pooling into a function of rows: up to the classifier, or to the logits of several.
+
+    Returns:
+        The function, and what in it does not commute with the average, for messages.
+    """
     end = head.end if head.classifier is None else next(iter(head.classifier.all_input_nodes))
-    graph = cut([head.pool], end)
-    with graph.inserting_before(next(n for n in graph.nodes if n.op != "placeholder")):
-        positions = graph.placeholder("positions")
-    for node in list(graph.nodes):
-        name = getattr(node.target, "__name__", "")
-        if node.op == "call_module":
-            module = owner.get_submodule(str(node.target))
-            shared = _shared(module)
-            if shared is None:
-                continue
-            with graph.inserting_before(node):
-                layer = graph.get_attr(str(node.target))
-                call = graph.call_function(shared, (layer, node.args[0], positions))
-        elif node.target in _DROPOUTS:
-            arguments = {key: value for key, value in node.kwargs.items() if key != "input"}
-            rows = node.args[0] if node.args else node.kwargs["input"]
-            with graph.inserting_before(node):
-                call = graph.call_function(
-                    _shared_function, (name, rows, positions, *node.args[1:]), arguments
-                )
-        else:
+    order = sorted(({end} | upstream_of(end)) - {head.pool} - upstream_of(head.pool))
+    roles = _Roles.of(order, head.pool, end, values)
+    graph = fx.Graph()
+    at_rows = {head.pool: graph.placeholder(head.pool.name)}
+    positions = graph.placeholder("positions")
+    once: dict[fx.Node, fx.Node] = {}
+    if head.pool in roles.pooled:
+        once[head.pool] = graph.call_function(pooled_vectors.average, (at_rows[head.pool], positions))
+
+    def find(node: fx.Node) -> fx.Node:
+        """Return a value at every position; statistics are repeated for the positions."""
+        if node in roles.statistics and node not in at_rows:
+            at_rows[node] = graph.call_function(pooled_vectors.repeated, (once[node], positions))
+        return at_rows[node] if node in at_rows else once[node]
+
+    for node in order:
+        run = roles.special.get(node) if node in roles.rows else None
+        if run is None:
+            if node in roles.pooled or node not in roles.varying | roles.statistics:
+                once[node] = graph.node_copy(node, once.__getitem__)
+            if node in roles.rows & roles.varying:
+                at_rows[node] = graph.node_copy(node, find)
             continue
-        node.replace_all_uses_with(call)
-        graph.erase_node(node)
+        what, arguments, named = _call_of(graph, node, once)
+        source = _source(node)
+        pair = graph.call_function(
+            run, (what, once.get(source), at_rows[source], positions, *arguments), named
+        )
+        once[node] = graph.call_function(operator.getitem, (pair, 0))
+        at_rows[node] = graph.call_function(operator.getitem, (pair, 1))
+    graph.output(at_rows[end])
     label = f"layers behind the pooling of {type(owner).__name__}"
-    return compile_graph(graph, traced.runnable().constants, label)
+    inexact = dict.fromkeys(describe_node(node, values) for node in roles.inexact)
+    return compile_graph(graph, traced.runnable().constants, label), tuple(inexact)
 
 
-def _shared(module: nn.Module) -> Callable[..., Tensor] | None:
-    """Choose how a layer is run on rows where running it row by row would not commute with the average."""
-    if type(module) in (nn.Dropout, nn.Dropout1d, nn.Dropout2d):
+def _source(node: fx.Node) -> fx.Node:
+    """Return what a dropout or a norm is called with."""
+    return node.args[0] if node.args else node.kwargs["input"]  # type: ignore[return-value]
+
+
+def _call_of(
+    graph: fx.Graph, node: fx.Node, once: dict[fx.Node, fx.Node]
+) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
+    """Return what is called, a layer or the name of a function, and its further arguments."""
+    if node.op == "call_module":
+        return graph.get_attr(str(node.target)), (), {}
+    named = {key: value for key, value in node.kwargs.items() if key != "input"}
+    args, kwargs = fx.map_arg((node.args[1:], named), once.__getitem__)  # type: ignore[misc]
+    return getattr(node.target, "__name__", ""), args, kwargs
+
+
+def _special(node: fx.Node, owner: nn.Module) -> Pairwise | None:
+    """Choose how a layer is run where running it row by row would not commute with the average.
+
+    Raises:
+        StructureError: a layer that keeps statistics, which would be those of positions.
+    """
+    if node.op == "call_function":
+        name = getattr(node.target, "__name__", "")
+        if name in ("batch_norm", "instance_norm"):
+            raise _keeps_statistics(f"{name}()", owner)
+        return (
+            pooled_vectors.dropped_alike
+            if node.target in _DROPOUTS
+            else pooled_vectors.normed_alike
+            if node.target in pooled_vectors.NORMS
+            else None
+        )
+    if node.op != "call_module":
+        return None
+    module = owner.get_submodule(str(node.target))
+    forward = type(module).forward
+    if forward in (nn.Dropout.forward, nn.Dropout1d.forward, nn.Dropout2d.forward):
         return _shared_dropout
-    if type(module) in (nn.BatchNorm1d, nn.BatchNorm2d):
-        return _pooled_norm
+    if forward in _BATCH_NORMS:
+        return _batch_norm
+    if forward in (nn.LayerNorm.forward, nn.RMSNorm.forward, nn.GroupNorm.forward):
+        return _layer_norm
+    if isinstance(module, _NormBase) or (
+        not isinstance(module, FrozenBatchNormAct2d) and next(module.buffers(), None) is not None
+    ):
+        raise _keeps_statistics(f"{str(node.target)!r} ({type(module).__name__})", owner)
     return None
 
 
-def _grouped(rows: Tensor, positions: int) -> Tensor:
-    """View rows (B·N, ...) as (B, N, ...)."""
-    return rows.unflatten(0, (-1, positions))
+def _keeps_statistics(what: str, owner: nn.Module) -> StructureError:
+    return StructureError(
+        f"{what} stands between pooling and classifier of {class_name(owner)} and may keep statistics in training.\n"
+        "Run at every position it would keep those of positions, which evaluation has none of.\n"
+        "Replace it by a BatchNorm of torch.nn or timm, or build the model without it."
+    )
 
 
-def _shared_dropout(layer: nn.Module, rows: Tensor, positions: int) -> Tensor:
+def _shared_dropout(
+    layer: Any, pooled: Tensor | None, rows: Tensor, positions: int
+) -> tuple[Tensor | None, Tensor]:
     """Drop the same features at all positions of an image: the mask that the pooled vector would get."""
     if not layer.training or not layer.p:
-        return rows
-    grouped = _grouped(rows, positions)
+        return pooled, rows
+    grouped = pooled_vectors.by_image(rows, positions)
     mask = layer(torch.ones_like(grouped[:, 0], requires_grad=False))
-    return (grouped * mask.unsqueeze(1)).flatten(0, 1)
+    return None if pooled is None else pooled * mask, (grouped * mask.unsqueeze(1)).flatten(0, 1)
 
 
-def _shared_function(name: str, rows: Tensor, positions: int, *args: Any, **kwargs: Any) -> Tensor:
-    """Do the same for dropout written as a function."""
-    training = kwargs.get("training", args[1] if len(args) > 1 else True)
-    share = kwargs.get("p", args[0] if args else 0.5)
-    if not training or not share:
-        return rows
-    grouped = _grouped(rows, positions)
-    mask = getattr(F, name)(torch.ones_like(grouped[:, 0], requires_grad=False), *args, **kwargs)
-    return (grouped * mask.unsqueeze(1)).flatten(0, 1)
-
-
-def _pooled_norm(layer: nn.Module, rows: Tensor, positions: int) -> Tensor:
+def _batch_norm(layer: Any, pooled: Tensor, rows: Tensor, positions: int) -> tuple[Tensor, Tensor]:
     """Normalise positions with the statistics of the pooled vectors, which the layer sees and remembers."""
-    grouped = _grouped(rows, positions)
-    pooled = grouped.mean(1)
-    middle = layer(pooled)
+    together = layer.training and isinstance(layer, nn.SyncBatchNorm) and dist.is_initialized()
+    if together and dist.get_world_size(layer.process_group) > 1:
+        raise BypassError(
+            "A SyncBatchNorm stands between pooling and classifier, and its statistics are those of all processes.\n"
+            "The scores of positions would be normalised by those of one.\n"
+            "Leave that layer a BatchNorm (convert the backbone without its head)."
+        )
+    act = getattr(layer, "act", None)
+    # Norms with an activation behind them: what is shared by all positions is the norm.
+    middle = layer(pooled) if _inert(act) else _NORM_ALONE[type(layer).forward](layer, pooled)
     if layer.training or layer.running_var is None:
         dims = [d for d in range(pooled.ndim) if d != 1]
         variance = pooled.float().var(dims, unbiased=False)
     else:
-        variance: Tensor = layer.running_var  # type: ignore[no-redef]
-    scale = torch.rsqrt(variance + layer.eps)  # type: ignore[operator]
+        variance = layer.running_var
+    scale = torch.rsqrt(variance + layer.eps)
     if layer.weight is not None:
-        scale = scale * layer.weight  # type: ignore[operator]
-    scale = scale.to(middle.dtype).view(-1, *[1] * (pooled.ndim - 2))
-    return (middle.unsqueeze(1) + (grouped - pooled.unsqueeze(1)) * scale).flatten(0, 1)
+        scale = scale * layer.weight
+    out = pooled_vectors.around(pooled, middle, rows, positions, scale.view(1, -1, *[1] * (pooled.ndim - 2)))
+    if _inert(act):
+        return middle, out
+    middle, out = _dropped(layer.drop, middle, out, positions)
+    return act(middle), act(out)  # type: ignore[misc]
+
+
+def _dropped(drop: nn.Module, middle: Tensor, out: Tensor, positions: int) -> tuple[Tensor, Tensor]:
+    if type(drop).forward in (nn.Dropout.forward, nn.Dropout1d.forward, nn.Dropout2d.forward):
+        return _shared_dropout(drop, middle, out, positions)  # type: ignore[return-value]
+    return drop(middle), drop(out)
+
+
+def _layer_norm(layer: Any, pooled: Tensor, rows: Tensor, positions: int) -> tuple[Tensor, Tensor]:
+    """Normalise positions with the statistics of their pooled vector."""
+    middle = layer(pooled)
+    if isinstance(layer, nn.GroupNorm):
+        scale = pooled_vectors.group_scale(pooled, layer.num_groups, layer.weight, layer.eps)
+    else:
+        centred = isinstance(layer, nn.LayerNorm)
+        scale = pooled_vectors.layer_scale(pooled, layer.normalized_shape, layer.weight, layer.eps, centred)
+    return middle, pooled_vectors.around(pooled, middle, rows, positions, scale)
+
+
+_NORM_ALONE = {
+    BatchNormAct2d.forward: nn.BatchNorm2d.forward,
+    SyncBatchNormAct.forward: nn.SyncBatchNorm.forward,
+}
+_BATCH_NORMS = (nn.BatchNorm2d.forward, nn.SyncBatchNorm.forward, *_NORM_ALONE)
+_BY_IMAGE = (_layer_norm, pooled_vectors.normed_alike)
+_SEEING = (_batch_norm, *_BY_IMAGE)
+"""Which of the ways to run a layer need the pooled vector, those by image first."""
 
 
 def position_scores(
@@ -253,8 +477,8 @@ def position_scores(
 ) -> Tensor:
     """Compute a model's class scores by position, as it is in evaluation; their average is the logits.
 
-    With a layer that does not commute with the average between pooling and classifier (an activation, a
-    norm over channels) the average is close to the logits only.
+    With an activation between pooling and classifier, which does not commute with the average, that is close to the
+    logits only.
 
     Args:
         model: bare or patched; grafts that act in evaluation act here.

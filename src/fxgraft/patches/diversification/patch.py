@@ -53,6 +53,11 @@ class Diversification(Patch):
     loss that goes with it sets the label against its k highest-scoring wrong classes alone. Evaluation is the bare
     model's.
 
+    Where nothing is damped, the logits are the bare network's: dropout draws one mask per image, and norms between
+    pooling and classifier have the statistics of the pooled vector. With an activation between them they are not: all
+    layers but BatchNorm then act at every position by itself, and the average is another than evaluation's. The summary
+    and the plan of such a network say "not exact".
+
     Put it on the head, which is found. It costs one small matrix product per position. It hurts where maps are
     small: below about 7×7 positions one patch is much of the image. Training passes call none of the head's modules,
     so they refuse hooks and replaced forwards on them (`BypassError`); those of modules around the head act as ever.
@@ -98,8 +103,8 @@ class Diversification(Patch):
         "logits = mean of M' over positions"
     )
     works_with = (
-        "heads of average pooling and a linear classifier; all other methods but MixMo. Not heads that "
-        "read a class token"
+        "heads of average pooling and a linear classifier, exactly behind dropout and norms, not exactly behind an "
+        "activation (its summary says so); all other methods but MixMo. Not heads that read a class token"
     )
     hurts = (
         "maps below about 7×7 positions, of which one patch is much; coarse classes, which one place "
@@ -155,15 +160,23 @@ class Diversification(Patch):
         height, width = unit.grid
         where = " + ".join(unit.head.classifiers) or unit.head.owner
         parts = [f"{where} (class maps of {height}×{width}, patches of {self.patch}×{self.patch})"]
-        if not unit.head.training.affine:
-            parts.append(
-                "layers between pooling and classifier run at every position, so that the heads of "
-                "training and evaluation differ"
-            )
+        inexact = self.inexact(graft)
+        if inexact:
+            parts.append(f"not exact: {inexact}")
         if self.loss is not None:
             start = f" from {self.loss_start:.0%} of the training" if self.loss_start else ""
             parts.append(f"gradient-boosting loss with k={self.loss_k}{start}")
         return "; ".join(parts)
+
+    def inexact(self, graft: Graft) -> str:
+        """Name the layers between pooling and classifier that do not commute with the average, such as activations."""
+        (unit,) = graft.units_of(DiversificationUnit)
+        if not unit.class_maps.inexact:
+            return ""
+        return (
+            f"{', '.join(unit.class_maps.inexact)} between pooling and classifier acts at every position, so that the "
+            "heads of training and evaluation differ"
+        )
 
     def picture(self, graft: Graft, view: View) -> Picture:
         """Show the class maps of an image, and what a pass damps in them."""
