@@ -106,6 +106,8 @@ def patch(
     with _published(graft):
         if dry_run:
             return _plan(model, present, graft)
+        if ledger is not None:
+            ledger.renew_stale(model)
         (ledger or Ledger()).install(model, [*present, graft])
     return model
 
@@ -208,6 +210,7 @@ def unpatch(model: M, *names: str | Graft) -> M:
         hint = f"Its part {inside!r} is patched: unpatch that." if inside else "Patch it first."
         raise UnknownGraftError(f"There is no graft on this {model._get_name()}.\n{hint}")
     ledger.install(model, [g for g in present if names and g.name not in wanted])
+    ledger.tell()
     return model
 
 

@@ -92,11 +92,14 @@ class Graft(Generic[P]):
     def make(self, key: str, kind: Callable[..., U], *args: Any, **kwargs: Any) -> U:
         """Return the unit of that key, building it as ``kind(*args, **kwargs)`` the first time.
 
+        It is built again where a whole number among ``args``, such as a width, is another one than it was built with.
+
         Raises:
             MethodError: what is built is no `Unit`, or the key belongs to a unit of another class.
         """
         unit = self.units.get(key)
-        if unit is None:
+        sizes = tuple(each for each in args if type(each) is int)
+        if unit is None or unit.built_with not in (None, sizes):
             unit = kind(*args, **kwargs)
             if not isinstance(unit, Unit):
                 raise MethodError(
@@ -104,6 +107,7 @@ class Graft(Generic[P]):
                     "A unit is told its graft, its pass and the training's progress, which a plain module is not.\n"
                     f"Derive from fxgraft.extend.Unit: class {type(unit).__name__}(Unit)."
                 )
+            unit.built_with = sizes
             self.units[key] = unit
         elif isinstance(kind, type) and not isinstance(unit, kind):
             raise MethodError(

@@ -15,7 +15,7 @@ from fxgraft.graph.grafting.placement import Placement
 from fxgraft.graph.grafting.state import GraftState, foreign_forward, state_of
 from fxgraft.graph.grafting.swap import grafted_class
 from fxgraft.graph.grafting.unit import Unit
-from fxgraft.graph.tracing.names import STATE
+from fxgraft.graph.tracing.names import STATE, join
 from fxgraft.graph.tracing.whole import Step, refilling, setting
 
 
@@ -99,6 +99,17 @@ class Installation:
             *self.writing(),
             *(step for holder, *_ in self._units() for step in refilling(holder._modules)),
         ]
+
+    def names(self) -> dict[int, str]:
+        """Return the qualified names of the units that joined the module tree, by identity."""
+        found = {
+            id(unit): join(path, name)
+            for path, s in self.states.items()
+            for name, unit in s.registered.items()
+        }
+        beside = [(holder, name, unit) for holder, name, unit in self._units() if id(unit) not in found]
+        paths = {id(module): path for path, module in self.model.named_modules()} if beside else {}
+        return found | {id(unit): join(paths.get(id(holder), ""), name) for holder, name, unit in beside}
 
     def intact(self) -> str | None:
         """Return the name of a module that was wrapped again since, or None."""

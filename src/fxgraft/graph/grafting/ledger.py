@@ -29,7 +29,7 @@ from fxgraft.graph.grafting.state import GraftState, hidden_forward, state_of
 from fxgraft.graph.grafting.swap import orphaning, parts_without_model, releasing
 from fxgraft.graph.tracing.anatomy import Anatomy
 from fxgraft.graph.tracing.names import class_name
-from fxgraft.graph.tracing.preserve import preserved_random_state
+from fxgraft.graph.tracing.preserve import own_random_state, preserved_random_state
 from fxgraft.graph.tracing.settings import settings_changed
 from fxgraft.graph.tracing.whole import Step, afterwards, alone, at_once, refilling
 
@@ -44,6 +44,8 @@ class Ledger:
         owners: the grafted parts of the model, and in which modes (training, evaluation) they run a graft.
         options: keyword arguments of a call that the grafts read, besides ``target``.
         records: the placements that are to be repeated on a copy of the model; on the way to it only.
+        news: what the last plan had to make again, for a warning; '' for nothing.
+        renewals: how often the grafts were planned again; what is drawn for that has a seed of its own each time.
     """
 
     records: tuple[PlacementRecord, ...] = ()
@@ -54,6 +56,8 @@ class Ledger:
         self.installation: Installation | None = None
         self.owners: dict[str, tuple[bool, bool]] = {}
         self.options: tuple[str, ...] = ()
+        self.news = ""
+        self.renewals = 0
 
     @alone
     def plan(
@@ -112,6 +116,7 @@ class Ledger:
         wanted = list(self.grafts if grafts is None else grafts)
         orphans = parts_without_model(model)
         kept = Kept(self.grafts)
+        names = {} if self.installation is None else self.installation.names()
         undo = [*self._as_now(), *kept.restoring(), *(step for each in orphans for step in orphaning(each))]
         undo.append(partial(torch.set_rng_state, torch.get_rng_state()))  # new units draw their weights
         after = None
@@ -126,6 +131,10 @@ class Ledger:
             at_once([*written, partial(self.__dict__.update, now)])
             if after is not None:
                 self._connect(model, after)
+            self.news = _news(kept, wanted, names)
+            for unit in [unit for graft in wanted for unit in graft.units.values() if unit.restarts]:
+                unit.restart(model)
+                unit.bind(restarts=False)
         except BaseException:
             at_once([*(after.erasing() if after is not None else ()), *undo])
             raise
@@ -185,8 +194,15 @@ class Ledger:
             raise WrappedModelError(hidden_forward(hidden))
 
     def renew(self, model: nn.Module) -> None:
-        """Plan all grafts again on the model as it is now, keeping their units."""
-        self.install(model)
+        """Plan all grafts again on the model as it is now, keeping their units.
+
+        What is made again is drawn from a generator of its own: the pass that notices a change, one of evaluation
+        above all, moves no random state.
+        """
+        self.renewals += 1
+        seed = (torch.initial_seed() + self.renewals) % 2**63
+        with own_random_state(seed), torch.inference_mode(False):
+            self.install(model)
 
     def check(self, model: nn.Module) -> None:
         """Before a pass: notice what would run an old graph in silence, and plan again; tell who waits for training."""
@@ -206,17 +222,14 @@ class Ledger:
     def _renew_stale(self, model: nn.Module) -> None:
         if not self._stale(model):  # another thread that noticed it has been here first
             return
-        known = {id(p) for graft in self.grafts for p in graft.parameters()}
         self.renew(model)
-        names = [graft.name for graft in self.grafts if any(id(p) not in known for p in graft.parameters())]
-        if names and model.training:
-            warnings.warn(
-                f"A layer that {', '.join(map(repr, names))} copied or served was replaced, and what the graft adds to "
-                "it was made anew. An optimiser that was built before does not train that: build it now, or add "
-                "fxgraft.grafts(model)[...].parameters() to it. Better replace layers first, then patch.",
-                FxgraftWarning,
-                stacklevel=2,
-            )
+        self.tell()
+
+    def tell(self) -> None:
+        """Warn, once, of what the last plan had to make again."""
+        news, self.news = self.news, ""
+        if news:
+            warnings.warn(news, FxgraftWarning, stacklevel=3)
 
     def _stale(self, model: nn.Module) -> bool:
         if self.installation is None:
@@ -305,6 +318,35 @@ def _repeated(
     for key, each in repeated.items():
         graft.units[key].bind(**each.bound)
     return [each.placement(graft.units[each.unit]) for each in records]
+
+
+def _news(kept: Kept, wanted: Sequence[Graft], names: dict[int, str]) -> str:
+    """Say which tensors of grafts that were there before are lost, and what is new; '' where nothing is."""
+    lost: list[str] = []
+    made: list[str] = []
+    for graft in wanted:
+        before = next((then for now, then in kept.units if now is graft.units), None)
+        if not before:  # a graft that is new
+            continue
+        units = list(graft.units.values())
+        for unit in before.values():
+            if unit.restarts or all(each is not unit for each in units):
+                where = names.get(id(unit), graft.name)
+                lost += [f"{where}.{name}" for name in unit.state_dict()]
+                made += [graft.name] if unit.registered else []
+        known = {id(unit) for unit in before.values()}
+        made += [
+            graft.name for unit in units if id(unit) not in known and any(True for _ in unit.parameters())
+        ]
+    if not made:
+        return ""
+    shown = ", ".join(lost[:8]) + (f" and {len(lost) - 8} more" if len(lost) > 8 else "")
+    return (
+        f"A layer that {', '.join(map(repr, dict.fromkeys(made)))} copied or served was replaced, and what the graft "
+        f"adds to it was made anew{f'. Lost are {shown}' if lost else ''}.\n"
+        "An optimiser that was built before does not train that: build it now, or add "
+        "fxgraft.grafts(model)[...].parameters() to it.\nBetter replace layers first, then patch."
+    )
 
 
 def _stale_settings(module: nn.Module, state: GraftState) -> bool:

@@ -52,6 +52,10 @@ class Keeper(Protocol):
         """Notice what would run an old graph in silence, and plan again."""
         ...
 
+    def renew_stale(self, model: nn.Module) -> None:
+        """Plan all grafts again where the model has changed since in what they depend on."""
+        ...
+
     def renew(self, model: nn.Module) -> None:
         """Plan all grafts again on the model as it is now."""
         ...

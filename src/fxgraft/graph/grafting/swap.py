@@ -342,11 +342,11 @@ def _reduce(self: nn.Module, protocol: Any) -> Any:
     """Copy and pickle the bare module; the patched model adds its ledger and grafts itself again."""
     if _of_subclass(self):
         return _base(self).__reduce_ex__(self, protocol)
+    ledger = _portable(self)
     state = state_of(self)
     plain = _plain(self)
     if state is None:
         return _itself, (plain,)
-    ledger = state.ledger.portable() if state.outer and state.ledger else None
     reduced = plain.__reduce_ex__(protocol)
     if reduced[:2] == (copyreg.__newobj__, (state.base,)):  # type: ignore[attr-defined]
         # Empty first, so that parts that hold on to the module find it while they are copied.
@@ -375,15 +375,24 @@ def _setstate(self: nn.Module, state: Any) -> None:
     _restore(self, ledger)
 
 
+def _portable(self: nn.Module) -> Keeper | None:
+    """Return what travels with a copy of the patched model, once its grafts fit the model as it is now."""
+    state = state_of(self)
+    if state is None or not state.outer or state.ledger is None:
+        return None
+    state.ledger.renew_stale(self)
+    return state.ledger.portable()
+
+
 def _deepcopy(self: nn.Module, memo: dict[int, Any]) -> nn.Module:
     """Copy a bare module that says itself how it is copied; the patched model grafts its copy again."""
+    ledger = _portable(self)
     state = state_of(self)
     plain = self if _of_subclass(self) else _plain(self)
     new = _base(self).__deepcopy__(plain, memo)  # type: ignore[attr-defined]
     memo[id(self)] = new
     if state is None:
         return new
-    ledger = state.ledger.portable() if state.outer and state.ledger else None
     return _restore(new, copy.deepcopy(ledger, memo))
 
 

@@ -27,6 +27,9 @@ class Unit(nn.Module):
         context: what the grafts of the model share; set when the unit is installed.
         graft: the name of its graft.
         optional: whether calls of a part of the model may go around it, since others tell what then happens.
+        built_with: the whole numbers that the unit was built with, such as a width.
+        restarts: bound in planning where the layer that the unit serves was replaced by one of other weights; once the
+            plan is carried out, `restart` is called and what the unit had is reported as lost.
     """
 
     _fxgraft_unit: ClassVar[bool] = True  # `names.UNIT`: tracing, below, tells units by it
@@ -34,6 +37,8 @@ class Unit(nn.Module):
     context: Context
     graft: str = ""
     optional: bool = False
+    built_with: tuple[int, ...] | None = None
+    restarts: bool = False
 
     @property
     def current(self) -> Pass | None:

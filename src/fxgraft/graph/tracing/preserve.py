@@ -182,6 +182,16 @@ def preserved_random_state() -> Iterator[None]:
         yield
 
 
+@contextlib.contextmanager
+def own_random_state(seed: int) -> Iterator[None]:
+    """Let what draws in the block draw from generators of its own, and leave the global ones where they are."""
+    with preserved_random_state():
+        torch.default_generator.manual_seed(seed)
+        if torch.cuda.is_initialized():  # otherwise the seed would be kept for when it is
+            torch.cuda.manual_seed_all(seed)
+        yield
+
+
 _CHECKPOINT_OPTIONS = (
     "use_reentrant",
     "context_fn",

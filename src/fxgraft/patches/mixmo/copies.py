@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -38,7 +38,8 @@ class LayerCopies(Unit):
     """
 
     path: str
-    served: Callable[[], nn.Module | None] | None = None
+    layer: Callable[[], nn.Module | None] | None = None
+    served: dict[str, Tensor]
 
     def __init__(self, module: Any, count: int, start: Start, spread: float = 0.0) -> None:
         super().__init__()
@@ -52,18 +53,23 @@ class LayerCopies(Unit):
             self.register_buffer(f"offset_{pair}", _offset(effective(module)[0].detach(), spread))
 
     def serve(self, path: str, module: Any) -> None:
-        """Remember the layer; where another one took its place, of the same shape, start as its copies anew."""
-        replaced = self.served is not None and self.served() is not module
-        self.bind(path=path, served=weakref.ref(module))
-        if replaced:
-            self._start_anew(module)
+        """Remember the layer; where another one of the same shape took its place, follow it.
+
+        With the same weights the copies and their offsets stay as they are. With others they start again from the new
+        layer (`restart`).
+        """
+        now = layer_tensors(module)
+        replaced = self.layer is not None and self.layer() is not module
+        lost = replaced and not _same(self.served, now)
+        # The tensors are held on to: of a layer that is replaced nothing else may be left to compare with.
+        self.bind(path=path, layer=weakref.ref(module), served=now, restarts=lost)
 
     def restart(self, model: nn.Module) -> None:
-        """Start anew as copies of the layer, which has new weights."""
-        self._start_anew(model.get_submodule(self.path))
+        """Start again as copies of the layer, which has new weights."""
+        self._start_again(model.get_submodule(self.path))
 
     @torch.no_grad()
-    def _start_anew(self, module: Any) -> None:
+    def _start_again(self, module: Any) -> None:
         for index in range(1, self.count):
             for name, tensor in layer_tensors(module).items():
                 getattr(self, f"{name}_{index}").copy_(_start(tensor, self.start))
@@ -124,6 +130,16 @@ def fold(model: nn.Module, units: Sequence[LayerCopies]) -> None:
 def copies_key(path: str, module: Any) -> str:
     """Name a unit by the layer it serves and the shape of its tensors, so that another layer gets another unit."""
     return f"{path} {tuple(module.weight.shape)}{'' if module.bias is None else ' with bias'}"
+
+
+def _same(before: Mapping[str, Tensor], now: Mapping[str, Tensor]) -> bool:
+    """Say whether two layers have the same tensors, on whatever device and in whatever precision."""
+    if before.keys() != now.keys():
+        return False
+    pairs = [(before[name].detach(), now[name].detach()) for name in now]
+    if any(each.is_meta for pair in pairs for each in pair):
+        return all(old is new for old, new in pairs)
+    return all(torch.equal(old.to(new), new) or torch.equal(old, new.to(old)) for old, new in pairs)
 
 
 def _start(tensor: Tensor, start: Start) -> Tensor:
