@@ -262,7 +262,9 @@ def set_progress(model: nn.Module, fraction: float) -> None:
 
     Args:
         model: a patched model, or one with patched parts, all of which are told; a bare one is left alone.
-        fraction: in [0, 1]: 0 at the start, 1 at the end; once per epoch or per step.
+        fraction: share that is done, in [0, 1]: epoch / epochs at the start of every epoch, counted from 0, or
+            step / steps before every step. Not epoch / (epochs - 1), which has schedules at their end during all of
+            the last epoch: a model that is trained on at 1 warns.
 
     Raises:
         ConfigError: outside [0, 1].

@@ -99,11 +99,18 @@ def summary_of(model: nn.Module, grafts: Mapping[str, Graft]) -> Summary:
             notes.append("needs labels in training")
         if graft.patch.train_only:
             notes.append("absent in evaluation")
+        notes += [f"{option} {_progress(graft)}" for option in graft.patch.schedules()]
         if own and _left_out(model, own):
             notes.append("parameters of it are in no optimiser: add graft.parameters() to yours")
         count = f"{sum(p.numel() for p in own):,}"
         rows.append((name, graft.patch.method, graft.patch.describe(graft), count, ", ".join(notes)))
     return Summary(class_name(model), tuple(rows))
+
+
+def _progress(graft: Graft) -> str:
+    if graft.context is None or not graft.context.progress_watch.fed:
+        return "waits for fxgraft.set_progress, which was never called"
+    return f"follows fxgraft.set_progress, now {graft.context.progress:g}"
 
 
 def _left_out(model: nn.Module, own: list[nn.Parameter]) -> bool:

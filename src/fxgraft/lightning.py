@@ -5,17 +5,19 @@ Needs ``pip install lightning``, and is loaded by its name alone: ``from fxgraft
 
 from __future__ import annotations
 
+import warnings
 from contextlib import ExitStack
 from typing import Any
 
 from fxgraft.api import set_progress
-from fxgraft.errors import UnknownGraftError
+from fxgraft.errors import FxgraftWarning, UnknownGraftError
 from fxgraft.graph.grafting.labels import Entry
-from fxgraft.graph.grafting.lookup import patched_parts
+from fxgraft.graph.grafting.lookup import named_grafts, patched_parts
 from fxgraft.graph.grafting.published import batch_targets
 
 try:
     from lightning.pytorch import Callback, LightningModule, Trainer
+    from lightning.pytorch.callbacks import Timer
 except ImportError as error:
     raise ImportError(
         "fxgraft.lightning is a callback for Lightning, which is not installed.\n"
@@ -41,6 +43,9 @@ class Grafts(Callback):
     Raises:
         UnknownGraftError: (when the training starts) nothing in the module is patched.
         TargetError: (at a training step) the batch has no such entry.
+
+    Warns:
+        FxgraftWarning: (when the training starts) options of grafts follow the progress of a training without an end.
     """
 
     def __init__(self, labels: Entry | None = 1) -> None:
@@ -54,6 +59,16 @@ class Grafts(Callback):
                 f"No part of this {type(pl_module).__name__} is patched.\n"
                 "The callback would have nobody to tell of labels and progress.\n"
                 "Call fxgraft.patch(self.model, ...) in the module's __init__, or leave the callback out."
+            )
+        named = named_grafts(pl_module).items()
+        waiting = [f"{option} of {name!r}" for name, graft in named for option in graft.patch.schedules()]
+        if waiting and not _ends(trainer):
+            warnings.warn(
+                f"{', '.join(waiting)}: schedules follow the progress of the training, and this Trainer has no end to "
+                "measure it by. They stand at their start.\n"
+                "Pass Trainer(max_epochs=...), max_steps=... or max_time=....",
+                FxgraftWarning,
+                stacklevel=2,
             )
 
     def on_train_batch_start(
@@ -80,10 +95,10 @@ class Grafts(Callback):
 
 
 def progress(trainer: Trainer, batch: int) -> float:
-    """Return the share of a training that is done, in [0, 1], by epochs or steps, whichever ends it first.
+    """Return the share of a training that is done, in [0, 1], by epochs, steps or time, whichever ends it first.
 
     Args:
-        trainer: that trains. One without an end (``max_epochs=-1``, or ended by time alone) stays at 0.
+        trainer: that trains. One without an end (``max_epochs=-1`` alone) stays at 0.
         batch: index of the batch in its epoch.
     """
     done = 0.0
@@ -92,4 +107,18 @@ def progress(trainer: Trainer, batch: int) -> float:
         done = (trainer.current_epoch + batch / max(trainer.num_training_batches, 1)) / trainer.max_epochs
     if trainer.max_steps > 0:
         done = max(done, trainer.global_step / trainer.max_steps)
+    for timer in _timers(trainer):
+        left, elapsed = timer.time_remaining() or 0.0, timer.time_elapsed()
+        done = max(done, elapsed / (elapsed + left) if elapsed + left > 0 else 0.0)
     return min(done, 1.0)
+
+
+def _ends(trainer: Trainer) -> bool:
+    """Say whether something says how long a training takes."""
+    return (trainer.max_epochs or 0) > 0 or trainer.max_steps > 0 or bool(_timers(trainer))
+
+
+def _timers(trainer: Trainer) -> list[Timer]:
+    """List the callbacks that end the training after a time, as ``max_time`` adds one."""
+    timers = [each for each in trainer.callbacks if isinstance(each, Timer)]  # type: ignore[attr-defined]
+    return [each for each in timers if each.time_remaining() is not None]

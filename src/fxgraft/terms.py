@@ -132,6 +132,8 @@ def _ask(model: nn.Module, out: Any, y: Any) -> None:
         ledger = ledger_of(part)
         if ledger is not None:
             ledger.context.watch.asked = True
+            if part.training and not torch.compiler.is_compiling():
+                ledger.watch_asked(part)
             if part.training and not torch.is_grad_enabled():
                 ledger.context.watch.warn_of_no_gradients(part)
             if not torch.compiler.is_compiling():

@@ -111,6 +111,32 @@ def test_schedules_are_told_the_share_that_is_done(
     assert told.progress == pytest.approx(progress)
 
 
+@pytest.mark.parametrize(
+    "options", [{"max_epochs": -1}, {"max_epochs": -1, "limit_train_batches": 1}], ids=str
+)
+def test_a_training_without_an_end(options: dict[str, int], tmp_path: Path) -> None:
+    class Stops(lightning.Callback):
+        def on_train_batch_end(self, trainer: lightning.Trainer, *args: Any) -> None:
+            trainer.should_stop = True
+
+    module = Module(patched(start=0.5))
+    with pytest.warns(
+        fxgraft.FxgraftWarning, match=r"start of 'model.rsc': .*no end(.|\n)*max_epochs=\.\.\."
+    ):
+        trainer(tmp_path, Grafts(), Stops(), **options).fit(module, loader())
+    trainer(tmp_path, Grafts(), Stops(), **options).fit(
+        Module(patched()), loader()
+    )  # nothing follows a schedule
+
+
+def test_a_training_that_ends_by_time(tmp_path: Path) -> None:
+    module = Module(patched(start=0.9))
+    told = Told(module.model)
+    trainer(tmp_path, Grafts(), told, max_epochs=-1, max_time={"seconds": 1}).fit(module, loader())
+    assert told.progress == sorted(told.progress)
+    assert 0 < told.progress[1] < 0.9 < told.progress[-1] <= 1
+
+
 def test_labels_under_a_key(tmp_path: Path) -> None:
     module = Module(patched())
     data = keyed()

@@ -53,6 +53,10 @@ class Placer:
         """Say whether the patch runs the model again on the arguments of a training pass."""
         return False
 
+    def schedules(self) -> tuple[str, ...]:
+        """Name the options that, as they are set, follow the progress of the training."""
+        return ()
+
     def judges(self) -> bool:
         """Say whether the patch has a share in the loss of training passes."""
         return False

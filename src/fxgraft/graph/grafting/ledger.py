@@ -27,6 +27,7 @@ from fxgraft.graph.grafting.placement import Placement, PlacementRecord
 from fxgraft.graph.grafting.planning import compile_placements
 from fxgraft.graph.grafting.state import GraftState, hidden_forward, state_of
 from fxgraft.graph.grafting.swap import orphaning, parts_without_model, releasing
+from fxgraft.graph.grafting.watch import ParameterWatch
 from fxgraft.graph.tracing.anatomy import Anatomy
 from fxgraft.graph.tracing.names import class_name
 from fxgraft.graph.tracing.preserve import own_random_state, preserved_random_state
@@ -46,6 +47,7 @@ class Ledger:
         records: the placements that are to be repeated on a copy of the model; on the way to it only.
         news: what the last plan had to make again, for a warning; '' for nothing.
         renewals: how often the grafts were planned again; what is drawn for that has a seed of its own each time.
+        schedules: options that follow the progress of the training, by graft.
     """
 
     records: tuple[PlacementRecord, ...] = ()
@@ -58,6 +60,8 @@ class Ledger:
         self.options: tuple[str, ...] = ()
         self.news = ""
         self.renewals = 0
+        self.schedules: dict[str, tuple[str, ...]] = {}
+        self._watched = False
 
     @alone
     def plan(
@@ -150,6 +154,9 @@ class Ledger:
         self.context.replays = any(graft.patch.replays() for graft in self.grafts)
         self.context.judges = tuple(graft.name for graft in self.grafts if graft.patch.judges())
         self.context.model = weakref.ref(model)
+        self.context.parameter_watch.close()
+        self.context.parameter_watch = ParameterWatch()
+        self.schedules = {graft.name: own for graft in self.grafts if (own := graft.patch.schedules())}
         for graft in self.grafts:
             graft.context = self.context
             for unit in graft.units.values():
@@ -212,6 +219,23 @@ class Ledger:
             if not graft.started:
                 graft.started = True
                 graft.patch.starting(graft, model)
+        if model.training:
+            self._watched = True
+            self._watch(model)
+
+    def watch_asked(self, model: nn.Module) -> None:
+        """Do so where the loss of a training pass is asked for that ran in compiled code, so that none saw it."""
+        if not self._watched:
+            self._watch(model)
+        self._watched = False
+
+    def _watch(self, model: nn.Module) -> None:
+        """Notice schedules that nobody feeds, and parameters that nobody trains."""
+        if torch.is_grad_enabled() and not torch._C._are_functorch_transforms_active():
+            self.context.progress_watch.note(model, self.schedules)
+            self.context.parameter_watch.note(
+                model, lambda: {graft.name: graft.parameters() for graft in self.grafts}
+            )
 
     def renew_stale(self, model: nn.Module) -> None:
         """Plan all grafts again where the model has changed since in what they depend on."""
@@ -255,6 +279,7 @@ class Ledger:
     def set_progress(self, fraction: float) -> None:
         """Tell every unit how much of the training is done."""
         self.context.progress = fraction
+        self.context.progress_watch.told(fraction)
         for graft in self.grafts:
             for unit in graft.units.values():
                 unit.set_progress(fraction)

@@ -20,7 +20,7 @@ from fxgraft.errors import TargetError
 from fxgraft.graph.grafting.labels import checked_labels
 from fxgraft.graph.grafting.published import Offer, published, targets
 from fxgraft.graph.grafting.sharded import outside_sharded_step
-from fxgraft.graph.grafting.watch import Doubts, LossWatch, Outputs
+from fxgraft.graph.grafting.watch import Doubts, LossWatch, Outputs, ParameterWatch, ProgressWatch
 from fxgraft.graph.structure.rest import Rest
 from fxgraft.graph.tracing.observe import tensors
 
@@ -110,6 +110,8 @@ class Context:
         watch: notices that the loss is never asked for.
         doubts: what was to be checked on a device, whose answer is not waited for.
         outputs: which pass an output is of.
+        progress_watch: notices that schedules are not fed, or end too early.
+        parameter_watch: notices that no optimiser moves the grafts' parameters.
         model: a weak reference to the model; set when the grafts are installed.
         measured: what grafts measured in the last training pass, whichever thread made it.
     """
@@ -120,6 +122,8 @@ class Context:
         self.replays = False
         self.judges: tuple[str, ...] = ()
         self.watch = LossWatch()
+        self.progress_watch = ProgressWatch()
+        self.parameter_watch = ParameterWatch()
         self.model: weakref.ref[nn.Module] | None = None
         self.doubts = Doubts()
         self.outputs = Outputs()

@@ -1,16 +1,22 @@
-"""Between a pass and its loss: which pass an output is of, the loss that is never asked for, answers of a device."""
+"""Between a pass and its loss: which pass an output is of, what a training leaves out, answers of a device.
+
+A training may leave out a graft's share of the loss, its schedule, and its parameters. Each watch warns once, and costs
+nothing when it has seen that all is well: a few passes after the start.
+"""
 
 from __future__ import annotations
 
 import warnings
+import weakref
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.utils.hooks import unserializable_hook
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from fxgraft.errors import FxgraftError, FxgraftWarning
@@ -20,6 +26,21 @@ from fxgraft.graph.tracing.observe import tensors
 
 STEPS = 2
 """So many backward passes of losses of somebody else are a training; one may be somebody looking at gradients."""
+
+PASSES = 20
+"""So many training passes without a word on progress, and nobody is going to say one."""
+
+OVER = 2
+"""So many training passes after progress has come to 1, and the training is not over."""
+
+MOVES = 3
+"""So many steps of an optimiser that leave a parameter with gradients where it was."""
+
+PATIENCE = 1000
+"""So many passes without that, and it is not looked for any more."""
+
+REFERENCES = 8
+"""So many of the model's own parameters show that an optimiser has made a step."""
 
 
 class LossWatch:
@@ -246,3 +267,210 @@ class Doubts:
 
 def _capturing() -> bool:
     return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+
+
+class ProgressWatch:
+    """Notices schedules that nobody feeds, and those that come to their end before the training does.
+
+    Attributes:
+        fed: whether progress was ever set.
+    """
+
+    def __init__(self) -> None:
+        self.fed = False
+        self._progress = 0.0
+        self._passes = 0
+        self._below = False
+        self._over = 0
+        self._warned: set[str] = set()
+
+    def told(self, fraction: float) -> None:
+        """Take note of the progress that is set."""
+        self.fed, self._progress = True, fraction
+
+    def note(self, model: nn.Module, schedules: Mapping[str, Sequence[str]]) -> None:
+        """Take note of a training pass.
+
+        Args:
+            model: that makes it.
+            schedules: options that follow the progress, by graft.
+
+        Warns:
+            FxgraftWarning: nobody has set the progress for `PASSES` passes, or it was at 1 for `OVER`, and came there
+                from below.
+        """
+        if not schedules:
+            return
+        self._passes += 1
+        if not self.fed:
+            if self._passes > PASSES:
+                self._warn(model, schedules, "unfed")
+            return
+        self._below = self._below or self._progress < 1
+        self._over = self._over + 1 if self._progress >= 1 else 0
+        if self._below and self._over > OVER:
+            self._warn(model, schedules, "over")
+
+    def _warn(self, model: nn.Module, schedules: Mapping[str, Sequence[str]], what: str) -> None:
+        if what in self._warned:
+            return
+        self._warned.add(what)
+        options = ", ".join(f"{option} of {name!r}" for name, own in schedules.items() for option in own)
+        follows = (
+            f"{options} follow{'s' * (sum(map(len, schedules.values())) == 1)} the progress of the training"
+        )
+        texts = {
+            "unfed": f"{follows}, and nobody has said in {PASSES} training passes of this {model._get_name()} how far "
+            "it is: schedules stand at their start.\n"
+            "Call fxgraft.set_progress(model, epoch / epochs) at the start of every epoch, counted from 0, or with "
+            "step / steps at every step.",
+            "over": f"{follows}, which is said to be over (1.0), and this {model._get_name()} is trained on: schedules "
+            "came to their end too early.\n"
+            "Progress is the share that is done: fxgraft.set_progress(model, epoch / epochs), epochs counted from 0, "
+            "and not epoch / (epochs - 1) or (epoch + 1) / epochs.",
+        }
+        warnings.warn(texts[what], FxgraftWarning, stacklevel=2)
+
+
+class ParameterWatch:
+    """Notices parameters of grafts that get gradients and that no optimiser moves.
+
+    Versions of tensors say who has written to them, without a look at their values; only what seems to stand still is
+    compared, and on an accelerator the answer is read when it is there.
+    """
+
+    def __init__(self) -> None:
+        self._done = False
+        self._passes = self._moves = 0
+        self._watched: dict[tuple[str, int], tuple[weakref.ref[nn.Parameter], int]] | None = None
+        self._seen: set[tuple[str, int]] = set()
+        self._hooks: dict[tuple[str, int], Any] = {}
+        self._references: list[tuple[weakref.ref[nn.Parameter], int]] = []
+        self._kept: dict[tuple[str, int], Tensor] = {}
+        self._answer: Callable[[], list[bool] | None] | None = None
+
+    def close(self) -> None:
+        """Look no further."""
+        self._done = True
+        for hook in self._hooks.values():
+            hook.remove()
+        self._hooks, self._kept, self._answer = {}, {}, None
+
+    def note(self, model: nn.Module, parameters: Callable[[], Mapping[str, Sequence[nn.Parameter]]]) -> None:
+        """Look at the parameters before a training pass.
+
+        Args:
+            model: that makes it.
+            parameters: gives those of every graft, by its name.
+
+        Warns:
+            FxgraftWarning: `MOVES` steps of an optimiser have moved the model, and not these.
+        """
+        if self._done or not torch.is_grad_enabled():
+            return
+        if self._watched is None:
+            self._begin(model, parameters())
+        assert self._watched is not None  # noqa: S101 - for the type checker
+        for key, (known, version) in list(self._watched.items()):
+            p = known()
+            if p is None or p._version != version:
+                self._forget(key)
+            elif p.grad is not None:
+                self._seen.add(key)
+        self._passes += 1
+        if not self._watched or self._passes > PATIENCE:
+            self.close()
+            return
+        moved = [
+            p for known, version in self._references if (p := known()) is not None and p._version != version
+        ]
+        if not moved:
+            return
+        self._references = [
+            (weakref.ref(p), p._version) for known, _ in self._references if (p := known()) is not None
+        ]
+        self._moves += 1
+        if self._moves >= MOVES:
+            self._compare(model)
+
+    def _begin(self, model: nn.Module, parameters: Mapping[str, Sequence[nn.Parameter]]) -> None:
+        own = {
+            (name, index): p
+            for name, each in parameters.items()
+            for index, p in enumerate(each)
+            if p.requires_grad and not p.is_inference()
+        }
+        self._watched = {key: (weakref.ref(p), p._version) for key, p in own.items()}
+        for key, p in own.items():
+
+            @unserializable_hook
+            def hook(_: Tensor, key: tuple[str, int] = key) -> None:
+                self._seen.add(key)
+
+            self._hooks[key] = p.register_hook(hook)
+        if own:  # once, and not in every pass
+            ids = {id(p) for p in own.values()}
+            others = [
+                p for p in model.parameters() if p.requires_grad and not p.is_inference() and id(p) not in ids
+            ]
+            chosen = others[:: -(-len(others) // REFERENCES) or 1] + others[-1:]
+            self._references = [(weakref.ref(p), p._version) for p in chosen]
+
+    def _forget(self, key: tuple[str, int]) -> None:
+        assert self._watched is not None  # noqa: S101 - for the type checker
+        del self._watched[key]
+        hook = self._hooks.pop(key, None)
+        if hook is not None:
+            hook.remove()
+
+    def _compare(self, model: nn.Module) -> None:
+        """Tell by their values whether parameters stand still: some optimisers write past the versions."""
+        assert self._watched is not None  # noqa: S101 - for the type checker
+        still = {
+            key: p
+            for key, (known, _) in self._watched.items()
+            if key in self._seen and (p := known()) is not None
+        }
+        if self._answer is not None:
+            answer = self._answer()
+            if answer is not None:
+                names = [key for key, same in zip(self._kept, answer, strict=True) if same and key in still]
+                self.close()
+                if names:
+                    self._warn(model, {key: still[key] for key in names})
+        elif self._kept:
+            same = [(p == self._kept[key]).all() for key, p in still.items() if key in self._kept]
+            self._kept = {key: value for key, value in self._kept.items() if key in still}
+            if same:
+                self._answer = _read_later(torch.stack([each.detach() for each in same]))
+                self._compare(model)
+        else:
+            self._kept = {key: p.detach().clone() for key, p in still.items()}
+
+    def _warn(self, model: nn.Module, still: Mapping[tuple[str, int], nn.Parameter]) -> None:
+        names = {id(p): name for name, p in model.named_parameters()}
+        shown = [names[id(p)] for p in still.values() if id(p) in names]
+        where = f" ({', '.join(shown[:3])}{', ...' if len(shown) > 3 else ''})" if shown else ""
+        grafts = dict.fromkeys(name for name, _ in still)
+        warnings.warn(
+            f"{len(still)} parameter{'s' * (len(still) > 1)} of {', '.join(map(repr, grafts))}{where} on this "
+            f"{model._get_name()} get gradients, and no step of an optimiser moves them.\n"
+            "An optimiser that was built before the patch does not know what the patch has added.\n"
+            "Build it after fxgraft.patch, or add them: optimizer.add_param_group({'params': graft.parameters()}) with "
+            f"graft from fxgraft.grafts(model); or freeze them: p.requires_grad_(False).",
+            FxgraftWarning,
+            stacklevel=2,
+        )
+
+
+def _read_later(flags: Tensor) -> Callable[[], list[bool] | None]:
+    """Return what gives the values of flags, or None as long as an accelerator has not computed them."""
+    if hasattr(flags, "fake_mode") or flags.is_meta:  # there are no values
+        return lambda: [False] * len(flags)
+    if not flags.is_cuda:
+        return flags.tolist
+    host = torch.empty(flags.shape, dtype=flags.dtype, pin_memory=True)
+    host.copy_(flags, non_blocking=True)
+    event = torch.cuda.Event()
+    event.record()
+    return lambda: host.tolist() if event.query() else None

@@ -182,6 +182,10 @@ class Diversification(Patch):
         """Show the class maps of an image, and what a pass damps in them."""
         return class_map_panels(view, self)
 
+    def schedules(self) -> tuple[str, ...]:
+        """Name ``loss_start``, where there is a loss to start."""
+        return ("loss_start",) if self.loss is not None and self.loss_start > 0 else ()
+
     def replaces_criterion(self) -> bool:
         """Say whether there is a loss that goes with the block."""
         return self.loss is not None

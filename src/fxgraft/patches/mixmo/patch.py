@@ -175,6 +175,11 @@ class MixMo(Patch):
         """Factor of the mixture: 1 where the members' weights stand for W_i / M, M where for W_i."""
         return 1.0 if self.init == "pretrained" else float(self.members)
 
+    def schedules(self) -> tuple[str, ...]:
+        """Name ``decay``, where there is a probability to decay."""
+        falls = self.mixing not in ("linear", "sum") and self.members > 1 and self.p > 0 and self.decay > 0
+        return ("decay",) if falls else ()
+
     def place(self, backbone: Backbone, make: Make) -> Iterator[Placement]:
         """Put encoders in place of the stems, heads in place of the classifiers, and units around the model."""
         with because(

@@ -154,6 +154,11 @@ class RSC(LayeredPatch):
         if isinstance(self.ignore_index, bool) or not isinstance(self.ignore_index, int):
             raise ConfigError(f"RSC: ignore_index must be a whole number, got {self.ignore_index!r}.")
 
+    def schedules(self) -> tuple[str, ...]:
+        """Name ``start``, and the schedule of the batch share."""
+        follows = {"start": self.start > 0, "batch_schedule": self.batch_schedule != "constant"}
+        return tuple(option for option, on in follows.items() if on)
+
     def place(self, backbone: Backbone, make: Make) -> Iterator[list[Placement]]:
         """Put one unit on each site, and record what the rest of the network needs besides."""
         for site, layout, rest in found_sites(backbone, self.layers, self.output, self.layout):
