@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch.utils.checkpoint
 from torch import Tensor, nn
@@ -48,6 +48,18 @@ def restore_checkpointing(traced: Traced) -> None:
         graph.erase_node(node)
 
 
+class Passing(NamedTuple):
+    """How a graph hands on keywords that it was not traced with.
+
+    Attributes:
+        traced: the same graph with one more keyword, called `MORE`, that it hands on to its children or not at all.
+        known: names that the code knows keywords by; what these say, the graph was not traced for.
+    """
+
+    traced: Traced
+    known: frozenset[str]
+
+
 class _Form:
     """A module's edited graph as a function of the arguments that it was traced with.
 
@@ -82,7 +94,9 @@ class _Form:
         return [leaf for leaf, value in zip(leaves, self.fixed, strict=True) if value is INPUT]
 
 
-def as_forward(traced: Traced, label: str, labelled: Sequence[Traced] = ()) -> Callable[..., Any]:
+def as_forward(
+    traced: Traced, label: str, labelled: Sequence[Traced] = (), passing: Passing | None = None
+) -> Callable[..., Any]:
     """Turn a module's edited graph into a forward that takes the module's own arguments.
 
     The usual call, with the tensors in front and the rest left at its default, costs nothing extra.
@@ -91,6 +105,7 @@ def as_forward(traced: Traced, label: str, labelled: Sequence[Traced] = ()) -> C
         traced: the edited graph.
         label: names the module and the mode, for messages.
         labelled: the same for calls with more arguments: labels that the module's own forward takes.
+        passing: the same for calls with keywords that the module does not use; None where they are refused.
 
     Raises:
         BypassError: (when called) a non-tensor argument differs from the one the graph was traced with.
@@ -98,6 +113,8 @@ def as_forward(traced: Traced, label: str, labelled: Sequence[Traced] = ()) -> C
     usual = _Form(traced, label)
     forms = [usual, *(_Form(each, f"{label} with labels") for each in labelled)]
     signature, names = traced.signature, list(traced.signature.parameters)
+    handed_on = None if passing is None else _Form(passing.traced, f"{label} with other keywords")
+    known = frozenset(names) if passing is None else passing.known.union(names)
 
     def forward(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         if usual.simple and not kwargs and len(args) == usual.inputs:
@@ -106,9 +123,17 @@ def as_forward(traced: Traced, label: str, labelled: Sequence[Traced] = ()) -> C
         for form in forms:
             if form.spec == spec and form.odd(leaves) is None:
                 return form.function(module, *form.given(leaves))
+        more = {key: value for key, value in kwargs.items() if key not in known}
+        if handed_on is not None and more:
+            fewer = {key: value for key, value in kwargs.items() if key in known}
+            leaves, spec = pytree.tree_flatten(bind(signature, args, fewer))
+            if usual.spec == spec and usual.odd(leaves) is None:
+                return handed_on.function(module, *usual.given(leaves), more)
         if spec != usual.spec:
+            other = [repr(key) for key in kwargs if key not in names]
+            what = f" (with {', '.join(other)})" if other else ""
             raise BypassError(
-                f"{label} was called with arguments of another structure than when it was patched.\n"
+                f"{label} was called with arguments of another structure than when it was patched{what}.\n"
                 f"Its graph was traced for {usual.spec}.\nUnpatch it, or call it as the model's forward does."
             )
         index = usual.odd(leaves) or 0

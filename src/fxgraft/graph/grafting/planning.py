@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
+import sys
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields
+from functools import partial
+from types import CodeType, FrameType
 from typing import Any
 
 from torch import fx, nn
 
 from fxgraft.errors import FxgraftError, SiteError, TraceError, WrappedModelError
-from fxgraft.graph.grafting.forwards import as_forward, restore_checkpointing
+from fxgraft.graph.grafting.forwards import Passing, as_forward, restore_checkpointing
 from fxgraft.graph.grafting.graft import Graft
 from fxgraft.graph.grafting.journal import Installation
 from fxgraft.graph.grafting.passes import Context
@@ -19,11 +23,13 @@ from fxgraft.graph.grafting.placement import Placement
 from fxgraft.graph.grafting.state import GraftState, Program, foreign_forward, state_of
 from fxgraft.graph.grafting.unit import Unit
 from fxgraft.graph.tracing.anatomy import Anatomy
+from fxgraft.graph.tracing.compile import MORE
 from fxgraft.graph.tracing.editing import Edit, Editor, Input, Instead, Output
 from fxgraft.graph.tracing.names import PREFIX, STATE, inside, join
 from fxgraft.graph.tracing.signatures import Declared
 from fxgraft.graph.tracing.trace import Traced
 from fxgraft.graph.tracing.walks import downstream_of, placeholders
+from fxgraft.graph.tracing.whole import afterwards
 
 Placed = list[tuple[Graft, Placement]]
 
@@ -31,6 +37,8 @@ _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 _LISTINGS = {"children", "named_children", "modules", "named_modules", "_modules"}
 _OUTSIDE = (Input, Instead, Output)
 """Edits that act around a forward and not in it."""
+_OURS = {"torch", "fxgraft"}
+"""Packages of the tracer, whose functions see every keyword and mean none."""
 
 
 def compile_placements(
@@ -184,17 +192,19 @@ def _program(
         return Program(whole[0] if whole else None, units, inputs)
     traced = anatomy.fresh_graph(state.path, training)
     labelled = _labelled(anatomy, traced, [p.edit for p, _ in inner], training) if state.outer else []
+    passing = None if state.outer else _passing(anatomy, traced, state.path, training)
     before = _called(traced, state.path)
-    for each in (traced, *labelled):
+    traces = [traced, *labelled, *([passing.traced] if passing is not None else [])]
+    for each in traces:
         editor = Editor(each)
         for placement, name in inner:
             editor.apply(placement.edit, name)
     skipped = before - _called(traced, state.path)
-    for each in (traced, *labelled):
+    for each in traces:
         restore_checkpointing(each)
         state.settings.update(each.settings)
     mode = "training" if training else "evaluation"
-    function = as_forward(traced, f"{type(module).__name__} {state.path!r} in {mode}", labelled)
+    function = as_forward(traced, f"{type(module).__name__} {state.path!r} in {mode}", labelled, passing)
     return Program(function, units, inputs, skipped)
 
 
@@ -214,6 +224,63 @@ def _labelled(anatomy: Anatomy, traced: Traced, edits: Sequence[Edit], training:
         if edited <= _in_common(traced, other):
             found.append(other)
     return found
+
+
+def _passing(anatomy: Anatomy, traced: Traced, path: str, training: bool) -> Passing | None:
+    """Trace a part's forward with one more keyword, where it takes any; None where it does more than hand it on.
+
+    Which keywords it knows by name is seen by the functions that run while it is traced.
+    """
+    if not Declared.of(traced.signature).any_keyword:
+        return None
+    codes: list[CodeType] = []
+    try:
+        with _watching(codes):
+            other = anatomy.fresh_graph(path, training, labels=(MORE,))
+    except TraceError:
+        return None
+    more = [node for node in placeholders(other.graph) if node.name == MORE]
+    pairs = list(zip(traced.graph.nodes, (n for n in other.graph.nodes if n not in more), strict=False))
+    alike = len(traced.graph.nodes) + 1 == len(other.graph.nodes) and all(
+        _spelled(mine) == (*_spelled(theirs)[:4], str({k: v for k, v in theirs.kwargs.items() if k != MORE}))
+        for mine, theirs in pairs
+    )
+    handed_on = all(
+        node.kwargs.get(MORE) is each
+        and each not in node.args
+        and list(node.kwargs.values()).count(each) == 1
+        for each in more
+        for node in each.users
+    )
+    if not (alike and handed_on and len(more) == 1):
+        return None
+    names = {name for code in codes for name in (*code.co_varnames, *_strings(code))}
+    return Passing(other, frozenset(names))
+
+
+@contextlib.contextmanager
+def _watching(codes: list[CodeType]) -> Iterator[None]:
+    """Note the code of the functions that run in the block, but for the tracer's own."""
+    before = sys.getprofile()
+
+    def note(frame: FrameType, event: str, _: Any) -> None:
+        if event == "call" and str(frame.f_globals.get("__name__")).partition(".")[0] not in _OURS:
+            codes.append(frame.f_code)
+
+    with afterwards(partial(sys.setprofile, before)):
+        sys.setprofile(note)
+        yield
+
+
+def _strings(code: CodeType) -> Iterator[str]:
+    """List the texts that a function names: keys of a dictionary of keywords may be among them."""
+    for each in code.co_consts:
+        if isinstance(each, str):
+            yield each
+        elif isinstance(each, CodeType):
+            yield from _strings(each)
+        elif isinstance(each, (tuple, frozenset)):
+            yield from (name for name in each if isinstance(name, str))
 
 
 def _edited(edit: Edit) -> Iterator[str]:
