@@ -241,6 +241,46 @@ def test_other_calls_find_the_part() -> None:
         fxgraft.unpatch(whole)
 
 
+class Pair(nn.Module):
+    """A student and a teacher, both patched and both in training mode."""
+
+    def __init__(self, method: str, options: dict[str, Any]) -> None:
+        super().__init__()
+        self.student, self.teacher = net(), net()
+        for each in (self.teacher, self.student):
+            fxgraft.patch(each, method, input_size=SIZE, **options)
+
+
+@pytest.mark.parametrize("how", ["no_grad", "frozen"])
+@pytest.mark.parametrize(("method", "options"), [("crossnorm", CONSISTENCY), ("mixmo", {})])
+def test_a_teacher_in_training_mode_has_no_share_in_the_loss(
+    method: str, options: dict[str, Any], how: str
+) -> None:
+    pair, alone = Pair(method, options).train(), fxgraft.patch(net(), method, input_size=SIZE, **options)
+    pair.student.load_state_dict(alone.state_dict())
+    if how == "frozen":
+        pair.teacher.requires_grad_(False)
+    found = []
+    for student, whole in ((alone, alone), (pair.student, pair)):
+        for order in ("first", "last"):
+            if whole is pair and order == "first":
+                with torch.set_grad_enabled(how == "frozen"):
+                    pair.teacher(images(), target=LABELS)
+            torch.manual_seed(0)
+            out = student(images(), target=LABELS)
+            if whole is pair and order == "last":
+                state = torch.get_rng_state()
+                with torch.set_grad_enabled(how == "frozen"):
+                    pair.teacher(images(), target=LABELS)
+                torch.set_rng_state(state)
+            found.append(fxgraft.losses(whole, out, LABELS))
+    names = {name.removeprefix("student.") for each in found for name in each}
+    assert names == set(found[0])
+    for parts in found[1:]:
+        for name, value in parts.items():
+            torch.testing.assert_close(value, found[0][name.removeprefix("student.")])
+
+
 # Training without the loss.
 
 

@@ -27,8 +27,10 @@ def losses(
 
     Args:
         model: bare, patched, or with patched parts (a backbone inside a model of your own). Every graft of every part
-            adds its terms. A graft that stands in for the criterion (MixMo, the gradient-boosting loss) may be on
-            one part, whose output is then the model's.
+            adds its terms, except for parts to whose last pass no gradients may come back while they may to another's:
+            a teacher beside a student, under ``torch.no_grad`` or frozen. Where several parts learn and only one is
+            meant, pass that part. A graft that stands in for the criterion (MixMo, the gradient-boosting loss) may be
+            on one part, whose output is then the model's.
         out: what the model returned; of a structured output the logits are taken: "out" of torchvision's
             segmentation models, whose "aux" is left to you, or "logits".
         y: labels, as the criterion takes them, or as the call took them as ``target``.
@@ -175,10 +177,24 @@ _OTHER_LABELS = (
 
 def _terms(model: nn.Module, out: Any, y: Any, criterion: Criterion) -> dict[str, Tensor]:
     return {
-        f"{name}.{term}": value
-        for name, graft in named_grafts(model).items()
+        ".".join(filter(None, (path, graft.name, term))): value
+        for path, part in _learning_parts(model).items()
+        for graft in grafts_on(part)
         for term, value in _checked(graft, graft.patch.losses(graft, out, y, criterion)).items()
     }
+
+
+def _learning_parts(model: nn.Module) -> dict[str, nn.Module]:
+    """Find the patched parts that are trained: all, or where that can be told those that gradients may come back to."""
+    parts = patched_parts(model)
+
+    def learns(part: nn.Module) -> bool:
+        ledger = ledger_of(part)
+        left = None if ledger is None else ledger.context.left
+        return left is None or left.learns
+
+    learning = {path: part for path, part in parts.items() if learns(part)} if len(parts) > 1 else parts
+    return learning or parts
 
 
 def _checked(graft: Graft, terms: Any) -> Mapping[str, Tensor]:
@@ -215,7 +231,7 @@ def _judging(model: nn.Module, logits: Any) -> list[Graft]:
         StructureError: the logits are not the output of that part.
     """
     found: dict[str, list[Graft]] = {}
-    for path, part in patched_parts(model).items():
+    for path, part in _learning_parts(model).items():
         for graft in grafts_on(part):
             if graft.patch.replaces_criterion():
                 found.setdefault(path, []).append(graft)

@@ -73,22 +73,22 @@ class Items(Dataset):
 
 
 def arguments(folder: Path, **options: Any) -> transformers.TrainingArguments:
-    return transformers.TrainingArguments(
-        output_dir=str(folder),
-        per_device_train_batch_size=4,
-        use_cpu=True,
-        report_to=[],
-        save_strategy="no",
-        remove_unused_columns=False,
-        label_names=["labels"],
-        disable_tqdm=True,
-        optim="sgd",
-        learning_rate=0.1,
-        lr_scheduler_type="constant",
-        max_grad_norm=0,
-        dataloader_pin_memory=False,
-        **{"num_train_epochs": 1, **options},
-    )
+    usual: dict[str, Any] = {
+        "per_device_train_batch_size": 4,
+        "use_cpu": True,
+        "report_to": [],
+        "save_strategy": "no",
+        "remove_unused_columns": False,
+        "label_names": ["labels"],
+        "disable_tqdm": True,
+        "optim": "sgd",
+        "learning_rate": 0.1,
+        "lr_scheduler_type": "constant",
+        "max_grad_norm": 0,
+        "dataloader_pin_memory": False,
+        "num_train_epochs": 1,
+    }
+    return transformers.TrainingArguments(output_dir=str(folder), **{**usual, **options})
 
 
 @pytest.mark.parametrize("kind", [Recipe, Ready])
@@ -179,7 +179,7 @@ PER_SAMPLE: dict[str, dict[str, Any]] = {
         (Ready, Plain, "rsc"),
         (Ready, Renamed, "diversification"),
         (Ready, "convnext", "rsc"),
-        (RecipeOfItsOwnLoss, "convnext", "rsc"),
+        (RecipeOfItsOwnLoss, "vit", "rsc"),
     ],
 )
 def test_accumulated_gradients_are_those_of_one_batch(
@@ -215,16 +215,17 @@ def test_the_ready_trainer_says_what_it_cannot_do(tmp_path: Path) -> None:
 
 
 def test_smoothing_and_criteria_of_the_ready_trainer(tmp_path: Path) -> None:
-    model, (x, y) = fxgraft.patch(Plain(), "taps", layers=-1, input_size=(3, SIDE, SIDE)), batch()
+    model, (x, y) = classifier("convnext"), batch()
+    fxgraft.patch(model, "taps", layers=-1, input_size=(3, SIDE, SIDE))
     inputs = {"pixel_values": x, "labels": y}
     smooth = Ready(model=model, args=arguments(tmp_path, label_smoothing_factor=0.2))
-    expected = F.cross_entropy(model(x), y, label_smoothing=0.2)
+    expected = F.cross_entropy(model(x).logits, y, label_smoothing=0.2)
     torch.testing.assert_close(smooth.compute_loss(model, inputs, num_items_in_batch=16), expected / 4)
     found, outputs = smooth.compute_loss(model.eval(), inputs, return_outputs=True, num_items_in_batch=16)
     torch.testing.assert_close(found, expected)
-    assert torch.equal(outputs["logits"], model(x))
+    assert torch.equal(outputs["logits"], model(x).logits)
     own = Ready(model=model, args=arguments(tmp_path), criterion=lambda logits, y: logits.sum() * 2)
-    torch.testing.assert_close(own.compute_loss(model, inputs), 2 * model(x).sum())
+    torch.testing.assert_close(own.compute_loss(model, inputs), 2 * model(x).logits.sum())
 
 
 def test_without_transformers_the_error_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -72,6 +72,7 @@ class _Form:
         self.function = compile_graph(traced.graph, traced.constants, label)
         # By themselves: the graph is of no use any more, and its nodes hold each other.
         self.spec, self.fixed = traced.spec, traced.fixed
+        self.keywords = list(self.spec.children()[1].context) if self.fixed else []
         self.inputs = self.fixed.count(INPUT)
         positional = self.spec.children()[0].children() if self.fixed else ()
         self.simple = (
@@ -114,7 +115,7 @@ def as_forward(
     forms = [usual, *(_Form(each, f"{label} with labels") for each in labelled)]
     signature, names = traced.signature, list(traced.signature.parameters)
     handed_on = None if passing is None else _Form(passing.traced, f"{label} with other keywords")
-    known = frozenset(names) if passing is None else passing.known.union(names)
+    known = frozenset() if passing is None else passing.known.union(names, usual.keywords)
 
     def forward(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         if usual.simple and not kwargs and len(args) == usual.inputs:

@@ -31,8 +31,9 @@ def checked_labels(graft: str, target: Any, batch: int) -> Tensor:
     if target is None:
         raise TargetError(
             f"{graft!r} needs the labels of the batch in training, and none were given.\n"
-            "Call model(x, target=y), or wrap the call in `with fxgraft.targets(y):`, or iterate over "
-            "fxgraft.with_targets(loader); model.eval() needs none."
+            "Call model(x, target=y), or wrap the call in `with fxgraft.targets(y):`, or iterate "
+            "over fxgraft.with_targets(loader), with the loader that accelerate or Lightning returns; "
+            "model.eval() needs none."
         )
     if not isinstance(target, Tensor):
         raise TargetError(

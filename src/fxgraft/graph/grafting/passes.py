@@ -92,12 +92,14 @@ class Left:
         notes: what grafts remember of it, by name.
         recorded: the values that taps recorded and nobody fetched yet; None if there are none.
         shapes: of the tensors that it returned; None where no graft has a share in the loss, and in compiled code.
+        learns: whether gradients may come back to it; not told in compiled code.
     """
 
     def __init__(self, notes: dict[str, Any], recorded: dict[str, Any] | None) -> None:
         self.notes = notes
         self.recorded = recorded
         self.shapes: list[tuple[int, ...]] | None = None
+        self.learns = True
 
 
 class Context:
@@ -164,6 +166,7 @@ class Context:
         self.outputs.note(out, run.notes, run.given if run.took else None)
         if self.judges and not torch.compiler.is_compiling():
             self._local.left.shapes = [tuple(each.shape) for each in tensors(out)]
+            self._local.left.learns = any(each.requires_grad for each in tensors(out))
             if run.training and torch.is_grad_enabled():
                 self.watch.note(run.model, self.judges, out)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dis
 import itertools
 import sys
 import weakref
@@ -233,9 +234,9 @@ def _passing(anatomy: Anatomy, traced: Traced, path: str, training: bool) -> Pas
     """
     if not Declared.of(traced.signature).any_keyword:
         return None
-    codes: list[CodeType] = []
+    lines: dict[CodeType, set[int]] = {}
     try:
-        with _watching(codes):
+        with _watching(lines):
             other = anatomy.fresh_graph(path, training, labels=(MORE,))
     except TraceError:
         return None
@@ -254,33 +255,36 @@ def _passing(anatomy: Anatomy, traced: Traced, path: str, training: bool) -> Pas
     )
     if not (alike and handed_on and len(more) == 1):
         return None
-    names = {name for code in codes for name in (*code.co_varnames, *_strings(code))}
-    return Passing(other, frozenset(names))
+    return Passing(other, frozenset(name for code, run in lines.items() for name in _names(code, run)))
 
 
 @contextlib.contextmanager
-def _watching(codes: list[CodeType]) -> Iterator[None]:
-    """Note the code of the functions that run in the block, but for the tracer's own."""
-    before = sys.getprofile()
+def _watching(lines: dict[CodeType, set[int]]) -> Iterator[None]:
+    """Note which lines of which functions run in the block, but for the tracer's own."""
+    before = sys.gettrace()
 
-    def note(frame: FrameType, event: str, _: Any) -> None:
-        if event == "call" and str(frame.f_globals.get("__name__")).partition(".")[0] not in _OURS:
-            codes.append(frame.f_code)
+    def note(frame: FrameType, event: str, _: Any) -> Any:
+        if str(frame.f_globals.get("__name__")).partition(".")[0] in _OURS:
+            return None
+        lines.setdefault(frame.f_code, set()).add(frame.f_lineno)
+        return note
 
-    with afterwards(partial(sys.setprofile, before)):
-        sys.setprofile(note)
+    with afterwards(partial(sys.settrace, before)):
+        sys.settrace(note)
         yield
 
 
-def _strings(code: CodeType) -> Iterator[str]:
-    """List the texts that a function names: keys of a dictionary of keywords may be among them."""
-    for each in code.co_consts:
-        if isinstance(each, str):
-            yield each
-        elif isinstance(each, CodeType):
-            yield from _strings(each)
-        elif isinstance(each, (tuple, frozenset)):
-            yield from (name for name in each if isinstance(name, str))
+def _names(code: CodeType, run: set[int]) -> Iterator[str]:
+    """List the arguments of a function, and the texts on lines that ran: keys of its keywords may be among them."""
+    yield from code.co_varnames[: code.co_argcount + code.co_kwonlyargcount]
+    line = code.co_firstlineno
+    for each in dis.get_instructions(code):
+        positions = getattr(each, "positions", None)  # from Python 3.11 on, where a line may come back
+        line = (positions.lineno if positions is not None else each.starts_line) or line
+        if line in run and isinstance(each.argval, str) and "CONST" in each.opname:
+            yield each.argval
+        elif line in run and isinstance(each.argval, (tuple, frozenset)):
+            yield from (name for name in each.argval if isinstance(name, str))
 
 
 def _edited(edit: Edit) -> Iterator[str]:

@@ -340,6 +340,19 @@ class LabelledLoader(Generic[Batch]):
         if run is not None:
             run.close()
 
+    @property
+    def __class__(self) -> type:  # type: ignore[override]
+        """Pass for what it wraps where several processes share a data set.
+
+        Libraries give each process a part of what they know for a `torch.utils.data.DataLoader`, and hand on what they
+        do not know: every process would train on all batches. What they make of it sets no labels, which its first
+        training pass says.
+        """
+        several = torch.distributed.is_available() and torch.distributed.is_initialized()
+        shared = several and torch.distributed.get_world_size() > 1
+        loader = self.__dict__.get("_loader")
+        return type(loader) if shared and loader is not None else LabelledLoader
+
     def __len__(self) -> int:
         return len(self._loader)  # type: ignore[arg-type]
 
@@ -367,7 +380,8 @@ def with_targets(
     device, or augmented) cannot be told: they are those of the last batch. Where the loop is ahead, or several loaders
     are open, such a pass raises `TargetError`; ``model`` says which of several loaders it reads.
 
-    The labels are seen by the thread or task that iterates.
+    The labels are seen by the thread or task that iterates. Where accelerate or Lightning prepares loaders, wrap what
+    it returns: ``with_targets(accelerator.prepare(loader))``.
 
     Args:
         loader: yields batches that hold their labels: sequences, mappings, dataclasses or other objects.
