@@ -13,7 +13,7 @@ from fxgraft.errors import ConfigError, MethodError, StructureError, TargetError
 from fxgraft.graph.grafting.graft import Graft
 from fxgraft.graph.grafting.labels import batch_of, differ, version_of
 from fxgraft.graph.grafting.lookup import grafts_on, ledger_of, named_grafts, patched_parts
-from fxgraft.graph.grafting.passes import Context
+from fxgraft.graph.grafting.passes import ARGUMENTS, Context
 from fxgraft.graph.structure.outputs import take_logits
 from fxgraft.graph.tracing.observe import tensors
 
@@ -27,10 +27,9 @@ def losses(
 
     Args:
         model: bare, patched, or with patched parts (a backbone inside a model of your own). Every graft of every part
-            adds its terms, except for parts to whose last pass no gradients may come back while they may to another's:
-            a teacher beside a student, under ``torch.no_grad`` or frozen. Where several parts learn and only one is
-            meant, pass that part. A graft that stands in for the criterion (MixMo, the gradient-boosting loss) may be
-            on one part, whose output is then the model's.
+            adds its terms, except for parts that the output does not train while it trains others: a teacher beside a
+            student, whose output it is not, or that is frozen or runs under ``torch.no_grad``. A graft that stands in
+            for the criterion (MixMo, the gradient-boosting loss) may be on one part, whose output is then the model's.
         out: what the model returned; of a structured output the logits are taken: "out" of torchvision's
             segmentation models, whose "aux" is left to you, or "logits".
         y: labels, as the criterion takes them, or as the call took them as ``target``.
@@ -178,23 +177,35 @@ _OTHER_LABELS = (
 def _terms(model: nn.Module, out: Any, y: Any, criterion: Criterion) -> dict[str, Tensor]:
     return {
         ".".join(filter(None, (path, graft.name, term))): value
-        for path, part in _learning_parts(model).items()
+        for path, part in _trained_parts(model, out).items()
         for graft in grafts_on(part)
         for term, value in _checked(graft, graft.patch.losses(graft, out, y, criterion)).items()
     }
 
 
-def _learning_parts(model: nn.Module) -> dict[str, nn.Module]:
-    """Find the patched parts that are trained: all, or where that can be told those that gradients may come back to."""
+def _trained_parts(model: nn.Module, out: Any) -> dict[str, nn.Module]:
+    """Find the patched parts that an output trains, where that can be told; else all.
+
+    Gradients may come back to their last pass, and the output is seen to be computed from one of their passes.
+    """
     parts = patched_parts(model)
-
-    def learns(part: nn.Module) -> bool:
-        ledger = ledger_of(part)
-        left = None if ledger is None else ledger.context.left
-        return left is None or left.learns
-
-    learning = {path: part for path, part in parts.items() if learns(part)} if len(parts) > 1 else parts
-    return learning or parts
+    if len(parts) == 1 or torch.compiler.is_compiling():
+        return parts
+    contexts = {
+        path: ledger.context for path, part in parts.items() if (ledger := ledger_of(part)) is not None
+    }
+    learning = {
+        path: each for path, each in contexts.items() if each.left is None or each.left.learns
+    } or contexts
+    behind = {path for path, each in learning.items() if each.outputs.records(out)}
+    if behind:
+        noting = {
+            path
+            for path, each in learning.items()
+            if any(map(each.outputs.remembers, (*each.judges, ARGUMENTS)))
+        }
+        learning = {path: each for path, each in learning.items() if path in behind or path not in noting}
+    return {path: parts[path] for path in learning}
 
 
 def _checked(graft: Graft, terms: Any) -> Mapping[str, Tensor]:
@@ -231,7 +242,7 @@ def _judging(model: nn.Module, logits: Any) -> list[Graft]:
         StructureError: the logits are not the output of that part.
     """
     found: dict[str, list[Graft]] = {}
-    for path, part in _learning_parts(model).items():
+    for path, part in _trained_parts(model, logits).items():
         for graft in grafts_on(part):
             if graft.patch.replaces_criterion():
                 found.setdefault(path, []).append(graft)

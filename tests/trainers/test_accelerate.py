@@ -60,24 +60,23 @@ def test_published_labels() -> None:
 
 def test_a_loader_with_labels_is_sharded_as_the_loader_is(monkeypatch: pytest.MonkeyPatch) -> None:
     """With several processes each gets its batches alone, and a method that needs labels says whom to wrap."""
+    accelerator = Accelerator(cpu=True)
     labelled = fxgraft.with_targets(DataLoader(dataset(), batch_size=2))
     assert not isinstance(labelled, DataLoader)
-    monkeypatch.setattr(dist, "is_initialized", lambda: True)
-    monkeypatch.setattr(dist, "get_world_size", lambda: WORLD)
-    assert isinstance(labelled, DataLoader)
-    assert isinstance(labelled, type(fxgraft.with_targets([])))
-    assert not isinstance(fxgraft.with_targets([]), DataLoader)
-    with monkeypatch.context() as real:
-        real.setattr(dist, "is_initialized", lambda: False)
-        accelerator = Accelerator(cpu=True)
-    shards = [
-        prepare_data_loader(labelled, num_processes=WORLD, process_index=rank, put_on_device=False)
-        for rank in range(WORLD)
-    ]
+    with monkeypatch.context() as several:
+        several.setattr(dist, "is_initialized", lambda: True)
+        several.setattr(dist, "get_world_size", lambda: WORLD)
+        assert isinstance(labelled, DataLoader)
+        assert isinstance(labelled, type(fxgraft.with_targets([])))
+        assert not isinstance(fxgraft.with_targets([]), DataLoader)
+        assert type(accelerator.prepare(labelled)) is not type(labelled)
+        shards = [
+            prepare_data_loader(labelled, num_processes=WORLD, process_index=rank, put_on_device=False)
+            for rank in range(WORLD)
+        ]
     seen = [torch.cat([x for x, _ in shard]) for shard in shards]
     assert len(seen[0]) + len(seen[1]) == len(dataset())  # type: ignore[arg-type]
     assert not torch.equal(*seen)
-    assert isinstance(accelerator.prepare(labelled), DataLoader)
     with pytest.raises(fxgraft.TargetError, match="with the loader that accelerate or Lightning returns"):
         patched()(next(iter(shards[0]))[0])
 
