@@ -317,6 +317,19 @@ def test_unlabelled_parts_of_a_batch() -> None:
     assert seen == [0]
 
 
+def test_batches_of_other_libraries() -> None:
+    transformers = pytest.importorskip("transformers")
+    model = net()
+    seen = spy(model)
+    data = [transformers.BatchFeature({"pixel_values": x, "labels": y}) for x, y in batches(0)]
+    run = iter(fxgraft.with_targets(data, "labels"))
+    current = next(run)
+    for following in run:  # one batch ahead
+        model(current.pixel_values)
+        current = following
+    assert seen == [0, 1]
+
+
 @pytest.mark.parametrize(
     ("batch", "index", "match"),
     [

@@ -186,6 +186,14 @@ def test_labels_are_those_of_one_input(combined: bool, match: str, tmp_path: Pat
     assert module.global_step == 2
 
 
+def test_loaders_that_are_combined_by_hand() -> None:
+    model = patched()
+    for batch, _, _ in fxgraft.with_targets(CombinedLoader({"l": loader(), "u": loader()}), (0, "l", 1)):
+        fxgraft.loss(model, model(batch["l"][0]), batch["l"][1]).backward()
+        with pytest.raises(fxgraft.TargetError, match="an input that these labels are not of"):
+            model(batch["u"][0])
+
+
 def test_a_step_that_fails_leaves_no_labels(tmp_path: Path) -> None:
     class Fails(Module):
         def training_step(self, batch: Any) -> Tensor:

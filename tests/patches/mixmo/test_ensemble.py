@@ -143,6 +143,39 @@ def test_half_precision_is_measured_in_single():
     assert found == pytest.approx(expected_of(logits, target, "logits", 15), abs=1e-5)
 
 
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8])
+@pytest.mark.parametrize("temperature", [None, "fit"])
+def test_rows_that_are_left_out_and_narrow_labels(dtype: torch.dtype, temperature):
+    logits, target = torch.randn(2, 30, 4) * 2, torch.randint(4, (30,))
+    whole, parts = (
+        EnsembleMetrics(4, 2, temperature=temperature),
+        EnsembleMetrics(4, 2, temperature=temperature),
+    )
+    whole.update(logits[:, ::2], target[::2])
+    if not dtype.is_signed:
+        parts.update(logits[:, ::2], target[::2].to(dtype))
+    else:
+        marked = target.to(dtype)
+        marked[1::2] = -100
+        parts.update(logits, marked)
+        parts.update(logits, torch.full_like(marked, -100))
+    found = {name: value.item() for name, value in parts.compute().items()}
+    assert found == pytest.approx({name: value.item() for name, value in whole.compute().items()}, abs=1e-6)
+    torch.testing.assert_close(
+        fit_temperature(logits[0], target.to(dtype)), fit_temperature(logits[0], target)
+    )
+
+
+@pytest.mark.parametrize("wrong", [-1, 4, 255])
+def test_labels_that_are_no_class(wrong: int):
+    with pytest.raises(TargetError, match=rf"from {min(wrong, 0)} to {max(wrong, 0)}(?s:.*)relabel"):
+        EnsembleMetrics(4, 2).update(torch.zeros(2, 2, 4), torch.tensor([0, wrong]))
+    metrics = EnsembleMetrics(4, 2)
+    metrics.update(torch.zeros(2, 2, 4), torch.tensor([-100, -100]))
+    with pytest.raises(ConfigError, match="nothing to compute"):
+        metrics.compute()
+
+
 def test_metrics_leave_no_trace_in_a_model():
     logits, target = torch.randn(2, 6, 4, requires_grad=True), torch.randint(4, (6,))
     metrics = EnsembleMetrics(4, 2)

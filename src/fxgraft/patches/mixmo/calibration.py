@@ -9,6 +9,8 @@ from torch import Tensor
 
 BOUNDS = (1e-2, 1e2)
 STEPS = 50
+IGNORED = -100
+"""The label of rows that do not count, as in cross-entropy."""
 
 
 @torch.no_grad()
@@ -19,13 +21,14 @@ def fit_temperature(logits: Tensor, target: Tensor) -> Tensor:
 
     Args:
         logits: (N, K), logits or log-probabilities.
-        target: (N,) class indices.
+        target: (N,) class indices; rows labelled -100 are left out.
 
     Returns:
         (), float64, in [0.01, 100]; at the lower end where every sample is classified as it should be, at the
         upper one where the logits are no better than chance.
     """
-    wide = logits.double()
+    counts = target != IGNORED
+    wide, target = logits[counts].double(), target[counts].long()
     excess = wide - wide.gather(1, target.unsqueeze(1))
     # The likelihood is concave in 1/T, so its slope has one zero, which halving finds: always the same one.
     low, high = (excess.new_tensor(math.log(bound)) for bound in BOUNDS)

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fxgraft.extend import ConfigError, TargetError, is_number
-from fxgraft.patches.mixmo.calibration import fit_temperature, scaled
+from fxgraft.patches.mixmo.calibration import IGNORED, fit_temperature, scaled
 
 Average = Literal["logits", "probabilities"]
 """What the ensemble averages over its members."""
@@ -148,10 +148,10 @@ class EnsembleMetrics(nn.Module):
 
         Args:
             member_logits: (M, B, K).
-            target: (B,) class indices.
+            target: (B,) class indices, of any integer type. Rows labelled -100 are left out, as cross-entropy does.
 
         Raises:
-            TargetError: logits or labels of another shape, or soft targets.
+            TargetError: logits or labels of another shape, soft targets, or (on the CPU) indices out of range.
         """
         expected = (self.members, len(target), self.num_classes)
         if tuple(member_logits.shape) != expected or target.ndim != 1 or target.is_floating_point():
@@ -159,6 +159,18 @@ class EnsembleMetrics(nn.Module):
                 f"Metrics of {self.members} members and {self.num_classes} classes take logits (M, B, K) = "
                 f"({self.members}, B, {self.num_classes}) and class indices (B,); "
                 f"got {tuple(member_logits.shape)} and {tuple(target.shape)} of {target.dtype}."
+            )
+        target = target.long()
+        if not target.is_meta:
+            counts = target != IGNORED
+            member_logits, target = member_logits[:, counts], target[counts]
+        if not len(target):
+            return
+        if target.device.type == "cpu" and not 0 <= int(target.min()) <= int(target.max()) < self.num_classes:
+            raise TargetError(
+                f"Metrics of {self.num_classes} classes were given class indices from {int(target.min())} to "
+                f"{int(target.max())}.\nOnly rows labelled {IGNORED} are left out.\n"
+                f"Check num_classes, and relabel what does not count to {IGNORED}."
             )
         self._filled = True
         if self._seen:
