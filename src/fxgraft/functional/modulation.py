@@ -32,7 +32,10 @@ def instance_moments(x: Tensor) -> tuple[Tensor, Tensor]:
     """
     dims = tuple(range(2, x.ndim))
     x = x.to(torch.promote_types(x.dtype, torch.float32))
-    var, mean = torch.var_mean(x, dim=dims, correction=1 if x[0, 0].numel() > 1 else 0)
+    if x.shape[0] == 0:  # where var_mean warns
+        mean = x.mean(dims)
+        return mean, mean
+    var, mean = torch.var_mean(x, dim=dims, correction=1 if x.shape[2:].numel() > 1 else 0)
     return mean, var
 
 
@@ -85,7 +88,7 @@ class _Moments(torch.autograd.Function):
     def backward(ctx: Any, *grads: Any) -> Any:  # type: ignore[override]
         dy, dmean, dvar = grads
         x, mean = ctx.saved_tensors
-        scale, count = ctx.link.scale, x[0, 0].numel()
+        scale, count = ctx.link.scale, x.shape[2:].numel()
         if dmean is None and dvar is None:
             return (dy if dy is None or scale is None else _scaled(dy, scale, None)), None
         slope = torch.zeros_like(mean) if dvar is None else dvar * (2 / max(count - 1, 1))
@@ -170,7 +173,7 @@ def _moments(x: Tensor) -> tuple[Tensor, Tensor]:
     """What `instance_moments` gives, in one pass on the CPU; not differentiable."""
     if not _fast(x):
         return instance_moments(x)
-    count = x[0, 0].numel()
+    count = x.shape[2:].numel()
     total, squares = _reduced(x, x)
     mean = total / count
     var = (squares - total * mean).clamp_(min=0).div_(max(count - 1, 1))

@@ -143,7 +143,7 @@ class PositionwiseHead:
         if len(self.classifiers) == 1:
             weight, bias = self._matrix(owner)
             rows = F.linear(rows, weight.flatten(1), bias)
-        return rows.view(x.shape[0], *space, -1).movedim(-1, 1)
+        return rows.view(x.shape[0], *space, rows.shape[1]).movedim(-1, 1)
 
     def _check_bypassed(self, model: nn.Module, owner: nn.Module) -> None:
         """Raise where something acts on the calls of the layers, which run here without being called."""

@@ -196,7 +196,7 @@ class Pairing:
         return torch.stack(parts).sum(0)
 
     def _check_batch(self, y: Any) -> None:
-        repeats = self.rows // len(self.labels)
+        repeats = self.rows // max(len(self.labels), 1)  # a batch may be empty
         if not isinstance(y, (Tensor, MixedLabels)) or len(y) * repeats != self.rows:
             given = f"{len(y)} labels" if isinstance(y, (Tensor, MixedLabels)) else f"a {type(y).__name__}"
             raise TargetError(

@@ -97,7 +97,7 @@ class Probe:
         if self.layer is not None:
             weight = gathered(self.layer.weight.detach())
             self._check(self.layer.out_features)
-            return core.linear_tail_gradient(weight, self.target, self.canonical[0, 0].numel())
+            return core.linear_tail_gradient(weight, self.target, self.canonical.shape[2:].numel())
         if draws.as_data():
             # torch.func.grad compiles into the same graph, and nests in vmap; torch.autograd.grad does neither.
             gradient, self.logits = torch.func.grad(self._score, has_aux=True)(self.z.clone())

@@ -114,8 +114,9 @@ def label_rows(logits: Tensor, target: Tensor, ignore_index: int = -100) -> tupl
 def sample_probability(logits: Tensor, target: Tensor, ignore_index: int = -100) -> Tensor:
     """`label_probability` of every sample, (B,); for a dense prediction the mean over positions that count."""
     flat, labels, counts = label_rows(logits, target, ignore_index)
-    probability = (label_probability(flat, labels) * counts).reshape(logits.shape[0], -1).sum(1)
-    return probability / counts.reshape(logits.shape[0], -1).sum(1).clamp(min=1)
+    rows = (logits.shape[0], logits.shape[2:].numel())
+    probability = (label_probability(flat, labels) * counts).reshape(rows).sum(1)
+    return probability / counts.reshape(rows).sum(1).clamp(min=1)
 
 
 def saliency(
