@@ -50,6 +50,14 @@ def build_model(
         raise
     except (AssertionError, TypeError, ValueError, RuntimeError) as error:
         raise ConfigError(f"{library} could not build {model!r}: {error}") from error
+    except Exception as error:  # whatever a hub's client raises where it does not get through
+        if not (pretrained or name.startswith(_TIMM_SCHEMES)):
+            raise
+        raise ConfigError(
+            f"{library} could not fetch {model!r}: {type(error).__name__}: {str(error).partition(chr(10))[0]}\n"
+            "Weights of a library and models of a hub come over the network, and are then kept on disk.\n"
+            "Check the connection and the name; or build it without pretrained weights, and load your own."
+        ) from error
 
 
 def split_name(name: str) -> tuple[str, str]:

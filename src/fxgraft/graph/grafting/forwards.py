@@ -95,6 +95,15 @@ class _Form:
         return [leaf for leaf, value in zip(leaves, self.fixed, strict=True) if value is INPUT]
 
 
+def _shown(spec: pytree.TreeSpec) -> str:
+    return " ".join(str(spec).split())
+
+
+def nests(args: tuple[Any, ...]) -> bool:
+    """Say whether an argument holds others."""
+    return any(isinstance(each, (list, tuple, dict)) for each in args)
+
+
 def as_forward(
     traced: Traced, label: str, labelled: Sequence[Traced] = (), passing: Passing | None = None
 ) -> Callable[..., Any]:
@@ -118,7 +127,7 @@ def as_forward(
     known = frozenset() if passing is None else passing.known.union(names, usual.keywords)
 
     def forward(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        if usual.simple and not kwargs and len(args) == usual.inputs:
+        if usual.simple and not kwargs and len(args) == usual.inputs and not nests(args):
             return usual.function(module, *args)
         leaves, spec = pytree.tree_flatten(bind(signature, args, kwargs))
         for form in forms:
@@ -135,7 +144,9 @@ def as_forward(
             what = f" (with {', '.join(other)})" if other else ""
             raise BypassError(
                 f"{label} was called with arguments of another structure than when it was patched{what}.\n"
-                f"Its graph was traced for {usual.spec}.\nUnpatch it, or call it as the model's forward does."
+                f"Its graph was traced for {_shown(usual.spec)}, and this call is {_shown(spec)}.\n"
+                "A forward that takes a tensor or a list of them goes two ways, of which the graph holds one: join the "
+                "list before (torch.cat), patch the part that gets one tensor, or call it as it was traced."
             )
         index = usual.odd(leaves) or 0
         leaf = leaves[index]

@@ -194,7 +194,8 @@ class Ledger:
         if wrapped is not None:
             raise WrappedModelError(
                 f"{wrapped!r} was wrapped or converted after it was patched (by FSDP, parametrize, ...).\n"
-                "Taking the graft off would take that off as well.\nUnpatch first, wrap after."
+                "Taking the graft off, as a copy and a merge do, would take that off as well.\n"
+                "Unpatch first, wrap after: then patch again what is wrapped inside of the model (parametrize)."
             )
         hidden = None if self.installation is None else self.installation.hidden()
         if hidden is not None:
@@ -285,7 +286,12 @@ class Ledger:
                 unit.set_progress(fraction)
 
     def portable(self) -> Ledger:
-        """Return the ledger without what is compiled, to travel with a copy of the model."""
+        """Return the ledger without what is compiled, to travel with a copy of the model.
+
+        Raises:
+            WrappedModelError: a grafted part was wrapped or converted since, and a copy could not be grafted again.
+        """
+        self._check_intact()
         twin = Ledger()
         twin.grafts = [replace(graft) for graft in self.grafts]
         twin.context.progress = self.context.progress

@@ -23,12 +23,14 @@ from torch import fx, nn
 
 from fxgraft.errors import BypassError, CallError, WrappedModelError
 from fxgraft.graph.grafting import replicas
+from fxgraft.graph.grafting.forwards import nests
 from fxgraft.graph.grafting.passes import Arguments, Context, Pass
 from fxgraft.graph.grafting.state import GraftState, Keeper, foreign_forward, hidden_forward, state_of
 from fxgraft.graph.grafting.unit import Unit
 from fxgraft.graph.tracing.names import STATE
 from fxgraft.graph.tracing.settings import output_hooked
 from fxgraft.graph.tracing.signatures import LABELS, TARGET, Declared
+from fxgraft.graph.tracing.trace import ShallowTracer
 from fxgraft.graph.tracing.whole import Step, afterwards, setting
 
 ENTRY_POINTS = ("forward_features", "forward_head", "forward_intermediates", "get_intermediate_layers")
@@ -57,6 +59,12 @@ def _run(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         first = next((name for name in named if name in kwargs), next(iter(kwargs)))
         kwargs = dict(kwargs)
         args = (kwargs.pop(first),)
+    if program.inputs and self.training and nests(args[:1]):
+        raise CallError(
+            f"{state.base.__name__} was given a {type(args[0]).__name__} of images, and a patch acts on its input.\n"
+            "It works on one tensor (B, C, H, W).\n"
+            "Join the images before (torch.cat), or patch the part of the model that gets one tensor."
+        )
     for unit in program.inputs if args else ():
         args = (unit(args[0]), *args[1:])
     if program.function is None:
@@ -205,6 +213,7 @@ def grafted_class(base: type[nn.Module], outer: bool) -> type[nn.Module]:
         "extra_repr": _extra_repr,
         "_replicate_for_data_parallel": _replicate,
         "__prepare_scriptable__": _refuse_scripting,
+        "qconfig": _quantized(base),
     }
     if outer:
         most = sys.maxsize if arguments.any_positional else len(arguments.positional)
@@ -213,6 +222,7 @@ def grafted_class(base: type[nn.Module], outer: bool) -> type[nn.Module]:
             state = state_of(self)
             if state is None or state.base is not base:
                 return base.forward(self, *args, **kwargs)
+            _refuse_tracing(base, args)
             if len(args) == most + 1 and args[-1] is None and torch.jit.is_tracing():  # pyright: ignore[reportPrivateImportUsage]
                 args = args[:-1]  # the default of target, which torch.onnx's older exporter gives by position
             if len(args) > most:
@@ -244,6 +254,7 @@ def grafted_class(base: type[nn.Module], outer: bool) -> type[nn.Module]:
             state = state_of(self)
             if state is None or state.base is not base:  # it stands for an instance of ``base``
                 return base.forward(self, *args, **kwargs)
+            _refuse_tracing(base, args)
             return _run(self, *args, **kwargs)
 
         run = part
@@ -309,6 +320,55 @@ def _refuse_scripting(self: nn.Module) -> nn.Module:
         "Use torch.jit.trace(model.eval(), images) or torch.export, or script fxgraft.merge(model) or "
         "fxgraft.unpatch(model)."
     )
+
+
+def _refuse_tracing(base: type[nn.Module], args: Any) -> None:
+    """Say that a tracer of somebody else's would follow a single pass in a single mode."""
+    # Traced by itself, a forward with *args gets one proxy for all of them.
+    proxies = [args] if isinstance(args, fx.Proxy) else [each for each in args if isinstance(each, fx.Proxy)]
+    if proxies and not isinstance(proxies[0].tracer, ShallowTracer):
+        raise BypassError(
+            f"torch.fx is tracing a patched {base.__name__} (symbolic_trace, create_feature_extractor, prepare_fx).\n"
+            "A patched module runs a graph for each mode, and reads what belongs to a call, as labels; a trace would "
+            "hold one pass of it.\n"
+            "Trace fxgraft.merge(model) or the bare model, or patch what the trace gives: "
+            "fxgraft.patch(torch.fx.symbolic_trace(model), ...)."
+        )
+
+
+def _quantized(base: type[nn.Module]) -> property:
+    """Make the attribute by which torch's quantization marks the layers that it converts: see what it would pass over.
+
+    It looks layers up by their class, which is another one for grafted layers.
+    """
+
+    def read(self: nn.Module) -> Any:
+        if "qconfig" not in self.__dict__:
+            raise AttributeError("qconfig")
+        return self.__dict__["qconfig"]
+
+    def write(self: nn.Module, value: Any) -> None:
+        # Not needed until somebody quantizes, and slow to import.
+        from torch.ao.quantization.quantization_mappings import (
+            get_default_dynamic_quant_module_mappings,
+            get_default_static_quant_module_mappings,
+        )
+
+        state = state_of(self)
+        dynamic = base in get_default_dynamic_quant_module_mappings()
+        static = value is not None and base in get_default_static_quant_module_mappings()
+        if state is not None and (dynamic or static):
+            raise WrappedModelError(
+                f"Quantization would pass over {state.path!r}, a {base.__name__} that is grafted.\n"
+                "It looks layers up by their class, and a grafted layer has one of its own.\n"
+                "Quantize fxgraft.merge(model), or patch at another layer."
+            )
+        self.__dict__["qconfig"] = value
+
+    def delete(self: nn.Module) -> None:
+        self.__dict__.pop("qconfig", None)
+
+    return property(read, write, delete)
 
 
 def _unit_names(state: GraftState) -> str:
