@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Sequence
 
 from torch import Tensor
 
-from fxgraft.extend import Backbone, Layout, Rest, Site, SiteError, StructureError, Words
+from fxgraft.extend import Backbone, Layout, Rest, Site, SiteError, Words
 
 Found = tuple[Site, Layout, Rest]
 
@@ -57,26 +57,9 @@ class _Search:
         pooled = self.backbone.pooled_map(self.output)
         places = [pooled] if pooled is not None else []
         if not places or self.positions(places[0]) < 2:
-            try:
-                places += [site for _, site in reversed(self._blocks())]
-            except StructureError as error:
-                raise StructureError(self._placeless()) from error
+            places += [site for _, site in reversed(self._blocks())]
         several = [site for site in places if self.positions(site) > 1]
         return self._first_read(several, compute=True)
-
-    def _placeless(self) -> str:
-        """Say why there is no place to choose."""
-        output = self.backbone.output
-        several = isinstance(output, (dict, tuple, list)) and self.output is None
-        keys = [] if not several else list(output) if isinstance(output, dict) else list(range(len(output)))
-        which = f" (which of {keys}?)" if several else ""
-        return (
-            f"RSC finds no place of its own in {self.backbone.name}: the logits{which} come of no linear classifier "
-            "that reads the average of a map, and there are no stages to take the last one of.\n"
-            "It mutes a feature map that the logits are computed from.\n"
-            f"Name it, as layer=...{', and the entry that holds the logits, as output=...' if several else ''}; "
-            "fxgraft.sites(model) lists what there is."
-        )
 
     def stages(self) -> list[Site]:
         """List the stages without those at the end whose positions no logit reads; of the last a block may be left."""
