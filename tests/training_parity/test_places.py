@@ -20,7 +20,7 @@ from fxgraft.patches.selfnorm import SelfNormUnit
 from training_parity.networks import AllConv, DenseNet, ResNet, ResNeXt, WideResNet
 from training_parity.styles import Gate, Typed, agree
 
-CLASSES, ROWS, EXACT = 4, 16, 1e-12
+CLASSES, ROWS, EXACT = 4, 8, 1e-12
 NETWORKS: dict[str, Any] = {
     "wrn": (lambda: WideResNet(CLASSES), 12),
     "resnext": (lambda: ResNeXt(CLASSES), 12),

@@ -168,6 +168,24 @@ class Ends(nn.Module):
         return torch.cat((x, out) if self.first else (out, x), dim=1)
 
 
+class Passes(nn.Module):
+    """A module of the user's own that hands on what it gets."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x
+
+
+class Guarded(Ends):
+    """A layer with such a module where its input comes in."""
+
+    def __init__(self, inner: int) -> None:
+        super().__init__(inner)
+        self.guard = Passes()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(self.guard(x))
+
+
 class Starts(nn.Module):
     """A layer of one convolution whose inputs the layers behind it join with what it gives."""
 
@@ -204,6 +222,18 @@ class Aggregated(nn.Module):
         return self.root(x, self.first(x))
 
 
+class Ghost(nn.Module):
+    """Joins what a convolution made with what another one made of that; the input is not among it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.cheap = nn.Conv2d(6, 7, 1), nn.Conv2d(7, 7, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x)
+        return torch.cat((x, self.cheap(x)), 1)
+
+
 class Root(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -218,7 +248,9 @@ LAYERS: dict[str, tuple[list[nn.Module], int, int]] = {
     "two convolutions": ([Ends(6, 2), Ends(10, 2)], 2, 2),
     "in a part": ([Ends(6, nested=True), Ends(10, 2, nested=True)], 2, 1),
     "new channels first": ([Ends(6, first=False), Ends(10, first=False)], 2, 0),
+    "behind a module that does nothing": ([Guarded(6), Guarded(10)], 2, 0),
     "joined by the block": ([Joined()], 2, 0),
+    "a convolution of its input": ([Ghost()], 0, 0),
     "aggregation": ([Aggregated()], 0, 0),
 }
 

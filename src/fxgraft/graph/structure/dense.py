@@ -105,7 +105,7 @@ def _layer(anatomy: Anatomy, owner: str, training: bool) -> _Layer | None:
     returned = next(node for node in graph.nodes if node.op == "output").args[0]
     ends = None
     if isinstance(returned, fx.Node) and _joins(returned):
-        ends = _base(returned, starts)
+        ends = _base(anatomy, owner, returned)
     if ends is None and (len(starts) != 1 or not _joined_onward(anatomy, owner)):
         return None
     joined = starts[0] if ends is None else ends
@@ -117,7 +117,7 @@ def _layer(anatomy: Anatomy, owner: str, training: bool) -> _Layer | None:
     convs = sorted(node for node, module in modules.items() if isinstance(module, nn.Conv2d))
     if any(not _follows(a, b) for a, b in itertools.pairwise(convs)):
         return None
-    if not convs and not any(isinstance(each, nn.Conv2d) for m in modules.values() for each in m.modules()):
+    if not any(_convolves(anatomy, owner, node) for node in between):
         return None
     return _Layer(joined, tuple(node.name for node in convs), ends is not None)
 
@@ -134,8 +134,8 @@ def _joins(node: fx.Node) -> bool:
     return dim in (1, -3)
 
 
-def _base(returned: fx.Node, starts: list[fx.Node]) -> fx.Node | None:
-    """Return which of the two parts that a layer returns the other one was computed from, if it is its input."""
+def _base(anatomy: Anatomy, owner: str, returned: fx.Node) -> fx.Node | None:
+    """Return which of the two parts that a layer returns the other one was computed from, if no convolution made it."""
     parts = returned.args[0] if returned.args else None
     if (
         not isinstance(parts, (list, tuple))
@@ -144,9 +144,23 @@ def _base(returned: fx.Node, starts: list[fx.Node]) -> fx.Node | None:
     ):
         return None
     for base, new in (parts, parts[::-1]):
-        if (base.op == "placeholder" or base in starts) and base in upstream_of(new):
+        before = {*upstream_of(base), base}
+        given = any(node.op == "placeholder" for node in before)
+        if (
+            given
+            and base in upstream_of(new)
+            and not any(_convolves(anatomy, owner, node) for node in before)
+        ):
             return base
     return None
+
+
+def _convolves(anatomy: Anatomy, owner: str, node: fx.Node) -> bool:
+    if node.op != "call_module":
+        return False
+    return any(
+        isinstance(each, nn.Conv2d) for each in anatomy.module(join(owner, str(node.target))).modules()
+    )
 
 
 def _joined_onward(anatomy: Anatomy, owner: str) -> bool:

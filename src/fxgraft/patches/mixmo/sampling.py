@@ -21,7 +21,8 @@ class RepeatedBatchSampler(BatchSampler):
 
     MixMo and MIMO pair every row of a batch with others. With batch repetition a sample is seen in several
     pairs by one step of the optimiser, each time loaded, and augmented, anew. Where one copy of the sample is
-    enough, the repetitions of the patch cost no loading.
+    enough, the repetitions of the patch cost no loading. Members share the batch; `paired_loader` has an image loaded
+    for each of them, as the release does.
 
     As in the authors' release `batch_size` is the number of rows, repetitions included, and an epoch takes
     `repetitions` times as many batches as without.
