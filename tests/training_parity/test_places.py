@@ -33,13 +33,11 @@ NETWORKS: dict[str, Any] = {
 PRESETS = sorted({*CrossNorm.presets, *SelfNorm.presets})
 # One of each network and place; the others run with the sweeps.
 ALWAYS = {
-    "cifar10_wrn",
     "cifar10_resnext",
     "cifar10_resnext_cnsn_consistency",
     "cifar10_densenet",
     "cifar10_allconv_cnsn",
     "imagenet_cnsn_ibn_augmix",
-    "gtav_fcn_cnsn",
 }
 
 
