@@ -172,6 +172,7 @@ def readme_parts() -> dict[str, str]:
         "evidence": help_table(read_all(None, FOLDER)),
         "coverage": coverage(Zoo(FOLDER / "zoo.json")),
         "works-with": matrix_table(FOLDER / "works_with.json"),
+        "loops": matrix_table(FOLDER / "works_with.json", loops=True),
         "overhead": overhead_table(FOLDER / "overhead.json"),
         "compiled": overhead_table(FOLDER / "overhead-compiled.json"),
         "by-hand": overhead_table(FOLDER / "overhead-by-hand.json"),

@@ -7,10 +7,21 @@ from pathlib import Path
 
 from fxgraft.cli.readme import markdown_table
 
+LOOPS = "loop: "
+"""What the names of features begin with that are loops, and not tools."""
 
-def matrix_table(path: Path) -> str:
-    """Write the matrix in Markdown: a row per feature, a column per method, and the reasons of what does not work."""
-    features: dict[str, dict[str, str]] = json.loads(path.read_text(encoding="utf-8"))["features"]
+
+def matrix_table(path: Path, loops: bool = False) -> str:
+    """Write the matrix in Markdown: a row per feature, a column per method, and the reasons of what does not work.
+
+    Args:
+        path: the file.
+        loops: the rows are the loops, and not the tools.
+    """
+    known: dict[str, dict[str, str]] = json.loads(path.read_text(encoding="utf-8"))["features"]
+    features = {
+        name.removeprefix(LOOPS): said for name, said in known.items() if name.startswith(LOOPS) is loops
+    }
     methods = sorted({method for found in features.values() for method in found})
     reasons = list(
         dict.fromkeys(said for found in features.values() for said in found.values() if said != "yes")

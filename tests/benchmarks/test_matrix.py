@@ -9,9 +9,10 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from benchmarks.matrix import matrix_table
+from benchmarks.matrix import LOOPS, matrix_table
 from benchmarks.results import FOLDER
 
+from contract.test_loops import SITUATIONS
 from fxgraft.cli.readme import own_methods
 from works_with import PROPERTY, Matrix, method_of
 
@@ -59,6 +60,15 @@ def test_one_expected_failure_decides_a_cell(tmp_path: Path) -> None:
     assert table.endswith("1. a reason")
 
 
+def test_loops_are_a_table_of_their_own(tmp_path: Path) -> None:
+    path = tmp_path / "works_with.json"
+    written(path, report("a tool", "rsc"), report(f"{LOOPS}a loop", "rsc"))
+    assert "| a tool | ✓ |" in matrix_table(path)
+    assert "loop" not in matrix_table(path)
+    assert "| a loop | ✓ |" in matrix_table(path, loops=True)
+    assert "tool" not in matrix_table(path, loops=True)
+
+
 def test_nothing_is_written_with_a_failure(tmp_path: Path) -> None:
     path = tmp_path / "works_with.json"
     failed = {"passed": False, "failed": True}
@@ -81,7 +91,6 @@ def test_the_method_of_a_test(parameters: dict[str, Any], method: str | None) ->
 
 def test_the_committed_matrix_has_every_cell() -> None:
     features = json.loads((FOLDER / "works_with.json").read_text(encoding="utf-8"))["features"]
-    assert set(features) == {
-        name for file in CONTRACT.glob("*.py") for name in MARK.findall(file.read_text())
-    }
+    marked = {name for file in CONTRACT.glob("*.py") for name in MARK.findall(file.read_text())}
+    assert set(features) == {*marked, *(f"{LOOPS}{name}" for name in SITUATIONS)}
     assert all(set(found) == set(own_methods()) for found in features.values())
