@@ -9,6 +9,7 @@ import math
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import BrokenExecutor
 from contextlib import closing
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -375,4 +376,10 @@ class _Runner:
         ]
         with parallel_config(backend=self.backend, n_jobs=self.workers, **options):
             parallel = Parallel(return_as="generator_unordered")
-            yield from parallel(delayed(carry_out)(self.setup, job) for job in dealt)
+            try:
+                yield from parallel(delayed(carry_out)(self.setup, job) for job in dealt)
+            except BrokenExecutor as error:
+                raise ConfigError(
+                    "A process of a run was killed, most often for lack of memory.\n"
+                    "What is finished is kept. Pass fewer workers or a smaller batch_size; the same call goes on."
+                ) from error
