@@ -240,7 +240,10 @@ LABEL_MISTAKES: dict[str, tuple[Any, str]] = {
     "negative": (LABELS - 1, r"class indices from -1 to 2 for 4 classes"),
     "soft of wrong width": (torch.full((4, 5), 0.2), r"soft targets for 5 classes; the model has 4"),
     "soft of another batch": (SOFT[:2], r"labels for 2 samples with a batch of 4"),
-    "one number each": (LABELS.float(), r"one floating-point number per sample(?s:.*)y\.long\(\)"),
+    "one number each": (
+        LABELS.float(),
+        r"one floating-point number per sample(?s:.*)y\.long\(\)(?s:.*)regression",
+    ),
     "a list": ([0, 1, 2, 3], r"labels of type list(?s:.*)\(B,\)"),
     "indices of two dimensions": (
         LABELS.reshape(4, 1),

@@ -102,6 +102,7 @@ def patch(
     consistency_weight: float = ...,
     views: int = ...,
     output: str | int | None = ...,
+    probability: Literal["softmax", "sigmoid"] | None = ...,
     layer: str | int | collections.abc.Sequence[str | int] | None = ...,
 ) -> _M: ...
 @overload
@@ -201,6 +202,7 @@ def patch(
     layout: Literal["NCHW", "NHWC", "NLC", "NCL", "NC"] | None = ...,
     output: str | int | None = ...,
     ignore_index: int = ...,
+    probability: Literal["softmax", "sigmoid"] | None = ...,
     layer: str | int | collections.abc.Sequence[str | int] | None = ...,
 ) -> _M: ...
 @overload

@@ -119,7 +119,7 @@ from fxgraft.errors import (
 from fxgraft.graph.grafting.backbone import Backbone
 from fxgraft.graph.grafting.copies import add_graft, copy_with
 from fxgraft.graph.grafting.graft import Graft, Make
-from fxgraft.graph.grafting.labels import check_label_range
+from fxgraft.graph.grafting.labels import binary_labels, check_label_range, check_soft_labels
 from fxgraft.graph.grafting.lookup import grafts_in, grafts_on, unwrapped
 from fxgraft.graph.grafting.passes import Arguments, Context, Pass
 from fxgraft.graph.grafting.placement import Placement
@@ -205,11 +205,13 @@ __all__ = [
     "add_graft",
     "apply_layer",
     "because",
+    "binary_labels",
     "candidates",
     "check_count",
     "check_label_range",
     "check_positive",
     "check_share",
+    "check_soft_labels",
     "copy_with",
     "draws",
     "effective",

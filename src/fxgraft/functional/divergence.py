@@ -6,13 +6,17 @@ import torch
 from torch import Tensor
 
 from fxgraft.errors import ConfigError
+from fxgraft.functional.binary import Probability, questions
 
 
-def jensen_shannon(*logits: Tensor) -> Tensor:
+def jensen_shannon(*logits: Tensor, probability: Probability | None = None) -> Tensor:
     """Jensen-Shannon divergence among predictions: the mean KL divergence of each to their mixture.
 
     As in the training of AugMix and CrossNorm: with p_i = softmax(logits_i) and m their mean, clamped to at
     least 1e-7, it is the mean over i of KL(p_i ‖ m), averaged over the batch. Zero when all agree.
+
+    A single logit is that of yes and no: the divergence is that of Bernoulli distributions, p_i = sigmoid(logits_i).
+    With several labels for each image (``probability="sigmoid"``) it is the mean over the K labels of the same.
 
     AugMix compares the clean images with two mixed views of them, and judges the clean ones by their labels. With
     CrossNorm's consistency as well, as in the presets ``..._cnsn_augmix``, the same pass serves both:
@@ -30,20 +34,27 @@ def jensen_shannon(*logits: Tensor) -> Tensor:
 
     Args:
         *logits: two or more of the same shape, (B, K) or (B, K, ...) for dense predictions.
+        probability: "softmax" over the K classes, or "sigmoid" of each logit; by default softmax, and sigmoid where
+            K is 1.
 
     Returns:
         A scalar, in float32 at least.
 
     Raises:
-        ConfigError: fewer than two predictions, or of different shapes.
+        ConfigError: fewer than two predictions, or of different shapes; or the softmax of one logit, which is 1.
     """
     if len(logits) < 2 or any(each.shape != logits[0].shape for each in logits):
         shapes = ", ".join(str(tuple(each.shape)) for each in logits)
         raise ConfigError(
             f"The divergence is among two or more predictions of one shape; got {shapes or 'none'}."
         )
+    if probability == "softmax" and logits[0].shape[1] == 1:
+        raise ConfigError(
+            "The softmax of a single logit is 1, whatever the logit is.\nTwo predictions never differ in it.\n"
+            'Leave probability= out, or pass probability="sigmoid".'
+        )
     wide = torch.promote_types(logits[0].dtype, torch.float32)
-    logs = [each.log_softmax(dim=1, dtype=wide) for each in logits]
+    logs = [questions(each, probability).log_softmax(dim=1, dtype=wide) for each in logits]
     chances = [each.exp() for each in logs]
     mixture = (sum(chances[1:], chances[0]) / len(chances)).clamp(1e-7, 1).log()
     divergences = [(p * (log - mixture)).sum(1).mean() for p, log in zip(chances, logs, strict=True)]

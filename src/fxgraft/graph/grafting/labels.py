@@ -26,7 +26,7 @@ def checked_labels(graft: str, target: Any, batch: int) -> Tensor:
         batch: number of samples.
 
     Raises:
-        TargetError: no labels, no tensor, another batch size, or one floating-point number per sample.
+        TargetError: no labels, no tensor, or another batch size.
     """
     if target is None:
         raise TargetError(
@@ -51,12 +51,6 @@ def checked_labels(graft: str, target: Any, batch: int) -> Tensor:
             f"samples with a batch of {batch}.\n"
             "Labels and inputs must be of the same batch; labels set earlier may have been left over."
         )
-    if target.is_floating_point() and target.ndim < 2:
-        raise TargetError(
-            f"{graft!r} was given one floating-point number per sample as labels.\n"
-            "Class indices are integers (B,), soft targets are floating-point (B, K).\n"
-            "Pass y.long() if these are indices."
-        )
     # Narrow integers index as masks (uint8, bool) or not at all; cross-entropy takes them as indices.
     return target if target.is_floating_point() or target.dtype == torch.int64 else target.long()
 
@@ -69,6 +63,13 @@ def check_label_range(graft: str, target: Tensor, classes: int, spatial: int = 0
     torch.compile it would break the graph; there an out-of-range index fails in the lookup itself.
     """
     soft = target.is_floating_point()
+    if soft and target.ndim == 1:
+        raise TargetError(
+            f"{graft!r} was given one floating-point number per sample as labels of {classes} classes.\n"
+            "Class indices are integers (B,), soft targets are floating-point (B, K); a number to predict (regression, "
+            "an ordered level) is no class, and no probability belongs to it.\n"
+            "Pass y.long() if these are indices, or leave the method out of a regression."
+        )
     if target.ndim != spatial + (2 if soft else 1):
         per = "(B, K, ...)" if spatial else "(B, K)"
         raise TargetError(
@@ -97,6 +98,74 @@ def check_label_range(graft: str, target: Tensor, classes: int, spatial: int = 0
             f"for {classes} classes.\n"
             f"Indices must lie in [0, {classes - 1}]. Check num_classes of the model and the labels of the data.{hint}"
         )
+
+
+def check_soft_labels(graft: str, target: Tensor) -> None:
+    """Raise `TargetError` for soft targets (B, K, ...) that are no distribution over classes.
+
+    Only where looking costs nothing, as in `check_label_range`.
+    """
+    if not target.is_floating_point() or not _readable(target):
+        return
+    total = target.detach().sum(1)
+    if bool((target < 0).any()) or bool(((total - 1).abs() > 0.02).any()):
+        raise TargetError(
+            f"{graft!r} was given soft targets that are no distribution over the classes: rows sum to "
+            f"{float(total.min()):.3g} to {float(total.max()):.3g}, and not to 1.\n"
+            "Several labels for an image are one question each; numbers to predict (regression) have no probability.\n"
+            'Pass probability="sigmoid" to the method for several labels, or leave it out of a regression.'
+        )
+
+
+def binary_labels(
+    graft: str, target: Tensor, shape: torch.Size, ignore_index: int = -100
+) -> tuple[Tensor, Tensor]:
+    """Return labels of logits that are each a question of yes or no, and which of them count.
+
+    Args:
+        graft: name of the graft that needs them, for the message.
+        target: 0 and 1, or the probability of 1, of any dtype: (B, K, ...), or (B, ...) for one logit.
+        shape: of the logits, (B, K, ...).
+        ignore_index: value of labels to leave out.
+
+    Returns:
+        The probability of yes, and 1 where a label counts, else 0; both floating point and shaped as the logits.
+
+    Raises:
+        TargetError: labels of another shape, or outside [0, 1], which are no answers to such a question.
+    """
+    if shape[1] == 1 and target.ndim == len(shape) - 1:
+        target = target.unsqueeze(1)
+    if target.shape != shape:
+        one = " or (B, ...)" if shape[1] == 1 else ""
+        raise TargetError(
+            f"{graft!r} was given labels of shape {tuple(target.shape)} for logits {tuple(shape)}, each of which is a "
+            f"question of yes or no.\nIts labels are 0 and 1, shaped as the logits{one}.\n"
+            "Pass one label for each logit, or give the model one logit for each class."
+        )
+    counts = target != ignore_index
+    wide = target if target.is_floating_point() else target.float()
+    found = wide.where(counts, torch.zeros_like(wide))
+    whole = not target.is_floating_point()
+    if _readable(found) and found.numel() and not (float(found.min()) >= 0 and float(found.max()) <= 1):
+        what = "class indices or levels" if whole else "numbers"
+        raise TargetError(
+            f"{graft!r} was given {what} from {float(found.min()):g} to {float(found.max()):g} as labels of logits "
+            "that are each a question of yes or no.\n"
+            "Their labels are 0 and 1, or a probability between; an ordered level or a number to predict (regression) "
+            "has no probability.\n"
+            "Give the model one logit for each class or level, or leave the method out of a regression."
+        )
+    return found, counts.to(found.dtype)
+
+
+def _readable(target: Tensor) -> bool:
+    """Say whether looking at values costs nothing."""
+    return target.device.type == "cpu" and not torch.compiler.is_compiling() and not _transformed()
+
+
+def _transformed() -> bool:
+    return bool(torch._C._are_functorch_transforms_active())
 
 
 def _leaving_out(mark: int, spatial: int) -> str:

@@ -26,6 +26,7 @@ from fxgraft.extend import (
     Unit,
     View,
     Words,
+    binary_labels,
     check_count,
     check_positive,
     check_share,
@@ -80,6 +81,9 @@ class CrossNorm(BlockPatch):
             compares those alone: they are what runs again, and `fxgraft.loss` may be given their predictions. With
             AugMix: 3; see `fxgraft.jensen_shannon` for the term that compares the views.
         output: which entry of a structured output holds the logits (a key, an attribute or a position).
+        probability: what the divergence compares: the "softmax" over classes, or the "sigmoid" of each logit, for
+            several labels per image, averaged over the labels. By default the softmax, and the sigmoid of one logit.
+            A number to predict has no probability: labels outside [0, 1] of such logits are refused.
 
     Raises:
         ConfigError: an option outside its range, or more active units than there are.
@@ -137,6 +141,7 @@ class CrossNorm(BlockPatch):
     consistency_weight: float = 10.0
     views: int = 1
     output: str | int | None = None
+    probability: Literal["softmax", "sigmoid"] | None = None
 
     def __post_init__(self, layer: Words | None) -> None:
         super().__post_init__(layer)
@@ -198,6 +203,7 @@ class CrossNorm(BlockPatch):
             return {}
         clean = take_logits(out, [self.output])
         again, clean = self._clean(graft, again, clean)
+        self._check_labels(graft, clean, target)
         on = self.p == 1 or draws.coin(self.p, clean.device)
         if on is False:
             return {}
@@ -212,11 +218,17 @@ class CrossNorm(BlockPatch):
                     f"where the loss is for {tuple(clean.shape)}.\nIt is on a part whose output is not the "
                     "predictions.\nPatch the whole model instead of the part; layers= takes names inside of it."
                 )
-            return self.consistency_weight * jensen_shannon(clean, *others)
+            return self.consistency_weight * jensen_shannon(clean, *others, probability=self.probability)
 
         divergence = draws.choose(on, compared, clean.new_zeros(()))
         graft.measure("consistency", divergence)
         return {"consistency": divergence}
+
+    def _check_labels(self, graft: Graft, logits: Tensor, target: Any) -> None:
+        """Raise where a logit without others is a number to predict, which has no probability to compare."""
+        one = self.probability == "sigmoid" or (self.probability is None and logits.shape[1] == 1)
+        if one and isinstance(target, Tensor):
+            binary_labels(graft.name, target[: logits.shape[0]], logits.shape)
 
     def _clean(self, graft: Graft, again: Arguments, logits: Tensor) -> tuple[Arguments, Tensor]:
         """Return the arguments of a pass and the predictions for the clean images alone."""

@@ -9,6 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fxgraft.errors import ConfigError, TargetError
+from fxgraft.extend import binary_labels
+from fxgraft.functional.binary import two_classes
 
 Reduction = Literal["mean", "sum", "none"]
 
@@ -31,26 +33,34 @@ def gradient_boosting_cross_entropy(
     (Sun, Cholakkal, Khan, Khan, Shao, "Fine-grained Recognition: Accounting for Subtle Differences between
     Similar Classes", AAAI 2020.)
 
+    One logit is a question of yes and no. Each answer has one wrong class, the other answer, so that the loss is binary
+    cross-entropy with logits, whatever k. Several labels for each image are refused: none of the others is wrong.
+
     Args:
         logits: (B, K), or (B, K, ...) for dense predictions.
-        target: class indices (B,) or (B, ...).
+        target: class indices (B,) or (B, ...); for one logit 0 and 1, or the probability of 1, (B, ...) or (B, 1, ...).
         k: how many wrong classes count, at least 1.
-        weight: (K,) factor of each class; applied as in cross-entropy.
+        weight: (K,) factor of each class, (2,) for the answers to one logit; applied as in cross-entropy.
         ignore_index: label of entries that do not count.
         reduction: "mean" (weighted, as in cross-entropy), "sum", or "none" for one value per label.
         label_smoothing: share of the label that is spread evenly over the classes that count, in [0, 1].
 
     Raises:
         ConfigError: k below 1, label smoothing outside [0, 1], no such reduction.
-        TargetError: soft targets, which name no wrong classes.
+        TargetError: soft targets or several labels for each image, which name no wrong classes; for one logit labels
+            outside [0, 1].
     """
     _check_options(k, label_smoothing, reduction)
+    if logits.ndim > 1 and logits.shape[1] == 1:
+        return _answered(logits, target, weight, ignore_index, reduction, label_smoothing)
     if target.is_floating_point():
         raise TargetError(
             "The gradient-boosting loss takes class indices, and was given soft targets "
             f"of shape {tuple(target.shape)}.\n"
-            "It sets the label against its highest-scoring wrong classes; a mixture of labels has none.\n"
-            "Leave mixing (mixup, cutmix) out, or use torch.nn.functional.cross_entropy."
+            "It sets the label against its highest-scoring wrong classes; a mixture of labels, or several labels for "
+            "one image, have none.\n"
+            "Leave mixing (mixup, cutmix) out, or use torch.nn.functional.cross_entropy, for several labels "
+            "binary_cross_entropy_with_logits."
         )
     classes = logits.shape[1 if logits.ndim > 1 else 0]
     if k >= classes - 1:
@@ -71,6 +81,31 @@ def gradient_boosting_cross_entropy(
         value = _boosted(rows, target.reshape(-1), k, weight, ignore_index, reduction, label_smoothing)
         return value.reshape(target.shape) if reduction == "none" else value
     return _boosted(logits, target, k, weight, ignore_index, reduction, label_smoothing)
+
+
+def _answered(
+    logits: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    ignore_index: int,
+    reduction: Reduction,
+    smoothing: float,
+) -> Tensor:
+    """Return the loss of one logit (B, 1, ...): cross-entropy between no and yes."""
+    yes, counts = binary_labels("The gradient-boosting loss", target, logits.shape, ignore_index)
+    scores = two_classes(logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits)
+    factor = counts.to(scores.dtype)[:, 0]
+    soft = torch.cat((1 - yes, yes), 1).to(scores.dtype)
+    if weight is not None:
+        own = weight.to(scores.dtype).reshape(1, 2, *[1] * (logits.ndim - 2))
+        factor = factor * (own * soft).sum(1)
+        scored = F.cross_entropy(scores, soft, weight, reduction="none", label_smoothing=smoothing)
+    else:
+        scored = F.cross_entropy(scores, soft, reduction="none", label_smoothing=smoothing)
+    loss = scored * counts.to(scores.dtype)[:, 0]
+    if reduction == "none":
+        return loss.reshape(target.shape)
+    return loss.sum() if reduction == "sum" else loss.sum() / factor.sum()
 
 
 def _boosted(

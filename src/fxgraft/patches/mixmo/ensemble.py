@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fxgraft.extend import ConfigError, TargetError, is_number
+from fxgraft.functional.binary import two_classes
 from fxgraft.patches.mixmo.calibration import IGNORED, fit_temperature, scaled
 
 Average = Literal["logits", "probabilities"]
@@ -24,7 +25,7 @@ def disagreement(member_logits: Tensor) -> Tensor:
     """Share of the samples on which two members decide differently, averaged over all pairs of members.
 
     Args:
-        member_logits: (M, B, K).
+        member_logits: (M, B, K), of K classes of which one holds. A single logit says yes or no by its sign.
 
     Returns:
         A scalar in [0, 1]; 0 for a single member.
@@ -36,25 +37,30 @@ def ensemble_entropy(member_logits: Tensor, average: Average = "logits") -> Tens
     """Entropy of the ensemble's prediction for every sample: how unsure the members are together.
 
     Args:
-        member_logits: (M, B, K).
+        member_logits: (M, B, K), of K classes of which one holds. A single logit is that of yes and no.
         average: the ensemble is the softmax of the members' mean logits (MixMo's, and that of its merged network),
             or the mean of their softmaxes.
 
     Returns:
-        (B,), in nats: from 0 to log K.
+        (B,), in nats: from 0 to log K, for a single logit to log 2.
     """
     return torch.special.entr(_log_probabilities(member_logits, average).exp()).sum(-1)
 
 
 def _row_disagreement(member_logits: Tensor) -> Tensor:
-    votes = member_logits.argmax(-1)
+    votes = _classes(member_logits).argmax(-1)
     members = len(votes)
     differ = (votes.unsqueeze(0) != votes.unsqueeze(1)).sum((0, 1))
     return differ / max(members * (members - 1), 1)
 
 
+def _classes(member_logits: Tensor) -> Tensor:
+    """Return logits of classes: of yes and no for a single logit."""
+    return two_classes(member_logits, -1) if member_logits.shape[-1] == 1 else member_logits
+
+
 def _log_probabilities(member_logits: Tensor, average: Average) -> Tensor:
-    wide = member_logits.to(torch.promote_types(member_logits.dtype, torch.float32))
+    wide = _classes(member_logits.to(torch.promote_types(member_logits.dtype, torch.float32)))
     if average == "logits":
         return wide.mean(0).log_softmax(-1)
     # Rounding can lift the mean of M ones above 1, which is no probability.
@@ -76,11 +82,14 @@ class EnsembleMetrics(nn.Module):
     >>> fitted.update(torch.randn(2, 8, 4), torch.arange(8) % 4)
     >>> metrics = fxgraft.EnsembleMetrics(4, 2, temperature=fitted.temperatures())  # of the test set
 
+    One class holds for every sample, of K. ``num_classes=1`` is a single logit, that of yes: it is measured as two
+    classes, with labels 0 and 1. Several labels for each sample are refused: each of them is a data set of its own.
+
     As a module it moves with the model that holds it, and it adds nothing to a state dict. Among several
     processes `compute` gathers from all of them, as torchmetrics does.
 
     Args:
-        num_classes: K.
+        num_classes: K, the number of logits.
         members: M.
         average: see `ensemble_entropy`.
         n_bins: bins of the confidence for the calibration error.
@@ -89,7 +98,7 @@ class EnsembleMetrics(nn.Module):
             kept for that; None leaves the scaled metrics out.
 
     Raises:
-        ConfigError: torchmetrics is not installed; fewer than 1 member or bin, fewer than 2 classes, no such average,
+        ConfigError: torchmetrics is not installed; fewer than 1 member, bin or class, no such average,
             temperatures that are not above 0 or not one for each.
     """
 
@@ -103,9 +112,9 @@ class EnsembleMetrics(nn.Module):
         temperature: Temperature = None,
     ) -> None:
         super().__init__()
-        if num_classes < 2 or members < 1 or n_bins < 1:
+        if num_classes < 1 or members < 1 or n_bins < 1:
             raise ConfigError(
-                "An ensemble is measured with 1 or more members and bins and 2 or more classes; got "
+                "An ensemble is measured with 1 or more members, bins and classes; got "
                 f"members={members!r}, n_bins={n_bins!r}, num_classes={num_classes!r}."
             )
         if average not in ("logits", "probabilities"):
@@ -122,6 +131,7 @@ class EnsembleMetrics(nn.Module):
         self.num_classes, self.members, self.n_bins = num_classes, members, n_bins
         self.average: Average = average
         self.names = (*(f"member_{i}" for i in range(members)), "ensemble")
+        classes = max(num_classes, 2)  # a single logit tells two apart
         self._temperatures = _each_temperature(self.names, temperature)
         self._metrics = nn.ModuleDict()
         self._seen = nn.ModuleDict()
@@ -132,12 +142,12 @@ class EnsembleMetrics(nn.Module):
             return
         for name in self.names:
             self._metrics[f"{name}/accuracy"] = MulticlassAccuracy(
-                num_classes, average="micro", validate_args=False
+                classes, average="micro", validate_args=False
             )
             for suffix in ("", "_scaled") if self._temperatures else ("",):
                 self._metrics[f"{name}/nll{suffix}"] = MeanMetric(nan_strategy="disable")
                 self._metrics[f"{name}/ece{suffix}"] = MulticlassCalibrationError(
-                    num_classes, n_bins=n_bins, validate_args=False
+                    classes, n_bins=n_bins, validate_args=False
                 )
         self._metrics["ensemble/entropy"] = MeanMetric(nan_strategy="disable")
         self._metrics["disagreement"] = MeanMetric(nan_strategy="disable")
@@ -149,16 +159,21 @@ class EnsembleMetrics(nn.Module):
         Args:
             member_logits: (M, B, K).
             target: (B,) class indices, of any integer type. Rows labelled -100 are left out, as cross-entropy does.
+                Where K is 1 the others are 0 and 1, of any dtype, also (B, 1).
 
         Raises:
-            TargetError: logits or labels of another shape, soft targets, or (on the CPU) indices out of range.
+            TargetError: logits or labels of another shape, soft targets, several labels for each sample, or (on the
+                CPU) indices out of range.
         """
+        if self.num_classes == 1:
+            target = _answers(target)
         expected = (self.members, len(target), self.num_classes)
         if tuple(member_logits.shape) != expected or target.ndim != 1 or target.is_floating_point():
             raise TargetError(
                 f"Metrics of {self.members} members and {self.num_classes} classes take logits (M, B, K) = "
                 f"({self.members}, B, {self.num_classes}) and class indices (B,); "
-                f"got {tuple(member_logits.shape)} and {tuple(target.shape)} of {target.dtype}."
+                f"got {tuple(member_logits.shape)} and {tuple(target.shape)} of {target.dtype}.\n"
+                "One class holds for every sample. Measure several labels one by one: a single logit, num_classes=1."
             )
         target = target.long()
         if not target.is_meta:
@@ -166,7 +181,9 @@ class EnsembleMetrics(nn.Module):
             member_logits, target = member_logits[:, counts], target[counts]
         if not len(target):
             return
-        if target.device.type == "cpu" and not 0 <= int(target.min()) <= int(target.max()) < self.num_classes:
+        if target.device.type == "cpu" and not 0 <= int(target.min()) <= int(target.max()) < max(
+            self.num_classes, 2
+        ):
             raise TargetError(
                 f"Metrics of {self.num_classes} classes were given class indices from {int(target.min())} to "
                 f"{int(target.max())}.\nOnly rows labelled {IGNORED} are left out.\n"
@@ -256,6 +273,18 @@ class EnsembleMetrics(nn.Module):
 
     def _named(self) -> list[tuple[str, Any]]:
         return [*self._metrics.items(), *self._seen.items()]
+
+
+def _answers(target: Tensor) -> Tensor:
+    """Return labels of a single logit as class indices (B,)."""
+    flat = target[:, 0] if target.ndim == 2 and target.shape[1] == 1 else target
+    if flat.ndim == 1 and not bool(((flat == 0) | (flat == 1) | (flat == IGNORED)).all()):
+        raise TargetError(
+            "A single logit is measured with labels 0 and 1, and was given others.\n"
+            "It is a question of yes and no; a probability or a number to predict is neither right nor wrong.\n"
+            "Round probabilities, or give the model one logit for each class."
+        )
+    return flat.long()
 
 
 def _each_temperature(names: tuple[str, ...], given: Temperature) -> dict[str, float]:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fxgraft.extend import ConfigError, Pass, TargetError, check_label_range, draws
 from fxgraft.patches.mixmo.masks import Mixing, draw_masks, shuffle_roles
-from fxgraft.patches.mixmo.tensors import MixedLabels, balance, dirichlet
+from fxgraft.patches.mixmo.tensors import MixedLabels, balance, dirichlet, one_hot
 
 PAIRING = "pairing"
 """What a pass hands its pairing over by, from unit to unit."""
@@ -191,7 +191,7 @@ class Pairing:
         shares = [None] if self.shares is None else self.shares.unbind(1)
         parts = []
         for label, share in zip(labels, shares, strict=True):
-            soft = label if label.is_floating_point() else F.one_hot(label, self.classes).float()
+            soft = label if label.is_floating_point() and label.ndim > 1 else one_hot(label, self.classes)
             parts.append(soft if share is None else soft * share.unsqueeze(1))
         return torch.stack(parts).sum(0)
 
@@ -226,7 +226,7 @@ def check_pairs(graft: str, members: int, own: Sequence[Tensor], labels: Any) ->
 def check_labels(
     graft: str, run: Pass, members: int, own: tuple[Tensor, ...], batch: int, classes: int
 ) -> None:
-    """Raise unless the labels of a pass are class indices or soft targets for every row that it mixes.
+    """Raise unless the labels of a pass are class indices, soft targets or one number for every row that it mixes.
 
     Args:
         graft: its name.
@@ -241,7 +241,15 @@ def check_labels(
     for each in parts:
         # Two lists of indices and a mask: the first stands for all of them.
         part = each.first if isinstance(each, MixedLabels) else each
-        check_label_range(graft, run.labels(graft, batch, part), classes)
+        found = run.labels(graft, batch, part)
+        if classes > 1:
+            check_label_range(graft, found, classes)
+        elif found.shape[1:].numel() != 1:
+            raise TargetError(
+                f"{graft!r} was given labels of shape {tuple(found.shape)} for one logit per image.\n"
+                "One logit has one label, (B,) or (B, 1), in the form that the criterion takes.\n"
+                "Check num_classes of the model."
+            )
 
 
 def known_pairing(last: Pairing | None, out: Tensor) -> Pairing:

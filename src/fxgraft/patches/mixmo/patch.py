@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, Literal, TypeVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fxgraft.extend import (
@@ -90,6 +92,10 @@ class MixMo(Patch):
 
     `fxgraft.unpatch` leaves the tensors of member 0 in the stock layers, without its offset; to keep what was trained,
     `fxgraft.merge` first.
+
+    Every member has the criterion that is given to `fxgraft.loss`, row by row: with several labels for each image
+    binary cross-entropy over (B, K) labels of 0 and 1, with one logit binary cross-entropy or a loss of numbers.
+    Cross-entropy of one logit is refused, since it is 0.
 
     Args:
         members: M, at least 1. One member trains as the bare model.
@@ -239,6 +245,12 @@ class MixMo(Patch):
         """Return the weighted sum of the members' losses, for what a training pass returned."""
 
         def members(out: Tensor, y: Any) -> Tensor:
+            if out.shape[-1] == 1 and _is_cross_entropy(criterion):
+                raise ConfigError(
+                    f"{graft.name!r} was asked for the cross-entropy of one logit, which is 0 whatever the logit is.\n"
+                    "One logit is a question of yes and no, or a number to predict.\n"
+                    "Pass criterion=F.binary_cross_entropy_with_logits with labels (B, 1), or a loss of numbers."
+                )
             if out.ndim < 3:
                 return criterion(out, y)
             record = known_pairing(graft.recall(out), out)
@@ -300,6 +312,11 @@ class Inputs(Unit):
         pairing = Pairing(config.members, images.shape[0], size, classes, orders, own, run.target)
         run.put(self.graft, PAIRING, pairing)
         return images
+
+
+def _is_cross_entropy(criterion: Any) -> bool:
+    inner = criterion.func if isinstance(criterion, functools.partial) else criterion
+    return inner is F.cross_entropy or isinstance(inner, nn.CrossEntropyLoss)
 
 
 class MemberUnit(LayerCopies):

@@ -383,12 +383,17 @@ class MixedLabels:
                 the visible part, see `visible_shares`. None: those of the whole image.
 
         Returns:
-            (B, K) in the dtype of the mask; rows sum to 1.
+            (B, K) in the dtype of the mask; rows sum to 1. For one logit (B, 1), the mean of the two labels.
         """
         share = self.mask.mean((1, 2, 3)) if visible is None else visible_shares(self.mask, visible)
         share = share.unsqueeze(1)
-        first, second = (F.one_hot(label, classes).to(share.dtype) for label in (self.first, self.second))
+        first, second = (one_hot(label, classes).to(share.dtype) for label in (self.first, self.second))
         return share * first + (1 - share) * second
+
+
+def one_hot(labels: Tensor, classes: int) -> Tensor:
+    """Return labels as soft targets (B, K); those of one logit as they are, in a column (B, 1)."""
+    return labels.reshape(-1, 1).float() if classes == 1 else F.one_hot(labels, classes).float()
 
 
 def visible_shares(mixed_mask: Tensor, masks: Tensor) -> Tensor:

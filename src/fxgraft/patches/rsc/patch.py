@@ -63,6 +63,11 @@ class RSC(LayeredPatch):
     Elsewhere the rest of the network runs twice more on the map's batch, once with a gradient to the map. Small
     maps lose too much: below about 3×3 positions the spatial scope mutes most of what there is.
 
+    A single logit z is a question of yes and no: the label 1 has the score z/2 and the probability sigmoid(z), the
+    label 0 has −z/2 and 1 − sigmoid(z). Labels are integers or floating point, (B,) or (B, 1). With several labels
+    per image every logit is such a question; the scores add up, and the probability is the mean over the labels. Labels
+    outside [0, 1], as of a regression or of ordered levels, are refused where reading them waits for no device.
+
     Args:
         layers: where, by name, glob or stage number (-1 is the last stage whose positions reach the logits); several
             give one unit each. Default: the last map before global pooling. Where the head averages no map of several
@@ -87,6 +92,8 @@ class RSC(LayeredPatch):
         layout: meaning of the dimensions at the site, one of NCHW, NHWC, NLC, NCL, NC; found if left out.
         output: which entry of a structured output holds the logits (a key, an attribute or a position).
         ignore_index: class index of pixels to leave out, for dense predictions (B, K, H, W).
+        probability: how logits become probabilities: the "softmax" over classes, or the "sigmoid" of each logit, for
+            several labels per image (B, K) of 0 and 1. By default the softmax, and the sigmoid of a single logit.
 
     Raises:
         ConfigError: an option outside its range.
@@ -141,6 +148,7 @@ class RSC(LayeredPatch):
     layout: Literal["NCHW", "NHWC", "NLC", "NCL", "NC"] | None = None
     output: str | int | None = None
     ignore_index: int = -100
+    probability: Literal["softmax", "sigmoid"] | None = None
 
     def __post_init__(self, layer: Words | None) -> None:
         super().__post_init__(layer)

@@ -9,7 +9,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fxgraft.extend import Layout, Pass, Rest, check_label_range, draws, gathered, tail_layer
+from fxgraft.extend import (
+    ConfigError,
+    Layout,
+    Pass,
+    Rest,
+    binary_labels,
+    check_label_range,
+    check_soft_labels,
+    draws,
+    gathered,
+    tail_layer,
+)
+from fxgraft.functional.binary import Probability, two_classes
 from fxgraft.patches.rsc import tensors as core
 
 
@@ -23,6 +35,7 @@ class Scoring:
     channel_drop: float
     vector_drop: float
     ignore_index: int
+    probability: Probability | None
 
     @classmethod
     def of(cls, patch: Any) -> Scoring:
@@ -96,8 +109,15 @@ class Probe:
         """Differentiate the label's logit by the map, in canonical form; (B, C) where it is equal everywhere."""
         if self.layer is not None:
             weight = gathered(self.layer.weight.detach())
-            self._check(self.layer.out_features)
-            return core.linear_tail_gradient(weight, self.target, self.canonical.shape[2:].numel())
+            classes = weight.shape[0]
+            target = self.target
+            if self._binary(classes):
+                # Yes weighs a half and no minus a half, as in `two_classes`.
+                yes, counts = self._answers(torch.Size((len(target), classes)))
+                target = ((yes - 0.5) * counts).to(weight.dtype)
+            else:
+                self._check(classes)
+            return core.linear_tail_gradient(weight, target, self.canonical.shape[2:].numel())
         if draws.as_data():
             # torch.func.grad compiles into the same graph, and nests in vmap; torch.autograd.grad does neither.
             gradient, self.logits = torch.func.grad(self._score, has_aux=True)(self.z.clone())
@@ -126,8 +146,7 @@ class Probe:
     def _score(self, z: Tensor) -> tuple[Tensor, Tensor]:
         # The clone keeps an in-place first layer from writing to the leaf.
         logits = self.run.look_ahead(self.graft, self.rest, z.clone())
-        self._check(logits.shape[1], logits.ndim - 2)
-        flat, target, counts = core.label_rows(logits, self.target, self.config.ignore_index)
+        flat, target, counts = self._rows(logits)
         return core.label_score(flat * counts.unsqueeze(1), target), logits
 
     def probabilities(self, mask: Tensor) -> tuple[Tensor, Tensor]:
@@ -137,17 +156,39 @@ class Probe:
             bias = None if self.layer.bias is None else gathered(self.layer.bias.detach())
             before = core.linear_tail_logits(self.canonical, None, weight, bias)
             after = core.linear_tail_logits(self.canonical, mask, weight, bias)
-            self._check(before.shape[1])
         else:
             before = self.logits
             if before is None:
                 before = self.run.look_ahead(self.graft, self.rest, self.z.clone())
-                self._check(before.shape[1], before.ndim - 2)
             after = self.run.look_ahead(self.graft, self.rest, self.layout.multiply(self.z, mask))
         return self._probability(before), self._probability(after)
 
     def _probability(self, logits: Tensor) -> Tensor:
-        return core.sample_probability(logits, self.target, self.config.ignore_index)
+        return core.sample_probability(*self._rows(logits), len(logits))
+
+    def _rows(self, logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Bring logits and labels to rows; see `core.label_rows`. A question of yes or no is a row of two classes."""
+        if not self._binary(logits.shape[1]):
+            self._check(logits.shape[1], logits.ndim - 2)
+            return core.label_rows(logits, self.target, self.config.ignore_index)
+        yes, counts = self._answers(logits.shape)
+        rows = two_classes(logits.reshape(-1, 1))
+        yes = yes.reshape(-1, 1).to(rows.dtype)
+        return rows, torch.cat((1 - yes, yes), 1), counts.flatten().to(rows.dtype)
+
+    def _binary(self, classes: int) -> bool:
+        """Say whether each logit is a question of its own."""
+        probability = self.config.probability
+        if probability == "softmax" and classes == 1:
+            raise ConfigError(
+                f'{self.graft!r} was made with probability="softmax", and the model has one logit.\n'
+                "The softmax of a single logit is 1, whatever the logit is, so that nothing would ever be muted.\n"
+                'Leave probability= out, or pass probability="sigmoid".'
+            )
+        return probability == "sigmoid" or (probability is None and classes == 1)
+
+    def _answers(self, shape: torch.Size) -> tuple[Tensor, Tensor]:
+        return binary_labels(self.graft, self.target, shape, self.config.ignore_index)
 
     def _check(self, classes: int, spatial: int = 0) -> None:
         target = self.target
@@ -155,6 +196,7 @@ class Probe:
         if target.ndim > 1 and not target.is_floating_point():
             target = target.where(target != ignored, torch.zeros_like(target))
         check_label_range(self.graft, target, classes, spatial)
+        check_soft_labels(self.graft, target)
 
 
 def _same(tensor: Tensor) -> Tensor:

@@ -111,12 +111,11 @@ def label_rows(logits: Tensor, target: Tensor, ignore_index: int = -100) -> tupl
     return flat, labels.where(counts, torch.zeros_like(labels)), counts.to(flat.dtype)
 
 
-def sample_probability(logits: Tensor, target: Tensor, ignore_index: int = -100) -> Tensor:
-    """`label_probability` of every sample, (B,); for a dense prediction the mean over positions that count."""
-    flat, labels, counts = label_rows(logits, target, ignore_index)
-    rows = (logits.shape[0], logits.shape[2:].numel())
-    probability = (label_probability(flat, labels) * counts).reshape(rows).sum(1)
-    return probability / counts.reshape(rows).sum(1).clamp(min=1)
+def sample_probability(rows: Tensor, labels: Tensor, counts: Tensor, batch: int) -> Tensor:
+    """`label_probability` of every sample, (B,), from its rows of `label_rows`: the mean over those that count."""
+    shape = (batch, len(rows) // max(batch, 1))
+    probability = (label_probability(rows, labels) * counts).reshape(shape).sum(1)
+    return probability / counts.reshape(shape).sum(1).clamp(min=1)
 
 
 def saliency(
