@@ -29,10 +29,31 @@ from torch import nn
 
 import fxgraft
 from fxgraft.errors import ConfigError, FxgraftWarning, WrappedModelError
+from fxgraft.graph.grafting.lookup import counterparts, unwrapped
 from fxgraft.graph.grafting.published import relabel
 from fxgraft.spec import parse_patch_spec
 
 _logger = logging.getLogger(__name__)
+
+
+def model_parameters(model: nn.Module, exclude_head: bool = False) -> Iterable[nn.Parameter]:
+    """List the parameters of a model, with or without its head's: ``timm.models.model_parameters`` for patched models.
+
+    timm takes the last two parameters for the head's. Here they are the last two of the model's own, and what grafts
+    have beside them of the same kind, such as the heads of MixMo's further members.
+
+    Args:
+        model: bare, patched, or with patched parts.
+        exclude_head: leave the head's out, as adaptive gradient clipping wants it.
+    """
+    if not exclude_head:
+        return model.parameters()
+    model = unwrapped(model)
+    grafted = {id(p) for graft in fxgraft.grafts(model) for p in graft.parameters()}
+    named = [(name, p) for name, p in model.named_parameters() if id(p) not in grafted]
+    head = {name for name, _ in named[-2:]}
+    beside = {own for own, stock in counterparts(model).items() if stock in head}
+    return [p for name, p in model.named_parameters() if name not in head | beside]
 
 
 class Grafting:
@@ -45,6 +66,7 @@ class Grafting:
       alone, and so are the teachers that timm's distillation tasks build.
     - Training loaders publish their labels, and ``Mixup`` those that it has mixed.
     - Losses, called on what the model in training has returned, are `fxgraft.loss`, with themselves as the criterion.
+    - ``model_parameters``, and what tasks give to gradient clipping, know the head with what grafts have beside it.
     - Steps of a schedule of ``create_scheduler`` and ``create_scheduler_v2`` set the progress of the training.
 
     Args:
@@ -74,6 +96,10 @@ class Grafting:
             for task in _classes(sys.modules.get("timm.task"), nn.Module):
                 if "Distillation" in task.__name__ and "__init__" in vars(task):
                     self._replace(task, "__init__", self._distil)
+            self._replace(timm.models, "model_parameters", self._model_parameters)
+            for task in _classes(sys.modules.get("timm.task"), nn.Module):
+                if "get_clip_parameters" in vars(task):
+                    self._replace(task, "get_clip_parameters", self._clip_parameters)
             for loss in _classes(timm.loss, nn.Module) | {nn.CrossEntropyLoss, nn.BCEWithLogitsLoss}:
                 for name in {"forward", "__call__"} & vars(loss).keys():
                     self._replace(loss, name, self._judge)
@@ -165,6 +191,19 @@ class Grafting:
         x, y = mix(mixup, *args, **kwargs)
         relabel(y, (x, y))
         return x, y
+
+    def _model_parameters(self, listing: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        given = inspect.signature(listing).bind(*args, **kwargs).arguments
+        return model_parameters(**given)
+
+    def _clip_parameters(self, listing: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        given = inspect.signature(listing).bind(*args, **kwargs).arguments
+        if not given.pop("exclude_head", False) or self.model is None:
+            return listing(*args, **kwargs)
+        kept = {id(p) for p in model_parameters(self.model, exclude_head=True)}
+        own = {id(p) for p in self.model.parameters()}
+        # What a task trains beside the model is clipped as ever.
+        return [p for p in listing(*given.values()) if id(p) in kept or id(p) not in own]
 
     def _distil(self, start: Callable[..., None], task: nn.Module, *args: Any, **kwargs: Any) -> None:
         self._refuse_paired(

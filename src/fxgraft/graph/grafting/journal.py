@@ -73,9 +73,16 @@ class Installation:
         for _, state, module in self._parts():
             steps.append(partial(operator.setitem, module.__dict__, STATE, state))
             steps.append(setting(module, "__class__", grafted_class(state.base, state.outer)))
+        units = list(self._units())
         steps += [
-            partial(operator.setitem, holder._modules, name, unit) for holder, name, unit in self._units()
+            partial(operator.setitem, holder._modules, name, unit)
+            for holder, name, unit in units
+            if holder is not self.model
         ]
+        # In front of the model's own children: whoever takes its last parameters for the head's finds the head's.
+        first = {name: unit for holder, name, unit in units if holder is self.model}
+        if first:
+            steps += refilling(self.model._modules, {**first, **self.model._modules, **first})
         return steps
 
     def erasing(self) -> list[Step]:

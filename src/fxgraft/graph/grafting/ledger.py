@@ -29,7 +29,7 @@ from fxgraft.graph.grafting.state import GraftState, hidden_forward, state_of
 from fxgraft.graph.grafting.swap import orphaning, parts_without_model, releasing
 from fxgraft.graph.grafting.watch import ParameterWatch
 from fxgraft.graph.tracing.anatomy import Anatomy
-from fxgraft.graph.tracing.names import class_name
+from fxgraft.graph.tracing.names import class_name, join
 from fxgraft.graph.tracing.preserve import own_random_state, preserved_random_state
 from fxgraft.graph.tracing.settings import settings_changed
 from fxgraft.graph.tracing.whole import Step, afterwards, alone, at_once, refilling
@@ -272,6 +272,14 @@ class Ledger:
         """Name the grafts that act on one module."""
         placed = self.installation.placements if self.installation else []
         return list(dict.fromkeys(graft.name for graft, p in placed if p.owner == owner))
+
+    def counterparts(self) -> dict[str, str]:
+        """Name the model's parameter that parameters of grafts are another one of, by their qualified names."""
+        names = {} if self.installation is None else self.installation.names()
+        units = [unit for graft in self.grafts for unit in graft.units.values() if id(unit) in names]
+        return {
+            join(names[id(unit)], own): stock for unit in units for own, stock in unit.counterparts().items()
+        }
 
     def describe(self) -> str:
         """Name the grafts, for the model's repr."""

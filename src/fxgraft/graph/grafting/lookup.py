@@ -8,6 +8,7 @@ from fxgraft.graph.grafting.graft import Graft
 from fxgraft.graph.grafting.ledger import Ledger
 from fxgraft.graph.grafting.state import state_of
 from fxgraft.graph.grafting.unit import Unit
+from fxgraft.graph.tracing.names import join
 
 
 def ledger_of(model: nn.Module) -> Ledger | None:
@@ -58,3 +59,14 @@ def own_keys(model: nn.Module) -> set[str]:
     """Return the ``state_dict`` keys of a model that its grafts have added."""
     units = [name for name, each in model.named_modules(remove_duplicate=False) if isinstance(each, Unit)]
     return {key for key in model.state_dict() if any(key.startswith(f"{name}.") for name in units)}
+
+
+def counterparts(model: nn.Module) -> dict[str, str]:
+    """Name the model's parameter that parameters of its grafts are another one of, by their names in the model."""
+    found = {path: ledger_of(part) for path, part in patched_parts(model).items()}
+    return {
+        join(path, own): join(path, stock)
+        for path, ledger in found.items()
+        if ledger is not None
+        for own, stock in ledger.counterparts().items()
+    }

@@ -76,6 +76,10 @@ class Keeper(Protocol):
         """Name the grafts, for the model's repr."""
         ...
 
+    def counterparts(self) -> dict[str, str]:
+        """Name the model's parameter that parameters of grafts are another one of, by their qualified names."""
+        ...
+
     def portable(self) -> Keeper:
         """Return what travels with a copy of the model."""
         ...

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import copyreg
+import fnmatch
 import functools
 import inspect
 import operator
@@ -246,6 +247,8 @@ def grafted_class(base: type[nn.Module], outer: bool) -> type[nn.Module]:
         for name in ENTRY_POINTS:
             if callable(getattr(base, name, None)):
                 body[name] = _entry_point(base, name)
+        if callable(getattr(base, "no_weight_decay", None)):
+            body["no_weight_decay"] = _no_weight_decay
         if callable(getattr(base, "set_grad_checkpointing", None)):
             body["set_grad_checkpointing"] = _set_grad_checkpointing
     else:
@@ -288,6 +291,15 @@ def _recompile(self: fx.GraphModule) -> Any:
     with afterwards(partial(object.__setattr__, self, "__class__", grafted)):
         self.__class__ = grafted._fxgraft_base  # type: ignore[attr-defined]
         return self.recompile()
+
+
+def _no_weight_decay(self: nn.Module) -> Any:
+    """Name what the model wants no weight decay for, and what grafts have beside it of the same kind."""
+    state = state_of(self)
+    listed = _base(self).no_weight_decay(self)  # type: ignore[attr-defined]
+    pairs = {} if state is None or state.ledger is None else state.ledger.counterparts()
+    beside = {own for own, stock in pairs.items() if any(fnmatch.fnmatch(stock, each) for each in listed)}
+    return {*listed, *beside} if beside else listed
 
 
 def _set_grad_checkpointing(self: nn.Module, *args: Any, **kwargs: Any) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -90,6 +91,13 @@ class Unit(nn.Module):
 
     def restart(self, model: nn.Module) -> None:
         """Take up new weights of the network, where tensors of the unit are made from them."""
+
+    def counterparts(self) -> Mapping[str, str]:
+        """Name the parameter of the model that each parameter of the unit is another one of, by qualified name.
+
+        Rules for parameters that go by name then hold for both alike.
+        """
+        return {}
 
     def stale(self, model: nn.Module) -> bool:
         """Say whether what the unit knows about ``model`` no longer holds, so that it must be planned again."""

@@ -76,6 +76,11 @@ class LayerCopies(Unit):
         for offset in self.buffers():
             offset.copy_(_offset(effective(module)[0].detach(), self.spread))
 
+    def counterparts(self) -> dict[str, str]:
+        """Name the layer's own parameter that each of the copies' is a copy of."""
+        pairs = ((name, name.rpartition("_")[0]) for name, _ in self.named_parameters())
+        return {name: f"{self.path}.{own}" for name, own in pairs}
+
     def tensors(self, module: Any) -> list[tuple[Tensor, Tensor | None]]:
         """List weight and bias of every copy, as the layer multiplies with them and adds them.
 

@@ -90,6 +90,13 @@ class MixMo(Patch):
     what is averaged there are the standardised weights. Where the image enters through stems of several sizes, the
     ratios are those of the first, and the others show each member in the same place of the image.
 
+    The members' tensors stand in the layer that they serve: ``get_classifier()`` has all heads, and what goes by
+    modules or by the beginning of a name (freezing, layer decay) treats them as the layer. So do weight-decay rules by
+    dimension, and the model's ``no_weight_decay()``. What goes by the order of parameters cannot know them:
+    ``timm.models.model_parameters(model, exclude_head=True)``, for adaptive gradient clipping, drops the last two,
+    those of the last member's head. ``fxgraft.timm.grafting.model_parameters`` drops all heads; scripts under
+    ``python -m fxgraft.timm`` get that one. To freeze a layer later, call ``layer.requires_grad_(False)``.
+
     `fxgraft.unpatch` leaves the tensors of member 0 in the stock layers, without its offset; to keep what was trained,
     `fxgraft.merge` first.
 
