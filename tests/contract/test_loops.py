@@ -9,9 +9,11 @@ from __future__ import annotations
 import asyncio
 import copy
 import pickle
+import tempfile
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from functools import lru_cache, partial
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -36,6 +38,9 @@ STEPS, BATCH, CLASSES = 3, 4, 4
 IMAGES = torch.randn(STEPS * BATCH, *SMALL.input_size, generator=torch.Generator().manual_seed(0))
 LABELS = (torch.arange(STEPS * BATCH) * 7 // 3) % CLASSES
 
+FOLDER = Path(tempfile.gettempdir())
+"""For a library that wants one, and writes nothing."""
+
 Batches = list[tuple[Tensor, Tensor]]
 
 
@@ -46,6 +51,7 @@ class Loop:
         self.model, self.rate = model, rate
         self.optimizer = torch.optim.SGD(model.parameters(), rate, momentum=0.9)
         self.whole = model  # what the loss is asked for
+        self.reseeds = True  # before a loss, where draws of the passes may lie between
 
     def begin(self, step: int) -> None:
         fxgraft.set_progress(self.model, step / STEPS)
@@ -55,7 +61,8 @@ class Loop:
         return self.whole(x, **labels)
 
     def loss(self, out: Any, y: Any, **criterion: Any) -> Tensor:
-        torch.manual_seed(100)
+        if self.reseeds:
+            torch.manual_seed(100)
         return fxgraft.loss(self.whole, out, y, **criterion)
 
     def end(self, loss: Tensor | None = None) -> None:
@@ -70,7 +77,8 @@ def batches() -> Batches:
     return [(x.clone(), y.clone()) for x, y in zip(IMAGES.split(BATCH), LABELS.split(BATCH), strict=True)]
 
 
-def plain(loop: Loop, **criterion: Any) -> None:
+def plain(loop: Loop, reseeds: bool = True, **criterion: Any) -> None:
+    loop.reseeds = reseeds
     for step, (x, y) in enumerate(batches()):
         loop.begin(step)
         loop.end(loop.loss(loop.call(x, target=y), y, **criterion))
@@ -427,6 +435,80 @@ def keyed() -> Iterator[dict[str, Tensor]]:
         yield {"image": x, "label": y}
 
 
+# Libraries that have the loop.
+
+
+def of_accelerate(loop: Loop) -> None:
+    accelerate = pytest.importorskip("accelerate")
+    accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
+    accelerator = accelerate.Accelerator(cpu=True)
+    data = DataLoader(TensorDataset(IMAGES, LABELS), BATCH)
+    loop.whole, loop.optimizer, data = accelerator.prepare(loop.model, loop.optimizer, data)
+    for step, (x, y) in enumerate(fxgraft.with_targets(data)):
+        loop.begin(step)
+        accelerator.backward(loop.loss(loop.call(x), y))
+        loop.end()
+
+
+def of_lightning(loop: Loop) -> None:
+    lightning = pytest.importorskip("lightning")
+    from fxgraft.lightning import Grafts
+
+    class Module(lightning.LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = loop.model
+
+        def training_step(self, batch: Any, index: int) -> Tensor:
+            torch.manual_seed(index)
+            return loop.loss(self.model(batch[0]), batch[1])
+
+        def configure_optimizers(self) -> Any:
+            return loop.optimizer
+
+    quiet = dict.fromkeys(
+        ("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False
+    )
+    trainer = lightning.Trainer(callbacks=[Grafts()], accelerator="cpu", max_epochs=1, **quiet)
+    trainer.fit(Module(), DataLoader(TensorDataset(IMAGES, LABELS), BATCH))
+
+
+class Items(torch.utils.data.Dataset):
+    def __len__(self) -> int:
+        return len(IMAGES)
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        return {"x": IMAGES[index], "labels": LABELS[index]}
+
+
+def of_transformers(loop: Loop, folder: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    from fxgraft.transformers import Trainer
+
+    class Seeded(Trainer):
+        def _get_train_sampler(self, *_: Any) -> Any:
+            return torch.utils.data.SequentialSampler(self.train_dataset)
+
+        def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
+            torch.manual_seed(self.state.global_step)
+            return super().compute_loss(*args, **kwargs)
+
+    args = transformers.TrainingArguments(
+        output_dir=str(folder),
+        per_device_train_batch_size=BATCH,
+        num_train_epochs=1,
+        max_grad_norm=0,
+        use_cpu=True,
+        report_to=[],
+        save_strategy="no",
+        remove_unused_columns=False,
+        disable_tqdm=True,
+        dataloader_pin_memory=False,
+    )
+    steady = torch.optim.lr_scheduler.LambdaLR(loop.optimizer, lambda _: 1.0)
+    Seeded(model=loop.model, args=args, train_dataset=Items(), optimizers=(loop.optimizer, steady)).train()
+
+
 Way = Callable[[Loop], None]
 SITUATIONS: dict[str, tuple[Way, Way]] = {
     "`with targets(y)` around the call": (in_a_block, plain),
@@ -494,6 +576,12 @@ SITUATIONS: dict[str, tuple[Way, Way]] = {
     "a patched part of a model": (around, plain),
     "another thread": (in_a_thread, plain),
     "tasks of asyncio": (in_tasks, plain),
+    "accelerate": (of_accelerate, plain),
+    "Lightning, with `Grafts`": (of_lightning, plain),
+    "transformers, with `fxgraft.transformers.Trainer`": (
+        partial(of_transformers, folder=FOLDER),
+        partial(plain, reseeds=False),
+    ),
 }
 
 _OWN_LOSS = "refused: `loss` takes the criterion, which the method weighs or replaces"
@@ -534,6 +622,8 @@ def expected(method: str, way: Way) -> dict[str, Tensor]:
     return trained(method, way)
 
 
+@pytest.mark.filterwarnings("ignore::lightning.fabric.utilities.warnings.PossibleUserWarning")
+@pytest.mark.filterwarnings(r"ignore:`isinstance\(treespec, LeafSpec\)` is deprecated")  # by Lightning
 @pytest.mark.parametrize(
     "method", [pytest.param(m, marks=[] if m in USUAL else pytest.mark.sweep) for m in METHODS]
 )
