@@ -39,7 +39,7 @@ DERIVED: dict[str, Callable[[Tensor], Tensor]] = {
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
 def test_every_output_is_tied_to_its_pass(compiled: bool) -> None:
     torch.compiler.reset()
-    model = fxgraft.patch(net(), "mixmo", input_size=SIZE)
+    model = fxgraft.patch(net(), "mixmo", decay=0.0, input_size=SIZE)
     (graft,) = fxgraft.grafts(model)
     call: Any = torch.compile(model, fullgraph=True, backend="eager") if compiled else model
     for derive in DERIVED.values():
@@ -373,3 +373,43 @@ def test_answers_of_a_device_come_in_a_later_step() -> None:
     with pytest.raises(TargetError, match="other labels"):
         model(images(), target=LABELS)
     model(images(), target=LABELS)
+
+
+# Labels that are no class, and batches that are too small.
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")  # of dynamo's own looking
+@pytest.mark.parametrize("wrong", [-1, -100, CLASSES])
+@pytest.mark.parametrize(
+    ("method", "options"),
+    [("rsc", {"layer": "stage2", "batch_share": 1.0}), ("rsc", {"layer": "stage1"}), ("mixmo", {})],
+)
+def test_compiled_code_refuses_what_is_no_class(method: str, options: dict[str, Any], wrong: int) -> None:
+    torch.compiler.reset()
+    model = fxgraft.patch(net(), method, input_size=SIZE, **options)
+    compiled: Any = torch.compile(model, fullgraph=True, backend="eager")
+    compiled(images(), target=LABELS)
+    y = LABELS.clone()
+    y[1] = wrong
+    with pytest.raises(TargetError, match="class indices from"):
+        model(images(), target=y)
+    with pytest.raises(RuntimeError, match=rf"'{method}' was given class indices outside of \[0, 3\]"):
+        compiled(images(), target=y)
+
+
+@pytest.mark.parametrize(
+    ("method", "options", "match"),
+    [
+        ("rsc", {"layer": "stage2"}, "'rsc' mutes nothing in a batch of 1(?s:.*)batch_share=1"),
+        ("mixmo", {}, "'mixmo' pairs the image of a batch of one with itself(?s:.*)MixMoInput"),
+    ],
+)
+def test_batches_that_are_too_small_are_told_of_once(
+    method: str, options: dict[str, Any], match: str
+) -> None:
+    model = fxgraft.patch(net(), method, input_size=SIZE, **options)
+    x, y = images(), LABELS
+    with pytest.warns(fxgraft.FxgraftWarning, match=match):
+        model(x[:1], target=y[:1])
+    for rows in (1, 4):
+        fxgraft.loss(model, model(x[:rows], target=y[:rows]), y[:rows]).backward()

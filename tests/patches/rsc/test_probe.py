@@ -209,6 +209,7 @@ def test_muted_entries_pass_exactly_no_gradient(
 
 
 @TAILS
+@pytest.mark.filterwarnings("ignore:'rsc' mutes nothing in a batch of 1")
 def test_a_batch_of_one_is_never_selected_by_a_share_below_one_half(linear: type) -> None:
     model = patched(FromMap(8, linear), "site", scope="channel", layout="NCHW", input_size=(8, 4, 4))
     z = torch.randn(1, 8, 4, 4)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -55,12 +55,27 @@ def checked_labels(graft: str, target: Any, batch: int) -> Tensor:
     return target if target.is_floating_point() or target.dtype == torch.int64 else target.long()
 
 
-def check_label_range(graft: str, target: Tensor, classes: int, spatial: int = 0) -> None:
+def check_label_range(
+    graft: str,
+    target: Tensor,
+    classes: int,
+    spatial: int = 0,
+    doubt: Callable[[Tensor | bool, TargetError], None] | None = None,
+) -> Tensor:
     """Raise `TargetError` for labels of another shape or number of classes, and for indices out of range.
 
-    ``spatial`` counts the dimensions of the logits after (B, K). Indices only where looking costs nothing:
-    on the CPU the values are read. On an accelerator reading them would stall the queue and under
-    torch.compile it would break the graph; there an out-of-range index fails in the lookup itself.
+    On the CPU the values are read. On an accelerator that would stall the queue, so the error comes in a later step.
+    In compiled code it would break the graph: there the graph raises `RuntimeError` as it runs.
+
+    Args:
+        graft: name of the graft that needs them, for the message.
+        target: class indices or soft targets.
+        classes: K.
+        spatial: how many dimensions the logits have after (B, K).
+        doubt: called with () bool and the error on an accelerator, as `Pass.doubt`.
+
+    Returns:
+        The labels, indices within [0, K) whatever they were, for lookups that would wrap or write elsewhere.
     """
     soft = target.is_floating_point()
     if soft and target.ndim == 1:
@@ -84,8 +99,24 @@ def check_label_range(graft: str, target: Tensor, classes: int, spatial: int = 0
             "Soft targets are (B, K), one weight per class of the model.\n"
             "Check num_classes of the model and of the data's mixing."
         )
-    if soft or target.device.type != "cpu" or torch.compiler.is_compiling():
-        return
+    if soft:
+        return target
+    if torch.compiler.is_compiling():
+        # One line without double quotes, since compilers write it into their own source.
+        message = (
+            f"{graft!r} was given class indices outside of [0, {classes - 1}], the classes of the model."
+        )
+        torch._assert_async(((target >= 0) & (target < classes)).all(), message)  # type: ignore[attr-defined]
+        return target.clamp(0, classes - 1)
+    if target.device.type != "cpu":
+        if doubt is not None:
+            error = TargetError(
+                f"{graft!r} was given class indices outside of [0, {classes - 1}] in an earlier pass.\n"
+                "The device found it out by now, since it isn't waited for.\n"
+                "Check num_classes of the model and the labels of the data."
+            )
+            doubt(((target < 0) | (target >= classes)).any(), error)
+        return target.clamp(0, classes - 1)
     if target.numel() and not (int(target.min()) >= 0 and int(target.max()) < classes):
         mark = next((each for each in (int(target.max()), int(target.min())) if each in LEFT_OUT), None)
         hint = (
@@ -98,6 +129,7 @@ def check_label_range(graft: str, target: Tensor, classes: int, spatial: int = 0
             f"for {classes} classes.\n"
             f"Indices must lie in [0, {classes - 1}]. Check num_classes of the model and the labels of the data.{hint}"
         )
+    return target
 
 
 def check_soft_labels(graft: str, target: Tensor) -> None:

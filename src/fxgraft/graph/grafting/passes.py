@@ -8,6 +8,7 @@ know of it for its loss) belongs to the thread that made it, too, and to the out
 from __future__ import annotations
 
 import threading
+import warnings
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -16,7 +17,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from fxgraft.errors import TargetError
+from fxgraft.errors import FxgraftError, FxgraftWarning, TargetError
 from fxgraft.graph.grafting.labels import checked_labels
 from fxgraft.graph.grafting.published import Offer, published, targets
 from fxgraft.graph.grafting.sharded import outside_sharded_step
@@ -112,6 +113,7 @@ class Context:
         watch: notices that the loss is never asked for.
         doubts: what was to be checked on a device, whose answer is not waited for.
         outputs: which pass an output is of.
+        told: what grafts have warned of.
         progress_watch: notices that schedules are not fed, or end too early.
         parameter_watch: notices that no optimiser moves the grafts' parameters.
         model: a weak reference to the model; set when the grafts are installed.
@@ -129,6 +131,7 @@ class Context:
         self.model: weakref.ref[nn.Module] | None = None
         self.doubts = Doubts()
         self.outputs = Outputs()
+        self.told: set[tuple[str, str]] = set()
         self._local = threading.local()
         # Compiled code asks whether a thread has it: it should not appear between the first call and the second.
         _running.stack = getattr(_running, "stack", ())
@@ -321,6 +324,29 @@ class Pass:
         if self._refused is not None:
             raise TargetError(f"{graft!r} {_REFUSED[self._refused]}")
         return checked_labels(graft, self.target if part is None else part, batch)
+
+    def doubt(self, wrong: Tensor | bool, error: FxgraftError) -> None:
+        """Raise an error if something is wrong, without waiting for a device: there it comes in a later step.
+
+        Args:
+            wrong: () bool.
+            error: what to raise.
+        """
+        self.context.doubts.check(wrong, error)
+
+    def tell(self, graft: str, key: str, message: str) -> None:
+        """Warn of something that a graft cannot do in passes such as this one, once for its model.
+
+        Args:
+            graft: its name.
+            key: a name for it.
+            message: what follows the graft's name.
+        """
+        told = self.context.told
+        if torch.compiler.is_compiling() or (graft, key) in told:
+            return
+        told.add((graft, key))
+        warnings.warn(f"{graft!r} {message}", FxgraftWarning, stacklevel=2)
 
     def relabel(self, target: Any) -> None:
         """Set the labels that grafts see from here on, after a graft has mixed the samples.

@@ -243,13 +243,20 @@ def check_labels(
         part = each.first if isinstance(each, MixedLabels) else each
         found = run.labels(graft, batch, part)
         if classes > 1:
-            check_label_range(graft, found, classes)
+            check_label_range(graft, found, classes, doubt=run.doubt)
         elif found.shape[1:].numel() != 1:
             raise TargetError(
                 f"{graft!r} was given labels of shape {tuple(found.shape)} for one logit per image.\n"
                 "One logit has one label, (B,) or (B, 1), in the form that the criterion takes.\n"
                 "Check num_classes of the model."
             )
+    if batch == 1 and members > 1 and not own:
+        run.tell(
+            graft,
+            "small batch",
+            "pairs the image of a batch of one with itself: its members see no other image in such a pass.\n"
+            "Use larger (micro-)batches, or pair images yourself, fxgraft.MixMoInput.",
+        )
 
 
 def known_pairing(last: Pairing | None, out: Tensor) -> Pairing:

@@ -68,6 +68,9 @@ class MixMo(Patch):
     It costs the encoders and the mixing at the stem. It needs capacity: on a network that is narrow for its data the
     members compete, and the paper's gains are from wide ones, trained with every batch repeated.
 
+    A batch of one image (a micro-batch, or a last batch) has no other to pair: its members see the same image, of which
+    a warning tells once.
+
     A training pass returns one row of logits per member, (M, B, K), and `fxgraft.loss` gives their weighted sum.
     An evaluation pass returns (B, K), with ``members=True`` in the call (M, B, K).
 

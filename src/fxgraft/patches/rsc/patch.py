@@ -84,7 +84,8 @@ class RSC(LayeredPatch):
         spatial_drop: share of positions to mute, in [0, 1]; rounded up to a count.
         channel_drop: share of channels to mute, in [0, 1]; 1/3.2 in the authors' code, 1/3 in the paper.
         vector_drop: share of features to mute where the site is a vector (B, D), as DomainBed does.
-        batch_share: share of the batch that stays muted, those whose label loses most probability.
+        batch_share: share of the batch that stays muted, those whose label loses most probability. The count is
+            rounded, half to even: a third of a batch of one is no sample, of which a warning tells once.
         batch_schedule: "constant", or one in place of batch_share: "authors", 0.3 + 0.2·⌊epoch/10⌋ capped at 1, or
             "imagenet", 1/6, 1/5.5, 1/5, 1/4.5 and 1/4 from epochs 0, 19, 39, 59 and 79.
         epochs: length of the training in epochs, which a schedule needs to turn progress into epochs.
@@ -306,7 +307,15 @@ class RSCUnit(Unit):
         before, after = probe.probabilities(mask)
         if vector:
             return core.vector_select(before, after, self.batch_share)
-        return core.select_samples(before, after, core.batch_count(batch, self.batch_share))
+        count = core.batch_count(batch, self.batch_share)
+        if not count:
+            probe.run.tell(
+                self.graft,
+                "small batch",
+                f"mutes nothing in a batch of {batch}: a share of {self.batch_share:.3g} of it rounds to no sample.\n"
+                "Use larger (micro-)batches, or batch_share=1, which mutes in every sample.",
+            )
+        return core.select_samples(before, after, count)
 
 
 @contextmanager

@@ -116,7 +116,7 @@ class Probe:
                 yes, counts = self._answers(torch.Size((len(target), classes)))
                 target = ((yes - 0.5) * counts).to(weight.dtype)
             else:
-                self._check(classes)
+                target = self._checked(classes)
             return core.linear_tail_gradient(weight, target, self.canonical.shape[2:].numel())
         if draws.as_data():
             # torch.func.grad compiles into the same graph, and nests in vmap; torch.autograd.grad does neither.
@@ -169,8 +169,9 @@ class Probe:
     def _rows(self, logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Bring logits and labels to rows; see `core.label_rows`. A question of yes or no is a row of two classes."""
         if not self._binary(logits.shape[1]):
-            self._check(logits.shape[1], logits.ndim - 2)
-            return core.label_rows(logits, self.target, self.config.ignore_index)
+            # Not kept, since under torch.func.grad it belongs to the transform.
+            target = self._checked(logits.shape[1], logits.ndim - 2)
+            return core.label_rows(logits, target, self.config.ignore_index)
         yes, counts = self._answers(logits.shape)
         rows = two_classes(logits.reshape(-1, 1))
         yes = yes.reshape(-1, 1).to(rows.dtype)
@@ -190,13 +191,15 @@ class Probe:
     def _answers(self, shape: torch.Size) -> tuple[Tensor, Tensor]:
         return binary_labels(self.graft, self.target, shape, self.config.ignore_index)
 
-    def _check(self, classes: int, spatial: int = 0) -> None:
-        target = self.target
-        ignored = self.config.ignore_index
+    def _checked(self, classes: int, spatial: int = 0) -> Tensor:
+        """Check the labels, and return those that lookups may use."""
+        target, ignored = self.target, None
         if target.ndim > 1 and not target.is_floating_point():
-            target = target.where(target != ignored, torch.zeros_like(target))
-        check_label_range(self.graft, target, classes, spatial)
+            ignored = target == self.config.ignore_index
+            target = target.where(~ignored, torch.zeros_like(target))
+        target = check_label_range(self.graft, target, classes, spatial, self.run.doubt)
         check_soft_labels(self.graft, target)
+        return target if ignored is None else self.target.where(ignored, target)
 
 
 def _same(tensor: Tensor) -> Tensor:
