@@ -14,7 +14,6 @@ from fxgraft.graph.dataflow.axes import (
     Axes,
     Axis,
     Factor,
-    kind_of,
     resized,
     unknown,
 )
@@ -84,6 +83,13 @@ class Flow:
             for each in outs:
                 self._written[_storage(each)] = getattr(each, self.mark), each
 
+    def settled(self, value: Tensor) -> Mark | None:
+        """Return what is known of a value, and note on it what was written to it through a view."""
+        mark = self._mark(value)
+        if mark is not None:
+            object.__setattr__(value, self.mark, mark)
+        return mark
+
     def like(self, value: Tensor, source: Tensor, features: int) -> None:
         """Take down a layer that was not called as a whole: its output means what its input does, but for features."""
         mark = self._mark(source)
@@ -145,8 +151,3 @@ def passed_by_all(sources: list[tuple[int, ...]], end: int) -> set[int]:
             found.add(number)
         reach = max(reach, users.get(number, number))
     return found
-
-
-def first_alone(axes: Axes) -> bool:
-    """Say whether a value's first dimension is that of the images, with nothing merged into it."""
-    return bool(axes) and kind_of(axes[0]) == BATCH

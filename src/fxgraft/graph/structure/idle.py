@@ -20,7 +20,7 @@ from fxgraft.graph.structure.spot import Spot, spot_layout
 from fxgraft.graph.structure.tokens import reads_prefix_only
 from fxgraft.graph.tracing.anatomy import Anatomy
 from fxgraft.graph.tracing.editing import After, Edge
-from fxgraft.graph.tracing.observe import tensors
+from fxgraft.graph.tracing.observe import bare_calls, tensors
 from fxgraft.graph.tracing.preserve import preserved_attributes, preserved_modes, preserved_random_state
 from fxgraft.graph.tracing.walks import downstream_of, upstream_of
 
@@ -95,9 +95,14 @@ def reads_places(anatomy: Anatomy, rest: Rest, prefix: int, compute: bool = Fals
 
 @contextlib.contextmanager
 def _left_alone(anatomy: Anatomy) -> Iterator[None]:
-    """Put back what a forward writes on its modules."""
+    """Run layers without their hooks, and put back what a forward writes on its modules."""
     modules = list(anatomy.model.modules())
-    with preserved_modes(anatomy.model), preserved_attributes(modules), preserved_random_state():
+    with (
+        preserved_modes(anatomy.model),
+        preserved_attributes(modules),
+        preserved_random_state(),
+        bare_calls(),
+    ):
         yield
 
 

@@ -130,6 +130,12 @@ def layout_of_value(value: Tensor) -> Layout | None:
     return None if mark is None else _layout([kind_of(axis) for axis in mark.axes], mark.axes)
 
 
+def images_merged(value: Tensor) -> bool:
+    """Say whether the first dimension holds something else beside the images, as windows, heads or tokens."""
+    mark = mark_of(value)
+    return mark is not None and sum(factor.size > 1 for factor in mark.axes[0]) > 1
+
+
 def _layout(kinds: list[str], axes: Axes) -> Layout | None:
     """Read the layout off the meaning of the dimensions; None where they are not those of a map, tokens or a vector."""
     if not kinds or kinds[0] != BATCH:

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from fxgraft.errors import SiteError
-from fxgraft.graph.structure.layout import Layout, layout_of, named_layout
+from fxgraft.graph.structure.layout import Layout, images_merged, layout_of, layout_of_value, named_layout
 from fxgraft.graph.structure.places import site_edit, value_at
-from fxgraft.graph.structure.site import Site
+from fxgraft.graph.structure.site import Site, places_in
 from fxgraft.graph.tracing.anatomy import Anatomy
 from fxgraft.graph.tracing.editing import Edit, Input
 
@@ -46,6 +46,10 @@ class Spot:
         value = self.value
         if value is None or value.ndim < 3 or not value.is_floating_point() or value.shape[0] != 2:
             return False
+        if images_merged(value):
+            return False
+        if layout_of_value(value) is not None:
+            return places_in(value) > 1
         return value[0].numel() > max(value.shape[1], value.shape[-1])
 
 

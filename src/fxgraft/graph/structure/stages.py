@@ -39,7 +39,7 @@ def stage_at(anatomy: Anatomy, index: int) -> Site:
 def stages(anatomy: Anatomy) -> list[Site]:
     """List the stages of a backbone, in running order.
 
-    Those of timm's ``feature_info`` that give a map or tokens of the channels it says, the first one of several values.
+    Those of timm's ``feature_info`` that give a map or tokens, the first one of several values.
     Without any, the last module at each number of places that nothing goes around on the way to the output, or every
     block where that number never changes. Modules that run several stages are looked into; a norm behind a stage
     belongs to it.
@@ -68,22 +68,23 @@ def stages(anatomy: Anatomy) -> list[Site]:
 
 
 def _declared(anatomy: Anatomy, name: str, channels: int | None = None) -> Site | None:
-    """Find the map of a stage that ``feature_info`` names; None where that module gives none, of as many channels."""
+    """Find the map of a stage that ``feature_info`` names; None where that module gives none.
 
-    def wanted(value: Any) -> bool:
-        layout = layout_of_value(value) if isinstance(value, Tensor) else None
-        if layout is None or not places_in(value):
-            return False
-        return channels is None or layout.canonical(value).shape[1] == channels
-
+    Of several values it is the first map, of those that have as many channels as it says if there are any.
+    """
     lists = (nn.Sequential, nn.ModuleList)
     path = name if name in anatomy.observation.calls else last_called(anatomy, name, lists)
     if path is None:
         return None
     output = anatomy.observation.output(path)
     if isinstance(output, Tensor):
-        return module_site(anatomy, path) if wanted(output) else None
-    return entry_site(anatomy, path, wanted)
+        return module_site(anatomy, path) if places_in(output) else None
+
+    def as_said(value: Any) -> bool:
+        layout = layout_of_value(value) if places_in(value) else None
+        return layout is not None and layout.canonical(value).shape[1] == channels
+
+    return entry_site(anatomy, path, as_said) or entry_site(anatomy, path, lambda value: places_in(value) > 0)
 
 
 def _by_places(anatomy: Anatomy) -> list[Site]:

@@ -52,10 +52,20 @@ class Anatomy:
 
     @property
     def enlarged(self) -> Anatomy:
-        """The same model at an image of twice the height and three times the width."""
+        """The same model at images of twice the height and three times the width, or signals of three times the length.
+
+        Raises:
+            StructureError: the input has no places that could be more.
+        """
         if self._enlarged is None:
-            channels, height, width = self.image_size
-            self._enlarged = Anatomy(self.model, (channels, 2 * height, 3 * width))
+            channels, *sizes = self.image_size
+            if not sizes:
+                raise StructureError(
+                    f"{self.name} takes vectors.\nThey have no positions.\nPass layout= where it is asked for."
+                )
+            factors = range(4 - len(sizes), 4)
+            larger = (size * factor for size, factor in zip(sizes, factors, strict=True))
+            self._enlarged = Anatomy(self.model, (channels, *larger))
         return self._enlarged
 
     @property

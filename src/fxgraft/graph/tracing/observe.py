@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -16,7 +17,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fxgraft.errors import ConfigError
-from fxgraft.graph.dataflow.flow import Flow, mark_of
+from fxgraft.graph.dataflow.flow import Flow
 from fxgraft.graph.tracing.preserve import (
     preserved_attributes,
     preserved_globals,
@@ -68,7 +69,10 @@ class Observation:
 
     def run(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Call a function on fake tensors of this pass, without gradients."""
-        return self.follow(self.flow, function, *args, **kwargs)
+        out = self.follow(self.flow, function, *args, **kwargs)
+        for each in tensors(out):
+            self.flow.settled(each)
+        return out
 
     def follow(self, flow: Flow, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Do the same, and let another flow take down the operations."""
@@ -219,7 +223,7 @@ def observe(
         run = module.forward if traced is None else partial(traced, module)
         record.output = _one_step(seen.flow, module, run, args, kwargs)
         record.order = order
-        marks = map(mark_of, tensors(record.output))
+        marks = map(seen.flow.settled, tensors(record.output))
         record.made = tuple(None if mark is None else mark.number for mark in marks)
         order += 1
         return record.output
@@ -253,6 +257,27 @@ def observe(
             nn.Module.__call__ = call  # type: ignore[method-assign]
             seen.run(call, model, *inputs)
     return seen
+
+
+@contextlib.contextmanager
+def bare_calls() -> Iterator[None]:
+    """Call modules of this thread by their forwards in the block: no hook fires."""
+    here = threading.get_ident()
+    original = nn.Module.__call__
+
+    def call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        return (
+            original(module, *args, **kwargs)
+            if threading.get_ident() != here
+            else module.forward(*args, **kwargs)
+        )
+
+    def restore() -> None:
+        nn.Module.__call__ = original
+
+    with afterwards(restore):
+        nn.Module.__call__ = call  # type: ignore[method-assign]
+        yield
 
 
 def _one_step(

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Sequence
 
 from torch import Tensor
 
-from fxgraft.extend import Backbone, Layout, Rest, Site, SiteError, Words
+from fxgraft.extend import Backbone, Layout, Rest, Site, SiteError, StructureError, Words
 
 Found = tuple[Site, Layout, Rest]
 
@@ -57,7 +57,11 @@ class _Search:
         pooled = self.backbone.pooled_map(self.output)
         places = [pooled] if pooled is not None else []
         if not places or self.positions(places[0]) < 2:
-            places += [site for _, site in reversed(self._blocks())]
+            try:
+                places += [site for _, site in reversed(self._blocks())]
+            except StructureError:
+                if not places:
+                    raise
         several = [site for site in places if self.positions(site) > 1]
         return self._first_read(several, compute=True)
 
