@@ -50,15 +50,15 @@ def stages(anatomy: Anatomy) -> list[Site]:
     info = getattr(anatomy.model, "feature_info", None)
     entries = getattr(info, "info", info)
     declared = [entry for entry in entries or () if isinstance(entry, dict) and entry.get("module")]
-    names = {entry["module"] for entry in declared}
+    named = {(entry["module"], entry.get("num_chs")) for entry in declared}
     found = []
-    if len(names) == len(declared):  # else it does not say where its stages are
+    if len(named) == len(declared):  # else it does not say where its stages are
         found = [
             site
             for entry in declared
             if (site := _declared(anatomy, entry["module"], entry.get("num_chs"))) is not None
         ]
-    found = found or _by_places(anatomy)
+    found = list({site.name: site for site in found}.values()) or _by_places(anatomy)
     if not found:
         raise StructureError(
             f"{anatomy.name} has no feature_info and no feature maps to number stages by.\n"
