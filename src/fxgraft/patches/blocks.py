@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator
-from typing import Literal
+from typing import Any, Literal
 
 from torch import Tensor, nn
 
@@ -48,7 +48,9 @@ class BlockPatch(LayeredPatch):
             connected layers: "conv1_pre" (the layer's joined input, before its first norm and for all that is
             concatenated with it onwards), "conv1_post" (behind its first convolution), "conv2_post" (behind its
             second, if there is one). Plain stacks: behind every "conv", "norm" or "act". Default: "post"; in a
-            network without residual blocks "conv1_pre" of its densely connected layers, or else "conv".
+            network without residual blocks, or with few of them among others, "conv1_pre" of its densely connected
+            layers, or else "conv". What a residual block is: `fxgraft.graph.structure.joins`. Depthwise convolutions
+            with a shortcut, as convolutional position encodings have, count among them; the summary says how many.
         layers: only these blocks: names of blocks or of modules around them, globs, stage numbers, names from
             ``fxgraft.sites(model, "residual")``; a name without such a block stands for its own output, and
             "input" for the image. Default: every block.
@@ -76,7 +78,8 @@ class BlockPatch(LayeredPatch):
             unit: what acts there.
             evaluation: whether it acts in evaluation, too.
         """
-        unit.bind(position=spot.position or "by name", block=_block(backbone, spot))
+        unit.bind(position=spot.position or "by name", block=_block(backbone, spot), kind=spot.kind)
+        unit.bind(left_out=spot.left_out)
         yield backbone.place(spot, unit, evaluation=evaluation)
         if not any(_users(part) for part in spot.onward):
             return
@@ -105,9 +108,22 @@ class BlockPatch(LayeredPatch):
         )
 
     def placed_at(self, graft: Graft) -> str:
-        """Say at which positions the units of a graft are, for `describe`."""
-        units = graft.units.values()
-        return ", ".join(dict.fromkeys(str(unit.position) for unit in units if hasattr(unit, "position")))
+        """Say at which positions the units of a graft are, on which kinds of blocks, and what was left out."""
+        units: list[Any] = [unit for unit in graft.units.values() if hasattr(unit, "position")]
+        said = [", ".join(dict.fromkeys(str(unit.position) for unit in units))]
+        kinds = [unit.kind for unit in units]
+        said += [f"{kinds.count(kind)} {text}" for kind, text in _KINDS.items() if kind in kinds]
+        left_out = max((unit.left_out for unit in units), default=0)
+        return "; ".join([*said, f"{left_out} more {_LEFT_OUT}"] if left_out else said)
+
+
+_KINDS = {
+    "depthwise": "of them on depthwise convolutions with a shortcut, as of position encodings",
+    "part": "of them on a part of their blocks' channels",
+}
+_LEFT_OUT = (
+    "have none: their values have other rows than one per image, or one position, or no prediction reads them"
+)
 
 
 def _block(backbone: Backbone, spot: Spot) -> Structure:

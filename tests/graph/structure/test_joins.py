@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 import operator
 from typing import Any
 
 import pytest
 import timm
 import torch
+from timm.layers import DropPath, drop_path
 from torch import Tensor, fx, nn
+from torchvision.ops import stochastic_depth
 
 import fxgraft
 from fxgraft.graph.structure.joins import POSITIONS, residual_joins
@@ -153,8 +156,11 @@ def test_every_form_is_found_once(form: str) -> None:
     graph = Anatomy(Stack(FORMS[form]), (4, 4, 4)).graph("block", training=False).graph
     total = next(node for node in graph.nodes if f"block.{node.name}" == join.name)
     assert total.target in (operator.add, iadd, torch.add, "add_")
-    operands = [join.edits["residual"].node, join.edits["identity"].node]
-    assert sorted(operands) == sorted(node.name for node in total.all_input_nodes)
+    assert join.edits["identity"].node in [node.name for node in total.all_input_nodes]
+    # A branch ends in front of what drops it.
+    assert join.edits["residual"].node == {"scaled": "mul"}.get(
+        form, next(n.name for n in total.all_input_nodes if n.name != join.edits["identity"].node)
+    )
     assert "branch" not in join.edits["identity"].node
     assert join.edits["post"] == After(total.name)
 
@@ -262,3 +268,210 @@ def test_reading_a_size_is_no_part_of_a_branch() -> None:
     (join,) = residual_joins(Anatomy(TwoStreams(), (3, 4, 4)))
     assert join.name == "block.add"
     assert join.edits["pre"] == Edge("x", ("flatten",))
+
+
+def _conv(channels: int = 4, groups: int = 1) -> nn.Conv2d:
+    return nn.Conv2d(channels, channels, 3, padding=1, groups=groups)
+
+
+class Adding(nn.Module):
+    """Adds in a way that a test gives, as a function of the module and its input."""
+
+    def __init__(self, forward: Any) -> None:
+        super().__init__()
+        self.one, self.other, self.third = _conv(), _conv(), _conv()
+        self.depthwise, self.norm = _conv(groups=4), nn.BatchNorm2d(4)
+        self.branch, self.down = Branch(), nn.Linear(4, 4)
+        self.scale = nn.Parameter(torch.ones(4, 1, 1))
+        self.pool = nn.MaxPool2d(2)
+        self.add = forward
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.add(self, x)
+
+
+SUMS: dict[str, tuple[Any, str]] = {
+    "parallel convolutions": (lambda m, x: torch.relu(m.one(x) + m.other(x) + m.third(x)), ""),
+    "parallel convolutions and an identity": (
+        lambda m, x: torch.relu(m.one(x) + m.other(x) + m.norm(x)),
+        "block",
+    ),
+    "the identity first": (lambda m, x: torch.relu(m.norm(x) + m.one(x) + m.other(x)), "block"),
+    "parallel branches": (lambda m, x: x + m.branch(x) + m.one(m.norm(x)).relu(), "block"),
+    "a position encoding": (lambda m, x: m.depthwise(x) + x, "depthwise"),
+    "a depthwise layer": (lambda m, x: torch.relu(m.depthwise(x) + x), "block"),
+    "a scaled shortcut and pooling": (
+        lambda m, x: x * m.scale + nn.functional.avg_pool2d(x, 3, 1, 1) - m.scale,
+        "block",
+    ),
+    "a pooled shortcut": (
+        lambda m, x: x.unflatten(2, (-1, 2)).amax(3)[..., ::2] + m.pool(m.branch(x)),
+        "block",
+    ),
+    "a shortcut in two parts": (
+        lambda m, x: torch.cat((x[:, :, :1], m.norm(x)[:, :, 1:]), 2) + m.branch(x),
+        "block",
+    ),
+    "a pre-activated projection": (
+        lambda m, x: m.one(m.norm(x).relu()) + m.branch(m.norm(x)).tanh(),
+        "block",
+    ),
+    "two networks": (lambda m, x: m.one(m.branch(x).relu()) + m.branch(m.other(x).relu()), ""),
+    "a gate": (lambda m, x: m.one(x) * (x.mean(1, True) + m.branch(x).mean(1, True)), ""),
+    "keys beside a query": (lambda m, x: _attended(m, m.one(x), m.other(x)), ""),
+    "another part": (lambda m, x: torch.cat((x[:, :2], x.chunk(2, 1)[1] + m.branch(x)[:, 2:]), 1), ""),
+    "a part": (
+        lambda m, x: torch.cat((x[:, :2] + m.branch(x)[:, 2:], m.pool(x).repeat(1, 1, 2, 2)), 1),
+        "part",
+    ),
+    "a cell": (lambda m, x: torch.cat((x + m.branch(x), m.norm(x) + m.branch(m.one(x))), 1), ""),
+    "a rotation": (lambda m, x: x * m.scale + x.roll(1, 1) * m.scale.sin(), ""),
+    "an update of low rank": (lambda m, x: m.one(x) + _low_rank(m, x), ""),
+}
+
+
+def _attended(m: Any, q: Tensor, k: Tensor) -> Tensor:
+    return m.third((q @ k.mT).softmax(-1) @ k) + q
+
+
+def _low_rank(m: Any, x: Tensor) -> Tensor:
+    return m.up(m.down_(x)) * 2.0
+
+
+def _adding(name: str) -> tuple[nn.Module, str]:
+    forward, kind = SUMS[name]
+    module = Adding(forward)
+    module.down_, module.up = nn.Conv2d(4, 2, 1, bias=False), nn.Conv2d(2, 4, 1, bias=False)
+    last = nn.Sequential(nn.Conv2d({"a part": 6, "a cell": 8}.get(name, 4), 4, 1), nn.AdaptiveAvgPool2d(1))
+    return nn.Sequential(module, last), kind
+
+
+@pytest.mark.parametrize("name", SUMS)
+def test_what_a_residual_join_is(name: str) -> None:
+    model, kind = _adding(name)
+    assert [each.kind for each in joins(model, (4, 8, 8))] == ([kind] if kind else [])
+
+
+def test_a_sum_of_a_layers_parts_within_a_branch_is_none() -> None:
+    class Outer(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = Adding(SUMS["parallel convolutions and an identity"][0])
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x + self.inner(x)
+
+    assert [each.owner for each in joins(Stack(Outer()))] == ["block"]
+
+
+def test_a_block_that_concatenates_the_rest_itself_is_taken_whole() -> None:
+    (found,) = joins(nn.Sequential(Partial(), nn.Conv2d(6, 4, 1)))
+    assert found.edits["post"] == After("cat")
+    assert found.edits["residual"] == Edge("branch", ("getitem", "getitem_1"))
+    assert found.edits["identity"] == Edge("x", ("add",))
+
+
+class Partial(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.branch = nn.Sequential(nn.Conv2d(4, 6, 1), nn.ReLU())
+
+    def forward(self, x: Tensor) -> Tensor:
+        shortcut, x = x, self.branch(x)
+        return torch.cat((x[:, :4] + shortcut, x[:, 4:]), 1)
+
+
+class Dropping(nn.Module):
+    """A branch that is dropped by a module or a function, with a scale in front or behind."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.branch, self.drop, self.how = Branch(), DropPath(0.5), how
+        self.scale = nn.Parameter(torch.ones(4, 1, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.branch(x)
+        if self.how == "scaled behind":
+            return x + self.scale * drop_path(y, 0.5, self.training)
+        if self.how == "function":
+            return x + drop_path(self.scale * y, 0.5, self.training)
+        if self.how == "torchvision":
+            return x + stochastic_depth(y, 0.5, "row", self.training)
+        return x + self.scale * self.drop(y)
+
+
+@pytest.mark.parametrize("how", ["module", "function", "scaled behind", "torchvision"])
+def test_a_branch_ends_in_front_of_what_drops_it(how: str) -> None:
+    """A dropped branch stays zero: what a unit there makes of it is dropped, in both modes at the same place."""
+    model = nn.Sequential(Dropping(how), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    x = torch.randn(64, 4, 4, 4)
+    fxgraft.patch(model, "selfnorm", position="residual", input_size=(4, 4, 4))
+    (unit,) = fxgraft.grafts(model)[0].units.values()
+    seen = []
+    unit.register_forward_pre_hook(lambda _, given: seen.append(given[0]))
+    model.train()(x)
+    model.eval()(x)
+    assert all(bool(each.flatten(1).any(1).all()) for each in seen)  # no row is zero
+    torch.testing.assert_close(seen[0], seen[1])
+
+
+def test_an_adapter_is_no_join() -> None:
+    peft = pytest.importorskip("peft")
+    model = timm.create_model("test_resnet", num_classes=3)
+    names = [each.name for each in joins(model, (3, 64, 64))]
+    for targets in (["conv2"], ["layer1.0.conv1", "fc"], ["conv2", "layer2.0.downsample.1"]):
+        adapted = peft.get_peft_model(copy.deepcopy(model), peft.LoraConfig(target_modules=targets, r=2))
+        assert [each.name for each in joins(adapted.base_model.model, (3, 64, 64))] == names
+    tokens = timm.create_model("test_vit", num_classes=3)
+    adapted = peft.get_peft_model(
+        copy.deepcopy(tokens), peft.LoraConfig(target_modules=["qkv", "fc1", "fc2"], r=2)
+    )
+    assert len(joins(adapted.base_model.model, (3, 160, 160))) == len(joins(tokens, (3, 160, 160)))
+
+
+def test_where_nothing_is_decided_the_sums_are_shown_and_can_be_named() -> None:
+    class Odd(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.one, self.other = _conv(), _conv()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.one(x) + self.other(x)
+
+    class Closed(Odd):
+        def forward(self, x: Tensor) -> Tensor:
+            return x + self.one(x) if x.sum() > 0 else x
+
+    def model(block: nn.Module) -> nn.Module:
+        return nn.Sequential(
+            nn.Conv2d(3, 4, 1), block, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 2)
+        )
+
+    with pytest.raises(
+        fxgraft.StructureError, match=r"no joins as far as can be seen: '1.add'.*\n.*as '1.add'"
+    ):
+        fxgraft.patch(model(Odd()), "crossnorm", position="post", input_size=(3, 8, 8))
+    named = fxgraft.patch(model(Odd()), "crossnorm", layers="1.add", input_size=(3, 8, 8))
+    assert list(fxgraft.grafts(named)[0].units) == ["1.add"]
+
+
+def test_the_summary_says_which_kind_of_block_the_units_are_on() -> None:
+    blocks = [_adding(name)[0] for name in ("a position encoding", "a part")]
+    model = nn.Sequential(
+        blocks[0][0], blocks[1][0], nn.Conv2d(6, 2, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten()
+    )
+    fxgraft.patch(model, "crossnorm", position="post", input_size=(4, 8, 8))
+    said = str(fxgraft.summary(model))
+    assert "2 units (post; 1 of them on depthwise convolutions with a shortcut" in said
+    assert "1 of them on a part of their blocks' channels" in said
+
+
+def test_one_join_among_other_blocks_leaves_the_others_their_units() -> None:
+    layers = [each for _ in range(12) for each in (_conv(), nn.ReLU())]
+    model = nn.Sequential(
+        nn.Conv2d(3, 4, 1), *layers, Plus(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 2)
+    )
+    fxgraft.patch(model, "selfnorm", input_size=(3, 8, 8))
+    assert len(fxgraft.grafts(model)[0].units) == 15
+    fxgraft.patch(model, "crossnorm", position="post", input_size=(3, 8, 8))
+    assert len(fxgraft.grafts(model)[1].units) == 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor, nn
@@ -13,9 +14,10 @@ from fxgraft.graph.grafting.unit import Unit
 from fxgraft.graph.structure.absorbing import Absorber, absorber_of
 from fxgraft.graph.structure.ends import Stem, find_classifiers, find_stems
 from fxgraft.graph.structure.head import Head, find_head, pooled_map
-from fxgraft.graph.structure.idle import reads_places, without_idle
+from fxgraft.graph.structure.idle import reads_places
 from fxgraft.graph.structure.joins import Join, residual_joins
 from fxgraft.graph.structure.layout import Layout, layout_of, named_layout
+from fxgraft.graph.structure.onward import without_idle
 from fxgraft.graph.structure.places import blocks_before, site_edit, site_edits, value_at
 from fxgraft.graph.structure.positions import spots
 from fxgraft.graph.structure.positionwise import PositionwiseHead, positionwise
@@ -100,7 +102,9 @@ class Backbone:
 
         Those behind which a class token alone is read are left out: a unit on the other tokens changes nothing there.
         """
-        return without_idle(self.anatomy, spots(self.anatomy, position, layers))
+        found = spots(self.anatomy, position, layers)
+        kept = without_idle(self.anatomy, found)
+        return [replace(spot, left_out=spot.left_out + len(found) - len(kept)) for spot in kept]
 
     def blocks_before(self, site: Site) -> list[Site]:
         """List the blocks that run before a site and give as many channels, the nearest first."""

@@ -1,48 +1,61 @@
-"""Residual joins: where a shortcut and a branch are added, found from the graphs of a model's modules.
+"""Residual joins: where a block's input is added to what a branch made of it, found from the graphs of the modules.
 
-An addition is a residual join when one operand, the identity, leads back to a value v unchanged (or through a
-light projection), and the other, the branch, computes something from the same v. Attention's position biases,
-rotary embeddings and the fusion of features from different places do not look like that: their operands have
-no such v in common, or neither of them is v.
+An addition is a residual join when its operands come from one value, the fork:
 
-Four positions belong to a join: "pre" (v as the branch sees it), "residual" (the end of the branch),
-"identity" (the shortcut just before the addition) and "post" (the sum).
+- the identity leads back to the fork unchanged, or through what keeps its role: views, scales, norms, pooling, and a
+  projection, but no activation behind it and no attention;
+- the branch is made of the fork, and of nothing else that the fork is made of, and something computes in it. Beside a
+  projected identity the branch has to bend, or to be a longer chain: two linear paths are one convolution in two parts,
+  as adapters and re-parametrised layers have them;
+- the sum goes on as the block's value. It does not where all that it does is to gate other values, and where it is one
+  of several parallel sums that are concatenated (a NASNet cell).
+
+Where the branch is linear and the identity not projected, both together are one layer in parts. Such a sum is a join
+where the network goes through it, as in MobileOne, and none inside the branch of another join. If the branch is one
+convolution per channel and no activation follows, its kind is "depthwise": so are convolutional position encodings.
+A join on some of the channels of a block's value, as on the residual half of a dual path, is of the kind "part"; where
+the block concatenates the rest again itself, "post" is the whole, and "residual" the whole branch.
+
+Four positions belong to a join: "pre" (the fork as the branch sees it), "residual" (the end of the branch, in front of
+dropout and stochastic depth), "identity" (the shortcut just before the addition) and "post" (the sum). With several
+branches there is no "residual".
 """
 
 from __future__ import annotations
 
 import operator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
-import torch
 from torch import Tensor, fx, nn
 
-from fxgraft.errors import SiteError, TraceError
+from fxgraft.errors import FxgraftError
+from fxgraft.graph.dataflow.steps import (
+    JOINING,
+    PROJECTIONS,
+    Steps,
+    called,
+    computed_from,
+    is_addition,
+    sources_of,
+    steps_of,
+)
+from fxgraft.graph.structure.layout import layout_of
+from fxgraft.graph.structure.onward import goes_on
 from fxgraft.graph.tracing.anatomy import Anatomy
-from fxgraft.graph.tracing.branches import iadd
 from fxgraft.graph.tracing.editing import After, Edge, Edit
-from fxgraft.graph.tracing.names import join, relative
+from fxgraft.graph.tracing.names import inside, join, relative
 from fxgraft.graph.tracing.trace import is_primitive
 from fxgraft.graph.tracing.values import Values
-from fxgraft.graph.tracing.walks import upstream_of
+from fxgraft.graph.tracing.walks import downstream_of, placeholders
 
 POSITIONS = ("pre", "residual", "identity", "post")
 
-_ADDITIONS = {operator.add, operator.iadd, iadd, torch.add, "add", "add_"}
-_VIEWS = {
-    *(
-        torch.permute,
-        torch.transpose,
-        torch.reshape,
-        torch.flatten,
-        torch.unsqueeze,
-        torch.squeeze,
-        torch.roll,
-    ),
-    *("permute", "transpose", "reshape", "view", "flatten", "contiguous", "unflatten", "clone"),
-    *("unsqueeze", "squeeze"),
-}
-_LEARNED = (nn.modules.conv._ConvNd, nn.Linear, nn.Bilinear, nn.MultiheadAttention, nn.RNNBase)
+Kind = Literal["block", "depthwise", "part"]
+
+_BENDS = {"act", "gate", "mix", "norm"}
+_WORKS = {"project", "pool", "mix"}
+_HEAVY = {"deep", "gate", "mix", "pick"}
 
 
 @dataclass(frozen=True)
@@ -55,6 +68,9 @@ class Join:
         edits: what to do at each position, in evaluation's graph.
         training_edits: the same in the training graph, where nodes may be named otherwise.
         values: the node in evaluation's graph whose value is found at each position.
+        kind: "block", "depthwise" (a depthwise convolution alone, as of a position encoding) or "part" (on some of the
+            channels of the block's value).
+        branch: qualified names of the modules that are called between the fork and the end of the branch.
     """
 
     name: str
@@ -62,6 +78,8 @@ class Join:
     edits: dict[str, Edit]
     training_edits: dict[str, Edit]
     values: dict[str, str]
+    kind: Kind = "block"
+    branch: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -72,26 +90,37 @@ class _Parts:
     identity: fx.Node
     branch: fx.Node
     fork: fx.Node
-    forked: tuple[fx.Node, ...] = field(default=())
-    """The users of the fork that begin the branch; empty where the fork is outside this graph."""
+    between: frozenset[fx.Node]
+    """The nodes on the way from the fork to the end of the branch."""
+    adds_to: fx.Node
+    """The addition that takes the identity; the sum itself unless further branches are added to it."""
+    end: tuple[fx.Node, tuple[fx.Node, ...]] | None
+    """The end of the branch, and which of its users see it there; None with several branches."""
+    taken: tuple[fx.Node, tuple[fx.Node, ...]]
+    """The end of the shortcut, likewise."""
+    kind: Kind = "block"
+    linear: bool = False
+    projected: bool = False
+    length: int = 0
+    scales: int = 0
+    """How many scales lie between the end and the sum."""
 
     def edits(self) -> dict[str, Edit]:
-        found: dict[str, Edit] = {
-            "residual": Edge(self.branch.name, (self.total.name,)),
-            "identity": Edge(self.identity.name, (self.total.name,)),
-            "post": After(self.total.name),
-        }
-        if self.forked:
-            found["pre"] = Edge(self.fork.name, tuple(user.name for user in self.forked))
+        found: dict[str, Edit] = {"identity": _edge(*self.taken), "post": After(self.total.name)}
+        if self.end is not None:
+            found["residual"] = _edge(*self.end)
+        forked = tuple(user.name for user in self.fork.users if user in self.between)
+        if forked:
+            found["pre"] = Edge(self.fork.name, forked)
         return found
 
     def values(self) -> dict[str, str]:
-        return {
-            "pre": self.fork.name,
-            "residual": self.branch.name,
-            "identity": self.identity.name,
-            "post": self.total.name,
-        }
+        found = {"pre": self.fork.name, "identity": self.taken[0].name, "post": self.total.name}
+        return found if self.end is None else found | {"residual": self.end[0].name}
+
+
+def _edge(node: fx.Node, users: tuple[fx.Node, ...]) -> Edge:
+    return Edge(node.name, tuple(user.name for user in users))
 
 
 def residual_joins(anatomy: Anatomy) -> list[Join]:
@@ -99,214 +128,384 @@ def residual_joins(anatomy: Anatomy) -> list[Join]:
 
     Modules that cannot be traced are passed over: their insides cannot be edited either.
     """
+    return anatomy.once("residual joins", lambda: _Search(anatomy).joins())
+
+
+def candidate_sums(anatomy: Anatomy) -> list[str]:
+    """List the sums of two values of one shape, joins or not, by the names that ``layers=`` takes."""
+    found = []
+    for owner in _openable(anatomy):
+        if not _can_be_traced(anatomy, owner):
+            continue
+        graph = anatomy.graph(owner, training=False).graph
+        values = anatomy.values(owner)
+        data = steps_of(anatomy).data(owner, graph)
+        sums = [
+            n
+            for n in graph.nodes
+            if is_addition(n) and _are_nodes(n.args[:2]) and data.issuperset(n.args[:2])
+        ]
+        found += [join(owner, n.name) for n in sums if _same_shape(values, *n.args[:2])]
+    return found
+
+
+def closed_blocks(anatomy: Anatomy) -> list[str]:
+    """List the modules whose forwards cannot be traced, innermost ones alone, by name."""
+    found: list[str] = []
+    for owner in _openable(anatomy):
+        if owner and not any(inside(each, owner) for each in found) and not _can_be_traced(anatomy, owner):
+            found.append(owner)
+    return found
+
+
+def _can_be_traced(anatomy: Anatomy, owner: str) -> bool:
+    try:
+        anatomy.graph(owner, training=False)
+    except FxgraftError:
+        return False
+    return True
+
+
+def share_in_branches(anatomy: Anatomy) -> float:
+    """Return which share of a model's convolutions and linear layers is in the branches of its joins."""
+    layers = {path for path in anatomy.in_order() if isinstance(anatomy.module(path), PROJECTIONS)}
+    joined = {path for each in residual_joins(anatomy) for path in each.branch}
+    held = {path for path in layers if any(inside(path, each) for each in joined)}
+    return len(held) / max(len(layers), 1)
+
+
+def _openable(anatomy: Anatomy) -> list[str]:
+    """List the modules whose forwards may add, in running order."""
     found = []
     for path in anatomy.in_order():
         module = anatomy.module(path)
         # timm keeps some blocks out of traces through them; as the root of one they can still be opened.
         closed = is_primitive(module) and not any(module.children())
-        if closed or isinstance(module, (nn.Sequential, nn.MultiheadAttention)):
-            continue
+        if not closed and not isinstance(module, (nn.Sequential, nn.MultiheadAttention)):
+            found.append(path)
+    return found
+
+
+class _Search:
+    """One search for the joins of a model."""
+
+    def __init__(self, anatomy: Anatomy) -> None:
+        self.anatomy = anatomy
+        self.steps: Steps = steps_of(anatomy)
+        self.found: dict[str, list[_Parts]] = {}
+
+    def joins(self) -> list[Join]:
+        return [each for path in _openable(self.anatomy) for each in self._joins_in(path)]
+
+    def _joins_in(self, owner: str) -> list[Join]:
         try:
-            found += _joins_in(anatomy, path)
-        except (TraceError, SiteError):
-            continue
-    return found
+            return self._decided(owner)
+        except FxgraftError:
+            return []
 
+    def _decided(self, owner: str) -> list[Join]:
+        evaluation = [parts for parts in self._parts_in(owner) if self._goes_on(owner, parts)]
+        if not evaluation:
+            return []
+        found = []
+        for parts, training in zip(evaluation, self._in_training(owner, evaluation), strict=True):
+            if training is not None:
+                parts = self._before_drops(owner, parts, training.scales)
+                name = join(owner, parts.adds_to.name)
+                calls = (str(node.target) for node in sorted(parts.between) if node.op == "call_module")
+                branch = tuple(join(owner, each) for each in calls)
+                edits = parts.edits(), training.edits()
+                found.append(Join(name, owner, *edits, parts.values(), parts.kind, branch))
+        return found
 
-def _joins_in(anatomy: Anatomy, owner: str) -> list[Join]:
-    graph = anatomy.graph(owner, training=False).graph
-    if not any(_is_addition(node) for node in graph.nodes):
-        return []
-    values = anatomy.values(owner)
-    evaluation = [parts for parts in _find(anatomy, owner, graph) if _same_shape(values, parts)]
-    if not evaluation:
-        return []
-    named = {p.total.name: p for p in _find(anatomy, owner, anatomy.graph(owner, training=True).graph)}
-    return [
-        Join(
-            join(owner, p.total.name),
-            owner,
-            p.edits(),
-            named[p.total.name].edits(),
-            p.values(),
+    def _parts_in(self, owner: str) -> list[_Parts]:
+        """Find the joins of one forward by its own graph."""
+        if owner not in self.found:
+            graph = self.anatomy.graph(owner, training=False).graph
+            added = any(is_addition(node) for node in graph.nodes)
+            self.found[owner] = self._find(owner, graph, self.anatomy.values(owner)) if added else []
+        return self.found[owner]
+
+    def _goes_on(self, owner: str, parts: _Parts) -> bool:
+        """Say whether the network goes through a sum, as far as modules around its own can tell."""
+        if parts.linear and self._within_branch(owner, parts.total):
+            return False
+        return goes_on(self.anatomy, owner, parts.total.name)
+
+    def _within_branch(self, owner: str, node: fx.Node) -> bool:
+        """Say whether a value lies in the branch of another join, of this forward or one around it."""
+        if any(node in other.between for other in self._parts_in(owner) if other.total is not node):
+            return True
+        if not owner:
+            return False
+        caller = self.anatomy.caller(owner)
+        try:
+            graph = self.anatomy.graph(caller, training=False).graph
+            self._parts_in(caller)
+        except FxgraftError:
+            return False
+        target = relative(owner, caller)
+        calls = [each for each in graph.nodes if each.op == "call_module" and each.target == target]
+        return any(self._within_branch(caller, call) for call in calls[:1])
+
+    def _in_training(self, owner: str, evaluation: list[_Parts]) -> list[_Parts | None]:
+        """Find the same joins in the training graph, by their order where the names differ."""
+        traced = self.anatomy.graph(owner, training=True)
+        if _listing(traced.graph) == _listing(self.anatomy.graph(owner, training=False).graph):
+            return list(evaluation)
+        found = self._find(owner, traced.graph, self.anatomy.values(owner, traced))
+        known = self._parts_in(owner)
+        if len(found) == len(known):
+            return [found[known.index(each)] for each in evaluation]
+        named = {each.adds_to.name: each for each in found}
+        return [named.get(each.adds_to.name) for each in evaluation]
+
+    def _find(self, owner: str, graph: fx.Graph, values: Values) -> list[_Parts]:
+        found: list[_Parts] = []
+        data = self.steps.data(owner, graph)
+        taken: set[fx.Node] = set()
+        for node in graph.nodes:
+            if not is_addition(node) or node in taken or not _are_nodes(node.args[:2]):
+                continue
+            first, second = node.args[:2]
+            if first is second or not {first, second} <= data or not _same_shape(values, first, second):
+                continue
+            ways = [
+                parts
+                for identity, branch in ((first, second), (second, first))
+                if (parts := self._parts(owner, values, node, identity, branch)) is not None
+            ]
+            # Both ways only where the fork lies on both operands' paths; the lighter shortcut is the identity.
+            ways.sort(key=lambda parts: (parts.projected, parts.length))
+            for parts in ways[:1]:
+                parts = self._with_more_branches(owner, values, parts)
+                taken.add(parts.total)
+                if not _one_of_several(parts.total):
+                    found.append(self._finished(owner, values, parts))
+        return found
+
+    def _parts(self, owner: str, values: Values, total: fx.Node, identity: Any, branch: Any) -> _Parts | None:
+        """Read an addition as identity + branch, or return None."""
+        upstream = computed_from([branch])
+        data = self.steps.data(owner, total.graph)
+        region, forks = _back_to(identity, upstream | {branch}, data)
+        fork = forks.pop() if len(forks) == 1 else None
+        words = self.steps.all_of(owner, region)
+        if words & _HEAVY or fork is branch:
+            return None
+        if fork is None or fork not in upstream:
+            return self._given(owner, total, identity, branch)
+        if not self._alone(owner, values, branch, fork):
+            return None
+        between = frozenset(_between(fork, branch, upstream))
+        return self._made(owner, total, identity, branch, fork, between, owner, region)
+
+    def _alone(self, owner: str, values: Values, branch: fx.Node, fork: fx.Node) -> bool:
+        """Say whether a branch depends on what the fork is made of through the fork alone.
+
+        Keys and values beside a query do not. What belongs to no image, as rotary embeddings, does not count.
+        """
+        behind = computed_from([fork])
+        both = computed_from([branch], around=fork) & behind & self.steps.data(owner, fork.graph)
+        batch = _shape(values, fork)[:1]
+        return not any(_shape(values, each)[:1] == batch for each in both)
+
+    def _with_more_branches(self, owner: str, values: Values, parts: _Parts) -> _Parts:
+        """Follow a sum to which further branches of the same fork are added."""
+        while len(parts.total.users) == 1:
+            (user,) = parts.total.users
+            others = [each for each in user.all_input_nodes if each is not parts.total]
+            if (
+                not is_addition(user)
+                or len(others) != 1
+                or not self._is_branch(owner, values, parts, others[0])
+            ):
+                break
+            upstream = computed_from(others)
+            between = parts.between | _between(parts.fork, others[0], upstream)
+            linear = parts.linear and not self.steps.all_of(owner, between) & _BENDS
+            parts = replace(parts, total=user, end=None, between=frozenset(between), linear=linear)
+        return parts
+
+    def _is_branch(self, owner: str, values: Values, parts: _Parts, end: fx.Node) -> bool:
+        """Say whether a value is made of a join's fork alone, as another branch beside it."""
+        upstream = computed_from([end])
+        return (
+            parts.fork in upstream
+            and parts.total not in upstream
+            and self._alone(owner, values, end, parts.fork)
         )
-        for p in evaluation
-        if p.total.name in named
-    ]
 
+    def _finished(self, owner: str, values: Values, parts: _Parts) -> _Parts:
+        """Find out on what kind of value a join is, and where its branch ends."""
+        if parts.linear:
+            learned = self.steps.all_of(owner, parts.between) & {"project", "dense"}
+            if learned == {"project"} and not self._activated(owner, parts.total):
+                parts = replace(parts, kind="depthwise")
+        parts = self._whole(owner, values, parts)
+        return self._before_drops(owner, parts)
 
-def _same_shape(values: Values, parts: _Parts) -> bool:
-    """Say whether nothing is broadcast: a sum with a bias, a mask or a pooled value is no join."""
-    a, b = values.get(parts.identity.name), values.get(parts.branch.name)
-    if not isinstance(a, Tensor) or not isinstance(b, Tensor):
+    def _whole(self, owner: str, values: Values, parts: _Parts) -> _Parts:
+        """Take the whole value of a block that adds on some of its channels, or note that it is a part."""
+        ends = [_channels_of(self.anatomy, values, each) for each in (parts.branch, parts.identity)]
+        joint = next(iter(parts.total.users)) if len(parts.total.users) == 1 else None
+        if joint is None or called(joint) not in JOINING or not self._on_channels(values, parts.total, joint):
+            return replace(parts, kind="part") if any(ends) else parts
+        rest = [each for each in joint.all_input_nodes if each is not parts.total]
+        if not all(set(each.all_input_nodes) & {*filter(None, ends), *parts.between} for each in rest):
+            return replace(parts, kind="part")
+        branch, identity = (None if end is None else (end, _slices(end)) for end in ends)
+        return replace(
+            parts, total=joint, end=parts.end and (branch or parts.end), taken=identity or parts.taken
+        )
+
+    def _on_channels(self, values: Values, part: fx.Node, joint: fx.Node) -> bool:
+        small, large = _shape(values, part), _shape(values, joint)
+        return len(small) == len(large) and _unlike(small, large) == [_channel(self.anatomy, values, joint)]
+
+    def _activated(self, owner: str, node: fx.Node) -> bool:
+        """Say whether an activation follows right after a sum, or after its norm or gate."""
+        while len(node.users) == 1:
+            (node,) = node.users
+            words = self.steps.of(owner, node)
+            if "act" in words and "gate" not in words:
+                return True
+            if node.op == "output" or (
+                not words <= {"affine", "norm", "drop", "scale"} and "gate" not in words
+            ):
+                return False
         return False
-    return a.ndim >= 2 and a.is_floating_point() and a.shape == b.shape
 
+    def _before_drops(self, owner: str, parts: _Parts, least: int = 0) -> _Parts:
+        """Let the branch end in front of dropout and stochastic depth: what a unit there gets was not dropped.
 
-def _is_addition(node: fx.Node) -> bool:
-    return node.op in ("call_function", "call_method") and node.target in _ADDITIONS
+        Args:
+            owner: of the join.
+            parts: the join.
+            least: how many scales at the end of the branch to leave behind, though no drop is seen in front of them:
+                those of the training graph, where a drop is a function that evaluation does not call.
+        """
+        if parts.end is None:
+            return parts
+        node, users = end = parts.end
+        data = self.steps.data(owner, node.graph)
+        scales = passed = 0
+        while node in parts.between:
+            words = self.steps.of(owner, node)
+            inputs = [each for each in sources_of(node) if each in data]
+            if not words <= {"drop", "scale"} or len(inputs) != 1 or inputs[0] is parts.fork:
+                break
+            users, node = (node,), inputs[0]
+            scales += "scale" in words
+            if "drop" in words or passed < scales <= least:
+                end, passed = (node, users), scales
+        return replace(parts, end=end, scales=passed)
 
-
-def _find(anatomy: Anatomy, owner: str, graph: fx.Graph) -> list[_Parts]:
-    found: list[_Parts] = []
-    for node in graph.nodes:
-        if not _is_addition(node) or len(node.args) < 2:
-            continue
-        first, second = node.args[:2]
-        if not isinstance(first, fx.Node) or not isinstance(second, fx.Node) or first is second:
-            continue
-        ways = [
-            parts
-            for identity, branch in ((first, second), (second, first))
-            if (parts := _parts(anatomy, owner, node, identity, branch)) is not None
-        ]
-        # Both ways only where the fork lies on both operands' paths; the lighter shortcut is the identity.
-        ways.sort(key=lambda parts: _weight(anatomy, owner, parts.identity, parts.fork))
-        found += ways[:1]
-    return found
-
-
-def _parts(anatomy: Anatomy, owner: str, total: fx.Node, identity: fx.Node, branch: fx.Node) -> _Parts | None:
-    """Read an addition as identity + branch, or return None."""
-    upstream = _computed_from(branch)
-    node: fx.Node | None = identity
-    steps: list[fx.Node] = []
-    while node is not None and node not in upstream and node is not branch:
-        steps.append(node)
-        node = _previous(anatomy, owner, node)
-    if node is None:
-        return _given(anatomy, owner, total, steps, branch)
-    if node is branch:
-        return None
-    projected = sum(_learned(anatomy, owner, step) for step in steps)
-    modules = [step for step in steps if not is_neutral(anatomy, owner, step)]
-    between = _between(node, branch, upstream)
-    work = [step for step in between if step.op == "call_module" and not is_neutral(anatomy, owner, step)]
-    if not work:
-        return None
-    if modules:
-        # Parallel convolutions of one weight (re-parametrised blocks) are no shortcut and branch.
-        weight = sum(_learned(anatomy, owner, step) for step in between)
-        if projected > 2 or weight < 2 or weight <= projected:
+    def _given(self, owner: str, total: fx.Node, identity: fx.Node, branch: fx.Node) -> _Parts | None:
+        """Read an addition whose shortcut is an argument: its caller must have taken both from one value."""
+        data = self.steps.data(owner, total.graph)
+        upstream = computed_from([branch]) | {branch}
+        inputs = [node for node in placeholders(total.graph) if node in upstream and node in data]
+        if not owner or identity.op != "placeholder" or len(inputs) != 1:
             return None
-    forked = tuple(user for user in node.users if user in between)
-    return _Parts(total, identity, branch, node, forked)
-
-
-def _given(
-    anatomy: Anatomy, owner: str, total: fx.Node, steps: list[fx.Node], branch: fx.Node
-) -> _Parts | None:
-    """Read an addition whose shortcut is an argument: its caller must have taken both from one value."""
-    shortcut = steps[-1]
-    if shortcut.op != "placeholder" or not owner:
-        return None
-    if any(not is_neutral(anatomy, owner, step) for step in steps[:-1]):
-        return None
-    upstream = upstream_of(branch)
-    placeholders = [node for node in total.graph.nodes if node.op == "placeholder"]
-    inputs = [node for node in placeholders if node in upstream]
-    if len(inputs) != 1 or not any(
-        node.op == "call_module" and not is_neutral(anatomy, owner, node) for node in upstream | {branch}
-    ):
-        return None
-    caller = anatomy.caller(owner)
-    try:
-        outer = anatomy.graph(caller, training=False).graph
-    except (TraceError, SiteError):
-        return None
-    called_as = relative(owner, caller)
-    for call in outer.nodes:
-        if call.op != "call_module" or call.target != called_as:
-            continue
-        given = call.all_input_nodes
-        if len(given) < 2:
+        caller = self.anatomy.caller(owner)
+        try:
+            outer = self.anatomy.graph(caller, training=False).graph
+        except FxgraftError:
             return None
+        target = relative(owner, caller)
+        call = next((n for n in outer.nodes if n.op == "call_module" and n.target == target), None)
+        given = [] if call is None else call.all_input_nodes
         for source in given[1:]:
-            weight, node = 0, source
-            sources = upstream_of(given[0]) | {given[0]}
-            while node is not None and node not in sources:
-                weight += _learned(anatomy, caller, node)
-                node = _previous(anatomy, caller, node)
-            if node is not None and weight <= 2:
-                fork = inputs[0]
-                between = _between(fork, branch, upstream)
-                return _Parts(total, steps[0], branch, fork, tuple(u for u in fork.users if u in between))
-    return None
+            way, forks = _back_to(
+                source, computed_from(given[:1]) | {given[0]}, self.steps.data(caller, outer)
+            )
+            if len(forks) == 1 and not self.steps.all_of(caller, way) & _HEAVY:
+                between = frozenset(_between(inputs[0], branch, upstream))
+                return self._made(owner, total, identity, branch, inputs[0], between, caller, way)
+        return None
 
+    def _made(
+        self,
+        owner: str,
+        total: fx.Node,
+        identity: fx.Node,
+        branch: fx.Node,
+        fork: fx.Node,
+        between: frozenset[fx.Node],
+        taker: str,
+        way: list[fx.Node],
+    ) -> _Parts | None:
+        """Read an addition whose fork is known, by what the branch does beside the shortcut, or return None.
 
-def _previous(anatomy: Anatomy, owner: str, node: fx.Node) -> fx.Node | None:
-    """Step back along a shortcut: through views, single-input modules and, inside a sum, no further."""
-    sources = node.all_input_nodes
-    if node.op == "call_module":
-        return sources[0] if len(sources) == 1 else None
-    if sources and _is_view(node):
-        first = node.args[0]
-        return first if isinstance(first, fx.Node) else None
-    return None
-
-
-def _is_view(node: fx.Node) -> bool:
-    """Say whether a node only rearranges or slices its first argument; one entry of several is another value."""
-    if node.target is operator.getitem:
-        index = node.args[1]
-        return isinstance(index, slice) or (
-            isinstance(index, tuple) and any(isinstance(each, slice) for each in index)
+        Args:
+            owner: of the addition.
+            total: the sum.
+            identity: its operand that leads back to the fork.
+            branch: the other one.
+            fork: the value that both come from.
+            between: the nodes from the fork to the end of the branch.
+            taker: the module that makes the shortcut.
+            way: the nodes of its graph that do.
+        """
+        made = self.steps.all_of(owner, between)
+        linear = not made & _BENDS
+        projected = "project" in self.steps.all_of(taker, way)
+        if not made & _WORKS:
+            return None
+        if linear and projected:
+            # A chain that is narrower in between is an update of low rank: an adapter beside its layer.
+            deeper = self.steps.depth(owner, between) > self.steps.depth(taker, way)
+            if not deeper or len(self.steps.widths(owner, between)) > 1:
+                return None
+        ends = (branch, (total,)), (identity, (total,))
+        return _Parts(
+            total, identity, branch, fork, between, total, *ends, "block", linear, projected, len(way)
         )
-    return node.op in ("call_function", "call_method") and node.target in _VIEWS
 
 
-def is_neutral(anatomy: Anatomy, owner: str, node: fx.Node) -> bool:
-    """Say whether a step changes nothing about what a value is: views, dropout, identities."""
-    if node.op == "placeholder":
-        return True
-    if node.op != "call_module":
-        return _is_view(node)
-    module = anatomy.module(join(owner, str(node.target)))
-    if isinstance(module, (nn.Identity, nn.Flatten, nn.Unflatten, nn.modules.dropout._DropoutNd)):
-        return True
-    # Stochastic depth has no common class: it is a module without tensors that keeps the training flag.
-    stateless = next(iter(module.state_dict()), None) is None and not any(module.children())
-    return stateless and ("drop_prob" in vars(module) or (hasattr(module, "mode") and hasattr(module, "p")))
+def _listing(graph: fx.Graph) -> list[tuple[Any, ...]]:
+    return [(node.op, node.name, node.target, str(node.args), str(node.kwargs)) for node in graph.nodes]
 
 
-def _learned(anatomy: Anatomy, owner: str, node: fx.Node) -> int:
-    """Count the convolutions and linear layers in a step."""
-    if node.op != "call_module":
-        return 0
-    module = anatomy.module(join(owner, str(node.target)))
-    return sum(isinstance(each, _LEARNED) for each in module.modules())
+def _are_nodes(operands: tuple[Any, ...]) -> bool:
+    return len(operands) == 2 and all(isinstance(each, fx.Node) for each in operands)
 
 
-def _weight(anatomy: Anatomy, owner: str, start: fx.Node, end: fx.Node) -> tuple[int, int]:
-    weight = length = 0
-    node: fx.Node | None = start
-    while node is not None and node is not end:
-        weight, length = weight + _learned(anatomy, owner, node), length + 1
-        node = _previous(anatomy, owner, node)
-    return weight, length
+def _shape(values: Values, node: Any) -> tuple[int, ...]:
+    try:
+        value = values(node)
+    except FxgraftError:
+        return ()
+    return tuple(value.shape) if isinstance(value, Tensor) else ()
 
 
-def _computed_from(end: fx.Node) -> set[fx.Node]:
-    """Collect what a value is computed from; where only the size of something is read, it is not."""
-    found: set[fx.Node] = set()
-    waiting = [end]
+def _same_shape(values: Values, first: Any, second: Any) -> bool:
+    """Say whether nothing is broadcast: a sum with a bias, a mask or a pooled value is no join."""
+    shape = _shape(values, first)
+    return len(shape) >= 2 and shape == _shape(values, second) and bool(values(first).is_floating_point())
+
+
+def _back_to(start: fx.Node, known: set[fx.Node], data: set[fx.Node]) -> tuple[list[fx.Node], set[fx.Node]]:
+    """Walk back from a value to where it meets known ones.
+
+    Returns:
+        The nodes on the way, and the known ones that it meets; the latter are empty where something on the way comes
+        from elsewhere.
+    """
+    way: list[fx.Node] = []
+    met: set[fx.Node] = set()
+    waiting = [start]
+    elsewhere = False
     while waiting:
-        for source in waiting.pop().all_input_nodes:
-            if source not in found and not _is_size(source):
-                found.add(source)
-                waiting.append(source)
-    return found
-
-
-def _is_size(node: fx.Node) -> bool:
-    """Say whether a value is the size of a tensor, or arithmetic on sizes."""
-    if node.op == "call_method" and node.target in ("size", "dim", "numel"):
-        return True
-    if node.op != "call_function":
-        return False
-    if node.target is getattr:
-        return node.args[1] in ("shape", "ndim")
-    return bool(node.all_input_nodes) and all(_is_size(each) for each in node.all_input_nodes)
+        node = waiting.pop()
+        if node in known:
+            met.add(node)
+        elif node not in way:
+            way.append(node)
+            waiting += [each for each in sources_of(node) if each in data]
+            elsewhere = elsewhere or node.op == "placeholder"
+    return way, set() if elsewhere else met
 
 
 def _between(fork: fx.Node, end: fx.Node, upstream: set[fx.Node]) -> set[fx.Node]:
@@ -319,3 +518,41 @@ def _between(fork: fx.Node, end: fx.Node, upstream: set[fx.Node]) -> set[fx.Node
                 reached.add(user)
                 waiting.append(user)
     return reached
+
+
+def _one_of_several(total: fx.Node) -> bool:
+    """Say whether a sum is concatenated with other sums that are not made of it, nor it of them: parts of a cell."""
+    for user in total.users:
+        if called(user) not in JOINING:
+            continue
+        others = {each for each in user.all_input_nodes if each is not total and is_addition(each)}
+        if others - computed_from([total]) - downstream_of(total):
+            return True
+    return False
+
+
+def _channel(anatomy: Anatomy, values: Values, node: fx.Node) -> int:
+    value = values(node)
+    layout = layout_of(anatomy, value, "", strict=False) if value.ndim > 2 else None
+    return value.ndim - 1 if layout is not None and layout.name in ("NHWC", "NLC") else 1
+
+
+def _unlike(one: tuple[int, ...], other: tuple[int, ...]) -> list[int]:
+    return [i for i in range(len(one)) if one[i] != other[i]]
+
+
+def _channels_of(anatomy: Anatomy, values: Values, node: fx.Node) -> fx.Node | None:
+    """Return the value that a node takes some of the channels of, if it does."""
+    if node.target is not operator.getitem or not isinstance(node.args[0], fx.Node):
+        return None
+    entries = node.args[1] if isinstance(node.args[1], tuple) else (node.args[1],)
+    if any(isinstance(each, slice) and each.step is not None for each in entries):
+        return None
+    small, large = _shape(values, node), _shape(values, node.args[0])
+    if len(small) != len(large) or _unlike(small, large) != [_channel(anatomy, values, node.args[0])]:
+        return None
+    return node.args[0]
+
+
+def _slices(node: fx.Node) -> tuple[fx.Node, ...]:
+    return tuple(user for user in node.users if user.target is operator.getitem)

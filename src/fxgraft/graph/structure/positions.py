@@ -2,7 +2,8 @@
 
 Three families: the positions of a residual join, three positions of a densely connected layer, and the
 outputs of all convolutions, norms or activations of a plain stack. Names of layers narrow each of them down.
-Each family has a usual position, and a network's own is that of the first family that it has blocks of.
+Each family has a usual position, and a network's own is that of the first family that it has blocks of. Where few of
+its layers lie in the branches of residual joins, as with one join in a network of other blocks, the others come first.
 
 A residual join has two positions beside its own four. "pre_with_projection" is "pre" where the shortcut hands the
 block's input on as it is; where it projects or pools the input, it sees the changed one, too. "output" is behind the
@@ -11,6 +12,7 @@ activation that follows the sum, with what lies between; "post" where none follo
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -20,9 +22,16 @@ from torch import Tensor, fx, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fxgraft.errors import FxgraftError, SiteError, StructureError, TraceError, candidates
+from fxgraft.graph.dataflow.steps import steps_of
 from fxgraft.graph.structure.dense import DENSE, dense_layers
 from fxgraft.graph.structure.joins import POSITIONS as OF_JOINS
-from fxgraft.graph.structure.joins import Join, is_neutral, residual_joins
+from fxgraft.graph.structure.joins import (
+    Join,
+    candidate_sums,
+    closed_blocks,
+    residual_joins,
+    share_in_branches,
+)
 from fxgraft.graph.structure.layout import layout_of
 from fxgraft.graph.structure.places import training_name
 from fxgraft.graph.structure.sites import Site, Words, is_glob, matches, module_site, resolve
@@ -39,6 +48,8 @@ PLAIN = ("conv", "norm", "act")
 IMAGE = "input"
 USUAL = ("post", "conv1_pre", "conv")
 """Of residual, of densely connected and of plain networks."""
+LEAST_SHARE = 0.2
+"""How many of a network's layers lie in branches of joins, at least, where it is a residual one."""
 
 _NORMS = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.LocalResponseNorm)
 _KINDS = {"conv": "convolutions", "norm": "norms", "act": "activations"}
@@ -49,7 +60,7 @@ def spots(anatomy: Anatomy, position: str | None = None, layers: Words | None = 
 
     Args:
         anatomy: of the bare model.
-        position: one of `RESIDUAL`, `DENSE` or `PLAIN`; the first of `USUAL` that the model has, if left out.
+        position: one of `RESIDUAL`, `DENSE` or `PLAIN`; the first of `usual` that the model has, if left out.
         layers: the blocks to use: names of blocks or of modules around them, globs, stage numbers, names of
             joins, "name:position" for another position of one join, "input" for the image. A name that
             holds no block with the position stands for its own output. All blocks by default, except those
@@ -63,11 +74,12 @@ def spots(anatomy: Anatomy, position: str | None = None, layers: Words | None = 
 
     @functools.cache
     def blocks() -> tuple[str, list[Spot]]:
-        for each in USUAL if position is None else (position,):
+        wanted = usual(anatomy) if position is None else (position,)
+        for each in wanted:
             found = _all(anatomy, each)
             if found:
                 return each, found
-        return position or USUAL[0], []
+        return wanted[0], []
 
     if layers is None:
         where, found = blocks()
@@ -75,7 +87,8 @@ def spots(anatomy: Anatomy, position: str | None = None, layers: Words | None = 
         usable = [spot for spot in found if spot.usable and spot.path not in logits]
         if not usable:
             raise _nowhere(anatomy, where, found)
-        return usable
+        left_out = len(found) - len(usable) if where in RESIDUAL else 0
+        return [dataclasses.replace(spot, left_out=left_out) for spot in usable]
     words = list(layers) if isinstance(layers, Iterable) and not isinstance(layers, str) else [layers]
     chosen: dict[str, Spot] = {}
     for word in words:
@@ -91,6 +104,11 @@ def spots(anatomy: Anatomy, position: str | None = None, layers: Words | None = 
     if not chosen:
         raise SiteError("No layer was named.\nLeave layers= out for all blocks.")
     return list(chosen.values())
+
+
+def usual(anatomy: Anatomy) -> tuple[str, ...]:
+    """Return the positions to look for, in this order: that of joins comes last where they hold few of the layers."""
+    return USUAL if share_in_branches(anatomy) >= LEAST_SHARE else (*USUAL[1:], USUAL[0])
 
 
 def position_sites(anatomy: Anatomy) -> list[Site]:
@@ -115,7 +133,7 @@ def position_sites(anatomy: Anatomy) -> list[Site]:
                     f"{each.name}:{position}",
                     each.owner,
                     node,
-                    op=position,
+                    op=position if each.kind == "block" else f"{position}, {each.kind}",
                     shape=shape_of(value),
                     dtype=str(value.dtype).removeprefix("torch.") if isinstance(value, Tensor) else "",
                     layout=str(layout) if layout else "",
@@ -137,7 +155,8 @@ def _residual(anatomy: Anatomy, position: str) -> list[Spot]:
         if edits is not None:
             value = anatomy.values(each.owner).get(edits[2])
             value = value if isinstance(value, Tensor) else None
-            found.append(Spot(each.name, position, each.owner, *edits[:2], value, "", each.owner))
+            kind = "" if each.kind == "block" else each.kind
+            found.append(Spot(each.name, position, each.owner, *edits[:2], value, "", each.owner, kind=kind))
     return found
 
 
@@ -175,7 +194,7 @@ def _with_projection(anatomy: Anatomy, each: Join, graph: fx.Graph, pre: Edit, i
             "What it is made from cannot be changed from inside of the block.\n"
             'Pass position="pre", which leaves the shortcut as it is.'
         )
-    if all(is_neutral(anatomy, each.owner, node) for node in way):
+    if steps_of(anatomy).all_of(each.owner, way) <= {"drop", "scale"}:
         return pre
     return Edge(pre.node, tuple(user.name for user in fork.users if user.name in pre.users or user in way))
 
@@ -370,8 +389,17 @@ def _nowhere(anatomy: Anatomy, position: str, found: list[Spot]) -> StructureErr
     offers = ", ".join(repr(each) for group in have for each in group if each != position)
     what = "residual join" if position in RESIDUAL else "dense layer" if position in DENSE else position
     what = "dense layer of two convolutions" if position == DENSE[2] and dense else what
+    sums = candidate_sums(anatomy) if position in RESIDUAL else []
+    undecided = f" Sums that are no joins as far as can be seen: {_few(sums)}." if sums else ""
+    closed = closed_blocks(anatomy) if position in RESIDUAL else []
+    undecided += f" Modules that cannot be looked into: {_few(closed)}." if closed else ""
+    named = ", as " + repr((sums or closed)[0]) if sums or closed else ""
     return StructureError(
         f"There is no {what} in {model}, so it has no position {position!r}.\n"
-        f"Found: {', '.join(parts)}.\n"
-        f"Pass position= one of {offers or 'none'}, or layers= with the names of sites."
+        f"Found: {', '.join(parts)}.{undecided}\n"
+        f"Pass position= one of {offers or 'none'}, or layers= with the names of sites{named}."
     )
+
+
+def _few(names: list[str]) -> str:
+    return ", ".join(map(repr, names[:8])) + (f" and {len(names) - 8} more" if len(names) > 8 else "")

@@ -24,7 +24,7 @@ from torch.nn.modules.batchnorm import _NormBase
 
 from fxgraft.errors import BypassError, SiteError, StructureError
 from fxgraft.functional import pooled_vectors
-from fxgraft.graph.structure.head import Head
+from fxgraft.graph.structure.head import Head, token_grid
 from fxgraft.graph.structure.linear import made_by_hooks
 from fxgraft.graph.structure.pooling import (
     DROPOUTS,
@@ -36,7 +36,6 @@ from fxgraft.graph.structure.pooling import (
     is_vector,
     opened_head,
 )
-from fxgraft.graph.structure.tokens import token_grid
 from fxgraft.graph.tracing.anatomy import Anatomy
 from fxgraft.graph.tracing.compile import compile_graph
 from fxgraft.graph.tracing.names import class_name, join

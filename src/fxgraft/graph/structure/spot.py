@@ -28,6 +28,9 @@ class Spot:
         scope: qualified name of the block it belongs to.
         onward: the values that this one was joined from, as what runs after the block goes on using them: a unit
             that replaces the joined value has to hand its parts on there. Empty where nothing else uses them.
+        kind: what the block is where it is no usual one, as a `Join` says; "" otherwise.
+        left_out: how many joins were left out: their values have other rows than one per image, or a single position,
+            or no prediction reads them.
     """
 
     name: str
@@ -39,6 +42,8 @@ class Spot:
     path: str
     scope: str
     onward: tuple[Spot, ...] = ()
+    kind: str = ""
+    left_out: int = 0
 
     @property
     def usable(self) -> bool:

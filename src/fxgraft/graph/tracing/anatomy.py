@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import functools
 import inspect
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -16,6 +17,8 @@ from fxgraft.graph.tracing.observe import Call, Observation, default_input_size,
 from fxgraft.graph.tracing.signatures import forward_signature
 from fxgraft.graph.tracing.trace import Traced, trace
 from fxgraft.graph.tracing.values import Values
+
+Known = TypeVar("Known")
 
 _NAMED = (
     inspect.Parameter.POSITIONAL_ONLY,
@@ -39,6 +42,13 @@ class Anatomy:
         self._graphs: dict[tuple[Any, ...], Traced] = {}
         self._values: dict[str, Values] = {}
         self._enlarged: Anatomy | None = None
+        self._once: dict[str, Any] = {}
+
+    def once(self, name: str, find: Callable[[], Known]) -> Known:
+        """Return what ``find`` gives, found the first time that it is asked for under this name."""
+        if name not in self._once:
+            self._once[name] = find()
+        return self._once[name]
 
     @property
     def name(self) -> str:

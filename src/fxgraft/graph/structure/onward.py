@@ -1,0 +1,338 @@
+"""Onward: what of a value goes on to the output of the model, followed through the modules around it.
+
+A flow says from which token on a value depends on what is followed, and whether as a value or only as a gate of others.
+It is followed through the graph of the module where it starts, into the modules that are called there, and on through
+the callers, up to the model.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Size, Tensor, fx, nn
+from torch.utils import _pytree as pytree
+
+from fxgraft.errors import FxgraftError, SiteError
+from fxgraft.graph.dataflow.steps import (
+    ENTRY_BY_ENTRY,
+    JOINING,
+    called,
+    is_size,
+    sources_of,
+    squashes,
+    steps_of,
+)
+from fxgraft.graph.structure.spot import Spot, spot_layout
+from fxgraft.graph.tracing.anatomy import Anatomy
+from fxgraft.graph.tracing.editing import After, Edge, Output
+from fxgraft.graph.tracing.names import join, relative
+from fxgraft.graph.tracing.trace import is_primitive
+from fxgraft.graph.tracing.values import Values
+from fxgraft.graph.tracing.walks import placeholders
+
+_ROLES = ("value", "squashed", "gate")
+_TOKEN_BY_TOKEN = (nn.LayerNorm, nn.RMSNorm, nn.Linear, nn.Identity, nn.modules.dropout._DropoutNd)
+_KEEPING = {
+    *ENTRY_BY_ENTRY,
+    "linear",
+    "layer_norm",
+    "rms_norm",
+    "contiguous",
+    "clone",
+    "to",
+    "float",
+    "type_as",
+}
+_REDUCING = {"sum", "mean", "amax", "amin"}
+
+
+@dataclass(frozen=True)
+class Flow:
+    """What of a value depends on what is followed.
+
+    Attributes:
+        first: the first token that does, along dimension ``dim``; those before it do not.
+        dim: the dimension of the tokens; -1 where every entry may depend on it.
+        role: "value", "squashed" (brought into the bounds of a gate) or "gate".
+    """
+
+    first: int = 0
+    dim: int = -1
+    role: str = "value"
+
+
+Carried = Flow | tuple[Any, ...] | None
+"""The flow of a value, of the entries of a tuple, or None: nothing of it depends on what is followed."""
+
+
+def goes_on(anatomy: Anatomy, owner: str, node: str) -> bool:
+    """Say whether the output is made of a value, and not only of others that it gates; unless seen, it is believed.
+
+    Args:
+        anatomy: of the bare model.
+        owner: the module in whose evaluation graph the value is.
+        node: its name there.
+    """
+    try:
+        reached = _flows(_follower(anatomy).outward(owner, {node: Flow()}))
+    except FxgraftError:
+        return True
+    return not reached or any(flow.role != "gate" for flow in reached)
+
+
+def without_idle(anatomy: Anatomy, spots: list[Spot]) -> list[Spot]:
+    """Leave out the places that no prediction reads: behind them a class token alone goes on, or nothing.
+
+    Args:
+        anatomy: of the bare model.
+        spots: in running order.
+
+    Raises:
+        SiteError: all of them are.
+    """
+    kept = [spot for spot in spots if not _is_idle(anatomy, spot)]
+    if spots and not kept:
+        raise SiteError(
+            f"Nothing that happens at {spots[-1].name!r} can change a prediction: the logits read its class token "
+            "alone.\nChoose an earlier block, or build the model to pool by average (timm: global_pool='avg')."
+        )
+    return kept
+
+
+def _is_idle(anatomy: Anatomy, spot: Spot) -> bool:
+    follower = _follower(anatomy)
+    try:
+        prefix = spot_layout(anatomy, spot).prefix
+        flow = Flow(prefix, 1) if prefix else Flow()
+        if isinstance(spot.edit, After):
+            reached = follower.outward(spot.owner, {spot.edit.node: flow})
+        elif isinstance(spot.edit, Edge):
+            reached = follower.along(spot.owner, spot.edit, flow)
+        elif isinstance(spot.edit, Output):
+            reached = follower.beyond(spot.owner, flow)
+        else:
+            return False
+    except FxgraftError:  # what cannot be followed to the output is believed
+        return False
+    return not _flows(reached)
+
+
+def _follower(anatomy: Anatomy) -> _Follower:
+    return anatomy.once("flow", lambda: _Follower(anatomy))
+
+
+class _Follower:
+    """Follows values through a model, up to its output."""
+
+    def __init__(self, anatomy: Anatomy) -> None:
+        self.anatomy = anatomy
+        self.steps = steps_of(anatomy)
+        self.known: dict[tuple[Any, ...], Carried] = {}
+
+    def outward(self, owner: str, carried: Mapping[str, Carried]) -> Carried:
+        """Follow values of a module's graph, by the names of their nodes, to the output of the model.
+
+        Raises:
+            FxgraftError: a forward around the module cannot be followed.
+        """
+        key = ("outward", owner, *sorted(carried.items(), key=str))
+        if key not in self.known:
+            out = self._through(owner, carried)
+            self.known[key] = self.beyond(owner, out) if owner and _flows(out) else out
+        return self.known[key]
+
+    def along(self, owner: str, edge: Edge, flow: Flow) -> Carried:
+        """Follow a value as only some of its users see it."""
+        graph = self.anatomy.graph(owner, training=False).graph
+        named = {node.name: node for node in graph.nodes}
+        values = self.anatomy.values(owner)
+        seen = {named[edge.node]: flow}
+        return self.outward(
+            owner, {name: self._step(owner, values, named[name], seen) for name in edge.users}
+        )
+
+    def beyond(self, path: str, out: Carried) -> Carried:
+        """Follow what a module returns to the output of the model."""
+        if not path:
+            return out
+        caller = self.anatomy.caller(path)
+        target = relative(path, caller)
+        nodes = self.anatomy.graph(caller, training=False).graph.nodes
+        calls = [node for node in nodes if node.op == "call_module" and node.target == target]
+        if not calls:
+            raise SiteError(f"{path!r} is not called in the graph of {caller or 'the model'!r}.\n\n")
+        return self.outward(caller, {node.name: out for node in calls})
+
+    def _through(self, owner: str, carried: Mapping[str, Carried]) -> Carried:
+        """Follow values of a module's graph to what it returns."""
+        graph = self.anatomy.graph(owner, training=False).graph
+        values = self.anatomy.values(owner)
+        held: dict[fx.Node, Carried] = {}
+        for node in graph.nodes:
+            if node.op == "output":
+                return _nest(node.args[0], held)
+            if node.name in carried:
+                held[node] = carried[node.name]
+            elif any(held.get(each) is not None for each in node.all_input_nodes) and not is_size(node):
+                held[node] = self._step(owner, values, node, held)
+        return None
+
+    def _step(self, owner: str, values: Values, node: fx.Node, held: Mapping[fx.Node, Carried]) -> Carried:
+        """Follow values through one node."""
+        carrying = {each: found for each in sources_of(node) if (found := _merged(_flows(held.get(each))))}
+        merged = _merged(list(carrying.values()))
+        if merged is None:
+            return None
+        name = called(node)
+        if node.target is operator.getitem:
+            return _picked(values, node, held[node.all_input_nodes[0]])
+        if name in JOINING:
+            return _joined(values, node, carrying)
+        if node.op == "call_module":
+            return self._called(owner, values, node, held, merged)
+        role = merged.role
+        words = self.steps.of(owner, node)
+        if "gate" in words:
+            role = min(
+                (_factor(values, node, each, flow) for each, flow in carrying.items()), key=_ROLES.index
+            )
+        else:
+            role = self._bounded(owner, node, role, words)
+        if merged.dim >= 0 and name in _REDUCING:
+            return _reduced(values, node, merged)
+        return Flow(merged.first, merged.dim, role) if name in _KEEPING else Flow(role=role)
+
+    def _called(
+        self, owner: str, values: Values, node: fx.Node, held: Mapping[fx.Node, Carried], merged: Flow
+    ) -> Carried:
+        """Follow values through a call of a module."""
+        path = join(owner, str(node.target))
+        module, words = self.anatomy.module(path), self.steps.module(path)
+        if isinstance(module, _TOKEN_BY_TOKEN) or words <= {"act", "drop", "scale"}:
+            return Flow(merged.first, merged.dim, self._bounded(owner, node, merged.role, words))
+        whole = Flow(role=self._bounded(owner, node, merged.role, words))
+        given = [each for each in pytree.tree_leaves((node.args, node.kwargs)) if isinstance(each, fx.Node)]
+        if is_primitive(module):
+            return whole
+        try:
+            inputs = placeholders(self.anatomy.graph(path, training=False).graph)
+            if len(inputs) != len(given):
+                return whole
+            return self._inward(
+                path, {a.name: held.get(b) for a, b in zip(inputs, given, strict=True)}, whole
+            )
+        except FxgraftError:  # what cannot be opened may hand anything on
+            return whole
+
+    def _bounded(self, owner: str, node: fx.Node, role: str, words: frozenset[str]) -> str:
+        """Return the role of a value behind a step: a bounded one that is projected is a value like any other."""
+        if role == "gate":
+            return role
+        if words & {"project", "mix"} and not squashes(self.anatomy, owner, node):
+            return "value"
+        return "squashed" if squashes(self.anatomy, owner, node) else role
+
+    def _inward(self, path: str, given: Mapping[str, Carried], whole: Flow) -> Carried:
+        key = ("inward", path, *given.items())
+        if key not in self.known:
+            self.known[key] = whole  # of one that calls itself
+            self.known[key] = self._through(path, given)
+        return self.known[key]
+
+
+def _flows(carried: Carried) -> list[Flow]:
+    if isinstance(carried, Flow):
+        return [carried]
+    return [] if carried is None else [flow for each in carried for flow in _flows(each)]
+
+
+def _merged(flows: list[Flow]) -> Flow | None:
+    """Return what a value carries that is made of several, entry by entry."""
+    if not flows:
+        return None
+    role = min((each.role for each in flows), key=_ROLES.index)
+    if any(each.dim != flows[0].dim for each in flows):
+        return Flow(role=role)
+    return Flow(min(each.first for each in flows), flows[0].dim, role)
+
+
+def _nest(returned: Any, held: Mapping[fx.Node, Carried]) -> Carried:
+    if isinstance(returned, fx.Node):
+        return held.get(returned)
+    if isinstance(returned, dict):
+        returned = tuple(returned.values())
+    return tuple(_nest(each, held) for each in returned) if isinstance(returned, (tuple, list)) else None
+
+
+def _shape(values: Values, node: fx.Node) -> tuple[int, ...]:
+    value = values(node)
+    return tuple(value.shape) if isinstance(value, Tensor) else ()
+
+
+def _factor(values: Values, node: fx.Node, source: fx.Node, flow: Flow) -> str:
+    """Say what a value is to a product: only a gate of the other factors where it is bounded or smaller than they."""
+    smaller = Size(_shape(values, source)).numel() < Size(_shape(values, node)).numel()
+    return "gate" if smaller or flow.role != "value" else "value"
+
+
+def _picked(values: Values, node: fx.Node, carried: Carried) -> Carried:
+    """Follow values through an index."""
+    index = node.args[1]
+    if isinstance(carried, tuple):
+        return carried[index] if isinstance(index, int) and index < len(carried) else _merged(_flows(carried))
+    if carried is None or carried.dim < 0:
+        return carried
+    whole = Flow(role=carried.role)
+    entries = list(index) if isinstance(index, tuple) else [index]
+    if not all(isinstance(each, (int, slice)) for each in entries):
+        return whole
+    entry = entries[carried.dim] if len(entries) > carried.dim else slice(None)
+    count = _shape(values, node.all_input_nodes[0])[carried.dim]
+    if isinstance(entry, int):
+        return whole if entry % count >= carried.first else None
+    bounds = [
+        values(each) if isinstance(each, fx.Node) else each for each in (entry.start, entry.stop, entry.step)
+    ]
+    if not all(each is None or isinstance(each, int) for each in bounds):
+        return whole
+    start, stop, step = slice(*bounds).indices(count)
+    if step != 1:
+        return whole
+    if stop <= max(start, carried.first):
+        return None
+    dropped = sum(isinstance(each, int) for each in entries[: carried.dim])
+    return Flow(max(carried.first - start, 0), carried.dim - dropped, carried.role)
+
+
+def _joined(values: Values, node: fx.Node, carrying: Mapping[fx.Node, Flow]) -> Carried:
+    """Follow values through a concatenation or a stack."""
+    merged = _merged(list(carrying.values()))
+    parts = node.args[0] if node.args else node.kwargs.get("tensors", ())
+    dim = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", node.kwargs.get("axis", 0))
+    if merged is None or merged.dim < 0 or not isinstance(parts, (tuple, list)) or not isinstance(dim, int):
+        return None if merged is None else Flow(role=merged.role)
+    dim %= len(_shape(values, node))
+    if called(node) == "stack":
+        return Flow(merged.first, merged.dim + (dim <= merged.dim), merged.role)
+    if dim != merged.dim:
+        return merged
+    before = 0
+    firsts = []
+    for part in parts:
+        if part in carrying:
+            firsts.append(before + carrying[part].first)
+        before += _shape(values, part)[dim]
+    return Flow(min(firsts), dim, merged.role)
+
+
+def _reduced(values: Values, node: fx.Node, flow: Flow) -> Flow:
+    """Follow a value through a sum or mean over one dimension."""
+    dim = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim")
+    before, after = _shape(values, node.all_input_nodes[0]), _shape(values, node)
+    if not isinstance(dim, int) or dim % len(before) == flow.dim:
+        return Flow(role=flow.role)
+    gone = len(before) > len(after) and dim % len(before) < flow.dim
+    return Flow(flow.first, flow.dim - gone, flow.role)
