@@ -585,7 +585,7 @@ SITUATIONS: dict[str, tuple[Way, Way]] = {
 }
 
 _OWN_LOSS = "refused: `loss` takes the criterion, which the method weighs or replaces"
-_ROWS = "refused: the loss of single rows does not follow from that of a batch; the next lines show what does"
+_ROWS = "refused: the loss of single rows does not follow from that of a batch; `functools.partial` of a loss says it"
 _BOOSTING = (
     "refused with its gradient-boosting loss, which stands in for cross-entropy alone and takes class indices"
 )
