@@ -390,8 +390,11 @@ def kept_values(proxies: Sequence[weakref.ref[fx.Proxy]]) -> list[str]:
         found = (each() for each in proxies)
         return [each.node.name for each in found if each is not None and each.node.op != "get_attr"]
 
-    if alive():
-        gc.collect()
+    # Cycles of torch.fx are young, and a look at the young is cheap; at all objects of a process it is not.
+    for generation in (0, 1, 2):
+        if not alive():
+            return []
+        gc.collect(generation)
     return alive()
 
 
