@@ -413,3 +413,33 @@ def test_batches_that_are_too_small_are_told_of_once(
         model(x[:1], target=y[:1])
     for rows in (1, 4):
         fxgraft.loss(model, model(x[:rows], target=y[:rows]), y[:rows]).backward()
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.uint8])
+def test_narrow_labels_of_mixtures(dtype: torch.dtype) -> None:
+    model = fxgraft.patch(net(), "mixmo", input_size=SIZE)
+    fxgraft.patch(model, "rsc", layer="stage2", input_size=SIZE)
+    model(images(), target=LABELS.to(dtype)).sum().backward()
+    mixed = fxgraft.MixedLabels(LABELS, LABELS.flip(0), torch.full((4, 1, 8, 8), 0.25))
+    narrow = fxgraft.MixedLabels(mixed.first.to(dtype), mixed.second.to(dtype), mixed.mask)
+    torch.testing.assert_close(narrow.soft(CLASSES), mixed.soft(CLASSES))
+    model(images(), target=narrow).sum().backward()
+
+
+@pytest.mark.parametrize("layer", ["stage1", "stage2"])
+def test_gradients_as_functions_of_the_weights(layer: str) -> None:
+    model = fxgraft.patch(net(), "rsc", layer=layer, scope="spatial", input_size=SIZE)
+    for each in model.modules():
+        each.train(not isinstance(each, nn.BatchNorm2d))
+    weights = {name: each.detach().clone() for name, each in model.named_parameters()}
+
+    def loss(weights: dict[str, Tensor]) -> Tensor:
+        out = torch.func.functional_call(model, weights, (images(),), {"target": LABELS})
+        return fxgraft.loss(model, out, LABELS)
+
+    torch.manual_seed(0)
+    found = torch.func.grad(loss)(weights)
+    torch.manual_seed(0)
+    fxgraft.loss(model, model(images(), target=LABELS), LABELS).backward()
+    for name, each in model.named_parameters():
+        torch.testing.assert_close(found[name], each.grad)

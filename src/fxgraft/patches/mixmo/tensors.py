@@ -393,7 +393,7 @@ class MixedLabels:
 
 def one_hot(labels: Tensor, classes: int) -> Tensor:
     """Return labels as soft targets (B, K); those of one logit as they are, in a column (B, 1)."""
-    return labels.reshape(-1, 1).float() if classes == 1 else F.one_hot(labels, classes).float()
+    return labels.reshape(-1, 1).float() if classes == 1 else F.one_hot(labels.long(), classes).float()
 
 
 def visible_shares(mixed_mask: Tensor, masks: Tensor) -> Tensor:

@@ -118,8 +118,8 @@ class Probe:
             else:
                 target = self._checked(classes)
             return core.linear_tail_gradient(weight, target, self.canonical.shape[2:].numel())
-        if draws.as_data():
-            # torch.func.grad compiles into the same graph, and nests in vmap; torch.autograd.grad does neither.
+        if draws.as_data() or torch._C._are_functorch_transforms_active():
+            # torch.func.grad compiles into the same graph, and nests in transforms; torch.autograd.grad does neither.
             gradient, self.logits = torch.func.grad(self._score, has_aux=True)(self.z.clone())
         else:
             # Tensors made in inference mode cannot be differentiated; their copies made outside of it can.
