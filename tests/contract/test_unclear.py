@@ -13,7 +13,7 @@ from torch.nn.utils import parametrizations
 from torchvision.models.feature_extraction import create_feature_extractor
 
 import fxgraft
-from fxgraft.errors import BypassError, CallError, ConfigError, StructureError, WrappedModelError
+from fxgraft.errors import BypassError, CallError, ConfigError, SiteError, StructureError, WrappedModelError
 from fxgraft.models import build_model
 from toys import images, net
 
@@ -113,3 +113,20 @@ def test_rsc_asks_for_the_entry_that_holds_the_logits() -> None:
         StructureError, match=r"It has: 'a', 'b'\.\nSay which one holds the logits, as output="
     ):
         fxgraft.patch(Several(), "rsc", input_size=(3, 8, 8))
+
+
+class Volume(Crops):
+    def __init__(self) -> None:
+        super().__init__()
+        self.volume = nn.Conv3d(1, 1, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(self.volume(self.stem(x).unsqueeze(1)).mean((1, 3, 4)))
+
+
+@pytest.mark.parametrize("layout", [None, "NCHW"])
+def test_volumes_are_refused_with_or_without_a_layout(layout: str | None) -> None:
+    with pytest.raises(
+        SiteError, match=r"'volume', of shape .*, has 5 dimensions, .*\n.*\nChoose another layer"
+    ):
+        fxgraft.patch(Volume(), "rsc", layer="volume", layout=layout, input_size=(3, 8, 8))

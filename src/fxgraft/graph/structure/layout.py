@@ -117,6 +117,8 @@ def layout_of(
             "It has no features that a method could act on.\n"
             "Choose the output of the block around it; fxgraft.sites(model) lists the layouts."
         )
+    if value.ndim not in DIMENSIONS.values():
+        raise SiteError(_too_many(what, value))
     raise SiteError(
         f"The layout of {what} cannot be told: {_reason(kinds)}.\n"
         "Which dimension holds the channels follows from the layers and reshapes that made a value, and from what a "
@@ -187,6 +189,14 @@ def _seen_larger(
     return [BATCH, *told[1:]] if kinds[0] in (BATCH, UNKNOWN) else told
 
 
+def _too_many(what: str, value: Tensor) -> str:
+    return (
+        f"The value at {what} has {value.ndim} dimensions, and no layout has as many.\n"
+        "Methods act on maps (B, C, H, W), on tokens or signals, and on vectors, and not on volumes or videos.\n"
+        "Choose another layer, whose output has two to four dimensions; fxgraft.sites(model) lists the shapes."
+    )
+
+
 def named_layout(
     anatomy: Anatomy,
     value: Tensor,
@@ -199,6 +209,8 @@ def named_layout(
     Raises:
         SiteError: it does not fit the value; names ``where``.
     """
+    if value.ndim not in DIMENSIONS.values():
+        raise SiteError(_too_many(f"{where!r}, of shape {tuple(value.shape)},", value))
     if value.ndim != DIMENSIONS[name]:
         raise SiteError(
             f"{where!r} was said to be {name}, but its shape is {tuple(value.shape)}.\n"
