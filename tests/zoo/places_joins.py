@@ -194,6 +194,7 @@ REST: dict[str, Joins] = {
     "tv/convnext_tiny": Joins("one in each block", {"features.#.#": 18}),
     "tv/vit_b_16": Joins("attention and MLP", {"encoder.layers.encoder_layer_#": 24}),
     "tv/mobilenet_v3_small": Joins("inverted residuals of one stride and width", {"features.#": 6}),
-    "tv/regnet_x_400mf": Joins("one in each block", {"trunk_output.block#.block#-#": 22}),
+    "tv/swin_t": Joins("attention and MLP", {"features.#.#": 24}),
+    "tv/mnasnet0_5": Joins("inverted residuals of one stride and width", {"layers.#.#": 10}),
     "tv/googlenet": Joins("inception blocks concatenate"),
 }
