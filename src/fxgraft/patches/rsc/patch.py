@@ -308,7 +308,7 @@ class RSCUnit(Unit):
         if vector:
             return core.vector_select(before, after, self.batch_share)
         count = core.batch_count(batch, self.batch_share)
-        if not count:
+        if batch and not count:
             probe.run.tell(
                 self.graft,
                 "small batch",
