@@ -12,7 +12,7 @@ from fxgraft.errors import SiteError
 from fxgraft.graph.grafting.placement import Placement, placements
 from fxgraft.graph.grafting.unit import Unit
 from fxgraft.graph.structure.absorbing import Absorber, absorber_of
-from fxgraft.graph.structure.ends import Stem, find_classifiers, find_stems
+from fxgraft.graph.structure.ends import Stem, check_classified, find_classifiers, find_stems
 from fxgraft.graph.structure.head import Head, find_head, pooled_map
 from fxgraft.graph.structure.idle import reads_places
 from fxgraft.graph.structure.joins import Join, residual_joins
@@ -147,6 +147,10 @@ class Backbone:
     def pooled_map(self, output: str | int | None = None) -> Site | None:
         """Find the last map before the average that a linear classifier reads; None if there is no such head."""
         return pooled_map(self.anatomy, output)
+
+    def check_logits(self, output: str | int | None = None) -> None:
+        """Raise `StructureError` where what the model returns is seen to be features, which no classifier gives."""
+        check_classified(self.anatomy, output)
 
     def positionwise(self, head: Head) -> PositionwiseHead:
         """Return a head's layers as they apply to every position of its map, in training."""

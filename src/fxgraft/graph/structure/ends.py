@@ -12,11 +12,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, fx, nn
+from torch.nn.modules.batchnorm import _NormBase
 
-from fxgraft.errors import StructureError
+from fxgraft.errors import StructureError, TraceError
 from fxgraft.graph.structure.layout import Layout
 from fxgraft.graph.structure.linear import is_derived, is_linear
 from fxgraft.graph.structure.opening import OpaqueError, opening
+from fxgraft.graph.structure.outputs import logits_node, take_logits
 from fxgraft.graph.structure.pooling import (
     DROPOUTS,
     SCALES,
@@ -247,3 +249,85 @@ def _last_layers(anatomy: Anatomy, traced: Traced) -> list[str]:
             )
         waiting += sources
     return sorted(set(found))
+
+
+_WEIGHTED = (nn.Linear, nn.Bilinear, nn.modules.conv._ConvNd)
+_NORMS = (_NormBase, nn.LayerNorm, nn.GroupNorm, nn.LocalResponseNorm)
+_ACTIVATIONS = {
+    "relu",
+    "relu6",
+    "gelu",
+    "silu",
+    "hardswish",
+    "mish",
+    "elu",
+    "leakyrelu",
+    "leaky_relu",
+    "prelu",
+    "selu",
+}
+_ACTIVATIONS |= {"hardsigmoid", "hardtanh", "softplus", "celu", "relu_"}
+_NORM_FUNCTIONS = {"layer_norm", "batch_norm", "group_norm", "instance_norm", "rms_norm"}
+_PASSING = (
+    SHAPES | DROPOUTS | SCALES | SUMS | {"float", "to", "interpolate", "upsample", "softmax", "sigmoid"}
+)
+_PASSING |= {"log_softmax", "adaptiveavgpool2d", "adaptiveavgpool1d", "avgpool2d", "adaptive_avg_pool2d"}
+
+
+def check_classified(anatomy: Anatomy, output: str | int | None = None) -> None:
+    """Raise where what a model returns is seen to be features: an activation or a norm gives it, and no classifier.
+
+    From the output back over pooling, shapes, sums and factors there is a layer with weights for logits; features end
+    in an activation or a norm. What declares as many classes as it gives (``num_classes``), what ends otherwise and
+    what cannot be looked into is taken for logits.
+
+    Args:
+        anatomy: of the model.
+        output: the entry that holds the logits, where the user says so; nothing is then looked at.
+
+    Raises:
+        StructureError: the model ends in features; names what gives them.
+    """
+    value = take_logits(anatomy.observation.output("")) if output is None else None
+    if not isinstance(value, Tensor) or value.ndim < 2 or _declared(anatomy) == value.shape[1]:
+        return
+    try:
+        _, node, _ = opening(anatomy, False, lambda traced: _features(anatomy, traced), alike=True)
+    except (TraceError, StructureError):
+        return
+    if node is None:
+        return
+    raise StructureError(
+        f"{anatomy.name} returns features {tuple(value.shape)}, and not logits: they come from {node}, and no "
+        "classifier gives them.\n"
+        "What a class leans on cannot be told from features; a part of a model ends before the logits.\n"
+        "Patch the whole model, layers= takes names inside of the part, or say with output= which entry of the output "
+        f"holds logits. If these are logits, set model.num_classes = {value.shape[1]}."
+    )
+
+
+def _declared(anatomy: Anatomy) -> Any:
+    declared = getattr(anatomy.model, "num_classes", None)
+    return declared if type(declared) is int else None
+
+
+def _features(anatomy: Anatomy, traced: Traced) -> str | None:
+    """Describe the activation or norm that the output comes from, on any of its ways; None where there is none."""
+    values = anatomy.values("", traced)
+    waiting = [logits_node(traced.graph, None, anatomy.name)]
+    seen = set(waiting)
+    while waiting:
+        node = waiting.pop()
+        name = node_name(node, anatomy.model)
+        module = anatomy.module(_path(node)) if node.op == "call_module" else None
+        if isinstance(module, _WEIGHTED):
+            continue
+        if isinstance(module, _NORMS) or name in _ACTIVATIONS | _NORM_FUNCTIONS:
+            return describe_node(node, values)
+        if module is not None and not is_primitive(module):
+            raise OpaqueError(_path(node))
+        if name in _PASSING or pooling_of(node, values) is not None:
+            new = [each for each in tensor_inputs(node, values) if each not in seen]
+            seen.update(new)
+            waiting += new
+    return None

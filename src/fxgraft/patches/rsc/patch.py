@@ -99,6 +99,7 @@ class RSC(LayeredPatch):
     Raises:
         ConfigError: an option outside its range.
         SiteError: no such layer, or one whose value is no feature map.
+        StructureError: the model, or the part of one, ends in features and not in logits.
     """
 
     title = "Representation Self-Challenging"
@@ -170,6 +171,7 @@ class RSC(LayeredPatch):
 
     def place(self, backbone: Backbone, make: Make) -> Iterator[list[Placement]]:
         """Put one unit on each site, and record what the rest of the network needs besides."""
+        backbone.check_logits(self.output)
         for site, layout, rest in found_sites(backbone, self.layers, self.output, self.layout):
             unit = make(site.name, RSCUnit, self)
             unit.bind(site=site, layout=layout, rest=rest)
