@@ -288,7 +288,12 @@ def check_classified(anatomy: Anatomy, output: str | int | None = None) -> None:
     Raises:
         StructureError: the model ends in features; names what gives them.
     """
-    value = take_logits(anatomy.observation.output("")) if output is None else None
+    if output is not None:
+        return
+    try:
+        value = take_logits(anatomy.observation.output(""))
+    except StructureError:  # several values: which of them are logits is asked elsewhere
+        return
     if not isinstance(value, Tensor) or value.ndim < 2 or _declared(anatomy) == value.shape[1]:
         return
     try:
