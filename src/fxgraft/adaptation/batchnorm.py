@@ -138,8 +138,11 @@ class _Images:
 def _check_finite(model: nn.Module, layers: list[_BatchNorm]) -> None:
     names = {id(module): name for name, module in model.named_modules()}
     finite = torch.stack(
-        [(each.running_mean.sum() + each.running_var.sum()).isfinite().cpu() for each in layers]
-    )  # type: ignore[union-attr]
+        [
+            (each.running_mean.sum() + each.running_var.sum()).isfinite().cpu()  # type: ignore[union-attr]
+            for each in layers
+        ]
+    )
     wrong = [names[id(layer)] for layer, good in zip(layers, finite.tolist(), strict=True) if not good]
     if wrong:
         raise ConfigError(

@@ -57,7 +57,7 @@ def stub() -> str:
     """Return the text of ``__init__.pyi``."""
     # Each as itself, which hands it on; `patch` is declared here alone.
     names = [name for name in public.__all__ if name != "patch"]
-    places = {**dict.fromkeys(names, "fxgraft.public"), **fxgraft._ELSEWHERE}
+    places = {**dict.fromkeys(names, "fxgraft.public"), **vars(fxgraft)["_ELSEWHERE"]}
     parts = [
         _HEAD.format(imports="\n".join(f"from {where} import {n} as {n}" for n, where in places.items()))
     ]

@@ -121,5 +121,5 @@ def _load(model: nn.Module, file: Path) -> None:
 def _classifiers(model: nn.Module) -> list[str]:
     declared = getattr(model, "default_cfg", None) or {}
     named = declared.get("classifier", ()) if isinstance(declared, dict) else ()
-    found = [named] if isinstance(named, str) else list(named or ())
+    found: list[str] = [named] if isinstance(named, str) else list(named or ())
     return found or [name for name, each in model.named_modules() if isinstance(each, nn.Linear)][-1:]

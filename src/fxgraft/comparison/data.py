@@ -127,7 +127,7 @@ def read_data(
     classes = tuple(sorted({row[2] for rows in trained.values() for row in rows}))
     if len(classes) < 2:
         raise ConfigError(
-            f"{data} has one class, {classes[0]!r}. A comparison of classifiers needs two or more."
+            f"{data} has one class, {''.join(classes)!r}. A comparison of classifiers needs two or more."
         )
     if kind == "domains":
         _check_same(trained, classes)
@@ -379,7 +379,7 @@ def _of_timm(name: str) -> dict[str, list[_Named]]:
 
 @functools.lru_cache(maxsize=16)
 def _timm_data(place: str) -> Any:
-    from timm.data import create_dataset
+    from timm.data.dataset_factory import create_dataset
 
     name, _, split_name = place.partition("#")
     name, _, root = name.partition(":")

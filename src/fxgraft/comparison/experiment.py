@@ -8,7 +8,7 @@ import itertools
 import math
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from concurrent.futures import BrokenExecutor
 from contextlib import closing
 from dataclasses import asdict, replace
@@ -354,7 +354,7 @@ class _Runner:
                 if self.progress is not None:
                     self.progress(self.result, (time.monotonic() - began) / done * (len(jobs) - done))
 
-    def _carried_out(self, jobs: Sequence[Job]) -> Iterator[list[Record]]:
+    def _carried_out(self, jobs: Sequence[Job]) -> Generator[list[Record], None, None]:
         if not jobs:
             return
         if self.workers == 1 and self.backend == "loky":
@@ -368,7 +368,7 @@ class _Runner:
             # Read by OpenMP when a worker starts: two threads that share a core wait for each other.
             options["inner_max_num_threads"] = 1
         elif self.backend == "ray":
-            from ray.util.joblib import register_ray
+            from ray.util.joblib import register_ray  # pyright: ignore[reportMissingImports]
 
             register_ray()
         dealt = [
@@ -377,7 +377,8 @@ class _Runner:
         with parallel_config(backend=self.backend, n_jobs=self.workers, **options):
             parallel = Parallel(return_as="generator_unordered")
             try:
-                yield from parallel(delayed(carry_out)(self.setup, job) for job in dealt)
+                done: Any = parallel(delayed(carry_out)(self.setup, job) for job in dealt)
+                yield from done
             except BrokenExecutor as error:
                 raise ConfigError(
                     "A process of a run was killed, most often for lack of memory.\n"

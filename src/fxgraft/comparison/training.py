@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader, Dataset
 
 import fxgraft
 from fxgraft.comparison.data import Item, Items, open_image
-from fxgraft.errors import ConfigError
+from fxgraft.errors import ConfigError, candidates
 
 SCORES = ("accuracy", "macro_accuracy", "top5", "nll", "ece")
 """What is measured of every run, each as torchmetrics defines it; a verdict is about one of them."""
@@ -76,7 +76,7 @@ class Training:
     select: str = "last"
 
     def __post_init__(self) -> None:
-        from timm.optim import list_optimizers
+        from timm.optim import list_optimizers  # pyright: ignore[reportPrivateImportUsage]
 
         for name in ("epochs", "batch_size"):
             value = getattr(self, name)
@@ -91,8 +91,9 @@ class Training:
             )
         if not self.lr > 0:
             raise ConfigError(f"lr must be above 0, got {self.lr!r}.")
-        if self.opt not in list_optimizers():
-            raise ConfigError(f"timm has no optimizer {self.opt!r}. It has {', '.join(list_optimizers())}.")
+        known = [str(name) for name in list_optimizers()]
+        if self.opt not in known:
+            raise ConfigError(f"timm has no optimizer {self.opt!r}. {candidates(self.opt, known)}")
         if self.sched not in ("cosine", "tanh", "step", "poly", "constant", "none"):
             raise ConfigError(
                 f"sched must be one of cosine, tanh, step, poly, constant and none, got {self.sched!r}."
@@ -128,7 +129,7 @@ class Images(Dataset[tuple[Tensor, int]]):
     So all variants see the same crops and colours, whatever their methods draw.
     """
 
-    def __init__(self, items: Items, transform: Callable[[Any], Tensor], size: int, seed: int = 0) -> None:
+    def __init__(self, items: Items, transform: Callable[[Any], Any], size: int, seed: int = 0) -> None:
         self.items, self.transform, self.seed, self.epoch = items, transform, seed, 0
         self.side = round(size * 8 / 7)
 
@@ -207,9 +208,9 @@ def fit(
     Raises:
         ConfigError: there are fewer training images than a batch holds.
     """
-    from timm.optim import create_optimizer_v2
-    from timm.scheduler import create_scheduler_v2
-    from timm.utils import ModelEmaV3
+    from timm.optim import create_optimizer_v2  # pyright: ignore[reportPrivateImportUsage]
+    from timm.scheduler.scheduler_factory import create_scheduler_v2
+    from timm.utils.model_ema import ModelEmaV3
 
     if len(train) < settings.batch_size:
         raise ConfigError(
@@ -366,9 +367,10 @@ def _stack(rows: list[tuple[Tensor, int]]) -> Tensor:
 
 def transform_of(
     model: nn.Module, settings: Training, size: int, *, training: bool
-) -> Callable[[Any], Tensor]:
+) -> Callable[[Any], Any]:
     """Make timm's transform, with the mean and deviation that the model's weights were trained with."""
-    from timm.data import create_transform, resolve_data_config
+    from timm.data.config import resolve_data_config
+    from timm.data.transforms_factory import create_transform
 
     config = resolve_data_config({"input_size": (3, size, size)}, model=model)
     shared = {"input_size": size, "mean": config["mean"], "std": config["std"], "interpolation": "bicubic"}

@@ -94,7 +94,8 @@ class BlockPatch(LayeredPatch):
 
     def built(self, graft: Graft) -> Structure | None:
         """Say how many blocks have units, and of how many convolutions they are."""
-        blocks = [unit.block for unit in graft.units.values() if hasattr(unit, "block")]
+        units: list[Any] = [unit for unit in graft.units.values() if hasattr(unit, "block")]
+        blocks = [unit.block for unit in units]
         kinds = {each.blocks for each in blocks}
         if len(kinds) != 1:
             return None

@@ -143,7 +143,8 @@ def _base(anatomy: Anatomy, owner: str, returned: fx.Node) -> fx.Node | None:
         or not all(isinstance(p, fx.Node) for p in parts)
     ):
         return None
-    for base, new in (parts, parts[::-1]):
+    nodes: list[Any] = list(parts)
+    for base, new in (nodes, nodes[::-1]):
         before = {*upstream_of(base), base}
         given = any(node.op == "placeholder" for node in before)
         if (

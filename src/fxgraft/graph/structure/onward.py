@@ -286,7 +286,7 @@ def _picked(values: Values, node: fx.Node, carried: Carried) -> Carried:
     if carried is None or carried.dim < 0:
         return carried
     whole = Flow(role=carried.role)
-    entries = list(index) if isinstance(index, tuple) else [index]
+    entries: list[Any] = list(index) if isinstance(index, tuple) else [index]
     if not all(isinstance(each, (int, slice)) for each in entries):
         return whole
     entry = entries[carried.dim] if len(entries) > carried.dim else slice(None)
@@ -310,7 +310,7 @@ def _picked(values: Values, node: fx.Node, carried: Carried) -> Carried:
 def _joined(values: Values, node: fx.Node, carrying: Mapping[fx.Node, Flow]) -> Carried:
     """Follow values through a concatenation or a stack."""
     merged = _merged(list(carrying.values()))
-    parts = node.args[0] if node.args else node.kwargs.get("tensors", ())
+    parts: Any = node.args[0] if node.args else node.kwargs.get("tensors", ())
     dim = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", node.kwargs.get("axis", 0))
     if merged is None or merged.dim < 0 or not isinstance(parts, (tuple, list)) or not isinstance(dim, int):
         return None if merged is None else Flow(role=merged.role)

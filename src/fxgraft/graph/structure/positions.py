@@ -178,7 +178,8 @@ def _edits(anatomy: Anatomy, each: Join, position: str) -> tuple[Edit, Edit, str
         identities = (each.edits["identity"], each.training_edits["identity"])
         wider = zip(graphs, edits, identities, strict=True)
         edits = tuple(_with_projection(anatomy, each, graph, *pair) for graph, *pair in wider)
-    return *edits, each.values[known]
+    evaluation, training = edits
+    return evaluation, training, each.values[known]
 
 
 def _with_projection(anatomy: Anatomy, each: Join, graph: fx.Graph, pre: Edit, identity: Edit) -> Edit:
