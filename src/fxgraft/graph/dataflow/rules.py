@@ -309,10 +309,8 @@ def _convolution(operation: Operation) -> Axes:
 def _product(operation: Operation, a: Any, b: Any) -> Axes | None:
     """Multiply matrices (.., n, m) and (.., m, p)."""
     left, right = operation.known(a), operation.known(b)
-    if left is None and right is None:
-        return None
     if right is None:
-        return (*left[:-1], _made(left[-1], left[:-1], operation.shape[-1]))
+        return None if left is None else (*left[:-1], _made(left[-1], left[:-1], operation.shape[-1]))
     if left is None:
         others = (*right[:-2], right[-1])
         return (*right[:-2], _made(right[-2], others, operation.shape[-2]), right[-1])

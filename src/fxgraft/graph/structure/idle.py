@@ -99,8 +99,10 @@ def _gradient(anatomy: Anatomy, rest: Rest, value: Tensor, others: list[Any]) ->
             z = drawn(value).requires_grad_()
             out = rest.function(model, z.clone(), *pytree.tree_map(drawn, others))
             logits = [each for each in tensors(out) if each.requires_grad]
-            score = sum((each * drawn(each)).sum() for each in logits)
-            return torch.autograd.grad(score, z)[0] if logits else torch.zeros_like(z)
+            if not logits:
+                return torch.zeros_like(z)
+            score = torch.stack([(each * drawn(each)).sum() for each in logits]).sum()
+            return torch.autograd.grad(score, z)[0]
     except Exception:  # a forward that takes no values but real ones: what its operations say is believed
         return None
     finally:

@@ -440,7 +440,7 @@ def _batch_norm(layer: Any, pooled: Tensor, rows: Tensor, positions: int) -> tup
     out = pooled_vectors.around(pooled, middle, rows, positions, scale.view(1, -1, *[1] * (pooled.ndim - 2)))
     if _inert(act):
         return middle, out
-    middle, out = _dropped(layer.drop, middle, out, positions)
+    middle, out = _dropped(layer.drop, middle, out, positions)  # type: ignore[arg-type]
     return act(middle), act(out)  # type: ignore[misc]
 
 

@@ -107,8 +107,8 @@ class Rest:
         others = [_detached(each) for each in (*captured, *inputs)]
         with self.evaluation_mode(model):
             if self.site.on_module:  # grafts act inside of its call, its hooks behind them
-                given = pytree.tree_map(_detached, calls.get(self.site.path, ((), {})))
-                z = hooked_output(model.get_submodule(self.site.path), *given, z)
+                args, kwargs = pytree.tree_map(_detached, calls.get(self.site.path, ((), {})))
+                z = hooked_output(model.get_submodule(self.site.path), args, kwargs, z)
             out: Any = self.function(model, z, *others)
             if self.whole:
                 out = hooked_output(model, *calls.get("", ((), {})), out)
@@ -273,7 +273,7 @@ def _is_hooked(module: nn.Module) -> bool:
 def _own_forward(model: nn.Module, path: str) -> Any:
     """Return the forward that was set on a module; one that is just its class's, bound to it, counts for none."""
     module = model.get_submodule(path)
-    own = module.__dict__.get("forward")
+    own: Any = module.__dict__.get("forward")
     bound = getattr(own, "__self__", None) is module
     return None if bound and own.__func__ is type(module).forward else own
 

@@ -177,6 +177,7 @@ def node_sites(anatomy: Anatomy, owner: str) -> list[Site]:
 
 def last_called(anatomy: Anatomy, path: str, containers: tuple[type, ...] = (nn.Sequential,)) -> str | None:
     """Follow a Sequential whose children are called one by one to the child that gives its output."""
+    module: Any
     try:
         module = anatomy.module(path) if path else None
     except AttributeError:

@@ -104,7 +104,7 @@ def _by_places(anatomy: Anatomy) -> list[Site]:
             if value.alone and path.count(".") < known.count("."):
                 outer[value.made] = path
     found = _last_of_each(
-        ((path, main[path].places) for _, path in sorted(outer.items())),
+        ((path, value.places) for _, path in sorted(outer.items()) if (value := main[path]) is not None),
         lambda path, before: not _is_composite(anatomy, path) and _is_composite(anatomy, before),
     )
     if len(found) == 1:

@@ -132,7 +132,7 @@ _WITH_INFERENCE = {"multithreading of autograd", "forward-mode gradients", "view
 
 def _getters() -> dict[str, Callable[[], Any]]:
     """Name what else a forward may set for the whole process or thread, with a function that reads it."""
-    c = torch._C
+    c: Any = torch._C
     autograd = c._autograd
     wanted: dict[str, tuple[Any, str]] = {
         "the default dtype": (torch, "get_default_dtype"),
