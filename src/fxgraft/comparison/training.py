@@ -365,18 +365,18 @@ def _stack(rows: list[tuple[Tensor, int]]) -> Tensor:
     return torch.stack([image for image, _ in rows])
 
 
-def transform_of(
-    model: nn.Module, settings: Training, size: int, *, training: bool
-) -> Callable[[Any], Any]:
+def transform_of(model: nn.Module, settings: Training, size: int, *, training: bool) -> Callable[[Any], Any]:
     """Make timm's transform, with the mean and deviation that the model's weights were trained with."""
     from timm.data.config import resolve_data_config
     from timm.data.transforms_factory import create_transform
 
     config = resolve_data_config({"input_size": (3, size, size)}, model=model)
     shared = {"input_size": size, "mean": config["mean"], "std": config["std"], "interpolation": "bicubic"}
+    made: Any
     if not training:
-        return create_transform(**shared, crop_pct=1.0)
-    return create_transform(
+        made = create_transform(**shared, crop_pct=1.0)
+        return made
+    made = create_transform(
         **shared,
         is_training=True,
         scale=(settings.train_crop, 1.0),
@@ -384,6 +384,7 @@ def transform_of(
         color_jitter=settings.color_jitter or None,  # type: ignore[arg-type]
         grayscale_prob=settings.grayscale,
     )
+    return made
 
 
 def _on(x: Tensor, device: str | torch.device, settings: Training) -> Tensor:
