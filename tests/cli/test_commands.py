@@ -253,6 +253,15 @@ def test_shells_are_offered_completion():
     assert "--install-completion" in out
 
 
+@pytest.mark.parametrize(
+    ("name", "parts"),
+    [
+        ("resnet50", ("timm", "resnet50")),
+        ("timm/resnet50", ("timm", "resnet50")),
+        ("torchvision/resnet50", ("torchvision", "resnet50")),
+        ("hf-hub:timm/resnet50", ("timm", "hf-hub:timm/resnet50")),
+    ],
+)
 def test_split_name(name, parts):
     assert split_name(name) == parts
 

@@ -342,7 +342,8 @@ class ParameterWatch:
     def __init__(self) -> None:
         self._done = False
         self._passes = self._moves = 0
-        self._watched: dict[tuple[str, int], tuple[weakref.ref[nn.Parameter], int]] | None = None
+        self._begun = False
+        self._watched: dict[tuple[str, int], tuple[weakref.ref[nn.Parameter], int]] = {}
         self._seen: set[tuple[str, int]] = set()
         self._hooks: dict[tuple[str, int], Any] = {}
         self._references: list[tuple[weakref.ref[nn.Parameter], int]] = []
@@ -368,9 +369,8 @@ class ParameterWatch:
         """
         if self._done or not torch.is_grad_enabled():
             return
-        if self._watched is None:
+        if not self._begun:
             self._begin(model, parameters())
-        assert self._watched is not None  # noqa: S101 - for the type checker
         for key, (known, version) in list(self._watched.items()):
             p = known()
             if p is None or p._version != version:
@@ -400,6 +400,7 @@ class ParameterWatch:
             for index, p in enumerate(each)
             if p.requires_grad and not p.is_inference()
         }
+        self._begun = True
         self._watched = {key: (weakref.ref(p), p._version) for key, p in own.items()}
         for key, p in own.items():
 
@@ -417,7 +418,6 @@ class ParameterWatch:
             self._references = [(weakref.ref(p), p._version) for p in chosen]
 
     def _forget(self, key: tuple[str, int]) -> None:
-        assert self._watched is not None  # noqa: S101 - for the type checker
         del self._watched[key]
         hook = self._hooks.pop(key, None)
         if hook is not None:
@@ -425,7 +425,6 @@ class ParameterWatch:
 
     def _compare(self, model: nn.Module) -> None:
         """Tell by their values whether parameters stand still: some optimisers write past the versions."""
-        assert self._watched is not None  # noqa: S101 - for the type checker
         still = {
             key: p
             for key, (known, _) in self._watched.items()

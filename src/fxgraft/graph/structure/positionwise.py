@@ -23,7 +23,7 @@ from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from fxgraft.errors import BypassError, SiteError, StructureError
-from fxgraft.functional import pooled_vectors
+from fxgraft.graph.structure import pooled_vectors
 from fxgraft.graph.structure.head import Head, token_grid
 from fxgraft.graph.structure.linear import made_by_hooks
 from fxgraft.graph.structure.pooling import (
