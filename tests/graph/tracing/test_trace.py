@@ -16,6 +16,7 @@ import fxgraft
 from fxgraft.errors import SiteError, TraceError
 from fxgraft.graph.grafting.forwards import as_forward
 from fxgraft.graph.tracing.anatomy import Anatomy
+from fxgraft.graph.tracing.preserve import preserved_globals
 from fxgraft.graph.tracing.signatures import INPUT
 from fxgraft.graph.tracing.trace import CHECKPOINT_REGION, Traced, is_primitive
 from toys import Block, Net, assert_same, images, net, state_of_everything
@@ -408,3 +409,18 @@ def test_in_place_operators_stay_in_place_and_leave_numbers_alone():
 def test_nodes_of_in_place_operators_are_named_as_torchvision_names_them():
     resnet = timm.create_model("resnet18")
     assert "layer1.0.add" in [site.name for site in fxgraft.sites(resnet, "layer1.0.*")]
+
+
+def test_globals_get_back_what_differs_and_python_keeps_its_own() -> None:
+    """What other code reads meanwhile is never empty: an interruption then would leave it so."""
+    held: dict[str, Any] = {"table": {"a": 1}, "entries": [1], "seen": {1}}
+    cls: Any = type("Here", (nn.Module,), {"__module__": __name__, **held})
+    with preserved_globals([cls()]) as reachable:
+        assert not any("__builtins__" in content for _, content, _ in reachable._spaces)
+        cls.table.update(a=2, b=3)
+        cls.entries.append(2)
+        cls.seen ^= {1, 2}
+        cls.added = 1
+        assert {name for _, name in reachable.changes()} == {"table", "entries", "added"}
+    assert held == {"table": {"a": 1}, "entries": [1], "seen": {1}}
+    assert not hasattr(cls, "added")

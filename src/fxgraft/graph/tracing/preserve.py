@@ -18,6 +18,7 @@ import threading
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from types import BuiltinFunctionType, FunctionType, MethodType, ModuleType
 from typing import Any, Final
 
@@ -29,7 +30,7 @@ from torch.utils import _pytree as pytree
 from fxgraft.graph.tracing.branches import iadd, imul, isub, itruediv
 from fxgraft.graph.tracing.regions import Recorder
 from fxgraft.graph.tracing.walks import upstream_of
-from fxgraft.graph.tracing.whole import afterwards
+from fxgraft.graph.tracing.whole import Step, afterwards, at_once
 
 
 @contextlib.contextmanager
@@ -271,7 +272,8 @@ class Reachable:
         names = {cls.__module__ for cls in classes if cls is not object}
         self._spaces: list[tuple[Any, dict[str, Any], dict[str, Any]]] = []
         for holder in (*classes - {object}, *(sys.modules[name] for name in names if name in sys.modules)):
-            content = dict(vars(holder))
+            # Names like __builtins__ and __annotations__ are Python's own.
+            content = {name: value for name, value in vars(holder).items() if not _is_special(name)}
             inner = {k: type(v)(v) for k, v in content.items() if type(v) in (list, dict, set)}
             self._spaces.append((holder, content, inner))
 
@@ -281,7 +283,7 @@ class Reachable:
             now = vars(holder)
             for name in dict.fromkeys([*content, *now]):
                 old, new = content.get(name, MISSING), now.get(name, MISSING)
-                lazily = (old is None and not isinstance(new, (bool, int, float))) or name.startswith("__")
+                lazily = (old is None and not isinstance(new, (bool, int, float))) or _is_special(name)
                 if old is not new and not lazily:
                     yield holder, name
             for name, before in inner.items():
@@ -294,20 +296,36 @@ class Reachable:
                     yield holder, name
 
     def restore(self) -> None:
-        """Put back what differs."""
+        """Put back what differs, and write to nothing else: other code reads the same globals meanwhile."""
+        steps: list[Step] = []
         for holder, content, inner in self._spaces:
-            for name in [name for name in vars(holder) if name not in content]:
-                delattr(holder, name)
-            for name, value in content.items():
-                if vars(holder).get(name, MISSING) is not value:
-                    setattr(holder, name, value)
+            now = vars(holder)
+            new = [name for name in now if name not in content and not _is_special(name)]
+            steps += [partial(delattr, holder, name) for name in new]
+            steps += [
+                partial(setattr, holder, name, value)
+                for name, value in content.items()
+                if now.get(name, MISSING) is not value
+            ]
             for name, before in inner.items():
-                value = content[name]
-                if isinstance(value, list):
-                    value[:] = before
-                else:
-                    value.clear()
-                    value.update(before)
+                steps += _putting_back(content[name], before)
+        at_once(steps)
+
+
+def _is_special(name: str) -> bool:
+    return name.startswith("__") and name.endswith("__")
+
+
+def _putting_back(value: Any, before: Any) -> list[Step]:
+    """Return the steps that give a list, a set or a dictionary its content back; none where it has it."""
+    if isinstance(value, list):
+        same = len(value) == len(before) and all(map(operator.is_, value, before))
+        return [] if same else [partial(value.__setitem__, slice(None), before)]
+    if isinstance(value, set):
+        return [partial(value.intersection_update, before), partial(value.update, before)] * (value != before)
+    changed = {key: old for key, old in before.items() if value.get(key, MISSING) is not old}
+    added = [partial(value.pop, key, None) for key in value if key not in before]
+    return added + ([partial(value.update, changed)] if changed else [])
 
 
 @contextlib.contextmanager
