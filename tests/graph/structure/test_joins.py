@@ -352,6 +352,20 @@ def test_what_a_residual_join_is(name: str) -> None:
     assert [each.kind for each in joins(model, (4, 8, 8))] == ([kind] if kind else [])
 
 
+def test_several_branches_have_no_end_and_patching_there_says_so() -> None:
+    model, _ = _adding("parallel branches")
+    assert [site.op for site in fxgraft.sites(model, "residual", input_size=(4, 8, 8))] == [
+        *("pre", "identity", "post"),
+    ]
+    with pytest.raises(
+        fxgraft.StructureError,
+        match=r"No residual join of Sequential has a position 'residual': '0\.add'\.\nThey add several branches",
+    ) as caught:
+        fxgraft.patch(model, "selfnorm", position="residual", input_size=(4, 8, 8))
+    assert len(str(caught.value).splitlines()) == 3
+    fxgraft.patch(model, "selfnorm", layers="0.branch", input_size=(4, 8, 8))
+
+
 def test_a_sum_of_a_layers_parts_within_a_branch_is_none() -> None:
     class Outer(nn.Module):
         def __init__(self) -> None:

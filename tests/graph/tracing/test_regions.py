@@ -49,7 +49,7 @@ class Block(nn.Module):
         self.stats = {"n": 0}
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.relu(x + self.conv(x) + self.extra(x))
+        return F.relu(x + (self.conv(x) + self.extra(x)))
 
     def extra(self, x: Tensor) -> Tensor:
         return self.side(x).mean((2, 3), keepdim=True)

@@ -382,6 +382,15 @@ def _nowhere(anatomy: Anatomy, position: str, found: list[Spot]) -> StructureErr
             "Statistics over positions need several of them.\n"
             "Pass input_size=(C, H, W) of larger images, or layers= with other sites."
         )
+    joined = [each.name for each in residual_joins(anatomy)] if position in RESIDUAL else []
+    if joined:
+        have = [each for each in RESIDUAL if each != position and _residual(anatomy, each)]
+        return StructureError(
+            f"No residual join of {model} has a position {position!r}: {_few(joined)}.\n"
+            "They add several branches one after the other, and no value is the end of all of them.\n"
+            f"Pass position= one of {', '.join(map(repr, have))}, or layers= with the name of a site at the end of one "
+            "branch."
+        )
     joins = len(_residual(anatomy, "post"))
     dense = len(dense_layers(anatomy, DENSE[0]))
     parts = [f"{joins} residual joins", f"{dense} dense layers"]
