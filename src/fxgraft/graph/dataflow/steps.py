@@ -25,6 +25,7 @@ from fxgraft.errors import FxgraftError
 from fxgraft.graph.tracing.anatomy import Anatomy
 from fxgraft.graph.tracing.branches import iadd
 from fxgraft.graph.tracing.names import join
+from fxgraft.graph.tracing.settings import acted_on
 
 Words = frozenset[str]
 
@@ -342,6 +343,16 @@ def squashes(anatomy: Anatomy, owner: str, node: fx.Node) -> bool:
         return True
     if any(True for _ in module.children()) or any(True for _ in module.parameters()):
         return False
+    # Its like are many, and tracing each of them is most of the time that finding joins takes.
+    settings = tuple(
+        (name, value) for name, value in vars(module).items() if name[0] != "_" and name != "training"
+    )
+    if acted_on(module) or not all(isinstance(value, (bool, int, float, str)) for _, value in settings):
+        return _forward_squashes(anatomy, path)
+    return anatomy.once(("squashes", type(module), settings), lambda: _forward_squashes(anatomy, path))
+
+
+def _forward_squashes(anatomy: Anatomy, path: str) -> bool:
     try:
         graph = anatomy.graph(path, training=False).graph
     except FxgraftError:

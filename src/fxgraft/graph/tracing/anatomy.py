@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from typing import Any, TypeVar
 
 import torch
@@ -42,9 +42,9 @@ class Anatomy:
         self._graphs: dict[tuple[Any, ...], Traced] = {}
         self._values: dict[str, Values] = {}
         self._enlarged: Anatomy | None = None
-        self._once: dict[str, Any] = {}
+        self._once: dict[Hashable, Any] = {}
 
-    def once(self, name: str, find: Callable[[], Known]) -> Known:
+    def once(self, name: Hashable, find: Callable[[], Known]) -> Known:
         """Return what ``find`` gives, found the first time that it is asked for under this name."""
         if name not in self._once:
             self._once[name] = find()
