@@ -77,6 +77,7 @@ def nothing_else_changes(draws: bool = False) -> Iterator[None]:
     assert not whole._lock._is_owned()
     assert torch.is_grad_enabled()
     assert not torch.is_inference_mode_enabled()
+    assert torch._C._len_torch_dispatch_stack() == 0
     assert random.getstate() == chance
     assert draws or torch.equal(torch.get_rng_state(), torch_chance)
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import random
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -243,8 +245,6 @@ def _drawn_once(self: Block, x: Tensor) -> Tensor:
 
 
 def _python_chance(self: Block, x: Tensor) -> Tensor:
-    import random
-
     return self.side(x) if random.random() < 0.5 else x
 
 
@@ -436,3 +436,30 @@ def test_what_a_graph_would_not_do_again_is_refused_and_undone(
     assert (torch.is_grad_enabled(), torch.get_default_dtype()) == (mode, torch.float32)
     assert not hasattr(type(block), "total")
     assert not hasattr(block, "steps")
+
+
+@pytest.fixture
+def another() -> Iterator[ThreadPoolExecutor]:
+    """Another thread, which is there all the time."""
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(int).result()
+        yield pool
+
+
+@pytest.mark.parametrize("extra", [_forked, _seeded, _drawn_once, _python_chance], ids=lambda f: f.__name__)
+def test_draws_are_refused_beside_other_threads(
+    extra: Callable[..., Tensor], another: ThreadPoolExecutor
+) -> None:
+    with pytest.raises(TraceError, match=REFUSED[extra]):
+        patched(make(extra), "crossnorm")
+
+
+def test_draws_of_other_threads_are_theirs(another: ThreadPoolExecutor) -> None:
+    def extra(self: Block, x: Tensor) -> Tensor:
+        another.submit(torch.rand, 1).result()
+        another.submit(random.random).result()
+        return self.side(x)
+
+    model = patched(make(extra), "crossnorm").eval()
+    x = torch.randn(2, 3, 8, 8)
+    assert torch.equal(model(x), make(extra).eval()(x))

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import fx
 from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode_stack
 
 from fxgraft.graph.tracing.whole import afterwards
 
@@ -47,6 +48,7 @@ Modes = tuple[Any, ...]
 # Taken here, since their names in torch are watched while a forward is traced.
 _grad, _inference = torch.is_grad_enabled, torch.is_inference_mode_enabled
 _increment, _decrement = torch.autocast_increment_nesting, torch.autocast_decrement_nesting
+_python_state = random.getstate
 _cache, _enabled, _dtype = (
     torch.is_autocast_cache_enabled,
     torch.is_autocast_enabled,
@@ -105,8 +107,15 @@ _WATCHED = [(holder, name) for holder, name in _names() if hasattr(holder, name)
 @contextlib.contextmanager
 def watched_modes(touched: list[str]) -> Iterator[None]:
     """Note in a list what in the block, in this thread, reads or sets the modes."""
+    with _watching(_WATCHED, touched):
+        yield
+
+
+@contextlib.contextmanager
+def _watching(watched: Sequence[tuple[Any, str]], touched: list[str]) -> Iterator[None]:
+    """Note in a list which of these functions are called in the block, in this thread."""
     here = threading.get_ident()
-    originals = [(holder, name, getattr(holder, name)) for holder, name in _WATCHED]
+    originals = [(holder, name, getattr(holder, name)) for holder, name in watched]
 
     def watching(name: str, original: Callable[..., Any]) -> Callable[..., Any]:
         def call(*args: Any, **kwargs: Any) -> Any:
@@ -184,6 +193,56 @@ def _random_states() -> dict[str, Any]:
     return states
 
 
+_SEEDING = [
+    *((torch, name) for name in ("manual_seed", "seed", "set_rng_state")),
+    *((torch.random, name) for name in ("manual_seed", "_manual_seed_impl", "seed", "set_rng_state")),
+    *((torch.cuda, name) for name in ("manual_seed", "manual_seed_all", "seed", "seed_all", "set_rng_state")),
+    *(
+        (random, name)
+        for name, value in vars(random).items()
+        if inspect.ismethod(value) and name != "getstate"
+    ),
+    *((random, name) for name in ("random", "getrandbits")),
+]
+"""What sets the random states, and what draws Python's random numbers."""
+
+
+class _Drawing(TorchDispatchMode):
+    """Notes in a list which operators of this thread draw from the random states."""
+
+    def __init__(self, drawn: list[str]) -> None:
+        super().__init__()
+        self._drawn = drawn
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if torch.Tag.nondeterministic_seeded not in func.tags:
+            return func(*args, **(kwargs or {}))
+        before = _random_states()
+        result = func(*args, **(kwargs or {}))
+        if any(not torch.equal(state, before[name]) for name, state in _random_states().items()):
+            self._drawn.append(str(func))
+        return result
+
+
+@contextlib.contextmanager
+def watched_draws() -> Iterator[list[str]]:
+    """Note what in the block, in this thread, draws from or sets the random states.
+
+    They are the process's: where they change, another thread may have done it.
+    """
+    drawn: list[str] = []
+    mode = _Drawing(drawn)
+
+    def restore() -> None:
+        if mode in _get_current_dispatch_mode_stack():
+            mode.__exit__(None, None, None)
+
+    watched = [(holder, name) for holder, name in _SEEDING if hasattr(holder, name)]
+    with afterwards(restore), _watching(watched, drawn):
+        mode.__enter__()
+        yield drawn
+
+
 class StateChangedError(Exception):
     """A traced forward set something that a graph cannot follow.
 
@@ -206,6 +265,7 @@ class Recorder:
 
     Attributes:
         line: names the line of the user's code that runs now.
+        drawn: what drew from or set the random states; see `watched_draws`.
         touched: what was called that reads or sets the modes; see `watched_modes`.
         modes: of every node, in order, with the line where they are not the caller's.
         spans: of the nodes in an autocast, the number of the outermost one.
@@ -213,6 +273,7 @@ class Recorder:
     """
 
     line: Callable[[], str]
+    drawn: list[str]
     touched: list[str] = field(default_factory=list)
     modes: list[tuple[fx.Node, Modes, str | None]] = field(default_factory=list)
     spans: dict[fx.Node, int] = field(default_factory=dict)
@@ -224,7 +285,8 @@ class Recorder:
         self._getters = list(_getters().items())
         self._settings = [get() for _, get in self._getters]
         self._random = _random_states()
-        self._python = random.getstate()
+        self._python = _python_state()
+        self._only_thread = threading.active_count() == 1
 
     def note(self, node: fx.Node) -> None:
         """Take down what a node that was just made runs under."""
@@ -246,15 +308,19 @@ class Recorder:
             if get() != before and not (name in _WITH_INFERENCE and _inference()):
                 return self.found(f"sets {name}", self.line())
         for name, state in _random_states().items():
-            if name in self._random and not torch.equal(state, self._random[name]):
+            if name in self._random and not torch.equal(state, self._random[name]) and self._drew():
                 what = f"draws from or sets {name}, outside of what is done to its input"
                 return self.found(what, self.line())
         return None
 
+    def _drew(self) -> bool:
+        """Say whether a random state was changed by this thread: seen to be, or the only one there is."""
+        return bool(self.drawn) or (self._only_thread and threading.active_count() == 1)
+
     def close(self) -> None:
         """After the forward returned: check that nothing stays set."""
         self._check_settings()
-        if random.getstate() != self._python:
+        if _python_state() != self._python and self._drew():
             self.found("draws from or seeds Python's random numbers")
         if _read() != self._caller:
             self.found("leaves another grad mode or autocast behind than it found")

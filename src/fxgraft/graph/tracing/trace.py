@@ -43,6 +43,7 @@ from fxgraft.graph.tracing.regions import (
     StateChangedError,
     called_by,
     mark_regions,
+    watched_draws,
     watched_modes,
 )
 from fxgraft.graph.tracing.settings import (
@@ -483,8 +484,9 @@ def _attempt(module: nn.Module, tracer: ShallowTracer, training: bool, modes: Mo
             preserved_globals(opened) as reachable,
             replaced_checkpoint(tracer.run_checkpoint),
             called_by(modes),
+            watched_draws() as drawn,
         ):
-            recorder = tracer.recorder = Recorder(user_line)
+            recorder = tracer.recorder = Recorder(user_line, drawn)
             with watched_modes(recorder.touched), noticed_prints(recorder):
                 graph = tracer.trace(module)
             recorder.close()
