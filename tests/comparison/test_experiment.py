@@ -410,7 +410,8 @@ def test_workers_give_the_numbers_of_one_process(data, tmp_path, backend):
     options += ["--epochs", "1", "--batch-size", "8"]
     found = []
     for number, more in enumerate((["--workers", "1"], ["--workers", "2", "--backend", backend])):
-        command = [sys.executable, "-m", "fxgraft.cli.commands", "compare", str(data), *options, *more]
+        command = [sys.executable, "-c", "from fxgraft.cli.commands import app; app()", "compare", str(data)]
+        command += [*options, *more]
         out = tmp_path / str(number)
         subprocess.run([*command, "--out", str(out)], check=True, capture_output=True, cwd=tmp_path)
         records = [json.loads(line) for line in (out / "runs.jsonl").read_text().splitlines()]
