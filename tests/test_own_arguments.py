@@ -175,6 +175,27 @@ def test_a_model_that_names_a_methods_option_gets_it_as_well() -> None:
     assert model.asked == [True, True, None]
 
 
+def test_a_model_that_reads_labels_is_no_place_for_rows_of_other_images() -> None:
+    class Scored(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.fc = nn.Conv2d(3, 8, 3), nn.Linear(8, CLASSES)
+
+        def forward(self, x: Tensor, target: Tensor | None = None) -> Tensor:
+            logits = self.fc(self.conv(x).relu().mean((2, 3)))
+            return logits if target is None else logits - 0.3 * nn.functional.one_hot(target, CLASSES)
+
+    model = fxgraft.patch(Scored(), "mixmo", input_size=SIZE)
+    with pytest.raises(
+        fxgraft.TargetError, match=r"the model's own forward was given the labels(.|\n)*fxgraft.targets"
+    ):
+        model(images(), target=LABELS)
+    with fxgraft.targets(LABELS):
+        assert model(images()).shape == (2, 4, CLASSES)
+    alone = fxgraft.patch(Scored(), "mixmo", members=1, input_size=SIZE)
+    assert alone(images(), target=LABELS).shape == (1, 4, CLASSES)
+
+
 @pytest.mark.parametrize("kind", [Named, Anything])
 @pytest.mark.parametrize("given", [True, False])
 def test_passes_that_a_loss_repeats_give_the_model_what_the_first_one_gave_it(

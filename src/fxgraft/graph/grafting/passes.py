@@ -236,6 +236,7 @@ class Pass:
         calls: arguments that grafted modules with hooks were called with, by qualified name.
         recording: where taps put their values; None while a graft looks ahead.
         took: whether a graft has read the labels.
+        read_by_model: whether the model's own forward was given labels of the batch, by an argument that it names.
     """
 
     def __init__(
@@ -257,7 +258,7 @@ class Pass:
         self.calls: dict[str, tuple[tuple[Any, ...], dict[str, Any]]] = {}
         self.recording: dict[str, Any] | None = {}
         self._shared: dict[tuple[str, str], Any] = {}
-        self.took = False
+        self.took = self.read_by_model = False
         self._given: Any = None
         self._offer = Offer()
         self._refused: str | None = None

@@ -23,6 +23,7 @@ from fxgraft.extend import (
     Placement,
     SiteError,
     Stem,
+    TargetError,
     Unit,
     View,
     WrappedModelError,
@@ -305,6 +306,12 @@ class Inputs(Unit):
             raise WrappedModelError(
                 f"{self.graft!r} cannot train under DataParallel, which would join the members of its replicas' "
                 "outputs (M, B, K) along M.\nUse DistributedDataParallel; evaluation works under both."
+            )
+        if run.read_by_model and config.members > 1:
+            raise TargetError(
+                f"{self.graft!r} gives a row of logits for each member, and the model's own forward was given the "
+                "labels of the batch.\nThe rows of all members but the first are for other images, with other labels.\n"
+                "Call model(x) under `with fxgraft.targets(y):`, or take the labels out of the model's forward."
             )
         own: tuple[Tensor, ...] = x.inputs if isinstance(x, MixMoInput) else ()
         images: Tensor = own[0] if own else x  # type: ignore[assignment]
