@@ -108,7 +108,8 @@ def summary_of(model: nn.Module, grafts: Mapping[str, Graft]) -> Summary:
 
 
 def _progress(graft: Graft) -> str:
-    if graft.context is None or not graft.context.progress_watch.fed:
+    # A copy or what was loaded has the progress of its original.
+    if graft.context is None or not (graft.context.progress_watch.fed or graft.context.progress):
         return "waits for fxgraft.set_progress, which was never called"
     return f"follows fxgraft.set_progress, now {graft.context.progress:g}"
 

@@ -285,7 +285,11 @@ def test_channels_last_stays_channels_last() -> None:
             "leaves out 'layer4.1.add', and there is no",
         ),
         ({"active": 9}, ConfigError, r"active=9 units cannot be on, since there are 8: layer1.0.add"),
-        ({"position": "middle"}, ConfigError, "position must be one of 'pre', 'residual'"),
+        (
+            {"position": "middle"},
+            ConfigError,
+            "position must be one of 'pre', 'pre_with_projection', 'residual'",
+        ),
         ({"mode": "three"}, ConfigError, "mode must be one of"),
         ({"layers": "layer9"}, SiteError, "no site 'layer9'"),
         ({"layers": []}, SiteError, "No layer was named"),

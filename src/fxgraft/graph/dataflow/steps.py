@@ -321,7 +321,7 @@ class Steps:
 
 def steps_of(anatomy: Anatomy) -> Steps:
     """Return the description of the steps of a model, made once."""
-    return anatomy.once("steps", lambda: Steps(anatomy))
+    return anatomy.once("steps", Steps)
 
 
 def is_drop(module: nn.Module) -> bool:
@@ -349,7 +349,7 @@ def squashes(anatomy: Anatomy, owner: str, node: fx.Node) -> bool:
     )
     if acted_on(module) or not all(isinstance(value, (bool, int, float, str)) for _, value in settings):
         return _forward_squashes(anatomy, path)
-    return anatomy.once(("squashes", type(module), settings), lambda: _forward_squashes(anatomy, path))
+    return anatomy.once(("squashes", type(module), settings), lambda own: _forward_squashes(own, path))
 
 
 def _forward_squashes(anatomy: Anatomy, path: str) -> bool:

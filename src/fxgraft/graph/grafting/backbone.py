@@ -154,7 +154,7 @@ class Backbone:
 
     def positionwise(self, head: Head) -> PositionwiseHead:
         """Return a head's layers as they apply to every position of its map, in training."""
-        return positionwise(head, self.model)
+        return positionwise(self.anatomy, head)
 
     def stems(self) -> tuple[Stem, ...]:
         """Find the linear layers that all of the image goes through first."""

@@ -140,13 +140,13 @@ def take(units: Iterable[Unit]) -> dict[str, Any]:
             raise TapError(
                 f"There is nothing to fetch from {tap.graft!r}: no pass of the model was made since the last time.\n"
                 "Values are handed over once, so that the model keeps none of them alive.\n"
-                "Call the model first; a pass that failed, or of a DataParallel replica, leaves nothing."
+                "Call the model first; a pass that failed, of a DataParallel replica or of torch.export leaves nothing."
             )
         if tap.slot not in recorded:
             missing = [each.key for each in taps if each.slot not in recorded]
             raise TapError(
                 f"There is no value of {', '.join(map(repr, missing))}: the last pass did not reach it, or it was "
-                "fetched already.\nA part of the model does not come by every site, and torch.export by none.\n"
+                "fetched already.\nA part of the model does not come by every site.\n"
                 "Call the whole model, and fetch once."
             )
         value, versions = recorded[tap.slot]

@@ -321,7 +321,7 @@ class ProgressWatch:
         )
         texts = {
             "unfed": f"{follows}, and nobody has said in {PASSES} training passes of this {model._get_name()} how far "
-            "it is: schedules stand at their start.\n"
+            "it is: schedules stand still.\n"
             "Call fxgraft.set_progress(model, epoch / epochs) at the start of every epoch, counted from 0, or with "
             "step / steps at every step.",
             "over": f"{follows}, which is said to be over (1.0), and this {model._get_name()} is trained on: schedules "

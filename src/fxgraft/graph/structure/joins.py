@@ -128,7 +128,7 @@ def residual_joins(anatomy: Anatomy) -> list[Join]:
 
     Modules that cannot be traced are passed over: their insides cannot be edited either.
     """
-    return anatomy.once("residual joins", lambda: _Search(anatomy).joins())
+    return anatomy.once("residual joins", lambda own: _Search(own).joins())
 
 
 def candidate_sums(anatomy: Anatomy) -> list[str]:

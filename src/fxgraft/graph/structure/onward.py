@@ -121,7 +121,7 @@ def _is_idle(anatomy: Anatomy, spot: Spot) -> bool:
 
 
 def _follower(anatomy: Anatomy) -> _Follower:
-    return anatomy.once("flow", lambda: _Follower(anatomy))
+    return anatomy.once("flow", _Follower)
 
 
 class _Follower:

@@ -7,7 +7,7 @@ average over all positions of a map. Modules on the way are opened as they are m
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from timm.layers.linear import Linear as TimmLinear
 from torch import Tensor, fx, nn
@@ -61,7 +61,6 @@ class HeadTrace:
         end: what gives the logits: the classifier, or the node that puts those of several together.
         neutral: whether the nodes between only change the shape, or drop features in training.
         affine: whether they commute with averaging as they are, run at one position after the other.
-        values: of the trace.
     """
 
     maps: fx.Node
@@ -72,7 +71,6 @@ class HeadTrace:
     end: fx.Node
     neutral: bool
     affine: bool
-    values: Values = field(repr=False, compare=False)
 
     @property
     def classifier(self) -> fx.Node | None:
@@ -160,7 +158,7 @@ def head_in(anatomy: Anatomy, path: str, traced: Traced, end: fx.Node) -> HeadTr
     steps = [node for node in (*between, last) if node is not found[0] and tensor_inputs(node, values)]
     neutral = all(node_name(node, owner) in SHAPES | DROPOUTS for node in steps)
     affine = all(_affine(node, values) for node in steps)
-    return HeadTrace(maps, pool, pooling, between, found, last, neutral, affine, values)
+    return HeadTrace(maps, pool, pooling, between, found, last, neutral, affine)
 
 
 def _affine(node: fx.Node, values: Values) -> bool:
@@ -220,7 +218,7 @@ def _class_maps(end: fx.Node, values: Values) -> HeadTrace:
     fits = isinstance(module, nn.Conv2d) and declared in (None, module.out_channels)
     if pool is None or module is None or not (fits and is_classifier(module)):
         raise _no_classifier(end, values)
-    return HeadTrace(maps, pool, pooling, (), (), pool, True, True, values)
+    return HeadTrace(maps, pool, pooling, (), (), pool, True, True)
 
 
 def _no_classifier(end: fx.Node, values: Values) -> StructureError:

@@ -77,7 +77,7 @@ class PositionwiseHead:
         head: the head there.
         traced: the trace.
         grid: (H, W) of a map of tokens.
-        model: the model, to notice later that layers of the head were replaced.
+        values: of the trace.
 
     Attributes:
         inexact: what between pooling and classifier does not commute with the average, for messages; where nothing is
@@ -85,17 +85,17 @@ class PositionwiseHead:
     """
 
     def __init__(
-        self, path: str, head: HeadTrace, traced: Traced, grid: tuple[int, int] | None, model: nn.Module
+        self, path: str, head: HeadTrace, traced: Traced, grid: tuple[int, int] | None, values: Values
     ) -> None:
         self.path = path
         self.head = head
         self.grid = grid
         self.classifiers = tuple(str(node.target) for node in head.classifiers)
-        owner = model.get_submodule(path)
+        owner = values.owner  # kept no longer than this: they hold the model
         self.between: Positions | None = None
         self.inexact: tuple[str, ...] = ()
         if not _only_shapes(head, owner):
-            self.between, self.inexact = _per_position(head, traced, owner, head.values)
+            self.between, self.inexact = _per_position(head, traced, owner, values)
         passed = {*modules_in([head.pool, *head.between, *head.classifiers, head.end])}
         self.bypassed = tuple(sorted(passed))
         names = sorted({*modules_in([head.pool, *head.between])} - {*self.classifiers})
@@ -495,7 +495,7 @@ def position_scores(
     anatomy = Anatomy(model, tuple(x.shape[1:]))
     traced, found, _ = opened_head(anatomy, head, output)
     grid = token_grid(anatomy, traced, found.maps, found.pooling.channel)
-    maps = PositionwiseHead("", found, traced, grid, model)
+    maps = PositionwiseHead("", found, traced, grid, anatomy.values("", traced))
     graph = cut(placeholders(traced.graph), found.maps)
     features = compile_graph(
         graph, traced.runnable(elsewhere=True).constants, f"feature map of {anatomy.name}"
@@ -506,6 +506,7 @@ def position_scores(
         return maps(model, features(model, x))
 
 
-def positionwise(head: Head, model: nn.Module) -> PositionwiseHead:
+def positionwise(anatomy: Anatomy, head: Head) -> PositionwiseHead:
     """Make the positionwise form of a head as the model trains."""
-    return PositionwiseHead(head.owner, head.training, head.traced, head.grid, model)
+    values = anatomy.values(head.owner, head.traced)
+    return PositionwiseHead(head.owner, head.training, head.traced, head.grid, values)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import weakref
 from collections.abc import Callable, Hashable
 from typing import Any, TypeVar
 
@@ -44,10 +45,13 @@ class Anatomy:
         self._enlarged: Anatomy | None = None
         self._once: dict[Hashable, Any] = {}
 
-    def once(self, name: Hashable, find: Callable[[], Known]) -> Known:
-        """Return what ``find`` gives, found the first time that it is asked for under this name."""
+    def once(self, name: Hashable, find: Callable[[Anatomy], Known]) -> Known:
+        """Return what ``find`` gives, found the first time that it is asked for under this name.
+
+        ``find`` gets a weak reference: what it gives is kept here, and would close a circle that holds the model.
+        """
         if name not in self._once:
-            self._once[name] = find()
+            self._once[name] = find(weakref.proxy(self))
         return self._once[name]
 
     @property
