@@ -77,7 +77,8 @@ def test_a_schedule_that_nobody_feeds(name: str) -> None:
         step(model)
     step(model)  # once
     fxgraft.set_progress(model, 0.25)
-    assert "follows fxgraft.set_progress, now 0.25" in str(fxgraft.summary(model))
+    for each in (model, copy.deepcopy(model)):
+        assert "follows fxgraft.set_progress, now 0.25" in str(fxgraft.summary(each))
 
 
 @pytest.mark.parametrize("name", SCHEDULED)
