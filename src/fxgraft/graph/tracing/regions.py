@@ -219,7 +219,10 @@ class _Drawing(TorchDispatchMode):
             return func(*args, **(kwargs or {}))
         before = _random_states()
         result = func(*args, **(kwargs or {}))
-        if any(not torch.equal(state, before[name]) for name, state in _random_states().items()):
+        after = _random_states()  # of more devices, if the operator was the first on one
+        if len(after) != len(before) or any(
+            not torch.equal(after[name], each) for name, each in before.items()
+        ):
             self._drawn.append(str(func))
         return result
 
