@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
+from functools import partial
+
 import pytest
 import timm
 import torch
+import torch.nn.functional as F
 import torchvision
 from torch import Tensor, fx, nn
 
@@ -116,6 +120,58 @@ def test_without_feature_info_stages_are_the_last_maps_of_each_size(build: objec
 
 def test_stages_of_a_network_without_feature_info() -> None:
     assert [stage.name for stage in stages(Anatomy(net(), SIZE))] == ["stage1", "stage2"]
+
+
+class Scales(nn.Module):
+    """Three stages, of which heads read the maps of several sizes."""
+
+    def __init__(self, ways: str) -> None:
+        super().__init__()
+        self.ways = ways
+        widths = (3, 8, 12, 16)
+        self.parts = nn.ModuleList(
+            nn.Sequential(nn.Conv2d(a, b, 3, 2, 1), nn.ReLU()) for a, b in itertools.pairwise(widths)
+        )
+        self.fuse = nn.ModuleList(nn.Conv2d(each, 6, 1) for each in widths[1:])
+        self.logits = Fused() if ways == "one head" else nn.Identity()
+        kind = nn.Linear if ways == "classifiers" else partial(nn.Conv2d, kernel_size=3, padding=1)
+        self.heads = nn.ModuleList(kind(each, 5) for each in widths[1:])
+
+    def forward(self, x: Tensor) -> Tensor:
+        maps, size = [], x.shape[-2:]
+        for part in self.parts:
+            x = part(x)
+            maps.append(x)
+        if self.ways == "one head":
+            return F.interpolate(
+                self.logits([f(each) for f, each in zip(self.fuse, maps, strict=True)]), size
+            )
+        if self.ways == "classifiers":
+            return sum(head(each.mean((2, 3))) for head, each in zip(self.heads, maps, strict=True))
+        return sum(F.interpolate(head(each), size) for head, each in zip(self.heads, maps, strict=True))
+
+
+class Fused(nn.Module):
+    """A head that reads maps of several sizes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.last = nn.Conv2d(18, 5, 1)
+
+    def forward(self, maps: list[Tensor]) -> Tensor:
+        return self.last(torch.cat([F.interpolate(each, maps[0].shape[-2:]) for each in maps], 1))
+
+
+@pytest.mark.parametrize("ways", ["classifiers", "maps of classes", "one head"])
+def test_stages_that_heads_read_are_counted_to_the_last(ways: str) -> None:
+    """What goes on from a map beside its head goes to other heads, and around none of them."""
+    found = [stage.name for stage in stages(Anatomy(Scales(ways), SIZE))]
+    assert found == (
+        ["fuse.0", "fuse.1", "fuse.2"] if ways == "one head" else ["parts.0", "parts.1", "parts.2"]
+    )
+    model = fxgraft.patch(Scales(ways), "rsc", input_size=SIZE)
+    (graft,) = fxgraft.grafts(model)
+    assert graft.patch.describe(graft).startswith(f"{found[-1]} (NCHW")
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ from torch import Tensor, fx, nn
 
 from fxgraft.errors import SiteError, StructureError
 from fxgraft.graph.dataflow.flow import passed_by_all
+from fxgraft.graph.dataflow.steps import PROJECTIONS
 from fxgraft.graph.structure.layout import layout_of_value
 from fxgraft.graph.structure.outputs import take_logits
 from fxgraft.graph.structure.pooling import is_classifier
@@ -150,15 +151,16 @@ class _Map:
 def _main_path(anatomy: Anatomy) -> dict[str, _Map | None]:
     """Find the map that each module returns, in running order, where all of the image goes through it.
 
-    Where nothing is like that, as in networks of several branches, the maps of all modules. None for a module that
-    returns no map but holds some that do. The classifier is left out.
+    Of several heads each has a path of its own. Where nothing is like that, as in networks of several branches, the
+    maps of all modules. None for a module that returns no map but holds some that do. The classifier is left out.
     """
     observation = anatomy.observation
     calls = {path: calls[0] for path, calls in observation.calls.items() if path and len(calls) == 1}
     ordered = [path for path in _before_the_heads(anatomy, anatomy.in_order()[:-1]) if path in calls]
     maps = {path: found for path in ordered if (found := _first_map(calls[path])) is not None}
     made = [number for number in observation.calls[""][0].made if number is not None]
-    main = passed_by_all(observation.flow.sources, made[0]) if made else set[int]()
+    ends = _read_by_the_heads(anatomy, made[0]) if made else []
+    main = {each for end in ends for each in passed_by_all(observation.flow.sources, end)}
     kept = {path: found for path, found in maps.items() if found.made in main} or maps
     around = {each for path in kept for each in ancestors(path)}
     return {
@@ -221,28 +223,79 @@ def _graph_path(anatomy: Anatomy) -> list[tuple[Site, int]]:
     return [(site, count) for site in sites if (count := places_in(values.get(site.node))) > 1]
 
 
-def _before_the_heads(anatomy: Anatomy, ordered: list[str]) -> list[str]:
-    """Leave out the classifier and what follows it, and of a dense predictor all that gives maps of classes.
+def _logits(anatomy: Anatomy) -> Tensor | None:
+    try:
+        found = take_logits(anatomy.observation.output(""))
+    except StructureError:
+        return None
+    return found if isinstance(found, Tensor) and found.ndim > 1 else None
+
+
+def _dense_heads(anatomy: Anatomy, logits: Tensor) -> list[str] | None:
+    """List the modules that give maps of classes at the end of a dense predictor; None for another model.
 
     There may be several, an auxiliary one or one at each scale. A dense predictor is told by logits as large as the
     image; their channels are the classes.
     """
-    try:
-        logits = take_logits(anatomy.observation.output(""))
-    except StructureError:
+    if logits.ndim != 4 or logits.shape[2:] != anatomy.image_size[1:]:
+        return None
+    heads: list[str] = []
+    for path in (each for each in reversed(anatomy.in_order()[:-1]) if anatomy.caller(each) == ""):
+        value = anatomy.observation.output(path)
+        if not isinstance(value, Tensor) or value.ndim != 4 or value.shape[1] != logits.shape[1]:
+            break
+        heads.append(path)
+    return heads
+
+
+def _read_by_the_heads(anatomy: Anatomy, end: int) -> list[int]:
+    """List the operations that made what the heads read, or the last one where the logits do not come from heads alone.
+
+    Heads are what gives maps of classes in a dense predictor; else the last linear layers or convolutions on each way
+    to the logits, where these have as many channels.
+
+    Args:
+        anatomy: of the model.
+        end: the operation that made the logits.
+    """
+    observation, logits = anatomy.observation, _logits(anatomy)
+    if logits is None:
+        return [end]
+    heads = set(_dense_heads(anatomy, logits) or ())
+    if not heads:
+        layers: dict[int | None, str] = {}
+        for path, calls in observation.calls.items():
+            value = calls[0].output
+            if len(calls) > 1 or not isinstance(anatomy.module(path), PROJECTIONS):
+                continue
+            if isinstance(value, Tensor) and logits.shape[1] in value.shape[1:]:
+                layers[calls[0].made[0]] = path
+        waiting, seen = [end], {end}
+        while waiting:
+            number = waiting.pop()
+            if number in layers:
+                heads.add(layers[number])
+                continue
+            if number == 0:  # from the images past all of them
+                return [end]
+            new = set(observation.flow.sources[number]) - seen
+            seen |= new
+            waiting += new
+    given = (value for path in heads for value in tensors(observation.calls[path][0].args))
+    marks = (observation.flow.settled(value) for value in given)
+    return [mark.number for mark in marks if mark is not None] or [end]
+
+
+def _before_the_heads(anatomy: Anatomy, ordered: list[str]) -> list[str]:
+    """Leave out the classifier and what follows it, and of a dense predictor all that gives maps of classes."""
+    logits = _logits(anatomy)
+    if logits is None:
         return ordered[:-1]
-    if not isinstance(logits, Tensor) or logits.ndim < 2:
-        return ordered[:-1]
-    classes = logits.shape[1]
-    if logits.ndim == 4 and logits.shape[2:] == anatomy.image_size[1:]:
-        heads: list[str] = []
-        for path in (each for each in reversed(ordered) if anatomy.caller(each) == ""):
-            value = anatomy.observation.output(path)
-            if not isinstance(value, Tensor) or value.ndim != 4 or value.shape[1] != classes:
-                break
-            heads.append(path)
+    heads = _dense_heads(anatomy, logits)
+    if heads is not None:
         kept = [path for path in ordered[:-1] if not any(inside(path, head) for head in heads)]
         return kept or ordered[:-1]
+    classes = logits.shape[1]
     weighted = [path for path in ordered if next(anatomy.module(path).parameters(False), None) is not None]
     last = weighted[-1] if weighted else ""
     value = anatomy.observation.output(last)

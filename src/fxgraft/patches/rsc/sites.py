@@ -37,7 +37,7 @@ def found_sites(
     stages = search.stages() if numbers else []
     found: dict[str, Site] = {}
     for word in words:
-        sites = [_numbered(stages, word)] if word in numbers else backbone.sites([word])  # type: ignore[list-item]
+        sites = [_numbered(backbone, stages, word)] if word in numbers else backbone.sites([word])  # type: ignore[list-item]
         found |= {site.name: site for site in sites}
     for site in found.values():
         kind, rest = search.read_at(site)
@@ -131,9 +131,11 @@ class _Search:
         return self.backbone.layout(site, self.layout)
 
 
-def _numbered(stages: list[Site], index: int) -> Site:
+def _numbered(backbone: Backbone, stages: list[Site], index: int) -> Site:
     if -len(stages) <= index < len(stages):
         return stages[index]
+    if len(stages) == len(backbone.stages()):
+        return backbone.sites(index)[0]  # there is none, which it says
     raise SiteError(
         f"There is no stage {index} whose positions reach the logits: there are {len(stages)}.\n"
         f"They are numbered 0 to {len(stages) - 1} (or from -1 backwards): "
