@@ -6,13 +6,17 @@ it. A branch on the numbers in a tensor stays what it is, untraceable: nothing i
 
 from __future__ import annotations
 
+import contextlib
+import operator
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 from torch.fx.node import has_side_effect
+from torch.overrides import TorchFunctionMode
+from torch.utils import _pytree as pytree
 
 from fxgraft.errors import BypassError
 
@@ -64,6 +68,14 @@ class Known:
         """Return the length of a shape, or of a part of one; None of any other value."""
         value = self._scalar(node)
         return len(value) if isinstance(value, tuple) else None
+
+    def device_type(self, node: fx.Node) -> str | None:
+        """Return the type of device of a tensor; None where it is not known."""
+        try:
+            value = self._value(node)
+        except Exception:  # as in `_scalar`
+            return None
+        return value.device.type if isinstance(value, Tensor) else None
 
     def _scalar(self, node: fx.Node) -> Any:
         try:
@@ -143,6 +155,14 @@ class InPlaceProxy(fx.Proxy):
         length = getattr(self.tracer, "length", lambda _: None)(self)
         return super().__len__() if length is None else length
 
+    def __getattr__(self, name: str) -> Any:
+        return _Device(self, name) if name == "device" else super().__getattr__(name)
+
+    def __setitem__(self, index: Any, value: Any) -> None:
+        if self.node.op != "get_attr":
+            raise TypeError(f"{type(self).__name__!r} object does not support item assignment")
+        self.tracer.create_proxy("call_function", operator.setitem, (self, index, value), {})
+
     def __iadd__(self, other: Any) -> fx.Proxy:
         return self._in_place(iadd, other)
 
@@ -154,3 +174,57 @@ class InPlaceProxy(fx.Proxy):
 
     def __itruediv__(self, other: Any) -> fx.Proxy:
         return self._in_place(itruediv, other)
+
+
+class _Device(fx.proxy.Attribute):
+    """A device, whose ``type`` is text where the tracer knows it: contexts take no proxy for it."""
+
+    def __getattr__(self, name: str) -> Any:
+        kind = getattr(self.tracer, "device_type", lambda _: None)(self.root.node) if name == "type" else None
+        return super().__getattr__(name) if kind is None else kind
+
+
+class BakedBuffers(TorchFunctionMode):
+    """Finds what a trace computes from tensors of modules, once and for all, where they are no proxies.
+
+    Args:
+        modules: that the trace opens.
+        buffers: whether buffers are no proxies. Other tensors in attributes never are.
+    """
+
+    def __init__(self, modules: Iterable[nn.Module], buffers: bool) -> None:
+        super().__init__()
+        self._from: dict[int, set[tuple[nn.Module, str]]] = {}
+        self._alive: list[Tensor] = []
+        self._away = 0
+        for each in modules:
+            for name, value in (*(each._buffers.items() if buffers else ()), *vars(each).items()):
+                if isinstance(value, Tensor) and not value.is_inference():
+                    self._from.setdefault(id(value), set()).add((each, name))
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self._away += 1  # a mode is off the stack while it acts
+        try:
+            out = func(*args, **(kwargs or {}))
+        finally:
+            self._away -= 1
+        sources = {
+            each for leaf in pytree.tree_leaves((args, kwargs)) for each in self._from.get(id(leaf), ())
+        }
+        for leaf in pytree.tree_leaves(out) if sources else ():
+            if isinstance(leaf, Tensor):
+                self._from.setdefault(id(leaf), set()).update(sources)
+                self._alive.append(leaf)
+        return out
+
+    def depth(self) -> int:
+        """Return the number of torch function modes, this one with them also while it acts."""
+        return torch._C._len_torch_function_stack() + self._away
+
+    def entered(self) -> contextlib.AbstractContextManager[Any]:
+        """Return the mode, or a context that does nothing where there is nothing to find."""
+        return self if self._from else contextlib.nullcontext()
+
+    def sources(self, constants: Iterable[Any]) -> set[tuple[nn.Module, str]]:
+        """Return the modules and names of the tensors that constants come from."""
+        return {each for value in constants for each in self._from.get(id(value), ())}

@@ -20,11 +20,13 @@ from fxgraft.errors import ConfigError
 from fxgraft.graph.dataflow.flow import Flow
 from fxgraft.graph.tracing.preserve import (
     preserved_attributes,
+    preserved_data,
     preserved_globals,
     preserved_modes,
     preserved_random_state,
     replaced_checkpoint,
 )
+from fxgraft.graph.tracing.regions import CALLERS, called_by
 from fxgraft.graph.tracing.whole import afterwards, alone, within
 
 
@@ -75,8 +77,13 @@ class Observation:
         return out
 
     def follow(self, flow: Flow, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """Do the same, and let another flow take down the operations."""
+        """Do the same, and let another flow take down the operations.
+
+        The caller's autocast is left out: it would keep the fakes of weights in its cache, for real passes to come.
+        """
         return within(
+            called_by(CALLERS[0]),
+            within,
             torch.no_grad(),
             within,
             self.mode,
@@ -243,6 +250,7 @@ def observe(
     seen.flow.start(inputs[0])
     with (
         preserved_modes(model),
+        preserved_data(model),
         preserved_attributes(model.modules()),
         preserved_globals(model.modules()),
         preserved_random_state(),

@@ -50,6 +50,20 @@ def preserved_modes(model: nn.Module) -> Iterator[None]:
         yield
 
 
+@contextlib.contextmanager
+def preserved_data(model: nn.Module) -> Iterator[None]:
+    """Restore the memory of every parameter on exit: a forward that sets ``weight.data`` would leave a fake there."""
+    kept = [(each, each.data) for each in model.parameters()]
+
+    def restore() -> None:
+        for each, data in kept:
+            if each.device != data.device:  # fakes are on the meta device
+                each.data = data
+
+    with afterwards(restore):
+        yield
+
+
 # What is registered, and what a graft keeps: no forward pass sets them, and planning anew may.
 _LASTING = ("_modules", "_parameters", "_fxgraft")
 
@@ -169,12 +183,16 @@ def preserved_random_state() -> Iterator[None]:
     They are the process's, so what other threads draw meanwhile is drawn again.
     """
     state = random.getstate()
+    numpy = sys.modules.get("numpy")
+    numpy_state = None if numpy is None else numpy.random.get_state()
     torch_state = torch.get_rng_state()
     devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
     cuda_states = [(device, torch.cuda.get_rng_state(device)) for device in devices]
 
     def restore() -> None:
         random.setstate(state)
+        if numpy is not None:
+            numpy.random.set_state(numpy_state)
         torch.set_rng_state(torch_state)
         for device, kept in cuda_states:
             torch.cuda.set_rng_state(kept, device)
@@ -287,6 +305,8 @@ class Reachable:
                 if old is not new and not lazily:
                     yield holder, name
             for name, before in inner.items():
+                if name.startswith("__"):  # such as what was warned of
+                    continue
                 value = content[name]
                 if isinstance(value, dict):
                     same = all(value.get(key, MISSING) is each for key, each in before.items())

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 import random
+import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -193,6 +194,17 @@ def _random_states() -> dict[str, Any]:
     return states
 
 
+def _numpy() -> Any:
+    """Return NumPy's module of random numbers, if somebody has imported it."""
+    return getattr(sys.modules.get("numpy"), "random", None)
+
+
+def _numpy_state() -> list[Any]:
+    """Return the state of NumPy's random numbers in a form that can be compared."""
+    state = () if _numpy() is None else _numpy().get_state()
+    return [each.tolist() if hasattr(each, "tolist") else each for each in state]
+
+
 _SEEDING = [
     *((torch, name) for name in ("manual_seed", "seed", "set_rng_state")),
     *((torch.random, name) for name in ("manual_seed", "_manual_seed_impl", "seed", "set_rng_state")),
@@ -203,8 +215,13 @@ _SEEDING = [
         if inspect.ismethod(value) and name != "getstate"
     ),
     *((random, name) for name in ("random", "getrandbits")),
+    *(
+        (_numpy(), name)
+        for name, value in vars(_numpy() or object).items()
+        if not name.startswith(("_", "get_state")) and inspect.isbuiltin(value)
+    ),
 ]
-"""What sets the random states, and what draws Python's random numbers."""
+"""What sets the random states, and what draws Python's and NumPy's random numbers."""
 
 
 class _Drawing(TorchDispatchMode):
@@ -269,6 +286,7 @@ class Recorder:
     Attributes:
         line: names the line of the user's code that runs now.
         drawn: what drew from or set the random states; see `watched_draws`.
+        depth: counts the torch function modes.
         touched: what was called that reads or sets the modes; see `watched_modes`.
         modes: of every node, in order, with the line where they are not the caller's.
         spans: of the nodes in an autocast, the number of the outermost one.
@@ -277,6 +295,7 @@ class Recorder:
 
     line: Callable[[], str]
     drawn: list[str]
+    depth: Callable[[], int]
     touched: list[str] = field(default_factory=list)
     modes: list[tuple[fx.Node, Modes, str | None]] = field(default_factory=list)
     spans: dict[fx.Node, int] = field(default_factory=dict)
@@ -285,11 +304,12 @@ class Recorder:
     def __post_init__(self) -> None:
         self._caller = _read()
         self._level = _nesting()
-        self._getters = list(_getters().items())
+        self._getters = list({**_getters(), "torch function modes": self.depth}.items())
         self._settings = [get() for _, get in self._getters]
         self._random = _random_states()
         self._python = _python_state()
         self._only_thread = threading.active_count() == 1
+        self._numpy = _numpy_state()
 
     def note(self, node: fx.Node) -> None:
         """Take down what a node that was just made runs under."""
@@ -325,6 +345,8 @@ class Recorder:
         self._check_settings()
         if _python_state() != self._python and self._drew():
             self.found("draws from or seeds Python's random numbers")
+        if self._numpy and self._drew() and _numpy_state() != self._numpy:
+            self.found("draws from or seeds NumPy's random numbers")
         if _read() != self._caller:
             self.found("leaves another grad mode or autocast behind than it found")
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
 _ONLY_LOOK = ("torch.utils.", "torch.distributed.fsdp", "torch.distributed._composable")
@@ -35,7 +37,49 @@ def settings_changed(module: nn.Module, kept: Mapping[str, Any]) -> bool:
     Attributes added since do not count: the traced code was not written for them. Wrappers add such notes.
     """
     now = plain_settings(module)
-    return any(name not in now or now[name] != value for name, value in kept.items())
+    return any(
+        value.changed(module)
+        if isinstance(value, (Baked, OnDevice))
+        else name not in now or now[name] != value
+        for name, value in kept.items()
+    )
+
+
+@dataclass(frozen=True)
+class Baked:
+    """A tensor of a module that went into constants of a trace.
+
+    Attributes:
+        name: of the buffer or attribute.
+        version: of its numbers, as `tensor_version` gives it.
+    """
+
+    name: str
+    version: Any
+
+    def changed(self, module: nn.Module) -> bool:
+        """Say whether the numbers may be others by now."""
+        return tensor_version(module, self.name) != self.version
+
+
+@dataclass(frozen=True)
+class OnDevice:
+    """The type of device that a forward was traced on, where it asked for it."""
+
+    kind: str
+
+    def changed(self, module: nn.Module) -> bool:
+        """Say whether the module is on another by now."""
+        tensor = next(itertools.chain(module.parameters(), module.buffers()), None)
+        return tensor is not None and tensor.device.type != self.kind
+
+
+def tensor_version(module: nn.Module, name: str) -> Any:
+    """Return what changes whenever the numbers of a module's tensor do."""
+    tensor = module._buffers.get(name, vars(module).get(name))
+    if not isinstance(tensor, Tensor) or tensor.is_inference():
+        return None
+    return id(tensor), tensor._version
 
 
 def acted_on(module: nn.Module) -> bool:

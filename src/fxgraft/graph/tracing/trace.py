@@ -23,7 +23,7 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from fxgraft.errors import TraceError
-from fxgraft.graph.tracing.branches import InPlaceProxy, Known, held, user_line
+from fxgraft.graph.tracing.branches import BakedBuffers, InPlaceProxy, Known, held, user_line
 from fxgraft.graph.tracing.names import UNIT, join
 from fxgraft.graph.tracing.observe import Call
 from fxgraft.graph.tracing.preserve import (
@@ -47,11 +47,14 @@ from fxgraft.graph.tracing.regions import (
     watched_modes,
 )
 from fxgraft.graph.tracing.settings import (
+    Baked,
+    OnDevice,
     hooked_inputs,
     hooked_output,
     input_hooked,
     output_hooked,
     plain_settings,
+    tensor_version,
 )
 from fxgraft.graph.tracing.signatures import INPUT, bare_forward, bind, forward_signature, leaf_names
 from fxgraft.graph.tracing.whole import alone, at_once, refilling
@@ -129,6 +132,8 @@ class ShallowTracer(fx.Tracer):
         self.known: Known | None = None
         self.recorder: Recorder
         self.proxies: list[weakref.ref[fx.Proxy]] = []
+        self.own: dict[nn.Module, dict[str, Any]] = {}
+        self.device: str | None = None
 
     def prepare(
         self,
@@ -164,6 +169,12 @@ class ShallowTracer(fx.Tracer):
     def length(self, obj: fx.Proxy) -> int | None:
         """Say how many dimensions a shape has, where what is `known` says so."""
         return None if self.known is None else self.known.length(obj.node)
+
+    def device_type(self, node: fx.Node) -> str | None:
+        """Return the type of device that a value is on, where what is `known` says so."""
+        kind = None if self.known is None else self.known.device_type(node)
+        self.device = kind or self.device
+        return kind
 
     def iter(self, obj: fx.Proxy) -> Iterator[Any]:
         """Spread a shape over its dimensions, where it is known how many it has."""
@@ -232,6 +243,8 @@ class ShallowTracer(fx.Tracer):
         if m not in (self.submodule_paths or ()) and not [*m.parameters(), *m.buffers()]:
             return m.forward(*args, **kwargs)  # a graft's unit without tensors: in no tree, so it has no name
         path = self.path_of_module(m)
+        if self.is_leaf_module(m, path):
+            self._check_untouched(m)
         calls = self.observed.get(join(self.path, path), [])
         count = self.num_calls.get(path, 0)
 
@@ -251,6 +264,14 @@ class ShallowTracer(fx.Tracer):
                 self.known.note(out.node, calls[count].output)
             return _unpacked(out, calls[count].output)
         return out
+
+    def _check_untouched(self, m: nn.Module) -> None:
+        """Take down what the forward has set in a module that stays closed: the call in the graph would not have it."""
+        for each in m.modules():
+            before, now = self.own.get(each), registered(each)
+            for name in () if before is None else before.keys() | now.keys():
+                if before.get(name) is not now.get(name):
+                    self.recorder.found(f"sets {name!r} of {each._get_name()}", user_line())
 
     def _hooked_inputs(
         self, m: nn.Module, path: str, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -310,6 +331,12 @@ class ShallowTracer(fx.Tracer):
             if node not in before:
                 node.meta[key] = value
         return out
+
+
+def registered(module: nn.Module) -> dict[str, Any]:
+    """Return the parameters, buffers and attributes of a module by name."""
+    own = {k: v for k, v in module.__dict__.items() if k not in ("_parameters", "_buffers", "_fxgraft")}
+    return {**own, **module._parameters, **module._buffers}
 
 
 def _unpacked(proxy: fx.Proxy, seen: Any) -> Any:
@@ -428,6 +455,12 @@ def trace(
             name: plain_settings(module.get_submodule(name) if name else module)
             for name in sorted(first.touched)
         }
+        if first.device is not None:
+            settings[""]["device it was traced on"] = OnDevice(first.device)
+        for name in settings:
+            part = module.get_submodule(name) if name else module
+            for own in (each for owner, each in first.baked if owner is part):
+                settings[name][f"numbers of {own}"] = Baked(own, tensor_version(part, own))
         failure = ValueError(
             "none"
         )  # the traceback of another attempt holds this frame, and the frame the model
@@ -467,6 +500,8 @@ class _Attempt:
     constants: dict[str, Any]
     recorder: Recorder
     touched: set[str]
+    device: str | None
+    baked: set[tuple[nn.Module, str]]
 
 
 def _attempt(module: nn.Module, tracer: ShallowTracer, training: bool, modes: Modes) -> _Attempt:
@@ -486,20 +521,24 @@ def _attempt(module: nn.Module, tracer: ShallowTracer, training: bool, modes: Mo
             called_by(modes),
             watched_draws() as drawn,
         ):
-            recorder = tracer.recorder = Recorder(user_line, drawn)
-            with watched_modes(recorder.touched), noticed_prints(recorder):
-                graph = tracer.trace(module)
-            recorder.close()
+            tracer.own = {each: registered(each) for each in module.modules()}
+            baked = BakedBuffers(opened, not tracer.proxy_buffer_attributes)
+            with baked.entered():
+                recorder = tracer.recorder = Recorder(user_line, drawn, baked.depth)
+                with watched_modes(recorder.touched), noticed_prints(recorder):
+                    graph = tracer.trace(module)
+                recorder.close()
             for name in written():
                 recorder.found(f"writes to {name!r}", line_of(name, opened))
             find_changes(recorder, kept, reachable, graph, opened)
             added = {str(n.target) for n in graph.nodes if n.op == "get_attr"} & set(vars(module))
             constants = {name: vars(module)[name] for name in added if not kept.has(module, name)}
     finally:
+        device = tracer.device
         touched = tracer.retire()
     for name in kept_values(proxies)[:1]:
         recorder.found(f"keeps a value ({name!r}) outside of the model", beside=True)
-    return _Attempt(graph, constants, recorder, touched)
+    return _Attempt(graph, constants, recorder, touched, device, baked.sources(constants.values()))
 
 
 def _copy_graph(module: fx.GraphModule, training: bool) -> fx.Graph:
