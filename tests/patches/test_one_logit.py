@@ -233,3 +233,44 @@ def test_members_of_one_logit_by_name() -> None:
     found = fxgraft.member_logits(model, images())
     assert found.logits.shape == (2, 4, 1)
     assert (found.entropy > 0).all()
+
+
+class Squeezed(nn.Module):
+    """Gives its one logit as (B,), as many binary classifiers do."""
+
+    def __init__(self, squeezed: bool) -> None:
+        super().__init__()
+        self.body, self.squeezed = one(), squeezed
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.body(x)
+        return out.squeeze(1) if self.squeezed else out
+
+
+@pytest.mark.parametrize(
+    ("method", "options"),
+    [
+        ("rsc", {"layer": "body.stage2", "batch_share": 0.5}),
+        ("rsc", {"layer": "body.stage1", "batch_share": 0.5}),
+        ("crossnorm", {"p": 1.0, "consistency": True}),
+    ],
+)
+def test_a_logit_that_was_squeezed_is_one_logit(method: str, options: dict[str, Any]) -> None:
+    found = []
+    for squeezed in (True, False):
+        model = fxgraft.patch(Squeezed(squeezed), method, input_size=SIZE, **options)
+        torch.manual_seed(2)
+        out = model(images(), target=YES)
+        found.append([out.flatten(), fxgraft.loss(model, out, YES, binary)])
+    for ours, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+def test_consistency_refuses_labels_that_are_no_distribution_unless_it_is_said_what_they_are() -> None:
+    several = torch.tensor([[1.0, 1, 0], [0, 1, 0], [1, 0, 1], [0, 0, 0]])
+    for labels, criterion in ((several, BCE), (torch.linspace(-3, 9, 12).view(4, 3), F.mse_loss)):
+        model = fxgraft.patch(one(3), "crossnorm", p=1.0, consistency=True, input_size=SIZE)
+        with pytest.raises(
+            fxgraft.TargetError, match=r"no distribution over the classes(?s:.*)probability=\"sigmoid\""
+        ):
+            fxgraft.loss(model, model(images()), labels, criterion)

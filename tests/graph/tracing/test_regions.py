@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import random
+import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from tests.toys import assert_same, state_of_everything
@@ -44,6 +46,7 @@ class Block(nn.Module):
         self.side = nn.Conv2d(6, 6, 1)
         self.gate = nn.Parameter(torch.ones(6, 1, 1))
         self.register_buffer("count", torch.zeros(()))
+        self.register_buffer("mean", torch.zeros(6, 1, 1))
         self.scale = torch.tensor(0.5)
         self.calls = 0
         self.seen: Any = None
@@ -155,7 +158,19 @@ def _counts_in_buffer(self: Block, x: Tensor) -> Tensor:
     return self.side(x) * self.count
 
 
+def _on_its_device(self: Block, x: Tensor) -> Tensor:
+    with torch.autocast(x.device.type, enabled=False), torch.autocast(self.gate.device.type, torch.float16):
+        return self.side(x.float())
+
+
+def _part_of_buffer(self: Block, x: Tensor) -> Tensor:
+    with torch.no_grad():
+        self.mean[:] = 0.9 * self.mean + 0.1 * x.mean((0, 2, 3)).view(6, 1, 1)
+    return self.side(x) * self.mean
+
+
 KEPT = [
+    *(_on_its_device, _part_of_buffer),
     *(_no_grad, _decorated, _through_helper, _switched, _enabled, _enabled_alone, _inference, _own_context),
     *(_in_float32, _in_bfloat16, _decorated_float32, _both, _other_device, _counts_in_buffer),
     _counts_by_adding,
@@ -211,6 +226,7 @@ def test_a_patched_forward_sets_what_the_bare_one_sets(extra: Callable[..., Tens
             model.train(training)
             assert_same_outcome(outcome(bare, ambient), outcome(model, ambient))
             assert torch.equal(bare.blocks[0].count, model.blocks[0].count)
+            assert torch.equal(bare.blocks[0].mean, model.blocks[0].mean)
 
 
 @pytest.mark.parametrize("method", ["taps", "selfnorm"])
@@ -246,6 +262,22 @@ def _drawn_once(self: Block, x: Tensor) -> Tensor:
 
 def _python_chance(self: Block, x: Tensor) -> Tensor:
     return self.side(x) if random.random() < 0.5 else x
+
+
+def _numpy_chance(self: Block, x: Tensor) -> Tensor:
+    return self.side(x) * float(np.random.rand())
+
+
+def _frozen_for_a_call(self: Block, x: Tensor) -> Tensor:
+    was = self.side.training
+    self.side.eval()
+    x = self.side(x)
+    self.side.train(was)
+    return x
+
+
+def _other_weights(self: Block, x: Tensor) -> Tensor:
+    return torch.func.functional_call(self.side, {k: v * 2 for k, v in self.side.named_parameters()}, (x,))
 
 
 def _saved_hooks(self: Block, x: Tensor) -> Tensor:
@@ -389,6 +421,8 @@ REFUSED: dict[Callable[..., Tensor], str] = {
     _seeded: "the random state of torch",
     _drawn_once: "the random state of torch",
     _python_chance: "Python's random numbers",
+    _numpy_chance: "NumPy's random numbers",
+    _frozen_for_a_call: r"sets 'training' of Conv2d for a call, at .*test_regions\.py:\d+",
     _saved_hooks: "hooks on saved tensors",
     _offloaded: "hooks on saved tensors",
     _counter: r"sets 'calls' of Special, at .*test_regions\.py:\d+: self\.calls \+= 1",
@@ -463,3 +497,70 @@ def test_draws_of_other_threads_are_theirs(another: ThreadPoolExecutor) -> None:
     model = patched(make(extra), "crossnorm").eval()
     x = torch.randn(2, 3, 8, 8)
     assert torch.equal(model(x), make(extra).eval()(x))
+
+
+def _by_entries(self: Block, x: Tensor) -> Tensor:
+    return self.side(x) * (self.mean * 2)[: len(self.mean)]  # a length is asked of the buffer itself
+
+
+def _of_plain_tensor(self: Block, x: Tensor) -> Tensor:
+    return self.side(x) * (self.scale * 2)
+
+
+@pytest.mark.parametrize("extra", [_by_entries, _of_plain_tensor])
+def test_what_is_computed_from_tensors_while_tracing_is_computed_again_when_they_change(extra: Any) -> None:
+    bare, model = make(extra), patched(make(extra), "crossnorm")
+
+    def load(net: Net) -> None:
+        net.load_state_dict({**net.state_dict(), "blocks.0.mean": torch.full((6, 1, 1), 0.3)})
+
+    changes: list[Callable[[Net], Any]] = [
+        lambda net: net.blocks[0].mean.add_(2.0),
+        lambda net: net.blocks[0].scale.mul_(3.0),
+        lambda net: setattr(net.blocks[0], "scale", torch.tensor(0.1)),
+        load,
+    ]
+    for change in changes:
+        for net in (bare, model):
+            change(net)
+        assert_same_outcome(outcome(bare, "plain"), outcome(model, "plain"))
+
+
+def _warns(self: Block, x: Tensor) -> Tensor:
+    warnings.warn("an old name", DeprecationWarning, stacklevel=1)
+    return self.side(x)
+
+
+@pytest.mark.filterwarnings("ignore:an old name:DeprecationWarning")
+def test_a_warning_is_nothing_that_a_graph_has_to_do_again() -> None:
+    bare, model = make(_warns), make(_warns)
+    bare(torch.zeros(1, 3, 8, 8))
+    assert_same_outcome(outcome(bare, "plain"), outcome(patched(model, "crossnorm"), "plain"))
+
+
+def test_a_patch_under_autocast_leaves_nothing_in_its_cache() -> None:
+    bare, model = make(_no_grad), make(_no_grad)
+    x = torch.randn(4, 3, 8, 8)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        patched(model, "crossnorm")
+        assert type(model(x)) is Tensor
+        assert torch.equal(model(x), bare(x))
+
+
+def _constrained(self: Block, x: Tensor) -> Tensor:
+    self.side.weight.data = torch.renorm(self.side.weight.data, p=2, dim=0, maxnorm=1.0)
+    return self.side(x)
+
+
+def test_a_failed_look_leaves_the_memory_of_weights() -> None:
+    model = make(_constrained)
+    before = {name: each.data_ptr() for name, each in model.named_parameters()}
+    with pytest.raises(fxgraft.StructureError, match="does not run on a batch"):
+        patched(model, "crossnorm")
+    assert {name: each.data_ptr() for name, each in model.named_parameters()} == before
+    assert model(torch.zeros(1, 3, 8, 8)).shape == (1, CLASSES)
+
+
+def test_weights_that_a_layer_has_for_one_call_are_refused() -> None:
+    with pytest.raises(TraceError, match=r"sets '(weight|bias)' of Conv2d for a call"):
+        fxgraft.patch(make(_other_weights), "taps", layers="blocks.0.relu", input_size=(3, 8, 8))

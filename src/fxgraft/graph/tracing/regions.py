@@ -218,7 +218,7 @@ _SEEDING = [
     *(
         (_numpy(), name)
         for name, value in vars(_numpy() or object).items()
-        if not name.startswith(("_", "get_state")) and inspect.isbuiltin(value)
+        if not name.startswith(("_", "get_state")) and inspect.ismethod(value)
     ),
 ]
 """What sets the random states, and what draws Python's and NumPy's random numbers."""
@@ -349,6 +349,11 @@ class Recorder:
             self.found("draws from or seeds NumPy's random numbers")
         if _read() != self._caller:
             self.found("leaves another grad mode or autocast behind than it found")
+        self._getters, self._settings, self._random = (
+            [],
+            [],
+            {},
+        )  # nodes made from here on are not the forward's
 
 
 def mark_regions(first: Recorder, second: Recorder) -> None:

@@ -133,6 +133,7 @@ class ShallowTracer(fx.Tracer):
         self.recorder: Recorder
         self.proxies: list[weakref.ref[fx.Proxy]] = []
         self.own: dict[nn.Module, dict[str, Any]] = {}
+        self.changed: list[tuple[nn.Module, str, str]] = []
         self.device: str | None = None
 
     def prepare(
@@ -244,7 +245,7 @@ class ShallowTracer(fx.Tracer):
             return m.forward(*args, **kwargs)  # a graft's unit without tensors: in no tree, so it has no name
         path = self.path_of_module(m)
         if self.is_leaf_module(m, path):
-            self._check_untouched(m)
+            self._note_changed(m)
         calls = self.observed.get(join(self.path, path), [])
         count = self.num_calls.get(path, 0)
 
@@ -265,13 +266,20 @@ class ShallowTracer(fx.Tracer):
             return _unpacked(out, calls[count].output)
         return out
 
-    def _check_untouched(self, m: nn.Module) -> None:
+    def _note_changed(self, m: nn.Module) -> None:
         """Take down what the forward has set in a module that stays closed: the call in the graph would not have it."""
         for each in m.modules():
             before, now = self.own.get(each), registered(each)
-            for name in () if before is None else before.keys() | now.keys():
+            for name in () if before is None else dict.fromkeys((*before, *now)):
                 if before.get(name) is not now.get(name):
-                    self.recorder.found(f"sets {name!r} of {each._get_name()}", user_line())
+                    self.changed.append((each, name, user_line()))
+
+    def find_changed(self) -> None:
+        """After the trace: say what was set for a call alone. `find_changes` sees the attributes that stay set."""
+        for module, name, line in self.changed:
+            before, now = self.own[module].get(name), registered(module).get(name)
+            if before is now or name in module._parameters or name in module._buffers:
+                self.recorder.found(f"sets {name!r} of {module._get_name()} for a call", line)
 
     def _hooked_inputs(
         self, m: nn.Module, path: str, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -531,6 +539,7 @@ def _attempt(module: nn.Module, tracer: ShallowTracer, training: bool, modes: Mo
             for name in written():
                 recorder.found(f"writes to {name!r}", line_of(name, opened))
             find_changes(recorder, kept, reachable, graph, opened)
+            tracer.find_changed()
             added = {str(n.target) for n in graph.nodes if n.op == "get_attr"} & set(vars(module))
             constants = {name: vars(module)[name] for name in added if not kept.has(module, name)}
     finally:

@@ -30,6 +30,7 @@ from fxgraft.extend import (
     check_count,
     check_positive,
     check_share,
+    check_soft_labels,
     draws,
     is_count,
     register,
@@ -203,7 +204,7 @@ class CrossNorm(BlockPatch):
         again, model = graft.arguments(out), graft.model()
         if again is None or model is None:  # the pass may have been one in evaluation
             return {}
-        clean = take_logits(out, [self.output])
+        clean = _rows(take_logits(out, [self.output]))
         again, clean = self._clean(graft, again, clean)
         self._check_labels(graft, clean, target)
         on = self.p == 1 or draws.coin(self.p, clean.device)
@@ -213,7 +214,7 @@ class CrossNorm(BlockPatch):
         def compared() -> Tensor:
             with graft.asking(forced=True):
                 passes = [again.repeat(model, target) for _ in range(2)]
-            others = [take_logits(each, [self.output]) for each in passes]
+            others = [_rows(take_logits(each, [self.output])) for each in passes]
             if others[0].shape != clean.shape:
                 raise ConfigError(
                     f"{graft.name!r} compares predictions, and the model that it is on gives {tuple(others[0].shape)} "
@@ -227,10 +228,12 @@ class CrossNorm(BlockPatch):
         return {"consistency": divergence}
 
     def _check_labels(self, graft: Graft, logits: Tensor, target: Any) -> None:
-        """Raise where a logit without others is a number to predict, which has no probability to compare."""
+        """Raise where the labels are no classes or answers: numbers to predict have no probability to compare."""
         one = self.probability == "sigmoid" or (self.probability is None and logits.shape[1] == 1)
         if one and isinstance(target, Tensor):
             binary_labels(graft.name, target[: logits.shape[0]], logits.shape)
+        elif self.probability is None and isinstance(target, Tensor) and target.ndim == logits.ndim:
+            check_soft_labels(graft.name, target)
 
     def _clean(self, graft: Graft, again: Arguments, logits: Tensor) -> tuple[Arguments, Tensor]:
         """Return the arguments of a pass and the predictions for the clean images alone."""
@@ -260,6 +263,11 @@ class CrossNorm(BlockPatch):
         active = "all" if self.active is None else str(self.active)
         when = f"{'in two more passes ' if self.consistency else ''}with probability {self.p:g}"
         return f"{len(graft.units_of(CrossNormUnit))} units ({self.placed_at(graft)}), {active} on {when}"
+
+
+def _rows(logits: Tensor) -> Tensor:
+    """Return logits as (B, K, ...): one logit that was squeezed is (B,)."""
+    return logits.unsqueeze(1) if logits.ndim == 1 else logits
 
 
 class CrossNormUnit(Unit):

@@ -168,6 +168,8 @@ class Probe:
 
     def _rows(self, logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Bring logits and labels to rows; see `core.label_rows`. A question of yes or no is a row of two classes."""
+        if logits.ndim == 1:  # of one logit, squeezed
+            logits = logits.unsqueeze(1)
         if not self._binary(logits.shape[1]):
             # Not kept, since under torch.func.grad it belongs to the transform.
             target = self._checked(logits.shape[1], logits.ndim - 2)
