@@ -190,6 +190,22 @@ REST: dict[str, Joins] = {
     "ghostnetv2_100": Joins("the bottlenecks", {"blocks.#.#": 16}),
     "legacy_xception": Joins("blocks with a plain or projected shortcut", {"block#": 12}),
     "resnetv2_50": Joins("pre-activated bottlenecks", {"stages.#.blocks.#": 16}),
+    "vit_small_patch16_18x2_224": Joins(
+        "two attentions, stacked and summed, beside one shortcut, then two MLPs", {"blocks.#": 36}
+    ),
+    "vit_base_patch16_xp_224": Joins("attention and MLP side by side: one in each block", {"blocks.#": 12}),
+    "vit_relpos_small_patch16_rpn_224": Joins(
+        "attention and MLP, norms at the ends of both", {"blocks.#": 24}
+    ),
+    "vitamin_small_224": Joins(
+        "convolutional blocks in the embedding, whose shortcuts may pool and project; attention and MLP",
+        {"patch_embed.backbone.stages.#.#": 6, "blocks.#": 28},
+    ),
+    "sam2_hiera_tiny": Joins("attention with a projected and pooled shortcut, and MLP", {"blocks.#": 24}),
+    "efficientformerv2_s0": Joins(
+        "attention in four blocks and an MLP in all; what downsampling adds to attention is a projected shortcut",
+        {"stages.#.blocks.#": 18, "stages.#.downsample": 1},
+    ),
     "densenet121": Joins("dense layers"),
     "tv/convnext_tiny": Joins("one in each block", {"features.#.#": 18}),
     "tv/vit_b_16": Joins("attention and MLP", {"encoder.layers.encoder_layer_#": 24}),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections import OrderedDict
 from functools import partial
 
 import pytest
@@ -190,6 +191,34 @@ def test_entries_of_feature_info_that_work_are_used(
     model = net()
     model.feature_info = entries
     assert [stage.name for stage in stages(Anatomy(model, SIZE))] == expected
+
+
+def test_a_stage_whose_value_an_encoder_hands_on_in_an_object_is_no_less_one() -> None:
+    """What has no name as the encoder's value has one as the stage's."""
+
+    class Encoder(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = nn.ModuleList(
+                nn.Sequential(nn.Conv2d(n, 2 * n, 3, 2, 1), nn.GELU()) for n in (3, 6, 12)
+            )
+
+        def forward(self, x: Tensor) -> dict[str, Tensor]:
+            for layer in self.layers:
+                x = layer(x)
+            return OrderedDict(last=2 * x)
+
+    class Whole(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.encoder, self.fc = Encoder(), nn.Linear(24, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.fc(self.encoder(x)["last"].mean((2, 3)))
+
+    assert [stage.name for stage in stages(Anatomy(Whole(), SIZE))] == [
+        f"encoder.layers.{i}" for i in range(3)
+    ]
 
 
 def test_a_network_without_maps_has_no_stages() -> None:

@@ -132,6 +132,29 @@ def test_what_the_head_reads_is_found_however_it_is_picked(
     assert (muted != bare).any(1).all()  # every image's
 
 
+class Parallel(nn.Module):
+    """Adds what two attentions made of tokens, and then what two branches did, each by itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attentions = nn.ModuleList(nn.MultiheadAttention(8, 2, batch_first=True) for _ in range(2))
+        self.branches = nn.ModuleList(nn.Sequential(nn.Linear(8, 8), nn.GELU()) for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + torch.stack([attention(x, x, x)[0] for attention in self.attentions]).sum(0)
+        return x + torch.stack([branch(x) for branch in self.branches]).sum(0)
+
+
+@pytest.mark.parametrize("device", ["meta", "cpu"])
+@pytest.mark.parametrize("layers", [None, -1])
+def test_branches_that_are_stacked_mix_no_tokens(layers: int | None, device: str) -> None:
+    """Nothing in the last block's branches reaches a class token but its own."""
+    with torch.device(device):
+        model = Picks(lambda x: x[:, 0])
+        model.blocks = nn.ModuleList(Parallel() for _ in range(2))
+    assert sites(model, layers=layers) == ["blocks.0"]
+
+
 def test_a_classifier_that_starts_at_nought_says_nothing() -> None:
     assert sites(Picks(lambda x: x[:, 1:].amax(1), start=0.0)) == ["blocks.1"]
     assert sites(Picks(lambda x: x[:, 0], start=0.0)) == ["blocks.0"]

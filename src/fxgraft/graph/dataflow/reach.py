@@ -27,6 +27,7 @@ _CLEAN, _ROWS, _ALL = "clean", "rows", "all"
 
 _ROW_BY_ROW = {"view", "_unsafe_view", "permute", "transpose", "t", "unsqueeze", "squeeze", "expand", "clone"}
 _ROW_BY_ROW |= {"alias", "detach", "_to_copy", "slice", "split", "split_with_sizes", "unsafe_split", "select"}
+_ROW_BY_ROW |= {"stack"}  # along a dimension of its own
 _ROW_BY_ROW |= {"native_batch_norm", "_native_batch_norm_legit_no_training", "cudnn_batch_norm"}
 _PRODUCTS = {"mm": (0, 1), "bmm": (0, 1), "addmm": (1, 2), "baddbmm": (1, 2)}
 _NORMS = {"native_layer_norm", "_fused_rms_norm", "rms_norm"}

@@ -105,7 +105,11 @@ def _by_places(anatomy: Anatomy) -> list[Site]:
             if value.alone and path.count(".") < known.count("."):
                 outer[value.made] = path
     found = _last_of_each(
-        ((path, value.places) for _, path in sorted(outer.items()) if (value := main[path]) is not None),
+        (
+            (path, value.places)
+            for _, path in sorted(outer.items())
+            if (value := main[path]) is not None and _declared(anatomy, path) is not None
+        ),
         lambda path, before: not _is_composite(anatomy, path) and _is_composite(anatomy, before),
     )
     if len(found) == 1:
