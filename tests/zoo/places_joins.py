@@ -206,6 +206,7 @@ REST: dict[str, Joins] = {
         "attention in four blocks and an MLP in all; what downsampling adds to attention is a projected shortcut",
         {"stages.#.blocks.#": 18, "stages.#.downsample": 1},
     ),
+    "halonet26t": Joins("the bottlenecks; relative positions are added to scores", {"stages.#.#": 8}),
     "densenet121": Joins("dense layers"),
     "tv/convnext_tiny": Joins("one in each block", {"features.#.#": 18}),
     "tv/vit_b_16": Joins("attention and MLP", {"encoder.layers.encoder_layer_#": 24}),

@@ -192,6 +192,24 @@ def test_decoys_are_not_taken_for_joins() -> None:
     assert not joins(Decoys())
 
 
+def test_scores_with_relative_positions_are_no_join_where_heads_lie_among_the_images() -> None:
+    """The one is a projection of queries; the other is made of keys as well, which share the image with them."""
+
+    class Heads(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.query, self.keys = nn.Conv2d(4, 4, 1), nn.Conv2d(4, 8, 1)
+            self.relative = nn.Linear(2, 16, bias=False)
+
+        def forward(self, x: Tensor) -> Tensor:
+            q = self.query(x).reshape(x.shape[0] * 2, 2, -1).transpose(1, 2)
+            k, v = self.keys(x).reshape(x.shape[0] * 2, 4, -1).split([2, 2], 1)
+            scores = (q @ k) * 0.5 + self.relative(q)
+            return (scores.softmax(-1) @ v.transpose(1, 2)).transpose(1, 2).reshape(x.shape)
+
+    assert not joins(Stack(Heads()))
+
+
 def test_joins_of_a_model_that_arrives_traced() -> None:
     model = timm.create_model("resnet18", num_classes=3)
     traced = fx.symbolic_trace(model)

@@ -193,14 +193,15 @@ def test_entries_of_feature_info_that_work_are_used(
     assert [stage.name for stage in stages(Anatomy(model, SIZE))] == expected
 
 
-def test_a_stage_whose_value_an_encoder_hands_on_in_an_object_is_no_less_one() -> None:
+@pytest.mark.parametrize("stride", [1, 2])
+def test_a_stage_whose_value_an_encoder_hands_on_in_an_object_is_no_less_one(stride: int) -> None:
     """What has no name as the encoder's value has one as the stage's."""
 
     class Encoder(nn.Module):
         def __init__(self) -> None:
             super().__init__()
             self.layers = nn.ModuleList(
-                nn.Sequential(nn.Conv2d(n, 2 * n, 3, 2, 1), nn.GELU()) for n in (3, 6, 12)
+                nn.Sequential(nn.Conv2d(n, 2 * n, 3, stride, 1), nn.GELU()) for n in (3, 6, 12)
             )
 
         def forward(self, x: Tensor) -> dict[str, Tensor]:

@@ -45,6 +45,7 @@ from fxgraft.graph.structure.onward import goes_on
 from fxgraft.graph.tracing.anatomy import Anatomy
 from fxgraft.graph.tracing.editing import After, Edge, Edit
 from fxgraft.graph.tracing.names import inside, join, relative
+from fxgraft.graph.tracing.observe import tensors
 from fxgraft.graph.tracing.trace import is_primitive
 from fxgraft.graph.tracing.values import Values
 from fxgraft.graph.tracing.walks import downstream_of, placeholders
@@ -192,6 +193,8 @@ class _Search:
     def __init__(self, anatomy: Anatomy) -> None:
         self.anatomy = anatomy
         self.steps: Steps = steps_of(anatomy)
+        given = next(iter(tensors(anatomy.observation.calls[""][0].args)), None)
+        self.images = 0 if given is None else given.shape[0]
         self.found: dict[str, list[_Parts]] = {}
 
     def joins(self) -> list[Join]:
@@ -307,8 +310,9 @@ class _Search:
         """
         behind = computed_from([fork])
         both = computed_from([branch], around=fork) & behind & self.steps.data(owner, fork.graph)
-        batch = _shape(values, fork)[:1]
-        return not any(_shape(values, each)[:1] == batch for each in both)
+        # Attention may count windows or heads among the images: its own batch is another than that of its input.
+        batches = {_shape(values, fork)[:1], (self.images,)}
+        return not any(_shape(values, each)[:1] in batches for each in both)
 
     def _with_more_branches(self, owner: str, values: Values, parts: _Parts) -> _Parts:
         """Follow a sum to which further branches of the same fork are added."""

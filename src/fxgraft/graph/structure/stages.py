@@ -112,7 +112,7 @@ def _by_places(anatomy: Anatomy) -> list[Site]:
         ),
         lambda path, before: not _is_composite(anatomy, path) and _is_composite(anatomy, before),
     )
-    if len(found) == 1:
+    if len(found) < 2:
         blocks = [
             path for path in main if main[path] and _is_composite(anatomy, path) and is_block(anatomy, path)
         ]
