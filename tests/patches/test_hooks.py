@@ -13,7 +13,7 @@ from torch.nn.modules.module import register_module_forward_hook
 
 import fxgraft
 from fxgraft import MixMoInput
-from fxgraft.errors import BypassError, MergeError, WrappedModelError
+from fxgraft.errors import BypassError, ConfigError, MergeError, WrappedModelError
 from fxgraft.patches.diversification.patch import maps
 from fxgraft.patches.selfnorm import Gate
 from patches.rsc.rsc_tools import close
@@ -323,3 +323,12 @@ def test_a_gate_for_one_image_runs_the_hooks_of_its_norm() -> None:
     close(gate(mean, std), 2 * torch.sigmoid(torch.logit(plain / 2) + 1))
     assert gate.norm.training
     assert gate.norm.num_batches_tracked == 0
+
+
+def test_the_gradient_boosting_loss_stands_in_for_no_criterion_with_hooks() -> None:
+    x, y = batch(8)
+    model = fxgraft.patch(built(), "diversification", loss="gradient_boosting", input_size=(3, 24, 24))
+    criterion = nn.CrossEntropyLoss()
+    criterion.register_forward_hook(lambda _, args, out: 10 * out)
+    with pytest.raises(ConfigError, match=r"CrossEntropyLoss(?s:.*)together with another criterion"):
+        fxgraft.loss(model, model(x), y, criterion)

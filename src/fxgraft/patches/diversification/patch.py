@@ -195,9 +195,10 @@ class Diversification(Patch):
         (unit,) = graft.units_of(DiversificationUnit)
         if self.loss is None or not unit.boosts:
             return criterion
-        given: Any = criterion  # a subclass with a rule of its own is another criterion
+        given: Any = criterion  # one with a rule of its own, in a subclass or in hooks, is another criterion
         forward = getattr(type(given), "forward", None)
-        if forward is nn.CrossEntropyLoss.forward and "forward" not in vars(given):
+        hooked = getattr(given, "_forward_hooks", None) or getattr(given, "_forward_pre_hooks", None)
+        if forward is nn.CrossEntropyLoss.forward and "forward" not in vars(given) and not hooked:
             return GradientBoostingCrossEntropy(
                 self.loss_k,
                 label_smoothing=given.label_smoothing,
