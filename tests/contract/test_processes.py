@@ -145,6 +145,7 @@ def worker(rank: int, folder: str, modules: list[str], cases: list[tuple[str, st
             model = DistributedDataParallel(original)
             play(model, original, images(8, 1).chunk(WORLD)[rank], images(4, 2).chunk(WORLD)[rank])
             torch.save(contents(original), f"{folder}/{name}-{rank}.pt")
+        dist.barrier()  # neither leaves the group while the other one still talks to it
     finally:
         dist.destroy_process_group()
 
