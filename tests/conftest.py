@@ -10,11 +10,13 @@ from pathlib import Path
 import pytest
 import torch
 
+import works_with
+from sweeping import thin
 from third_party_package import install
 from toys import register_toys
-from works_with import pytest_addoption, pytest_collection_modifyitems, pytest_configure
+from works_with import pytest_addoption, pytest_configure
 
-__all__ = ["pytest_addoption", "pytest_collection_modifyitems", "pytest_configure"]  # hooks
+__all__ = ["pytest_addoption", "pytest_configure"]  # hooks
 
 torch.set_num_threads(1)
 # For the processes that the tests run in, which start after this: glibc gives large buffers back to the system as soon
@@ -25,6 +27,13 @@ os.environ.setdefault("MALLOC_TRIM_THRESHOLD_", str(2**30))
 # Before anything asks for the methods: whatever sweeps over the registry sweeps over these two as well.
 _folder = tempfile.TemporaryDirectory()
 sys.path.insert(0, str(install(Path(_folder.name))))
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Before -m is looked at: what is left to the sweep, and what writes the matrix."""
+    thin(items)
+    works_with.pytest_collection_modifyitems(items)
 
 
 def pytest_collection_finish() -> None:

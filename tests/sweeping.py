@@ -1,7 +1,8 @@
-"""Parameters of a test of which a few are tried in every run, and the rest in the sweep."""
+"""Which parameters of a test are tried in every run, and which in the sweep alone."""
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable
 from typing import Any
 
@@ -14,3 +15,112 @@ def some(values: Iterable[Any], first: int) -> list[Any]:
         value if index < first else pytest.param(value, marks=pytest.mark.sweep)
         for index, value in enumerate(values)
     ]
+
+
+def thin(items: Iterable[pytest.Item]) -> None:
+    """Mark most cases of the tests that take longest for the sweep, so that a run of all tests ends within minutes."""
+    seen: Counter[str] = Counter()
+    for item in items:
+        test = item.nodeid.partition("[")[0].removeprefix("tests/")
+        if test in _SHARES and item.get_closest_marker("sweep") is None:
+            share = _SHARES[test]
+            if not share or seen[test] % share:
+                item.add_marker(pytest.mark.sweep)
+            seen[test] += 1
+
+
+_THIRD = """
+cli/test_merging.py::test_a_run_of_timms_script
+contract/test_copies.py::test_a_stack_copied_in_other_ways
+contract/test_heads.py::test_head_rewrite
+contract/test_members.py::test_members
+contract/test_refusals.py::test_backbones_that_do_not_have_what_it_takes
+contract/test_rsc_runs.py::test_both_scopes_are_drawn_in_one_graph
+contract/test_taps.py::test_taps
+faults/test_acts.py::test_an_interruption_at_some_lines
+faults/test_damaged.py::test_a_load_that_fails_half_way_in
+faults/test_damaged.py::test_looking_draws_nothing_and_fires_no_hook
+faults/test_work.py::test_an_interruption
+graph/structure/test_classified.py::test_features_are_refused
+graph/structure/test_dense.py::test_selfnorm_replaces_what_all_later_layers_see
+graph/structure/test_joins.py::test_joins_of_well_known_models
+graph/structure/test_positions.py::test_the_usual_position_is_that_of_the_networks_blocks
+patches/crossnorm/test_patch.py::test_every_crop_trains
+patches/crossnorm/test_patch.py::test_neutral_settings_draw_nothing_and_change_no_bit
+patches/gam/test_errors.py::test_the_taps_that_the_error_proposes_can_be_merged
+patches/gam/test_matching.py::test_it_merges_exactly
+patches/mixmo/test_replaced.py::test_a_replaced_layer_is_noticed_before_a_pass
+patches/rsc/test_captured.py::test_it_predicts_what_the_model_does
+patches/rsc/test_default.py::test_branches_that_are_stacked_mix_no_tokens
+patches/test_selfnorm.py::test_the_start_changes_no_bit_and_then_trains
+patches/test_selfnorm.py::test_units_on_tokens_that_no_prediction_reads_are_left_out
+test_api.py::test_a_failure_at_any_site_leaves_everything_as_it_was
+test_api.py::test_several_or_all_come_off_at_once
+test_leaks.py::test_again_and_again_keeps_nothing
+test_presets.py::test_a_network_of_another_structure_is_named
+test_stock.py::test_what_the_readme_says_of_strict_loading
+test_terms.py::test_a_teacher_in_training_mode_has_no_share_in_the_loss
+test_threads.py::test_threads_evaluate_one_model
+test_watch.py::test_what_follows_no_schedule
+trainers/test_transformers.py::test_a_classifier_in_the_stock_trainer
+trainers/test_transformers.py::test_keywords_that_a_layer_does_not_use
+training_parity/test_mixmo.py::test_five_steps_of_the_release
+training_parity/test_places.py::test_a_preset_is_what_was_published
+zoo/test_layouts.py::test_layouts_stages_and_pooled_maps
+zoo/test_places_joins.py::test_joins_of_a_few_networks
+"""
+_FOURTH = """
+adaptation/test_checkpoint.py::test_a_checkpoint_that_is_not_whole_changes_nothing
+adaptation/test_streams.py::test_a_stream_is_found_again
+contract/test_alone.py::test_training
+contract/test_alone.py::test_what_it_leaves_alone
+contract/test_devices.py::test_nothing_mixes_devices_or_waits_for_one
+contract/test_empty.py::test_an_empty_batch_passes
+contract/test_exporters.py::test_onnxruntime_computes_the_same
+contract/test_loops.py::test_a_loop
+contract/test_tools.py::test_activation_checkpointing
+contract/test_tools.py::test_channels_last
+contract/test_tools.py::test_compiled_in_one_graph
+contract/test_tools.py::test_exported
+contract/test_tools.py::test_models_of_another_precision
+contract/test_wrappers.py::test_stochastic_weight_averaging
+faults/test_damaged.py::test_a_malformed_recipe
+faults/test_disk.py::test_a_checkpoint_on_a_full_disk
+faults/test_disk.py::test_a_save_to_a_full_disk
+graph/structure/test_dense.py::test_layers_of_every_form
+graph/structure/test_onward.py::test_every_gate_reaches_the_logits_and_no_more_are_left_out
+graph/structure/test_pooling.py::test_the_pooled_map_is_the_last_before_the_average
+graph/structure/test_rest.py::test_the_rest_computes_what_the_network_does
+graph/structure/test_tail.py::test_linear_tails
+graph/tracing/test_editing.py::test_checkpointing_switched_on_before_or_after
+graph/tracing/test_regions.py::test_a_patched_forward_sets_what_the_bare_one_sets
+graph/tracing/test_regions.py::test_what_a_graph_would_not_do_again_is_refused_and_undone
+patches/crossnorm/test_patch.py::test_errors
+patches/diversification/test_norms.py::test_an_activation_in_a_norm_is_said_and_trains_no_statistics_of_positions
+patches/diversification/test_norms.py::test_norms_have_the_statistics_of_the_pooled_vector
+patches/gam/test_patch.py::test_losses_are_those_of_the_functions
+patches/gam/test_source.py::test_a_layer_that_is_replaced_afterwards
+patches/gam/test_source.py::test_weights_that_come_after_patching_are_the_source
+patches/mixmo/test_replaced.py::test_members_follow_a_layer_with_the_same_weights
+patches/mixmo/test_start.py::test_evaluation_starts_as_the_bare_network
+patches/rsc/test_patch.py::test_layouts_agree
+patches/test_hooks.py::test_rsc_looks_ahead_through_hooks
+patches/test_signals.py::test_a_signal_is_a_map_of_height_one
+test_adapters.py::test_copies_of_a_patched_model_with_adapters_have_its_placements
+test_labels.py::test_compiled_code_refuses_what_is_no_class
+test_leaks.py::test_a_deleted_model_is_freed_at_once
+test_recipe.py::test_a_damaged_folder_leaves_the_model_alone
+test_recipe.py::test_what_is_wrong_with_the_folder_is_a_recipe_error
+test_stock.py::test_stock_weights_are_taken_up_and_own_ones_stay
+test_watch.py::test_an_optimiser_from_before_the_patch
+trainers/test_dense.py::test_dense_predictors
+trainers/test_timm.py::test_labels_progress_loss_and_optimiser
+trainers/test_transformers.py::test_a_classifier_that_computes_its_own_loss
+trainers/test_transformers.py::test_accumulated_gradients_are_those_of_one_batch
+"""
+_SHARES = {
+    **dict.fromkeys(_THIRD.split(), 3),
+    **dict.fromkeys(_FOURTH.split(), 4),
+    "comparison/test_demo.py::test_the_surgery_holds_and_the_pairs_are_compared": 0,
+}
+"""Of which tests one case in so many is tried in every run, the first among them; 0 is none."""
