@@ -51,11 +51,13 @@ class Expectation:
 
 
 # Backbones without a residual join, and a position that they have besides their usual one. Of timm's files these
-# are densely connected or plain, or (efficientnet) have their skips configured away.
+# are densely connected, plain or cells, or (efficientnet) have their skips configured away.
 NO_JOIN = {
     "timm/densenet121": "conv1_post",
     "timm/inception_v3": "norm",
     "timm/inception_v4": "norm",
+    "timm/nasnetalarge": "norm",
+    "timm/pnasnet5large": "norm",
     "timm/rdnet_tiny": "act",
     "timm/selecsls42": "act",
     "timm/test_efficientnet": "norm",
@@ -106,11 +108,6 @@ _ENDS = {
     "torchvision/squeezenet1_1": Refusal(r"do not come from linear layers alone: 'classifier.2' \(ReLU\)"),
 }
 
-# One block to each stage, so that there is none before the last whose class token alone is read.
-_ONE_BLOCK = {
-    "timm/coat_tiny": Refusal("the logits read its class token alone", {"layer": "serial_blocks4.0"})
-}
-
 EXPECTED: dict[str, Expectation] = {
     "crossnorm": Expectation(options={"p": 1.0, "active": None}, neutral={"p": 0.0}, acts=True, folds=True),
     "diversification": Expectation(
@@ -131,7 +128,6 @@ EXPECTED: dict[str, Expectation] = {
         neutral={"start": 1.0},
         acts=True,
         folds=True,
-        refusals=_ONE_BLOCK,
     ),
     "selfnorm": Expectation(options={}, acts=False, starts_as_bare=True, folds=False),
     "taps": Expectation(options={"layers": -1}, acts=False, starts_as_bare=True, folds=True),
