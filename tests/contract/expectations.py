@@ -118,7 +118,17 @@ EXPECTED: dict[str, Expectation] = {
         refusals=_HEADS,
     ),
     "gam": Expectation(
-        options={"layers": -1, "hidden": 8}, acts=False, starts_as_bare=True, folds=True, judged_apart=True
+        options={"layers": -1, "hidden": 8},
+        acts=False,
+        starts_as_bare=True,
+        folds=True,
+        judged_apart=True,
+        # its head reads the class tokens of the last stage, and not its map
+        refusals={
+            "timm/pit_ti_224": Refusal(
+                r"does not depend on 'transformers\.2\.reshape'", {"layers": "transformers.1"}
+            )
+        },
     ),
     "mixmo": Expectation(
         options={"p": 1.0}, neutral={"members": 1}, acts=True, starts_as_bare=True, folds=True, refusals=_ENDS
