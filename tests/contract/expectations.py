@@ -124,11 +124,7 @@ EXPECTED: dict[str, Expectation] = {
         folds=True,
         judged_apart=True,
         # its head reads the class tokens of the last stage, and not its map
-        refusals={
-            "timm/pit_ti_224": Refusal(
-                r"does not depend on 'transformers\.2\.reshape'", {"layers": "transformers.1"}
-            )
-        },
+        refusals={"timm/pit_ti_224": Refusal(r"does not depend on 'transformers\.2\.reshape'")},
     ),
     "mixmo": Expectation(
         options={"p": 1.0}, neutral={"members": 1}, acts=True, starts_as_bare=True, folds=True, refusals=_ENDS
