@@ -375,10 +375,15 @@ class _Runner:
             replace(job, device=self.devices[index % len(self.devices)]) for index, job in enumerate(jobs)
         ]
         with parallel_config(backend=self.backend, n_jobs=self.workers, **options):
-            parallel = Parallel(return_as="generator_unordered")
+            # A cluster's backend gives nothing before its last run is done: a round of workers at a time.
+            running = self.backend == "loky"
+            parallel = Parallel(return_as="generator_unordered" if running else "list")
+            count = len(dealt) if running else self.workers
             try:
-                done: Any = parallel(delayed(carry_out)(self.setup, job) for job in dealt)
-                yield from done
+                for first in range(0, len(dealt), count):
+                    round_ = dealt[first : first + count]
+                    done: Any = parallel(delayed(carry_out)(self.setup, job) for job in round_)
+                    yield from done
             except BrokenExecutor as error:
                 raise ConfigError(
                     "A process of a run was killed, most often for lack of memory.\n"

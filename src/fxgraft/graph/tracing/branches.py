@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 from torch.fx.node import has_side_effect
+from torch.fx.proxy import Attribute
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
@@ -176,7 +177,7 @@ class InPlaceProxy(fx.Proxy):
         return self._in_place(itruediv, other)
 
 
-class _Device(fx.proxy.Attribute):
+class _Device(Attribute):
     """A device, whose ``type`` is text where the tracer knows it: contexts take no proxy for it."""
 
     def __getattr__(self, name: str) -> Any:

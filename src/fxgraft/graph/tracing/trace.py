@@ -270,8 +270,8 @@ class ShallowTracer(fx.Tracer):
         """Take down what the forward has set in a module that stays closed: the call in the graph would not have it."""
         for each in m.modules():
             before, now = self.own.get(each), registered(each)
-            for name in () if before is None else dict.fromkeys((*before, *now)):
-                if before.get(name) is not now.get(name):
+            for name in dict.fromkeys((*(before or ()), *now)):
+                if before is not None and before.get(name) is not now.get(name):
                     self.changed.append((each, name, user_line()))
 
     def find_changed(self) -> None:
