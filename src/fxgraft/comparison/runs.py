@@ -17,10 +17,12 @@ from fxgraft.comparison.data import Task
 from fxgraft.comparison.training import (
     SCORES,
     Fit,
+    Images,
     Training,
     evaluate,
     fit,
     own_randomness,
+    transform_of,
     unlabelled_batches,
 )
 from fxgraft.errors import ConfigError
@@ -230,8 +232,6 @@ def _fitted(setup: Setup, model: nn.Module, job: Job) -> Fit:
             seed=job.seed,
             device=job.device,
         )
-    from fxgraft.comparison.training import Images, transform_of
-
     images = Images(
         task.train, transform_of(model, setup.training, setup.size, training=True), setup.size, job.seed
     )
