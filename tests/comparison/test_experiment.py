@@ -317,7 +317,6 @@ def test_the_best_epoch_and_the_average_of_the_weights(run, tmp_path):
 
 
 def test_corruptions_are_the_same_for_both_of_a_pair(run, monkeypatch):
-    pytest.importorskip("imagecorruptions")
     monkeypatch.setattr(runs, "CORRUPTIONS", ("impulse_noise", "glass_blur", "snow"))
     monkeypatch.setattr(runs, "SEVERITIES", (1, 5))
     found = run(grafts="rsc:start=1.0", corrupt=True, size=32, seeds=1)
