@@ -283,6 +283,12 @@ class SelfNormUnit(Unit):
     def forward(self, x: Tensor) -> Tensor:
         """Return ``x``, shaped as it is, gated."""
         run = self.current
+        if run is not None:
+            run.check_images_alone(
+                self.graft,
+                "Statistics of channels would count positions that are padding.",
+                all_positions=True,
+            )
         if run is None or not self.training:
             g, f = self.g, self.f
         else:

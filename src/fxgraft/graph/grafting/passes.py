@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from fxgraft.errors import FxgraftError, FxgraftWarning, TargetError
+from fxgraft.errors import BypassError, FxgraftError, FxgraftWarning, TargetError
 from fxgraft.graph.grafting.labels import checked_labels
 from fxgraft.graph.grafting.published import Offer, published, targets
 from fxgraft.graph.grafting.sharded import outside_sharded_step
@@ -235,6 +235,7 @@ class Pass:
         visited: the owners reached so far.
         calls: arguments that grafted modules with hooks were called with, by qualified name.
         recording: where taps put their values; None while a graft looks ahead.
+        beside: what the call gave the model beside images and labels, by argument; see `check_images_alone`.
         took: whether a graft has read the labels.
         read_by_model: whether the model's own forward was given labels of the batch, by an argument that it names.
     """
@@ -257,6 +258,7 @@ class Pass:
         self.visited: dict[str, bool] = {}
         self.calls: dict[str, tuple[tuple[Any, ...], dict[str, Any]]] = {}
         self.recording: dict[str, Any] | None = {}
+        self.beside: Mapping[str, Any] = {}
         self._shared: dict[tuple[str, str], Any] = {}
         self.took = self.read_by_model = False
         self._given: Any = None
@@ -325,6 +327,36 @@ class Pass:
         if self._refused is not None:
             raise TargetError(f"{graft!r} {_REFUSED[self._refused]}")
         return checked_labels(graft, self.target if part is None else part, batch)
+
+    def check_images_alone(self, graft: str, why: str, all_positions: bool = False) -> None:
+        """Raise where the model was called with more than images and labels, of which its graphs know nothing.
+
+        A model is looked at as it runs on images. A mask of padding, coordinates or a condition are what calls bring.
+
+        Args:
+            graft: name of the graft.
+            why: a sentence that says what would be wrong.
+            all_positions: whether only what may tell positions apart is: tensors of several entries per image.
+
+        Raises:
+            BypassError: it was.
+        """
+        labels = self.given
+        found = [
+            name
+            for name, each in self.beside.items()
+            if each is not labels
+            and (
+                not all_positions
+                or (isinstance(each, Tensor) and each.ndim > 1 and each.shape[1:].numel() > 1)
+            )
+        ]
+        if found:
+            raise BypassError(
+                f"{graft!r} was given {', '.join(map(repr, found))} beside the images, and it knows the model as it "
+                f"runs on images alone.\n{why}\n"
+                "Give the model tensors of images of one size, which need no mask, or leave the method out."
+            )
 
     def doubt(self, wrong: Tensor | bool, error: FxgraftError) -> None:
         """Raise an error if something is wrong, without waiting for a device: there it comes in a later step.

@@ -123,6 +123,7 @@ def _outer_call(
     declared: Declared = type(self)._fxgraft_declared  # type: ignore[attr-defined]
     target = options.get(TARGET)
     run = Pass(context, self, target, declared.inputs(args, kwargs), options)
+    run.beside = declared.beside(args, kwargs) if call is _whole_call else {}
     run.read_by_model = any(options.get(n) is not None and declared.names(n) for n in (TARGET, LABELS))
     run.adopt_published()
     if run.target is None:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import inspect
 import itertools
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import Any, Final
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 INPUT: Final = type("_Input", (), {"__repr__": lambda self: "INPUT"})()
@@ -29,12 +29,14 @@ class Declared:
         keywords: names of those that may be given by keyword.
         any_positional: whether it takes ``*args``.
         any_keyword: whether it takes ``**kwargs``.
+        defaults: by name.
     """
 
     positional: tuple[str, ...]
     keywords: frozenset[str]
     any_positional: bool
     any_keyword: bool
+    defaults: Mapping[str, Any] = field(default_factory=dict)
 
     @classmethod
     def of(cls, signature: inspect.Signature) -> Declared:
@@ -48,6 +50,7 @@ class Declared:
             frozenset(each.name for each in parameters if each.kind in by_keyword),
             any(each.kind is kinds.VAR_POSITIONAL for each in parameters),
             any(each.kind is kinds.VAR_KEYWORD for each in parameters),
+            {each.name: each.default for each in parameters},
         )
 
     def names(self, option: str) -> bool:
@@ -76,6 +79,30 @@ class Declared:
         named = itertools.takewhile(kwargs.__contains__, self.positional[len(args) :])
         return (*args, *(kwargs[name] for name in named))
 
+    def beside(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+        """Return what a call gives beside images, labels and defaults, by argument.
+
+        Of a first argument that holds several tensors, as a dictionary of patches and a mask of them, those of another
+        kind than the first are beside the images. What is the same for all images counts if the forward names it:
+        trainers hand numbers, as that of the items in a batch, to all that takes any keyword.
+        """
+        if not kwargs and len(args) == 1 and isinstance(args[0], Tensor):
+            return {}
+        unnamed = range(len(self.positional), len(args))
+        given = {**dict(zip((*self.positional, *map(str, unnamed)), args, strict=False)), **kwargs}
+        given = {name: value for name, value in given.items() if name not in (TARGET, LABELS)}
+        first = next((name for name in (*self.positional[:1], *given) if name in given), None)
+        found = {} if first is None else dict(_of_another_kind(given.pop(first)))
+        for name, value in given.items():
+            if self._tells(name, value):
+                found[name] = value
+        return found
+
+    def _tells(self, name: str, value: Any) -> bool:
+        if isinstance(value, Tensor):
+            return value.ndim > 0 or self.names(name)
+        return self.names(name) and value is not self.defaults[name] and value != self.defaults[name]
+
     def own(self, options: Iterable[str], kwargs: dict[str, Any]) -> dict[str, Any]:
         """Return the keywords of a call without the options that are meant for the grafts alone."""
         found = dict(kwargs)
@@ -93,6 +120,21 @@ class Declared:
         return tuple(
             name for name in (TARGET, LABELS) if self.names(name) or (name == TARGET and self.takes(name))
         )
+
+
+def _of_another_kind(images: Any) -> Iterator[tuple[str, Any]]:
+    """Yield the tensors in a container whose type or number of dimensions is not that of the first."""
+    if isinstance(images, Tensor):
+        return
+    if isinstance(images, (list, tuple)):
+        images = {f"[{i}]": each for i, each in enumerate(images)}
+    elif not isinstance(images, Mapping):
+        images = getattr(images, "__dict__", {})
+    held = {str(name): each for name, each in images.items() if isinstance(each, Tensor)}
+    first = next((each for each in held.values() if each.is_floating_point()), None)
+    for name, each in held.items():
+        if first is not None and (each.dtype, each.ndim) != (first.dtype, first.ndim):
+            yield name, each
 
 
 def bind(

@@ -295,6 +295,9 @@ class CrossNormUnit(Unit):
         if not chance:
             run.measure(self.graft, "active", 0)
             return x
+        run.check_images_alone(
+            self.graft, "Statistics of channels would count positions that are padding.", all_positions=True
+        )
         chosen = run.shared(self.graft, "on", lambda: self._draw(run, chance, x.device))
         on = draws.among(chosen, self.index, x.device)
         return draws.choose(on, lambda: self.layout.restore(x, self._restyled(self.layout.canonical(x))), x)

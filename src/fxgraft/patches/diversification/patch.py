@@ -280,6 +280,11 @@ class DiversificationUnit(Unit):
         """Return logits, shaped as the head's own, from the map (B, C, H, W), (B, H, W, C) or (B, N, C)."""
         config = self.config
         run = self.running()
+        run.check_images_alone(
+            self.graft,
+            "Class maps of positions that are padding would be damped and averaged.",
+            all_positions=True,
+        )
         found = self.class_maps(run.model, x)
         mask = None
         if config.alpha < 1 and (config.p_peak > 0 or config.p_patch > 0):

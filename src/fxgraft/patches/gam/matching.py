@@ -39,7 +39,12 @@ class SwitchedTap(Tap):
     def forward(self, x: Any) -> Any:
         """Return ``x`` as it is."""
         run = self.current
-        return super().forward(x) if run is not None and run.asked(self.graft, "listen") else x
+        if run is None or not run.asked(self.graft, "listen"):
+            return x
+        run.check_images_alone(
+            self.graft, "Positions that are padding would be matched and told apart.", all_positions=True
+        )
+        return super().forward(x)
 
 
 class MatchedTap(SwitchedTap):

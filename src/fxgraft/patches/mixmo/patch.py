@@ -313,6 +313,11 @@ class Inputs(Unit):
                 "labels of the batch.\nThe rows of all members but the first are for other images, with other labels.\n"
                 "Call model(x) under `with fxgraft.targets(y):`, or take the labels out of the model's forward."
             )
+        if config.members > 1:
+            run.check_images_alone(
+                self.graft,
+                "All members but the first see other images, and would see them with the same of these.",
+            )
         own: tuple[Tensor, ...] = x.inputs if isinstance(x, MixMoInput) else ()
         images: Tensor = own[0] if own else x  # type: ignore[assignment]
         head: Any = run.model.get_submodule(self.classifier)

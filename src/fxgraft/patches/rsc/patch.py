@@ -63,6 +63,9 @@ class RSC(LayeredPatch):
     Elsewhere the rest of the network runs twice more on the map's batch, once with a gradient to the map. Small
     maps lose too much: below about 3×3 positions the spatial scope mutes most of what there is.
 
+    The network behind the site is looked at as it predicts: in evaluation, on images alone, without the labels that a
+    margin head takes. Calls that give the model more, such as a mask of padded patches, are refused.
+
     A single logit z is a question of yes and no: the label 1 has the score z/2 and the probability sigmoid(z), the
     label 0 has −z/2 and 1 − sigmoid(z). Labels are integers or floating point, (B,) or (B, 1). With several labels
     per image every logit is such a question; the scores add up, and the probability is the mean over the labels. Labels
@@ -260,6 +263,11 @@ class RSCUnit(Unit):
                 self._measure(self.current, 0.0, 0.0)
             return z
         run = self.running()
+        run.check_images_alone(
+            self.graft,
+            "What comes after its site would be looked at without them, and positions that are padding be muted and "
+            "counted as others are.",
+        )
         target = run.labels(self.graft, z.shape[0])
         scope = "vector" if vector else self._draw_scope(z.device)
         return self.layout.multiply(z, self._muting(run, z.detach(), target, scope))
