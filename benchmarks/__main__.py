@@ -40,7 +40,7 @@ from benchmarks.zoo import run as run_zoo
 from benchmarks.zoo_tables import coverage, summary
 from benchmarks.zoo_tables import plot as plot_zoo
 from fxgraft.errors import ConfigError, candidates
-from fxgraft.files import write_text
+from fxgraft.io.atomic_write import write_text
 
 README = Path(__file__).parents[1] / "README.md"
 

@@ -23,7 +23,7 @@ from torch.utils import _pytree as pytree
 import fxgraft
 from fxgraft.cli.readme import own_methods
 from fxgraft.graph.grafting.graft import Graft
-from fxgraft.graph.grafting.ledger import Ledger
+from fxgraft.graph.grafting.graft_registry import GraftRegistry
 from fxgraft.graph.tracing.observe import default_input_size
 
 CLASSES = 10
@@ -138,7 +138,7 @@ def graft(model: nn.Module, methods: list[str], size: tuple[int, ...]) -> Record
     grafts = [Graft(each.method, each(**each.example), input_size=size) for each in chosen]
     began = time.process_time()
     try:
-        Ledger().install(model, grafts)
+        GraftRegistry().install(model, grafts)
     except fxgraft.FxgraftError as error:
         return {"plan": _since(began), "refused": _anywhere(f"{type(error).__name__}: {error}")}
     except Exception as error:  # a crash is what this looks for

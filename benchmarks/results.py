@@ -10,7 +10,7 @@ from typing import Any
 from benchmarks.study import Run, Study
 from fxgraft.environment import environment
 from fxgraft.errors import ConfigError
-from fxgraft.files import write_text
+from fxgraft.io.atomic_write import write_text
 
 FORMAT = 2
 FOLDER = Path(__file__).parent / "results"

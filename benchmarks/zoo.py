@@ -26,7 +26,7 @@ from benchmarks.coverage import Record, architectures, examine, meta_dirichlet, 
 from benchmarks.runner import progress_bar, start_worker
 from fxgraft.environment import environment
 from fxgraft.errors import ConfigError
-from fxgraft.files import write_text
+from fxgraft.io.atomic_write import write_text
 
 PROTOCOL = (
     "each method with its example options and the default stack, a training step and an evaluation of two images at "

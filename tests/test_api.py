@@ -241,7 +241,7 @@ def test_a_failure_at_any_site_leaves_everything_as_it_was(fail: int, first: boo
 
 
 class RefusingToy(Toy):
-    def installed(self, graft, backbone) -> None:
+    def on_installed(self, graft, backbone) -> None:
         raise RuntimeError("injected")
 
 

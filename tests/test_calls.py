@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fxgraft
-from fxgraft.api import ledger_of
+from fxgraft.api import registry_of
 from fxgraft.errors import (
     ConfigError,
     DuplicateGraftError,
@@ -125,7 +125,7 @@ def test_progress_reaches_every_unit_now_and_later() -> None:
     assert Follows.seen[2:] == [0.25, 0.25]
     fxgraft.patch(model, Toy())
     assert set(Follows.seen[4:]) == {0.25}
-    assert ledger_of(model).context.progress == 0.25
+    assert registry_of(model).context.progress == 0.25
 
 
 @pytest.mark.parametrize("fraction", [-0.1, 1.1, float("nan"), float("inf"), "0.5", None, torch.zeros(2)])
@@ -133,7 +133,7 @@ def test_progress_is_a_share(fraction: Any) -> None:
     model = fxgraft.patch(net(), Toy())
     with pytest.raises(ConfigError, match=r"Progress is the share of training done, in \[0, 1\]"):
         fxgraft.set_progress(model, fraction)
-    assert ledger_of(model).context.progress == 0.0
+    assert registry_of(model).context.progress == 0.0
 
 
 def test_rsc_starts_when_progress_says_so() -> None:
@@ -278,7 +278,7 @@ def test_labels_come_from_the_call_or_the_innermost_block() -> None:
         model(images())
     model(images())
     assert [s if s is None else int(s[0]) for s in seen] == [None, 0, 0, 1, 2, 0, None]
-    assert ledger_of(model).context.current is None
+    assert registry_of(model).context.current is None
 
 
 def test_labels_are_forgotten_after_a_failing_block() -> None:
@@ -290,7 +290,7 @@ def test_labels_are_forgotten_after_a_failing_block() -> None:
         model(torch.zeros(1), target=LABELS)
     model(images())
     assert seen == [None]
-    assert ledger_of(model).context.current is None
+    assert registry_of(model).context.current is None
 
 
 @pytest.mark.parametrize(

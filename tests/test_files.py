@@ -11,7 +11,7 @@ import pytest
 
 from faults.lines import Lines
 from fxgraft.errors import RecipeError
-from fxgraft.files import Header, write_files, write_text
+from fxgraft.io.atomic_write import Header, write_files, write_text
 
 
 def content(folder: Path) -> dict[str, str]:
@@ -43,7 +43,7 @@ def test_a_failure_leaves_all_the_old_ones(tmp_path: Path) -> None:
 
 def test_what_a_killed_process_left_is_gone_after_the_next_save(tmp_path: Path) -> None:
     code = (
-        "import os, sys; from pathlib import Path; from fxgraft.files import write_files\n"
+        "import os, sys; from pathlib import Path; from fxgraft.io.atomic_write import write_files\n"
         "def write(path): path.write_text('half'); os.kill(os.getpid(), 9)\n"
         "write_files(Path(sys.argv[1]), {'one': write})\n"
     )
@@ -68,7 +68,7 @@ def test_permissions_are_those_of_any_new_file(tmp_path: Path) -> None:
 
 def test_savers_of_one_folder_take_turns(tmp_path: Path) -> None:
     code = (
-        "import sys, time; from pathlib import Path; from fxgraft.files import write_files\n"
+        "import sys, time; from pathlib import Path; from fxgraft.io.atomic_write import write_files\n"
         "def write(path):\n"
         "    for _ in range(20):\n"
         "        with path.open('a') as file: file.write(sys.argv[2])\n"

@@ -14,7 +14,7 @@ from rich.console import Console
 
 import fxgraft
 from fxgraft import GAM, RSC, ConfigError, CrossNorm, Diversification, MixMo, SelfNorm, extend
-from fxgraft.cli.cards import card
+from fxgraft.cli.method_card import card
 from training_parity.networks import DenseNet, ResNet, ResNeXt
 
 ALL = [

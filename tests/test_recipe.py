@@ -236,7 +236,7 @@ def test_a_failed_save_leaves_the_old_files(tmp_path: Path, monkeypatch: Any, fa
         raise OSError(28, "No space left on device")
 
     if fails == "weights":
-        monkeypatch.setattr("fxgraft.recipe.save_file", full)
+        monkeypatch.setattr("fxgraft.io.save_load.save_file", full)
     else:
         monkeypatch.setattr(Path, "write_text", full)
     with pytest.raises(OSError, match="No space left"):

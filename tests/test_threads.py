@@ -185,7 +185,7 @@ def test_threads_patch_at_the_same_time() -> None:
 def test_a_stale_model_is_planned_again_once_for_all_threads(monkeypatch: pytest.MonkeyPatch) -> None:
     model = fxgraft.patch(net().eval(), "rsc", layer="stage2", input_size=SIZE)
     renewed: list[int] = []
-    kind = type(fxgraft.api.ledger_of(model))
+    kind = type(fxgraft.api.registry_of(model))
     renew = kind.renew
     monkeypatch.setattr(kind, "renew", lambda self, m: (renewed.append(1), renew(self, m))[1])
     model.stage2 = copy.deepcopy(net().stage2)

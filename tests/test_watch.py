@@ -14,7 +14,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fxgraft
-from fxgraft.graph.grafting.watch import MOVES, PASSES
+from fxgraft.graph.grafting.loss_watch import MOVES, PASSES
 from toys import LABELS, images, net
 
 SIZE = (3, 16, 16)

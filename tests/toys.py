@@ -14,14 +14,14 @@ from torch import Tensor, nn
 import fxgraft
 from fxgraft.graph.grafting.backbone import Backbone
 from fxgraft.graph.grafting.graft import Graft, Make, Placer
-from fxgraft.graph.grafting.ledger import Ledger
+from fxgraft.graph.grafting.graft_registry import GraftRegistry
 from fxgraft.graph.grafting.placement import Placement
 from fxgraft.graph.grafting.unit import Unit
-from fxgraft.graph.structure.places import site_edit
-from fxgraft.graph.structure.rest import Captured, Rest, rest_of_network
+from fxgraft.graph.structure.locate import site_edit
+from fxgraft.graph.structure.rest_of_network import Captured, Rest, rest_of_network
 from fxgraft.graph.structure.sites import Site, resolve
-from fxgraft.graph.tracing.anatomy import Anatomy
 from fxgraft.graph.tracing.editing import Edit, Output
+from fxgraft.graph.tracing.model_trace import ModelTrace
 from fxgraft.patches import registry
 
 CLASSES = 4
@@ -271,9 +271,9 @@ def assert_equal_steps(a: tuple[Tensor, dict[str, Tensor]], b: tuple[Tensor, dic
 
 
 def rest(model: nn.Module, words: Any, size: tuple[int, int, int], output: Any = None) -> tuple[Site, Rest]:
-    anatomy = Anatomy(model, size)
-    (site,) = resolve(anatomy, words)
-    return site, rest_of_network(anatomy, site, output)
+    trace = ModelTrace(model, size)
+    (site,) = resolve(trace, words)
+    return site, rest_of_network(trace, site, output)
 
 
 def value_at(
@@ -293,14 +293,14 @@ def value_at(
 
     class Taps(Placer):
         def place(self, backbone: Backbone, make: Make) -> list[Placement]:
-            owner, edit = site_edit(backbone.anatomy, site)
+            owner, edit = site_edit(backbone.trace, site)
             placed = [Placement(c.owner, c.edit, c.key, Keep(c.key)) for c in needed]
             return [*placed, Placement(owner, edit, "site", Keep("site"))]
 
-    ledger = Ledger()
-    ledger.install(model, [Graft("taps", Taps(), input_size=tuple(x.shape[1:]))])
+    registry = GraftRegistry()
+    registry.install(model, [Graft("taps", Taps(), input_size=tuple(x.shape[1:]))])
     out = model(x)
-    ledger.install(model, [])
+    registry.install(model, [])
     values = {key: value for key, value in seen.items() if key != "site"}
     return seen["site"], out, SimpleNamespace(values=values, inputs=(x,))
 

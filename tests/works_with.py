@@ -16,7 +16,7 @@ import pytest
 
 from fxgraft.cli.readme import own_methods
 from fxgraft.environment import environment
-from fxgraft.files import write_text
+from fxgraft.io.atomic_write import write_text
 
 PROPERTY = "works_with"
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from fxgraft.errors import ConfigError
-from fxgraft.files import write_files
+from fxgraft.io.atomic_write import write_files
 
 
 def keep(

@@ -20,21 +20,21 @@ from fxgraft.errors import (
     candidates,
 )
 from fxgraft.graph.grafting.graft import Graft
-from fxgraft.graph.grafting.ledger import Ledger
+from fxgraft.graph.grafting.graft_registry import GraftRegistry
 from fxgraft.graph.grafting.lookup import (
     grafts_in,
     grafts_on,
-    ledger_of,
     named_grafts,
     patched_parts,
+    registry_of,
     unwrapped,
 )
 from fxgraft.graph.structure.positions import position_sites
 from fxgraft.graph.structure.sites import Sites, list_sites
-from fxgraft.graph.tracing.anatomy import Anatomy
+from fxgraft.graph.tracing.atomic import synchronized
+from fxgraft.graph.tracing.model_trace import ModelTrace
 from fxgraft.graph.tracing.names import class_name
 from fxgraft.graph.tracing.preserve import preserved_random_state
-from fxgraft.graph.tracing.whole import alone
 from fxgraft.guards import check_model
 from fxgraft.inspection import Plan, Summary, plan_of, summary_of
 from fxgraft.patches.base import Patch
@@ -44,7 +44,7 @@ from fxgraft.patches.registry import build
 M = TypeVar("M", bound=nn.Module)
 
 
-@alone
+@synchronized
 def patch(
     model: M,
     method: str | Patch,
@@ -99,16 +99,16 @@ def patch(
         wanted = method
     else:
         wanted = build(method, options)
-    ledger = ledger_of(model)
-    present = ledger.grafts if ledger is not None else []
+    registry = registry_of(model)
+    present = registry.grafts if registry is not None else []
     graft = Graft(name or wanted.method, wanted, input_size=input_size)
     _check_new(graft, present, name is not None)
     with _published(graft):
         if dry_run:
             return _plan(model, present, graft)
-        if ledger is not None:
-            ledger.renew_stale(model)
-        (ledger or Ledger()).install(model, [*present, graft])
+        if registry is not None:
+            registry.renew_stale(model)
+        (registry or GraftRegistry()).install(model, [*present, graft])
     return model
 
 
@@ -170,12 +170,12 @@ def _plan(model: nn.Module, present: Sequence[Graft], graft: Graft) -> Plan:
     """Plan on the bare model, then put back what was there."""
     trial = [Graft(g.name, g.patch, dict(g.units), g.input_size) for g in present]
     # Units are built for the trial, and draw what they start from.
-    with preserved_random_state(), (ledger_of(model) or Ledger()).lifted():
-        planned = Ledger().plan(model, [*trial, graft])
+    with preserved_random_state(), (registry_of(model) or GraftRegistry()).lifted():
+        planned = GraftRegistry().plan(model, [*trial, graft])
     return plan_of(graft, [placement for owner, placement in planned.placements if owner is graft])
 
 
-@alone
+@synchronized
 def unpatch(model: M, *names: str | Graft) -> M:
     """Take grafts off a model, in place: exactly as before those patches.
 
@@ -194,8 +194,8 @@ def unpatch(model: M, *names: str | Graft) -> M:
     Raises:
         UnknownGraftError: there is no such graft; nothing was taken off.
     """
-    ledger = ledger_of(model)
-    present = ledger.grafts if ledger is not None else []
+    registry = registry_of(model)
+    present = registry.grafts if registry is not None else []
     wanted = {each.name if isinstance(each, Graft) else each for each in names}
     known = {graft.name for graft in present}
     for each in sorted(wanted - known):
@@ -203,14 +203,14 @@ def unpatch(model: M, *names: str | Graft) -> M:
             f"There is no graft {each!r} on this {model._get_name()}.\n"
             f"{candidates(each, [g.name for g in present])}"
         )
-    if ledger is None:
+    if registry is None:
         if names:
             return model
         inside = next(iter(patched_parts(model)), None)
         hint = f"Its part {inside!r} is patched: unpatch that." if inside else "Patch it first."
         raise UnknownGraftError(f"There is no graft on this {model._get_name()}.\n{hint}")
-    ledger.install(model, [g for g in present if names and g.name not in wanted])
-    ledger.tell()
+    registry.install(model, [g for g in present if names and g.name not in wanted])
+    registry.tell()
     return model
 
 
@@ -224,7 +224,7 @@ def grafts(model: nn.Module) -> list[Graft]:
     return grafts_in(model)
 
 
-@alone
+@synchronized
 def sites(
     model: nn.Module, pattern: str | None = None, *, input_size: tuple[int, int, int] | None = None
 ) -> Sites:
@@ -243,9 +243,9 @@ def sites(
     Raises:
         SiteError: nothing matches; lists close matches.
     """
-    with preserved_random_state(), (ledger_of(model) or Ledger()).lifted():
-        anatomy = Anatomy(model, input_size)
-        found = position_sites(anatomy) if pattern == "residual" else list_sites(anatomy, pattern)
+    with preserved_random_state(), (registry_of(model) or GraftRegistry()).lifted():
+        trace = ModelTrace(model, input_size)
+        found = position_sites(trace) if pattern == "residual" else list_sites(trace, pattern)
     return Sites(found, f"{class_name(model)}, batch of 2")
 
 
@@ -273,12 +273,12 @@ def set_progress(model: nn.Module, fraction: float) -> None:
     if not single or not 0.0 <= fraction <= 1.0:
         raise ConfigError(f"Progress is the share of training done, in [0, 1]; got {fraction!r}.")
     for part in patched_parts(model).values():
-        ledger = ledger_of(part)
-        if ledger is not None:
-            ledger.set_progress(float(fraction))
+        registry = registry_of(part)
+        if registry is not None:
+            registry.set_progress(float(fraction))
 
 
-@alone
+@synchronized
 def merge(model: M) -> M:
     """Return a copy of a patched model, its parts included, with every graft folded into stock weights or gone.
 

@@ -26,7 +26,7 @@ Domain Generalization with MixStyle, ICLR 2021), which mixes the channel statist
         cost = "training: one pass over each map; evaluation: none"
         train_only = True
 
-        layers: extend.Words | None = (0, 1)
+        layers: extend.SiteSpec | None = (0, 1)
         p: float = 0.5
         alpha: float = 0.1
 
@@ -78,11 +78,11 @@ What a method can do beyond this:
   ``replace_head``. Units come from ``make(key, UnitClass, *args)``; ``unit.bind(...)`` holds what is found again on
   every model. ``set_progress``, ``stale`` and ``restart`` of a `Unit` follow a schedule, notice a changed model, and
   take up weights that were loaded into it.
-- Use the `Pass` (``unit.current``, ``unit.running()``): ``labels``, ``relabel`` for those that other grafts see,
+- Use the `ForwardContext` (``unit.current``, ``unit.running()``): ``labels``, ``relabel`` for those that other grafts see,
   ``options`` of the call, ``shared`` for one draw for all units of a graft, ``put`` and ``get`` between them,
   ``look_ahead`` through a rest, and ``remember``, which ``graft.recall(out)`` finds again when the loss is computed.
 - Take part in the loss: `Patch.criterion` and `Patch.losses`; where options switch these off, say so in
-  `Patch.replaces_criterion` and `Patch.judges`. Fold into stock weights: `Patch.merge`.
+  `Patch.replaces_criterion` and `Patch.contributes_loss`. Fold into stock weights: `Patch.merge`.
 - Run a stem or a classifier with other tensors than its own: `layer_tensors` are its parameters, `effective` what it
   multiplies with and adds, `apply_layer` the call, and `write_effective` gives the layer a sum of such weights. Not
   where the weight is made from others (`is_derived`, in every call: `made_by_hooks`) or belongs to others as well
@@ -118,15 +118,14 @@ from fxgraft.errors import (
 )
 from fxgraft.graph.grafting.backbone import Backbone
 from fxgraft.graph.grafting.copies import add_graft, copy_with
+from fxgraft.graph.grafting.forward_context import Arguments, Context, ForwardContext
 from fxgraft.graph.grafting.graft import Graft, Make
 from fxgraft.graph.grafting.labels import binary_labels, check_label_range, check_soft_labels
 from fxgraft.graph.grafting.lookup import grafts_in, grafts_on, unwrapped
-from fxgraft.graph.grafting.passes import Arguments, Context, Pass
 from fxgraft.graph.grafting.placement import Placement
 from fxgraft.graph.grafting.taps import Tap, take, tap_placements
 from fxgraft.graph.grafting.unit import Capture, Unit, recomputed
-from fxgraft.graph.structure.absorbing import Absorber
-from fxgraft.graph.structure.ends import Stem
+from fxgraft.graph.structure.affine_fold import Absorber
 from fxgraft.graph.structure.head import Head
 from fxgraft.graph.structure.joins import Join
 from fxgraft.graph.structure.layout import DIMENSIONS, Layout
@@ -140,11 +139,12 @@ from fxgraft.graph.structure.linear import (
     write_effective,
 )
 from fxgraft.graph.structure.outputs import take_logits
-from fxgraft.graph.structure.positionwise import PositionwiseHead, gathered, position_scores
-from fxgraft.graph.structure.rest import Rest
+from fxgraft.graph.structure.per_position_head import PositionwiseHead, gathered, position_scores
+from fxgraft.graph.structure.rest_of_network import Rest
 from fxgraft.graph.structure.site import Site
-from fxgraft.graph.structure.sites import Words
+from fxgraft.graph.structure.sites import SiteSpec
 from fxgraft.graph.structure.spot import Spot
+from fxgraft.graph.structure.stem_and_classifier import Stem
 from fxgraft.graph.structure.tail import tail_layer
 from fxgraft.graph.tracing.names import is_graft_key
 from fxgraft.graph.tracing.observe import tensors
@@ -168,6 +168,7 @@ __all__ = [
     "Capture",
     "ConfigError",
     "Context",
+    "ForwardContext",
     "FxgraftWarning",
     "Graft",
     "Head",
@@ -178,7 +179,6 @@ __all__ = [
     "MergeError",
     "MethodError",
     "Panel",
-    "Pass",
     "Patch",
     "Picture",
     "Placement",
@@ -187,6 +187,7 @@ __all__ = [
     "Rest",
     "Site",
     "SiteError",
+    "SiteSpec",
     "Spot",
     "Stem",
     "Structure",
@@ -199,7 +200,6 @@ __all__ = [
     "Unit",
     "UnknownGraftError",
     "View",
-    "Words",
     "WrappedModelError",
     "acted_on",
     "add_graft",

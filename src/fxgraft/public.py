@@ -28,6 +28,8 @@ from fxgraft.graph.grafting.graft import Graft
 from fxgraft.graph.grafting.published import targets, with_targets
 from fxgraft.graph.structure.sites import Site, Sites
 from fxgraft.inspection import Plan, Summary, diagnostics
+from fxgraft.io.backbone_weights import load_backbone
+from fxgraft.io.save_load import load, save
 from fxgraft.patches.base import Patch
 from fxgraft.patches.crossnorm.patch import CrossNorm
 from fxgraft.patches.diversification.loss import GradientBoostingCrossEntropy, gradient_boosting_cross_entropy
@@ -44,9 +46,7 @@ from fxgraft.patches.registry import methods, register
 from fxgraft.patches.rsc.patch import RSC
 from fxgraft.patches.selfnorm import SelfNorm
 from fxgraft.patches.taps import Taps, activations, tapped
-from fxgraft.recipe import load, save
-from fxgraft.stock import load_backbone
-from fxgraft.terms import extra_loss, loss, losses
+from fxgraft.training_loss import extra_loss, loss, losses
 
 __all__ = [
     "GAM",

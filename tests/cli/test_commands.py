@@ -13,8 +13,8 @@ from typer.testing import CliRunner
 import fxgraft
 from fxgraft.bench.report import OverheadReport
 from fxgraft.cli import completion
-from fxgraft.cli.cards import option_docs
 from fxgraft.cli.commands import app
+from fxgraft.cli.method_card import option_docs
 from fxgraft.cli.readme import own_methods
 from fxgraft.errors import ConfigError
 from fxgraft.models import build_model, split_name

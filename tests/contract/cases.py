@@ -149,7 +149,7 @@ def fresh(backbone: Backbone) -> nn.Module:
 
 
 @dataclass
-class Pass:
+class ForwardContext:
     """All that one seeded pass gives and leaves behind."""
 
     out: Tensor
@@ -157,7 +157,7 @@ class Pass:
     buffers: dict[str, Tensor]
     random_state: Tensor
 
-    def differences(self, other: Pass) -> list[str]:
+    def differences(self, other: ForwardContext) -> list[str]:
         """Name what is not the same to the bit; of gradients and buffers what `other` has too."""
         wrong = [] if same(self.out, other.out) else ["output"]
         for kind in ("gradients", "buffers"):
@@ -170,7 +170,7 @@ def batch(backbone: Backbone) -> tuple[Tensor, Tensor]:
     return backbone.inputs(), torch.arange(4) % NUM_CLASSES
 
 
-def seeded(model: nn.Module, x: Tensor, y: Tensor, training: bool, seed: int = 1) -> Pass:
+def seeded(model: nn.Module, x: Tensor, y: Tensor, training: bool, seed: int = 1) -> ForwardContext:
     """One pass with its gradients; modes, buffers and gradients of the model are put back."""
     modes = [(module, module.training) for module in model.modules()]
     kept = {name: buffer.clone() for name, buffer in model.named_buffers()}
@@ -189,11 +189,11 @@ def seeded(model: nn.Module, x: Tensor, y: Tensor, training: bool, seed: int = 1
                 buffer.copy_(kept[name])
     for module, mode in modes:
         module.training = mode
-    return Pass(out.detach(), gradients, buffers, state)
+    return ForwardContext(out.detach(), gradients, buffers, state)
 
 
 @lru_cache(maxsize=4)
-def reference(backbone: Backbone, training: bool) -> Pass:
+def reference(backbone: Backbone, training: bool) -> ForwardContext:
     """The pass of the bare model."""
     return seeded(copy.deepcopy(bare(backbone)), *batch(backbone), training)
 
@@ -220,7 +220,7 @@ def same(actual: Any, expected: Any) -> bool:
     return actual == expected
 
 
-def anatomy(model: nn.Module) -> dict[str, Any]:
+def trace(model: nn.Module) -> dict[str, Any]:
     """Everything about a model but the values of its tensors, by identity where there is one."""
     return {
         **parts_of(model),
@@ -233,10 +233,10 @@ def anatomy(model: nn.Module) -> dict[str, Any]:
 @contextmanager
 def untouched(model: nn.Module, draws: bool = False) -> Iterator[None]:
     """Check that what is done in the block leaves a model as it was and, unless it may, draws nothing."""
-    before, state = anatomy(model), torch.get_rng_state()
+    before, state = trace(model), torch.get_rng_state()
     tensors = {key: value.clone() for key, value in model.state_dict().items()}
     yield
-    after = anatomy(model)
+    after = trace(model)
     assert [part for part in before if before[part] != after[part]] == []
     assert same(dict(model.state_dict()), tensors)
     assert draws or torch.equal(torch.get_rng_state(), state), "random state"

@@ -12,14 +12,14 @@ import fxgraft
 from contract.cases import (
     REPRESENTATIVE,
     Cell,
-    Pass,
-    anatomy,
+    ForwardContext,
     batch,
     cells,
     fresh,
     reference,
     same,
     seeded,
+    trace,
 )
 
 
@@ -28,14 +28,14 @@ class Grafted:
 
     def __init__(self, cell: Cell) -> None:
         self.cell = cell
-        self._passes: dict[bool, Pass] = {}
+        self._passes: dict[bool, ForwardContext] = {}
         self._model: nn.Module | None = None
 
     @property
     def model(self) -> nn.Module:
         if self._model is None:
             model = fresh(self.cell.backbone)
-            self.before = anatomy(model)
+            self.before = trace(model)
             self._model = self.cell.patch(model)
         return self._model
 
@@ -45,7 +45,7 @@ class Grafted:
         self._model = None
         return model
 
-    def run(self, training: bool) -> Pass:
+    def run(self, training: bool) -> ForwardContext:
         """The seeded pass of the patched model."""
         if training not in self._passes:
             self._passes[training] = seeded(self.model, *batch(self.cell.backbone), training)
@@ -65,7 +65,7 @@ def grafted(request: pytest.FixtureRequest) -> Grafted:
 def test_what_it_leaves_alone(grafted: Grafted) -> None:
     """The class, the keys, the tensors, the hooks and the modes are the backbone's; new names say whose they are."""
     model, method = grafted.model, fxgraft.methods()[grafted.cell.method]
-    before, after = grafted.before, anatomy(model)
+    before, after = grafted.before, trace(model)
     (_, identity, cls), *_ = before["modules"]
     assert id(model) == identity
     assert isinstance(model, cls)
@@ -118,7 +118,7 @@ def test_taking_it_off(grafted: Grafted) -> None:
     """Everything is what it was before, object by object, and computes what it computed, to the bit."""
     backbone = grafted.cell.backbone
     plain = grafted.taken_off()
-    after = anatomy(plain)
+    after = trace(plain)
     assert [part for part in after if after[part] != grafted.before[part]] == []
     for training in (True, False) if backbone.name in REPRESENTATIVE else (True,):
         assert seeded(plain, *batch(backbone), training).differences(reference(backbone, training)) == []

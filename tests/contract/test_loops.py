@@ -452,7 +452,7 @@ def of_accelerate(loop: Loop) -> None:
 
 def of_lightning(loop: Loop) -> None:
     lightning = pytest.importorskip("lightning")
-    from fxgraft.lightning import Grafts
+    from fxgraft.integrations.lightning import Grafts
 
     class Module(lightning.LightningModule):
         def __init__(self) -> None:
@@ -483,7 +483,7 @@ class Items(torch.utils.data.Dataset):
 
 def of_transformers(loop: Loop, folder: Path) -> None:
     transformers = pytest.importorskip("transformers")
-    from fxgraft.transformers import Trainer
+    from fxgraft.integrations.transformers import Trainer
 
     class Seeded(Trainer):
         def _get_train_sampler(self, *_: Any) -> Any:
@@ -578,7 +578,7 @@ SITUATIONS: dict[str, tuple[Way, Way]] = {
     "tasks of asyncio": (in_tasks, plain),
     "accelerate": (of_accelerate, plain),
     "Lightning, with `Grafts`": (of_lightning, plain),
-    "transformers, with `fxgraft.transformers.Trainer`": (
+    "transformers, with `fxgraft.integrations.transformers.Trainer`": (
         partial(of_transformers, folder=FOLDER),
         partial(plain, reseeds=False),
     ),

@@ -11,13 +11,13 @@ from contract.cases import (
     METHODS,
     REPRESENTATIVE,
     Cell,
-    anatomy,
     batch,
     fresh,
     reference,
     same,
     seeded,
     stack,
+    trace,
 )
 from zoo.backbones import Backbone, available
 
@@ -31,7 +31,7 @@ def test_all_together(backbone: Backbone, seed: int) -> None:
     order = list(METHODS)
     chance.shuffle(order)
     model = fresh(backbone)
-    before = anatomy(model)
+    before = trace(model)
     there = stack(model, backbone, order)
     assert len(there) > 1
     patches = [fxgraft.methods()[method] for method in there]
@@ -52,7 +52,7 @@ def test_all_together(backbone: Backbone, seed: int) -> None:
         fxgraft.unpatch(model, *names)
         there = [method for method in there if method not in names]
         assert [graft.name for graft in fxgraft.grafts(model)] == there
-    after = anatomy(model)
+    after = trace(model)
     assert [part for part in before if before[part] != after[part]] == []
     for mode in (True, False):
         assert seeded(model, *batch(backbone), mode).differences(reference(backbone, mode)) == []

@@ -22,7 +22,7 @@ from contract.cases import same
 from faults.lines import SIZE, Lines, bare, distinct
 from toys import net
 
-WRITING = ("files.py", "recipe.py", "checkpoint.py")
+WRITING = ("io/atomic_write.py", "io/save_load.py", "checkpoint.py")
 
 
 class Killed(Lines):

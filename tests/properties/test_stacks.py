@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import fxgraft
-from contract.cases import METHODS, anatomy, same, seeded, untouched
+from contract.cases import METHODS, same, seeded, trace, untouched
 from contract.expectations import expectation
 from properties.profiles import profiles
 from properties.random_models import Recipe, recipes
@@ -74,7 +74,7 @@ def test_taken_off_in_any_order(case: tuple[Recipe, Stack], chance: Any) -> None
     recipe, stack = case
     bare, model = recipe.build(), recipe.build()
     model.register_forward_hook(_observe)
-    before = anatomy(model)
+    before = trace(model)
     there = put_on(model, recipe, stack)
     twin = pickle.loads(pickle.dumps(model))
     assert seeded(twin, *recipe.batch(4), True).differences(seeded(model, *recipe.batch(4), True)) == []
@@ -90,7 +90,7 @@ def test_taken_off_in_any_order(case: tuple[Recipe, Stack], chance: Any) -> None
         rest.load_state_dict(model.state_dict())
         expected = seeded(rest, *recipe.batch(4), True)
         assert seeded(model, *recipe.batch(4), True).differences(expected) == []
-    after = anatomy(model)
+    after = trace(model)
     assert [part for part in before if before[part] != after[part]] == []
     for training in (True, False):
         expected = seeded(bare, *recipe.batch(4), training)

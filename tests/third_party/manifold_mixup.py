@@ -43,12 +43,12 @@ class ManifoldMixup(extend.LayeredPatch):
     pairs_labels = True
     example = {"layers": 0}  # noqa: RUF012 - as fxgraft reads it; two stages are not everywhere
 
-    layers: extend.Words | None = (0, 1)
+    layers: extend.SiteSpec | None = (0, 1)
     image: bool = True
     p: float = 1.0
     alpha: float = 2.0
 
-    def __post_init__(self, layer: extend.Words | None) -> None:
+    def __post_init__(self, layer: extend.SiteSpec | None) -> None:
         super().__post_init__(layer)
         extend.check_share(self, "p")
         extend.check_positive(self, "alpha")
@@ -117,7 +117,7 @@ class MixUnit(extend.Unit):
             self.relabel(run, mixture, on, len(x))
         return extend.draws.choose(on, lambda: mix(x, mixture), x)
 
-    def draw(self, run: extend.Pass, x: Tensor) -> Mixture:
+    def draw(self, run: extend.ForwardContext, x: Tensor) -> Mixture:
         alpha = torch.full((2,), self.config.alpha, device=x.device)
         on = extend.draws.coin(self.config.p, x.device)
         share, order = torch._sample_dirichlet(alpha)[0], extend.draws.permutation(len(x), x.device)
@@ -129,7 +129,7 @@ class MixUnit(extend.Unit):
         run.remember(self.graft, mixture)
         return mixture
 
-    def relabel(self, run: extend.Pass, mixture: Mixture, on: Any, batch: int) -> None:
+    def relabel(self, run: extend.ForwardContext, mixture: Mixture, on: Any, batch: int) -> None:
         """Let the grafts behind this layer see the labels of what they get."""
         labels = run.labels(self.graft, batch)
         soft = labels if labels.is_floating_point() else F.one_hot(labels, self.classes).float()

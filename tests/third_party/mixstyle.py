@@ -42,12 +42,12 @@ class MixStyle(extend.LayeredPatch):
     train_only = True
     example = {"layers": 0}  # noqa: RUF012 - as fxgraft reads it; two stages are not everywhere
 
-    layers: extend.Words | None = (0, 1)
+    layers: extend.SiteSpec | None = (0, 1)
     p: float = 0.5
     alpha: float = 0.1
     mix: Literal["random", "crossdomain"] = "random"
 
-    def __post_init__(self, layer: extend.Words | None) -> None:
+    def __post_init__(self, layer: extend.SiteSpec | None) -> None:
         super().__post_init__(layer)
         extend.check_share(self, "p")
         extend.check_positive(self, "alpha")

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 import fxgraft
-from fxgraft.lightning import Grafts
+from fxgraft.integrations.lightning import Grafts
 from trainers.tiny import BATCHES, assert_trained, batches, by_hand, loader, patched
 
 # The trainer's advice on loaders, and its use of what torch deprecates.
@@ -235,7 +235,7 @@ def test_without_the_callback(way: str, tmp_path: Path) -> None:
 
 
 def test_without_lightning_the_error_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delitem(sys.modules, "fxgraft.lightning")
+    monkeypatch.delitem(sys.modules, "fxgraft.integrations.lightning")
     monkeypatch.setitem(sys.modules, "lightning.pytorch", None)
     with pytest.raises(ImportError, match="pip install lightning"):
-        importlib.import_module("fxgraft.lightning")
+        importlib.import_module("fxgraft.integrations.lightning")

@@ -44,7 +44,7 @@ class Witness(extend.LayeredPatch):
     """Notes labels and progress, adds to the loss, and has a parameter to train."""
 
     title = "Witness"
-    layers: extend.Words | None = -1
+    layers: extend.SiteSpec | None = -1
 
     def place(self, backbone: extend.Backbone, make: extend.Make) -> Any:
         for site in backbone.sites(self.layers):

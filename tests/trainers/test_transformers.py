@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 import fxgraft
-import fxgraft.transformers
+import fxgraft.integrations.transformers
 from fxgraft.patches.rsc import record
 from sweeping import some
 from trainers.hugging_face import CONFIGS, SIDE, batch, classifier
@@ -52,7 +52,7 @@ class Recipe(InOrder, Trainer):
     pass
 
 
-class Ready(InOrder, fxgraft.transformers.Trainer):
+class Ready(InOrder, fxgraft.integrations.transformers.Trainer):
     def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
         torch.manual_seed(1 + self.state.global_step)
         return super().compute_loss(*args, **kwargs)
@@ -229,10 +229,10 @@ def test_smoothing_and_criteria_of_the_ready_trainer(tmp_path: Path) -> None:
 
 
 def test_without_transformers_the_error_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delitem(sys.modules, "fxgraft.transformers")
+    monkeypatch.delitem(sys.modules, "fxgraft.integrations.transformers")
     monkeypatch.setitem(sys.modules, "transformers", None)
     with pytest.raises(ImportError, match="pip install transformers"):
-        importlib.import_module("fxgraft.transformers")
+        importlib.import_module("fxgraft.integrations.transformers")
 
 
 @pytest.mark.parametrize("method", ["selfnorm", "crossnorm"])

@@ -15,7 +15,7 @@ from fxgraft.graph.structure.head import pooled_map
 from fxgraft.graph.structure.layout import layout_of
 from fxgraft.graph.structure.positions import spots
 from fxgraft.graph.structure.stages import stages
-from fxgraft.graph.tracing.anatomy import Anatomy
+from fxgraft.graph.tracing.model_trace import ModelTrace
 from zoo.layouts import PLACES, Places
 
 FAST = {"mobilevitv2_050", "vit_tiny_patch16_224", "tv:mnasnet0_5", "tv:squeezenet1_1", "levit_128s"}
@@ -61,18 +61,18 @@ def cases() -> list[object]:
 
 @pytest.mark.parametrize("places", cases())
 def test_layouts_stages_and_pooled_maps(places: Places) -> None:
-    anatomy = Anatomy(build(places.name))
-    outputs = anatomy.observation.calls
+    trace = ModelTrace(build(places.name))
+    outputs = trace.observation.calls
     layouts = {
-        path: str(layout_of(anatomy, outputs[path][0].output, path, strict=False) or "")
+        path: str(layout_of(trace, outputs[path][0].output, path, strict=False) or "")
         for path in places.layouts
     }
     assert layouts == places.layouts
-    found = stages(anatomy)
+    found = stages(trace)
     assert [f"{each.name} {'x'.join(map(str, (each.shape or ())[1:]))} {each.layout}" for each in found] == [
         *spread(places.stages)
     ]
-    pooled = pooled_map(anatomy)
+    pooled = pooled_map(trace)
     assert (None if pooled is None else f"{pooled.name} {pooled.layout}") == places.pooled
 
 
@@ -92,14 +92,14 @@ def test_units_see_images_and_as_many_channels_at_every_size(name: str) -> None:
     """No unit's value has another batch than the images, and none takes places for channels."""
     seen = []
     for scale in (1, 2) if name != "test_vit" else (1,):
-        anatomy = Anatomy(build(name))
-        channels, *size = anatomy.image_size
-        anatomy = Anatomy(anatomy.model, (channels, *(scale * n for n in size)))
+        trace = ModelTrace(build(name))
+        channels, *size = trace.image_size
+        trace = ModelTrace(trace.model, (channels, *(scale * n for n in size)))
         found = {}
-        for spot in spots(anatomy):
+        for spot in spots(trace):
             assert isinstance(spot.value, Tensor)
             assert spot.value.shape[0] == 2
-            layout = layout_of(anatomy, spot.value, spot.path)
+            layout = layout_of(trace, spot.value, spot.path)
             assert layout is not None
             found[spot.name] = layout.canonical(spot.value).shape[1]
         seen.append(found)

@@ -12,7 +12,7 @@ import torch
 import torchvision
 
 from fxgraft.graph.structure.joins import residual_joins
-from fxgraft.graph.tracing.anatomy import Anatomy
+from fxgraft.graph.tracing.model_trace import ModelTrace
 from zoo.places_joins import FEW, REST, Joins
 
 
@@ -25,7 +25,7 @@ def build(name: str) -> Any:
 
 
 def check(name: str, wanted: Joins) -> None:
-    found = residual_joins(Anatomy(build(name)))
+    found = residual_joins(ModelTrace(build(name)))
     counted = Counter((re.sub(r"\d+", "#", each.owner), each.kind) for each in found)
     assert dict(counted) == wanted.counted(), wanted.why
 

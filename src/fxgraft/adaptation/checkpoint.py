@@ -16,9 +16,9 @@ from torch.optim import Optimizer
 from fxgraft.adaptation.streams import Endless
 from fxgraft.api import grafts
 from fxgraft.errors import ConfigError, RecipeError
-from fxgraft.files import Header, clear_drafts, write_files
 from fxgraft.graph.grafting.state import state_of
-from fxgraft.graph.tracing.whole import Step, at_once, refilling
+from fxgraft.graph.tracing.atomic import Step, apply_atomically, refilling
+from fxgraft.io.atomic_write import Header, clear_drafts, write_files
 
 HEADER = Header(
     "fxgraft-adaptation",
@@ -143,7 +143,7 @@ class Checkpoint:
             self._take_up(content, history)
             return content["step"]
         except BaseException:
-            at_once(undo)
+            apply_atomically(undo)
             raise
 
     def _take_up(self, content: dict[str, Any], history: Any) -> None:

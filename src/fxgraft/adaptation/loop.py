@@ -24,7 +24,7 @@ from fxgraft.adaptation.history import AdaptationHistory, Recorder
 from fxgraft.adaptation.streams import Endless
 from fxgraft.api import set_progress
 from fxgraft.errors import ConfigError, WrappedModelError
-from fxgraft.graph.grafting.lookup import ledger_of
+from fxgraft.graph.grafting.lookup import registry_of
 from fxgraft.graph.tracing.preserve import preserved_modes
 from fxgraft.patches.gam.step import begin, discriminators, gam_losses, source
 
@@ -99,7 +99,7 @@ def adapt(
         if not isinstance(value, int) or value < 1:
             raise ConfigError(f"{option} must be a whole number of at least 1, got {value!r}.")
     players, frozen = discriminators(model, name), source(model, name)
-    if ledger_of(model) is None:
+    if registry_of(model) is None:
         raise WrappedModelError(
             f"adapt takes the patched model itself, not inside {type(model).__name__}.\n"
             "It would not see the patches of what is wrapped, nor average discriminators over processes.\n"

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from fxgraft.errors import ConfigError, RecipeError
-from fxgraft.graph.tracing.whole import Step, afterwards
+from fxgraft.graph.tracing.atomic import Step, restoring
 
 IMAGE_KEYS = ("pixel_values", "image", "images", "x", "input", "inputs")
 _END = object()
@@ -149,7 +149,7 @@ class Endless:
     @contextmanager
     def _own_randomness(self) -> Iterator[None]:
         # A stream whose loader has failed is not read on, so only a block that came through moves its place.
-        with afterwards(partial(torch.set_rng_state, torch.get_rng_state())):
+        with restoring(partial(torch.set_rng_state, torch.get_rng_state())):
             torch.set_rng_state(self._random)
             yield
             self._random = torch.get_rng_state()

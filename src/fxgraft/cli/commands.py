@@ -150,7 +150,7 @@ def info(
     ] = None,
 ) -> None:
     """Show what a method does, where it goes, what it costs and its options."""
-    from fxgraft.cli.cards import card, overview
+    from fxgraft.cli.method_card import card, overview
 
     _show(overview() if method is None else card(method))
 
@@ -180,7 +180,7 @@ def bench(
     # torch's profiler, which reads the memory, logs its start and stop to stderr unless told otherwise.
     os.environ.setdefault("KINETO_LOG_LEVEL", "6")
     from fxgraft.bench.overhead import measure
-    from fxgraft.files import write_text
+    from fxgraft.io.atomic_write import write_text
     from fxgraft.spec import parse_patch_spec
 
     if not patch:
@@ -191,7 +191,7 @@ def bench(
     if json is not None:
         # Before the measurement: a file that cannot be written should not cost minutes first.
         _open_for_writing(json)
-    from fxgraft.cli.waiting import progress_of
+    from fxgraft.cli.progress import progress_of
 
     with progress_of("measuring") as progress:
         report = measure(

@@ -151,7 +151,7 @@ def _console() -> Console:
 
 def present(result: Any, out: Path, console: Console) -> None:
     """Print the table, and write report.html, table.md and result.json into the folder."""
-    from fxgraft.files import write_text
+    from fxgraft.io.atomic_write import write_text
 
     console.print(result)
     write_text(out / "table.md", result.to_markdown())

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from html import escape
 from pathlib import Path
 
-from fxgraft.files import write_text
 from fxgraft.graph.grafting.views import NodeView, PartView
+from fxgraft.io.atomic_write import write_text
 from fxgraft.viz.pictures import matplotlib_figure, write_picture
 
 Place = tuple[float, float]

@@ -18,11 +18,11 @@ from torch import Tensor, nn
 
 import fxgraft
 from fxgraft.errors import ConfigError, WeightsError
-from fxgraft.files import write_files
+from fxgraft.io.atomic_write import write_files
+from fxgraft.io.backbone_weights import WRAPPERS, differences
+from fxgraft.io.save_load import RECIPE, WEIGHTS, unshared
 from fxgraft.models import build_model, split_name
-from fxgraft.recipe import RECIPE, WEIGHTS, unshared
 from fxgraft.spec import parse_patch_spec
-from fxgraft.stock import WRAPPERS, differences
 
 RUN_FILES = ("model_best.pth.tar", "last.pth.tar")
 """What a run of timm's train.py leaves in its folder, the best first."""

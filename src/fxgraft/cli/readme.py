@@ -17,9 +17,9 @@ from typing import Annotated
 import typer
 
 import fxgraft
-from fxgraft.cli.cards import option_rows
+from fxgraft.cli.method_card import option_rows
 from fxgraft.errors import ConfigError
-from fxgraft.files import write_text
+from fxgraft.io.atomic_write import write_text
 
 
 def own_methods() -> dict[str, type[fxgraft.Patch]]:

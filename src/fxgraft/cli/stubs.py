@@ -19,7 +19,7 @@ import typer
 import fxgraft
 from fxgraft import public
 from fxgraft.cli.readme import own_methods
-from fxgraft.files import write_text
+from fxgraft.io.atomic_write import write_text
 from fxgraft.patches.options import option_hints
 
 STUB = Path(fxgraft.__file__).parent / "__init__.pyi"

@@ -27,7 +27,7 @@ from fxgraft.comparison.statistics import LEVEL
 from fxgraft.comparison.training import LOWER_IS_BETTER, SCORES, Training
 from fxgraft.environment import checked_device, environment
 from fxgraft.errors import ConfigError
-from fxgraft.files import digest_of
+from fxgraft.io.atomic_write import digest_of
 
 TUNING_SEED = 10_000
 """Seed of the runs that choose settings; no pair has it."""

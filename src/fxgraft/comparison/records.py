@@ -12,7 +12,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from fxgraft.errors import ConfigError
-from fxgraft.files import write_text
+from fxgraft.io.atomic_write import write_text
 
 FORMAT = 1
 Record = dict[str, Any]

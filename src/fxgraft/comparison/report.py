@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fxgraft.errors import ConfigError
-from fxgraft.files import write_text
+from fxgraft.io.atomic_write import write_text
 
 if TYPE_CHECKING:
     from fxgraft.comparison.result import Comparison

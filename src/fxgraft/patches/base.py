@@ -21,7 +21,7 @@ from fxgraft.graph.grafting.backbone import Backbone
 from fxgraft.graph.grafting.graft import Graft, Make, Placer
 from fxgraft.graph.grafting.placement import Placement
 from fxgraft.graph.grafting.unit import Unit
-from fxgraft.graph.structure.sites import Words
+from fxgraft.graph.structure.sites import SiteSpec
 from fxgraft.patches.options import check_choices, check_known
 from fxgraft.patches.pictures import Picture, View
 from fxgraft.patches.presets import Preset, Structure
@@ -157,7 +157,7 @@ class Patch(Placer):
         """
         return criterion
 
-    def judges(self) -> bool:
+    def contributes_loss(self) -> bool:
         """Say whether, with these options, `losses` adds something or `criterion` stands in for the user's."""
         return type(self).losses is not Patch.losses or self.replaces_criterion()
 
@@ -216,12 +216,12 @@ class LayeredPatch(Patch):
     A method sets its own default, or none: then the option has to be given.
     """
 
-    layers: Words | None = None
-    layer: dataclasses.InitVar[Words | None] = None
+    layers: SiteSpec | None = None
+    layer: dataclasses.InitVar[SiteSpec | None] = None
 
     needs_layers: ClassVar[bool] = False
 
-    def __post_init__(self, layer: Words | None) -> None:
+    def __post_init__(self, layer: SiteSpec | None) -> None:
         """Take ``layer`` for ``layers``."""
         default = next(f.default for f in dataclasses.fields(self) if f.name == "layers")
         if layer is not None:

@@ -24,11 +24,11 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from fxgraft.extend import (
     Backbone,
     BlockPatch,
+    ForwardContext,
     FxgraftWarning,
     Graft,
     Layout,
     Make,
-    Pass,
     Placement,
     Preset,
     Structure,
@@ -206,7 +206,7 @@ class SelfNorm(BlockPatch):
             unit.bind(layout=layout, key=spot.name)
             yield from self.put(backbone, make, spot, unit)
 
-    def starting(self, graft: Graft, model: nn.Module) -> None:
+    def on_first_training_pass(self, graft: Graft, model: nn.Module) -> None:
         """Warn where weights that were trained have come to the network since it was patched, or still are there."""
         if self._halves(graft, model):
             _warn(model._get_name())
@@ -296,7 +296,7 @@ class SelfNormUnit(Unit):
             f = None if self.f is None else self._measuring(run, "mean_gate", self.f)
         return self.layout.restore(x, selfnorm(self.layout.canonical(x), g, f))
 
-    def _measuring(self, run: Pass, name: str, gate: GateFunction) -> GateFunction:
+    def _measuring(self, run: ForwardContext, name: str, gate: GateFunction) -> GateFunction:
         def measured(mean: Tensor, std: Tensor) -> Tensor:
             opened = gate(mean, std)
             run.measure(self.graft, name, opened)

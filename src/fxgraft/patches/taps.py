@@ -15,10 +15,10 @@ from fxgraft.extend import (
     LayeredPatch,
     Make,
     Placement,
+    SiteSpec,
     TapError,
     Unit,
     UnknownGraftError,
-    Words,
     candidates,
     grafts_in,
     register,
@@ -73,7 +73,7 @@ class Taps(LayeredPatch):
     detach: bool = False
     copy: bool = False
 
-    def __post_init__(self, layer: Words | None) -> None:
+    def __post_init__(self, layer: SiteSpec | None) -> None:
         super().__post_init__(layer)
         for name in ("detach", "copy"):
             if not isinstance(getattr(self, name), bool):

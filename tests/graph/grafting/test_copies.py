@@ -16,7 +16,7 @@ from torch import nn
 
 import fxgraft
 from contract.cases import replicas
-from fxgraft.api import ledger_of
+from fxgraft.api import registry_of
 from fxgraft.errors import BypassError
 from fxgraft.graph.tracing.editing import After, Output
 from fxgraft.patches.rsc.patch import record
@@ -71,9 +71,9 @@ def test_copies_behave_the_same_and_share_nothing(way: str) -> None:
     assert type(twin) is type(model)
     assert list(twin.state_dict()) == list(model.state_dict())
     assert [g.name for g in fxgraft.grafts(twin)] == ["rsc", "toy"]
-    assert ledger_of(twin) is not ledger_of(model)
-    assert ledger_of(twin).context is not ledger_of(model).context
-    assert ledger_of(twin).context.progress == 0.5
+    assert registry_of(twin) is not registry_of(model)
+    assert registry_of(twin).context is not registry_of(model).context
+    assert registry_of(twin).context.progress == 0.5
     for mode in (True, False):
         ours = step(model.train(mode), images(), target=LABELS)
         assert_equal_steps(step(twin.train(mode), images(), target=LABELS), ours)
@@ -166,7 +166,7 @@ def test_dataparallel_replicas_run_in_threads_with_their_own_labels() -> None:
         if isinstance(results[index], Exception):
             raise results[index]
         assert torch.equal(results[index], expected[index])
-    assert ledger_of(model).context.current is None
+    assert registry_of(model).context.current is None
     assert_equal_steps(step(model, *halves[0][:1], target=LABELS), step(model, *halves[0][:1], target=LABELS))
 
 

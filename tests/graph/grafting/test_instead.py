@@ -11,7 +11,7 @@ from torch import nn
 
 import fxgraft
 from fxgraft.graph.grafting.graft import Graft, Placer
-from fxgraft.graph.grafting.ledger import Ledger
+from fxgraft.graph.grafting.graft_registry import GraftRegistry
 from fxgraft.graph.grafting.placement import Placement
 from fxgraft.graph.grafting.unit import Unit
 from fxgraft.graph.tracing.editing import After, Input, Instead, Output
@@ -55,7 +55,7 @@ def model():
 
 
 def grafted(model, *placements):
-    Ledger().install(model, [Graft("it", Placing(placements), input_size=(3, 2, 2))])
+    GraftRegistry().install(model, [Graft("it", Placing(placements), input_size=(3, 2, 2))])
     return model
 
 

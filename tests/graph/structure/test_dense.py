@@ -15,7 +15,7 @@ from torch import Tensor, nn
 import fxgraft
 from fxgraft import StructureError
 from fxgraft.graph.structure.dense import dense_layers
-from fxgraft.graph.tracing.anatomy import Anatomy
+from fxgraft.graph.tracing.model_trace import ModelTrace
 from fxgraft.patches.crossnorm.patch import CrossNormUnit
 from fxgraft.patches.crossnorm.tensors import crossnorm
 from fxgraft.patches.selfnorm import SelfNormUnit
@@ -258,9 +258,9 @@ LAYERS: dict[str, tuple[list[nn.Module], int, int]] = {
 @pytest.mark.parametrize(("layers", "count", "seconds"), LAYERS.values(), ids=LAYERS)
 def test_layers_of_every_form(layers: list[nn.Module], count: int, seconds: int) -> None:
     model = nn.Sequential(nn.Conv2d(3, 6, 1), *layers, nn.AdaptiveAvgPool2d(1), nn.Flatten()).double()
-    anatomy = Anatomy(copy.deepcopy(model), (3, 8, 8))
+    trace = ModelTrace(copy.deepcopy(model), (3, 8, 8))
     for position, number in (("conv1_pre", count), ("conv1_post", count), ("conv2_post", seconds)):
-        assert len(dense_layers(anatomy, position)) == number, position
+        assert len(dense_layers(trace, position)) == number, position
     if not count:
         return
     x = torch.randn(3, 3, 8, 8, dtype=torch.float64)
@@ -290,10 +290,10 @@ def test_dense_blocks_whose_convolutions_are_nested() -> None:
     model = timm.create_model(
         "rdnet_tiny", num_classes=3, num_init_features=8, is_downsample_block=(None, True), **small
     )
-    anatomy = Anatomy(model, (3, 64, 64))
+    trace = ModelTrace(model, (3, 64, 64))
     parts = [f"dense_stages.{stage}.dense_block{i}" for stage, i in (("0.0", 0), ("0.0", 1), ("1.2", 0))]
-    assert [spot.name for spot in dense_layers(anatomy, "conv1_pre")] == [f"{part}.cat" for part in parts]
-    behind = dense_layers(anatomy, "conv2_post")
+    assert [spot.name for spot in dense_layers(trace, "conv1_pre")] == [f"{part}.cat" for part in parts]
+    behind = dense_layers(trace, "conv2_post")
     assert [(spot.name, spot.scope) for spot in behind] == [
         (f"{part}.layers.layers.2", part) for part in parts
     ]

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from torch.nn.utils import spectral_norm
 
 from fxgraft.errors import StructureError
-from fxgraft.graph.structure.ends import find_classifiers, find_stems
-from fxgraft.graph.tracing.anatomy import Anatomy
+from fxgraft.graph.structure.stem_and_classifier import find_classifiers, find_stems
+from fxgraft.graph.tracing.model_trace import ModelTrace
 
 SIZE = (3, 16, 16)
 
@@ -49,7 +49,7 @@ class Start(nn.Module):
 
 
 def stems_of(start: Callable[[Start, Tensor], Tensor]) -> list[tuple[Any, ...]]:
-    found = find_stems(Anatomy(Start(start), SIZE))
+    found = find_stems(ModelTrace(Start(start), SIZE))
     return [(stem.path, stem.layout.name, stem.shape[1:]) for stem in found]
 
 
@@ -132,19 +132,19 @@ def test_parametrized_weights_are_refused() -> None:
     model = Start(lambda m, x: m.conv(x))
     nn.utils.parametrizations.weight_norm(model.conv)
     with pytest.raises(StructureError, match="makes its weight from other parameters"):
-        find_stems(Anatomy(model, SIZE))
+        find_stems(ModelTrace(model, SIZE))
 
 
 def test_the_way_to_the_stem_is_a_function() -> None:
     model = Start(lambda m, x: m.conv(F.pad(m.pad((x - m.mean) / 0.25), (1, 1, 1, 1))))
-    (stem,) = find_stems(Anatomy(model, SIZE))
+    (stem,) = find_stems(ModelTrace(model, SIZE))
     seen: list[Tensor] = []
     model.conv.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
     x = torch.randn(2, 3, 20, 12)
     model(x)
     assert stem.before is not None
     assert torch.equal(stem.before(model, x), seen[0])
-    (plain,) = find_stems(Anatomy(Start(lambda m, x: m.conv(x)), SIZE))
+    (plain,) = find_stems(ModelTrace(Start(lambda m, x: m.conv(x)), SIZE))
     assert plain.before is None
 
 
@@ -189,7 +189,7 @@ CLASSIFIERS = {
 @pytest.mark.parametrize("name", CLASSIFIERS)
 def test_classifiers(name: str) -> None:
     end, expected = CLASSIFIERS[name]
-    assert find_classifiers(Anatomy(End(end), SIZE)) == expected
+    assert find_classifiers(ModelTrace(End(end), SIZE)) == expected
 
 
 NO_CLASSIFIER = {
@@ -210,14 +210,14 @@ NO_CLASSIFIER = {
 def test_no_classifier(name: str) -> None:
     end, match = NO_CLASSIFIER[name]
     with pytest.raises(StructureError, match=match):
-        find_classifiers(Anatomy(End(end), SIZE))
+        find_classifiers(ModelTrace(End(end), SIZE))
 
 
 def test_a_model_that_is_a_graph() -> None:
     model = timm.create_model("resnet18", num_classes=4, channels=(8, 12, 16, 20)).eval()
-    anatomy = Anatomy(torch.fx.symbolic_trace(model), (3, 64, 64))
-    assert [stem.path for stem in find_stems(anatomy)] == ["conv1"]
-    assert find_classifiers(anatomy) == ("fc",)
+    trace = ModelTrace(torch.fx.symbolic_trace(model), (3, 64, 64))
+    assert [stem.path for stem in find_stems(trace)] == ["conv1"]
+    assert find_classifiers(trace) == ("fc",)
 
 
 @pytest.mark.parametrize("made", [spectral_norm, nn.utils.parametrizations.spectral_norm])
@@ -227,4 +227,4 @@ def test_weights_that_are_made_by_hooks_are_refused(made: Callable[[nn.Module], 
     with pytest.raises(
         StructureError, match=r"'fc' \(.*Linear\) of End makes its weight from other parameters"
     ):
-        find_classifiers(Anatomy(model, SIZE))
+        find_classifiers(ModelTrace(model, SIZE))

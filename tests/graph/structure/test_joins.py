@@ -15,9 +15,9 @@ from torchvision.ops import stochastic_depth
 
 import fxgraft
 from fxgraft.graph.structure.joins import POSITIONS, residual_joins
-from fxgraft.graph.tracing.anatomy import Anatomy
 from fxgraft.graph.tracing.branches import iadd
 from fxgraft.graph.tracing.editing import After, Edge
+from fxgraft.graph.tracing.model_trace import ModelTrace
 
 
 class Branch(nn.Sequential):
@@ -136,7 +136,7 @@ class Decoys(nn.Module):
 
 
 def joins(model: nn.Module, size: tuple[int, int, int] = (4, 4, 4)) -> list[Any]:
-    return residual_joins(Anatomy(model, size))
+    return residual_joins(ModelTrace(model, size))
 
 
 class Stack(nn.Module):
@@ -153,7 +153,7 @@ def test_every_form_is_found_once(form: str) -> None:
     (join,) = joins(Stack(FORMS[form]))
     assert join.owner == "block"
     assert set(join.edits) == set(POSITIONS)
-    graph = Anatomy(Stack(FORMS[form]), (4, 4, 4)).graph("block", training=False).graph
+    graph = ModelTrace(Stack(FORMS[form]), (4, 4, 4)).graph("block", training=False).graph
     total = next(node for node in graph.nodes if f"block.{node.name}" == join.name)
     assert total.target in (operator.add, iadd, torch.add, "add_")
     assert join.edits["identity"].node in [node.name for node in total.all_input_nodes]
@@ -283,7 +283,7 @@ class TwoStreams(nn.Module):
 
 
 def test_reading_a_size_is_no_part_of_a_branch() -> None:
-    (join,) = residual_joins(Anatomy(TwoStreams(), (3, 4, 4)))
+    (join,) = residual_joins(ModelTrace(TwoStreams(), (3, 4, 4)))
     assert join.name == "block.add"
     assert join.edits["pre"] == Edge("x", ("flatten",))
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 import fxgraft
 from fxgraft.errors import ConfigError, SiteError, StructureError
 from fxgraft.graph.structure.layout import Layout, layout_of
-from fxgraft.graph.tracing.anatomy import Anatomy
+from fxgraft.graph.tracing.model_trace import ModelTrace
 from fxgraft.graph.tracing.observe import default_input_size, observe, tensors
 from fxgraft.graph.tracing.preserve import preserved_modes
 from toys import assert_same, images, net, state_of_everything
@@ -116,8 +116,8 @@ def test_a_size_the_model_cannot_take_is_named() -> None:
 
 
 def layout(model: nn.Module, path: str, size: tuple[int, int, int] | None = None) -> str:
-    anatomy = Anatomy(model, size)
-    return str(layout_of(anatomy, anatomy.observation.output(path), path))
+    trace = ModelTrace(model, size)
+    return str(layout_of(trace, trace.observation.output(path), path))
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ import fxgraft
 from fxgraft.errors import SiteError
 from fxgraft.graph.dataflow.axes import CHANNEL, POSITION, Factor, regrouped
 from fxgraft.graph.structure.layout import layout_of
-from fxgraft.graph.tracing.anatomy import Anatomy
+from fxgraft.graph.tracing.model_trace import ModelTrace
 
 N = 16  # channels, height and width of the map
 
@@ -65,8 +65,8 @@ class Then(nn.Module):
 
 
 def found(function: Callable[[Then, Tensor], Tensor], strict: bool = False) -> str:
-    anatomy = Anatomy(Then(function), (3, 4 * N, 4 * N))
-    layout = layout_of(anatomy, anatomy.observation.output("last"), "last", strict)
+    trace = ModelTrace(Then(function), (3, 4 * N, 4 * N))
+    layout = layout_of(trace, trace.observation.output("last"), "last", strict)
     return "" if layout is None else str(layout)
 
 

@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 from torch import Tensor, nn
 
-from fxgraft.graph.structure.places import blocks_before
+from fxgraft.graph.structure.locate import blocks_before
 from fxgraft.graph.structure.sites import resolve
-from fxgraft.graph.tracing.anatomy import Anatomy
+from fxgraft.graph.tracing.model_trace import ModelTrace
 
 WIDTH = 6
 
@@ -56,9 +56,9 @@ class Tokens(nn.Module):
 
 @pytest.mark.parametrize(("gives", "inside"), [("tokens", ""), ("first", ".add"), ("second", ".add")])
 def test_stages_and_their_blocks(gives: str, inside: str) -> None:
-    anatomy = Anatomy(Tokens(gives), (3, 4, 4))
-    (norm,) = resolve(anatomy, "norm")
-    assert [site.name for site in blocks_before(anatomy, norm)] == [
+    trace = ModelTrace(Tokens(gives), (3, 4, 4))
+    (norm,) = resolve(trace, "norm")
+    assert [site.name for site in blocks_before(trace, norm)] == [
         "stages.1",
         "stages.0",
         f"stages.1.blocks.1{inside}",
@@ -69,6 +69,6 @@ def test_stages_and_their_blocks(gives: str, inside: str) -> None:
 
 
 def test_what_is_before_a_block() -> None:
-    anatomy = Anatomy(Tokens("tokens"), (3, 4, 4))
-    (site,) = resolve(anatomy, "stages.1.blocks.1")
-    assert [each.name for each in blocks_before(anatomy, site)][:2] == ["stages.1.blocks.0", "stages.0"]
+    trace = ModelTrace(Tokens("tokens"), (3, 4, 4))
+    (site,) = resolve(trace, "stages.1.blocks.1")
+    assert [each.name for each in blocks_before(trace, site)][:2] == ["stages.1.blocks.0", "stages.0"]

@@ -16,9 +16,9 @@ from fxgraft.errors import SiteError, StructureError
 from fxgraft.graph.grafting.backbone import Backbone
 from fxgraft.graph.grafting.unit import Unit
 from fxgraft.graph.structure.head import Head, find_head
-from fxgraft.graph.tracing.anatomy import Anatomy
 from fxgraft.graph.tracing.compile import compile_graph
 from fxgraft.graph.tracing.editing import After, Editor, Replace, Span
+from fxgraft.graph.tracing.model_trace import ModelTrace
 from fxgraft.graph.tracing.trace import Traced
 from fxgraft.patches.diversification.patch import maps
 
@@ -43,7 +43,7 @@ class Body(nn.Module):
 
 
 def head_of(head: Callable[[Body, Tensor], Tensor], name: str | None = None, features: int = 6) -> Head:
-    return find_head(Anatomy(Body(head, features), SIZE), name)
+    return find_head(ModelTrace(Body(head, features), SIZE), name)
 
 
 AVERAGES = {
@@ -139,7 +139,7 @@ def test_gem_and_attention_modules_are_named():
 
     model = nn.Sequential(nn.Conv2d(3, 6, 3, 2, 1), GeM(), nn.Linear(6, 4))
     with pytest.raises(StructureError, match="a generalised mean"):
-        find_head(Anatomy(model, SIZE))
+        find_head(ModelTrace(model, SIZE))
     vit = timm.create_model(
         "vit_tiny_patch16_224",
         global_pool="map",
@@ -150,14 +150,14 @@ def test_gem_and_attention_modules_are_named():
         num_classes=3,
     )
     with pytest.raises(StructureError, match="attention pooling"):
-        find_head(Anatomy(vit))
+        find_head(ModelTrace(vit))
 
 
 def test_no_classifier():
     with pytest.raises(StructureError, match="No linear classifier was found at the end of Body"):
         head_of(lambda m, x: x.mean((2, 3)))
     with pytest.raises(StructureError, match="No linear classifier"):
-        find_head(Anatomy(timm.create_model("resnet18", num_classes=0, channels=(8, 8, 8, 8))))
+        find_head(ModelTrace(timm.create_model("resnet18", num_classes=0, channels=(8, 8, 8, 8))))
 
 
 class TestSeveral:
@@ -221,7 +221,7 @@ class TestSeveral:
 
         model = nn.Sequential(nn.Conv2d(3, 6, 3, 2, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten(), Pair())
         with pytest.raises(StructureError, match=r"follows the classifier '3.one'[\s\S]*the output of '3'"):
-            find_head(Anatomy(model, SIZE), "3.one")
+            find_head(ModelTrace(model, SIZE), "3.one")
 
     def test_a_name_must_be_a_classifier(self):
         with pytest.raises(StructureError, match=r"There is no layer 'fcc'[\s\S]*'fc'"):
@@ -232,9 +232,9 @@ class TestSeveral:
 
 class TestOwner:
     def test_is_the_smallest_module_with_pooling_and_classifier(self):
-        found = find_head(Anatomy(timm.create_model("regnetx_002"), (3, 64, 64)))
+        found = find_head(ModelTrace(timm.create_model("regnetx_002"), (3, 64, 64)))
         assert (found.owner, found.classifiers) == ("head", ("head.fc",))
-        found = find_head(Anatomy(timm.create_model("resnet18"), (3, 64, 64)))
+        found = find_head(ModelTrace(timm.create_model("resnet18"), (3, 64, 64)))
         assert (found.owner, found.span) == ("", Span("layer4", "fc"))
 
     def test_of_a_traced_model_is_the_model(self):
@@ -246,13 +246,13 @@ class TestOwner:
 
     def test_class_maps_that_are_there_already_are_used(self):
         model = torchvision.models.squeezenet1_1(num_classes=5)
-        found = find_head(Anatomy(model, (3, 64, 64)))
+        found = find_head(ModelTrace(model, (3, 64, 64)))
         assert (found.owner, found.classifiers, found.shape[1:]) == ("classifier", (), (5, 3, 3))
 
     def test_only_the_head_is_opened(self):
-        anatomy = Anatomy(timm.create_model("regnetx_002"), (3, 64, 64))
-        find_head(anatomy)
-        opened = {path for _, _, around, deep in anatomy._graphs for path in (*around, *deep)}
+        trace = ModelTrace(timm.create_model("regnetx_002"), (3, 64, 64))
+        find_head(trace)
+        opened = {path for _, _, around, deep in trace._graphs for path in (*around, *deep)}
         assert all(
             path.startswith("head") or path in ("", "global_pool", "global_pool.pool") for path in opened
         )
@@ -277,8 +277,8 @@ class TestSpan:
             return torch.abs(third)
 
     def edited(self, *edits: tuple) -> tuple[Traced, Callable[..., Tensor]]:
-        anatomy = Anatomy(self.Chain(), (3, 4, 4))
-        traced = anatomy.fresh_graph("", training=True)
+        trace = ModelTrace(self.Chain(), (3, 4, 4))
+        traced = trace.fresh_graph("", training=True)
         editor = Editor(traced)
         for edit, unit in edits:
             editor.apply(edit, unit)
@@ -315,7 +315,7 @@ class TestSpan:
                 second = torch.exp(first)
                 return torch.neg(second) + second
 
-        traced = Anatomy(Shared(), (3, 4, 4)).fresh_graph("", training=True)
+        traced = ModelTrace(Shared(), (3, 4, 4)).fresh_graph("", training=True)
         Editor(traced).apply(Span("relu", "neg"), "graft_a")
         x = torch.randn(2, 3)
         got = compile_graph(traced.graph, {}, "shared")(Shared(), x)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import fxgraft
 from fxgraft.graph.structure.positions import spots
-from fxgraft.graph.tracing.anatomy import Anatomy
+from fxgraft.graph.tracing.model_trace import ModelTrace
 from fxgraft.patches.crossnorm.patch import CrossNormUnit
 from fxgraft.patches.crossnorm.tensors import crossnorm
 from graph.structure.test_joins import ByArgument
@@ -175,7 +175,7 @@ class Functional(Ended):
 
 def _spot(block: nn.Module, position: str) -> Any:
     model = nn.Sequential(nn.Conv2d(3, 4, 1), block, nn.AdaptiveAvgPool2d(1), nn.Flatten())
-    (found,) = spots(Anatomy(model, SIZE), position)
+    (found,) = spots(ModelTrace(model, SIZE), position)
     return found
 
 

@@ -15,17 +15,17 @@ from torch import Tensor, fx, nn
 
 import fxgraft
 from fxgraft.errors import SiteError, StructureError
-from fxgraft.graph.structure.sites import Words, resolve
+from fxgraft.graph.structure.sites import SiteSpec, resolve
 from fxgraft.graph.structure.stages import stages
-from fxgraft.graph.tracing.anatomy import Anatomy
 from fxgraft.graph.tracing.editing import After
+from fxgraft.graph.tracing.model_trace import ModelTrace
 from toys import Net, Toy, assert_same, images, net, register_toys, state_of_everything
 
 SIZE = (3, 16, 16)
 
 
-def names(model: nn.Module, words: Words, size: tuple[int, int, int] | None = SIZE) -> list[str]:
-    return [site.name for site in resolve(Anatomy(model, size), words)]
+def names(model: nn.Module, words: SiteSpec, size: tuple[int, int, int] | None = SIZE) -> list[str]:
+    return [site.name for site in resolve(ModelTrace(model, size), words)]
 
 
 @pytest.mark.parametrize(
@@ -49,7 +49,7 @@ def names(model: nn.Module, words: Words, size: tuple[int, int, int] | None = SI
         ("stage1.*.add", ["stage1.0.add", "stage1.1.add"]),
     ],
 )
-def test_words_become_sites(words: Words, expected: list[str]) -> None:
+def test_words_become_sites(words: SiteSpec, expected: list[str]) -> None:
     assert names(net(), words) == expected
 
 
@@ -83,12 +83,12 @@ def test_globs_are_in_running_order() -> None:
         ([["stage1"]], r"not \['stage1'\] \(list\)"),
     ],
 )
-def test_words_that_miss(words: Words, message: str) -> None:
+def test_words_that_miss(words: SiteSpec, message: str) -> None:
     model = net()
     model.spare = nn.ReLU()
     before = state_of_everything(model)
     with pytest.raises(SiteError, match=message):
-        resolve(Anatomy(model, SIZE), words)
+        resolve(ModelTrace(model, SIZE), words)
     with pytest.raises(SiteError, match=message):
         fxgraft.patch(model, "rsc", layer=words, input_size=SIZE)
     assert_same(before, state_of_everything(model))
@@ -104,7 +104,7 @@ def test_stage_numbers_are_indices_into_feature_info(index: int) -> None:
 def test_a_stage_out_of_range_lists_the_stages(index: int) -> None:
     model = timm.create_model("test_resnet", num_classes=5)
     with pytest.raises(SiteError, match=rf"no stage {index} in ResNet, which has 5(?s:.*)'act1'.*'layer4'"):
-        resolve(Anatomy(model), index)
+        resolve(ModelTrace(model), index)
 
 
 @pytest.mark.parametrize(
@@ -116,11 +116,11 @@ def test_a_stage_out_of_range_lists_the_stages(index: int) -> None:
     ],
 )
 def test_without_feature_info_stages_are_the_last_maps_of_each_size(build: object, last: str) -> None:
-    assert stages(Anatomy(build(), (3, 64, 64)))[-1].name == last  # type: ignore[operator]
+    assert stages(ModelTrace(build(), (3, 64, 64)))[-1].name == last  # type: ignore[operator]
 
 
 def test_stages_of_a_network_without_feature_info() -> None:
-    assert [stage.name for stage in stages(Anatomy(net(), SIZE))] == ["stage1", "stage2"]
+    assert [stage.name for stage in stages(ModelTrace(net(), SIZE))] == ["stage1", "stage2"]
 
 
 class Scales(nn.Module):
@@ -166,7 +166,7 @@ class Fused(nn.Module):
 @pytest.mark.parametrize("ways", ["classifiers", "maps of classes", "one head"])
 def test_stages_that_heads_read_are_counted_to_the_last(ways: str) -> None:
     """What goes on from a map beside its head goes to other heads, and around none of them."""
-    found = [stage.name for stage in stages(Anatomy(Scales(ways), SIZE))]
+    found = [stage.name for stage in stages(ModelTrace(Scales(ways), SIZE))]
     assert found == (
         ["fuse.0", "fuse.1", "fuse.2"] if ways == "one head" else ["parts.0", "parts.1", "parts.2"]
     )
@@ -190,7 +190,7 @@ def test_entries_of_feature_info_that_work_are_used(
 ) -> None:
     model = net()
     model.feature_info = entries
-    assert [stage.name for stage in stages(Anatomy(model, SIZE))] == expected
+    assert [stage.name for stage in stages(ModelTrace(model, SIZE))] == expected
 
 
 @pytest.mark.parametrize("stride", [1, 2])
@@ -217,7 +217,7 @@ def test_a_stage_whose_value_an_encoder_hands_on_in_an_object_is_no_less_one(str
         def forward(self, x: Tensor) -> Tensor:
             return self.fc(self.encoder(x)["last"].mean((2, 3)))
 
-    assert [stage.name for stage in stages(Anatomy(Whole(), SIZE))] == [
+    assert [stage.name for stage in stages(ModelTrace(Whole(), SIZE))] == [
         f"encoder.layers.{i}" for i in range(3)
     ]
 
@@ -225,7 +225,7 @@ def test_a_stage_whose_value_an_encoder_hands_on_in_an_object_is_no_less_one(str
 def test_a_network_without_maps_has_no_stages() -> None:
     model = nn.Sequential(nn.Flatten(), nn.Linear(3 * 16 * 16, 4))
     with pytest.raises(StructureError, match="no feature_info and no feature maps"):
-        resolve(Anatomy(model, SIZE), -1)
+        resolve(ModelTrace(model, SIZE), -1)
 
 
 def test_a_sequential_run_member_by_member_means_its_last_member() -> None:
@@ -262,9 +262,9 @@ def test_the_listing_shows_shape_dtype_layout_and_order() -> None:
 
 
 def test_every_name_that_is_listed_resolves_to_itself() -> None:
-    anatomy = Anatomy(net(), SIZE)
+    trace = ModelTrace(net(), SIZE)
     for site in fxgraft.sites(net(), input_size=SIZE):
-        (found,) = resolve(anatomy, site.name)
+        (found,) = resolve(trace, site.name)
         assert (found.name, found.shape) == (site.name, site.shape)
 
 

@@ -15,7 +15,7 @@ import fxgraft
 from fxgraft.errors import StructureError
 from fxgraft.graph.structure.pooling import logits_node
 from fxgraft.graph.structure.tail import tail_layer
-from fxgraft.graph.tracing.anatomy import Anatomy
+from fxgraft.graph.tracing.model_trace import ModelTrace
 from toys import LABELS, assert_same, evaluate, images, net, rest, state_of_everything, value_at
 
 
@@ -165,7 +165,7 @@ STRUCTURED: dict[str, tuple[Any, list[Any]]] = {
 @pytest.mark.parametrize(("kind", "output"), [(k, o) for k, (_, all_) in STRUCTURED.items() for o in all_])
 def test_the_logits_of_structured_outputs(kind: str, output: Any) -> None:
     model = Returns(STRUCTURED[kind][0])
-    traced = Anatomy(model, (3, 8, 8)).graph("", training=False)
+    traced = ModelTrace(model, (3, 8, 8)).graph("", training=False)
     node = logits_node(traced.graph, output, "Returns")
     assert (node.op, node.target) == ("call_module", "fc")
 
@@ -186,7 +186,7 @@ def test_errors_of_structured_outputs(kind: str, output: Any, message: str) -> N
     model = Returns(STRUCTURED[kind][0])
     before = state_of_everything(model)
     with pytest.raises(StructureError, match=message):
-        logits_node(Anatomy(model, (3, 8, 8)).graph("", training=False).graph, output, "Returns")
+        logits_node(ModelTrace(model, (3, 8, 8)).graph("", training=False).graph, output, "Returns")
     with pytest.raises(StructureError, match=message):
         fxgraft.patch(model, "rsc", layer="conv", output=output, input_size=(3, 8, 8))
     assert_same(before, state_of_everything(model))

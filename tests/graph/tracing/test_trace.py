@@ -15,7 +15,7 @@ from torchvision.models.feature_extraction import DualGraphModule
 import fxgraft
 from fxgraft.errors import SiteError, TraceError
 from fxgraft.graph.grafting.forwards import as_forward
-from fxgraft.graph.tracing.anatomy import Anatomy
+from fxgraft.graph.tracing.model_trace import ModelTrace
 from fxgraft.graph.tracing.preserve import preserved_globals
 from fxgraft.graph.tracing.signatures import INPUT
 from fxgraft.graph.tracing.trace import CHECKPOINT_REGION, Traced, is_primitive
@@ -27,7 +27,7 @@ def called(traced: Traced) -> list[str]:
 
 
 def graph(model: nn.Module, path: str = "", size: int = 8, training: bool = False, **kwargs: Any) -> Traced:
-    return Anatomy(model, (3, size, size)).graph(path, training, **kwargs)
+    return ModelTrace(model, (3, size, size)).graph(path, training, **kwargs)
 
 
 def run(module: nn.Module, traced: Traced, *args: Any, **kwargs: Any) -> Any:
@@ -62,7 +62,7 @@ def test_deep_opens_down_to_primitives() -> None:
 def test_the_graph_computes_what_the_module_does(name: str, training: bool) -> None:
     model = timm.create_model(name, num_classes=5, drop_rate=0.5).train(training)
     x = torch.randn(2, *model.default_cfg["input_size"])
-    traced = Anatomy(model).graph("", training)
+    traced = ModelTrace(model).graph("", training)
     torch.manual_seed(1)
     expected = model(x)
     torch.manual_seed(1)
@@ -177,12 +177,12 @@ def test_tracing_leaves_the_model_as_it_was(training: bool, mode: str, fail: boo
     model.register_forward_hook(lambda *_: fired.append("forward"))
     model.bn.register_forward_pre_hook(lambda *_: fired.append("pre"))
     before, state = state_of_everything(model), random.getstate()
-    anatomy = Anatomy(model, (3, 8, 8))
+    trace = ModelTrace(model, (3, 8, 8))
     if fail:
         with pytest.raises(TraceError, match="cannot trace Draws"):
-            anatomy.graph("", training, deep=("",))
+            trace.graph("", training, deep=("",))
     else:
-        traced = anatomy.graph("", training, deep=("",))
+        traced = trace.graph("", training, deep=("",))
         assert called(traced) == ["bn", "inner.0", "inner.1"]
         with pytest.raises(TraceError, match="draws from or sets the random state of torch"):
             traced.runnable()
@@ -397,8 +397,8 @@ class InPlace(nn.Module):
 def test_in_place_operators_stay_in_place_and_leave_numbers_alone():
     module = InPlace()
     x = torch.randn(2, 3, 4, 4)
-    anatomy = Anatomy(nn.Sequential(module), (3, 4, 4))
-    forward = as_forward(anatomy.fresh_graph("0", training=True), "InPlace")
+    trace = ModelTrace(nn.Sequential(module), (3, 4, 4))
+    forward = as_forward(trace.fresh_graph("0", training=True), "InPlace")
     seen = []
     module.conv.register_forward_hook(lambda module, args, out: seen.append(out))
     out = forward(module, x)

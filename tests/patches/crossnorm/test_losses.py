@@ -26,7 +26,7 @@ def test_consistency_adds_the_divergence_of_two_more_passes() -> None:
     parts = fxgraft.losses(model, out, y)
     assert len(on[0]) == 16  # eight units, two passes
     torch.manual_seed(1)
-    with fxgraft.grafts(model)[0].asking(forced=True):
+    with fxgraft.grafts(model)[0].override(forced=True):
         others = [model(x), model(x)]
     chances = [each.softmax(1) for each in (out, *others)]
     mixture = sum(chances) / 3
@@ -119,7 +119,7 @@ def test_of_several_views_the_clean_images_alone_are_compared() -> None:
     assert rows == [6, 2, 2, 6, 2, 2]
     alone = fxgraft.patch(copy.deepcopy(bare), "crossnorm", **options).train()
     torch.manual_seed(0)
-    with fxgraft.grafts(alone)[0].asking(forced=True):
+    with fxgraft.grafts(alone)[0].override(forced=True):
         others = [alone(x[:2]) for _ in range(2)]
     wanted = 10 * fxgraft.jensen_shannon(out[:2], *others)
     torch.testing.assert_close(found[0], wanted, rtol=0, atol=1e-12)

@@ -13,7 +13,7 @@ import torch.utils.checkpoint
 from torch import Tensor
 
 import fxgraft
-from fxgraft.graph.structure.rest import Rest
+from fxgraft.graph.structure.rest_of_network import Rest
 
 
 @pytest.fixture

@@ -22,8 +22,8 @@ import torch
 from torch import Tensor, fx, nn
 
 from fxgraft.errors import FxgraftError
-from fxgraft.graph.tracing.anatomy import Anatomy
 from fxgraft.graph.tracing.branches import iadd
+from fxgraft.graph.tracing.model_trace import ModelTrace
 from fxgraft.graph.tracing.names import join
 from fxgraft.graph.tracing.settings import acted_on
 
@@ -181,11 +181,11 @@ class Steps:
     """Describes the steps of a model's forwards. Ask `steps_of` for the one of a model.
 
     Args:
-        anatomy: of the bare model.
+        trace: of the bare model.
     """
 
-    def __init__(self, anatomy: Anatomy) -> None:
-        self._anatomy = anatomy
+    def __init__(self, trace: ModelTrace) -> None:
+        self._anatomy = trace
         self._modules: dict[str, Words] = {}
         self._data: dict[fx.Graph, set[fx.Node]] = {}
 
@@ -319,9 +319,9 @@ class Steps:
             return inner | {"mix"}
 
 
-def steps_of(anatomy: Anatomy) -> Steps:
+def steps_of(trace: ModelTrace) -> Steps:
     """Return the description of the steps of a model, made once."""
-    return anatomy.once("steps", Steps)
+    return trace.once("steps", Steps)
 
 
 def is_drop(module: nn.Module) -> bool:
@@ -333,12 +333,12 @@ def is_drop(module: nn.Module) -> bool:
     return stateless and ("drop_prob" in vars(module) or (hasattr(module, "mode") and hasattr(module, "p")))
 
 
-def squashes(anatomy: Anatomy, owner: str, node: fx.Node) -> bool:
+def squashes(trace: ModelTrace, owner: str, node: fx.Node) -> bool:
     """Say whether a step brings a value into the bounds of a gate: a sigmoid, a hyperbolic tangent."""
     if node.op != "call_module":
         return called(node) in _SQUASHING
     path = join(owner, str(node.target))
-    module = anatomy.module(path)
+    module = trace.module(path)
     if type(module) in (nn.Sigmoid, nn.Hardsigmoid, nn.Tanh, nn.Softplus):
         return True
     if any(True for _ in module.children()) or any(True for _ in module.parameters()):
@@ -348,16 +348,16 @@ def squashes(anatomy: Anatomy, owner: str, node: fx.Node) -> bool:
         (name, value) for name, value in vars(module).items() if name[0] != "_" and name != "training"
     )
     if acted_on(module) or not all(isinstance(value, (bool, int, float, str)) for _, value in settings):
-        return _forward_squashes(anatomy, path)
-    return anatomy.once(("squashes", type(module), settings), lambda own: _forward_squashes(own, path))
+        return _forward_squashes(trace, path)
+    return trace.once(("squashes", type(module), settings), lambda own: _forward_squashes(own, path))
 
 
-def _forward_squashes(anatomy: Anatomy, path: str) -> bool:
+def _forward_squashes(trace: ModelTrace, path: str) -> bool:
     try:
-        graph = anatomy.graph(path, training=False).graph
+        graph = trace.graph(path, training=False).graph
     except FxgraftError:
         return False
-    return any(squashes(anatomy, path, each) for each in graph.nodes if each.op != "call_module")
+    return any(squashes(trace, path, each) for each in graph.nodes if each.op != "call_module")
 
 
 def _is_noise(node: fx.Node) -> bool:

@@ -11,23 +11,23 @@ from torch import Tensor, nn
 from fxgraft.errors import SiteError
 from fxgraft.graph.grafting.placement import Placement, placements
 from fxgraft.graph.grafting.unit import Unit
-from fxgraft.graph.structure.absorbing import Absorber, absorber_of
-from fxgraft.graph.structure.ends import Stem, check_classified, find_classifiers, find_stems
+from fxgraft.graph.structure.affine_fold import Absorber, absorber_of
 from fxgraft.graph.structure.head import Head, find_head, pooled_map
 from fxgraft.graph.structure.idle import reads_places
 from fxgraft.graph.structure.joins import Join, residual_joins
 from fxgraft.graph.structure.layout import Layout, layout_of, named_layout
+from fxgraft.graph.structure.locate import blocks_before, site_edit, site_edits, value_at
 from fxgraft.graph.structure.onward import without_idle
-from fxgraft.graph.structure.places import blocks_before, site_edit, site_edits, value_at
+from fxgraft.graph.structure.per_position_head import PositionwiseHead, positionwise
 from fxgraft.graph.structure.positions import spots
-from fxgraft.graph.structure.positionwise import PositionwiseHead, positionwise
-from fxgraft.graph.structure.rest import Captured, Rest, rest_of_network, span_to_output
+from fxgraft.graph.structure.rest_of_network import Captured, Rest, rest_of_network, span_to_output
 from fxgraft.graph.structure.site import Site
-from fxgraft.graph.structure.sites import Words, list_sites, named_sites, resolve
+from fxgraft.graph.structure.sites import SiteSpec, list_sites, named_sites, resolve
 from fxgraft.graph.structure.spot import Spot, spot_layout
 from fxgraft.graph.structure.stages import stages
-from fxgraft.graph.tracing.anatomy import Anatomy
+from fxgraft.graph.structure.stem_and_classifier import Stem, check_classified, find_classifiers, find_stems
 from fxgraft.graph.tracing.editing import Input, Instead, Output
+from fxgraft.graph.tracing.model_trace import ModelTrace
 
 
 class Backbone:
@@ -37,82 +37,82 @@ class Backbone:
     there; see the functions of `fxgraft.graph.structure`.
 
     Args:
-        anatomy: of the model.
+        trace: of the model.
 
     Attributes:
-        anatomy: of the model, for questions that this class does not answer.
+        trace: of the model, for questions that this class does not answer.
         model: the model.
     """
 
-    def __init__(self, anatomy: Anatomy) -> None:
-        self.anatomy = anatomy
-        self.model: nn.Module = anatomy.model
+    def __init__(self, trace: ModelTrace) -> None:
+        self.trace = trace
+        self.model: nn.Module = trace.model
 
     @classmethod
     def of(cls, model: nn.Module, input_size: tuple[int, ...] | None = None) -> Backbone:
         """Look at another model, such as a second network that a method works with."""
-        return cls(Anatomy(model, input_size))
+        return cls(ModelTrace(model, input_size))
 
     @property
     def name(self) -> str:
         """The class of the model, for messages."""
-        return self.anatomy.name
+        return self.trace.name
 
     @property
     def input_size(self) -> tuple[int, ...] | None:
         """(C, H, W) that shapes are propagated with; None for the model's own."""
-        return self.anatomy.input_size
+        return self.trace.input_size
 
     @property
     def output(self) -> Any:
         """What the model returns for a batch of 2, tensors fake."""
-        return self.anatomy.observation.output("")
+        return self.trace.observation.output("")
 
     @property
     def fake_mode(self) -> Any:
         """The `FakeTensorMode` that `value` and `output` are of, to run a module on them."""
-        return self.anatomy.observation.mode
+        return self.trace.observation.mode
 
     def module(self, path: str) -> nn.Module:
         """Return the module of that qualified name; '' is the model."""
-        return self.anatomy.module(path)
+        return self.trace.module(path)
 
     # Questions
 
-    def sites(self, words: Words) -> list[Site]:
+    def sites(self, words: SiteSpec) -> list[Site]:
         """Resolve what users write for ``layers=``: names, globs, stage numbers, alone or several."""
-        return resolve(self.anatomy, words)
+        return resolve(self.trace, words)
 
     def stages(self) -> list[Site]:
         """List the stages, in running order; a stage number is an index into them."""
-        return stages(self.anatomy)
+        return stages(self.trace)
 
     def module_outputs(self) -> list[Site]:
         """List the outputs of modules that compute something, in running order."""
         passing = (nn.Identity, nn.Dropout, nn.Dropout2d)
-        found = (site for site in list_sites(self.anatomy) if site.on_module)
-        return [site for site in found if not isinstance(self.anatomy.module(site.path), passing)]
+        found = (site for site in list_sites(self.trace) if site.on_module)
+        return [site for site in found if not isinstance(self.trace.module(site.path), passing)]
 
-    def named_sites(self, words: Words) -> dict[str, Site]:
+    def named_sites(self, words: SiteSpec) -> dict[str, Site]:
         """Do the same, by the names that the values get: a word that names one site is its name."""
-        return named_sites(self.anatomy, words)
+        return named_sites(self.trace, words)
 
-    def positions(self, position: str | None = None, layers: Words | None = None) -> list[Spot]:
+    def positions(self, position: str | None = None, layers: SiteSpec | None = None) -> list[Spot]:
         """Find a position of its blocks ("post", "conv1_pre", "conv", ...) or its usual one, in running order.
 
         Those behind which a class token alone is read are left out: a unit on the other tokens changes nothing there.
         """
-        found = spots(self.anatomy, position, layers)
-        kept = without_idle(self.anatomy, found)
+        found = spots(self.trace, position, layers)
+        kept = without_idle(self.trace, found)
         return [replace(spot, left_out=spot.left_out + len(found) - len(kept)) for spot in kept]
 
     def blocks_before(self, site: Site) -> list[Site]:
         """List the blocks that run before a site and give as many channels, the nearest first."""
-        return blocks_before(self.anatomy, site)
+        return blocks_before(self.trace, site)
 
     def value(self, where: Site | Spot) -> Any:
         """Return the fake value found there, batch of 2; None where it cannot be told."""
-        return where.value if isinstance(where, Spot) else value_at(self.anatomy, where)
+        return where.value if isinstance(where, Spot) else value_at(self.trace, where)
 
     def layout(self, where: Site | Spot, name: str | None = None) -> Layout:
         """Tell which dimension of the value there holds channels, or check what the user says of it.
@@ -125,7 +125,7 @@ class Backbone:
             SiteError: no tensor, a layout that cannot be told, or one that does not fit the value.
         """
         if isinstance(where, Spot):
-            return spot_layout(self.anatomy, where, name)
+            return spot_layout(self.trace, where, name)
         value = self.value(where)
         if not isinstance(value, Tensor):
             raise SiteError(
@@ -133,36 +133,36 @@ class Backbone:
                 "fxgraft.sites(model) shows what every layer returns."
             )
         if name is not None:
-            return named_layout(self.anatomy, value, where.path, name, where.name)
-        return layout_of(self.anatomy, value, where.path) or Layout("NCHW")
+            return named_layout(self.trace, value, where.path, name, where.name)
+        return layout_of(self.trace, value, where.path) or Layout("NCHW")
 
     def joins(self) -> list[Join]:
         """Find the residual joins, in running order."""
-        return residual_joins(self.anatomy)
+        return residual_joins(self.trace)
 
     def head(self, name: str | None = None, output: str | int | None = None) -> Head:
         """Find the average pooling and linear classifier that the network ends in."""
-        return find_head(self.anatomy, name, output)
+        return find_head(self.trace, name, output)
 
     def pooled_map(self, output: str | int | None = None) -> Site | None:
         """Find the last map before the average that a linear classifier reads; None if there is no such head."""
-        return pooled_map(self.anatomy, output)
+        return pooled_map(self.trace, output)
 
     def check_logits(self, output: str | int | None = None) -> None:
         """Raise `StructureError` where what the model returns is seen to be features, which no classifier gives."""
-        check_classified(self.anatomy, output)
+        check_classified(self.trace, output)
 
     def positionwise(self, head: Head) -> PositionwiseHead:
         """Return a head's layers as they apply to every position of its map, in training."""
-        return positionwise(self.anatomy, head)
+        return positionwise(self.trace, head)
 
     def stems(self) -> tuple[Stem, ...]:
         """Find the linear layers that all of the image goes through first."""
-        return find_stems(self.anatomy)
+        return find_stems(self.trace)
 
     def classifiers(self) -> tuple[str, ...]:
         """Find the linear layers whose outputs make up the logits, by qualified name."""
-        return find_classifiers(self.anatomy)
+        return find_classifiers(self.trace)
 
     def rest(
         self,
@@ -179,7 +179,7 @@ class Backbone:
                 of it, and what the rest needs besides is recorded already.
         """
         acted = None if behind is None else lambda unit: getattr(unit, "graft", None) in behind
-        return rest_of_network(self.anatomy, site, output, acted)
+        return rest_of_network(self.trace, site, output, acted)
 
     def reads_places(self, rest: Rest, prefix: int, compute: bool = False) -> bool:
         """Say whether the logits read anything of a site's value but its first ``prefix`` tokens.
@@ -189,15 +189,15 @@ class Backbone:
             prefix: how many class and register tokens come first.
             compute: whether to look for a gradient as well, on two random images, where the weights are there.
         """
-        return reads_places(self.anatomy, rest, prefix, compute)
+        return reads_places(self.trace, rest, prefix, compute)
 
     def absorber(self, site: Site, layout: Layout) -> Absorber | None:
         """Find the layer that can take a scale and a shift per channel of a site's value into its weights."""
-        return absorber_of(self.anatomy, site, layout)
+        return absorber_of(self.trace, site, layout)
 
     def check_reaches_output(self, site: Site, output: str | int | None = None) -> None:
         """Raise `SiteError` where the output does not depend on a site."""
-        span_to_output(self.anatomy, site, output)
+        span_to_output(self.trace, site, output)
 
     # Places
 
@@ -224,9 +224,9 @@ class Backbone:
         elif isinstance(where, Captured):
             owner, inference, learning = where.owner, where.edit, where.edit
         elif evaluation:
-            owner, inference, learning = site_edits(self.anatomy, where)
+            owner, inference, learning = site_edits(self.trace, where)
         else:
-            owner, learning = site_edit(self.anatomy, where)
+            owner, learning = site_edit(self.trace, where)
             inference = learning
         name = key or (where.key if isinstance(where, Captured) else where.name)
         return placements(

@@ -9,14 +9,14 @@ from typing import TypeVar
 from torch import nn
 
 from fxgraft.graph.grafting.graft import Graft
-from fxgraft.graph.grafting.ledger import Ledger
-from fxgraft.graph.grafting.lookup import ledger_of
-from fxgraft.graph.tracing.whole import alone
+from fxgraft.graph.grafting.graft_registry import GraftRegistry
+from fxgraft.graph.grafting.lookup import registry_of
+from fxgraft.graph.tracing.atomic import synchronized
 
 M = TypeVar("M", bound=nn.Module)
 
 
-@alone
+@synchronized
 def copy_with(model: M, keep: Callable[[Graft], bool]) -> M:
     """Copy a model with only some of its grafts.
 
@@ -24,12 +24,12 @@ def copy_with(model: M, keep: Callable[[Graft], bool]) -> M:
         model: bare or patched; it is left as it was.
         keep: says which grafts the copy has.
     """
-    ledger = ledger_of(model)
-    if ledger is None:
+    registry = registry_of(model)
+    if registry is None:
         return copy.deepcopy(model)
-    with ledger.lifted():
+    with registry.lifted():
         plain = copy.deepcopy(model)
-    portable = ledger.portable()
+    portable = registry.portable()
     portable.grafts = [graft for graft in portable.grafts if keep(graft)]
     if portable.grafts:
         names = {graft.name for graft in portable.grafts}
@@ -38,8 +38,8 @@ def copy_with(model: M, keep: Callable[[Graft], bool]) -> M:
     return plain
 
 
-@alone
+@synchronized
 def add_graft(model: nn.Module, graft: Graft) -> None:
     """Put one more graft on a model, in place."""
-    ledger = ledger_of(model) or Ledger()
-    ledger.install(model, [*ledger.grafts, graft])
+    registry = registry_of(model) or GraftRegistry()
+    registry.install(model, [*registry.grafts, graft])

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from fxgraft.errors import FxgraftError, MethodError
 from fxgraft.graph.grafting.backbone import Backbone
-from fxgraft.graph.grafting.passes import ARGUMENTS, Arguments, Context
+from fxgraft.graph.grafting.forward_context import ARGUMENTS, Arguments, Context
 from fxgraft.graph.grafting.placement import Placement
 from fxgraft.graph.grafting.unit import Unit
 
@@ -27,7 +27,7 @@ class Make(Protocol):
 
 
 class Placer:
-    """What the ledger asks of a patch.
+    """What the registry asks of a patch.
 
     Attributes:
         order: (group, rank): units of one group at one site run by rank, whichever graft was added first.
@@ -43,10 +43,10 @@ class Placer:
         """Say which units go where on a bare model."""
         raise NotImplementedError
 
-    def installed(self, graft: Graft, backbone: Backbone) -> None:
+    def on_installed(self, graft: Graft, backbone: Backbone) -> None:
         """Look at the model with all of its grafts on it; called where some of them act in evaluation."""
 
-    def starting(self, graft: Graft, model: nn.Module) -> None:
+    def on_first_training_pass(self, graft: Graft, model: nn.Module) -> None:
         """Look at the model before its first training pass with the graft on it; not called in compiled code."""
 
     def replays(self) -> bool:
@@ -57,7 +57,7 @@ class Placer:
         """Name the options that, as they are set, follow the progress of the training."""
         return ()
 
-    def judges(self) -> bool:
+    def contributes_loss(self) -> bool:
         """Say whether the patch has a share in the loss of training passes."""
         return False
 
@@ -156,9 +156,9 @@ class Graft(Generic[P]):
         """Return the arguments of the pass that gave ``out``, if it was one of training and the patch replays."""
         return None if self.context is None else self.context.recall(self.name, out, ARGUMENTS)
 
-    def asking(self, **options: Any) -> AbstractContextManager[None]:
+    def override(self, **options: Any) -> AbstractContextManager[None]:
         """Ask something of the graft's units in the passes of a block, in this thread; see `Pass.asked`."""
-        return nullcontext() if self.context is None else self.context.asking(self.name, **options)
+        return nullcontext() if self.context is None else self.context.override(self.name, **options)
 
     def model(self) -> nn.Module | None:
         """Return the model that the graft is on."""

@@ -14,14 +14,14 @@ from torch import Tensor
 
 from fxgraft.graph.grafting.backbone import Backbone
 from fxgraft.graph.grafting.graft import Graft, Make, Placer
-from fxgraft.graph.grafting.ledger import Ledger
+from fxgraft.graph.grafting.graft_registry import GraftRegistry
 from fxgraft.graph.grafting.placement import Placement, placements
 from fxgraft.graph.grafting.unit import Unit
-from fxgraft.graph.structure.places import site_edits
+from fxgraft.graph.structure.locate import site_edits
 from fxgraft.graph.structure.sites import Site
-from fxgraft.graph.tracing.anatomy import Anatomy
+from fxgraft.graph.tracing.atomic import restoring
+from fxgraft.graph.tracing.model_trace import ModelTrace
 from fxgraft.graph.tracing.observe import observe, tensors
-from fxgraft.graph.tracing.whole import afterwards
 
 
 @dataclass(frozen=True)
@@ -74,11 +74,11 @@ class _Witnesses(Placer):
         ]
 
 
-def fates(anatomy: Anatomy, sites: Mapping[str, Site], learns: bool = True) -> dict[str, tuple[Fate, Fate]]:
+def fates(trace: ModelTrace, sites: Mapping[str, Site], learns: bool = True) -> dict[str, tuple[Fate, Fate]]:
     """Find out which values are written over after their site: (evaluation, training), by the keys of ``sites``.
 
     Args:
-        anatomy: of the bare model. It is patched with witnesses for two fake passes, and left as it was.
+        trace: of the bare model. It is patched with witnesses for two fake passes, and left as it was.
         sites: where to look.
         learns: whether to look at training, which takes as long again; otherwise anything may happen there.
 
@@ -86,21 +86,21 @@ def fates(anatomy: Anatomy, sites: Mapping[str, Site], learns: bool = True) -> d
         SiteError: a site that no unit can be placed at.
         TraceError: a module that holds a site cannot be traced.
     """
-    model = anatomy.model
-    places = {key: site_edits(anatomy, site) for key, site in sites.items()}
-    graft = Graft("witness", _Witnesses(places), input_size=anatomy.input_size)
-    ledger = Ledger()
-    with afterwards(lambda: ledger.install(model, [])):
-        ledger.install(model, [graft])
-        evaluation = _pass(anatomy, graft, training=False)
-        training = _pass(anatomy, graft, training=True) if learns else dict.fromkeys(sites, Fate())
+    model = trace.model
+    places = {key: site_edits(trace, site) for key, site in sites.items()}
+    graft = Graft("witness", _Witnesses(places), input_size=trace.input_size)
+    registry = GraftRegistry()
+    with restoring(lambda: registry.install(model, [])):
+        registry.install(model, [graft])
+        evaluation = _pass(trace, graft, training=False)
+        training = _pass(trace, graft, training=True) if learns else dict.fromkeys(sites, Fate())
     return {key: (evaluation[key], training[key]) for key in sites}
 
 
-def _pass(anatomy: Anatomy, graft: Graft, training: bool) -> dict[str, Fate]:
+def _pass(trace: ModelTrace, graft: Graft, training: bool) -> dict[str, Fate]:
     units = {key: unit for key, unit in graft.units.items() if isinstance(unit, _Witness)}
     try:
-        observe(anatomy.model, anatomy.image_size, training=training)
+        observe(trace.model, trace.image_size, training=training)
     except Exception:
         # A model may train on what a fake batch of images is not; then every value counts as written over.
         for unit in units.values():

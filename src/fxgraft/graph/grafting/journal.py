@@ -10,13 +10,13 @@ from typing import cast
 
 from torch import nn
 
+from fxgraft.graph.grafting.class_swap import grafted_class
 from fxgraft.graph.grafting.graft import Graft
 from fxgraft.graph.grafting.placement import Placement
 from fxgraft.graph.grafting.state import GraftState, foreign_forward, state_of
-from fxgraft.graph.grafting.swap import grafted_class
 from fxgraft.graph.grafting.unit import Unit
+from fxgraft.graph.tracing.atomic import Step, refilling, setting
 from fxgraft.graph.tracing.names import STATE, join
-from fxgraft.graph.tracing.whole import Step, refilling, setting
 
 
 class Installation:
@@ -38,7 +38,7 @@ class Installation:
         own = weakref.ref(self)
 
         def forget(_: object) -> None:
-            # The model's state holds the ledger, and that this installation: with the model, the circle goes.
+            # The model's state holds the registry, and that this installation: with the model, the circle goes.
             left = own()
             if left is not None:
                 left.states.clear()
@@ -132,7 +132,7 @@ class Installation:
         )
 
 
-class Kept:
+class UnitSnapshot:
     """Units as they were before a model is planned again, since planning tells them what it found."""
 
     def __init__(self, grafts: Sequence[Graft]) -> None:

@@ -5,16 +5,16 @@ from __future__ import annotations
 from torch import nn
 
 from fxgraft.graph.grafting.graft import Graft
-from fxgraft.graph.grafting.ledger import Ledger
+from fxgraft.graph.grafting.graft_registry import GraftRegistry
 from fxgraft.graph.grafting.state import state_of
 from fxgraft.graph.grafting.unit import Unit
 from fxgraft.graph.tracing.names import join
 
 
-def ledger_of(model: nn.Module) -> Ledger | None:
-    """Return the ledger of a patched model, or None for a bare one."""
+def registry_of(model: nn.Module) -> GraftRegistry | None:
+    """Return the registry of a patched model, or None for a bare one."""
     state = state_of(model)
-    return state.ledger if state is not None and isinstance(state.ledger, Ledger) else None
+    return state.registry if state is not None and isinstance(state.registry, GraftRegistry) else None
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
@@ -29,8 +29,8 @@ def unwrapped(model: nn.Module) -> nn.Module:
 
 def grafts_on(model: nn.Module) -> list[Graft]:
     """List the grafts of a model, wrapped or not, in the order they were added; empty for a bare one."""
-    ledger = ledger_of(unwrapped(model))
-    return list(ledger.grafts) if ledger is not None else []
+    registry = registry_of(unwrapped(model))
+    return list(registry.grafts) if registry is not None else []
 
 
 def patched_parts(model: nn.Module) -> dict[str, nn.Module]:
@@ -39,7 +39,7 @@ def patched_parts(model: nn.Module) -> dict[str, nn.Module]:
     The name of the model itself, wrapped or not, is "". Empty where nothing is patched.
     """
     inside = unwrapped(model).named_modules()
-    return {path: module for path, module in inside if ledger_of(module) is not None}
+    return {path: module for path, module in inside if registry_of(module) is not None}
 
 
 def named_grafts(model: nn.Module) -> dict[str, Graft]:
@@ -63,10 +63,10 @@ def own_keys(model: nn.Module) -> set[str]:
 
 def counterparts(model: nn.Module) -> dict[str, str]:
     """Name the model's parameter that parameters of its grafts are another one of, by their names in the model."""
-    found = {path: ledger_of(part) for path, part in patched_parts(model).items()}
+    found = {path: registry_of(part) for path, part in patched_parts(model).items()}
     return {
         join(path, own): join(path, stock)
-        for path, ledger in found.items()
-        if ledger is not None
-        for own, stock in ledger.counterparts().items()
+        for path, registry in found.items()
+        if registry is not None
+        for own, stock in registry.counterparts().items()
     }

@@ -16,21 +16,21 @@ from typing import Any
 from torch import fx, nn
 
 from fxgraft.errors import FxgraftError, SiteError, TraceError, WrappedModelError
+from fxgraft.graph.grafting.forward_context import Context
 from fxgraft.graph.grafting.forwards import Passing, as_forward, restore_checkpointing
 from fxgraft.graph.grafting.graft import Graft
 from fxgraft.graph.grafting.journal import Installation
-from fxgraft.graph.grafting.passes import Context
 from fxgraft.graph.grafting.placement import Placement
 from fxgraft.graph.grafting.state import GraftState, Program, foreign_forward, state_of
 from fxgraft.graph.grafting.unit import Unit
-from fxgraft.graph.tracing.anatomy import Anatomy
+from fxgraft.graph.tracing.atomic import restoring
 from fxgraft.graph.tracing.compile import MORE
 from fxgraft.graph.tracing.editing import Edit, Editor, Input, Instead, Output
+from fxgraft.graph.tracing.graph_utils import downstream_of, placeholders
+from fxgraft.graph.tracing.model_trace import ModelTrace
 from fxgraft.graph.tracing.names import PREFIX, STATE, inside, join
 from fxgraft.graph.tracing.signatures import Declared
 from fxgraft.graph.tracing.trace import Traced
-from fxgraft.graph.tracing.walks import downstream_of, placeholders
-from fxgraft.graph.tracing.whole import afterwards
 
 Placed = list[tuple[Graft, Placement]]
 
@@ -43,13 +43,13 @@ _OURS = {"torch", "fxgraft"}
 
 
 def compile_placements(
-    installation: Installation, anatomies: Mapping[Any, Anatomy], context: Context
+    installation: Installation, traces: Mapping[Any, ModelTrace], context: Context
 ) -> None:
     """Compile the placements of an installation into the states of the modules they are on.
 
     Args:
         installation: with its placements; states, modules and registered units are added.
-        anatomies: of the bare model, by input size.
+        traces: of the bare model, by input size.
         context: what the grafts share during a pass.
 
     Raises:
@@ -67,9 +67,9 @@ def compile_placements(
         for graft, placement in placed:
             keys.setdefault(graft.name, set()).add(placement.key)
         names = [_place_unit(installation, state, module, g, p, len(keys[g.name]) > 1) for g, p in placed]
-        anatomy = anatomies[placed[0][0].input_size] if placed else None
-        state.training = _program(anatomy, state, module, placed, names, True)
-        state.evaluation = _program(anatomy, state, module, placed, names, False)
+        trace = traces[placed[0][0].input_size] if placed else None
+        state.training = _program(trace, state, module, placed, names, True)
+        state.evaluation = _program(trace, state, module, placed, names, False)
         installation.states[path] = state
         installation.modules[path] = weakref.ref(module)
     _check_reached(installation, by_owner)
@@ -166,7 +166,7 @@ def _check_free(holder: nn.Module, name: str, graft: Graft) -> None:
 
 
 def _program(
-    anatomy: Anatomy | None,
+    trace: ModelTrace | None,
     state: GraftState,
     module: nn.Module,
     placed: Placed,
@@ -189,19 +189,19 @@ def _program(
             f"{both} cannot share {state.path or 'the model'!r}: one replaces its whole forward, and another "
             "acts inside of it.\nThe inner one would never run.\nTake one of them off, or choose another layer."
         )
-    if not inner or anatomy is None:
+    if not inner or trace is None:
         return Program(whole[0] if whole else None, units, inputs)
-    traced = anatomy.fresh_graph(state.path, training)
-    labelled = _labelled(anatomy, traced, [p.edit for p, _ in inner], training) if state.outer else []
-    passing = None if state.outer else _passing(anatomy, traced, state.path, training)
+    traced = trace.fresh_graph(state.path, training)
+    labelled = _labelled(trace, traced, [p.edit for p, _ in inner], training) if state.outer else []
+    passing = None if state.outer else _passing(trace, traced, state.path, training)
     before = _called(traced, state.path)
-    traces = [traced, *labelled, *([passing.traced] if passing is not None else [])]
-    for each in traces:
+    graphs = [traced, *labelled, *([passing.traced] if passing is not None else [])]
+    for each in graphs:
         editor = Editor(each)
         for placement, name in inner:
             editor.apply(placement.edit, name)
     skipped = before - _called(traced, state.path)
-    for each in traces:
+    for each in graphs:
         restore_checkpointing(each)
         state.settings.update(each.settings)
     mode = "training" if training else "evaluation"
@@ -209,7 +209,7 @@ def _program(
     return Program(function, units, inputs, skipped)
 
 
-def _labelled(anatomy: Anatomy, traced: Traced, edits: Sequence[Edit], training: bool) -> list[Traced]:
+def _labelled(trace: ModelTrace, traced: Traced, edits: Sequence[Edit], training: bool) -> list[Traced]:
     """Trace the model's own forward as it is called with labels, where it takes any.
 
     Such a trace is of use only if the edits mean the same in it. Calls with labels are refused otherwise.
@@ -219,7 +219,7 @@ def _labelled(anatomy: Anatomy, traced: Traced, edits: Sequence[Edit], training:
     found = []
     for given in dict.fromkeys((*((name,) for name in names), names)) if names else ():
         try:
-            other = anatomy.fresh_graph("", training, labels=given)
+            other = trace.fresh_graph("", training, labels=given)
         except TraceError:
             continue
         if edited <= _in_common(traced, other):
@@ -227,7 +227,7 @@ def _labelled(anatomy: Anatomy, traced: Traced, edits: Sequence[Edit], training:
     return found
 
 
-def _passing(anatomy: Anatomy, traced: Traced, path: str, training: bool) -> Passing | None:
+def _passing(trace: ModelTrace, traced: Traced, path: str, training: bool) -> Passing | None:
     """Trace a part's forward with one more keyword, where it takes any; None where it does more than hand it on.
 
     Which keywords it knows by name is seen by the functions that run while it is traced.
@@ -237,7 +237,7 @@ def _passing(anatomy: Anatomy, traced: Traced, path: str, training: bool) -> Pas
     lines: dict[CodeType, set[int]] = {}
     try:
         with _watching(lines):
-            other = anatomy.fresh_graph(path, training, labels=(MORE,))
+            other = trace.fresh_graph(path, training, labels=(MORE,))
     except TraceError:
         return None
     more = [node for node in placeholders(other.graph) if node.name == MORE]
@@ -269,7 +269,7 @@ def _watching(lines: dict[CodeType, set[int]]) -> Iterator[None]:
         lines.setdefault(frame.f_code, set()).add(frame.f_lineno)
         return note
 
-    with afterwards(partial(sys.settrace, before)):
+    with restoring(partial(sys.settrace, before)):
         sys.settrace(note)
         yield
 

@@ -125,7 +125,7 @@ def _match(known: list[Place], given: list[Place]) -> int:
     return max((one.holds(other) for one in known for other in given), default=0)
 
 
-class Source:
+class LabelSource:
     """Who publishes labels: a block, or one run through a loader.
 
     Attributes:
@@ -169,11 +169,11 @@ class Source:
 
 
 # The innermost source is the last one. Of a thread or task alone: what one publishes no other one sees.
-_published: ContextVar[tuple[Source, ...]] = ContextVar("fxgraft_labels", default=())
+_published: ContextVar[tuple[LabelSource, ...]] = ContextVar("fxgraft_labels", default=())
 
 
 @contextmanager
-def _publishing(source: Source) -> Iterator[None]:
+def _publishing(source: LabelSource) -> Iterator[None]:
     try:
         _published.set((*_published.get(), source))
         yield
@@ -194,7 +194,7 @@ class Offer(NamedTuple):
     """
 
     labels: Labels | None = None
-    source: Source | None = None
+    source: LabelSource | None = None
     inputs: list[Place] = []  # noqa: RUF012 - never written to
     seen: bool = False
     doubt: Doubt | None = None
@@ -230,7 +230,7 @@ def published(model: nn.Module, inputs: Any) -> Offer:
     return Offer(source.last, source, places, False, doubt)
 
 
-def _recognised(sources: list[Source], places: list[Place]) -> Offer | None:
+def _recognised(sources: list[LabelSource], places: list[Place]) -> Offer | None:
     """Find the labels whose batch the inputs are seen to be of."""
     known = [(source, labels) for source in sources for labels in source.known]
     scores = [labels.of(places) for _, labels in known]
@@ -261,7 +261,7 @@ def targets(y: Tensor) -> Iterator[None]:
     Args:
         y: class indices (B,), soft targets (B, K), or whatever the criterion takes.
     """
-    source = Source()
+    source = LabelSource()
     source.publish(Labels(y, "block"))
     with _publishing(source):
         yield
@@ -282,7 +282,7 @@ def batch_targets(batch: Any, entry: Entry, how: str) -> Iterator[None]:
         TargetError: the batch has no such entry.
     """
     value, around = take_from(batch, entry, how)
-    source = Source()
+    source = LabelSource()
     source.publish(Labels(value, "input", batch, around))
     with _publishing(source):
         yield
@@ -322,7 +322,7 @@ class LabelledLoader(Generic[Batch]):
     def __iter__(self) -> Iterator[Batch]:
         """Run through the loader from its start."""
         model = None if self._model is None else self._model()
-        source = Source(model)
+        source = LabelSource(model)
         with _publishing(source):
             for batch in self._loader:
                 labels, around = take_from(batch, self._index, _HOW)

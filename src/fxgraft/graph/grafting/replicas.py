@@ -19,10 +19,10 @@ def localise(model: nn.Module) -> None:
     What a pass shares needs no copy: it belongs to the thread.
     """
     state = state_of(model)
-    if state is None or state.ledger is None:
+    if state is None or state.registry is None:
         return
     twins: dict[int, Unit] = {}
-    owned = [model.get_submodule(path) for path in state.ledger.paths()]
+    owned = [model.get_submodule(path) for path in state.registry.paths()]
     for module in owned:
         registered = module.__dict__[STATE].registered
         for name, child in module._modules.items():

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 from torch import nn
 
 from fxgraft.errors import no_module
-from fxgraft.graph.grafting.passes import Context
+from fxgraft.graph.grafting.forward_context import Context
 from fxgraft.graph.grafting.unit import Unit
 from fxgraft.graph.tracing.names import STATE
 
@@ -98,7 +98,7 @@ class GraftState:
         units: units that generated code reaches through this state, by name.
         registered: units that joined the module tree as children of this module, by name.
         settings: plain attributes the graphs were traced under, by module path relative to this one.
-        ledger: (outer only) what keeps the grafts.
+        registry: (outer only) what keeps the grafts.
         orphan: set on a module that was copied without its model.
     """
 
@@ -111,7 +111,7 @@ class GraftState:
     units: SimpleNamespace = field(default_factory=SimpleNamespace)
     registered: dict[str, Unit] = field(default_factory=dict)
     settings: dict[str, dict[str, Any]] = field(default_factory=dict)
-    ledger: Keeper | None = None
+    registry: Keeper | None = None
     orphan: bool = False
 
 

@@ -95,7 +95,7 @@ def tap_placements(
         TraceError: a module that holds a site cannot be traced.
     """
     placed: list[Placement] = []
-    for key, (evaluation, training) in fates(backbone.anatomy, sites, learns).items():
+    for key, (evaluation, training) in fates(backbone.trace, sites, learns).items():
         _check(sites[key], evaluation, training)
         unit = make(key, kind, key, detach)
         unit.bind(copies=(copy or evaluation.overwritten, copy or training.overwritten))

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from fxgraft.errors import BypassError, SiteError
-from fxgraft.graph.grafting.passes import Context, Pass
+from fxgraft.graph.grafting.forward_context import Context, ForwardContext
 
 
 def recomputed() -> bool:
@@ -42,11 +42,11 @@ class Unit(nn.Module):
     restarts: bool = False
 
     @property
-    def current(self) -> Pass | None:
+    def current(self) -> ForwardContext | None:
         """The pass that is running in this thread; None outside of one (a part of the model called by itself)."""
         return self.context.current
 
-    def running(self) -> Pass:
+    def running(self) -> ForwardContext:
         """Return the pass that is running in this thread.
 
         Raises:

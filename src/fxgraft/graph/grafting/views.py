@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from torch import fx, nn
 
 from fxgraft.errors import TraceError, UnknownGraftError
-from fxgraft.graph.grafting.lookup import ledger_of
+from fxgraft.graph.grafting.lookup import registry_of
 from fxgraft.graph.grafting.planning import Placed, by_rank
 from fxgraft.graph.grafting.state import GraftState
-from fxgraft.graph.tracing.anatomy import Anatomy
 from fxgraft.graph.tracing.editing import Editor, Input, Instead, Output, unit_call
+from fxgraft.graph.tracing.model_trace import ModelTrace
 from fxgraft.graph.tracing.names import STATE, class_name
 from fxgraft.graph.tracing.preserve import preserved_random_state
 from fxgraft.graph.tracing.regions import python_code
@@ -74,20 +74,20 @@ def view_grafts(model: nn.Module, training: bool = True) -> list[PartView]:
     Raises:
         UnknownGraftError: the model is bare.
     """
-    ledger = ledger_of(model)
-    if ledger is None or ledger.installation is None:
+    registry = registry_of(model)
+    if registry is None or registry.installation is None:
         raise UnknownGraftError(f"There is no graft on this {class_name(model)}.\nPatch it first.")
-    installation = ledger.installation
+    installation = registry.installation
     owners: dict[str, Placed] = {}
     for graft, placement in installation.placements:
         if placement.training if training else placement.evaluation:
             owners.setdefault(placement.owner, []).append((graft, placement))
     found: list[PartView] = []
-    with preserved_random_state(), ledger.lifted():
+    with preserved_random_state(), registry.lifted():
         for path, placed in owners.items():
             by_rank(placed)
-            anatomy = Anatomy(model, placed[0][0].input_size)
-            view = _view(anatomy, installation.states[path], placed, training)
+            trace = ModelTrace(model, placed[0][0].input_size)
+            view = _view(trace, installation.states[path], placed, training)
             same = next((i for i, each in enumerate(found) if _alike(each, view)), None)
             if same is None:
                 found.append(view)
@@ -103,13 +103,13 @@ def _alike(one: PartView, other: PartView) -> bool:
     return (one.kind, one.before, one.after) == (other.kind, other.before, other.after)
 
 
-def _view(anatomy: Anatomy, state: GraftState, placed: Placed, training: bool) -> PartView:
+def _view(trace: ModelTrace, state: GraftState, placed: Placed, training: bool) -> PartView:
     names = {id(unit): name for name, unit in (*vars(state.units).items(), *state.registered.items())}
-    traced = _traced(anatomy, state.path, training)
+    traced = _traced(trace, state.path, training)
     graph = _one_call() if traced is None else traced.graph
     before = _code(graph)
-    shapes = _shapes(anatomy, state.path, graph, traced)
-    labels = {node.name: _label(node, anatomy.module(state.path)) for node in graph.nodes}
+    shapes = _shapes(trace, state.path, graph, traced)
+    labels = {node.name: _label(node, trace.module(state.path)) for node in graph.nodes}
     grafts: dict[str, str] = {}
     editor = None if traced is None else Editor(traced)
     for graft, placement in placed:
@@ -138,10 +138,10 @@ def _view(anatomy: Anatomy, state: GraftState, placed: Placed, training: bool) -
     return PartView((state.path,), state.base.__name__, before, _code(graph), nodes)
 
 
-def _traced(anatomy: Anatomy, path: str, training: bool) -> Traced | None:
+def _traced(trace: ModelTrace, path: str, training: bool) -> Traced | None:
     """Trace a module's forward; None where it cannot be opened, which what acts around it does not need."""
     try:
-        return anatomy.fresh_graph(path, training)
+        return trace.fresh_graph(path, training)
     except TraceError:
         return None
 
@@ -154,11 +154,11 @@ def _one_call() -> fx.Graph:
 
 
 def _shapes(
-    anatomy: Anatomy, path: str, graph: fx.Graph, traced: Traced | None
+    trace: ModelTrace, path: str, graph: fx.Graph, traced: Traced | None
 ) -> dict[str, tuple[int, ...] | None]:
     if traced is None:
         return {}
-    values = anatomy.values(path, traced)
+    values = trace.values(path, traced)
     return {node.name: shape_of(values.get(node.name)) for node in graph.nodes if node.op != "output"}
 
 

@@ -17,11 +17,11 @@ from torch import Tensor, fx, nn
 from fxgraft.errors import SiteError, StructureError, TraceError
 from fxgraft.graph.structure.sites import module_site
 from fxgraft.graph.structure.spot import Spot, direct_spot
-from fxgraft.graph.tracing.anatomy import Anatomy
 from fxgraft.graph.tracing.editing import After, Edge, Edit
+from fxgraft.graph.tracing.graph_utils import downstream_of, placeholders, upstream_of
+from fxgraft.graph.tracing.model_trace import ModelTrace
 from fxgraft.graph.tracing.names import join, relative
 from fxgraft.graph.tracing.trace import is_primitive
-from fxgraft.graph.tracing.walks import downstream_of, placeholders, upstream_of
 
 DENSE = ("conv1_pre", "conv1_post", "conv2_post")
 
@@ -50,19 +50,19 @@ class _Layer:
         return Edge(self.joined.name, tuple(user.name for user in self.joined.users))
 
 
-def dense_layers(anatomy: Anatomy, position: str) -> list[Spot]:
+def dense_layers(trace: ModelTrace, position: str) -> list[Spot]:
     """Find the densely connected layers, and the places of one position in them."""
     found = []
     layers: list[str] = []
-    for owner in anatomy.in_order():
-        if not _could_be_dense(anatomy, owner) or any(path.startswith(owner + ".") for path in layers):
+    for owner in trace.in_order():
+        if not _could_be_dense(trace, owner) or any(path.startswith(owner + ".") for path in layers):
             continue
         try:
-            modes = [_layer(anatomy, owner, training) for training in (False, True)]
+            modes = [_layer(trace, owner, training) for training in (False, True)]
             if modes[0] is None or modes[1] is None:
                 continue
             layers.append(owner)
-            spot = _dense_spot(anatomy, owner, position, modes[0], modes[1])
+            spot = _dense_spot(trace, owner, position, modes[0], modes[1])
         except (TraceError, SiteError):
             continue
         found += [] if spot is None else [spot]
@@ -70,55 +70,55 @@ def dense_layers(anatomy: Anatomy, position: str) -> list[Spot]:
 
 
 def _dense_spot(
-    anatomy: Anatomy, owner: str, position: str, evaluation: _Layer, training: _Layer
+    trace: ModelTrace, owner: str, position: str, evaluation: _Layer, training: _Layer
 ) -> Spot | None:
     if position != "conv1_pre" and not evaluation.convs:
-        inside = [path for path in anatomy.in_order() if path.startswith(owner + ".")]
-        convs = [path for path in inside if isinstance(anatomy.module(path), nn.Conv2d)]
+        inside = [path for path in trace.in_order() if path.startswith(owner + ".")]
+        convs = [path for path in inside if isinstance(trace.module(path), nn.Conv2d)]
         number = 0 if position == "conv1_post" else 1
         if number >= len(convs):
             return None
-        spot = direct_spot(anatomy, module_site(anatomy, convs[number]), position)
+        spot = direct_spot(trace, module_site(trace, convs[number]), position)
         return dataclasses.replace(spot, scope=owner)
     edits = evaluation.edit(position), training.edit(position)
     if edits[0] is None or edits[1] is None:
         return None
     node = getattr(edits[0], "node")  # noqa: B009
-    value = anatomy.values(owner).get(node)
+    value = trace.values(owner).get(node)
     value = value if isinstance(value, Tensor) else None
     name = f"{owner}.{node}"
-    onward = _onward(anatomy, owner, name) if position == "conv1_pre" and not evaluation.ends else ()
+    onward = _onward(trace, owner, name) if position == "conv1_pre" and not evaluation.ends else ()
     return Spot(name, position, owner, edits[0], edits[1], value, "", owner, onward)
 
 
-def _could_be_dense(anatomy: Anatomy, owner: str) -> bool:
-    module = anatomy.module(owner)
+def _could_be_dense(trace: ModelTrace, owner: str) -> bool:
+    module = trace.module(owner)
     closed = is_primitive(module) and not any(True for _ in module.children())
     if closed or type(module) is nn.Sequential:
         return False
     return any(isinstance(each, nn.Conv2d) for each in module.modules() if each is not module)
 
 
-def _layer(anatomy: Anatomy, owner: str, training: bool) -> _Layer | None:
+def _layer(trace: ModelTrace, owner: str, training: bool) -> _Layer | None:
     """Read a forward as a densely connected layer, or return None."""
-    graph = anatomy.graph(owner, training).graph
+    graph = trace.graph(owner, training).graph
     starts = [node for node in graph.nodes if _joins(node) and _of_inputs(node)]
     returned = next(node for node in graph.nodes if node.op == "output").args[0]
     ends = None
     if isinstance(returned, fx.Node) and _joins(returned):
-        ends = _base(anatomy, owner, returned)
-    if ends is None and (len(starts) != 1 or not _joined_onward(anatomy, owner)):
+        ends = _base(trace, owner, returned)
+    if ends is None and (len(starts) != 1 or not _joined_onward(trace, owner)):
         return None
     joined = starts[0] if ends is None else ends
     between = downstream_of(joined) & upstream_of(returned) if isinstance(returned, fx.Node) else set()
     between |= {returned} if isinstance(returned, fx.Node) and ends is None else set()
     modules = {
-        node: anatomy.module(join(owner, str(node.target))) for node in between if node.op == "call_module"
+        node: trace.module(join(owner, str(node.target))) for node in between if node.op == "call_module"
     }
     convs = sorted(node for node, module in modules.items() if isinstance(module, nn.Conv2d))
     if any(not _follows(a, b) for a, b in itertools.pairwise(convs)):
         return None
-    if not any(_convolves(anatomy, owner, node) for node in between):
+    if not any(_convolves(trace, owner, node) for node in between):
         return None
     return _Layer(joined, tuple(node.name for node in convs), ends is not None)
 
@@ -135,7 +135,7 @@ def _joins(node: fx.Node) -> bool:
     return dim in (1, -3)
 
 
-def _base(anatomy: Anatomy, owner: str, returned: fx.Node) -> fx.Node | None:
+def _base(trace: ModelTrace, owner: str, returned: fx.Node) -> fx.Node | None:
     """Return which of the two parts that a layer returns the other one was computed from, if no convolution made it."""
     parts = returned.args[0] if returned.args else None
     if (
@@ -148,28 +148,22 @@ def _base(anatomy: Anatomy, owner: str, returned: fx.Node) -> fx.Node | None:
     for base, new in (nodes, nodes[::-1]):
         before = {*upstream_of(base), base}
         given = any(node.op == "placeholder" for node in before)
-        if (
-            given
-            and base in upstream_of(new)
-            and not any(_convolves(anatomy, owner, node) for node in before)
-        ):
+        if given and base in upstream_of(new) and not any(_convolves(trace, owner, node) for node in before):
             return base
     return None
 
 
-def _convolves(anatomy: Anatomy, owner: str, node: fx.Node) -> bool:
+def _convolves(trace: ModelTrace, owner: str, node: fx.Node) -> bool:
     if node.op != "call_module":
         return False
-    return any(
-        isinstance(each, nn.Conv2d) for each in anatomy.module(join(owner, str(node.target))).modules()
-    )
+    return any(isinstance(each, nn.Conv2d) for each in trace.module(join(owner, str(node.target))).modules())
 
 
-def _joined_onward(anatomy: Anatomy, owner: str) -> bool:
+def _joined_onward(trace: ModelTrace, owner: str) -> bool:
     """Say whether something joins what a layer returns with something that the layer was given."""
-    block = anatomy.caller(owner)
+    block = trace.caller(owner)
     called_as = relative(owner, block)
-    graph = anatomy.graph(block, training=False).graph
+    graph = trace.graph(block, training=False).graph
     for call in (node for node in graph.nodes if node.op == "call_module" and node.target == called_as):
         given = set(call.all_input_nodes)
         for node in downstream_of(call):
@@ -179,11 +173,11 @@ def _joined_onward(anatomy: Anatomy, owner: str) -> bool:
     return False
 
 
-def _onward(anatomy: Anatomy, owner: str, name: str) -> tuple[Spot, ...]:
+def _onward(trace: ModelTrace, owner: str, name: str) -> tuple[Spot, ...]:
     """Find the values that a layer joins as the module around it uses them after the layer."""
-    block = anatomy.caller(owner)
+    block = trace.caller(owner)
     try:
-        evaluation, training = (_edges(anatomy, owner, block, mode) for mode in (False, True))
+        evaluation, training = (_edges(trace, owner, block, mode) for mode in (False, True))
     except (TraceError, SiteError) as error:
         raise StructureError(
             f"{owner!r} joins its inputs, and {block or 'the model'!r} goes on using them in a way that cannot be "
@@ -191,18 +185,18 @@ def _onward(anatomy: Anatomy, owner: str, name: str) -> tuple[Spot, ...]:
             "What replaces its input before the first norm has to be what is concatenated onwards.\n"
             'Pass position="conv1_post" or "conv2_post", or layers= with names of sites.'
         ) from error
-    values = anatomy.values(block)
+    values = trace.values(block)
     return tuple(
         Spot(f"{name}:{i}", "conv1_pre", block, edges[0], edges[1], values.get(edges[0].node), "", block)
         for i, edges in enumerate(zip(evaluation, training, strict=True))
     )
 
 
-def _edges(anatomy: Anatomy, owner: str, block: str, mode: bool) -> list[Edge]:
+def _edges(trace: ModelTrace, owner: str, block: str, mode: bool) -> list[Edge]:
     """Return, for each value that a layer joins, the edges to what uses it after the layer."""
-    inner = anatomy.graph(owner, mode).graph
+    inner = trace.graph(owner, mode).graph
     called_as = relative(owner, block)
-    graph = anatomy.graph(block, mode).graph
+    graph = trace.graph(block, mode).graph
     calls = [node for node in graph.nodes if node.op == "call_module" and node.target == called_as]
     given = calls[0].all_input_nodes if len(calls) == 1 else []
     inputs = placeholders(inner)
@@ -210,7 +204,7 @@ def _edges(anatomy: Anatomy, owner: str, block: str, mode: bool) -> list[Edge]:
         raise SiteError(
             f"it is called {len(calls)} times, with {len(given)} values for {len(inputs)} inputs."
         )
-    layer = _layer(anatomy, owner, mode)
+    layer = _layer(trace, owner, mode)
     joined = [] if layer is None else layer.joined.all_input_nodes
     sources = [given[inputs.index(each)] for each in joined]
     return [Edge(x.name, tuple(user.name for user in sorted(x.users) if calls[0] < user)) for x in sources]

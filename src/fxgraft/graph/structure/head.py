@@ -8,8 +8,8 @@ from torch import Tensor, fx, nn
 
 from fxgraft.errors import SiteError, StructureError, TraceError
 from fxgraft.graph.structure.linear import made_by_hooks
+from fxgraft.graph.structure.locate import own_nodes
 from fxgraft.graph.structure.outputs import logits_node
-from fxgraft.graph.structure.places import own_nodes
 from fxgraft.graph.structure.pooling import (
     DROPOUTS,
     SHAPES,
@@ -18,12 +18,12 @@ from fxgraft.graph.structure.pooling import (
     opened_head,
 )
 from fxgraft.graph.structure.sites import Site, module_site, node_sites
-from fxgraft.graph.tracing.anatomy import Anatomy
 from fxgraft.graph.tracing.editing import Span
+from fxgraft.graph.tracing.graph_utils import scope_of
+from fxgraft.graph.tracing.model_trace import ModelTrace
 from fxgraft.graph.tracing.names import ancestors, inside, join, relative
 from fxgraft.graph.tracing.trace import Traced
 from fxgraft.graph.tracing.values import Values, describe_node, node_name
-from fxgraft.graph.tracing.walks import scope_of
 
 
 @dataclass(frozen=True)
@@ -59,55 +59,55 @@ class Head:
         return self.classifiers[0] if len(self.classifiers) == 1 else ""
 
 
-def find_head(anatomy: Anatomy, head: str | None = None, output: str | int | None = None) -> Head:
+def find_head(trace: ModelTrace, head: str | None = None, output: str | int | None = None) -> Head:
     """Find a model's head by its structure.
 
     Args:
-        anatomy: of the bare model.
+        trace: of the bare model.
         head: qualified name of the classifier, where the model has several.
         output: which entry of a structured output holds the logits.
 
     Raises:
         StructureError: no average in front of one linear classifier, or several; says what was found.
     """
-    whole, evaluation, opened = opened_head(anatomy, head, output)
+    whole, evaluation, opened = opened_head(trace, head, output)
     classifiers = tuple(sorted(str(node.target) for node in evaluation.classifiers))
     for name in classifiers:
-        if made_by_hooks(anatomy.module(name)):
+        if made_by_hooks(trace.module(name)):
             raise StructureError(
-                f"The classifier {name!r} of {anatomy.name} makes its weight in a hook before each call "
+                f"The classifier {name!r} of {trace.name} makes its weight in a hook before each call "
                 "(torch.nn.utils: weight_norm, spectral_norm or pruning), and here it is used without one.\n"
                 "Use torch.nn.utils.parametrizations, or make the weight permanent first (remove_weight_norm, "
                 "remove_spectral_norm, prune.remove)."
             )
-    owner = _owner(anatomy, evaluation)
+    owner = _owner(trace, evaluation)
     wanted = {*opened, *(each for name in classifiers for each in ancestors(name))} - {owner}
     inner = tuple(sorted(relative(each, owner) for each in wanted if inside(each, owner)))
-    traced = anatomy.graph(owner, training=True, opened=inner)
+    traced = trace.graph(owner, training=True, opened=inner)
     if len(classifiers) == 1:
         (target,) = (relative(name, owner) for name in classifiers)
         calls = [node for node in traced.graph.nodes if node.op == "call_module" and node.target == target]
         if len(calls) != 1:
             raise StructureError(
-                f"{classifiers[0]!r} is called {len(calls)} times in a training pass of {anatomy.name}.\n"
+                f"{classifiers[0]!r} is called {len(calls)} times in a training pass of {trace.name}.\n"
                 "One call of the classifier can be rewritten.\nName another head, as head=..."
             )
         end = calls[0]
     else:
-        end = logits_node(traced.graph, None if owner else output, owner or anatomy.name)
-    training = head_in(anatomy, owner, traced, end)
-    values = anatomy.values(owner, traced)
-    span, ndim = _span(anatomy, owner, traced, training, values)
+        end = logits_node(traced.graph, None if owner else output, owner or trace.name)
+    training = head_in(trace, owner, traced, end)
+    values = trace.values(owner, traced)
+    span, ndim = _span(trace, owner, traced, training, values)
     shape = tuple(values(training.maps).shape)
-    grid = token_grid(anatomy, traced, training.maps, training.pooling.channel, owner)
+    grid = token_grid(trace, traced, training.maps, training.pooling.channel, owner)
     return Head(owner, classifiers, span, training, evaluation, traced, whole, grid, shape, ndim)
 
 
-def pooled_map(anatomy: Anatomy, output: str | int | None = None) -> Site | None:
+def pooled_map(trace: ModelTrace, output: str | int | None = None) -> Site | None:
     """Find the map, or the tokens, whose average over all positions a linear classifier reads.
 
     Args:
-        anatomy: of the bare model.
+        trace: of the bare model.
         output: which entry of a structured output holds the logits.
 
     Returns:
@@ -115,32 +115,32 @@ def pooled_map(anatomy: Anatomy, output: str | int | None = None) -> Site | None
         or maps that hold classes already), or where the value cannot be named or its layout told.
     """
     try:
-        traced, head, _ = opened_head(anatomy, output=output, entries=True)
+        traced, head, _ = opened_head(trace, output=output, entries=True)
         node = head.maps
         while _is_identity(
-            anatomy, node
+            trace, node
         ):  # a placeholder for an option that was not taken: name what is before it
             (node,) = node.all_input_nodes
         if not head.classifiers or node.op in ("placeholder", "get_attr"):
             return None
         path = str(node.target)
-        if node.op == "call_module" and len(anatomy.observation.calls.get(path, [])) == 1:
-            site = module_site(anatomy, path)
+        if node.op == "call_module" and len(trace.observation.calls.get(path, [])) == 1:
+            site = module_site(trace, path)
         else:
             scope = scope_of(node)
             index = own_nodes(traced.graph, scope).index(node)
-            name = own_nodes(anatomy.graph(scope, training=False).graph, None)[index].name
-            site = next(each for each in node_sites(anatomy, scope) if each.node == name)
+            name = own_nodes(trace.graph(scope, training=False).graph, None)[index].name
+            site = next(each for each in node_sites(trace, scope) if each.node == name)
     except (StructureError, TraceError, SiteError, StopIteration):
         return None
     return site if site.layout else None
 
 
-def _is_identity(anatomy: Anatomy, node: fx.Node) -> bool:
-    return node.op == "call_module" and type(anatomy.module(str(node.target))) is nn.Identity
+def _is_identity(trace: ModelTrace, node: fx.Node) -> bool:
+    return node.op == "call_module" and type(trace.module(str(node.target))) is nn.Identity
 
 
-def _owner(anatomy: Anatomy, head: HeadTrace) -> str:
+def _owner(trace: ModelTrace, head: HeadTrace) -> str:
     """Find the smallest called module whose forward holds the pooling, the classifier and what is between."""
     nodes = [head.pool, *head.between, head.end]
     scopes = [scope_of(node).split(".") if scope_of(node) else [] for node in nodes if node.op != "get_attr"]
@@ -149,14 +149,14 @@ def _owner(anatomy: Anatomy, head: HeadTrace) -> str:
         if len(set(parts)) > 1:
             break
         shared.append(parts[0])
-    while shared and len(anatomy.observation.calls.get(".".join(shared), [])) != 1:
+    while shared and len(trace.observation.calls.get(".".join(shared), [])) != 1:
         shared.pop()
     return ".".join(shared)
 
 
-def _span(anatomy: Anatomy, owner: str, opened: Traced, head: HeadTrace, values: Values) -> tuple[Span, int]:
+def _span(trace: ModelTrace, owner: str, opened: Traced, head: HeadTrace, values: Values) -> tuple[Span, int]:
     """Translate a head in an opened trace to the closed trace that edits are made in."""
-    closed = anatomy.graph(owner, training=True)
+    closed = trace.graph(owner, training=True)
     pool = _closed(opened, closed, head.pool)
     last = head.end
     end = _closed(opened, closed, last)
@@ -164,24 +164,24 @@ def _span(anatomy: Anatomy, owner: str, opened: Traced, head: HeadTrace, values:
     inside = _top(head.maps) == _top(head.pool) != ""
     if others or inside:
         raise StructureError(
-            f"{str(pool.target)!r} of {anatomy.name} holds the head's pooling and layers before it.\n"
+            f"{str(pool.target)!r} of {trace.name} holds the head's pooling and layers before it.\n"
             "The map in between is not in reach of the module around the classifier.\n"
             "Replace it by a module that pools and nothing else."
         )
     ndim = values(last).ndim
     if end.op == "call_module" and _top(last):
-        ndim = _shape(anatomy, owner, end)
-        _check_after(anatomy, owner, last, values)
+        ndim = _shape(trace, owner, end)
+        _check_after(trace, owner, last, values)
     return Span(start.name, end.name), ndim
 
 
-def _shape(anatomy: Anatomy, owner: str, end: fx.Node) -> int:
-    return anatomy.observation.output(join(owner, str(end.target))).ndim
+def _shape(trace: ModelTrace, owner: str, end: fx.Node) -> int:
+    return trace.observation.output(join(owner, str(end.target))).ndim
 
 
-def _check_after(anatomy: Anatomy, owner: str, last: fx.Node, values: Values) -> None:
+def _check_after(trace: ModelTrace, owner: str, last: fx.Node, values: Values) -> None:
     """Make sure that nothing but a change of shape follows the classifier in the module that holds it."""
-    module = anatomy.module(owner)
+    module = trace.module(owner)
     node = last
     while True:
         users = [user for user in node.users if _top(user) == _top(last) and user.op != "output"]
@@ -216,22 +216,22 @@ def _closed(opened: Traced, closed: Traced, node: fx.Node) -> fx.Node:
 
 
 def token_grid(
-    anatomy: Anatomy, traced: Traced, node: fx.Node, channel: int, path: str = ""
+    trace: ModelTrace, traced: Traced, node: fx.Node, channel: int, path: str = ""
 ) -> tuple[int, int] | None:
     """Find the grid that the tokens of a value came from: the last map with as many cells, or a square.
 
     Args:
-        anatomy: of the model.
+        trace: of the model.
         traced: the trace of the module ``path``.
         node: the value; one with two spatial dimensions has no need of a grid.
         channel: its channel dimension.
         path: the module that was traced.
     """
-    shape = anatomy.values(path, traced)(node).shape
+    shape = trace.values(path, traced)(node).shape
     if len(shape) != 3:
         return None
     tokens = shape[3 - channel]
-    recorded = [call for calls in anatomy.observation.calls.values() for call in calls]
+    recorded = [call for calls in trace.observation.calls.values() for call in calls]
     for value in (call.output for call in sorted(recorded, key=lambda call: -call.order)):
         if isinstance(value, Tensor) and value.ndim == 4:
             for height, width in (tuple(value.shape[2:]), tuple(value.shape[1:3])):

@@ -12,48 +12,48 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils import _pytree as pytree
 
 from fxgraft.graph.dataflow.reach import Reach
-from fxgraft.graph.structure.places import value_at
-from fxgraft.graph.structure.rest import Captured, Rest
-from fxgraft.graph.tracing.anatomy import Anatomy
+from fxgraft.graph.structure.locate import value_at
+from fxgraft.graph.structure.rest_of_network import Captured, Rest
 from fxgraft.graph.tracing.editing import After
+from fxgraft.graph.tracing.model_trace import ModelTrace
 from fxgraft.graph.tracing.observe import bare_calls, tensors
 from fxgraft.graph.tracing.preserve import preserved_attributes, preserved_modes, preserved_random_state
 
 
-def reads_places(anatomy: Anatomy, rest: Rest, prefix: int, compute: bool = False) -> bool:
+def reads_places(trace: ModelTrace, rest: Rest, prefix: int, compute: bool = False) -> bool:
     """Say whether the logits read anything of a site's value but its class and register tokens.
 
     Every operation on the way is looked at, on fake tensors: one that may mix tokens is taken to read all of them.
 
     Args:
-        anatomy: of the bare model.
+        trace: of the bare model.
         rest: of the network after the site.
         prefix: how many class and register tokens come first.
         compute: whether to look for a gradient as well, where the weights are there.
     """
-    value = value_at(anatomy, rest.site)
-    others = [*(_captured(anatomy, each) for each in rest.captured)]
-    others += [anatomy.observation.calls[""][0].args[index] for index in rest.inputs]
+    value = value_at(trace, rest.site)
+    others = [*(_captured(trace, each) for each in rest.captured)]
+    others += [trace.observation.calls[""][0].args[index] for index in rest.inputs]
     if prefix:
         reach = Reach(prefix)
-        observation = anatomy.observation
+        observation = trace.observation
         z = observation.run(torch.empty_like, value)
         reach.start(z)
-        with _left_alone(anatomy), rest.evaluation_mode(anatomy.model):
-            out = observation.follow(reach, rest.function, anatomy.model, z, *others)
+        with _left_alone(trace), rest.evaluation_mode(trace.model):
+            out = observation.follow(reach, rest.function, trace.model, z, *others)
         if not any(reach.reads(each) for each in tensors(out)):
             return False
-    found = _gradient(anatomy, rest, value, others) if compute and rest.tail is None else None
+    found = _gradient(trace, rest, value, others) if compute and rest.tail is None else None
     # A gradient of nought everywhere says nothing: a classifier that starts at nought passes none.
     return found is None or not found.any() or bool(found[:, prefix:].any())
 
 
 @contextlib.contextmanager
-def _left_alone(anatomy: Anatomy) -> Iterator[None]:
+def _left_alone(trace: ModelTrace) -> Iterator[None]:
     """Run layers without their hooks, and put back what a forward writes on its modules."""
-    modules = list(anatomy.model.modules())
+    modules = list(trace.model.modules())
     with (
-        preserved_modes(anatomy.model),
+        preserved_modes(trace.model),
         preserved_attributes(modules),
         preserved_random_state(),
         bare_calls(),
@@ -61,17 +61,17 @@ def _left_alone(anatomy: Anatomy) -> Iterator[None]:
         yield
 
 
-def _captured(anatomy: Anatomy, captured: Captured) -> Any:
+def _captured(trace: ModelTrace, captured: Captured) -> Any:
     """Return the fake value that the rest of a network needs besides the site's."""
     if isinstance(captured.edit, After):
-        graph = anatomy.graph(captured.owner, training=True)
-        return anatomy.values(captured.owner, graph).get(captured.edit.node)
-    return anatomy.observation.output(captured.owner)
+        graph = trace.graph(captured.owner, training=True)
+        return trace.values(captured.owner, graph).get(captured.edit.node)
+    return trace.observation.output(captured.owner)
 
 
-def _gradient(anatomy: Anatomy, rest: Rest, value: Tensor, others: list[Any]) -> Tensor | None:
+def _gradient(trace: ModelTrace, rest: Rest, value: Tensor, others: list[Any]) -> Tensor | None:
     """Differentiate random logits' sum by random values at the site; None where that cannot be computed."""
-    model = anatomy.model
+    model = trace.model
     modules = {each for name in rest.children for each in model.get_submodule(name).modules()}
     held = [tensor for each in modules for tensor in (*each.parameters(False), *each.buffers(False))]
     if any(each.is_meta or isinstance(each, FakeTensor) for each in held):
@@ -93,7 +93,7 @@ def _gradient(anatomy: Anatomy, rest: Rest, value: Tensor, others: list[Any]) ->
         with (
             torch.inference_mode(False),
             torch.enable_grad(),
-            _left_alone(anatomy),
+            _left_alone(trace),
             rest.evaluation_mode(model),
         ):
             z = drawn(value).requires_grad_()

@@ -42,13 +42,13 @@ from fxgraft.graph.dataflow.steps import (
 )
 from fxgraft.graph.structure.layout import layout_of
 from fxgraft.graph.structure.onward import goes_on
-from fxgraft.graph.tracing.anatomy import Anatomy
 from fxgraft.graph.tracing.editing import After, Edge, Edit
+from fxgraft.graph.tracing.graph_utils import downstream_of, placeholders
+from fxgraft.graph.tracing.model_trace import ModelTrace
 from fxgraft.graph.tracing.names import inside, join, relative
 from fxgraft.graph.tracing.observe import tensors
 from fxgraft.graph.tracing.trace import is_primitive
 from fxgraft.graph.tracing.values import Values
-from fxgraft.graph.tracing.walks import downstream_of, placeholders
 
 POSITIONS = ("pre", "residual", "identity", "post")
 
@@ -124,23 +124,23 @@ def _edge(node: fx.Node, users: tuple[fx.Node, ...]) -> Edge:
     return Edge(node.name, tuple(user.name for user in users))
 
 
-def residual_joins(anatomy: Anatomy) -> list[Join]:
+def residual_joins(trace: ModelTrace) -> list[Join]:
     """Find the residual joins of a model, in the order they run.
 
     Modules that cannot be traced are passed over: their insides cannot be edited either.
     """
-    return anatomy.once("residual joins", lambda own: _Search(own).joins())
+    return trace.once("residual joins", lambda own: _Search(own).joins())
 
 
-def candidate_sums(anatomy: Anatomy) -> list[str]:
+def candidate_sums(trace: ModelTrace) -> list[str]:
     """List the sums of two values of one shape, joins or not, by the names that ``layers=`` takes."""
     found = []
-    for owner in _openable(anatomy):
-        if not _can_be_traced(anatomy, owner):
+    for owner in _openable(trace):
+        if not _can_be_traced(trace, owner):
             continue
-        graph = anatomy.graph(owner, training=False).graph
-        values = anatomy.values(owner)
-        data = steps_of(anatomy).data(owner, graph)
+        graph = trace.graph(owner, training=False).graph
+        values = trace.values(owner)
+        data = steps_of(trace).data(owner, graph)
         sums = [
             n
             for n in graph.nodes
@@ -150,36 +150,36 @@ def candidate_sums(anatomy: Anatomy) -> list[str]:
     return found
 
 
-def closed_blocks(anatomy: Anatomy) -> list[str]:
+def closed_blocks(trace: ModelTrace) -> list[str]:
     """List the modules whose forwards cannot be traced, innermost ones alone, by name."""
     found: list[str] = []
-    for owner in _openable(anatomy):
-        if owner and not any(inside(each, owner) for each in found) and not _can_be_traced(anatomy, owner):
+    for owner in _openable(trace):
+        if owner and not any(inside(each, owner) for each in found) and not _can_be_traced(trace, owner):
             found.append(owner)
     return found
 
 
-def _can_be_traced(anatomy: Anatomy, owner: str) -> bool:
+def _can_be_traced(trace: ModelTrace, owner: str) -> bool:
     try:
-        anatomy.graph(owner, training=False)
+        trace.graph(owner, training=False)
     except FxgraftError:
         return False
     return True
 
 
-def share_in_branches(anatomy: Anatomy) -> float:
+def share_in_branches(trace: ModelTrace) -> float:
     """Return which share of a model's convolutions and linear layers is in the branches of its joins."""
-    layers = {path for path in anatomy.in_order() if isinstance(anatomy.module(path), PROJECTIONS)}
-    joined = {path for each in residual_joins(anatomy) for path in each.branch}
+    layers = {path for path in trace.in_order() if isinstance(trace.module(path), PROJECTIONS)}
+    joined = {path for each in residual_joins(trace) for path in each.branch}
     held = {path for path in layers if any(inside(path, each) for each in joined)}
     return len(held) / max(len(layers), 1)
 
 
-def _openable(anatomy: Anatomy) -> list[str]:
+def _openable(trace: ModelTrace) -> list[str]:
     """List the modules whose forwards may add, in running order."""
     found = []
-    for path in anatomy.in_order():
-        module = anatomy.module(path)
+    for path in trace.in_order():
+        module = trace.module(path)
         # timm keeps some blocks out of traces through them; as the root of one they can still be opened.
         closed = is_primitive(module) and not any(module.children())
         if not closed and not isinstance(module, (nn.Sequential, nn.MultiheadAttention)):
@@ -190,15 +190,15 @@ def _openable(anatomy: Anatomy) -> list[str]:
 class _Search:
     """One search for the joins of a model."""
 
-    def __init__(self, anatomy: Anatomy) -> None:
-        self.anatomy = anatomy
-        self.steps: Steps = steps_of(anatomy)
-        given = next(iter(tensors(anatomy.observation.calls[""][0].args)), None)
+    def __init__(self, trace: ModelTrace) -> None:
+        self.trace = trace
+        self.steps: Steps = steps_of(trace)
+        given = next(iter(tensors(trace.observation.calls[""][0].args)), None)
         self.images = 0 if given is None else given.shape[0]
         self.found: dict[str, list[_Parts]] = {}
 
     def joins(self) -> list[Join]:
-        return [each for path in _openable(self.anatomy) for each in self._joins_in(path)]
+        return [each for path in _openable(self.trace) for each in self._joins_in(path)]
 
     def _joins_in(self, owner: str) -> list[Join]:
         try:
@@ -224,16 +224,16 @@ class _Search:
     def _parts_in(self, owner: str) -> list[_Parts]:
         """Find the joins of one forward by its own graph."""
         if owner not in self.found:
-            graph = self.anatomy.graph(owner, training=False).graph
+            graph = self.trace.graph(owner, training=False).graph
             added = any(is_addition(node) for node in graph.nodes)
-            self.found[owner] = self._find(owner, graph, self.anatomy.values(owner)) if added else []
+            self.found[owner] = self._find(owner, graph, self.trace.values(owner)) if added else []
         return self.found[owner]
 
     def _goes_on(self, owner: str, parts: _Parts) -> bool:
         """Say whether the network goes through a sum, as far as modules around its own can tell."""
         if parts.linear and self._within_branch(owner, parts.total):
             return False
-        return goes_on(self.anatomy, owner, parts.total.name)
+        return goes_on(self.trace, owner, parts.total.name)
 
     def _within_branch(self, owner: str, node: fx.Node) -> bool:
         """Say whether a value lies in the branch of another join, of this forward or one around it."""
@@ -241,9 +241,9 @@ class _Search:
             return True
         if not owner:
             return False
-        caller = self.anatomy.caller(owner)
+        caller = self.trace.caller(owner)
         try:
-            graph = self.anatomy.graph(caller, training=False).graph
+            graph = self.trace.graph(caller, training=False).graph
             self._parts_in(caller)
         except FxgraftError:
             return False
@@ -253,10 +253,10 @@ class _Search:
 
     def _in_training(self, owner: str, evaluation: list[_Parts]) -> list[_Parts | None]:
         """Find the same joins in the training graph, by their order where the names differ."""
-        traced = self.anatomy.graph(owner, training=True)
-        if _listing(traced.graph) == _listing(self.anatomy.graph(owner, training=False).graph):
+        traced = self.trace.graph(owner, training=True)
+        if _listing(traced.graph) == _listing(self.trace.graph(owner, training=False).graph):
             return list(evaluation)
-        found = self._find(owner, traced.graph, self.anatomy.values(owner, traced))
+        found = self._find(owner, traced.graph, self.trace.values(owner, traced))
         known = self._parts_in(owner)
         if len(found) == len(known):
             return [found[known.index(each)] for each in evaluation]
@@ -351,7 +351,7 @@ class _Search:
 
     def _whole(self, owner: str, values: Values, parts: _Parts) -> _Parts:
         """Take the whole value of a block that adds on some of its channels, or note that it is a part."""
-        ends = [_channels_of(self.anatomy, values, each) for each in (parts.branch, parts.identity)]
+        ends = [_channels_of(self.trace, values, each) for each in (parts.branch, parts.identity)]
         joint = next(iter(parts.total.users)) if len(parts.total.users) == 1 else None
         if joint is None or called(joint) not in JOINING or not self._on_channels(values, parts.total, joint):
             return replace(parts, kind="part") if any(ends) else parts
@@ -365,7 +365,7 @@ class _Search:
 
     def _on_channels(self, values: Values, part: fx.Node, joint: fx.Node) -> bool:
         small, large = _shape(values, part), _shape(values, joint)
-        return len(small) == len(large) and _unlike(small, large) == [_channel(self.anatomy, values, joint)]
+        return len(small) == len(large) and _unlike(small, large) == [_channel(self.trace, values, joint)]
 
     def _activated(self, owner: str, node: fx.Node) -> bool:
         """Say whether an activation follows right after a sum, or after its norm or gate."""
@@ -412,9 +412,9 @@ class _Search:
         inputs = [node for node in placeholders(total.graph) if node in upstream and node in data]
         if not owner or identity.op != "placeholder" or len(inputs) != 1:
             return None
-        caller = self.anatomy.caller(owner)
+        caller = self.trace.caller(owner)
         try:
-            outer = self.anatomy.graph(caller, training=False).graph
+            outer = self.trace.graph(caller, training=False).graph
         except FxgraftError:
             return None
         target = relative(owner, caller)
@@ -535,9 +535,9 @@ def _one_of_several(total: fx.Node) -> bool:
     return False
 
 
-def _channel(anatomy: Anatomy, values: Values, node: fx.Node) -> int:
+def _channel(trace: ModelTrace, values: Values, node: fx.Node) -> int:
     value = values(node)
-    layout = layout_of(anatomy, value, "", strict=False) if value.ndim > 2 else None
+    layout = layout_of(trace, value, "", strict=False) if value.ndim > 2 else None
     return value.ndim - 1 if layout is not None and layout.name in ("NHWC", "NLC") else 1
 
 
@@ -545,7 +545,7 @@ def _unlike(one: tuple[int, ...], other: tuple[int, ...]) -> list[int]:
     return [i for i in range(len(one)) if one[i] != other[i]]
 
 
-def _channels_of(anatomy: Anatomy, values: Values, node: fx.Node) -> fx.Node | None:
+def _channels_of(trace: ModelTrace, values: Values, node: fx.Node) -> fx.Node | None:
     """Return the value that a node takes some of the channels of, if it does."""
     if node.target is not operator.getitem or not isinstance(node.args[0], fx.Node):
         return None
@@ -553,7 +553,7 @@ def _channels_of(anatomy: Anatomy, values: Values, node: fx.Node) -> fx.Node | N
     if any(isinstance(each, slice) and each.step is not None for each in entries):
         return None
     small, large = _shape(values, node), _shape(values, node.args[0])
-    if len(small) != len(large) or _unlike(small, large) != [_channel(anatomy, values, node.args[0])]:
+    if len(small) != len(large) or _unlike(small, large) != [_channel(trace, values, node.args[0])]:
         return None
     return node.args[0]
 

@@ -23,7 +23,7 @@ from fxgraft.graph.dataflow.axes import (
     unknown,
 )
 from fxgraft.graph.dataflow.flow import mark_of
-from fxgraft.graph.tracing.anatomy import Anatomy
+from fxgraft.graph.tracing.model_trace import ModelTrace
 
 DIMENSIONS = {"NCHW": 4, "NHWC": 4, "NLC": 3, "NCL": 3, "NC": 2}
 """The layouts by name, with their number of dimensions."""
@@ -73,11 +73,11 @@ class Layout:
 
 
 def layout_of(
-    anatomy: Anatomy,
+    trace: ModelTrace,
     value: Tensor,
     path: str,
     strict: bool = True,
-    again: Callable[[Anatomy], Any] | None = None,
+    again: Callable[[ModelTrace], Any] | None = None,
 ) -> Layout | None:
     """Find the layout of a value of the model.
 
@@ -86,7 +86,7 @@ def layout_of(
     Where that leaves a dimension open, a larger image is tried: places become more, features do not.
 
     Args:
-        anatomy: of the bare model.
+        trace: of the bare model.
         value: fake tensor at the site, batch first.
         path: the module whose output it is, or ''.
         strict: raise where there is none, instead of returning None.
@@ -100,7 +100,7 @@ def layout_of(
     axes = unknown(value.shape) if mark is None else mark.axes
     kinds = [kind_of(axis) for axis in axes]
     if strict and UNKNOWN in kinds[1:]:
-        kinds = _seen_larger(anatomy, value, kinds, again or (_output(path) if path else None))
+        kinds = _seen_larger(trace, value, kinds, again or (_output(path) if path else None))
     found = _layout(kinds, axes)
     if found is not None or not strict:
         return found
@@ -165,16 +165,16 @@ def _reason(kinds: list[str]) -> str:
     return f"its dimensions are {', '.join(words[kind] for kind in kinds)}"
 
 
-def _output(path: str) -> Callable[[Anatomy], Any]:
-    return lambda anatomy: anatomy.observation.output(path)
+def _output(path: str) -> Callable[[ModelTrace], Any]:
+    return lambda trace: trace.observation.output(path)
 
 
 def _seen_larger(
-    anatomy: Anatomy, value: Tensor, kinds: list[str], again: Callable[[Anatomy], Any] | None
+    trace: ModelTrace, value: Tensor, kinds: list[str], again: Callable[[ModelTrace], Any] | None
 ) -> list[str]:
     """Tell unknown dimensions by what a larger image does to them: places become more."""
     try:
-        other = None if again is None else again(anatomy.enlarged)
+        other = None if again is None else again(trace.enlarged)
     except FxgraftError:  # a model of one fixed image size tells nothing this way
         other = None
     if not isinstance(other, Tensor) or other.ndim != value.ndim:
@@ -198,7 +198,7 @@ def _too_many(what: str, value: Tensor) -> str:
 
 
 def named_layout(
-    anatomy: Anatomy,
+    trace: ModelTrace,
     value: Tensor,
     path: str,
     name: str,
@@ -216,5 +216,5 @@ def named_layout(
             f"{where!r} was said to be {name}, but its shape is {tuple(value.shape)}.\n"
             f"Leave layout= out, or pass one of {', '.join(NAMES)} that fits."
         )
-    known = layout_of(anatomy, value, path, strict=False)
+    known = layout_of(trace, value, path, strict=False)
     return known if known is not None and known.name == name else Layout(name)

@@ -26,12 +26,12 @@ from fxgraft.graph.dataflow.steps import (
     steps_of,
 )
 from fxgraft.graph.structure.spot import Spot, spot_layout
-from fxgraft.graph.tracing.anatomy import Anatomy
 from fxgraft.graph.tracing.editing import After, Edge, Output
+from fxgraft.graph.tracing.graph_utils import placeholders
+from fxgraft.graph.tracing.model_trace import ModelTrace
 from fxgraft.graph.tracing.names import join, relative
 from fxgraft.graph.tracing.trace import is_primitive
 from fxgraft.graph.tracing.values import Values
-from fxgraft.graph.tracing.walks import placeholders
 
 _ROLES = ("value", "squashed", "gate")
 _TOKEN_BY_TOKEN = (nn.LayerNorm, nn.RMSNorm, nn.Linear, nn.Identity, nn.modules.dropout._DropoutNd)
@@ -68,32 +68,32 @@ Carried = Flow | tuple[Any, ...] | None
 """The flow of a value, of the entries of a tuple, or None: nothing of it depends on what is followed."""
 
 
-def goes_on(anatomy: Anatomy, owner: str, node: str) -> bool:
+def goes_on(trace: ModelTrace, owner: str, node: str) -> bool:
     """Say whether the output is made of a value, and not only of others that it gates; unless seen, it is believed.
 
     Args:
-        anatomy: of the bare model.
+        trace: of the bare model.
         owner: the module in whose evaluation graph the value is.
         node: its name there.
     """
     try:
-        reached = _flows(_follower(anatomy).outward(owner, {node: Flow()}))
+        reached = _flows(_follower(trace).outward(owner, {node: Flow()}))
     except FxgraftError:
         return True
     return not reached or any(flow.role != "gate" for flow in reached)
 
 
-def without_idle(anatomy: Anatomy, spots: list[Spot]) -> list[Spot]:
+def without_idle(trace: ModelTrace, spots: list[Spot]) -> list[Spot]:
     """Leave out the places that no prediction reads: behind them a class token alone goes on, or nothing.
 
     Args:
-        anatomy: of the bare model.
+        trace: of the bare model.
         spots: in running order.
 
     Raises:
         SiteError: all of them are.
     """
-    kept = [spot for spot in spots if not _is_idle(anatomy, spot)]
+    kept = [spot for spot in spots if not _is_idle(trace, spot)]
     if spots and not kept:
         raise SiteError(
             f"Nothing that happens at {spots[-1].name!r} can change a prediction: the logits read its class token "
@@ -102,10 +102,10 @@ def without_idle(anatomy: Anatomy, spots: list[Spot]) -> list[Spot]:
     return kept
 
 
-def _is_idle(anatomy: Anatomy, spot: Spot) -> bool:
-    follower = _follower(anatomy)
+def _is_idle(trace: ModelTrace, spot: Spot) -> bool:
+    follower = _follower(trace)
     try:
-        prefix = spot_layout(anatomy, spot).prefix
+        prefix = spot_layout(trace, spot).prefix
         flow = Flow(prefix, 1) if prefix else Flow()
         if isinstance(spot.edit, After):
             reached = follower.outward(spot.owner, {spot.edit.node: flow})
@@ -120,16 +120,16 @@ def _is_idle(anatomy: Anatomy, spot: Spot) -> bool:
     return not _flows(reached)
 
 
-def _follower(anatomy: Anatomy) -> _Follower:
-    return anatomy.once("flow", _Follower)
+def _follower(trace: ModelTrace) -> _Follower:
+    return trace.once("flow", _Follower)
 
 
 class _Follower:
     """Follows values through a model, up to its output."""
 
-    def __init__(self, anatomy: Anatomy) -> None:
-        self.anatomy = anatomy
-        self.steps = steps_of(anatomy)
+    def __init__(self, trace: ModelTrace) -> None:
+        self.trace = trace
+        self.steps = steps_of(trace)
         self.known: dict[tuple[Any, ...], Carried] = {}
 
     def outward(self, owner: str, carried: Mapping[str, Carried]) -> Carried:
@@ -146,9 +146,9 @@ class _Follower:
 
     def along(self, owner: str, edge: Edge, flow: Flow) -> Carried:
         """Follow a value as only some of its users see it."""
-        graph = self.anatomy.graph(owner, training=False).graph
+        graph = self.trace.graph(owner, training=False).graph
         named = {node.name: node for node in graph.nodes}
-        values = self.anatomy.values(owner)
+        values = self.trace.values(owner)
         seen = {named[edge.node]: flow}
         return self.outward(
             owner, {name: self._step(owner, values, named[name], seen) for name in edge.users}
@@ -158,9 +158,9 @@ class _Follower:
         """Follow what a module returns to the output of the model."""
         if not path:
             return out
-        caller = self.anatomy.caller(path)
+        caller = self.trace.caller(path)
         target = relative(path, caller)
-        nodes = self.anatomy.graph(caller, training=False).graph.nodes
+        nodes = self.trace.graph(caller, training=False).graph.nodes
         calls = [node for node in nodes if node.op == "call_module" and node.target == target]
         if not calls:
             raise SiteError(f"{path!r} is not called in the graph of {caller or 'the model'!r}.\n\n")
@@ -168,8 +168,8 @@ class _Follower:
 
     def _through(self, owner: str, carried: Mapping[str, Carried]) -> Carried:
         """Follow values of a module's graph to what it returns."""
-        graph = self.anatomy.graph(owner, training=False).graph
-        values = self.anatomy.values(owner)
+        graph = self.trace.graph(owner, training=False).graph
+        values = self.trace.values(owner)
         held: dict[fx.Node, Carried] = {}
         for node in graph.nodes:
             if node.op == "output":
@@ -210,7 +210,7 @@ class _Follower:
     ) -> Carried:
         """Follow values through a call of a module."""
         path = join(owner, str(node.target))
-        module, words = self.anatomy.module(path), self.steps.module(path)
+        module, words = self.trace.module(path), self.steps.module(path)
         if isinstance(module, _TOKEN_BY_TOKEN) or words <= {"act", "drop", "scale"}:
             return Flow(merged.first, merged.dim, self._bounded(owner, node, merged.role, words))
         whole = Flow(role=self._bounded(owner, node, merged.role, words))
@@ -218,7 +218,7 @@ class _Follower:
         if is_primitive(module):
             return whole
         try:
-            inputs = placeholders(self.anatomy.graph(path, training=False).graph)
+            inputs = placeholders(self.trace.graph(path, training=False).graph)
             if len(inputs) != len(given):
                 return whole
             return self._inward(
@@ -231,9 +231,9 @@ class _Follower:
         """Return the role of a value behind a step: a bounded one that is projected is a value like any other."""
         if role == "gate":
             return role
-        if words & {"project", "mix"} and not squashes(self.anatomy, owner, node):
+        if words & {"project", "mix"} and not squashes(self.trace, owner, node):
             return "value"
-        return "squashed" if squashes(self.anatomy, owner, node) else role
+        return "squashed" if squashes(self.trace, owner, node) else role
 
     def _inward(self, path: str, given: Mapping[str, Carried], whole: Flow) -> Carried:
         key = ("inward", path, *given.items())

@@ -13,13 +13,13 @@ from timm.layers.linear import Linear as TimmLinear
 from torch import Tensor, fx, nn
 
 from fxgraft.errors import StructureError, candidates
-from fxgraft.graph.structure.opening import OpaqueError, opening
 from fxgraft.graph.structure.outputs import logits_node
-from fxgraft.graph.tracing.anatomy import Anatomy
+from fxgraft.graph.structure.progressive_trace import OpaqueError, opening
+from fxgraft.graph.tracing.graph_utils import scope_of, upstream_of
+from fxgraft.graph.tracing.model_trace import ModelTrace
 from fxgraft.graph.tracing.names import ancestors, class_name, join
 from fxgraft.graph.tracing.trace import Traced, is_primitive
 from fxgraft.graph.tracing.values import Values, describe_node, node_name, tensor_inputs
-from fxgraft.graph.tracing.walks import scope_of, upstream_of
 
 # timm's own Linear differs under TorchScript only.
 _LINEAR_FORWARDS = (nn.Linear.forward, TimmLinear.forward)
@@ -123,11 +123,11 @@ def pooling_of(node: fx.Node, values: Values) -> Pooling | None:
     return Pooling(left.pop(), result.ndim == value.ndim)
 
 
-def head_in(anatomy: Anatomy, path: str, traced: Traced, end: fx.Node) -> HeadTrace:
+def head_in(trace: ModelTrace, path: str, traced: Traced, end: fx.Node) -> HeadTrace:
     """Walk back from the logits, or from a classifier, to the average over a map.
 
     Args:
-        anatomy: of the model.
+        trace: of the model.
         path: the module that was traced.
         traced: its trace.
         end: the node to start from.
@@ -136,7 +136,7 @@ def head_in(anatomy: Anatomy, path: str, traced: Traced, end: fx.Node) -> HeadTr
         OpaqueError: a closed module is in the way.
         StructureError: there is no such head; says what stands in its place.
     """
-    values = anatomy.values(path, traced)
+    values = trace.values(path, traced)
     found = tuple(_classifiers(end, values))
     if not found:
         return _class_maps(end, values)
@@ -146,7 +146,7 @@ def head_in(anatomy: Anatomy, path: str, traced: Traced, end: fx.Node) -> HeadTr
     if len(pools) > 1:
         names = sorted({join(path, str(node.target)) for node in found})
         raise StructureError(
-            f"{anatomy.name} ends in {len(names)} classifiers: {', '.join(map(repr, names))}.\n"
+            f"{trace.name} ends in {len(names)} classifiers: {', '.join(map(repr, names))}.\n"
             "Their logits are put together, and each reads an average of its own.\n"
             f"Name one, as head={names[0]!r}."
         )
@@ -154,7 +154,7 @@ def head_in(anatomy: Anatomy, path: str, traced: Traced, end: fx.Node) -> HeadTr
     last = found[0] if len(found) == 1 else end
     between = _between(last, pool, values)
     (maps,) = tensor_inputs(pool, values)
-    owner = anatomy.module(path)
+    owner = trace.module(path)
     steps = [node for node in (*between, last) if node is not found[0] and tensor_inputs(node, values)]
     neutral = all(node_name(node, owner) in SHAPES | DROPOUTS for node in steps)
     affine = all(_affine(node, values) for node in steps)
@@ -339,7 +339,7 @@ def _between(classifier: fx.Node, pool: fx.Node, values: Values) -> tuple[fx.Nod
 
 
 def opened_head(
-    anatomy: Anatomy,
+    trace: ModelTrace,
     head: str | None = None,
     output: str | int | None = None,
     entries: bool = False,
@@ -347,7 +347,7 @@ def opened_head(
     """Find the head in the model's evaluation trace, opening modules as the walk meets them.
 
     Args:
-        anatomy: of the model.
+        trace: of the model.
         head: qualified name of the classifier, where the model has several.
         output: which entry of a structured output holds the logits.
         entries: whether to open a module as well that returns the map among other values.
@@ -356,43 +356,43 @@ def opened_head(
         The trace, the head in it, and the names of the modules that were opened.
     """
     if head is not None:
-        _check_named(anatomy, head)
+        _check_named(trace, head)
 
     def search(traced: Traced) -> HeadTrace:
         if head is None:
-            end = logits_node(traced.graph, output, anatomy.name)
+            end = logits_node(traced.graph, output, trace.name)
         else:
             end = next(n for n in traced.graph.nodes if n.op == "call_module" and n.target == head)
-        found = head_in(anatomy, "", traced, end)
-        holder = _holder(anatomy, found.maps) if entries else None
+        found = head_in(trace, "", traced, end)
+        holder = _holder(trace, found.maps) if entries else None
         if holder is not None:
             raise OpaqueError(holder)
         return found
 
-    return opening(anatomy, False, search, ancestors(head or ""))
+    return opening(trace, False, search, ancestors(head or ""))
 
 
-def _holder(anatomy: Anatomy, node: fx.Node) -> str | None:
+def _holder(trace: ModelTrace, node: fx.Node) -> str | None:
     """Name the closed module that returned a value among others; None where the value is no such entry."""
-    while node_name(node, anatomy.model) in ("getattr", "getitem") and node.op == "call_function":
+    while node_name(node, trace.model) in ("getattr", "getitem") and node.op == "call_function":
         (node,) = node.all_input_nodes
         if node.op == "call_module":
             path = str(node.target)
-            alone = isinstance(anatomy.observation.output(path), Tensor) or is_primitive(anatomy.module(path))
+            alone = isinstance(trace.observation.output(path), Tensor) or is_primitive(trace.module(path))
             return None if alone else path
     return None
 
 
-def _check_named(anatomy: Anatomy, head: str) -> None:
-    called = anatomy.observation.calls
-    known = [path for path in called if path and is_classifier(anatomy.module(path))]
+def _check_named(trace: ModelTrace, head: str) -> None:
+    called = trace.observation.calls
+    known = [path for path in called if path and is_classifier(trace.module(path))]
     if head not in called:
         raise StructureError(
-            f"There is no layer {head!r} in a pass of {anatomy.name}.\n{candidates(head, known)}"
+            f"There is no layer {head!r} in a pass of {trace.name}.\n{candidates(head, known)}"
         )
     if head not in known:
         inner = [path for path in known if path.startswith(f"{head}.")]
         raise StructureError(
-            f"{head!r} is a {type(anatomy.module(head)).__name__}, no linear layer or 1×1 convolution.\n"
+            f"{head!r} is a {type(trace.module(head)).__name__}, no linear layer or 1×1 convolution.\n"
             f"A head is named by its classifier.\n{candidates(head, inner or known)}"
         )

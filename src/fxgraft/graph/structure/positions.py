@@ -33,15 +33,15 @@ from fxgraft.graph.structure.joins import (
     share_in_branches,
 )
 from fxgraft.graph.structure.layout import layout_of
-from fxgraft.graph.structure.places import training_name
-from fxgraft.graph.structure.sites import Site, Words, is_glob, matches, module_site, resolve
+from fxgraft.graph.structure.locate import training_name
+from fxgraft.graph.structure.sites import Site, SiteSpec, is_glob, matches, module_site, resolve
 from fxgraft.graph.structure.spot import Spot, direct_spot
-from fxgraft.graph.tracing.anatomy import Anatomy
 from fxgraft.graph.tracing.editing import After, Edge, Edit, Input
+from fxgraft.graph.tracing.graph_utils import downstream_of, upstream_of
+from fxgraft.graph.tracing.model_trace import ModelTrace
 from fxgraft.graph.tracing.names import join, relative
 from fxgraft.graph.tracing.preserve import preserved_modes, preserved_random_state
 from fxgraft.graph.tracing.values import shape_of
-from fxgraft.graph.tracing.walks import downstream_of, upstream_of
 
 RESIDUAL = (*OF_JOINS, "pre_with_projection", "output")
 PLAIN = ("conv", "norm", "act")
@@ -55,11 +55,11 @@ _NORMS = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.LocalRe
 _KINDS = {"conv": "convolutions", "norm": "norms", "act": "activations"}
 
 
-def spots(anatomy: Anatomy, position: str | None = None, layers: Words | None = None) -> list[Spot]:
+def spots(trace: ModelTrace, position: str | None = None, layers: SiteSpec | None = None) -> list[Spot]:
     """Find the places of one position, in running order.
 
     Args:
-        anatomy: of the bare model.
+        trace: of the bare model.
         position: one of `RESIDUAL`, `DENSE` or `PLAIN`; the first of `usual` that the model has, if left out.
         layers: the blocks to use: names of blocks or of modules around them, globs, stage numbers, names of
             joins, "name:position" for another position of one join, "input" for the image. A name that
@@ -74,25 +74,25 @@ def spots(anatomy: Anatomy, position: str | None = None, layers: Words | None = 
 
     @functools.cache
     def blocks() -> tuple[str, list[Spot]]:
-        wanted = usual(anatomy) if position is None else (position,)
+        wanted = usual(trace) if position is None else (position,)
         for each in wanted:
-            found = _all(anatomy, each)
+            found = _all(trace, each)
             if found:
                 return each, found
         return wanted[0], []
 
     if layers is None:
         where, found = blocks()
-        logits = _from_classifier_on(anatomy) if where in PLAIN else ()
+        logits = _from_classifier_on(trace) if where in PLAIN else ()
         usable = [spot for spot in found if spot.usable and spot.path not in logits]
         if not usable:
-            raise _nowhere(anatomy, where, found)
+            raise _nowhere(trace, where, found)
         left_out = len(found) - len(usable) if where in RESIDUAL else 0
         return [dataclasses.replace(spot, left_out=left_out) for spot in usable]
     words = list(layers) if isinstance(layers, Iterable) and not isinstance(layers, str) else [layers]
     chosen: dict[str, Spot] = {}
     for word in words:
-        for spot in _named(anatomy, word, lambda: blocks()[1]):
+        for spot in _named(trace, word, lambda: blocks()[1]):
             if not spot.usable:
                 raise SiteError(
                     f"{spot.name!r} has no positions: its value is "
@@ -106,20 +106,20 @@ def spots(anatomy: Anatomy, position: str | None = None, layers: Words | None = 
     return list(chosen.values())
 
 
-def usual(anatomy: Anatomy) -> tuple[str, ...]:
+def usual(trace: ModelTrace) -> tuple[str, ...]:
     """Return the positions to look for, in this order: that of joins comes last where they hold few of the layers."""
-    return USUAL if share_in_branches(anatomy) >= LEAST_SHARE else (*USUAL[1:], USUAL[0])
+    return USUAL if share_in_branches(trace) >= LEAST_SHARE else (*USUAL[1:], USUAL[0])
 
 
-def position_sites(anatomy: Anatomy) -> list[Site]:
+def position_sites(trace: ModelTrace) -> list[Site]:
     """List every residual join with its positions, each place once, for `fxgraft.sites`."""
     listed = []
-    for each in residual_joins(anatomy):
-        values = anatomy.values(each.owner)
+    for each in residual_joins(trace):
+        values = trace.values(each.owner)
         seen: list[Edit] = []
         for position in RESIDUAL:
             try:
-                found = _edits(anatomy, each, position)
+                found = _edits(trace, each, position)
             except FxgraftError:  # what cannot be reached from inside of the block is not listed
                 continue
             if found is None or found[0] in seen:
@@ -127,7 +127,7 @@ def position_sites(anatomy: Anatomy) -> list[Site]:
             seen.append(found[0])
             node = found[2]
             value = values.get(node)
-            layout = layout_of(anatomy, value, "", strict=False) if isinstance(value, Tensor) else None
+            layout = layout_of(trace, value, "", strict=False) if isinstance(value, Tensor) else None
             listed.append(
                 Site(
                     f"{each.name}:{position}",
@@ -142,47 +142,47 @@ def position_sites(anatomy: Anatomy) -> list[Site]:
     return listed
 
 
-def _all(anatomy: Anatomy, position: str) -> list[Spot]:
+def _all(trace: ModelTrace, position: str) -> list[Spot]:
     if position in RESIDUAL:
-        return _residual(anatomy, position)
-    return dense_layers(anatomy, position) if position in DENSE else _plain(anatomy, position)
+        return _residual(trace, position)
+    return dense_layers(trace, position) if position in DENSE else _plain(trace, position)
 
 
-def _residual(anatomy: Anatomy, position: str) -> list[Spot]:
+def _residual(trace: ModelTrace, position: str) -> list[Spot]:
     found = []
-    for each in residual_joins(anatomy):
-        edits = _edits(anatomy, each, position)
+    for each in residual_joins(trace):
+        edits = _edits(trace, each, position)
         if edits is not None:
-            value = anatomy.values(each.owner).get(edits[2])
+            value = trace.values(each.owner).get(edits[2])
             value = value if isinstance(value, Tensor) else None
             kind = "" if each.kind == "block" else each.kind
             found.append(Spot(each.name, position, each.owner, *edits[:2], value, "", each.owner, kind=kind))
     return found
 
 
-def _edits(anatomy: Anatomy, each: Join, position: str) -> tuple[Edit, Edit, str] | None:
+def _edits(trace: ModelTrace, each: Join, position: str) -> tuple[Edit, Edit, str] | None:
     """Return what to do at a position of a join in evaluation and in training, and the node whose value is there.
 
     Raises:
         StructureError: the position depends on a shortcut that is made outside of the block.
     """
     if position == "output":
-        name = _handed_on(anatomy, each.owner, each.values["post"])
-        return After(name), After(training_name(anatomy, each.owner, name)), name
+        name = _handed_on(trace, each.owner, each.values["post"])
+        return After(name), After(training_name(trace, each.owner, name)), name
     known = "pre" if position == "pre_with_projection" else position
     if known not in each.edits:
         return None
     edits = each.edits[known], each.training_edits.get(known, each.edits[known])
     if position == "pre_with_projection":
-        graphs = [anatomy.graph(each.owner, training).graph for training in (False, True)]
+        graphs = [trace.graph(each.owner, training).graph for training in (False, True)]
         identities = (each.edits["identity"], each.training_edits["identity"])
         wider = zip(graphs, edits, identities, strict=True)
-        edits = tuple(_with_projection(anatomy, each, graph, *pair) for graph, *pair in wider)
+        edits = tuple(_with_projection(trace, each, graph, *pair) for graph, *pair in wider)
     evaluation, training = edits
     return evaluation, training, each.values[known]
 
 
-def _with_projection(anatomy: Anatomy, each: Join, graph: fx.Graph, pre: Edit, identity: Edit) -> Edit:
+def _with_projection(trace: ModelTrace, each: Join, graph: fx.Graph, pre: Edit, identity: Edit) -> Edit:
     """Add to the users of a fork, in the branch, the one that projects the shortcut, if it is projected."""
     nodes = {node.name: node for node in graph.nodes}
     if not isinstance(pre, Edge) or not isinstance(identity, Edge):
@@ -195,25 +195,25 @@ def _with_projection(anatomy: Anatomy, each: Join, graph: fx.Graph, pre: Edit, i
             "What it is made from cannot be changed from inside of the block.\n"
             'Pass position="pre", which leaves the shortcut as it is.'
         )
-    if steps_of(anatomy).all_of(each.owner, way) <= {"drop", "scale"}:
+    if steps_of(trace).all_of(each.owner, way) <= {"drop", "scale"}:
         return pre
     return Edge(pre.node, tuple(user.name for user in fork.users if user.name in pre.users or user in way))
 
 
-def _handed_on(anatomy: Anatomy, owner: str, total: str) -> str:
+def _handed_on(trace: ModelTrace, owner: str, total: str) -> str:
     """Follow a sum to the last activation that acts on it alone, by name; the sum itself where there is none."""
-    values = anatomy.values(owner)
-    node = next(node for node in anatomy.graph(owner, training=False).graph.nodes if node.name == total)
+    values = trace.values(owner)
+    node = next(node for node in trace.graph(owner, training=False).graph.nodes if node.name == total)
     found = node
     while len(node.users) == 1:
         before, node = node, next(iter(node.users))
         if node.op not in ("call_module", "call_function", "call_method"):
             break
-        module = anatomy.module(join(owner, str(node.target))) if node.op == "call_module" else None
+        module = trace.module(join(owner, str(node.target))) if node.op == "call_module" else None
         if module is not None and is_kind(module, "norm"):
             found = node if any(is_kind(part, "act") for part in module.children()) else found
             continue
-        steps = _operators(anatomy, module, node, values.get(before.name))
+        steps = _operators(trace, module, node, values.get(before.name))
         if steps is None:
             break
         found = node if steps else found
@@ -238,7 +238,7 @@ class _Recorder(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def _operators(anatomy: Anatomy, module: nn.Module | None, node: fx.Node, value: Any) -> list[str] | None:
+def _operators(trace: ModelTrace, module: nn.Module | None, node: fx.Node, value: Any) -> list[str] | None:
     """Name the operators of an activation: a step that works element by element, and not by arithmetic alone.
 
     Returns:
@@ -258,7 +258,7 @@ def _operators(anatomy: Anatomy, module: nn.Module | None, node: fx.Node, value:
         with preserved_random_state(), preserved_modes(module or nn.Identity()):
             for each in module.modules() if module is not None else ():
                 each.training = False
-            result = anatomy.observation.run(run, value)
+            result = trace.observation.run(run, value)
     except Exception:  # what does not run by itself is no activation
         return None
     names = [each._schema.name.partition("::")[2] for each in recorder.seen]
@@ -275,22 +275,22 @@ def _operators(anatomy: Anatomy, module: nn.Module | None, node: fx.Node, value:
     return acting if acting or not names else None
 
 
-def _plain(anatomy: Anatomy, position: str) -> list[Spot]:
+def _plain(trace: ModelTrace, position: str) -> list[Spot]:
     found = []
-    calls = anatomy.observation.calls
-    for path in anatomy.in_order():
-        if not path or not is_kind(anatomy.module(path), position):
+    calls = trace.observation.calls
+    for path in trace.in_order():
+        if not path or not is_kind(trace.module(path), position):
             continue
         value = calls[path][0].output
         if not isinstance(value, Tensor) or value.ndim < 3:
             continue
-        site = module_site(anatomy, path)
+        site = module_site(trace, path)
         if site.on_module:
-            found.append(direct_spot(anatomy, site, position))
+            found.append(direct_spot(trace, site, position))
             continue
         called_as = relative(path, site.owner)
         try:
-            nodes = anatomy.graph(site.owner, training=False).graph.nodes
+            nodes = trace.graph(site.owner, training=False).graph.nodes
         except TraceError:
             continue
         for number, node in enumerate(n for n in nodes if n.op == "call_module" and n.target == called_as):
@@ -301,17 +301,17 @@ def _plain(anatomy: Anatomy, position: str) -> list[Spot]:
     return found
 
 
-def _from_classifier_on(anatomy: Anatomy) -> set[str]:
+def _from_classifier_on(trace: ModelTrace) -> set[str]:
     """Find the modules from the last one with weights on, where each image's output is one vector.
 
     Maps there are maps of the logits: a unit on them would change what is predicted, not what that is read from.
     """
     found: set[str] = set()
-    output = anatomy.observation.output("")
+    output = trace.observation.output("")
     if isinstance(output, Tensor) and output.ndim == 2:
-        for path in reversed(anatomy.in_order()):
+        for path in reversed(trace.in_order()):
             found.add(path)
-            if any(True for _ in anatomy.module(path).parameters(recurse=False)):
+            if any(True for _ in trace.module(path).parameters(recurse=False)):
                 break
     return found
 
@@ -330,10 +330,10 @@ def is_kind(module: nn.Module, kind: str) -> bool:
     )
 
 
-def _named(anatomy: Anatomy, word: str | int, every: Callable[[], list[Spot]]) -> list[Spot]:
+def _named(trace: ModelTrace, word: str | int, every: Callable[[], list[Spot]]) -> list[Spot]:
     """Resolve one word: blocks that it names or holds, else the value that it names."""
-    if word == IMAGE and IMAGE not in anatomy.observation.calls:
-        image = anatomy.observation.calls[""][0].args[0]
+    if word == IMAGE and IMAGE not in trace.observation.calls:
+        image = trace.observation.calls[""][0].args[0]
         return [Spot(IMAGE, IMAGE, "", Input(), Input(), image, "", "")]
     if isinstance(word, str) and ":" in word:
         name, _, position = word.rpartition(":")
@@ -341,12 +341,12 @@ def _named(anatomy: Anatomy, word: str | int, every: Callable[[], list[Spot]]) -
             raise SiteError(
                 f"{word!r} names no position of a residual join.\nThey are {', '.join(map(repr, RESIDUAL))}."
             )
-        exact = [spot for spot in _residual(anatomy, position) if spot.name == name]
+        exact = [spot for spot in _residual(trace, position) if spot.name == name]
         if exact:
             return [Spot(word, *list(vars(exact[0]).values())[1:])]
         raise SiteError(
             f"There is no residual join {name!r} with a position {position!r}.\n"
-            f"{candidates(name, [spot.name for spot in _residual(anatomy, position)])}\n"
+            f"{candidates(name, [spot.name for spot in _residual(trace, position)])}\n"
             'fxgraft.sites(model, "residual") lists all of them.'
         )
     blocks = every()
@@ -354,11 +354,11 @@ def _named(anatomy: Anatomy, word: str | int, every: Callable[[], list[Spot]]) -
         wanted = [spot for spot in blocks if _holds(word, spot)]
         if wanted:
             return wanted
-    sites = resolve(anatomy, word)
+    sites = resolve(trace, word)
     found: list[Spot] = []
     for site in sites:
         inside = [spot for spot in blocks if site.path and _holds(site.path, spot)]
-        found += [spot for spot in inside if spot.usable] or [direct_spot(anatomy, site)]
+        found += [spot for spot in inside if spot.usable] or [direct_spot(trace, site)]
     return found
 
 
@@ -369,8 +369,8 @@ def _holds(word: str, spot: Spot) -> bool:
     return word in (spot.name, spot.scope) or spot.scope.startswith(word + ".")
 
 
-def _nowhere(anatomy: Anatomy, position: str, found: list[Spot]) -> StructureError | SiteError:
-    model = anatomy.name
+def _nowhere(trace: ModelTrace, position: str, found: list[Spot]) -> StructureError | SiteError:
+    model = trace.name
     if found:
         shapes = ", ".join(
             f"{spot.name} {tuple(spot.value.shape) if spot.value is not None else ''}".strip()
@@ -382,26 +382,26 @@ def _nowhere(anatomy: Anatomy, position: str, found: list[Spot]) -> StructureErr
             "Statistics over positions need several of them.\n"
             "Pass input_size=(C, H, W) of larger images, or layers= with other sites."
         )
-    joined = [each.name for each in residual_joins(anatomy)] if position in RESIDUAL else []
+    joined = [each.name for each in residual_joins(trace)] if position in RESIDUAL else []
     if joined:
-        have = [each for each in RESIDUAL if each != position and _residual(anatomy, each)]
+        have = [each for each in RESIDUAL if each != position and _residual(trace, each)]
         return StructureError(
             f"No residual join of {model} has a position {position!r}: {_few(joined)}.\n"
             "They add several branches one after the other, and no value is the end of all of them.\n"
             f"Pass position= one of {', '.join(map(repr, have))}, or layers= with the name of a site at the end of one "
             "branch."
         )
-    joins = len(_residual(anatomy, "post"))
-    dense = len(dense_layers(anatomy, DENSE[0]))
+    joins = len(_residual(trace, "post"))
+    dense = len(dense_layers(trace, DENSE[0]))
     parts = [f"{joins} residual joins", f"{dense} dense layers"]
-    parts += [f"{len(_plain(anatomy, kind))} {plural}" for kind, plural in _KINDS.items()]
+    parts += [f"{len(_plain(trace, kind))} {plural}" for kind, plural in _KINDS.items()]
     have = [p for p, n in zip((RESIDUAL, DENSE, *([k] for k in PLAIN)), parts, strict=True) if n[0] != "0"]
     offers = ", ".join(repr(each) for group in have for each in group if each != position)
     what = "residual join" if position in RESIDUAL else "dense layer" if position in DENSE else position
     what = "dense layer of two convolutions" if position == DENSE[2] and dense else what
-    sums = candidate_sums(anatomy) if position in RESIDUAL else []
+    sums = candidate_sums(trace) if position in RESIDUAL else []
     undecided = f" Sums that are no joins as far as can be seen: {_few(sums)}." if sums else ""
-    closed = closed_blocks(anatomy) if position in RESIDUAL else []
+    closed = closed_blocks(trace) if position in RESIDUAL else []
     undecided += f" Modules that cannot be looked into: {_few(closed)}." if closed else ""
     named = ", as " + repr((sums or closed)[0]) if sums or closed else ""
     return StructureError(

@@ -13,7 +13,7 @@ from torch.utils import _pytree as pytree
 
 from fxgraft.errors import TraceError
 from fxgraft.graph.structure.layout import Layout, layout_of, layout_of_value
-from fxgraft.graph.tracing.anatomy import Anatomy
+from fxgraft.graph.tracing.model_trace import ModelTrace
 from fxgraft.graph.tracing.names import join
 from fxgraft.graph.tracing.values import shape_of
 
@@ -119,10 +119,10 @@ def call_name(node: fx.Node) -> str:
     return f"{node.target}_{rank}" if rank else str(node.target)
 
 
-def _describe(anatomy: Anatomy, value: Any, path: str) -> dict[str, Any]:
+def _describe(trace: ModelTrace, value: Any, path: str) -> dict[str, Any]:
     if not isinstance(value, Tensor):
         return {}
-    layout = layout_of(anatomy, value, path, strict=False)
+    layout = layout_of(trace, value, path, strict=False)
     return {
         "shape": shape_of(value),
         "dtype": str(value.dtype).removeprefix("torch."),
@@ -130,11 +130,11 @@ def _describe(anatomy: Anatomy, value: Any, path: str) -> dict[str, Any]:
     }
 
 
-def module_site(anatomy: Anatomy, path: str, call: int = 0) -> Site:
+def module_site(trace: ModelTrace, path: str, call: int = 0) -> Site:
     """Describe the output of a module's call as a site."""
-    calls = anatomy.observation.calls[path]
+    calls = trace.observation.calls[path]
     record = calls[call]
-    owner = anatomy.caller(path)
+    owner = trace.caller(path)
     return Site(
         name=path if call == 0 else f"{path}_{call}",
         owner=owner,
@@ -142,62 +142,62 @@ def module_site(anatomy: Anatomy, path: str, call: int = 0) -> Site:
         path=path,
         calls=len(calls),
         checkpointed=record.checkpointed,
-        op=type(anatomy.module(path)).__name__,
-        **_describe(anatomy, record.output, path),
+        op=type(trace.module(path)).__name__,
+        **_describe(trace, record.output, path),
     )
 
 
-def node_sites(anatomy: Anatomy, owner: str) -> list[Site]:
+def node_sites(trace: ModelTrace, owner: str) -> list[Site]:
     """List the values in one module's forward, in running order: children's calls and what is between them.
 
     Args:
-        anatomy: of the bare model.
+        trace: of the bare model.
         owner: the module whose forward is looked at.
     """
-    values = anatomy.values(owner)
+    values = trace.values(owner)
     found = []
-    for node in anatomy.graph(owner, training=False).graph.nodes:
+    for node in trace.graph(owner, training=False).graph.nodes:
         if node.op in ("placeholder", "output", "get_attr"):
             continue
         name = call_name(node)
         value = values.get(node.name)
         if node.op == "call_module":
             path = join(owner, str(node.target))
-            if name == str(node.target) and path in anatomy.observation.calls:
-                found.append(dataclasses.replace(module_site(anatomy, path), owner=owner, node=node.name))
+            if name == str(node.target) and path in trace.observation.calls:
+                found.append(dataclasses.replace(module_site(trace, path), owner=owner, node=node.name))
                 continue
-            op = type(anatomy.module(path)).__name__
+            op = type(trace.module(path)).__name__
         elif isinstance(value, Tensor):
             op = getattr(node.target, "__name__", str(node.target))
         else:
             continue
-        found.append(Site(join(owner, name), owner, node.name, op=op, **_describe(anatomy, value, "")))
+        found.append(Site(join(owner, name), owner, node.name, op=op, **_describe(trace, value, "")))
     return found
 
 
-def last_called(anatomy: Anatomy, path: str, containers: tuple[type, ...] = (nn.Sequential,)) -> str | None:
+def last_called(trace: ModelTrace, path: str, containers: tuple[type, ...] = (nn.Sequential,)) -> str | None:
     """Follow a Sequential whose children are called one by one to the child that gives its output."""
     module: Any
     try:
-        module = anatomy.module(path) if path else None
+        module = trace.module(path) if path else None
     except AttributeError:
         return None
     while isinstance(module, containers) and len(module):
         name = list(module._modules)[-1]
         path = f"{path}.{name}"
-        if path in anatomy.observation.calls:
+        if path in trace.observation.calls:
             return path
         module = module._modules[name]
     return None
 
 
-def entry_site(anatomy: Anatomy, path: str, wanted: Callable[[Any], bool]) -> Site | None:
+def entry_site(trace: ModelTrace, path: str, wanted: Callable[[Any], bool]) -> Site | None:
     """Find the first of several values that a module returns that is as wanted; None where it cannot be told apart."""
-    output = anatomy.observation.output(path)
+    output = trace.observation.output(path)
     if not any(wanted(value) for value in pytree.tree_leaves(output)):
         return None
     try:
-        graph = anatomy.graph(path, training=False).graph
+        graph = trace.graph(path, training=False).graph
     except TraceError:
         return None
     returned = pytree.tree_leaves(next(node.args[0] for node in graph.nodes if node.op == "output"))
@@ -205,7 +205,7 @@ def entry_site(anatomy: Anatomy, path: str, wanted: Callable[[Any], bool]) -> Si
     if len(returned) != len(values):
         return None
     name = next(node.name for node, value in zip(returned, values, strict=True) if wanted(value))
-    return next((site for site in node_sites(anatomy, path) if site.node == name), None)
+    return next((site for site in node_sites(trace, path) if site.node == name), None)
 
 
 def places_in(value: Any) -> int:

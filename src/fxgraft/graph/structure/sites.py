@@ -12,33 +12,33 @@ from fxgraft.graph.structure.site import last_called
 from fxgraft.graph.structure.site import module_site as module_site
 from fxgraft.graph.structure.site import node_sites as node_sites
 from fxgraft.graph.structure.stages import stage_at
-from fxgraft.graph.tracing.anatomy import Anatomy
+from fxgraft.graph.tracing.model_trace import ModelTrace
 from fxgraft.graph.tracing.trace import is_primitive
 
-Words = str | int | Sequence[str | int]
+SiteSpec = str | int | Sequence[str | int]
 """How users name sites: a qualified name, a glob, a node name, a stage number, or several of these."""
 
 
-def _called_children(anatomy: Anatomy, owner: str) -> list[Site]:
+def _called_children(trace: ModelTrace, owner: str) -> list[Site]:
     """List the children that a module calls, without looking into its forward."""
-    calls = anatomy.observation.calls
-    inside = {path for path in calls if path and anatomy.caller(path) == owner}
-    return [module_site(anatomy, path) for path in [path for path in anatomy.in_order() if path in inside]]
+    calls = trace.observation.calls
+    inside = {path for path in calls if path and trace.caller(path) == owner}
+    return [module_site(trace, path) for path in [path for path in trace.in_order() if path in inside]]
 
 
-def _walk(anatomy: Anatomy, owner: str, pattern: str | None) -> Iterator[Site]:
+def _walk(trace: ModelTrace, owner: str, pattern: str | None) -> Iterator[Site]:
     look_inside = pattern is None or _may_match(pattern, owner)
     try:
-        own = node_sites(anatomy, owner) if look_inside else _called_children(anatomy, owner)
+        own = node_sites(trace, owner) if look_inside else _called_children(trace, owner)
     except TraceError:
-        own = _called_children(anatomy, owner)
+        own = _called_children(trace, owner)
     for site in own:
-        if site.path and not is_primitive(anatomy.module(site.path)):
-            yield from _walk(anatomy, site.path, pattern)
+        if site.path and not is_primitive(trace.module(site.path)):
+            yield from _walk(trace, site.path, pattern)
         yield site
 
 
-def list_sites(anatomy: Anatomy, pattern: str | None = None) -> list[Site]:
+def list_sites(trace: ModelTrace, pattern: str | None = None) -> list[Site]:
     """List every site of a model, or those whose names match a glob, in the order they run.
 
     Modules that cannot be traced are listed with their children's outputs only.
@@ -46,13 +46,13 @@ def list_sites(anatomy: Anatomy, pattern: str | None = None) -> list[Site]:
     Raises:
         SiteError: nothing matches; lists close matches.
     """
-    listed = list({site.name: site for site in _walk(anatomy, "", pattern)}.values())
+    listed = list({site.name: site for site in _walk(trace, "", pattern)}.values())
     if pattern is None:
         return listed
     matching = [site for site in listed if matches(pattern, site.name)]
     if not matching:
         raise SiteError(
-            f"No site matches {pattern!r} in {anatomy.name}.\n"
+            f"No site matches {pattern!r} in {trace.name}.\n"
             f"{candidates(pattern, [site.name for site in listed])}\n"
             "'*' stands for one part of a name, '**' for any number of parts."
         )
@@ -83,11 +83,11 @@ def is_glob(word: str) -> bool:
     return any(sign in word for sign in "*?[")
 
 
-def resolve(anatomy: Anatomy, words: Words) -> list[Site]:
+def resolve(trace: ModelTrace, words: SiteSpec) -> list[Site]:
     """Turn a user's words into sites, in the order of the words.
 
     Args:
-        anatomy: of the bare model.
+        trace: of the bare model.
         words: qualified module names (``name_1`` for a second call), node names, globs, or stage numbers
             (indices into ``feature_info``; -1 is the last stage), alone or in a sequence.
 
@@ -102,42 +102,42 @@ def resolve(anatomy: Anatomy, words: Words) -> list[Site]:
                 f"A site is a name or a stage number, not {word!r} ({type(word).__name__}).\n"
                 'Pass for example layer="layer4", layer=-1 or layer=["layer3", "layer4"].'
             )
-        found += [stage_at(anatomy, word)] if isinstance(word, int) else _named(anatomy, word)
+        found += [stage_at(trace, word)] if isinstance(word, int) else _named(trace, word)
     unique = {site.name: site for site in found}
     if not unique:
         raise SiteError("No site was named.\nPass at least one layer, for example layer=-1.")
     return list(unique.values())
 
 
-def _named(anatomy: Anatomy, word: str) -> list[Site]:
-    calls = anatomy.observation.calls
+def _named(trace: ModelTrace, word: str) -> list[Site]:
+    calls = trace.observation.calls
     if is_glob(word):
-        matching = [path for path in anatomy.in_order() if path and matches(word, path)]
+        matching = [path for path in trace.in_order() if path and matches(word, path)]
         if matching:
-            return [module_site(anatomy, path) for path in matching]
-        return list_sites(anatomy, word)
+            return [module_site(trace, path) for path in matching]
+        return list_sites(trace, word)
     if word and word in calls:
-        return [module_site(anatomy, word)]
+        return [module_site(trace, word)]
     inner, _, number = word.rpartition("_")
     if inner in calls and number.isdigit() and 0 < int(number) < len(calls[inner]):
-        return _repeated(anatomy, inner, int(number))
-    sequential = last_called(anatomy, word)
+        return _repeated(trace, inner, int(number))
+    sequential = last_called(trace, word)
     if sequential:
-        return [module_site(anatomy, sequential)]
+        return [module_site(trace, sequential)]
     owner, _, node = word.rpartition(".")
     while owner and owner not in calls:
         owner, _, rest = owner.rpartition(".")
         node = f"{rest}.{node}"
-    for site in node_sites(anatomy, owner) if word else []:
+    for site in node_sites(trace, owner) if word else []:
         if site.name == word:
             return [site]
-    raise _unknown(anatomy, word)
+    raise _unknown(trace, word)
 
 
-def _repeated(anatomy: Anatomy, path: str, call: int) -> list[Site]:
+def _repeated(trace: ModelTrace, path: str, call: int) -> list[Site]:
     wanted = f"{path}_{call}"
-    owner = anatomy.caller(path)
-    for site in node_sites(anatomy, owner):
+    owner = trace.caller(path)
+    for site in node_sites(trace, owner):
         if site.name == wanted:
             return [site]
     raise SiteError(
@@ -146,36 +146,36 @@ def _repeated(anatomy: Anatomy, path: str, call: int) -> list[Site]:
     )
 
 
-def _unknown(anatomy: Anatomy, word: str) -> SiteError:
-    calls = anatomy.observation.calls
+def _unknown(trace: ModelTrace, word: str) -> SiteError:
+    calls = trace.observation.calls
     paths = [path for path in calls if path]
     tails = [path for path in paths if path.endswith("." + word)]
     if len(tails) > 1:
         return SiteError(
-            f"{word!r} is ambiguous in {anatomy.name}: {len(tails)} modules end in that name.\n"
+            f"{word!r} is ambiguous in {trace.name}: {len(tails)} modules end in that name.\n"
             f"{candidates(word, tails)}\n"
             f"Pass one full name, or the pattern '**.{word}' for all of them."
         )
-    named = {name for name, _ in anatomy.model.named_modules()}
+    named = {name for name, _ in trace.model.named_modules()}
     if word and word in named:
         return SiteError(
-            f"{word!r} is a module of {anatomy.name}, but its forward is never called in a pass.\n"
+            f"{word!r} is a module of {trace.name}, but its forward is never called in a pass.\n"
             f"{candidates(word, paths)}\nName one of its parts, or the module that uses it."
         )
     return SiteError(
-        f"There is no site {word!r} in {anatomy.name}.\n{candidates(word, tails or paths)}\n"
+        f"There is no site {word!r} in {trace.name}.\n{candidates(word, tails or paths)}\n"
         "fxgraft.sites(model) lists all of them."
     )
 
 
-def named_sites(anatomy: Anatomy, words: Words) -> dict[str, Site]:
+def named_sites(trace: ModelTrace, words: SiteSpec) -> dict[str, Site]:
     """Resolve a user's words to sites by the names their values get, in the order of the words.
 
     A word that is the name of one site is the name of its value; globs and stage numbers give the names of
     the sites they resolve to.
 
     Args:
-        anatomy: of the bare model.
+        trace: of the bare model.
         words: as `resolve` takes them.
 
     Raises:
@@ -184,7 +184,7 @@ def named_sites(anatomy: Anatomy, words: Words) -> dict[str, Site]:
     each = list(words) if isinstance(words, Iterable) and not isinstance(words, str) else [words]
     found: dict[str, Site] = {}
     for word in each:
-        for site in resolve(anatomy, word):
+        for site in resolve(trace, word):
             named = isinstance(word, str) and not is_glob(word)
             found[word if named else site.name] = site  # type: ignore[index]
     if not found:

@@ -8,10 +8,10 @@ from torch import Tensor
 
 from fxgraft.errors import SiteError
 from fxgraft.graph.structure.layout import Layout, images_merged, layout_of, layout_of_value, named_layout
-from fxgraft.graph.structure.places import site_edit, value_at
+from fxgraft.graph.structure.locate import site_edit, value_at
 from fxgraft.graph.structure.site import Site, places_in
-from fxgraft.graph.tracing.anatomy import Anatomy
 from fxgraft.graph.tracing.editing import Edit, Input
+from fxgraft.graph.tracing.model_trace import ModelTrace
 
 
 @dataclass(frozen=True)
@@ -58,15 +58,15 @@ class Spot:
         return value[0].numel() > max(value.shape[1], value.shape[-1])
 
 
-def direct_spot(anatomy: Anatomy, site: Site, position: str = "") -> Spot:
+def direct_spot(trace: ModelTrace, site: Site, position: str = "") -> Spot:
     """Make a spot of a site's own value."""
-    owner, edit = site_edit(anatomy, site)
-    value = value_at(anatomy, site)
+    owner, edit = site_edit(trace, site)
+    value = value_at(trace, site)
     value = value if isinstance(value, Tensor) else None
     return Spot(site.name, position, owner, edit, edit, value, site.path, site.path or site.owner)
 
 
-def spot_layout(anatomy: Anatomy, spot: Spot, name: str | None = None) -> Layout:
+def spot_layout(trace: ModelTrace, spot: Spot, name: str | None = None) -> Layout:
     """Find the layout at a spot, or check the one that the user names.
 
     Raises:
@@ -76,9 +76,9 @@ def spot_layout(anatomy: Anatomy, spot: Spot, name: str | None = None) -> Layout
     if value is None:
         raise SiteError(f"{spot.name!r} holds no tensor.\nfxgraft.sites(model) lists what there is.")
     if name is not None:
-        return named_layout(anatomy, value, spot.path, name, spot.name)
+        return named_layout(trace, value, spot.path, name, spot.name)
     if isinstance(spot.edit, Input) and value.ndim == 4:
         return Layout("NCHW")
     node = getattr(spot.edit, "node", None)
     again = None if node is None else lambda other: other.values(spot.owner).get(node)
-    return layout_of(anatomy, value, spot.path, again=again) or Layout("NCHW")
+    return layout_of(trace, value, spot.path, again=again) or Layout("NCHW")

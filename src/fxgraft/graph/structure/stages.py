@@ -15,29 +15,29 @@ from fxgraft.graph.structure.layout import layout_of_value
 from fxgraft.graph.structure.outputs import take_logits
 from fxgraft.graph.structure.pooling import is_classifier
 from fxgraft.graph.structure.site import Site, entry_site, last_called, module_site, node_sites, places_in
-from fxgraft.graph.tracing.anatomy import Anatomy
+from fxgraft.graph.tracing.graph_utils import downstream_of
+from fxgraft.graph.tracing.model_trace import ModelTrace
 from fxgraft.graph.tracing.names import ancestors, inside
 from fxgraft.graph.tracing.observe import Call, tensors
-from fxgraft.graph.tracing.walks import downstream_of
 
 
-def stage_at(anatomy: Anatomy, index: int) -> Site:
+def stage_at(trace: ModelTrace, index: int) -> Site:
     """Return the stage of that number; negative numbers count from the last.
 
     Raises:
         SiteError: there is none; lists those there are.
     """
-    found = stages(anatomy)
+    found = stages(trace)
     if not -len(found) <= index < len(found):
         raise SiteError(
-            f"There is no stage {index} in {anatomy.name}, which has {len(found)}.\n"
+            f"There is no stage {index} in {trace.name}, which has {len(found)}.\n"
             f"They are numbered 0 to {len(found) - 1} (or from -1 backwards): "
             f"{', '.join(repr(site.name) for site in found)}."
         )
     return found[index]
 
 
-def stages(anatomy: Anatomy) -> list[Site]:
+def stages(trace: ModelTrace) -> list[Site]:
     """List the stages of a backbone, in running order.
 
     Those of timm's ``feature_info`` that give a map or tokens, the first one of several values.
@@ -48,7 +48,7 @@ def stages(anatomy: Anatomy) -> list[Site]:
     Raises:
         StructureError: there is none.
     """
-    info = getattr(anatomy.model, "feature_info", None)
+    info = getattr(trace.model, "feature_info", None)
     entries = getattr(info, "info", info)
     declared = [entry for entry in entries or () if isinstance(entry, dict) and entry.get("module")]
     named = {(entry["module"], entry.get("num_chs")) for entry in declared}
@@ -57,49 +57,49 @@ def stages(anatomy: Anatomy) -> list[Site]:
         found = [
             site
             for entry in declared
-            if (site := _declared(anatomy, entry["module"], entry.get("num_chs"))) is not None
+            if (site := _declared(trace, entry["module"], entry.get("num_chs"))) is not None
         ]
-    found = list({site.name: site for site in found}.values()) or _by_places(anatomy)
+    found = list({site.name: site for site in found}.values()) or _by_places(trace)
     if not found:
         raise StructureError(
-            f"{anatomy.name} has no feature_info and no feature maps to number stages by.\n"
+            f"{trace.name} has no feature_info and no feature maps to number stages by.\n"
             "Name the layer instead; fxgraft.sites(model) lists all of them."
         )
     return found
 
 
-def _declared(anatomy: Anatomy, name: str, channels: int | None = None) -> Site | None:
+def _declared(trace: ModelTrace, name: str, channels: int | None = None) -> Site | None:
     """Find the map of a stage that ``feature_info`` names; None where that module gives none.
 
     Of several values it is the first map, of those that have as many channels as it says if there are any.
     """
     lists = (nn.Sequential, nn.ModuleList)
-    path = name if name in anatomy.observation.calls else last_called(anatomy, name, lists)
+    path = name if name in trace.observation.calls else last_called(trace, name, lists)
     if path is None:
         return None
-    output = anatomy.observation.output(path)
+    output = trace.observation.output(path)
     if isinstance(output, Tensor):
-        return module_site(anatomy, path) if places_in(output) else None
+        return module_site(trace, path) if places_in(output) else None
 
     def as_said(value: Any) -> bool:
         layout = layout_of_value(value) if places_in(value) else None
         return layout is not None and layout.canonical(value).shape[1] == channels
 
-    return entry_site(anatomy, path, as_said) or entry_site(anatomy, path, lambda value: places_in(value) > 0)
+    return entry_site(trace, path, as_said) or entry_site(trace, path, lambda value: places_in(value) > 0)
 
 
-def _by_places(anatomy: Anatomy) -> list[Site]:
+def _by_places(trace: ModelTrace) -> list[Site]:
     """Find the last value of the main path at each number of places, or the blocks where that number is one."""
-    if isinstance(anatomy.model, fx.GraphModule):
-        return _last_of_each(_graph_path(anatomy))
-    main = _main_path(anatomy)
+    if isinstance(trace.model, fx.GraphModule):
+        return _last_of_each(_graph_path(trace))
+    main = _main_path(trace)
     opened = {""}
     for path in sorted(main, key=lambda path: path.count(".")):
-        if anatomy.caller(path) in opened and (main[path] is None or _holds_stages(anatomy, path, main)):
+        if trace.caller(path) in opened and (main[path] is None or _holds_stages(trace, path, main)):
             opened.add(path)
     outer: dict[int, str] = {}
     for path, value in main.items():
-        if value is not None and anatomy.caller(path) in opened:
+        if value is not None and trace.caller(path) in opened:
             known = outer.setdefault(value.made, path)
             # Of several modules that hand one value on the outermost, if it returns nothing else.
             if value.alone and path.count(".") < known.count("."):
@@ -108,18 +108,18 @@ def _by_places(anatomy: Anatomy) -> list[Site]:
         (
             (path, value.places)
             for _, path in sorted(outer.items())
-            if (value := main[path]) is not None and _declared(anatomy, path) is not None
+            if (value := main[path]) is not None and _declared(trace, path) is not None
         ),
-        lambda path, before: not _is_composite(anatomy, path) and _is_composite(anatomy, before),
+        lambda path, before: not _is_composite(trace, path) and _is_composite(trace, before),
     )
     if len(found) < 2:
         blocks = [
-            path for path in main if main[path] and _is_composite(anatomy, path) and is_block(anatomy, path)
+            path for path in main if main[path] and _is_composite(trace, path) and is_block(trace, path)
         ]
         found = [
             path for path in blocks if not any(inside(path, each) for each in blocks if each != path)
         ] or found
-    return [site for path in found if (site := _declared(anatomy, path)) is not None]
+    return [site for path in found if (site := _declared(trace, path)) is not None]
 
 
 def _last_of_each(
@@ -152,24 +152,24 @@ class _Map:
     shape: tuple[int, ...]
 
 
-def _main_path(anatomy: Anatomy) -> dict[str, _Map | None]:
+def _main_path(trace: ModelTrace) -> dict[str, _Map | None]:
     """Find the map that each module returns, in running order, where all of the image goes through it.
 
     Of several heads each has a path of its own. Where nothing is like that, as in networks of several branches, the
     maps of all modules. None for a module that returns no map but holds some that do. The classifier is left out.
     """
-    observation = anatomy.observation
+    observation = trace.observation
     calls = {path: calls[0] for path, calls in observation.calls.items() if path and len(calls) == 1}
-    ordered = [path for path in _before_the_heads(anatomy, anatomy.in_order()[:-1]) if path in calls]
+    ordered = [path for path in _before_the_heads(trace, trace.in_order()[:-1]) if path in calls]
     maps = {path: found for path in ordered if (found := _first_map(calls[path])) is not None}
     made = [number for number in observation.calls[""][0].made if number is not None]
-    ends = _read_by_the_heads(anatomy, made[0]) if made else []
+    ends = _read_by_the_heads(trace, made[0]) if made else []
     main = {each for end in ends for each in passed_by_all(observation.flow.sources, end)}
     kept = {path: found for path, found in maps.items() if found.made in main} or maps
     around = {each for path in kept for each in ancestors(path)}
     return {
         path: kept.get(path)
-        for path in anatomy.in_order()
+        for path in trace.in_order()
         if path in kept or (path in around and path in calls)
     }
 
@@ -182,7 +182,7 @@ def _first_map(call: Call) -> _Map | None:
     return None
 
 
-def _holds_stages(anatomy: Anatomy, path: str, main: dict[str, _Map | None]) -> bool:
+def _holds_stages(trace: ModelTrace, path: str, main: dict[str, _Map | None]) -> bool:
     """Say whether a module runs more than one stage.
 
     There is a number of places within it that it neither gets nor gives, or there are blocks in it before it gives
@@ -191,7 +191,7 @@ def _holds_stages(anatomy: Anatomy, path: str, main: dict[str, _Map | None]) -> 
     own = {name: value for name, value in main.items() if value and inside(name, path) and name != path}
     out = main[path]
     given = next(
-        (value for value in tensors(anatomy.observation.calls[path][0].args) if places_in(value) > 1), None
+        (value for value in tensors(trace.observation.calls[path][0].args) if places_in(value) > 1), None
     )
     if out is None or given is None:
         return bool(own)
@@ -202,75 +202,75 @@ def _holds_stages(anatomy: Anatomy, path: str, main: dict[str, _Map | None]) -> 
         return True
     if before == out.places:
         return False
-    blocks = [own[name] for name in own if own[name].places == before and _is_composite(anatomy, name)]
-    if type(anatomy.module(path)) is nn.Sequential:
+    blocks = [own[name] for name in own if own[name].places == before and _is_composite(trace, name)]
+    if type(trace.module(path)) is nn.Sequential:
         return bool(blocks)
     return any(value.shape == given.shape for value in blocks)
 
 
-def _is_composite(anatomy: Anatomy, path: str) -> bool:
-    return next(anatomy.module(path).children(), None) is not None
+def _is_composite(trace: ModelTrace, path: str) -> bool:
+    return next(trace.module(path).children(), None) is not None
 
 
-def _graph_path(anatomy: Anatomy) -> list[tuple[Site, int]]:
+def _graph_path(trace: ModelTrace) -> list[tuple[Site, int]]:
     """Do the same for a model that is a graph: its nodes are the values."""
-    nodes = list(anatomy.graph("", training=False).graph.nodes)
+    nodes = list(trace.graph("", training=False).graph.nodes)
     carrying = {
         node for start in nodes if start.op == "placeholder" for node in (start, *downstream_of(start))
     }
     number = {node: index for index, node in enumerate(nodes)}
     sources = [tuple(number[each] for each in node.all_input_nodes if each in carrying) for node in nodes]
     main = passed_by_all(sources, len(nodes) - 1)
-    values = anatomy.values("")
+    values = trace.values("")
     names = {node.name for node in nodes if number[node] in main}
-    sites = [site for site in node_sites(anatomy, "")[:-1] if site.node in names]
+    sites = [site for site in node_sites(trace, "")[:-1] if site.node in names]
     return [(site, count) for site in sites if (count := places_in(values.get(site.node))) > 1]
 
 
-def _logits(anatomy: Anatomy) -> Tensor | None:
+def _logits(trace: ModelTrace) -> Tensor | None:
     try:
-        found = take_logits(anatomy.observation.output(""))
+        found = take_logits(trace.observation.output(""))
     except StructureError:
         return None
     return found if isinstance(found, Tensor) and found.ndim > 1 else None
 
 
-def _dense_heads(anatomy: Anatomy, logits: Tensor) -> list[str] | None:
+def _dense_heads(trace: ModelTrace, logits: Tensor) -> list[str] | None:
     """List the modules that give maps of classes at the end of a dense predictor; None for another model.
 
     There may be several, an auxiliary one or one at each scale. A dense predictor is told by logits as large as the
     image; their channels are the classes.
     """
-    if logits.ndim != 4 or logits.shape[2:] != anatomy.image_size[1:]:
+    if logits.ndim != 4 or logits.shape[2:] != trace.image_size[1:]:
         return None
     heads: list[str] = []
-    for path in (each for each in reversed(anatomy.in_order()[:-1]) if anatomy.caller(each) == ""):
-        value = anatomy.observation.output(path)
+    for path in (each for each in reversed(trace.in_order()[:-1]) if trace.caller(each) == ""):
+        value = trace.observation.output(path)
         if not isinstance(value, Tensor) or value.ndim != 4 or value.shape[1] != logits.shape[1]:
             break
         heads.append(path)
     return heads
 
 
-def _read_by_the_heads(anatomy: Anatomy, end: int) -> list[int]:
+def _read_by_the_heads(trace: ModelTrace, end: int) -> list[int]:
     """List the operations that made what the heads read, or the last one where the logits do not come from heads alone.
 
     Heads are what gives maps of classes in a dense predictor; else the last linear layers or convolutions on each way
     to the logits, where these have as many channels.
 
     Args:
-        anatomy: of the model.
+        trace: of the model.
         end: the operation that made the logits.
     """
-    observation, logits = anatomy.observation, _logits(anatomy)
+    observation, logits = trace.observation, _logits(trace)
     if logits is None:
         return [end]
-    heads = set(_dense_heads(anatomy, logits) or ())
+    heads = set(_dense_heads(trace, logits) or ())
     if not heads:
         layers: dict[int | None, str] = {}
         for path, calls in observation.calls.items():
             value = calls[0].output
-            if len(calls) > 1 or not isinstance(anatomy.module(path), PROJECTIONS):
+            if len(calls) > 1 or not isinstance(trace.module(path), PROJECTIONS):
                 continue
             if isinstance(value, Tensor) and logits.shape[1] in value.shape[1:]:
                 layers[calls[0].made[0]] = path
@@ -290,22 +290,22 @@ def _read_by_the_heads(anatomy: Anatomy, end: int) -> list[int]:
     return [mark.number for mark in marks if mark is not None] or [end]
 
 
-def _before_the_heads(anatomy: Anatomy, ordered: list[str]) -> list[str]:
+def _before_the_heads(trace: ModelTrace, ordered: list[str]) -> list[str]:
     """Leave out the classifier and what follows it, and of a dense predictor all that gives maps of classes."""
-    logits = _logits(anatomy)
+    logits = _logits(trace)
     if logits is None:
         return ordered[:-1]
-    heads = _dense_heads(anatomy, logits)
+    heads = _dense_heads(trace, logits)
     if heads is not None:
         kept = [path for path in ordered[:-1] if not any(inside(path, head) for head in heads)]
         return kept or ordered[:-1]
     classes = logits.shape[1]
-    weighted = [path for path in ordered if next(anatomy.module(path).parameters(False), None) is not None]
+    weighted = [path for path in ordered if next(trace.module(path).parameters(False), None) is not None]
     last = weighted[-1] if weighted else ""
-    value = anatomy.observation.output(last)
+    value = trace.observation.output(last)
     if (
         last
-        and is_classifier(anatomy.module(last))
+        and is_classifier(trace.module(last))
         and isinstance(value, Tensor)
         and classes in value.shape[1:]
     ):
@@ -313,9 +313,9 @@ def _before_the_heads(anatomy: Anatomy, ordered: list[str]) -> list[str]:
     return ordered[:-1]
 
 
-def is_block(anatomy: Anatomy, path: str) -> bool:
+def is_block(trace: ModelTrace, path: str) -> bool:
     """Say whether a module is one of several of its class in one `torch.nn.Sequential` or ``ModuleList``."""
-    parent = anatomy.module(path.rpartition(".")[0])
-    module = anatomy.module(path)
+    parent = trace.module(path.rpartition(".")[0])
+    module = trace.module(path)
     alike = sum(type(each) is type(module) for each in parent.children())
     return bool(path) and isinstance(parent, (nn.Sequential, nn.ModuleList)) and alike > 1

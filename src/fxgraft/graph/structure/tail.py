@@ -7,16 +7,16 @@ from dataclasses import dataclass
 from torch import fx, nn
 
 from fxgraft.errors import SiteError, StructureError, TraceError
+from fxgraft.graph.structure.locate import locate
 from fxgraft.graph.structure.outputs import logits_node
-from fxgraft.graph.structure.places import locate
 from fxgraft.graph.structure.pooling import head_in, is_classifier
 from fxgraft.graph.structure.sites import Site
-from fxgraft.graph.tracing.anatomy import Anatomy
+from fxgraft.graph.tracing.graph_utils import modules_in
+from fxgraft.graph.tracing.model_trace import ModelTrace
 from fxgraft.graph.tracing.names import ancestors
 from fxgraft.graph.tracing.regions import region_of
 from fxgraft.graph.tracing.settings import acted_on, output_hooked
 from fxgraft.graph.tracing.trace import is_primitive
-from fxgraft.graph.tracing.walks import modules_in
 
 
 @dataclass(frozen=True)
@@ -35,29 +35,33 @@ class LinearTail:
 
 
 def linear_tail(
-    anatomy: Anatomy, site: Site, opened: tuple[str, ...], children: tuple[str, ...], output: str | int | None
+    trace: ModelTrace,
+    site: Site,
+    opened: tuple[str, ...],
+    children: tuple[str, ...],
+    output: str | int | None,
 ) -> LinearTail | None:
     """Recognise global average pooling, flattening, dropout and one linear layer, and nothing else."""
-    closed = tuple(name for name in children if not is_primitive(anatomy.module(name)))
+    closed = tuple(name for name in children if not is_primitive(trace.module(name)))
     if len(children) > 8 or site.layout not in ("NCHW", "NHWC"):
         return None
     try:
-        traced = anatomy.graph("", training=False, opened=opened, deep=closed)
-        start = locate(anatomy, site, traced)
+        traced = trace.graph("", training=False, opened=opened, deep=closed)
+        start = locate(trace, site, traced)
         logits = logits_node(traced.graph, output, "")
-        head = head_in(anatomy, "", traced, logits)
+        head = head_in(trace, "", traced, logits)
     except (TraceError, StructureError, SiteError):
         return None
     if any(region_of(node) for node in traced.graph.nodes if node >= start):
         return None  # the closed form knows nothing of another precision, or of gradients that end there
     between = head.maps
     passed = [head.pool, *head.between]
-    while between is not start and len(between.users) == 1 and passes(anatomy.model, between):
+    while between is not start and len(between.users) == 1 and passes(trace.model, between):
         passed.append(between)
         between = between.all_input_nodes[0]
     layer = head.classifier
-    plain = layer is not None and type(anatomy.module(str(layer.target))) is nn.Linear
-    while logits is not layer and passes(anatomy.model, logits):
+    plain = layer is not None and type(trace.module(str(layer.target))) is nn.Linear
+    while logits is not layer and passes(trace.model, logits):
         passed.append(logits)
         logits = logits.all_input_nodes[0]
     if between is not start or len(start.users) != 1 or not (plain and head.neutral) or layer is not logits:

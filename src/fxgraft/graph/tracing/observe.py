@@ -18,6 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fxgraft.errors import ConfigError
 from fxgraft.graph.dataflow.flow import Flow
+from fxgraft.graph.tracing.atomic import restoring, synchronized, within
 from fxgraft.graph.tracing.preserve import (
     preserved_attributes,
     preserved_data,
@@ -27,7 +28,6 @@ from fxgraft.graph.tracing.preserve import (
     replaced_checkpoint,
 )
 from fxgraft.graph.tracing.regions import CALLERS, called_by
-from fxgraft.graph.tracing.whole import afterwards, alone, within
 
 
 @dataclass
@@ -181,7 +181,7 @@ def fake_inputs(
     return (within(mode, torch.empty, (batch, *size), dtype=reference.dtype, device=reference.device),)
 
 
-@alone
+@synchronized
 def observe(
     model: nn.Module,
     input_size: tuple[int, ...] | None = None,
@@ -261,7 +261,7 @@ def observe(
             # What counts does so on real buffers, also in a fake pass.
             own = module._buffers
             own.update({name: None if b is None else b.clone() for name, b in own.items()})
-        with afterwards(restore):
+        with restoring(restore):
             nn.Module.__call__ = call  # type: ignore[method-assign]
             seen.run(call, model, *inputs)
     return seen
@@ -283,7 +283,7 @@ def bare_calls() -> Iterator[None]:
     def restore() -> None:
         nn.Module.__call__ = original
 
-    with afterwards(restore):
+    with restoring(restore):
         nn.Module.__call__ = call  # type: ignore[method-assign]
         yield
 

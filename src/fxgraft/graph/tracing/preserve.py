@@ -27,10 +27,10 @@ import torch.utils.checkpoint
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
+from fxgraft.graph.tracing.atomic import Step, apply_atomically, restoring
 from fxgraft.graph.tracing.branches import iadd, imul, isub, itruediv
+from fxgraft.graph.tracing.graph_utils import upstream_of
 from fxgraft.graph.tracing.regions import Recorder
-from fxgraft.graph.tracing.walks import upstream_of
-from fxgraft.graph.tracing.whole import Step, afterwards, at_once
 
 
 @contextlib.contextmanager
@@ -46,7 +46,7 @@ def preserved_modes(model: nn.Module) -> Iterator[None]:
             if module.training is not flag:
                 module.training = flag
 
-    with afterwards(restore):
+    with restoring(restore):
         yield
 
 
@@ -60,7 +60,7 @@ def preserved_data(model: nn.Module) -> Iterator[None]:
             if each.device != data.device:  # fakes are on the meta device
                 each.data = data
 
-    with afterwards(restore):
+    with restoring(restore):
         yield
 
 
@@ -172,7 +172,7 @@ def preserved_attributes(
         What was there before.
     """
     kept = Snapshot(modules, beside)
-    with afterwards(kept.restore):
+    with restoring(kept.restore):
         yield kept
 
 
@@ -197,7 +197,7 @@ def preserved_random_state() -> Iterator[None]:
         for device, kept in cuda_states:
             torch.cuda.set_rng_state(kept, device)
 
-    with afterwards(restore):
+    with restoring(restore):
         yield
 
 
@@ -240,7 +240,7 @@ def replaced_checkpoint(run: Callable[..., Any]) -> Iterator[None]:
     def restore() -> None:
         torch.utils.checkpoint.checkpoint = original
 
-    with afterwards(restore):
+    with restoring(restore):
         torch.utils.checkpoint.checkpoint = checkpoint  # type: ignore[assignment]
         yield
 
@@ -270,7 +270,7 @@ def untouched(opened: Sequence[nn.Module], training: bool) -> Iterator[Callable[
         for _, tensor, before in changed:
             tensor.detach().copy_(before)
 
-    with afterwards(restore), preserved_random_state():
+    with restoring(restore), preserved_random_state():
         for each in opened:
             each.training = training
         yield lambda: [name for name, _, _ in written()]
@@ -329,7 +329,7 @@ class Reachable:
             ]
             for name, before in inner.items():
                 steps += _putting_back(content[name], before)
-        at_once(steps)
+        apply_atomically(steps)
 
 
 def _is_special(name: str) -> bool:
@@ -352,7 +352,7 @@ def _putting_back(value: Any, before: Any) -> list[Step]:
 def preserved_globals(modules: Iterable[nn.Module]) -> Iterator[Reachable]:
     """Put back on exit what the code of modules sets besides attributes of theirs."""
     reachable = Reachable(modules)
-    with afterwards(reachable.restore):
+    with restoring(reachable.restore):
         yield reachable
 
 
@@ -371,7 +371,7 @@ def noticed_prints(recorder: Recorder) -> Iterator[None]:
     def restore() -> None:
         builtins.print = original
 
-    with afterwards(restore):
+    with restoring(restore):
         builtins.print = noticing
         yield
 

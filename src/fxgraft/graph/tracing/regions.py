@@ -23,7 +23,7 @@ from torch import fx
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode_stack
 
-from fxgraft.graph.tracing.whole import afterwards
+from fxgraft.graph.tracing.atomic import restoring
 
 REGION = "fxgraft_region"
 """Key in ``node.meta`` of what a node runs under: a tuple of `Setting`; empty where its caller's state holds."""
@@ -86,7 +86,7 @@ CALLERS: tuple[Modes, Modes] = (
 def called_by(modes: Modes) -> Iterator[None]:
     """Run the block as code runs that is called in these modes, whatever they are outside."""
     outside = torch.inference_mode(False) if _inference() else contextlib.nullcontext()
-    with outside, afterwards(partial(_write, _read())):
+    with outside, restoring(partial(_write, _read())):
         _write(modes)
         yield
 
@@ -130,7 +130,7 @@ def _watching(watched: Sequence[tuple[Any, str]], touched: list[str]) -> Iterato
         for holder, name, original in originals:
             setattr(holder, name, original)
 
-    with afterwards(restore):
+    with restoring(restore):
         for holder, name, original in originals:
             setattr(holder, name, watching(name, original))
         yield
@@ -258,7 +258,7 @@ def watched_draws() -> Iterator[list[str]]:
             mode.__exit__(None, None, None)
 
     watched = [(holder, name) for holder, name in _SEEDING if hasattr(holder, name)]
-    with afterwards(restore), _watching(watched, drawn):
+    with restoring(restore), _watching(watched, drawn):
         mode.__enter__()
         yield drawn
 

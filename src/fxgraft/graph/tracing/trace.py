@@ -23,6 +23,7 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from fxgraft.errors import TraceError
+from fxgraft.graph.tracing.atomic import apply_atomically, refilling, synchronized
 from fxgraft.graph.tracing.branches import BakedBuffers, InPlaceProxy, Known, held, user_line
 from fxgraft.graph.tracing.names import UNIT, join
 from fxgraft.graph.tracing.observe import Call
@@ -57,7 +58,6 @@ from fxgraft.graph.tracing.settings import (
     tensor_version,
 )
 from fxgraft.graph.tracing.signatures import INPUT, bare_forward, bind, forward_signature, leaf_names
-from fxgraft.graph.tracing.whole import alone, at_once, refilling
 
 HOOKED = "fxgraft_hooked"
 """Key in ``node.meta`` of what stands for the hooks of an opened module."""
@@ -203,7 +203,7 @@ class ShallowTracer(fx.Tracer):
             The modules that were opened, by path.
         """
         touched = self.touched
-        at_once(refilling(self.__dict__, {"thread": self.thread, "_autowrap_function_ids": set()}))
+        apply_atomically(refilling(self.__dict__, {"thread": self.thread, "_autowrap_function_ids": set()}))
         return touched
 
     def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
@@ -390,7 +390,7 @@ def readdressed(error: TraceError, advice: str) -> TraceError:
     return TraceError(f"{str(error).rpartition(chr(10))[0]}\n{advice}")
 
 
-@alone
+@synchronized
 def trace(
     module: nn.Module,
     call: Call,

@@ -8,13 +8,13 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from fxgraft.errors import FxgraftError, StructureError
+from fxgraft.graph.tracing.graph_utils import scope_of
 from fxgraft.graph.tracing.names import class_name, join
 from fxgraft.graph.tracing.observe import Call, Observation
 from fxgraft.graph.tracing.preserve import preserved_attributes, preserved_modes, preserved_random_state
 from fxgraft.graph.tracing.regions import entered, region_of
 from fxgraft.graph.tracing.signatures import INPUT, bind
 from fxgraft.graph.tracing.trace import Traced
-from fxgraft.graph.tracing.walks import scope_of
 
 
 class Values:

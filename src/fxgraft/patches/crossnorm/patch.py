@@ -15,17 +15,17 @@ from fxgraft.extend import (
     Backbone,
     BlockPatch,
     ConfigError,
+    ForwardContext,
     Graft,
     Layout,
     Make,
-    Pass,
     Picture,
     Placement,
     SiteError,
+    SiteSpec,
     Spot,
     Unit,
     View,
-    Words,
     binary_labels,
     check_count,
     check_positive,
@@ -144,7 +144,7 @@ class CrossNorm(BlockPatch):
     output: str | int | None = None
     probability: Literal["softmax", "sigmoid"] | None = None
 
-    def __post_init__(self, layer: Words | None) -> None:
+    def __post_init__(self, layer: SiteSpec | None) -> None:
         super().__post_init__(layer)
         check_share(self, "p", "lam", "threshold")
         check_positive(self, "beta", "consistency_weight")
@@ -191,7 +191,7 @@ class CrossNorm(BlockPatch):
         """Say that consistency runs the batch again."""
         return self.consistency and self.p > 0
 
-    def judges(self) -> bool:
+    def contributes_loss(self) -> bool:
         """Say that consistency is a term of the loss."""
         return self.replays()
 
@@ -212,7 +212,7 @@ class CrossNorm(BlockPatch):
             return {}
 
         def compared() -> Tensor:
-            with graft.asking(forced=True):
+            with graft.override(forced=True):
                 passes = [again.repeat(model, target) for _ in range(2)]
             others = [_rows(take_logits(each, [self.output])) for each in passes]
             if others[0].shape != clean.shape:
@@ -302,13 +302,13 @@ class CrossNormUnit(Unit):
         on = draws.among(chosen, self.index, x.device)
         return draws.choose(on, lambda: self.layout.restore(x, self._restyled(self.layout.canonical(x))), x)
 
-    def _chance(self, run: Pass) -> float:
+    def _chance(self, run: ForwardContext) -> float:
         """Return the probability that this pass has units on; with consistency only those that the loss makes."""
         if run.asked(self.graft, "forced"):
             return 1.0
         return 0.0 if self.config.consistency else self.config.p
 
-    def _draw(self, run: Pass, chance: float, device: torch.device) -> frozenset[int] | Tensor:
+    def _draw(self, run: ForwardContext, chance: float, device: torch.device) -> frozenset[int] | Tensor:
         """Draw the units of a pass; the first unit to ask draws for all of the graft."""
         active = self.count if self.config.active is None else self.config.active
         chosen = draws.subset(self.count, active, chance, device)

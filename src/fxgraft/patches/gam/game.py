@@ -25,9 +25,9 @@ from fxgraft.extend import (
     Make,
     Patch,
     Placement,
+    SiteSpec,
     Unit,
     UnknownGraftError,
-    Words,
     add_graft,
     copy_with,
     tap_placements,
@@ -68,7 +68,7 @@ class Rules:
 class SourceTaps(Patch):
     """The taps on the source network, which is never trained nor merged."""
 
-    layers: Words
+    layers: SiteSpec
 
     def place(self, backbone: Backbone, make: Make) -> list[Placement]:
         """Put a tap on each layer."""
@@ -147,7 +147,7 @@ class Game(Unit):
             moments = torch.zeros((2, 2, channels), device=value.device, dtype=wide)
             self.discriminators.register_buffer(_moments(key), moments)
 
-    def take_source(self, model: nn.Module, given: nn.Module | None, own: Graft, layers: Words) -> None:
+    def take_source(self, model: nn.Module, given: nn.Module | None, own: Graft, layers: SiteSpec) -> None:
         """Copy the network that is the source, with the grafts that act in it, and put taps on the copy; once.
 
         Args:

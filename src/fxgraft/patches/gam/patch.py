@@ -24,10 +24,10 @@ from fxgraft.extend import (
     Placement,
     Site,
     SiteError,
+    SiteSpec,
     StructureError,
     TraceError,
     View,
-    Words,
     check_count,
     check_share,
     is_number,
@@ -158,7 +158,7 @@ class GAM(LayeredPatch):
     layout: Literal["NCHW", "NHWC", "NLC", "NCL", "NC"] | None = None
     output: str | int | None = None
 
-    def __post_init__(self, layer: Words | None) -> None:
+    def __post_init__(self, layer: SiteSpec | None) -> None:
         super().__post_init__(layer)
         if isinstance(self.weights, list):
             object.__setattr__(self, "weights", tuple(self.weights))
@@ -237,7 +237,7 @@ class GAM(LayeredPatch):
             tap.bind(dim=channel_dim(layout), absorber=backbone.absorber(site, layout))
         return placed
 
-    def installed(self, graft: Graft, backbone: Backbone) -> None:
+    def on_installed(self, graft: Graft, backbone: Backbone) -> None:
         """Take the copy of the source network, once; `Game.begin` brings it up to date."""
         game_of(graft).take_source(backbone.model, self.source, graft, self.layers or ())
 
@@ -302,7 +302,7 @@ def _last_two(backbone: Backbone, sites: Sequence[Site]) -> list[str]:
     return list(found.values())[::-1]
 
 
-def _sites(backbone: Backbone, layers: Words, network: str) -> dict[str, Site]:
+def _sites(backbone: Backbone, layers: SiteSpec, network: str) -> dict[str, Site]:
     try:
         return backbone.named_sites(layers)
     except SiteError as error:

@@ -21,7 +21,7 @@ def tap_panels(view: View, graft: Graft) -> Picture:
     source = game.follow(view.model)
     frozen = grafts_on(source)[-1]
     found = []
-    with torch.no_grad(), frozen.asking(listen=True):
+    with torch.no_grad(), frozen.override(listen=True):
         for image in view.inputs[:2]:  # and its mirror image, since one vector has no deviation
             source(torch.stack((image, image.flip(-1))))
             found.append(list(take(frozen.units_of(Tap)).values()))

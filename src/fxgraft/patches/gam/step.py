@@ -46,7 +46,7 @@ class GAMStep:
 @torch.no_grad()
 def _activations(source: nn.Module, graft: Graft, x: Any) -> list[Tensor]:
     """Pass a batch through the source network; return what its taps saw."""
-    with graft.asking(listen=True):
+    with graft.override(listen=True):
         source(x)
         return list(take(graft.units_of(Tap)).values())
 
@@ -77,7 +77,7 @@ def gam_losses(model: nn.Module, x_source: Any, x_target: Any, *, name: str | No
     sources = _activations(source, frozen, x_source)
     # Taps that match what they see do so by what the source network gave at the same places.
     matching = Matching(dict(zip(game.layouts, sources, strict=True)))
-    with graft.asking(listen=True, matching=matching):
+    with graft.override(listen=True, matching=matching):
         out = model(x_target)
         targets = take(graft.units_of(Tap))
     for tap in graft.units_of(MatchedTap):

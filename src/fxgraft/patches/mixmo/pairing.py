@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fxgraft.extend import ConfigError, Pass, TargetError, check_label_range, draws
+from fxgraft.extend import ConfigError, ForwardContext, TargetError, check_label_range, draws
 from fxgraft.patches.mixmo.masks import Mixing, draw_masks, shuffle_roles
 from fxgraft.patches.mixmo.tensors import MixedLabels, balance, dirichlet, one_hot
 
@@ -224,7 +224,7 @@ def check_pairs(graft: str, members: int, own: Sequence[Tensor], labels: Any) ->
 
 
 def check_labels(
-    graft: str, run: Pass, members: int, own: tuple[Tensor, ...], batch: int, classes: int
+    graft: str, run: ForwardContext, members: int, own: tuple[Tensor, ...], batch: int, classes: int
 ) -> None:
     """Raise unless the labels of a pass are class indices, soft targets or one number for every row that it mixes.
 

@@ -17,19 +17,19 @@ from fxgraft.extend import (
     BypassError,
     Capture,
     ConfigError,
+    ForwardContext,
     FxgraftWarning,
     Graft,
     LayeredPatch,
     Layout,
     Make,
-    Pass,
     Picture,
     Placement,
     Rest,
     Site,
+    SiteSpec,
     Unit,
     View,
-    Words,
     check_count,
     check_share,
     draws,
@@ -139,7 +139,7 @@ class RSC(LayeredPatch):
     needs_labels = True
     presets = PRESETS
 
-    layers: Words | None = None
+    layers: SiteSpec | None = None
     scope: Literal["both", "spatial", "channel"] = "both"
     strategy: core.Strategy = "top_gradient"
     saliency: core.Saliency = "grad_cam"
@@ -155,7 +155,7 @@ class RSC(LayeredPatch):
     ignore_index: int = -100
     probability: Literal["softmax", "sigmoid"] | None = None
 
-    def __post_init__(self, layer: Words | None) -> None:
+    def __post_init__(self, layer: SiteSpec | None) -> None:
         super().__post_init__(layer)
         check_share(self, "spatial_drop", "channel_drop", "vector_drop", "batch_share", "start")
         if self.epochs is None and self.batch_schedule != "constant":
@@ -190,7 +190,7 @@ class RSC(LayeredPatch):
                     stacklevel=2,
                 )
 
-    def installed(self, graft: Graft, backbone: Backbone) -> None:
+    def on_installed(self, graft: Graft, backbone: Backbone) -> None:
         """Trace the rest again with the grafts on, since some of them act in it."""
         names = [each.name for each in grafts_on(backbone.model)]
         behind = names[: names.index(graft.name)]
@@ -273,7 +273,7 @@ class RSCUnit(Unit):
         return self.layout.multiply(z, self._muting(run, z.detach(), target, scope))
 
     @torch.no_grad()
-    def _muting(self, run: Pass, z: Tensor, target: Tensor, scope: str) -> Tensor:
+    def _muting(self, run: ForwardContext, z: Tensor, target: Tensor, scope: str) -> Tensor:
         """Return 0 where an entry is muted, else 1: a constant of the second pass, so no mask joins the graph."""
         probe = Probe(self.scoring, run, self.graft, self.rest, self.layout, z, target)
         if probe.layer is None and recomputed() and self.rest.averages(run.model):
@@ -290,7 +290,7 @@ class RSCUnit(Unit):
             self.records.append(RSCRecord(self.site.name, scope, mask.cpu(), selected.cpu()))
         return core.apply_selection(mask, selected)
 
-    def _measure(self, run: Pass, muted: Tensor | float, selected: Tensor | float) -> None:
+    def _measure(self, run: ForwardContext, muted: Tensor | float, selected: Tensor | float) -> None:
         run.measure(self.graft, "muted", muted)
         run.measure(self.graft, "samples", selected)
 

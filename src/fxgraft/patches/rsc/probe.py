@@ -11,8 +11,8 @@ from torch import Tensor
 
 from fxgraft.extend import (
     ConfigError,
+    ForwardContext,
     Layout,
-    Pass,
     Rest,
     binary_labels,
     check_label_range,
@@ -59,7 +59,7 @@ class Probe:
     def __init__(
         self,
         config: Scoring,
-        run: Pass,
+        run: ForwardContext,
         graft: str,
         rest: Rest,
         layout: Layout,

@@ -6,13 +6,13 @@ from collections.abc import Iterable, Iterator, Sequence
 
 from torch import Tensor
 
-from fxgraft.extend import Backbone, Layout, Rest, Site, SiteError, StructureError, Words
+from fxgraft.extend import Backbone, Layout, Rest, Site, SiteError, SiteSpec, StructureError
 
 Found = tuple[Site, Layout, Rest]
 
 
 def found_sites(
-    backbone: Backbone, layers: Words | None, output: str | int | None, layout: str | None
+    backbone: Backbone, layers: SiteSpec | None, output: str | int | None, layout: str | None
 ) -> Iterator[Found]:
     """Find the sites with their layouts and what comes after them.
 

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import TypeVar
 
 from fxgraft.errors import StructureError
-from fxgraft.graph.tracing.anatomy import Anatomy
+from fxgraft.graph.tracing.model_trace import ModelTrace
 from fxgraft.graph.tracing.trace import Traced
 
 Found = TypeVar("Found")
@@ -21,7 +21,7 @@ class OpaqueError(StructureError):
 
 
 def opening(
-    anatomy: Anatomy,
+    trace: ModelTrace,
     training: bool,
     search: Callable[[Traced], Found],
     opened: tuple[str, ...] = (),
@@ -30,7 +30,7 @@ def opening(
     """Search the model's trace, and again with a module opened whenever the search meets a closed one.
 
     Args:
-        anatomy: of the model.
+        trace: of the model.
         training: the mode to look at.
         search: what to look for; raises `OpaqueError` at a closed module.
         opened: modules to open from the start.
@@ -44,19 +44,19 @@ def opening(
     """
     opened = tuple(sorted(opened))
     while True:
-        traced = anatomy.graph("", training=training, opened=opened)
+        traced = trace.graph("", training=training, opened=opened)
         try:
             return traced, search(traced), opened
         except OpaqueError as closed:
             if closed.path in opened:
                 raise StructureError(
-                    f"{closed.path!r} of {anatomy.name} cannot be opened to look inside.\n"
+                    f"{closed.path!r} of {trace.name} cannot be opened to look inside.\n"
                     "The model arrived as a graph in which it is one call.\n"
                     "Patch the model that the graph was made from."
                 ) from closed
-            opened = tuple(sorted({*opened, closed.path, *(_alike(anatomy, closed.path) if alike else ())}))
+            opened = tuple(sorted({*opened, closed.path, *(_alike(trace, closed.path) if alike else ())}))
 
 
-def _alike(anatomy: Anatomy, path: str) -> list[str]:
-    wanted = type(anatomy.module(path))
-    return [name for name, module in anatomy.model.named_modules() if name and type(module) is wanted]
+def _alike(trace: ModelTrace, path: str) -> list[str]:
+    wanted = type(trace.module(path))
+    return [name for name, module in trace.model.named_modules() if name and type(module) is wanted]

@@ -17,7 +17,6 @@ from torch.nn.modules.batchnorm import _NormBase
 from fxgraft.errors import StructureError, TraceError
 from fxgraft.graph.structure.layout import Layout
 from fxgraft.graph.structure.linear import is_derived, is_linear
-from fxgraft.graph.structure.opening import OpaqueError, opening
 from fxgraft.graph.structure.outputs import logits_node, take_logits
 from fxgraft.graph.structure.pooling import (
     DROPOUTS,
@@ -27,14 +26,15 @@ from fxgraft.graph.structure.pooling import (
     is_classifier,
     pooling_of,
 )
-from fxgraft.graph.tracing.anatomy import Anatomy
+from fxgraft.graph.structure.progressive_trace import OpaqueError, opening
 from fxgraft.graph.tracing.compile import compile_graph
+from fxgraft.graph.tracing.graph_utils import cut, downstream_of, placeholders
+from fxgraft.graph.tracing.model_trace import ModelTrace
 from fxgraft.graph.tracing.names import ancestors
 from fxgraft.graph.tracing.observe import tensors
 from fxgraft.graph.tracing.settings import input_hooked
 from fxgraft.graph.tracing.trace import Traced, is_primitive
 from fxgraft.graph.tracing.values import Values, describe_node, node_name, tensor_inputs
-from fxgraft.graph.tracing.walks import cut, downstream_of, placeholders
 
 _LAYOUTS = {2: "NC", 3: "NLC", 4: "NHWC"}
 _SIZES_ONLY = {"zeros_like", "ones_like", "empty_like", "full_like", "rand_like", "randn_like"}
@@ -66,46 +66,46 @@ class Stem:
         return [name for name in around if input_hooked(model.get_submodule(name))]
 
 
-def find_stems(anatomy: Anatomy) -> tuple[Stem, ...]:
+def find_stems(trace: ModelTrace) -> tuple[Stem, ...]:
     """Find the layers through which everything that the model knows of the image goes.
 
     Supported are 2-D convolutions, plain or with scaled weight standardisation and padding of any kind, and linear
     layers.
 
     Args:
-        anatomy: of the bare model.
+        trace: of the bare model.
 
     Raises:
         StructureError: the image meets something else first, or goes around the stems; says what.
     """
-    traced, found, _ = opening(anatomy, True, lambda traced: _first_layers(anatomy, traced))
-    _, evaluated, _ = opening(anatomy, False, lambda traced: _first_layers(anatomy, traced))
-    _check_same(anatomy, "first layers", [_path(n) for n in found], [_path(n) for n in evaluated])
-    values = anatomy.values("", traced)
-    return tuple(_stem(anatomy, traced, node, values) for node in found)
+    traced, found, _ = opening(trace, True, lambda traced: _first_layers(trace, traced))
+    _, evaluated, _ = opening(trace, False, lambda traced: _first_layers(trace, traced))
+    _check_same(trace, "first layers", [_path(n) for n in found], [_path(n) for n in evaluated])
+    values = trace.values("", traced)
+    return tuple(_stem(trace, traced, node, values) for node in found)
 
 
-def find_classifiers(anatomy: Anatomy) -> tuple[str, ...]:
+def find_classifiers(trace: ModelTrace) -> tuple[str, ...]:
     """Find the linear layers and 1×1 convolutions whose outputs make up the logits, by qualified name.
 
     Where there are several, their outputs are added, averaged or scaled into the logits.
 
     Args:
-        anatomy: of the bare model, whose output must be one tensor (B, K).
+        trace: of the bare model, whose output must be one tensor (B, K).
 
     Raises:
         StructureError: the logits are made in another way; says what stands in the place.
     """
-    _, found, _ = opening(anatomy, True, lambda traced: _last_layers(anatomy, traced), alike=True)
-    _, evaluated, _ = opening(anatomy, False, lambda traced: _last_layers(anatomy, traced), alike=True)
-    _check_same(anatomy, "classifiers", found, evaluated)
+    _, found, _ = opening(trace, True, lambda traced: _last_layers(trace, traced), alike=True)
+    _, evaluated, _ = opening(trace, False, lambda traced: _last_layers(trace, traced), alike=True)
+    _check_same(trace, "classifiers", found, evaluated)
     return tuple(found)
 
 
-def _check_same(anatomy: Anatomy, what: str, training: list[str], evaluation: list[str]) -> None:
+def _check_same(trace: ModelTrace, what: str, training: list[str], evaluation: list[str]) -> None:
     if sorted(training) != sorted(evaluation):
         raise StructureError(
-            f"{anatomy.name} has other {what} in training ({', '.join(training)}) than in evaluation "
+            f"{trace.name} has other {what} in training ({', '.join(training)}) than in evaluation "
             f"({', '.join(evaluation)}).\nWhat is trained in one mode would not be what predicts in the other.\n"
             "Build the model without auxiliary or distillation outputs."
         )
@@ -115,9 +115,9 @@ def _path(node: fx.Node) -> str:
     return str(node.target)
 
 
-def _first_layers(anatomy: Anatomy, traced: Traced) -> list[fx.Node]:
+def _first_layers(trace: ModelTrace, traced: Traced) -> list[fx.Node]:
     """Follow the image to the first layers that it meets on all of its ways."""
-    values = anatomy.values("", traced)
+    values = trace.values("", traced)
     image = next(node for node in traced.graph.nodes if node.op == "placeholder")
     raw, encoded, stems = {image}, set[fx.Node](), list[fx.Node]()
     for node in traced.graph.nodes:
@@ -128,42 +128,42 @@ def _first_layers(anatomy: Anatomy, traced: Traced) -> list[fx.Node]:
             continue
         joined = [each for each in inputs if each in encoded and tensors(values(each))]
         if node.op == "output" or joined:
-            raise _refused(anatomy, f"{_shown(node, values)} gets the image past all first layers")
-        if node.op == "call_module" and _is_stem(anatomy, node, values):
+            raise _refused(trace, f"{_shown(node, values)} gets the image past all first layers")
+        if node.op == "call_module" and _is_stem(trace, node, values):
             stems.append(node)
             encoded.add(node)
         elif node.op == "call_module" or not _sizes_only(node):
-            _check_passable(anatomy, node, traced, values)
+            _check_passable(trace, node, traced, values)
             if tensors(values(node)):
                 raw.add(node)
     return stems
 
 
-def _is_stem(anatomy: Anatomy, node: fx.Node, values: Values) -> bool:
+def _is_stem(trace: ModelTrace, node: fx.Node, values: Values) -> bool:
     """Say whether a call that gets the image is a stem; raise what it is instead where nothing helps."""
     path = _path(node)
-    module = anatomy.module(path)
+    module = trace.module(path)
     if next(module.parameters(), None) is None and not isinstance(module, nn.modules.batchnorm._NormBase):
         return False
     if not is_linear(module):
         if isinstance(module, nn.Conv2d):
             raise _refused(
-                anatomy,
+                trace,
                 f"{_shown(node, values)} standardises or builds its weight anew in each pass, so that the sum of two "
                 "such layers is no layer of its kind",
             )
         if is_primitive(module):
-            raise _refused(anatomy, f"the image first meets {_shown(node, values)}")
+            raise _refused(trace, f"the image first meets {_shown(node, values)}")
         raise OpaqueError(path)
-    calls = anatomy.observation.calls.get(path, [])
+    calls = trace.observation.calls.get(path, [])
     if len(calls) != 1:
-        raise _refused(anatomy, f"{_shown(node, values)} is called {len(calls)} times in a pass")
+        raise _refused(trace, f"{_shown(node, values)} is called {len(calls)} times in a pass")
     if is_derived(module):
-        raise _refused(anatomy, f"{_shown(node, values)} {_DERIVED}")
+        raise _refused(trace, f"{_shown(node, values)} {_DERIVED}")
     (source,) = node.all_input_nodes
-    batch = anatomy.observation.calls[""][0].args[0].shape[0]
+    batch = trace.observation.calls[""][0].args[0].shape[0]
     if {values(source).shape[0], values(node).shape[0]} != {batch}:
-        raise _refused(anatomy, f"{_shown(node, values)} sees pieces of the image as samples of their own")
+        raise _refused(trace, f"{_shown(node, values)} sees pieces of the image as samples of their own")
     return True
 
 
@@ -171,14 +171,14 @@ def _sizes_only(node: fx.Node) -> bool:
     return str(getattr(node.target, "__name__", node.target)) in _SIZES_ONLY
 
 
-def _check_passable(anatomy: Anatomy, node: fx.Node, traced: Traced, values: Values) -> None:
+def _check_passable(trace: ModelTrace, node: fx.Node, traced: Traced, values: Values) -> None:
     """Raise unless a function before the stems has nothing to learn."""
     for each in node.all_input_nodes:
         if each.op != "get_attr" or str(each.target) in traced.constants:
             continue
         if isinstance(values(each), nn.Parameter):
             raise _refused(
-                anatomy,
+                trace,
                 f"the image first meets {_shown(node, values)} with the parameter {str(each.target)!r}",
             )
 
@@ -187,51 +187,51 @@ def _shown(node: fx.Node, values: Values) -> str:
     return "the output" if node.op == "output" else describe_node(node, values)
 
 
-def _refused(anatomy: Anatomy, reason: str) -> StructureError:
+def _refused(trace: ModelTrace, reason: str) -> StructureError:
     return StructureError(
-        f"{anatomy.name} has no stem: {reason}.\n"
+        f"{trace.name} has no stem: {reason}.\n"
         "A stem is a plain convolution or linear layer that all of the image goes through, with nothing to learn "
         "before it.\nChoose another backbone, or another method."
     )
 
 
-def _stem(anatomy: Anatomy, traced: Traced, node: fx.Node, values: Values) -> Stem:
+def _stem(trace: ModelTrace, traced: Traced, node: fx.Node, values: Values) -> Stem:
     shape = tuple(values(node).shape)
-    linear = isinstance(anatomy.module(_path(node)), nn.Linear)
+    linear = isinstance(trace.module(_path(node)), nn.Linear)
     name = _LAYOUTS.get(len(shape)) if linear else "NCHW"
     if name is None:
-        raise _refused(anatomy, f"{_shown(node, values)} gives {len(shape)} dimensions")
+        raise _refused(trace, f"{_shown(node, values)} gives {len(shape)} dimensions")
     (source,) = node.all_input_nodes
-    before = None if source.op == "placeholder" else _function(anatomy, traced, source)
+    before = None if source.op == "placeholder" else _function(trace, traced, source)
     return Stem(_path(node), Layout(name), shape, before)
 
 
-def _function(anatomy: Anatomy, traced: Traced, end: fx.Node) -> Callable[..., Any]:
+def _function(trace: ModelTrace, traced: Traced, end: fx.Node) -> Callable[..., Any]:
     """Compile the way from the image to a value before the stems."""
     graph = cut(placeholders(traced.graph), end)
-    return compile_graph(graph, traced.runnable(elsewhere=True).constants, f"{anatomy.name} before its stem")
+    return compile_graph(graph, traced.runnable(elsewhere=True).constants, f"{trace.name} before its stem")
 
 
-def _last_layers(anatomy: Anatomy, traced: Traced) -> list[str]:
+def _last_layers(trace: ModelTrace, traced: Traced) -> list[str]:
     """Follow the logits back to the layers that give them."""
-    values = anatomy.values("", traced)
+    values = trace.values("", traced)
     end = next(node for node in traced.graph.nodes if node.op == "output").args[0]
     out = values(end) if isinstance(end, fx.Node) else None
     if not isinstance(end, fx.Node) or not isinstance(out, Tensor) or out.ndim != 2:
         shape = f"a value of shape {tuple(out.shape)}" if isinstance(out, Tensor) else "several values"
         raise StructureError(
-            f"{anatomy.name} returns {shape}, and not one tensor of logits (B, K).\n"
+            f"{trace.name} returns {shape}, and not one tensor of logits (B, K).\n"
             "Build the model as a classifier, without auxiliary or distillation outputs."
         )
     carrying = downstream_of(next(node for node in traced.graph.nodes if node.op == "placeholder"))
     waiting, found = [end], list[str]()
     while waiting:
         node = waiting.pop()
-        module = anatomy.module(_path(node)) if node.op == "call_module" else None
+        module = trace.module(_path(node)) if node.op == "call_module" else None
         if module is not None and is_classifier(module):
             if is_derived(module):
                 raise StructureError(
-                    f"The classifier {describe_node(node, values)} of {anatomy.name} {_DERIVED}.\n"
+                    f"The classifier {describe_node(node, values)} of {trace.name} {_DERIVED}.\n"
                     "Make it permanent (parametrize.remove_parametrizations, remove_weight_norm, "
                     "remove_spectral_norm, prune.remove), or put it on a merged model."
                 )
@@ -240,10 +240,10 @@ def _last_layers(anatomy: Anatomy, traced: Traced) -> list[str]:
         if module is not None and not is_primitive(module):
             raise OpaqueError(_path(node))
         sources = [each for each in tensor_inputs(node, values) if each in carrying]
-        linear = node_name(node, anatomy.model) in SHAPES | DROPOUTS | SCALES | SUMS | {"float", "to"}
+        linear = node_name(node, trace.model) in SHAPES | DROPOUTS | SCALES | SUMS | {"float", "to"}
         if not sources or not (linear or pooling_of(node, values) is not None):
             raise StructureError(
-                f"The logits of {anatomy.name} do not come from linear layers alone: "
+                f"The logits of {trace.name} do not come from linear layers alone: "
                 f"{describe_node(node, values)} has a part in them.\n"
                 "Build the model with a linear classifier (num_classes above 0), or choose another backbone."
             )
@@ -274,7 +274,7 @@ _PASSING = (
 _PASSING |= {"log_softmax", "adaptiveavgpool2d", "adaptiveavgpool1d", "avgpool2d", "adaptive_avg_pool2d"}
 
 
-def check_classified(anatomy: Anatomy, output: str | int | None = None) -> None:
+def check_classified(trace: ModelTrace, output: str | int | None = None) -> None:
     """Raise where what a model returns is seen to be features: an activation or a norm gives it, and no classifier.
 
     From the output back over pooling, shapes, sums and factors there is a layer with weights for logits; features end
@@ -282,7 +282,7 @@ def check_classified(anatomy: Anatomy, output: str | int | None = None) -> None:
     what cannot be looked into is taken for logits.
 
     Args:
-        anatomy: of the model.
+        trace: of the model.
         output: the entry that holds the logits, where the user says so; nothing is then looked at.
 
     Raises:
@@ -291,19 +291,19 @@ def check_classified(anatomy: Anatomy, output: str | int | None = None) -> None:
     if output is not None:
         return
     try:
-        value = take_logits(anatomy.observation.output(""))
+        value = take_logits(trace.observation.output(""))
     except StructureError:  # several values: which of them are logits is asked elsewhere
         return
-    if not isinstance(value, Tensor) or value.ndim < 2 or _declared(anatomy) == value.shape[1]:
+    if not isinstance(value, Tensor) or value.ndim < 2 or _declared(trace) == value.shape[1]:
         return
     try:
-        _, node, _ = opening(anatomy, False, lambda traced: _features(anatomy, traced), alike=True)
+        _, node, _ = opening(trace, False, lambda traced: _features(trace, traced), alike=True)
     except (TraceError, StructureError):
         return
     if node is None:
         return
     raise StructureError(
-        f"{anatomy.name} returns features {tuple(value.shape)}, and not logits: they come from {node}, and no "
+        f"{trace.name} returns features {tuple(value.shape)}, and not logits: they come from {node}, and no "
         "classifier gives them.\n"
         "What a class leans on cannot be told from features; a part of a model ends before the logits.\n"
         "Patch the whole model, layers= takes names inside of the part, or say with output= which entry of the output "
@@ -311,20 +311,20 @@ def check_classified(anatomy: Anatomy, output: str | int | None = None) -> None:
     )
 
 
-def _declared(anatomy: Anatomy) -> Any:
-    declared = getattr(anatomy.model, "num_classes", None)
+def _declared(trace: ModelTrace) -> Any:
+    declared = getattr(trace.model, "num_classes", None)
     return declared if type(declared) is int else None
 
 
-def _features(anatomy: Anatomy, traced: Traced) -> str | None:
+def _features(trace: ModelTrace, traced: Traced) -> str | None:
     """Describe the activation or norm that the output comes from, on any of its ways; None where there is none."""
-    values = anatomy.values("", traced)
-    waiting = [logits_node(traced.graph, None, anatomy.name)]
+    values = trace.values("", traced)
+    waiting = [logits_node(traced.graph, None, trace.name)]
     seen = set(waiting)
     while waiting:
         node = waiting.pop()
-        name = node_name(node, anatomy.model)
-        module = anatomy.module(_path(node)) if node.op == "call_module" else None
+        name = node_name(node, trace.model)
+        module = trace.module(_path(node)) if node.op == "call_module" else None
         if isinstance(module, _WEIGHTED):
             continue
         if isinstance(module, _NORMS) or name in _ACTIVATIONS | _NORM_FUNCTIONS:

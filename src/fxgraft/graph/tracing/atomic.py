@@ -1,8 +1,8 @@
 """Nothing by half, and one at a time: acts that no interruption divides, and a lock around looking and changing.
 
 An exception may come from anywhere and at any line: Ctrl-C, a full memory, a full disk. What is written on a model
-is therefore prepared as a list of steps of compiled code and carried out by `at_once`, which no line of Python
-divides; and what is put back after a block is put back by `afterwards`, which an interruption does not keep from it.
+is therefore prepared as a list of steps of compiled code and carried out by `apply_atomically`, which no line of Python
+divides; and what is put back after a block is put back by `restoring`, which an interruption does not keep from it.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ Step = partial[Any]
 _lock = threading.RLock()
 
 
-def alone(function: Callable[P, R]) -> Callable[P, R]:
+def synchronized(function: Callable[P, R]) -> Callable[P, R]:
     """Let one thread at a time run any of the functions that are decorated so; they may call each other.
 
     Looking at a model and changing one replaces, for a while, what all models share (torch.fx does so while it
@@ -58,7 +58,7 @@ def within(
     with context: return function(*args, **kwargs)  # fmt: skip # noqa: E701 - as above
 
 
-def at_once(steps: Iterable[Step]) -> None:
+def apply_atomically(steps: Iterable[Step]) -> None:
     """Carry out steps without a line of Python between them, so that all of them happen or none."""
     deque(map(partial.__call__, steps), maxlen=0)
 
@@ -74,7 +74,7 @@ def refilling(mapping: dict[Any, Any], content: dict[Any, Any] | None = None) ->
 
 
 @contextlib.contextmanager
-def afterwards(restore: Callable[[], object]) -> Iterator[None]:
+def restoring(restore: Callable[[], object]) -> Iterator[None]:
     """Run ``restore`` after the block, and once more where an interruption hit it.
 
     Args:

@@ -1,4 +1,4 @@
-"""The ledger: which grafts are on a model, and the one way they are put on and taken off.
+"""The registry: which grafts are on a model, and the one way they are put on and taken off.
 
 A model's grafts are always planned together, on the bare model, and written in one step; taking one off is
 taking all off and writing the others again. So a plan that fails has written nothing, and any order of
@@ -20,22 +20,22 @@ from torch import nn
 
 from fxgraft.errors import FxgraftWarning, StructureError, WrappedModelError
 from fxgraft.graph.grafting.backbone import Backbone
+from fxgraft.graph.grafting.class_swap import orphaning, parts_without_model, releasing
+from fxgraft.graph.grafting.forward_context import Context
 from fxgraft.graph.grafting.graft import Graft, Make, Placer, U, checked_placements
-from fxgraft.graph.grafting.journal import Installation, Kept
-from fxgraft.graph.grafting.passes import Context
+from fxgraft.graph.grafting.journal import Installation, UnitSnapshot
+from fxgraft.graph.grafting.loss_watch import ParameterWatch
 from fxgraft.graph.grafting.placement import Placement, PlacementRecord
 from fxgraft.graph.grafting.planning import compile_placements
 from fxgraft.graph.grafting.state import GraftState, hidden_forward, state_of
-from fxgraft.graph.grafting.swap import orphaning, parts_without_model, releasing
-from fxgraft.graph.grafting.watch import ParameterWatch
-from fxgraft.graph.tracing.anatomy import Anatomy
+from fxgraft.graph.tracing.atomic import Step, apply_atomically, refilling, restoring, synchronized
+from fxgraft.graph.tracing.model_trace import ModelTrace
 from fxgraft.graph.tracing.names import class_name, join
 from fxgraft.graph.tracing.preserve import own_random_state, preserved_random_state
 from fxgraft.graph.tracing.settings import settings_changed
-from fxgraft.graph.tracing.whole import Step, afterwards, alone, at_once, refilling
 
 
-class Ledger:
+class GraftRegistry:
     """The grafts of one patched model, in the order they were added.
 
     Attributes:
@@ -63,7 +63,7 @@ class Ledger:
         self.schedules: dict[str, tuple[str, ...]] = {}
         self._watched = False
 
-    @alone
+    @synchronized
     def plan(
         self, model: nn.Module, grafts: Sequence[Graft], records: Sequence[PlacementRecord] = ()
     ) -> Installation:
@@ -78,12 +78,12 @@ class Ledger:
             FxgraftError: whatever a patch finds wrong.
         """
         installation = Installation(model)
-        anatomies: dict[Any, Anatomy] = {}
+        traces: dict[Any, ModelTrace] = {}
         for graft in grafts:
-            anatomy = anatomies.setdefault(graft.input_size, Anatomy(model, graft.input_size))
+            trace = traces.setdefault(graft.input_size, ModelTrace(model, graft.input_size))
             asked: set[str] = set()
             make = _noting(graft, asked)
-            placed = checked_placements(graft, graft.patch.place(Backbone(anatomy), make))
+            placed = checked_placements(graft, graft.patch.place(Backbone(trace), make))
             if records:
                 placed = _repeated(
                     graft, placed, [each for each in records if each.graft == graft.name], asked
@@ -93,11 +93,11 @@ class Ledger:
             # what this one asked for is, placed or not.
             for key in [key for key in graft.units if key not in asked]:
                 del graft.units[key]
-        compile_placements(installation, anatomies, self.context)
-        installation.states[""].ledger = self
+        compile_placements(installation, traces, self.context)
+        installation.states[""].registry = self
         return installation
 
-    @alone
+    @synchronized
     def install(
         self,
         model: nn.Module,
@@ -119,20 +119,20 @@ class Ledger:
             )
         wanted = list(self.grafts if grafts is None else grafts)
         orphans = parts_without_model(model)
-        kept = Kept(self.grafts)
+        kept = UnitSnapshot(self.grafts)
         names = {} if self.installation is None else self.installation.names()
         undo = [*self._as_now(), *kept.restoring(), *(step for each in orphans for step in orphaning(each))]
         undo.append(partial(torch.set_rng_state, torch.get_rng_state()))  # new units draw their weights
         after = None
         try:
-            at_once([*self._erasing(), *(step for each in orphans for step in releasing(each))])
+            apply_atomically([*self._erasing(), *(step for each in orphans for step in releasing(each))])
             after = self.plan(model, wanted, records) if wanted else None
             written: list[Step] = []
             if after is not None:
                 kept.settle_new(after)
                 written = after.writing()
             now = {"grafts": wanted, "installation": after, "owners": {}}
-            at_once([*written, partial(self.__dict__.update, now)])
+            apply_atomically([*written, partial(self.__dict__.update, now)])
             if after is not None:
                 self._connect(model, after)
             self.news = _news(kept, wanted, names)
@@ -140,7 +140,7 @@ class Ledger:
                 unit.restart(model)
                 unit.bind(restarts=False)
         except BaseException:
-            at_once([*(after.erasing() if after is not None else ()), *undo])
+            apply_atomically([*(after.erasing() if after is not None else ()), *undo])
             raise
 
     def _connect(self, model: nn.Module, installation: Installation) -> None:
@@ -152,7 +152,9 @@ class Ledger:
         declared = [option for graft in self.grafts for option in graft.patch.call_options]
         self.options = tuple(dict.fromkeys(declared))
         self.context.replays = any(graft.patch.replays() for graft in self.grafts)
-        self.context.judges = tuple(graft.name for graft in self.grafts if graft.patch.judges())
+        self.context.loss_grafts = tuple(
+            graft.name for graft in self.grafts if graft.patch.contributes_loss()
+        )
         self.context.model = weakref.ref(model)
         self.context.parameter_watch.close()
         self.context.parameter_watch = ParameterWatch()
@@ -164,7 +166,7 @@ class Ledger:
                 unit.set_progress(self.context.progress)
         if any(p.evaluation for _, p in installation.placements):
             for graft in self.grafts:
-                graft.patch.installed(graft, Backbone.of(model, graft.input_size))
+                graft.patch.on_installed(graft, Backbone.of(model, graft.input_size))
         self.context.forget()
         self.context.measured = {}
 
@@ -172,9 +174,9 @@ class Ledger:
     def lifted(self) -> Iterator[None]:
         """Take the grafts off for the block, to look at the bare model, and put them back as they were."""
         self._check_intact()
-        undo = [*self._as_now(), *Kept(self.grafts).restoring()]
-        with afterwards(partial(at_once, undo)):
-            at_once(self._erasing())
+        undo = [*self._as_now(), *UnitSnapshot(self.grafts).restoring()]
+        with restoring(partial(apply_atomically, undo)):
+            apply_atomically(self._erasing())
             yield
 
     def _as_now(self) -> list[Step]:
@@ -219,7 +221,7 @@ class Ledger:
         for graft in self.grafts if model.training else ():
             if not graft.started:
                 graft.started = True
-                graft.patch.starting(graft, model)
+                graft.patch.on_first_training_pass(graft, model)
         if model.training:
             self._watched = True
             self._watch(model)
@@ -243,7 +245,7 @@ class Ledger:
         if self._stale(model):
             self._renew_stale(model)
 
-    @alone
+    @synchronized
     def _renew_stale(self, model: nn.Module) -> None:
         if not self._stale(model):  # another thread that noticed it has been here first
             return
@@ -293,14 +295,14 @@ class Ledger:
             for unit in graft.units.values():
                 unit.set_progress(fraction)
 
-    def portable(self) -> Ledger:
-        """Return the ledger without what is compiled, to travel with a copy of the model.
+    def portable(self) -> GraftRegistry:
+        """Return the registry without what is compiled, to travel with a copy of the model.
 
         Raises:
             WrappedModelError: a grafted part was wrapped or converted since, and a copy could not be grafted again.
         """
         self._check_intact()
-        twin = Ledger()
+        twin = GraftRegistry()
         twin.grafts = [replace(graft) for graft in self.grafts]
         twin.context.progress = self.context.progress
         twin.records = self.recorded()
@@ -359,7 +361,7 @@ def _repeated(
     return [each.placement(graft.units[each.unit]) for each in records]
 
 
-def _news(kept: Kept, wanted: Sequence[Graft], names: dict[int, str]) -> str:
+def _news(kept: UnitSnapshot, wanted: Sequence[Graft], names: dict[int, str]) -> str:
     """Say which tensors of grafts that were there before are lost, and what is new; '' where nothing is."""
     lost: list[str] = []
     made: list[str] = []

@@ -36,14 +36,14 @@ from fxgraft.graph.structure.pooling import (
     is_vector,
     opened_head,
 )
-from fxgraft.graph.tracing.anatomy import Anatomy
 from fxgraft.graph.tracing.compile import compile_graph
+from fxgraft.graph.tracing.graph_utils import cut, modules_in, placeholders, upstream_of
+from fxgraft.graph.tracing.model_trace import ModelTrace
 from fxgraft.graph.tracing.names import class_name, join
 from fxgraft.graph.tracing.preserve import preserved_modes
 from fxgraft.graph.tracing.settings import acted_on, plain_settings, settings_changed
 from fxgraft.graph.tracing.trace import Traced
 from fxgraft.graph.tracing.values import Values, describe_node, node_name
-from fxgraft.graph.tracing.walks import cut, modules_in, placeholders, upstream_of
 
 Positions = Callable[..., Tensor]
 """``f(module, rows, positions) -> rows``: layers on (B·N, ...) rows, the N positions of an image together."""
@@ -492,21 +492,19 @@ def position_scores(
         StructureError: the model has no average-pooled linear head.
         BypassError: hooks or a forward of its own act on a layer of the head, which is not called here.
     """
-    anatomy = Anatomy(model, tuple(x.shape[1:]))
-    traced, found, _ = opened_head(anatomy, head, output)
-    grid = token_grid(anatomy, traced, found.maps, found.pooling.channel)
-    maps = PositionwiseHead("", found, traced, grid, anatomy.values("", traced))
+    trace = ModelTrace(model, tuple(x.shape[1:]))
+    traced, found, _ = opened_head(trace, head, output)
+    grid = token_grid(trace, traced, found.maps, found.pooling.channel)
+    maps = PositionwiseHead("", found, traced, grid, trace.values("", traced))
     graph = cut(placeholders(traced.graph), found.maps)
-    features = compile_graph(
-        graph, traced.runnable(elsewhere=True).constants, f"feature map of {anatomy.name}"
-    )
+    features = compile_graph(graph, traced.runnable(elsewhere=True).constants, f"feature map of {trace.name}")
     with preserved_modes(model):
         for each in model.modules():
             each.training = False
         return maps(model, features(model, x))
 
 
-def positionwise(anatomy: Anatomy, head: Head) -> PositionwiseHead:
+def positionwise(trace: ModelTrace, head: Head) -> PositionwiseHead:
     """Make the positionwise form of a head as the model trains."""
-    values = anatomy.values(head.owner, head.traced)
+    values = trace.values(head.owner, head.traced)
     return PositionwiseHead(head.owner, head.training, head.traced, head.grid, values)

@@ -20,18 +20,18 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from fxgraft.errors import FxgraftError, RecipeError
-from fxgraft.files import Header, digest_of, write_files
 from fxgraft.graph.grafting.graft import Graft
-from fxgraft.graph.grafting.ledger import Ledger
-from fxgraft.graph.grafting.lookup import ledger_of, own_keys
+from fxgraft.graph.grafting.graft_registry import GraftRegistry
+from fxgraft.graph.grafting.lookup import own_keys, registry_of
 from fxgraft.graph.grafting.placement import PlacementRecord
 from fxgraft.graph.grafting.state import state_of
+from fxgraft.graph.tracing.atomic import synchronized
 from fxgraft.graph.tracing.preserve import preserved_random_state
-from fxgraft.graph.tracing.whole import alone
 from fxgraft.guards import check_model
+from fxgraft.io.atomic_write import Header, digest_of, write_files
+from fxgraft.io.backbone_weights import Weights
+from fxgraft.io.reading import check_counts, read_recipe, recipe_digest
 from fxgraft.patches.registry import build
-from fxgraft.reading import check_counts, read_recipe, recipe_digest
-from fxgraft.stock import Weights
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -70,13 +70,13 @@ def save(model: nn.Module, path: str | Path, *, weights: bool = True) -> Path:
     Raises:
         RecipeError: there is no graft on the model, or one that a recipe cannot hold.
     """
-    ledger = ledger_of(model)
-    if ledger is None:
+    registry = registry_of(model)
+    if registry is None:
         raise RecipeError(
             f"There is no graft on this {type(model).__name__}, so there is no recipe to save.\n"
             "Use torch.save(model.state_dict(), ...) for a bare model."
         )
-    for graft in ledger.grafts:
+    for graft in registry.grafts:
         if not graft.patch.saves:
             raise RecipeError(
                 f"{graft.name!r} ({graft.patch.title}) cannot be saved: a recipe holds options, and it works with "
@@ -85,16 +85,16 @@ def save(model: nn.Module, path: str | Path, *, weights: bool = True) -> Path:
                 f"it, fxgraft.unpatch(model, {graft.name!r}), the weights it trained stay, and what it does to the "
                 "values in the model goes."
             )
-    ledger.renew_stale(model)
+    registry.renew_stale(model)
     own = own_keys(model)
     recipe = {
         **HEADER.entries(),
         "versions": {"torch": torch.__version__, "timm": timm.__version__},
         "architecture": _architecture(model, own),
-        "progress": ledger.context.progress,
+        "progress": registry.context.progress,
         "weights": "all" if weights else "grafts",
-        "grafts": [_entry(graft) for graft in ledger.grafts],
-        "placements": [each.as_data() for each in ledger.recorded()],
+        "grafts": [_entry(graft) for graft in registry.grafts],
+        "placements": [each.as_data() for each in registry.recorded()],
     }
     try:
         json.dumps(recipe)
@@ -151,7 +151,7 @@ def unshared(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return out
 
 
-@alone
+@synchronized
 def load(model: M, path: str | Path) -> M:
     """Patch a bare model as a saved one was, and load its weights.
 
@@ -166,7 +166,7 @@ def load(model: M, path: str | Path) -> M:
         RecipeError: the folder is no recipe, or damaged, or of an unknown version, or made for another
             architecture; or the model is patched already. The model is then as it was.
     """
-    if ledger_of(model) is not None:
+    if registry_of(model) is not None:
         raise RecipeError(
             "The model is patched already, and a recipe starts from a bare one.\nCall fxgraft.unpatch(model) first."
         )
@@ -187,17 +187,17 @@ def load(model: M, path: str | Path) -> M:
         )
     weights = _read_weights(folder / WEIGHTS, recipe)
     check_counts(recipe["grafts"], weights, folder)
-    ledger = Ledger()
-    ledger.context.progress = float(recipe["progress"])
+    registry = GraftRegistry()
+    registry.context.progress = float(recipe["progress"])
     kept = Weights(model)
     flags = [(module, module.training) for module in model.modules()]
     # Units are built before they are loaded, and draw what they start from.
     with preserved_random_state():
         try:
-            _install(ledger, model, recipe, folder)
+            _install(registry, model, recipe, folder)
             _load_weights(model, weights, recipe["weights"] == "all", folder)
         except BaseException:
-            ledger.install(model, [])
+            registry.install(model, [])
             kept.put_back(model)
             for module, flag in flags:
                 module.training = flag
@@ -205,7 +205,7 @@ def load(model: M, path: str | Path) -> M:
     return model
 
 
-def _install(ledger: Ledger, model: nn.Module, recipe: dict[str, Any], folder: Path) -> None:
+def _install(registry: GraftRegistry, model: nn.Module, recipe: dict[str, Any], folder: Path) -> None:
     """Build the grafts of a recipe and put them on; whatever a method makes of odd options is the recipe's fault."""
     try:
         wanted = [
@@ -217,7 +217,7 @@ def _install(ledger: Ledger, model: nn.Module, recipe: dict[str, Any], folder: P
         ]  # fmt: skip
         # A recipe that was changed on purpose says by its options where the grafts go.
         records = recipe.get("placements", ()) if "sha256" in recipe else ()
-        ledger.install(model, wanted, [PlacementRecord.of_data(each) for each in records])
+        registry.install(model, wanted, [PlacementRecord.of_data(each) for each in records])
     except Exception as error:
         raise RecipeError(
             f"The recipe in {str(folder)!r} asks for what this fxgraft does not have, or not on this model.\n"

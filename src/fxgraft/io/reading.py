@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from fxgraft.errors import RecipeError
-from fxgraft.files import Header
+from fxgraft.io.atomic_write import Header
 
 _KINDS = {"architecture": dict, "progress": (int, float), "weights": str, "grafts": list}
 _ENTRIES = {"name": str, "method": str, "options": dict}

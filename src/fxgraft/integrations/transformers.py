@@ -1,7 +1,7 @@
 """transformers: a Trainer that hands labels and progress to the patched models in a model, and takes their loss.
 
 Needs ``pip install transformers accelerate``, and is loaded by its name alone:
-``from fxgraft.transformers import Trainer``.
+``from fxgraft.integrations.transformers import Trainer``.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from torch import Tensor, nn
 from fxgraft.api import set_progress
 from fxgraft.errors import ConfigError, TargetError
 from fxgraft.graph.grafting.lookup import unwrapped
-from fxgraft.terms import loss
+from fxgraft.training_loss import loss
 
 try:
     import transformers
 except ImportError as error:
     raise ImportError(
-        "fxgraft.transformers is a Trainer of transformers, which is not installed.\n"
+        "fxgraft.integrations.transformers is a Trainer of transformers, which is not installed.\n"
         "Install it with: pip install transformers accelerate."
     ) from error
 

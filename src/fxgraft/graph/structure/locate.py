@@ -9,11 +9,11 @@ from torch import Tensor, fx
 from fxgraft.errors import SiteError
 from fxgraft.graph.structure.site import Site, entry_site, module_site
 from fxgraft.graph.structure.stages import is_block
-from fxgraft.graph.tracing.anatomy import Anatomy
 from fxgraft.graph.tracing.editing import After, Edit, Output, is_unit
+from fxgraft.graph.tracing.graph_utils import scope_of
+from fxgraft.graph.tracing.model_trace import ModelTrace
 from fxgraft.graph.tracing.names import relative
 from fxgraft.graph.tracing.trace import HOOKED, Traced
-from fxgraft.graph.tracing.walks import scope_of
 
 
 def own_nodes(graph: fx.Graph, scope: str | None) -> list[fx.Node]:
@@ -35,20 +35,20 @@ def alike(nodes: list[fx.Node], index: int, node: fx.Node) -> bool:
     return node.op == "call_module" or nodes[index].target == node.target
 
 
-def value_at(anatomy: Anatomy, site: Site) -> Any:
+def value_at(trace: ModelTrace, site: Site) -> Any:
     """Return the fake value at a site, batch of 2; None where it cannot be told."""
     if site.path:
-        return anatomy.observation.output(site.path)
-    return anatomy.values(site.owner).get(site.node)
+        return trace.observation.output(site.path)
+    return trace.values(site.owner).get(site.node)
 
 
-def locate(anatomy: Anatomy, site: Site, traced: Traced) -> fx.Node:
+def locate(trace: ModelTrace, site: Site, traced: Traced) -> fx.Node:
     """Find a site's node in a trace of the whole model that opened the modules around it."""
     if site.path and site.calls == 1:
         for node in traced.graph.nodes:
             if node.op == "call_module" and node.target == site.path:
                 return node
-    owner = anatomy.graph(site.owner, training=False)
+    owner = trace.graph(site.owner, training=False)
     local = [
         node
         for node in own_nodes(owner.graph, None)
@@ -65,7 +65,7 @@ def locate(anatomy: Anatomy, site: Site, traced: Traced) -> fx.Node:
     )
 
 
-def site_edit(anatomy: Anatomy, site: Site) -> tuple[str, Edit]:
+def site_edit(trace: ModelTrace, site: Site) -> tuple[str, Edit]:
     """Say where a unit acts on a site's value: on the module itself where that is possible.
 
     Returns:
@@ -75,9 +75,9 @@ def site_edit(anatomy: Anatomy, site: Site) -> tuple[str, Edit]:
     if site.on_module:
         return site.path, Output()
     if site.node:
-        return site.owner, After(training_name(anatomy, site.owner, site.node))
+        return site.owner, After(training_name(trace, site.owner, site.node))
     called_as = relative(site.path, site.owner)
-    for node in anatomy.graph(site.owner, training=True).graph.nodes:
+    for node in trace.graph(site.owner, training=True).graph.nodes:
         if node.op == "call_module" and node.target == called_as:
             return site.owner, After(node.name)
     raise SiteError(
@@ -87,24 +87,24 @@ def site_edit(anatomy: Anatomy, site: Site) -> tuple[str, Edit]:
     )
 
 
-def site_edits(anatomy: Anatomy, site: Site) -> tuple[str, Edit, Edit]:
+def site_edits(trace: ModelTrace, site: Site) -> tuple[str, Edit, Edit]:
     """Say where a unit that acts in both modes acts on a site's value.
 
     Returns:
         The module to graft, and what to do there in evaluation and in training; see `site_edit`.
     """
-    owner, training = site_edit(anatomy, site)
+    owner, training = site_edit(trace, site)
     if not isinstance(training, After):
         return owner, training, training
     name = site.node
     if not name:
         called_as = relative(site.path, site.owner)
-        nodes = anatomy.graph(site.owner, training=False).graph.nodes
+        nodes = trace.graph(site.owner, training=False).graph.nodes
         name = next(n.name for n in nodes if n.op == "call_module" and n.target == called_as)
     return owner, After(name), training
 
 
-def training_name(anatomy: Anatomy, owner: str, name: str) -> str:
+def training_name(trace: ModelTrace, owner: str, name: str) -> str:
     """Return the name that a node of a module's evaluation graph has in its training graph.
 
     What only one mode does (a dropout, a clamp) shifts the numbers that fx gives to nodes of one kind.
@@ -112,7 +112,7 @@ def training_name(anatomy: Anatomy, owner: str, name: str) -> str:
     Raises:
         SiteError: the modes differ in how often they do this, so that it is not clear which is meant.
     """
-    graphs = [list(anatomy.graph(owner, training=mode).graph.nodes) for mode in (False, True)]
+    graphs = [list(trace.graph(owner, training=mode).graph.nodes) for mode in (False, True)]
     wanted = next(node for node in graphs[0] if node.name == name)
     same = [[n for n in nodes if n.op == wanted.op and n.target == wanted.target] for nodes in graphs]
     if len(same[0]) != len(same[1]):
@@ -124,37 +124,37 @@ def training_name(anatomy: Anatomy, owner: str, name: str) -> str:
     return same[1][same[0].index(wanted)].name
 
 
-def blocks_before(anatomy: Anatomy, site: Site) -> list[Site]:
+def blocks_before(trace: ModelTrace, site: Site) -> list[Site]:
     """List the blocks that run before a site and give as many dimensions and channels, the nearest first.
 
     A block is one of several modules of the same class in one `torch.nn.Sequential` or ``ModuleList``. Those that lie
     inside of others, and have parts themselves, come behind the rest. Of several values that a block gives, as a map
     and its size, the first is meant that is like the site's.
     """
-    calls = anatomy.observation.calls
-    found = [site.path] if is_block(anatomy, site.path) else []
+    calls = trace.observation.calls
+    found = [site.path] if is_block(trace, site.path) else []
     outer, inner = [], []
-    for path in reversed(anatomy.in_order()):
-        if path == site.path or len(calls[path]) > 1 or not is_block(anatomy, path):
+    for path in reversed(trace.in_order()):
+        if path == site.path or len(calls[path]) > 1 or not is_block(trace, path):
             continue
         if site.path in calls and calls[path][0].order > calls[site.path][0].order:
             continue
         inside = any(path.startswith(each + ".") for each in found)
-        if inside and next(anatomy.module(path).children(), None) is None:
+        if inside and next(trace.module(path).children(), None) is None:
             continue
-        value = _value_like(anatomy, path, site.shape or (0,))
+        value = _value_like(trace, path, site.shape or (0,))
         if value is not None:
             found.append(path)
             (inner if inside else outer).append(value)
     return [*outer, *inner]
 
 
-def _value_like(anatomy: Anatomy, path: str, shape: tuple[int, ...]) -> Site | None:
+def _value_like(trace: ModelTrace, path: str, shape: tuple[int, ...]) -> Site | None:
     """Return where a module's output is, or the first of them that has as many dimensions and channels."""
 
     def alike(value: Any) -> bool:
         return isinstance(value, Tensor) and value.ndim == len(shape) and value.shape[-1] == shape[-1]
 
-    if alike(anatomy.observation.output(path)):
-        return module_site(anatomy, path)
-    return entry_site(anatomy, path, alike)
+    if alike(trace.observation.output(path)):
+        return module_site(trace, path)
+    return entry_site(trace, path, alike)

@@ -14,18 +14,18 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.utils import _pytree as pytree
 
 from fxgraft.errors import SiteError, TraceError
+from fxgraft.graph.structure.locate import alike, locate, own_nodes, site_edit, training_name
 from fxgraft.graph.structure.outputs import check_logits, logits_node, take_logits
-from fxgraft.graph.structure.places import alike, locate, own_nodes, site_edit, training_name
 from fxgraft.graph.structure.sites import Site, module_site
 from fxgraft.graph.structure.tail import LinearTail, linear_tail, tail_layer
-from fxgraft.graph.tracing.anatomy import Anatomy
 from fxgraft.graph.tracing.branches import held
 from fxgraft.graph.tracing.compile import compile_graph
 from fxgraft.graph.tracing.editing import After, Edit, Output, is_unit
+from fxgraft.graph.tracing.graph_utils import cut, downstream_of, placeholders, scope_of, upstream_of
+from fxgraft.graph.tracing.model_trace import ModelTrace
 from fxgraft.graph.tracing.names import ancestors
 from fxgraft.graph.tracing.settings import hooked_output, input_hooked, output_hooked, settings_changed
 from fxgraft.graph.tracing.trace import HOOKED, Traced, readdressed
-from fxgraft.graph.tracing.walks import cut, downstream_of, placeholders, scope_of, upstream_of
 
 
 @dataclass(frozen=True)
@@ -152,22 +152,22 @@ def _cheap(node: fx.Node) -> bool:
     return light and all(_cheap(each) for each in node.all_input_nodes)
 
 
-def _followed(anatomy: Anatomy) -> bool:
+def _followed(trace: ModelTrace) -> bool:
     """Say whether the model's own forward can be traced, with all of its children closed."""
     try:
-        anatomy.graph("", training=False)
+        trace.graph("", training=False)
     except TraceError:
         return False
     return True
 
 
 def span_to_output(
-    anatomy: Anatomy, site: Site, output: str | int | None = None, hooks: bool = False
+    trace: ModelTrace, site: Site, output: str | int | None = None, hooks: bool = False
 ) -> tuple[Traced, fx.Node, fx.Node, tuple[str, ...]]:
     """Find a site and the logits in one trace of the whole model.
 
     Args:
-        anatomy: of the model.
+        trace: of the model.
         site: the site.
         output: which entry of a structured output holds the logits.
         hooks: whether the trace has the hooks of the modules that are opened in it.
@@ -182,12 +182,12 @@ def span_to_output(
     """
     around = ancestors(site.path) if site.path else (*ancestors(site.owner), site.owner)
     opened = tuple(name for name in around if name)
-    check_logits(anatomy.observation.output(""), output, anatomy.name)
+    check_logits(trace.observation.output(""), output, trace.name)
     try:
-        hooked = hooks and any(_is_hooked(anatomy.module(name)) for name in opened)
-        traced = anatomy.graph("", training=False, opened=opened, hooks=hooked)
+        hooked = hooks and any(_is_hooked(trace.module(name)) for name in opened)
+        traced = trace.graph("", training=False, opened=opened, hooks=hooked)
     except TraceError as error:
-        if opened and _followed(anatomy):
+        if opened and _followed(trace):
             raise
         raise readdressed(
             error,
@@ -195,8 +195,8 @@ def span_to_output(
             "help.\nMove the line into a module of its own, which stays closed, or into a function "
             "registered with timm.layers.register_notrace_function.",
         ) from error
-    model = anatomy.name
-    start = locate(anatomy, site, traced)
+    model = trace.name
+    start = locate(trace, site, traced)
     logits = logits_node(traced.graph, output, model)
     if logits is not start and logits not in downstream_of(start):
         raise SiteError(
@@ -208,7 +208,7 @@ def span_to_output(
 
 
 def rest_of_network(
-    anatomy: Anatomy,
+    trace: ModelTrace,
     site: Site,
     output: str | int | None = None,
     acted: Callable[[nn.Module], bool] | None = None,
@@ -216,7 +216,7 @@ def rest_of_network(
     """Split off the rest of a model after a site.
 
     Args:
-        anatomy: of the model, bare or with its grafts installed; those that act in evaluation are kept.
+        trace: of the model, bare or with its grafts installed; those that act in evaluation are kept.
         site: where the rest starts.
         output: which entry of a structured output holds the logits.
         acted: of a model with its grafts installed, whose records are in place: whether a unit on the site's value is
@@ -227,28 +227,28 @@ def rest_of_network(
         StructureError: the output has no such entry.
         TraceError: a module around the site cannot be traced.
     """
-    traced, start, logits, opened = span_to_output(anatomy, site, output, hooks=True)
+    traced, start, logits, opened = span_to_output(trace, site, output, hooks=True)
     constants = traced.runnable(elsewhere=True).constants
     name = start.name
     while acted is not None:
         units = (user for user in start.users if is_unit(user) and user.op == "call_module")
-        unit = next((each for each in units if acted(anatomy.module(str(each.target)))), None)
+        unit = next((each for each in units if acted(trace.module(str(each.target)))), None)
         if unit is None:
             break
         start = unit
     downstream = downstream_of(start)
-    model = anatomy.name
-    whole = output_hooked(anatomy.model)
+    model = trace.name
+    whole = output_hooked(trace.model)
     inside = ({logits} | upstream_of(logits)) & downstream
     graph, needed, inputs = _cut(traced, start, _all_of_it(traced) if whole else logits, inside)
-    where = [("", Output()) if acted is not None else _capture_edit(anatomy, node) for node in needed]
+    where = [("", Output()) if acted is not None else _capture_edit(trace, node) for node in needed]
     captured = tuple(Captured(f"{name}:{node.name}", *at) for node, at in zip(needed, where, strict=True))
     children = tuple(dict.fromkeys(str(n.target) for n in graph.nodes if n.op == "call_module"))
-    inner = {name: anatomy.module(name) for name in children}
-    tail = linear_tail(anatomy, site, opened, children, output) if not captured and not inputs else None
+    inner = {name: trace.module(name) for name in children}
+    tail = linear_tail(trace, site, opened, children, output) if not captured and not inputs else None
     if tail is not None:
-        inner |= {name: anatomy.module(name) for name in tail.modules}
-        tail = None if tail_layer(anatomy.model, tail) is None else tail
+        inner |= {name: trace.module(name) for name in tail.modules}
+        tail = None if tail_layer(trace.model, tail) is None else tail
     watched = ("", *opened, *(str(node.target) for node in needed if node.op == "call_module"))
     return Rest(
         site,
@@ -259,8 +259,8 @@ def rest_of_network(
         tail,
         settings=traced.settings,
         identities=inner,
-        hooked={name: _is_hooked(anatomy.module(name)) for name in watched},
-        forwards={name: _own_forward(anatomy.model, name) for name in (*opened, site.path) if name},
+        hooked={name: _is_hooked(trace.module(name)) for name in watched},
+        forwards={name: _own_forward(trace.model, name) for name in (*opened, site.path) if name},
         whole=whole,
         output=output,
     )
@@ -334,22 +334,22 @@ def _bare(node: fx.Node) -> fx.Node:
     return node
 
 
-def _capture_edit(anatomy: Anatomy, node: fx.Node) -> tuple[str, Edit]:
+def _capture_edit(trace: ModelTrace, node: fx.Node) -> tuple[str, Edit]:
     """Say where a `Capture` unit records the value of a node of the whole model's trace."""
     path = str(node.target)
-    once = node.op == "call_module" and len(anatomy.observation.calls.get(path, [])) == 1
+    once = node.op == "call_module" and len(trace.observation.calls.get(path, [])) == 1
     # A module's hooks act behind what is placed on the module itself.
-    if once and not output_hooked(anatomy.module(path)):
-        return site_edit(anatomy, module_site(anatomy, path))
+    if once and not output_hooked(trace.module(path)):
+        return site_edit(trace, module_site(trace, path))
     scope = scope_of(node)
     index = own_nodes(node.graph, scope).index(node)
-    local = own_nodes(anatomy.graph(scope, training=False).graph, None)
+    local = own_nodes(trace.graph(scope, training=False).graph, None)
     if not alike(local, index, node):
         raise SiteError(
             f"{node.name!r} in {scope or 'the model'!r} is needed after the site, and cannot be found in that module's "
             "own trace.\nIts forward takes other branches there.\nChoose a site that is the output of a whole module."
         )
-    return scope, After(training_name(anatomy, scope, local[index].name), last=True)
+    return scope, After(training_name(trace, scope, local[index].name), last=True)
 
 
 def _detached(value: Any) -> Any:

@@ -24,15 +24,15 @@ from torch import fx, nn
 
 from fxgraft.errors import BypassError, CallError, WrappedModelError
 from fxgraft.graph.grafting import replicas
+from fxgraft.graph.grafting.forward_context import Arguments, Context, ForwardContext
 from fxgraft.graph.grafting.forwards import nests
-from fxgraft.graph.grafting.passes import Arguments, Context, Pass
 from fxgraft.graph.grafting.state import GraftState, Keeper, foreign_forward, hidden_forward, state_of
 from fxgraft.graph.grafting.unit import Unit
+from fxgraft.graph.tracing.atomic import Step, restoring, setting
 from fxgraft.graph.tracing.names import STATE
 from fxgraft.graph.tracing.settings import output_hooked
 from fxgraft.graph.tracing.signatures import LABELS, TARGET, Declared
 from fxgraft.graph.tracing.trace import ShallowTracer
-from fxgraft.graph.tracing.whole import Step, afterwards, setting
 
 ENTRY_POINTS = ("forward_features", "forward_head", "forward_intermediates", "get_intermediate_layers")
 """Methods through which users run part of a backbone, besides calling it."""
@@ -82,9 +82,9 @@ def _traced_run(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
     state = state_of(self)
     if state is None:
         return _base(self).forward(self, *args, **kwargs)
-    run = Pass(state.context, self)
+    run = ForwardContext(state.context, self)
     kwargs = type(self)._fxgraft_declared.own(_options(state), kwargs)  # type: ignore[attr-defined]
-    with afterwards(run.exit):
+    with restoring(run.exit):
         run.enter()
         return _run(self, *args, **kwargs)
 
@@ -96,7 +96,7 @@ def _base(module: nn.Module) -> type[nn.Module]:
 
 def _options(state: GraftState) -> tuple[str, ...]:
     """Name the arguments of a call that the grafts of the model read."""
-    return (TARGET, *(state.ledger.options if state.ledger is not None else ()))
+    return (TARGET, *(state.registry.options if state.registry is not None else ()))
 
 
 def _outer_call(
@@ -117,12 +117,12 @@ def _outer_call(
     replica = getattr(self, "_is_replica", False)
     if replica:
         replicas.localise(self)
-    elif not torch.compiler.is_compiling() and state.ledger is not None:
-        state.ledger.check(self)
+    elif not torch.compiler.is_compiling() and state.registry is not None:
+        state.registry.check(self)
     context = self.__dict__[STATE].context
     declared: Declared = type(self)._fxgraft_declared  # type: ignore[attr-defined]
     target = options.get(TARGET)
-    run = Pass(context, self, target, declared.inputs(args, kwargs), options)
+    run = ForwardContext(context, self, target, declared.inputs(args, kwargs), options)
     run.beside = declared.beside(args, kwargs) if call is _whole_call else {}
     run.read_by_model = any(options.get(n) is not None and declared.names(n) for n in (TARGET, LABELS))
     run.adopt_published()
@@ -149,8 +149,8 @@ def _whole_call(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
     out = _run(self, *args, **kwargs)
     state: GraftState = self.__dict__[STATE]
     current = state.context.current
-    if state.ledger is not None and current is not None:
-        for path, (training, evaluation) in state.ledger.owners.items():
+    if state.registry is not None and current is not None:
+        for path, (training, evaluation) in state.registry.owners.items():
             if (training if self.training else evaluation) and path not in current.visited:
                 # A look at a model around this one goes no further than into the modules that are opened for it.
                 if any(isinstance(each, fx.Proxy) for each in (*args, *kwargs.values())):
@@ -175,7 +175,7 @@ def _entry_point(base: type[nn.Module], name: str) -> Callable[..., Any]:
         program = state.training if self.training else state.evaluation
         if state.context.current is None and program.acts:
             mode = "training" if self.training else "evaluation"
-            names = state.ledger.names(state.path) if state.ledger is not None else []
+            names = state.registry.names(state.path) if state.registry is not None else []
             raise BypassError(
                 f"{name}() would bypass {', '.join(map(repr, names))}, "
                 f"which acts inside {state.base.__name__}.forward in {mode} mode.\n"
@@ -290,7 +290,7 @@ def _making_bases(metaclass: type) -> type:
 def _recompile(self: fx.GraphModule) -> Any:
     """Regenerate a GraphModule's code on its own class: it writes ``forward`` onto ``type(self)``."""
     grafted = type(self)
-    with afterwards(partial(object.__setattr__, self, "__class__", grafted)):
+    with restoring(partial(object.__setattr__, self, "__class__", grafted)):
         self.__class__ = grafted._fxgraft_base  # type: ignore[attr-defined]
         return self.recompile()
 
@@ -299,7 +299,7 @@ def _no_weight_decay(self: nn.Module) -> Any:
     """Name what the model wants no weight decay for, and what grafts have beside it of the same kind."""
     state = state_of(self)
     listed = _base(self).no_weight_decay(self)  # type: ignore[attr-defined]
-    pairs = {} if state is None or state.ledger is None else state.ledger.counterparts()
+    pairs = {} if state is None or state.registry is None else state.registry.counterparts()
     beside = {own for own, stock in pairs.items() if any(fnmatch.fnmatch(stock, each) for each in listed)}
     return {*listed, *beside} if beside else listed
 
@@ -308,8 +308,8 @@ def _set_grad_checkpointing(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
     """Switch checkpointing as the model does, then trace again: graphs hold what the flag decided."""
     state = state_of(self)
     out = _base(self).set_grad_checkpointing(self, *args, **kwargs)  # type: ignore[attr-defined]
-    if state is not None and state.ledger is not None:
-        state.ledger.renew(self)
+    if state is not None and state.registry is not None:
+        state.registry.renew(self)
     return out
 
 
@@ -319,7 +319,7 @@ def _extra_repr(self: nn.Module) -> str:
     own = _base(self).extra_repr(self)
     if state is None:
         return own
-    names = state.ledger.describe() if state.outer and state.ledger else _unit_names(state)
+    names = state.registry.describe() if state.outer and state.registry else _unit_names(state)
     return ", ".join(part for part in (own, f"grafted: {names}" if names else "") if part)
 
 
@@ -413,10 +413,10 @@ def _of_subclass(module: nn.Module) -> bool:
 
 
 def _reduce(self: nn.Module, protocol: Any) -> Any:
-    """Copy and pickle the bare module; the patched model adds its ledger and grafts itself again."""
+    """Copy and pickle the bare module; the patched model adds its registry and grafts itself again."""
     if _of_subclass(self):
         return _base(self).__reduce_ex__(self, protocol)
-    ledger = _portable(self)
+    registry = _portable(self)
     state = state_of(self)
     plain = _plain(self)
     if state is None:
@@ -424,8 +424,8 @@ def _reduce(self: nn.Module, protocol: Any) -> Any:
     reduced = plain.__reduce_ex__(protocol)
     if reduced[:2] == (copyreg.__newobj__, (state.base,)):  # type: ignore[attr-defined]
         # Empty first, so that parts that hold on to the module find it while they are copied.
-        return _empty, (state.base,), (reduced[2], ledger)
-    return _restore, (plain, ledger)
+        return _empty, (state.base,), (reduced[2], registry)
+    return _restore, (plain, registry)
 
 
 def _itself(module: nn.Module) -> nn.Module:
@@ -444,30 +444,30 @@ def _setstate(self: nn.Module, state: Any) -> None:
         base.__setstate__(self, state)
         return
     self.__class__ = base
-    own, ledger = state
+    own, registry = state
     self.__setstate__(own)
-    _restore(self, ledger)
+    _restore(self, registry)
 
 
 def _portable(self: nn.Module) -> Keeper | None:
     """Return what travels with a copy of the patched model, once its grafts fit the model as it is now."""
     state = state_of(self)
-    if state is None or not state.outer or state.ledger is None:
+    if state is None or not state.outer or state.registry is None:
         return None
-    state.ledger.renew_stale(self)
-    return state.ledger.portable()
+    state.registry.renew_stale(self)
+    return state.registry.portable()
 
 
 def _deepcopy(self: nn.Module, memo: dict[int, Any]) -> nn.Module:
     """Copy a bare module that says itself how it is copied; the patched model grafts its copy again."""
-    ledger = _portable(self)
+    registry = _portable(self)
     state = state_of(self)
     plain = self if _of_subclass(self) else _plain(self)
     new = _base(self).__deepcopy__(plain, memo)  # type: ignore[attr-defined]
     memo[id(self)] = new
     if state is None:
         return new
-    return _restore(new, copy.deepcopy(ledger, memo))
+    return _restore(new, copy.deepcopy(registry, memo))
 
 
 def _shallow_copy(self: nn.Module) -> nn.Module:
@@ -477,10 +477,10 @@ def _shallow_copy(self: nn.Module) -> nn.Module:
     return new
 
 
-def _restore(module: nn.Module, ledger: Keeper | None) -> nn.Module:
+def _restore(module: nn.Module, registry: Keeper | None) -> nn.Module:
     """Graft a copied model again, or mark a copied part as one that waits for its model."""
-    if ledger is not None:
-        ledger.restore(module)
+    if registry is not None:
+        registry.restore(module)
         return module
     base = type(module)
     module.__dict__[STATE] = GraftState(base, "", Context(), orphan=True)

@@ -18,7 +18,7 @@ from torchvision.models.convnext import LayerNorm2d
 from fxgraft.errors import SiteError, StructureError, TraceError
 from fxgraft.graph.structure.layout import Layout
 from fxgraft.graph.structure.linear import sharers
-from fxgraft.graph.structure.places import value_at
+from fxgraft.graph.structure.locate import value_at
 from fxgraft.graph.structure.pooling import (
     DROPOUTS,
     SHAPES,
@@ -28,12 +28,12 @@ from fxgraft.graph.structure.pooling import (
 )
 from fxgraft.graph.structure.sites import Site
 from fxgraft.graph.structure.tail import passes
-from fxgraft.graph.tracing.anatomy import Anatomy
+from fxgraft.graph.tracing.graph_utils import modules_in
+from fxgraft.graph.tracing.model_trace import ModelTrace
 from fxgraft.graph.tracing.names import ancestors, join
 from fxgraft.graph.tracing.settings import acted_on, output_hooked
 from fxgraft.graph.tracing.trace import Traced, is_primitive
 from fxgraft.graph.tracing.values import node_name
-from fxgraft.graph.tracing.walks import modules_in
 
 LAYERS = (
     *(nn.BatchNorm1d, nn.BatchNorm2d, nn.GroupNorm, nn.LayerNorm, nn.Linear, nn.Conv1d, nn.Conv2d),
@@ -78,14 +78,14 @@ class Absorber:
         weight.copy_(wide * scale.view(across))
 
 
-def absorber_of(anatomy: Anatomy, site: Site, layout: Layout) -> Absorber | None:
+def absorber_of(trace: ModelTrace, site: Site, layout: Layout) -> Absorber | None:
     """Find the layer that can take in a scale and a shift per channel of a site's value.
 
     That is the layer whose output the value is (a normalisation, a linear layer, a convolution), else the linear
     layer that alone reads it, through averages over all positions, changes of shape and dropout.
 
     Args:
-        anatomy: of the bare model.
+        trace: of the bare model.
         site: where the value is.
         layout: of the value.
 
@@ -93,25 +93,25 @@ def absorber_of(anatomy: Anatomy, site: Site, layout: Layout) -> Absorber | None
         None where there is no such layer, or where hooks act between the value and the layer: then nothing but an
         operation of its own can scale the value.
     """
-    value = value_at(anatomy, site)
+    value = value_at(trace, site)
     channels = value.shape[-1] if layout.name in ("NHWC", "NLC") else value.shape[1]
-    giver = _last_of(anatomy, site.path)
-    if site.path and site.calls == 1 and giver and _gives(anatomy.module(giver), channels):
-        return _owned(anatomy, Absorber(giver, "output"))
-    reader = _reader(anatomy, site, layout, channels)
-    return _owned(anatomy, Absorber(reader, "input")) if reader else None
+    giver = _last_of(trace, site.path)
+    if site.path and site.calls == 1 and giver and _gives(trace.module(giver), channels):
+        return _owned(trace, Absorber(giver, "output"))
+    reader = _reader(trace, site, layout, channels)
+    return _owned(trace, Absorber(reader, "input")) if reader else None
 
 
-def _last_of(anatomy: Anatomy, path: str) -> str:
+def _last_of(trace: ModelTrace, path: str) -> str:
     """Name the layer inside of a module that gives the module's output, or the module itself; '' where hooks act."""
-    while path and not is_primitive(anatomy.module(path)):
+    while path and not is_primitive(trace.module(path)):
         try:
-            graph = anatomy.graph(path, training=False).graph
+            graph = trace.graph(path, training=False).graph
         except TraceError:
             return path
         (node,) = next(node for node in graph.nodes if node.op == "output").args
-        while isinstance(node, fx.Node) and len(node.users) == 1 and passes(anatomy.module(path), node):
-            if any(acted_on(anatomy.module(join(path, each))) for each in modules_in([node])):
+        while isinstance(node, fx.Node) and len(node.users) == 1 and passes(trace.module(path), node):
+            if any(acted_on(trace.module(join(path, each))) for each in modules_in([node])):
                 return ""
             node = node.all_input_nodes[0]
         # Where more than the module's output is made of the layer's, that would change as well.
@@ -119,7 +119,7 @@ def _last_of(anatomy: Anatomy, path: str) -> str:
             return path
         path = join(path, str(node.target))
         # What is placed on the outer module acts before its own hooks, and behind those of the layers in it.
-        if acted_on(anatomy.module(path)):
+        if acted_on(trace.module(path)):
             return ""
     return path
 
@@ -131,21 +131,21 @@ def _gives(layer: nn.Module, channels: int) -> bool:
     return known and isinstance(bias, Tensor) and bias.shape == (channels,)
 
 
-def _owned(anatomy: Anatomy, absorber: Absorber) -> Absorber | None:
+def _owned(trace: ModelTrace, absorber: Absorber) -> Absorber | None:
     """Leave out a layer that computes its weight from others, runs twice, or shares it."""
-    layer = anatomy.module(absorber.path)
+    layer = trace.module(absorber.path)
     own = {name for name, _ in layer.named_parameters(recurse=False)}
-    alone = next(sharers(anatomy.model, layer), None) is None
-    once = len(anatomy.observation.calls.get(absorber.path, ())) == 1
+    alone = next(sharers(trace.model, layer), None) is None
+    once = len(trace.observation.calls.get(absorber.path, ())) == 1
     return absorber if {"weight", "bias"} <= own and alone and once else None
 
 
-def _node_of(anatomy: Anatomy, site: Site) -> tuple[Traced, fx.Node] | None:
+def _node_of(trace: ModelTrace, site: Site) -> tuple[Traced, fx.Node] | None:
     """Find a site's node, with the head opened or what is around it: whichever trace holds exactly that node."""
     outer = tuple(each for each in ancestors(site.path) if each)
-    for trace in (lambda: opened_head(anatomy)[0], lambda: anatomy.graph("", training=False, opened=outer)):
+    for tracing in (lambda: opened_head(trace)[0], lambda: trace.graph("", training=False, opened=outer)):
         with suppress(StructureError, TraceError, SiteError):
-            traced = trace()
+            traced = tracing()
             for node in traced.graph.nodes:
                 own = node.op == "call_module" and node.target == site.path and site.calls == 1
                 if own or (not outer and not site.owner and not site.path and node.name == site.node):
@@ -153,31 +153,31 @@ def _node_of(anatomy: Anatomy, site: Site) -> tuple[Traced, fx.Node] | None:
     return None
 
 
-def _reader(anatomy: Anatomy, site: Site, layout: Layout, channels: int) -> str | None:
+def _reader(trace: ModelTrace, site: Site, layout: Layout, channels: int) -> str | None:
     """Follow a value to the linear layer that reads it, if nothing else does and nothing mixes it up before."""
-    found = _node_of(anatomy, site)
+    found = _node_of(trace, site)
     if found is None:
         return None
     traced, node = found
-    values = anatomy.values("", traced)
+    values = trace.values("", traced)
     around = {site.path or site.owner, *ancestors(site.path or site.owner)} - {""}
-    if any(output_hooked(anatomy.module(each)) for each in around):
+    if any(output_hooked(trace.module(each)) for each in around):
         return None
     pooled = False
     while len(node.users) == 1:
         (user,) = node.users
         if user.op == "output" or any(
-            acted_on(anatomy.module(each)) for each in modules_in([user]) if each not in around
+            acted_on(trace.module(each)) for each in modules_in([user]) if each not in around
         ):
             return None
-        if user.op == "call_module" and is_classifier(anatomy.module(str(user.target))):
+        if user.op == "call_module" and is_classifier(trace.module(str(user.target))):
             path = str(user.target)
-            width = anatomy.module(path).get_parameter("weight").shape[1]
+            width = trace.module(path).get_parameter("weight").shape[1]
             # Cells stay with their channel where the channels come first and all the rest is flattened.
             whole = not width % channels and layout.name in ("NCHW", "NCL") and not pooled
             return path if width == channels or whole else None
         average = pooling_of(user, values)
-        name = node_name(user, anatomy.model)
+        name = node_name(user, trace.model)
         if average is not None and not pooled:
             pooled = True
         elif not (name in DROPOUTS | {"flatten", "identity"} or (pooled and name in SHAPES)):

@@ -1,6 +1,6 @@
 """Lightning: a callback that hands the labels and the progress of a training to the patched models in a module.
 
-Needs ``pip install lightning``, and is loaded by its name alone: ``from fxgraft.lightning import Grafts``.
+Needs ``pip install lightning``, and is loaded by its name alone: ``from fxgraft.integrations.lightning import Grafts``.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ try:
     from lightning.pytorch.callbacks import Timer
 except ImportError as error:
     raise ImportError(
-        "fxgraft.lightning is a callback for Lightning, which is not installed.\n"
+        "fxgraft.integrations.lightning is a callback for Lightning, which is not installed.\n"
         "Install it with: pip install lightning."
     ) from error
 

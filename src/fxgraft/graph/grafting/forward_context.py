@@ -19,10 +19,10 @@ from torch import Tensor, nn
 
 from fxgraft.errors import BypassError, FxgraftError, FxgraftWarning, TargetError
 from fxgraft.graph.grafting.labels import checked_labels
+from fxgraft.graph.grafting.loss_watch import Doubts, LossWatch, Outputs, ParameterWatch, ProgressWatch
 from fxgraft.graph.grafting.published import Offer, published, targets
 from fxgraft.graph.grafting.sharded import outside_sharded_step
-from fxgraft.graph.grafting.watch import Doubts, LossWatch, Outputs, ParameterWatch, ProgressWatch
-from fxgraft.graph.structure.rest import Rest
+from fxgraft.graph.structure.rest_of_network import Rest
 from fxgraft.graph.tracing.observe import tensors
 
 T = TypeVar("T")
@@ -86,7 +86,7 @@ class Arguments:
             return model(*self.args, **self.kwargs)
 
 
-class Left:
+class LastPass:
     """What a pass leaves behind in its thread, until the next pass of the model there.
 
     Attributes:
@@ -124,7 +124,7 @@ class Context:
         self.progress = 0.0
         self.measured: Measured = {}
         self.replays = False
-        self.judges: tuple[str, ...] = ()
+        self.loss_grafts: tuple[str, ...] = ()
         self.watch = LossWatch()
         self.progress_watch = ProgressWatch()
         self.parameter_watch = ParameterWatch()
@@ -141,7 +141,7 @@ class Context:
         return Context, (), {"progress": self.progress}
 
     @property
-    def current(self) -> Pass | None:
+    def current(self) -> ForwardContext | None:
         """The pass of this model that this thread is in; None outside of one."""
         for each in getattr(_running, "stack", ())[::-1]:
             if each.context is self:
@@ -149,7 +149,7 @@ class Context:
         return None
 
     @property
-    def left(self) -> Left | None:
+    def left(self) -> LastPass | None:
         """What the last pass of this model in this thread left behind."""
         return getattr(self._local, "left", None)
 
@@ -157,7 +157,7 @@ class Context:
         """Drop what the last pass in this thread left behind."""
         self._local.left = None
 
-    def leave(self, run: Pass, out: Any, arguments: Arguments) -> None:
+    def leave(self, run: ForwardContext, out: Any, arguments: Arguments) -> None:
         """Keep what a pass that came through leaves behind."""
         if torch.compiler.is_exporting():
             return  # tensors of a trace, which nobody can read
@@ -165,13 +165,13 @@ class Context:
             self.measured = run.measured  # one assignment, which other threads see whole
         if self.replays and run.training:
             run.notes[ARGUMENTS] = arguments
-        self._local.left = Left(run.notes, run.recording)
+        self._local.left = LastPass(run.notes, run.recording)
         self.outputs.note(out, run.notes, run.given if run.took else None)
-        if self.judges and not torch.compiler.is_compiling():
+        if self.loss_grafts and not torch.compiler.is_compiling():
             self._local.left.shapes = [tuple(each.shape) for each in tensors(out)]
             self._local.left.learns = any(each.requires_grad for each in tensors(out))
             if run.training and torch.is_grad_enabled():
-                self.watch.note(run.model, self.judges, out)
+                self.watch.note(run.model, self.loss_grafts, out)
 
     @property
     def asked(self) -> Mapping[tuple[str, str], Any]:
@@ -179,7 +179,7 @@ class Context:
         return getattr(self._local, "asked", {})
 
     @contextmanager
-    def asking(self, graft: str, **options: Any) -> Iterator[None]:
+    def override(self, graft: str, **options: Any) -> Iterator[None]:
         """Ask something of a graft's units in all passes that this thread makes in the block; see `Pass.asked`."""
         before = self.asked
         self._local.asked = {**before, **{(graft, key): value for key, value in options.items()}}
@@ -221,7 +221,7 @@ class Context:
         return None
 
 
-class Pass:
+class ForwardContext:
     """One call of a patched model.
 
     Attributes:
@@ -273,7 +273,7 @@ class Pass:
     def adopt_published(self) -> None:
         """Take the labels that were published for this thread or task, where the call gave none."""
         offer = published(self.model, self.inputs)
-        stack: tuple[Pass, ...] = getattr(_running, "stack", ())
+        stack: tuple[ForwardContext, ...] = getattr(_running, "stack", ())
         around = stack[-1] if stack and not offer.seen and stack[-1]._offer.labels is not None else None
         if around is not None:  # a model inside of another one: its inputs are of the same batch
             offer = around._offer

@@ -1,4 +1,4 @@
-"""A model's anatomy: its calls, its graphs and its shapes, found on demand and remembered."""
+"""A model's trace: its calls, its graphs and its shapes, found on demand and remembered."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _NAMED = (
 )
 
 
-class Anatomy:
+class ModelTrace:
     """What can be asked about a bare model. Nothing here changes it.
 
     Args:
@@ -42,10 +42,10 @@ class Anatomy:
         self._observation: Observation | None = None
         self._graphs: dict[tuple[Any, ...], Traced] = {}
         self._values: dict[str, Values] = {}
-        self._enlarged: Anatomy | None = None
+        self._enlarged: ModelTrace | None = None
         self._once: dict[Hashable, Any] = {}
 
-    def once(self, name: Hashable, find: Callable[[Anatomy], Known]) -> Known:
+    def once(self, name: Hashable, find: Callable[[ModelTrace], Known]) -> Known:
         """Return what ``find`` gives, found the first time that it is asked for under this name.
 
         ``find`` gets a weak reference: what it gives is kept here, and would close a circle that holds the model.
@@ -65,7 +65,7 @@ class Anatomy:
         return self.input_size or default_input_size(self.model)
 
     @property
-    def enlarged(self) -> Anatomy:
+    def enlarged(self) -> ModelTrace:
         """The same model at images of twice the height and three times the width, or signals of three times the length.
 
         Raises:
@@ -79,7 +79,7 @@ class Anatomy:
                 )
             factors = range(4 - len(sizes), 4)
             larger = (size * factor for size, factor in zip(sizes, factors, strict=True))
-            self._enlarged = Anatomy(self.model, (channels, *larger))
+            self._enlarged = ModelTrace(self.model, (channels, *larger))
         return self._enlarged
 
     @property

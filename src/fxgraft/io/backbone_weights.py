@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from fxgraft.errors import WeightsError
 from fxgraft.graph.grafting.lookup import grafts_on, own_keys, patched_parts, unwrapped
+from fxgraft.graph.tracing.atomic import synchronized
 from fxgraft.graph.tracing.names import is_graft_key
-from fxgraft.graph.tracing.whole import alone
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -43,7 +43,7 @@ class Weights:
                 value.detach().copy_(self._kept[key])
 
 
-@alone
+@synchronized
 def load_backbone(model: M, state_dict: Mapping[str, Any]) -> M:
     """Load a checkpoint of the bare model into a patched one, in place.
 

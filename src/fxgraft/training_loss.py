@@ -10,10 +10,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fxgraft.errors import ConfigError, MethodError, StructureError, TargetError
+from fxgraft.graph.grafting.forward_context import ARGUMENTS, Context
 from fxgraft.graph.grafting.graft import Graft
 from fxgraft.graph.grafting.labels import batch_of, differ, version_of
-from fxgraft.graph.grafting.lookup import grafts_on, ledger_of, named_grafts, patched_parts
-from fxgraft.graph.grafting.passes import ARGUMENTS, Context
+from fxgraft.graph.grafting.lookup import grafts_on, named_grafts, patched_parts, registry_of
 from fxgraft.graph.structure.outputs import take_logits
 from fxgraft.graph.tracing.observe import tensors
 
@@ -130,16 +130,16 @@ def _sum(parts: Mapping[str, Tensor]) -> Tensor:
 def _ask(model: nn.Module, out: Any, y: Any) -> None:
     """Note that the loss of every patched part is asked for, and compare the labels with those its passes took."""
     for path, part in patched_parts(model).items():
-        ledger = ledger_of(part)
-        if ledger is not None:
-            ledger.context.watch.asked = True
+        registry = registry_of(part)
+        if registry is not None:
+            registry.context.watch.asked = True
             if part.training and not torch.compiler.is_compiling():
-                ledger.watch_asked(part)
+                registry.watch_asked(part)
             if part.training and not torch.is_grad_enabled():
-                ledger.context.watch.warn_of_no_gradients(part)
+                registry.context.watch.warn_of_no_gradients(part)
             if not torch.compiler.is_compiling():
-                ledger.context.doubts.answers()
-                _compare_labels(ledger.context, path, out, y)
+                registry.context.doubts.answers()
+                _compare_labels(registry.context, path, out, y)
 
 
 def _compare_labels(context: Context, path: str, out: Any, y: Any) -> None:
@@ -192,7 +192,7 @@ def _trained_parts(model: nn.Module, out: Any) -> dict[str, nn.Module]:
     if len(parts) == 1 or torch.compiler.is_compiling():
         return parts
     contexts = {
-        path: ledger.context for path, part in parts.items() if (ledger := ledger_of(part)) is not None
+        path: registry.context for path, part in parts.items() if (registry := registry_of(part)) is not None
     }
     learning = {
         path: each for path, each in contexts.items() if each.left is None or each.left.learns
@@ -202,7 +202,7 @@ def _trained_parts(model: nn.Module, out: Any) -> dict[str, nn.Module]:
         noting = {
             path
             for path, each in learning.items()
-            if any(map(each.outputs.remembers, (*each.judges, ARGUMENTS)))
+            if any(map(each.outputs.remembers, (*each.loss_grafts, ARGUMENTS)))
         }
         learning = {path: each for path, each in learning.items() if path in behind or path not in noting}
     return {path: parts[path] for path in learning}

@@ -1,0 +1,1 @@
+"""What other training libraries call: callbacks, trainers, launchers."""
