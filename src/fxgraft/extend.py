@@ -78,8 +78,8 @@ What a method can do beyond this:
   ``replace_head``. Units come from ``make(key, UnitClass, *args)``; ``unit.bind(...)`` holds what is found again on
   every model. ``set_progress``, ``stale`` and ``restart`` of a `Unit` follow a schedule, notice a changed model, and
   take up weights that were loaded into it.
-- Use the `ForwardContext` (``unit.current``, ``unit.running()``): ``labels``, ``relabel`` for those that other grafts see,
-  ``options`` of the call, ``shared`` for one draw for all units of a graft, ``put`` and ``get`` between them,
+- Use the `ForwardContext` (``unit.current``, ``unit.running()``): ``labels``, ``relabel`` for those that other grafts
+  see, ``options`` of the call, ``shared`` for one draw for all units of a graft, ``put`` and ``get`` between them,
   ``look_ahead`` through a rest, and ``remember``, which ``graft.recall(out)`` finds again when the loss is computed.
 - Take part in the loss: `Patch.criterion` and `Patch.losses`; where options switch these off, say so in
   `Patch.replaces_criterion` and `Patch.contributes_loss`. Fold into stock weights: `Patch.merge`.
