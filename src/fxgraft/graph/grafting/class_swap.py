@@ -26,7 +26,14 @@ from fxgraft.errors import BypassError, CallError, WrappedModelError
 from fxgraft.graph.grafting import replicas
 from fxgraft.graph.grafting.forward_context import Arguments, Context, ForwardContext
 from fxgraft.graph.grafting.forwards import nests
-from fxgraft.graph.grafting.state import GraftState, Keeper, foreign_forward, hidden_forward, state_of
+from fxgraft.graph.grafting.living import note_patched
+from fxgraft.graph.grafting.state import (
+    GraftState,
+    Keeper,
+    foreign_forward,
+    hidden_forward,
+    state_of,
+)
 from fxgraft.graph.grafting.unit import Unit
 from fxgraft.graph.tracing.atomic import Step, restoring, setting
 from fxgraft.graph.tracing.names import STATE
@@ -474,6 +481,7 @@ def _shallow_copy(self: nn.Module) -> nn.Module:
     """Copy the outer object only, as ``copy.copy`` does for any module."""
     new = object.__new__(type(self))
     new.__dict__.update(self.__dict__)
+    note_patched(new)
     return new
 
 

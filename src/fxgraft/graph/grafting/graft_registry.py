@@ -24,6 +24,7 @@ from fxgraft.graph.grafting.class_swap import orphaning, parts_without_model, re
 from fxgraft.graph.grafting.forward_context import Context
 from fxgraft.graph.grafting.graft import Graft, Make, Placer, U, checked_placements
 from fxgraft.graph.grafting.journal import Installation, UnitSnapshot
+from fxgraft.graph.grafting.living import note_patched
 from fxgraft.graph.grafting.loss_watch import ParameterWatch
 from fxgraft.graph.grafting.placement import Placement, PlacementRecord
 from fxgraft.graph.grafting.planning import compile_placements
@@ -117,6 +118,7 @@ class GraftRegistry:
                 f"This {class_name(model)} is a shallow copy (copy.copy) of a patched one, whose parts and grafts are "
                 "the other's as well.\nUse copy.deepcopy, or work on the original."
             )
+        note_patched(model)
         wanted = list(self.grafts if grafts is None else grafts)
         orphans = parts_without_model(model)
         kept = UnitSnapshot(self.grafts)

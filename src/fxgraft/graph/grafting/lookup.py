@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import weakref
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import torch
 from torch import nn
 
 from fxgraft.graph.grafting.graft import Graft
 from fxgraft.graph.grafting.graft_registry import GraftRegistry
+from fxgraft.graph.grafting.living import last_change, noted_models
 from fxgraft.graph.grafting.state import state_of
 from fxgraft.graph.grafting.unit import Unit
 from fxgraft.graph.tracing.names import join
@@ -18,10 +24,13 @@ def registry_of(model: nn.Module) -> GraftRegistry | None:
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    """Look through what is wrapped around a patched model: DistributedDataParallel, torch.compile."""
-    while state_of(model) is None:
-        inner = next((model._modules[n] for n in ("_orig_mod", "module") if n in model._modules), None)
-        if inner is None:
+    """Look through what is wrapped around a patched model: DistributedDataParallel, torch.compile.
+
+    A wrapper has one child, the model; a model of one's own that has a ``module`` beside others is none.
+    """
+    while state_of(model) is None and len(model._modules) == 1:
+        name, inner = next(iter(model._modules.items()))
+        if name not in ("_orig_mod", "module") or inner is None:
             break
         model = inner
     return model
@@ -36,17 +45,94 @@ def grafts_on(model: nn.Module) -> list[Graft]:
 def patched_parts(model: nn.Module) -> dict[str, nn.Module]:
     """Find the patched models in a model by their names in it, outermost first.
 
-    The name of the model itself, wrapped or not, is "". Empty where nothing is patched.
+    The name of the model itself, wrapped or not, is "". Empty where nothing is patched. Asked again, it costs the same
+    in a large network as in a small one: see `_kept`.
     """
-    inside = unwrapped(model).named_modules()
-    return {path: module for path, module in inside if registry_of(module) is not None}
+    root = unwrapped(model)
+    if torch.compiler.is_compiling():  # once, as the code is made
+        return _search(root)
+    parts = _kept(root)
+    if parts is None:
+        change = last_change()
+        elsewhere = _all_patched()
+        parts = _search(root)
+        elsewhere -= set(map(id, parts.values()))
+        _keep(root, parts, elsewhere, change)
+    return parts
+
+
+def _all_patched() -> set[int]:
+    """Return the identities of all models alive that have grafts."""
+    return {id(model) for model in noted_models() if registry_of(model) is not None}
+
+
+def _search(root: nn.Module) -> dict[str, nn.Module]:
+    return {path: module for path, module in root.named_modules() if registry_of(module) is not None}
+
+
+class _Found(NamedTuple):
+    """What a search found in a model, which it does not hold."""
+
+    root: weakref.ref[nn.Module]
+    places: dict[str, weakref.ref[nn.Module] | None]  # of its parts; None where an earlier search found one
+    elsewhere: set[int]  # the other models with grafts that were alive, by identity
+    change: object
+
+
+_found: dict[int, _Found] = {}  # by identity, since modules may define equality
+
+
+def _keep(root: nn.Module, parts: Mapping[str, nn.Module], elsewhere: set[int], change: object) -> None:
+    key = id(root)
+
+    def forget(gone: weakref.ref[nn.Module]) -> None:
+        if key in _found and _found[key].root is gone:  # else another module has got its identity by now
+            del _found[key]
+
+    places: dict[str, weakref.ref[nn.Module] | None] = {
+        path: weakref.ref(part) for path, part in parts.items()
+    }
+    before = _found.get(key)
+    if before is not None and before.root() is root:
+        places |= {path: None for path in before.places if _patched_at(root, path) is None}
+    _found[key] = _Found(weakref.ref(root, forget), places, elsewhere, change)
+
+
+def _kept(root: nn.Module) -> dict[str, nn.Module] | None:
+    """Return the parts that were found before; None where they may not be all parts any more.
+
+    They are where they were, with grafts. No other model alive has grafts, or all that have were elsewhere and no
+    module has been put into another one since.
+    """
+    found = _found.get(id(root))
+    if found is None or found.root() is not root:
+        return None
+    parts: dict[str, nn.Module] = {}
+    for path, known in found.places.items():
+        part = _patched_at(root, path)
+        if part is not (None if known is None else known()):
+            return None
+        if part is not None:
+            parts[path] = part
+    others = _all_patched() - set(map(id, parts.values()))
+    if others and not (found.change is last_change() and others <= found.elsewhere):
+        return None
+    return parts
+
+
+def _patched_at(root: nn.Module, path: str) -> nn.Module | None:
+    module: nn.Module | None = root
+    for name in path.split(".") if path else ():
+        module = None if module is None else module._modules.get(name)
+    return None if module is None or registry_of(module) is None else module
 
 
 def named_grafts(model: nn.Module) -> dict[str, Graft]:
     """Find the grafts of a model and of the patched models inside of it, by the part's name and their own."""
-    parts = patched_parts(model).items()
     return {
-        ".".join(filter(None, (path, each.name))): each for path, part in parts for each in grafts_on(part)
+        ".".join(filter(None, (path, graft.name))): graft
+        for path, part in patched_parts(model).items()
+        for graft in grafts_on(part)
     }
 
 

@@ -21,6 +21,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from fxgraft.errors import FxgraftError, FxgraftWarning
 from fxgraft.graph.grafting.labels import version_of
+from fxgraft.graph.grafting.living import note_change
 from fxgraft.graph.grafting.published import place_of
 from fxgraft.graph.tracing.observe import tensors
 
@@ -74,6 +75,8 @@ class LossWatch:
             return
         if len(self._trained) < STEPS:
             self._passes += 1
+            if self._passes <= PASSES:
+                note_change()  # perhaps it was put into another model where nobody saw it
             for each in tensors(out):
                 if each.requires_grad:
                     each.register_hook(partial(self._seen, self._passes))
@@ -305,6 +308,8 @@ class ProgressWatch:
         if not self.fed:
             if self._passes > PASSES:
                 self._warn(model, schedules, "unfed")
+            else:
+                note_change()  # perhaps it was put into another model where nobody saw it
             return
         self._below = self._below or self._progress < 1
         self._over = self._over + 1 if self._progress >= 1 else 0
