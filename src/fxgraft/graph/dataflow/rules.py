@@ -325,6 +325,11 @@ def _product(operation: Operation, a: Any, b: Any) -> Axes | None:
             columns = as_keys(columns)
         elif kinds[0] == POSITION:
             rows = as_keys(rows)
+    elif kinds == (
+        KEY,
+        CHANNEL,
+    ):  # weights of places that were compared with a single one, applied to its features
+        rows = (Factor(POSITION, operation.shape[-2]),)
     return (*outer, rows, columns)
 
 

@@ -7,8 +7,10 @@ the callers, up to the model.
 
 from __future__ import annotations
 
+import dataclasses
+import inspect
 import operator
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +22,8 @@ from fxgraft.graph.dataflow.steps import (
     ENTRY_BY_ENTRY,
     JOINING,
     called,
+    is_addition,
+    is_drop,
     is_size,
     sources_of,
     squashes,
@@ -30,6 +34,7 @@ from fxgraft.graph.tracing.editing import After, Edge, Output
 from fxgraft.graph.tracing.graph_utils import placeholders
 from fxgraft.graph.tracing.model_trace import ModelTrace
 from fxgraft.graph.tracing.names import join, relative
+from fxgraft.graph.tracing.signatures import INPUT, bind
 from fxgraft.graph.tracing.trace import is_primitive
 from fxgraft.graph.tracing.values import Values
 
@@ -46,6 +51,7 @@ _KEEPING = {
     "float",
     "type_as",
 }
+_SPLITTING = {"split", "chunk", "tensor_split"}
 _REDUCING = {"sum", "mean", "amax", "amin"}
 
 
@@ -64,8 +70,20 @@ class Flow:
     role: str = "value"
 
 
-Carried = Flow | tuple[Any, ...] | None
-"""The flow of a value, of the entries of a tuple, or None: nothing of it depends on what is followed."""
+@dataclass(frozen=True)
+class Entries:
+    """What is followed in a structure: the flow of each entry, by its position, its key or its field."""
+
+    named: tuple[tuple[Any, Carried], ...]
+
+    def at(self, key: Any) -> Carried:
+        """Return the flow of an entry; that of all of them together where none is known by that key."""
+        named = dict(self.named)
+        return named[key] if key in named else _merged(_flows(self))
+
+
+Carried = Flow | Entries | None
+"""The flow of a value, of the entries of a structure, or None: nothing of it depends on what is followed."""
 
 
 def goes_on(trace: ModelTrace, owner: str, node: str) -> bool:
@@ -188,9 +206,16 @@ class _Follower:
             return None
         name = called(node)
         if node.target is operator.getitem:
-            return _picked(values, node, held[node.all_input_nodes[0]])
+            return _picked(values, node, held.get(node.args[0]))  # type: ignore[arg-type]
+        if node.target is getattr and isinstance(found := held.get(node.args[0]), Entries):  # type: ignore[arg-type]
+            return _entry(values, node, found)
+        built = _built(values, node, held)
+        if built is not None:
+            return built
         if name in JOINING:
             return _joined(values, node, carrying)
+        if name in _SPLITTING and merged.dim >= 0:
+            return _parted(values, node, merged)
         if node.op == "call_module":
             return self._called(owner, values, node, held, merged)
         role = merged.role
@@ -211,20 +236,28 @@ class _Follower:
         """Follow values through a call of a module."""
         path = join(owner, str(node.target))
         module, words = self.trace.module(path), self.steps.module(path)
-        if isinstance(module, _TOKEN_BY_TOKEN) or words <= {"act", "drop", "scale"}:
+        by_entry = is_primitive(module) and words and words <= {"act", "drop", "scale"}
+        if isinstance(module, _TOKEN_BY_TOKEN) or is_drop(module) or by_entry:
             return Flow(merged.first, merged.dim, self._bounded(owner, node, merged.role, words))
         whole = Flow(role=self._bounded(owner, node, merged.role, words))
-        given = [each for each in pytree.tree_leaves((node.args, node.kwargs)) if isinstance(each, fx.Node)]
         if is_primitive(module):
             return whole
         try:
-            inputs = placeholders(self.trace.graph(path, training=False).graph)
-            if len(inputs) != len(given):
-                return whole
-            return self._inward(
-                path, {a.name: held.get(b) for a, b in zip(inputs, given, strict=True)}, whole
+            traced = self.trace.graph(path, training=False)
+            given = fx.map_arg(
+                (node.args, dict(node.kwargs)), lambda each: _spread(values(each), held.get(each))
             )
-        except FxgraftError:  # what cannot be opened may hand anything on
+            leaves = pytree.tree_leaves(bind(traced.signature, *given))  # type: ignore[misc]
+            flows = [leaf.carried if isinstance(leaf, _Held) else None for leaf in leaves]
+            inputs = iter(placeholders(traced.graph))
+            carried: dict[str, Carried] = {}
+            for flow, fixed in zip(flows, traced.fixed, strict=True):
+                if fixed is INPUT:
+                    carried[next(inputs).name] = flow
+                elif flow is not None:  # in an argument that cannot be looked into
+                    return whole
+            return self._inward(path, carried, whole)
+        except (FxgraftError, TypeError, ValueError):  # what cannot be opened may hand anything on
             return whole
 
     def _bounded(self, owner: str, node: fx.Node, role: str, words: frozenset[str]) -> str:
@@ -246,7 +279,7 @@ class _Follower:
 def _flows(carried: Carried) -> list[Flow]:
     if isinstance(carried, Flow):
         return [carried]
-    return [] if carried is None else [flow for each in carried for flow in _flows(each)]
+    return [] if carried is None else [flow for _, each in carried.named for flow in _flows(each)]
 
 
 def _merged(flows: list[Flow]) -> Flow | None:
@@ -259,12 +292,86 @@ def _merged(flows: list[Flow]) -> Flow | None:
     return Flow(min(each.first for each in flows), flows[0].dim, role)
 
 
-def _nest(returned: Any, held: Mapping[fx.Node, Carried]) -> Carried:
-    if isinstance(returned, fx.Node):
-        return held.get(returned)
-    if isinstance(returned, dict):
-        returned = tuple(returned.values())
-    return tuple(_nest(each, held) for each in returned) if isinstance(returned, (tuple, list)) else None
+def _nest(value: Any, held: Mapping[fx.Node, Carried]) -> Carried:
+    if isinstance(value, fx.Node):
+        return held.get(value)
+    if isinstance(value, (tuple, list)):
+        return _entries((name, _nest(each, held)) for name, each in zip(_names(value), value, strict=True))
+    return (
+        _entries((key, _nest(each, held)) for key, each in value.items()) if isinstance(value, dict) else None
+    )
+
+
+@dataclass(frozen=True)
+class _Held:
+    """What is followed in one argument of a call."""
+
+    carried: Carried
+
+
+def _spread(value: Any, carried: Carried) -> Any:
+    """Put what is followed in a structure where its entries are; what is followed in all of it stands in each."""
+
+    def inner(key: Any, each: Any) -> Any:
+        return _spread(each, carried.at(key) if isinstance(carried, Entries) else carried)
+
+    if isinstance(value, dict):
+        return {key: inner(key, each) for key, each in value.items()}
+    if isinstance(value, (tuple, list)):
+        return tuple(inner(key, each) for key, each in zip(_names(value), value, strict=True))
+    return _Held(carried)
+
+
+def _names(sequence: Any) -> Sequence[Any]:
+    """List the fields of a named tuple, or the positions of any other sequence."""
+    return getattr(sequence, "_fields", range(len(sequence)))
+
+
+def _entries(named: Iterable[tuple[Any, Carried]]) -> Entries | None:
+    found = Entries(tuple(named))
+    return found if _flows(found) else None
+
+
+def _built(values: Values, node: fx.Node, held: Mapping[fx.Node, Carried]) -> Carried:
+    """Follow values into the structure that a node makes of them; None where it makes none, or one of another kind."""
+    made: Any = node.target
+    if is_addition(node) and isinstance(values(node), (tuple, list)):
+        return _entries(enumerate(each for part in node.args for each in _listed(values, part, held)))
+    if node.op != "call_function" or not isinstance(made, type):
+        return None
+    if dataclasses.is_dataclass(made) or hasattr(made, "_fields"):
+        return _nest(dict(inspect.signature(made).bind(*node.args, **node.kwargs).arguments), held)
+    if issubclass(made, (dict, list, tuple)) and all(not isinstance(each, fx.Node) for each in node.args):
+        return _nest(made(*node.args, **node.kwargs), held)
+    return None
+
+
+def _listed(values: Values, part: Any, held: Mapping[fx.Node, Carried]) -> list[Carried]:
+    """List what is followed in a sequence, entry by entry."""
+    if not isinstance(part, fx.Node):
+        return [_nest(each, held) for each in part]
+    carried = held.get(part)
+    return [carried.at(name) if isinstance(carried, Entries) else carried for name in _names(values(part))]
+
+
+def _entry(values: Values, node: fx.Node, entries: Entries) -> Carried:
+    """Follow values through the access to an entry of a structure, by its key, its field or its position."""
+    if values(node) is None:
+        return None
+    key: Any = node.args[1]
+    structure: Any = values(node.all_input_nodes[0])
+    if isinstance(structure, (tuple, list)) and isinstance(key, slice):
+        return _entries(enumerate(entries.at(name) for name in _names(structure)[key]))
+    if isinstance(structure, (tuple, list)) and isinstance(key, int):
+        key = _names(structure)[key]
+    elif isinstance(key, int):  # transformers' outputs count the fields that are there
+        same = [name for name, _ in entries.named if _of(structure, name) is values(node)]
+        key = same[0] if len(same) == 1 else key
+    return entries.at(key)
+
+
+def _of(structure: Any, name: Any) -> Any:
+    return structure.get(name) if isinstance(structure, Mapping) else getattr(structure, str(name), None)
 
 
 def _shape(values: Values, node: fx.Node) -> tuple[int, ...]:
@@ -281,8 +388,8 @@ def _factor(values: Values, node: fx.Node, source: fx.Node, flow: Flow) -> str:
 def _picked(values: Values, node: fx.Node, carried: Carried) -> Carried:
     """Follow values through an index."""
     index = node.args[1]
-    if isinstance(carried, tuple):
-        return carried[index] if isinstance(index, int) and index < len(carried) else _merged(_flows(carried))
+    if isinstance(carried, Entries):
+        return _entry(values, node, carried)
     if carried is None or carried.dim < 0:
         return carried
     whole = Flow(role=carried.role)
@@ -305,6 +412,26 @@ def _picked(values: Values, node: fx.Node, carried: Carried) -> Carried:
         return None
     dropped = sum(isinstance(each, int) for each in entries[: carried.dim])
     return Flow(max(carried.first - start, 0), carried.dim - dropped, carried.role)
+
+
+def _parted(values: Values, node: fx.Node, flow: Flow) -> Carried:
+    """Follow values into the parts that a dimension is split into."""
+    dim = node.args[2] if len(node.args) > 2 else node.kwargs.get("dim", 0)
+    parts: Any = values(node)
+    if not isinstance(dim, int):
+        return Flow(role=flow.role)
+    found: list[Carried] = []
+    start = 0
+    for part in parts:
+        stop = start + part.shape[flow.dim]
+        if dim % part.ndim != flow.dim:
+            found.append(flow)
+        elif stop <= flow.first:
+            found.append(None)
+        else:
+            found.append(Flow(max(flow.first - start, 0), flow.dim, flow.role))
+        start = stop
+    return _entries(enumerate(found))
 
 
 def _joined(values: Values, node: fx.Node, carrying: Mapping[fx.Node, Flow]) -> Carried:
