@@ -17,11 +17,11 @@ import timm
 import torch
 import torch.nn.functional as F
 import torchvision
+from tools.readme import own_methods
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 import fxgraft
-from fxgraft.cli.readme import own_methods
 from fxgraft.graph.grafting.graft import Graft
 from fxgraft.graph.grafting.graft_registry import GraftRegistry
 from fxgraft.graph.tracing.observe import default_input_size

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from fxgraft.cli.readme import markdown_table
+from tools.readme import markdown_table
 
 LOOPS = "loop: "
 """What the names of features begin with that are loops, and not tools."""

@@ -6,9 +6,10 @@ from collections import Counter, defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 
+from tools.readme import markdown_table, own_methods
+
 from benchmarks.coverage import Record, category
 from benchmarks.zoo import PROTOCOL, Zoo
-from fxgraft.cli.readme import markdown_table, own_methods
 
 
 def outcomes(records: dict[str, Record]) -> Iterator[tuple[str, str, str, Record]]:

@@ -9,13 +9,13 @@ from pathlib import Path
 import pytest
 import torch
 import typer
+from tools.readme import own_methods, regenerated
 from torch.utils.data import DataLoader
 from typer.testing import CliRunner
 
 import fxgraft
 from fxgraft.cli import readme
 from fxgraft.cli.commands import app
-from fxgraft.cli.readme import own_methods, regenerated
 from fxgraft.patches import registry
 
 ROOT = Path(__file__).parent.parent
@@ -77,7 +77,7 @@ def test_commands_and_their_options_exist(line):
 
 
 def test_what_the_registry_knows_is_generated():
-    assert regenerated(README) == README, "python -m fxgraft.cli.readme --write"
+    assert regenerated(README) == README, "python -m tools.readme --write"
     citing = README.partition("## Citing")[2]
     assert all(f"({method.url})" in citing for method in own_methods().values())
 

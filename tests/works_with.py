@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tools.readme import own_methods
 
-from fxgraft.cli.readme import own_methods
 from fxgraft.environment import environment
 from fxgraft.io.atomic_write import write_text
 

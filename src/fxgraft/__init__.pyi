@@ -1,5 +1,5 @@
 # What type checkers and editors see: the names that __init__.py imports when they are asked for, and the options of
-# every method. Written by python -m fxgraft.cli.stubs
+# every method. Written by python -m tools.stubs
 import collections.abc
 from typing import Any, Literal, TypeVar, overload
 

@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 from benchmarks.matrix import LOOPS, matrix_table
 from benchmarks.results import FOLDER
+from tools.readme import own_methods
 
 from contract.test_loops import SITUATIONS
-from fxgraft.cli.readme import own_methods
 from works_with import PROPERTY, Matrix, method_of
 
 CONTRACT = Path(__file__).parents[1] / "contract"

@@ -14,8 +14,8 @@ from benchmarks.by_hand import BY_HAND
 from benchmarks.coverage import STACK
 from benchmarks.overhead import Overhead, file_of, overhead_table, subjects
 from rich.console import Console
+from tools.readme import own_methods
 
-from fxgraft.cli.readme import own_methods
 from fxgraft.errors import ConfigError
 
 SETTINGS: dict[str, Any] = {"batch": 2, "size": 64, "rounds": 1, "min_run_time": 0.0, "threads": 1}

@@ -12,10 +12,10 @@ from benchmarks.coverage import architectures, category, examine, family, meta_d
 from benchmarks.zoo import Zoo, run
 from benchmarks.zoo_tables import plot, shares, summary
 from rich.console import Console
+from tools.readme import own_methods
 
 from benchmarks import coverage
 from benchmarks import zoo as benchmark
-from fxgraft.cli.readme import own_methods
 from fxgraft.errors import ConfigError
 from sweeping import some
 

@@ -8,6 +8,7 @@ import re
 from dataclasses import dataclass
 
 import pytest
+from tools.readme import own_methods
 from typer.testing import CliRunner
 
 import fxgraft
@@ -15,7 +16,6 @@ from fxgraft.bench.report import OverheadReport
 from fxgraft.cli import completion
 from fxgraft.cli.commands import app
 from fxgraft.cli.method_card import option_docs
-from fxgraft.cli.readme import own_methods
 from fxgraft.errors import ConfigError
 from fxgraft.models import build_model, split_name
 from fxgraft.patches import registry

@@ -13,9 +13,9 @@ from typer.testing import CliRunner
 
 import fxgraft
 from fxgraft.cli.commands import app
-from fxgraft.cli.differences import difference, differences
-from fxgraft.cli.graphs import draw_graph
 from fxgraft.graph.grafting.views import view_grafts
+from fxgraft.viz.code_difference import difference, differences
+from fxgraft.viz.graphs import draw_graph
 from sweeping import some
 from toys import net
 

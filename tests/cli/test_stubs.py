@@ -8,13 +8,13 @@ from pathlib import Path
 
 import pytest
 import typer
+from tools.readme import own_methods
+from tools.stubs import STUB, stub
 from typer.testing import CliRunner
 
 import fxgraft
 from fxgraft import public
 from fxgraft.cli import stubs
-from fxgraft.cli.readme import own_methods
-from fxgraft.cli.stubs import STUB, stub
 
 
 def overloads() -> dict[str, list[str]]:
@@ -29,7 +29,7 @@ def overloads() -> dict[str, list[str]]:
 
 
 def test_the_stub_is_written_from_the_registry() -> None:
-    assert STUB.read_text() == stub(), "python -m fxgraft.cli.stubs --write"
+    assert STUB.read_text() == stub(), "python -m tools.stubs --write"
 
 
 def test_the_command_compares_and_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -39,7 +39,7 @@ def test_the_command_compares_and_writes(tmp_path: Path, monkeypatch: pytest.Mon
     stubs.STUB.write_text("old")
     stale = CliRunner().invoke(app, ["--check"])
     assert stale.exit_code == 1
-    assert "python -m fxgraft.cli.stubs --write" in stale.output
+    assert "python -m tools.stubs --write" in stale.output
     assert CliRunner().invoke(app, ["--write"]).exit_code == 0
     assert stubs.STUB.read_text() == stub()
     assert CliRunner().invoke(app, ["--check"]).exit_code == 0

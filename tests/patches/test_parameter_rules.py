@@ -14,7 +14,7 @@ from torch import nn
 
 import fxgraft
 from fxgraft.graph.grafting.lookup import counterparts
-from fxgraft.timm.grafting import Grafting, model_parameters
+from fxgraft.integrations.timm.grafting import Grafting, model_parameters
 
 NETWORKS = {"test_resnet": (3, 64, 64), "test_vit": (3, 160, 160), "test_efficientnet": (3, 64, 64)}
 

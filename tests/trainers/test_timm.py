@@ -23,10 +23,10 @@ from torch import Tensor, nn
 import fxgraft
 from fxgraft import extend
 from fxgraft.cli.merging import merge_file
+from fxgraft.integrations.timm import launching
+from fxgraft.integrations.timm.grafting import Grafting, _in_torch
+from fxgraft.integrations.timm.launching import launch
 from fxgraft.patches import registry
-from fxgraft.timm import launching
-from fxgraft.timm.grafting import Grafting, _in_torch
-from fxgraft.timm.launching import launch
 
 SCRIPT = Path(__file__).with_name("timm_script.py")
 IMAGES, BATCH, CLASSES, TERM = 8, 4, 2, 100.0

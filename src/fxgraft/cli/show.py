@@ -83,10 +83,10 @@ def show(
 
 def _show_model(name: str, patches: list[str], out: Path | None, mode: Mode, size: int | None) -> None:
     import fxgraft
-    from fxgraft.cli.differences import differences
     from fxgraft.graph.grafting.views import view_grafts
     from fxgraft.models import build_model
     from fxgraft.spec import parse_patch_spec
+    from fxgraft.viz.code_difference import differences
 
     if name in (*fxgraft.methods(), MAPS):
         raise ConfigError(
@@ -111,7 +111,7 @@ def _show_model(name: str, patches: list[str], out: Path | None, mode: Mode, siz
     if not parts:
         typer.echo(f"In {mode.value} nothing is changed: the model runs its own code.")
     elif out is not None:
-        from fxgraft.cli.graphs import draw_graph
+        from fxgraft.viz.graphs import draw_graph
 
         draw_graph(parts, out, f"{name} with {', '.join(patches)}, in {mode.value}")
         typer.echo(f"\n{out}: the graphs of {len(parts)} kinds of grafted modules")

@@ -1,6 +1,6 @@
 """The command ``python -m fxgraft.timm``."""
 
-from fxgraft.timm.launching import main
+from fxgraft.integrations.timm.launching import main
 
 if __name__ == "__main__":
     main()

@@ -9,7 +9,7 @@ import atexit
 import os
 
 from fxgraft.errors import ConfigError
-from fxgraft.timm.grafting import Grafting
+from fxgraft.integrations.timm.grafting import Grafting
 
 _given = [each for each in os.environ.get("FXGRAFT_GRAFTS", "").split(";") if each.strip()]
 if not _given:

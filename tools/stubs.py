@@ -1,7 +1,7 @@
 """What editors see of `fxgraft.patch`: an overload for each built-in method, with its options and presets.
 
-    python -m fxgraft.cli.stubs --write    # after a change to a method's options
-    python -m fxgraft.cli.stubs --check    # fails where __init__.pyi says something else
+    python -m tools.stubs --write    # after a change to a method's options
+    python -m tools.stubs --check    # fails where __init__.pyi says something else
 
 Methods of other packages take any options there, as they do where the name is no literal.
 """
@@ -18,15 +18,15 @@ import typer
 
 import fxgraft
 from fxgraft import public
-from fxgraft.cli.readme import own_methods
 from fxgraft.io.atomic_write import write_text
 from fxgraft.patches.options import option_hints
+from tools.readme import own_methods
 
 STUB = Path(fxgraft.__file__).parent / "__init__.pyi"
 
 _HEAD = """\
 # What type checkers and editors see: the names that __init__.py imports when they are asked for, and the options of
-# every method. Written by python -m fxgraft.cli.stubs
+# every method. Written by python -m tools.stubs
 import collections.abc
 from typing import Any, Literal, TypeVar, overload
 
@@ -103,7 +103,7 @@ def main(
     if write:
         write_text(STUB, stub())
     elif STUB.read_text(encoding="utf-8") != stub():
-        typer.echo(f"{STUB} is not what the registry says: python -m fxgraft.cli.stubs --write", err=True)
+        typer.echo(f"{STUB} is not what the registry says: python -m tools.stubs --write", err=True)
         raise typer.Exit(1)
 
 

@@ -103,7 +103,7 @@ def launch(script: Path, arguments: Sequence[str], grafts: Sequence[str]) -> Non
             "that is installed."
         )
     # Not before: this loads torch, which a mistyped command line does not need.
-    from fxgraft.timm.grafting import Grafting
+    from fxgraft.integrations.timm.grafting import Grafting
 
     with Grafting(grafts) as grafting, _as_program(script, arguments):
         try:

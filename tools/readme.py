@@ -1,7 +1,7 @@
 """The parts of the README that the registry knows: the methods, their options, their papers.
 
-    python -m fxgraft.cli.readme --write    # after a change to a method
-    python -m fxgraft.cli.readme --check    # fails where README.md says something else
+    python -m tools.readme --write    # after a change to a method
+    python -m tools.readme --check    # fails where README.md says something else
 
 A part stands between two comments that name it. Methods of other packages are left out, whatever is installed
 where this runs.
@@ -82,7 +82,7 @@ def regenerated(text: str) -> str:
     """
     methods = own_methods()
     for name, write in PARTS.items():
-        begin = f"<!-- {name}: written by python -m fxgraft.cli.readme -->"
+        begin = f"<!-- {name}: written by python -m tools.readme -->"
         end = f"<!-- {name}: end -->"
         before, *rest = re.split(f"{re.escape(begin)}.*?{re.escape(end)}", text, flags=re.DOTALL)
         if len(rest) != 1:
@@ -107,7 +107,7 @@ def main(
     if write:
         write_text(path, wanted)
     elif text != wanted:
-        typer.echo(f"{path} is not what the registry says: python -m fxgraft.cli.readme --write", err=True)
+        typer.echo(f"{path} is not what the registry says: python -m tools.readme --write", err=True)
         raise typer.Exit(1)
 
 

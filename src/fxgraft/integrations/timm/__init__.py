@@ -1,0 +1,1 @@
+"""Grafts in training scripts of timm that know nothing of fxgraft."""

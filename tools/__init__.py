@@ -1,0 +1,1 @@
+"""What writes the generated files: the stub, the parts of the README."""
