@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 import typer
+from tools import readme
 from tools.readme import own_methods, regenerated
 from torch.utils.data import DataLoader
 from typer.testing import CliRunner
 
 import fxgraft
-from fxgraft.cli import readme
 from fxgraft.cli.commands import app
 from fxgraft.patches import registry
 

@@ -16,8 +16,10 @@ from fxgraft.errors import (
     DuplicateGraftError,
     FxgraftWarning,
     UnknownGraftError,
+    WrappedModelError,
     because,
     candidates,
+    no_module,
 )
 from fxgraft.graph.grafting.graft import Graft
 from fxgraft.graph.grafting.graft_registry import GraftRegistry
@@ -35,7 +37,6 @@ from fxgraft.graph.tracing.atomic import synchronized
 from fxgraft.graph.tracing.model_trace import ModelTrace
 from fxgraft.graph.tracing.names import class_name
 from fxgraft.graph.tracing.preserve import preserved_random_state
-from fxgraft.guards import check_model
 from fxgraft.inspection import Plan, Summary, plan_of, summary_of
 from fxgraft.patches.base import Patch
 from fxgraft.patches.options import is_number
@@ -302,3 +303,35 @@ def merge(model: M) -> M:
             graft.patch.merge(graft, part)
         unpatch(part)
     return merged
+
+
+def check_model(model: Any) -> None:
+    """Raise unless the model can be patched: a plain module that nothing has wrapped yet."""
+    if not isinstance(model, nn.Module):
+        if type(model).__name__ == "ExportedProgram":
+            raise WrappedModelError(
+                "The model is an exported program, whose graph is fixed.\nPatch the model first, export after."
+            )
+        raise no_module(model)
+    wrappers = {
+        "DistributedDataParallel": "DistributedDataParallel",
+        "DataParallel": "DataParallel",
+        "FullyShardedDataParallel": "FSDP",
+        "FSDPModule": "FSDP2 (fully_shard)",
+        "OptimizedModule": "torch.compile",
+        "ScriptModule": "TorchScript",
+    }
+    for path, module in model.named_modules():
+        found = next((wrappers[c.__name__] for c in type(module).__mro__ if c.__name__ in wrappers), None)
+        if found is None and module._compiled_call_impl is not None:
+            found = "module.compile()"
+        nodes = module.graph.nodes if isinstance(module, torch.fx.GraphModule) else ()
+        if found is None and any(isinstance(node.target, torch._ops.OpOverload) for node in nodes):
+            found = "torch.export"
+        if found is not None:
+            where = f"its part {path!r}" if path else "it"
+            raise WrappedModelError(
+                f"{model._get_name()} cannot be patched: {where} is already wrapped by {found}.\n"
+                "The wrapper has taken hold of the bare forward, parameters and hooks, and would miss the patch.\n"
+                "Patch first, wrap after."
+            )

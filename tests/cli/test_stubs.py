@@ -8,13 +8,13 @@ from pathlib import Path
 
 import pytest
 import typer
+from tools import stubs
 from tools.readme import own_methods
 from tools.stubs import STUB, stub
 from typer.testing import CliRunner
 
 import fxgraft
 from fxgraft import public
-from fxgraft.cli import stubs
 
 
 def overloads() -> dict[str, list[str]]:

@@ -19,6 +19,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from fxgraft.api import check_model
 from fxgraft.errors import FxgraftError, RecipeError
 from fxgraft.graph.grafting.graft import Graft
 from fxgraft.graph.grafting.graft_registry import GraftRegistry
@@ -27,7 +28,6 @@ from fxgraft.graph.grafting.placement import PlacementRecord
 from fxgraft.graph.grafting.state import state_of
 from fxgraft.graph.tracing.atomic import synchronized
 from fxgraft.graph.tracing.preserve import preserved_random_state
-from fxgraft.guards import check_model
 from fxgraft.io.atomic_write import Header, digest_of, write_files
 from fxgraft.io.backbone_weights import Weights
 from fxgraft.io.reading import check_counts, read_recipe, recipe_digest

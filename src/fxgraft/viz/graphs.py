@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Sequence
-from html import escape
 from pathlib import Path
 
 from fxgraft.graph.grafting.views import NodeView, PartView
-from fxgraft.io.atomic_write import write_text
 from fxgraft.viz.pictures import matplotlib_figure, write_picture
 
 Place = tuple[float, float]
@@ -42,15 +39,7 @@ def draw_graph(parts: Sequence[PartView], path: Path, title: str) -> None:
     figure.suptitle(title, fontsize=11)
     for axis, part in zip(figure.subplots(1, len(parts), squeeze=False)[0], parts, strict=True):
         _draw_part(axis, part, colours, rows)
-    if path.suffix == ".html":
-        held = io.StringIO()
-        figure.savefig(held, format="svg")
-        svg = held.getvalue()
-        page = f'<!doctype html>\n<meta charset="utf-8">\n<title>{escape(title)}</title>\n'
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_text(path, page + svg[svg.index("<svg") :])
-    else:
-        write_picture(figure, path)
+    write_picture(figure, path, title)
 
 
 def _rows(nodes: Sequence[NodeView]) -> dict[str, int]:

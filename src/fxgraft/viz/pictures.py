@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Mapping, Sequence
+from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ from torchvision.transforms.v2.functional import pil_to_tensor
 
 import fxgraft
 from fxgraft.errors import ConfigError
+from fxgraft.io.atomic_write import write_text
 from fxgraft.patches.pictures import Panel, Picture, View
 
 IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -135,20 +138,32 @@ def matplotlib_figure(**options: Any) -> Any:
         from matplotlib.figure import Figure
     except ImportError as error:
         raise ConfigError(
-            'Pictures need matplotlib, which is not installed.\nInstall it with: pip install "fxgraft[demo]".'
+            'Pictures need matplotlib, which is not installed.\nInstall it with: pip install "fxgraft[viz]".'
         ) from error
     return Figure(**options)
 
 
-def write_picture(figure: Any, path: Path) -> None:
+def write_picture(figure: Any, path: Path, title: str = "") -> None:
     """Write a figure in the format that the file's name asks for.
+
+    Args:
+        figure: of matplotlib.
+        path: the file: ``.svg``, ``.png`` or ``.pdf``, or ``.html`` with the picture in it.
+        title: of the page, for ``.html``.
 
     Raises:
         ConfigError: it cannot be written.
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(path, dpi=120)
+        if path.suffix != ".html":
+            figure.savefig(path, dpi=120)
+            return
+        held = io.StringIO()
+        figure.savefig(held, format="svg")
+        svg = held.getvalue()
+        page = f'<!doctype html>\n<meta charset="utf-8">\n<title>{escape(title)}</title>\n'
+        write_text(path, page + svg[svg.index("<svg") :])
     except (OSError, ValueError) as error:
         raise ConfigError(f"Cannot write the picture {str(path)!r}: {error}.") from error
 

@@ -98,8 +98,9 @@ class MixMo(Patch):
     modules or by the beginning of a name (freezing, layer decay) treats them as the layer. So do weight-decay rules by
     dimension, and the model's ``no_weight_decay()``. What goes by the order of parameters cannot know them:
     ``timm.models.model_parameters(model, exclude_head=True)``, for adaptive gradient clipping, drops the last two,
-    those of the last member's head. ``fxgraft.integrations.timm.grafting.model_parameters`` drops all heads; scripts under
-    ``python -m fxgraft.timm`` get that one. To freeze a layer later, call ``layer.requires_grad_(False)``.
+    those of the last member's head. ``fxgraft.integrations.timm.grafting.model_parameters`` drops all heads;
+    scripts under ``python -m fxgraft.timm`` get that one. To freeze a layer later, call
+    ``layer.requires_grad_(False)``.
 
     `fxgraft.unpatch` leaves the tensors of member 0 in the stock layers, without its offset; to keep what was trained,
     `fxgraft.merge` first.
