@@ -309,22 +309,48 @@ def test_the_summary() -> None:
     assert summary.__rich__().row_count == 2
 
 
-@pytest.mark.parametrize("kind", ["before", "after", "added", "foreign"])
-def test_the_summary_notes_an_optimiser_that_lacks_the_new_parameters(kind: str) -> None:
+@pytest.mark.parametrize("kind", ["before", "after", "added", "another", "frozen"])
+def test_the_summary_notes_an_optimizer_that_lacks_the_new_parameters(kind: str) -> None:
     model = net()
-    if kind == "before":
-        optimiser = torch.optim.SGD(model.parameters(), 0.1)
-    if kind == "foreign":
-        optimiser = torch.optim.SGD(net().parameters(), 0.1)
+    old = torch.optim.SGD(model.parameters(), 0.1)
     fxgraft.patch(model, Toy(learned=True))
+    new = fxgraft.grafts(model)[0].parameters()
+    given: Any = old
     if kind == "after":
-        optimiser = torch.optim.SGD(model.parameters(), 0.1)
+        given = torch.optim.SGD(model.parameters(), 0.1)
     if kind == "added":
-        optimiser = torch.optim.SGD(model.fc.parameters(), 0.1)
-        optimiser.add_param_group({"params": fxgraft.grafts(model)[0].parameters()})
-    noted = "parameters of it are in no optimiser" in str(fxgraft.summary(model))
+        old.add_param_group({"params": new})
+    if kind == "another":
+        given = (each for each in (old, torch.optim.SGD(new, 0.1)))
+    if kind == "frozen":
+        new[0].requires_grad_(False)
+    noted = "parameters of it are not in the optimizer" in str(fxgraft.summary(model, given))
     assert noted is (kind == "before")
-    assert optimiser.param_groups
+    assert "optimizer" not in str(fxgraft.summary(model))
+
+
+def test_the_summary_counts_the_parameters_that_an_optimizer_lacks() -> None:
+    inner = net()
+    whole = nn.Sequential(inner)
+    fxgraft.patch(inner, Toy(learned=True))
+    fxgraft.patch(inner, "selfnorm", input_size=SIZE)
+    own = fxgraft.grafts(whole)[1].parameters()
+    optimizer = torch.optim.SGD(own[:1], 0.1)
+    text = str(fxgraft.summary(whole, optimizer))
+    assert "parameters of it are not in the optimizer" in text.splitlines()[1]
+    assert f"{len(own) - 1} of {len(own)} parameters of it are not in the optimizer" in text.splitlines()[2]
+
+
+def test_the_summary_takes_optimizers_of_the_model_only() -> None:
+    model = fxgraft.patch(net(), Toy(learned=True))
+    with pytest.raises(ConfigError, match="No parameter of this Net is in the optimizer"):
+        fxgraft.summary(model, torch.optim.SGD(net().parameters(), 0.1))
+    with pytest.raises(ConfigError, match="has param_groups, and this Parameter has none"):
+        fxgraft.summary(model, model.parameters())  # type: ignore[arg-type]
+    with pytest.raises(
+        ConfigError, match=r"(?s)this float has none.*fxgraft.summary\(model, \[one, other\]\)"
+    ):
+        fxgraft.summary(model, 0.1)  # type: ignore[arg-type]
 
 
 def test_every_error_is_of_the_library_and_of_the_builtin_it_refines() -> None:

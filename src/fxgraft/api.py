@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
@@ -250,12 +250,32 @@ def sites(
     return Sites(found, f"{class_name(model)}, batch of 2")
 
 
-def summary(model: nn.Module) -> Summary:
+def summary(
+    model: nn.Module, optimizer: torch.optim.Optimizer | Iterable[torch.optim.Optimizer] | None = None
+) -> Summary:
     """Summarise the grafts of a model: what each does where, its parameters, and what to look out for.
 
     Grafts of a patched part of the model are listed under the part's name: ``backbone.rsc``.
+
+    >>> import fxgraft, timm, torch
+    >>> model = timm.create_model("test_resnet")
+    >>> optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    >>> fxgraft.patch(model, "selfnorm") is model
+    True
+    >>> "parameters of it are not in the optimizer" in str(fxgraft.summary(model, optimizer))
+    True
+
+    Args:
+        model: bare, patched, or with patched parts.
+        optimizer: what trains the model, or several. The summary then says of which grafts it does not hold parameters
+            that are to be trained, as where it was built before the patch.
+
+    Raises:
+        ConfigError: ``optimizer`` is none, or holds no parameter of this model.
     """
-    return summary_of(unwrapped(model), named_grafts(model))
+    given = () if optimizer is None else optimizer
+    several = [*given] if isinstance(given, Iterable) else [given]
+    return summary_of(unwrapped(model), named_grafts(model), several)
 
 
 def set_progress(model: nn.Module, fraction: float) -> None:

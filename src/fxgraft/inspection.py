@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-import gc
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
-import torch
 from rich.table import Table
 from torch import nn
 
-from fxgraft.errors import MethodError
+from fxgraft.errors import ConfigError, MethodError
 from fxgraft.graph.grafting.graft import Graft
 from fxgraft.graph.grafting.lookup import named_grafts
 from fxgraft.graph.grafting.placement import Placement
@@ -89,22 +88,63 @@ class Summary:
     __repr__ = __str__
 
 
-def summary_of(model: nn.Module, grafts: Mapping[str, Graft]) -> Summary:
-    """Describe the grafts of a model, by name."""
+def summary_of(model: nn.Module, grafts: Mapping[str, Graft], optimizers: Sequence[Any] = ()) -> Summary:
+    """Describe the grafts of a model, by name.
+
+    Args:
+        model: the model.
+        grafts: its grafts and those of its parts.
+        optimizers: with ``param_groups``; which parameters of grafts they do not hold is noted. None: no notes.
+    """
+    held = _held(model, optimizers)
     rows = []
     for name, graft in grafts.items():
-        own = graft.parameters()
         notes = []
         if graft.patch.needs_labels:
             notes.append("needs labels in training")
         if graft.patch.train_only:
             notes.append("absent in evaluation")
         notes += [f"{option} {_progress(graft)}" for option in graft.patch.schedules()]
-        if own and _left_out(model, own):
-            notes.append("parameters of it are in no optimiser: add graft.parameters() to yours")
+        own = graft.parameters()
+        trained = [p for p in own if p.requires_grad]
+        left_out = [] if held is None else [p for p in trained if id(p) not in held]
+        if left_out:
+            which = (
+                "parameters"
+                if len(left_out) == len(trained)
+                else f"{len(left_out)} of {len(trained)} parameters"
+            )
+            notes.append(
+                f"{which} of it are not in the optimizer: build it after the patch, or add them to it"
+            )
         count = f"{sum(p.numel() for p in own):,}"
         rows.append((name, graft.patch.method, graft.patch.describe(graft), count, ", ".join(notes)))
     return Summary(class_name(model), tuple(rows))
+
+
+def _held(model: nn.Module, optimizers: Sequence[Any]) -> set[int] | None:
+    """Return the identities of the parameters that optimizers hold; None where there is no optimizer.
+
+    Raises:
+        ConfigError: something else than an optimizer, or optimizers of another model.
+    """
+    if not optimizers:
+        return None
+    for each in optimizers:
+        if not isinstance(getattr(each, "param_groups", None), list):
+            raise ConfigError(
+                f"An optimizer has param_groups, and this {type(each).__name__} has none.\n"
+                "The summary compares the parameters in them with those of the grafts.\n"
+                "Pass the optimizer, or several in a list: fxgraft.summary(model, [one, other])."
+            )
+    held = {id(p) for each in optimizers for group in each.param_groups for p in group["params"]}
+    if held.isdisjoint(map(id, model.parameters())):
+        raise ConfigError(
+            f"No parameter of this {class_name(model)} is in the optimizer.\n"
+            "It was built for another model, or for parameters that were replaced since (by FSDP, by a copy).\n"
+            "Pass the optimizer that trains this model."
+        )
+    return held
 
 
 def _progress(graft: Graft) -> str:
@@ -112,18 +152,6 @@ def _progress(graft: Graft) -> str:
     if graft.context is None or not (graft.context.progress_watch.fed or graft.context.progress):
         return "waits for fxgraft.set_progress, which was never called"
     return f"follows fxgraft.set_progress, now {graft.context.progress:g}"
-
-
-def _left_out(model: nn.Module, own: list[nn.Parameter]) -> bool:
-    """Say whether an optimiser of this model exists, and some of these parameters are in none."""
-    ids = {id(p) for p in own}
-    others = {id(p) for p in model.parameters()} - ids
-    held = [
-        {id(p) for group in each.param_groups for p in group["params"]}
-        for each in gc.get_objects()
-        if issubclass(type(each), torch.optim.Optimizer)  # isinstance would run code of whatever is in memory
-    ]
-    return any(h & others for h in held) and not ids <= set[int]().union(*held)
 
 
 def diagnostics(model: nn.Module) -> dict[str, float]:
