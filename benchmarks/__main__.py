@@ -1,14 +1,13 @@
 """Benchmarks: does a method help, on which data, what does it cost, and on which networks does it go?
 
-    python -m benchmarks quick --data DIR
-    python -m benchmarks full --data DIR --device cuda --minutes 9
-    python -m benchmarks table
+    python -m benchmarks study NAME --data DIR
+    python -m benchmarks studies
     python -m benchmarks zoo --minutes 60
     python -m benchmarks overhead
     python -m benchmarks readme --write
 
-Everything that is missing is run; what is there is kept. A run that is cut off goes on from its last finished
-epoch when the same command is given again.
+Everything that is missing is run; what is there is kept. The same command goes on where it was
+cut off.
 """
 
 from __future__ import annotations
@@ -19,7 +18,6 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from benchmarks.evidence import help_table, scores_table
 from benchmarks.matrix import matrix_table
 from benchmarks.overhead import (
     MODELS,
@@ -30,11 +28,9 @@ from benchmarks.overhead import (
     quiet_profiler,
     subjects,
 )
-from benchmarks.pictures import plot
-from benchmarks.results import FOLDER, Results
-from benchmarks.runner import Settings, carry_out
 from benchmarks.studies import STUDIES
-from benchmarks.study import SIZES
+from benchmarks.studies.study import FOLDER as STUDIES_FOLDER
+from benchmarks.studies.study import Study, evidence_table, progress_line
 from benchmarks.zoo import Zoo
 from benchmarks.zoo import run as run_zoo
 from benchmarks.zoo_tables import coverage, summary
@@ -43,62 +39,51 @@ from fxgraft.errors import ConfigError, candidates
 from fxgraft.io.atomic_write import write_text
 
 README = Path(__file__).parents[1] / "README.md"
+FOLDER = Path(__file__).parent / "results"
+DATA = Path(__file__).parents[2] / "shared" / "data"
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help=__doc__, pretty_exceptions_enable=False)
 
-Names = Annotated[list[str] | None, typer.Argument(help=f"Only these: {', '.join(STUDIES)}.")]
-Data = Annotated[Path, typer.Option(help="Directory with the data.")]
 Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, …")]
-Seeds = Annotated[str | None, typer.Option(metavar="N,N,…", help="Instead of those of the protocol.")]
 Workers = Annotated[int, typer.Option(min=1, help="Runs side by side, one thread each.")]
 Minutes = Annotated[float | None, typer.Option(help="Stop after this long; the next call goes on.")]
 Out = Annotated[Path, typer.Option(help="Folder of the result files.")]
 
 
 @app.command()
-def quick(
-    data: Data,
-    names: Names = None,
-    device: Device = "cpu",
-    seeds: Seeds = None,
+def study(
+    names: Annotated[list[str], typer.Argument(help=f"One after the other: {', '.join(STUDIES)}.")],
+    data: Annotated[
+        Path, typer.Option(help="Folder with the data; see benchmarks/results/README.md.")
+    ] = DATA,
     workers: Workers = 2,
-    minutes: Minutes = None,
-    out: Out = FOLDER,
+    device: Device = "cpu",
+    out: Out = STUDIES_FOLDER,
 ) -> None:
-    """Run what is missing of the protocols for two CPU cores."""
-    _run(
-        "quick",
-        names,
-        Settings(data=data, device=device, workers=workers, minutes=minutes, seeds=_seeds(seeds)),
-        out,
-    )
+    """Do the runs that a study lacks, and write its table. What is there is kept; the same command goes on."""
+    for chosen in [_study(name) for name in names]:
+        if lacking := chosen.missing(data):
+            typer.echo(f"Skipped: {lacking}")
+            continue
+        typer.echo(
+            f"{chosen.name}: {chosen.pairs} pairs; {chosen.needed} show {100 * chosen.gain:.1f} points with 80 % power."
+        )
+        result = chosen.run(data, out, workers=workers, device=device, progress=progress_line(chosen))
+        typer.echo(str(result))
 
 
 @app.command()
-def full(
-    data: Data,
-    names: Names = None,
-    device: Device = "cuda",
-    seeds: Seeds = None,
-    workers: Workers = 1,
-    minutes: Minutes = None,
-    out: Out = FOLDER,
-) -> None:
-    """Run what is missing of the protocols to quote, for a GPU."""
-    _run(
-        "full",
-        names,
-        Settings(data=data, device=device, workers=workers, minutes=minutes, seeds=_seeds(seeds)),
-        out,
-    )
-
-
-@app.command()
-def table(names: Names = None, out: Out = FOLDER) -> None:
-    """Print what the result files hold, and draw the pictures."""
-    console = Console()
-    for results in read_all(names, out):
-        _present(results, console)
+def studies() -> None:
+    """List the studies, with the runs that are done."""
+    for each in STUDIES.values():
+        pairs = ", ".join(
+            f"{verdict.variant} against {against}: {verdict.pairs} of {each.pairs} pairs, "
+            f"{result.show(verdict.difference, True)} ({result.show(verdict.low, True)} to "
+            f"{result.show(verdict.high, True)}), {verdict.sentence(result.factor, result.unit)}"
+            for against, result in each.read().items()
+            for verdict in result.verdicts
+        )
+        typer.echo(f"{each.name}: {each.about}\n  {pairs or 'no pair yet'}")
 
 
 @app.command()
@@ -169,7 +154,7 @@ def overhead(
 def readme_parts() -> dict[str, str]:
     """Return what the committed results say, by the name of the part of the README."""
     return {
-        "evidence": help_table(read_all(None, FOLDER)),
+        "evidence": evidence_table(STUDIES.values()),
         "coverage": coverage(Zoo(FOLDER / "zoo.json")),
         "works-with": matrix_table(FOLDER / "works_with.json"),
         "loops": matrix_table(FOLDER / "works_with.json", loops=True),
@@ -188,48 +173,10 @@ def with_part(document: str, part: str, text: str) -> str:
     return f"{head}{begin}\n{text}\n{end}{tail}"
 
 
-def read_all(names: list[str] | None, folder: Path) -> list[Results]:
-    """Return the result files there are, the larger protocol of each study last."""
-    found = [Results(STUDIES[name], size, folder) for name in _chosen(names) for size in SIZES]
-    return [results for results in found if results.runs]
-
-
-def _chosen(names: list[str] | None) -> list[str]:
-    for name in names or ():
-        if name not in STUDIES:
-            raise ConfigError(f"There is no study {name!r}. {candidates(name, list(STUDIES))}")
-    return names or list(STUDIES)
-
-
-def _run(size: str, names: list[str] | None, settings: Settings, out: Path) -> None:
-    console = Console()
-    chosen = [STUDIES[name] for name in _chosen(names)]
-    for study in chosen:
-        study.check(settings.data)
-    for study in chosen:
-        results = Results(study, size, out)
-        complete = carry_out(results, settings, console)
-        if results.runs:
-            _present(results, console)
-        if not complete:
-            console.print("The time is over; the same command goes on.")
-            return
-
-
-def _present(results: Results, console: Console) -> None:
-    if not console.is_terminal:
-        console.width = max(console.width, 120)
-    console.print(scores_table(results))
-    plot(results, results.path.with_suffix(".png"))
-
-
-def _seeds(text: str | None) -> tuple[int, ...] | None:
-    if text is None:
-        return None
-    try:
-        return tuple(int(part) for part in text.split(","))
-    except ValueError:
-        raise ConfigError(f"--seeds takes whole numbers with commas, such as 0,1,2; got {text!r}.") from None
+def _study(name: str) -> Study:
+    if name not in STUDIES:
+        raise ConfigError(f"There is no study {name!r}. {candidates(name, list(STUDIES))}")
+    return STUDIES[name]
 
 
 def main() -> None:

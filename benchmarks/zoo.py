@@ -13,17 +13,27 @@ from __future__ import annotations
 import fnmatch
 import json
 import multiprocessing
+import os
+import threading
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Executor, Future, ProcessPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskProgressColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 
 from benchmarks.coverage import Record, architectures, examine, meta_dirichlet, structure
-from benchmarks.runner import progress_bar, start_worker
 from fxgraft.environment import environment
 from fxgraft.errors import ConfigError
 from fxgraft.io.atomic_write import write_text
@@ -158,3 +168,32 @@ def _results(
 def _start() -> None:
     start_worker()
     _KEPT.append(meta_dirichlet())
+
+
+def start_worker() -> None:
+    """Give a process one thread, and have it end with the one that started it, however that one ends."""
+    os.environ["OMP_NUM_THREADS"] = "1"
+    import torch
+
+    torch.set_num_threads(1)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
+
+
+def progress_bar(console: Console) -> Progress:
+    """Make the bar of a long run: how many are done, how long it took, how long it will take."""
+    columns: Sequence[Any] = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TaskProgressColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(elapsed_when_finished=True),
+    )
+    return Progress(*columns, console=console, speed_estimate_period=3600)

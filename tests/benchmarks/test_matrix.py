@@ -9,8 +9,8 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from benchmarks.__main__ import FOLDER
 from benchmarks.matrix import LOOPS, matrix_table
-from benchmarks.results import FOLDER
 from tools.readme import own_methods
 
 from contract.test_loops import SITUATIONS

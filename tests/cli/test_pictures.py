@@ -8,7 +8,6 @@ from dataclasses import dataclass
 import pytest
 import timm
 import torch
-from benchmarks.loops.images import decode, to_floats
 from PIL import Image
 from typer.testing import CliRunner
 
@@ -18,7 +17,7 @@ from fxgraft.cli.commands import app
 from fxgraft.errors import ConfigError
 from fxgraft.patches import registry
 from fxgraft.patches.diversification.patch import maps
-from fxgraft.viz.pictures import methods_with_pictures, picture_of, save_picture
+from fxgraft.viz.pictures import methods_with_pictures, picture_of, read_images, save_picture
 
 SIZE = ("--model", "resnet18", "--classes", "5", "--size", "96")
 
@@ -41,7 +40,7 @@ def photo(tmp_path):
 
 
 def read_image(path, size):
-    return to_floats(decode(str(path), lambda: path.open("rb"), size))
+    return read_images([path], size)[0]
 
 
 def run(*arguments: str, code: int = 0) -> str:

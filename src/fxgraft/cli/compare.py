@@ -51,6 +51,12 @@ def compare(
     corrupt: Annotated[
         bool, typer.Option("--corrupt", help="Test on the corruptions of ImageNet-C.")
     ] = False,
+    per_class: Annotated[
+        int | None, typer.Option(help="At most so many training images of each class and domain.")
+    ] = None,
+    test_per_class: Annotated[
+        int | None, typer.Option(help="At most so many test images of each class.")
+    ] = None,
     seeds: Annotated[str, typer.Option(metavar="N|N,N,…", help="How many, or which.")] = "5",
     size: Annotated[int | None, typer.Option(help="Side of the images; the model's own without it.")] = None,
     epochs: Annotated[int | None, typer.Option(help="Passes over the training images.")] = None,
@@ -106,6 +112,8 @@ def compare(
             test=test,
             target=target,
             corrupt=corrupt,
+            per_class=per_class,
+            test_per_class=test_per_class,
             seeds=_seeds(seeds),
             pretrained=pretrained,
             weights=weights,

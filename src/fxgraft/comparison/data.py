@@ -6,7 +6,7 @@ import functools
 import os
 import tarfile
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path, PurePosixPath
@@ -95,6 +95,8 @@ def read_data(
     test: str | os.PathLike[str] | None = None,
     target: str | os.PathLike[str] | None = None,
     validation_share: float = 0.1,
+    per_class: int | None = None,
+    test_per_class: int | None = None,
 ) -> Data:
     """Find the images and decide what is trained on and what is tested. No image is decoded.
 
@@ -108,6 +110,8 @@ def read_data(
         target: images of the domain to adapt to. Their folders' names are not read. Without it, what is tested.
         validation_share: share of the training images of each domain and class that is set apart, where
             the data has no validation split.
+        per_class: at most so many training images of each class of each domain, by a fixed draw.
+        test_per_class: at most so many test images of each class.
 
     Returns:
         The tasks. A folder of classes is split by a fixed draw: a fifth of each class is tested.
@@ -116,6 +120,9 @@ def read_data(
         ConfigError: nothing is found, images lie outside class folders, domains differ in their classes, there is
             one class only, or a domain that is named does not exist.
     """
+    for name, count in (("per_class", per_class), ("test_per_class", test_per_class)):
+        if count is not None and (isinstance(count, bool) or not isinstance(count, int) or count < 1):
+            raise ConfigError(f"{name} must be a whole number of at least 1, got {count!r}.")
     kind, groups = _groups(data)
     if hold_out is not None and kind != "domains":
         raise ConfigError(
@@ -138,7 +145,10 @@ def read_data(
         else tuple(Item(p, m, -1) for rows in _groups(target)[1].values() for p, m, _ in rows)
     )
     asked = {} if tests is None else {name: _items(rows, classes, name) for name, rows in tests.items()}
-    tasks = list(_tasks(kind, items, hold_out, asked, validation_share, str(data)))
+    make = functools.partial(
+        _task, share=validation_share, per_class=per_class, test_per_class=test_per_class
+    )
+    tasks = list(_tasks(kind, items, hold_out, asked, make, str(data)))
     counts = {name: len(rows) for name, rows in (items | asked).items()}
     with_target = tuple(
         Task(each.name, each.train, each.validation, each.test, adapted or each.test) for each in tasks
@@ -151,7 +161,7 @@ def _tasks(
     items: Mapping[str, Items],
     hold_out: str | Sequence[str] | None,
     asked: Mapping[str, Items],
-    share: float,
+    make: Callable[[str, Sequence[Items], Items, Items], Task],
     data: str,
 ) -> Iterable[Task]:
     if kind == "domains" and not asked:
@@ -171,9 +181,7 @@ def _tasks(
         for name in chosen:
             if name not in items:
                 raise ConfigError(f"There is no domain {name!r} to hold out. {candidates(name, names)}")
-            yield _task(
-                name, [rows for other, rows in items.items() if other != name], (), items[name], share
-            )
+            yield make(name, [rows for other, rows in items.items() if other != name], (), items[name])
         return
     if kind == "splits":
         validation, tested = items.get("validation", ()), items.get("test", ())
@@ -184,17 +192,27 @@ def _tasks(
             raise ConfigError(f"{data} has a train split alone.\nAdd test/ beside it, or pass test=.")
         sets = asked or {"test": tested}
         for name, rows in sets.items():
-            yield _task(name, [items["train"]], validation, rows, share)
+            yield make(name, [items["train"]], validation, rows)
         return
     groups = list(items.values())
     if not asked:
         kept, apart = zip(*(split(rows, 0.2, seed=1) for rows in groups), strict=True)
         groups, asked = list(kept), {"test": tuple(item for rows in apart for item in rows)}
     for name, rows in asked.items():
-        yield _task(name, groups, (), rows, share)
+        yield make(name, groups, (), rows)
 
 
-def _task(name: str, groups: Sequence[Items], validation: Items, test: Items, share: float) -> Task:
+def _task(
+    name: str,
+    groups: Sequence[Items],
+    validation: Items,
+    test: Items,
+    *,
+    share: float,
+    per_class: int | None,
+    test_per_class: int | None,
+) -> Task:
+    groups, test = [_few(rows, per_class) for rows in groups], _few(test, test_per_class)
     if validation:
         return Task(name, tuple(item for rows in groups for item in rows), validation, test)
     kept, apart = zip(*(split(rows, share, seed=0) for rows in groups), strict=True)
@@ -204,6 +222,19 @@ def _task(name: str, groups: Sequence[Items], validation: Items, test: Items, sh
         tuple(item for rows in apart for item in rows),
         test,
     )
+
+
+def _few(items: Items, count: int | None) -> Items:
+    """Keep so many images of each class, drawn once and for all."""
+    if count is None:
+        return items
+    generator = torch.Generator().manual_seed(2)
+    kept: set[int] = set()
+    for label in sorted({item.label for item in items}):
+        members = [index for index, item in enumerate(items) if item.label == label]
+        order = torch.randperm(len(members), generator=generator)[:count]
+        kept |= {members[position] for position in order.tolist()}
+    return tuple(item for index, item in enumerate(items) if index in kept)
 
 
 def split(items: Items, share: float, seed: int) -> tuple[Items, Items]:

@@ -43,6 +43,8 @@ def compare(
     test: str | os.PathLike[str] | None = None,
     target: str | os.PathLike[str] | None = None,
     corrupt: bool = False,
+    per_class: int | None = None,
+    test_per_class: int | None = None,
     seeds: int | Sequence[int] = 5,
     pretrained: bool = False,
     weights: str | os.PathLike[str] | None = None,
@@ -50,6 +52,7 @@ def compare(
     size: int | None = None,
     training: Training | Mapping[str, Any] | None = None,
     train: Callable[..., Any] | None = None,
+    measure: Callable[..., Mapping[str, float]] | None = None,
     tune: Mapping[str, Sequence[Any]] | None = None,
     tune_each: bool = False,
     baseline: str = BARE,
@@ -80,6 +83,8 @@ def compare(
         test: other images to test on.
         target: images to adapt to, without labels; by default those that are tested.
         corrupt: test on the fifteen corruptions of ImageNet-C at five severities; scores are means over the 75.
+        per_class: at most so many training images of each class of each domain, by a fixed draw.
+        test_per_class: at most so many test images of each class.
         seeds: number of seeds, or the seeds.
         pretrained: start from the library's weights.
         weights: start from a checkpoint; its classifier is left out where it has other classes.
@@ -88,6 +93,9 @@ def compare(
         training: settings, see `Training`; a mapping changes the defaults.
         train: a training loop of one's own instead, called as ``train(model, images, validation, seed)`` with two
             map-style data sets of (image, label). It trains the model in place, and may return each epoch's loss.
+        measure: further numbers of each run, called as ``measure(model, validation, test)`` with the scored model and
+            two map-style data sets of (image, label), as evaluation transforms them. They stand in the run's
+            "measured"; no verdict is about them.
         tune: values to try, by setting: ``{"lr": [0.003, 0.01]}``. The baseline is tuned on the images of the source
             that are set apart, with a seed of its own, and every variant gets the setting that was best for it.
         tune_each: tune every variant, with the same values.
@@ -118,7 +126,14 @@ def compare(
     _check_numbers(numbers, seeds, metric, interest, level, workers)
     place = checked_device(device)
     settings = training if isinstance(training, Training) else settings_of(Training(), training or {})
-    images = read_data(data, hold_out=hold_out, test=test, target=target)
+    images = read_data(
+        data,
+        hold_out=hold_out,
+        test=test,
+        target=target,
+        per_class=per_class,
+        test_per_class=test_per_class,
+    )
     side = _own_size(model) if size is None else size
     if corrupt:
         check_corruptions(side)
@@ -131,6 +146,7 @@ def compare(
         size=side,
         training=settings,
         train=train,
+        measure=measure,
         corrupt=corrupt,
         adapt_steps=adapt_steps,
         adapt_lr=adapt_lr,
@@ -138,7 +154,9 @@ def compare(
     _check_images(images, settings, train)
     for variant in chosen:
         setup.check(variant)
-    folder = Folder(Path(out), _protocol(setup, images, data, tune, tune_each))
+    protocol = _protocol(setup, images, data, tune, tune_each)
+    protocol |= {"per_class": per_class, "test_per_class": test_per_class}
+    folder = Folder(Path(out), protocol)
     with folder.opened() as records:
         result = Comparison(
             protocol=folder.protocol,
@@ -238,12 +256,8 @@ def _own_size(model: Model) -> int:
 def _protocol(
     setup: Setup, images: Data, data: Any, tune: Mapping[str, Sequence[Any]] | None, tune_each: bool
 ) -> dict[str, Any]:
-    name = (
-        setup.model
-        if isinstance(setup.model, str)
-        else f"{setup.model.__module__}:{setup.model.__qualname__}"
-    )
-    loop = None if setup.train is None else f"{setup.train.__module__}:{setup.train.__qualname__}"
+    name = setup.model if isinstance(setup.model, str) else _path(setup.model)
+    loop = None if setup.train is None else _path(setup.train)
     return {
         "data": Path(str(data)).name,
         "kind": images.kind,
@@ -254,12 +268,23 @@ def _protocol(
         "pretrained": setup.pretrained,
         "weights_sha256": None if setup.weights is None else digest_of(Path(setup.weights)),
         "size": setup.size,
-        "training": asdict(setup.training) if loop is None else {"loop": loop},
+        "training": asdict(setup.training) if loop is None else {"loop": loop, **_seen(setup.training)},
         "corrupt": setup.corrupt,
+        "measure": None if setup.measure is None else _path(setup.measure),
         "adapt": {"steps": setup.adapt_steps, "lr": setup.adapt_lr},
         "tune": {name: list(values) for name, values in (tune or {}).items()},
         "tune_each": tune_each,
     }
+
+
+def _seen(training: Training) -> dict[str, Any]:
+    """Return the settings that a loop of one's own is under too: those of the images, and of their evaluation."""
+    names = ("batch_size", "amp", "channels_last", "train_crop", "hflip", "color_jitter", "grayscale")
+    return {name: getattr(training, name) for name in names}
+
+
+def _path(function: Callable[..., Any]) -> str:
+    return f"{function.__module__}:{function.__qualname__}"
 
 
 def _jobs(
@@ -349,7 +374,7 @@ class _Runner:
         with closing(self._carried_out(jobs)) as finished:
             for records in finished:
                 for record in records:
-                    self.result.records.append(self.folder.add(record))
+                    self.result.add(self.folder.add(record))
                 done += 1
                 if self.progress is not None:
                     self.progress(self.result, (time.monotonic() - began) / done * (len(jobs) - done))

@@ -58,29 +58,28 @@ class Comparison:
     tuned: dict[str, Mapping[str, Any]] = field(default_factory=dict)
     command: str = ""
     pictures: Callable[[], Sequence[Any]] = field(default=tuple, repr=False)
+    _found: dict[tuple[str, str, Any], Record] = field(default_factory=dict, init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        for each in self.records:
+            self._index(each)
+
+    def _index(self, record: Record) -> None:
+        which = _key(record["tuning"]) if "tuning" in record else record["seed"]
+        self._found.setdefault((record["variant"], record["task"], which), record)
+
+    def add(self, record: Record) -> None:
+        """Take a finished run in."""
+        self.records.append(record)
+        self._index(record)
 
     def record(self, variant: str, task: str, seed: int) -> Record | None:
         """Return a run; None if it is not done."""
-        return next(
-            (
-                each
-                for each in self.records
-                if "tuning" not in each
-                and (each["variant"], each["task"], each["seed"]) == (variant, task, seed)
-            ),
-            None,
-        )
+        return self._found.get((variant, task, seed))
 
     def tuning(self, variant: str, task: str, values: Mapping[str, Any]) -> Record | None:
         """Return a run that tried settings; None if it is not done."""
-        return next(
-            (
-                each
-                for each in self.records
-                if each.get("tuning") == values and (each["variant"], each["task"]) == (variant, task)
-            ),
-            None,
-        )
+        return self._found.get((variant, task, _key(values)))
 
     def pairs(self, variant: str, task: str | None = None) -> list[tuple[Record, Record]]:
         """Return the finished pairs (baseline, variant), of one task or of all."""
@@ -303,3 +302,7 @@ class Comparison:
         with console.capture() as text:
             console.print(self)
         return text.get()
+
+
+def _key(values: Mapping[str, Any]) -> str:
+    return json.dumps(finite(values), sort_keys=True)

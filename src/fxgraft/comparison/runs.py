@@ -13,7 +13,7 @@ from torch import nn
 import fxgraft
 from fxgraft.comparison import backbones
 from fxgraft.comparison.corruptions import CORRUPTIONS, SEVERITIES, Corrupted
-from fxgraft.comparison.data import Task
+from fxgraft.comparison.data import Items, Task
 from fxgraft.comparison.training import (
     SCORES,
     Fit,
@@ -98,6 +98,7 @@ class Setup:
         size: side of the images in pixels.
         training: how every variant is trained.
         train: a training loop instead, called as ``train(model, images, validation, seed)``.
+        measure: further numbers of a run, called as ``measure(model, validation, test)``.
         corrupt: score corrupted test images instead of clean ones.
         adapt_steps: steps of "gam".
         adapt_lr: its learning rate.
@@ -111,6 +112,7 @@ class Setup:
     pretrained: bool = False
     weights: str | None = None
     train: Callable[..., Any] | None = None
+    measure: Callable[..., Mapping[str, float]] | None = None
     corrupt: bool = False
     adapt_steps: int = 1000
     adapt_lr: float = 2e-4
@@ -215,6 +217,10 @@ def _carry_out(setup: Setup, job: Job) -> list[Record]:
             record |= {"tuning": dict(job.tuning), "scores": {name: scored[name] for name in SCORES}}
         else:
             record |= _scored(setup, adapted, job)
+            if setup.measure is not None:
+                sets = (_evaluated(setup, adapted, items) for items in (job.task.validation, job.task.test))
+                numbers = setup.measure(adapted, *sets)
+                record["measured"] = {name: float(value) for name, value in numbers.items()}
         record["diverged"] |= not record.pop("finite", True)
         records.append({**record, "seconds": round(time.perf_counter() - began, 2)})
     return records
@@ -235,11 +241,12 @@ def _fitted(setup: Setup, model: nn.Module, job: Job) -> Fit:
     images = Images(
         task.train, transform_of(model, setup.training, setup.size, training=True), setup.size, job.seed
     )
-    seen = Images(
-        task.validation, transform_of(model, setup.training, setup.size, training=False), setup.size
-    )
-    loss = setup.train(model, images, seen, job.seed)
+    loss = setup.train(model, images, _evaluated(setup, model, task.validation), job.seed)
     return Fit(loss=[float(each) for each in loss] if isinstance(loss, Sequence) else [])
+
+
+def _evaluated(setup: Setup, model: nn.Module, items: Items) -> Images:
+    return Images(items, transform_of(model, setup.training, setup.size, training=False), setup.size)
 
 
 def _adapted(setup: Setup, model: nn.Module, variant: Variant, job: Job) -> nn.Module:

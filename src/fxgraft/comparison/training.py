@@ -129,36 +129,46 @@ class Images(Dataset[tuple[Tensor, int]]):
     So all variants see the same crops and colours, whatever their methods draw.
     """
 
-    def __init__(self, items: Items, transform: Callable[[Any], Any], size: int, seed: int = 0) -> None:
+    def __init__(
+        self,
+        items: Items,
+        transform: Callable[[Any], Any],
+        size: int,
+        seed: int = 0,
+        prepare: Callable[[Any], Any] | None = None,
+    ) -> None:
         self.items, self.transform, self.seed, self.epoch = items, transform, seed, 0
-        self.side = round(size * 8 / 7)
+        self.side, self.prepare = round(size * 8 / 7), prepare
 
     def __len__(self) -> int:
         return len(self.items)
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         item = self.items[index]
-        image = _decoded(item, self.side)
         own = hash((self.seed, self.epoch, index)) % (1 << 32)
         with own_randomness(own):
+            image = _decoded(item, self.side, self.prepare)
             return self.transform(image), item.label
 
 
-_cache: dict[tuple[Item, int], Any] = {}
+_cache: dict[tuple[Item, int, Any], Any] = {}
 _cached_bytes = 0
 
 
-def _decoded(item: Item, side: int) -> Any:
-    """Decode an image, its shorter side no longer than ``side``; keep up to a gigabyte of them in this process."""
+def _decoded(item: Item, side: int, prepare: Callable[[Any], Any] | None = None) -> Any:
+    """Decode and prepare an image, its shorter side no longer than ``side``; keep up to a gigabyte in this process."""
     global _cached_bytes
-    key = (item, side)
+    key = (item, side, prepare)
     if key in _cache:
         return _cache[key]
-    image = open_image(item)
-    short = min(image.size)
-    if short > side:
-        width, height = image.size
-        image = image.resize((round(width * side / short), round(height * side / short)), resample=3)
+    if prepare is not None:
+        image = prepare(_decoded(item, side))
+    else:
+        image = open_image(item)
+        short = min(image.size)
+        if short > side:
+            width, height = image.size
+            image = image.resize((round(width * side / short), round(height * side / short)), resample=3)
     size = 3 * image.size[0] * image.size[1]
     if _cached_bytes + size <= _CACHE_BYTES:
         _cached_bytes += size
@@ -300,7 +310,7 @@ def evaluate(
         settings: those of training, for batch size and precision.
         size: side of the images in pixels.
         device: where the model is.
-        prepare: applied to each decoded image first, as a corruption is.
+        prepare: applied to each decoded image first, as a corruption is; equal ones are taken to do the same.
 
     Returns:
         Each of `SCORES` by name, and "right" and "images", counts by class. Outputs that are not finite are no
@@ -340,8 +350,8 @@ def predict(
 ) -> tuple[Tensor, Tensor]:
     """Return the logits (N, K) in float32 and the labels (N,) of images, on the CPU."""
     transform = transform_of(model, settings, size, training=False)
-    whole = transform if prepare is None else lambda image: transform(prepare(image))
-    loader: Any = DataLoader(Images(tuple(items), whole, size), settings.batch_size)
+    images = Images(tuple(items), transform, size, prepare=prepare)
+    loader: Any = DataLoader(images, settings.batch_size)
     model.eval()
     rows, labels = [], []
     with torch.inference_mode(), _precision(device, settings):

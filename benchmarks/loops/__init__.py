@@ -1,1 +1,0 @@
-"""The training loop of the studies, until they run on `fxgraft.compare`."""
