@@ -423,16 +423,38 @@ def test_compiled_training_stays_one_graph_and_is_not_compiled_again() -> None:
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")  # of dynamo's own looking
 @pytest.mark.sweep
-@pytest.mark.parametrize("method", ["rsc", "crossnorm", "selfnorm", "diversification"])
-def test_a_step_with_its_loss_is_one_graph(method: str) -> None:
+@pytest.mark.parametrize(
+    ("method", "options"),
+    [
+        ("rsc", {}),
+        ("crossnorm", {}),
+        ("crossnorm", {"consistency": True, "p": 1.0, "active": None}),
+        ("selfnorm", {}),
+        ("diversification", {}),
+        ("mixmo", {}),
+    ],
+    ids=str,
+)
+def test_a_step_with_its_loss_is_one_graph(method: str, options: dict[str, Any]) -> None:
+    """It computes what a compiled pass and a compiled loss of its output do."""
     torch.compiler.reset()
-    model = fxgraft.patch(net(), method, input_size=SIZE)
+    model = fxgraft.patch(net(), method, input_size=SIZE, **options)
+    state = copy.deepcopy(model.state_dict())
 
-    @torch.compile(fullgraph=True, backend="eager")
-    def step(x: Tensor, y: Tensor) -> Tensor:
+    def whole(x: Tensor, y: Tensor) -> Tensor:
         return fxgraft.loss(model, model(x, target=y), y)
 
-    step(images(), LABELS).backward()
+    step, call = (torch.compile(each, fullgraph=True, backend="eager") for each in (whole, model))
+    judge: Any = torch.compile(lambda out, y: fxgraft.loss(model, out, y), fullgraph=True, backend="eager")
+    found = []
+    for way in (step, lambda x, y: judge(call(x, target=y), y)):
+        model.load_state_dict(state)
+        model.zero_grad()
+        torch.manual_seed(3)
+        loss = way(images(), LABELS)
+        loss.backward()
+        found.append((loss.detach(), [p.grad for p in model.parameters()]))
+    torch.testing.assert_close(*found)
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
 
 

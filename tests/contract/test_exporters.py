@@ -12,6 +12,7 @@ import pytest
 import timm
 import torch
 from torch import Tensor, nn
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import fxgraft
 from contract.cases import METHODS, SMALL, Cell, evaluated
@@ -68,6 +69,63 @@ def test_torchscript_traces_the_evaluation(model: nn.Module) -> None:
     traced = torch.jit.trace(model, x)
     with torch.no_grad():
         torch.testing.assert_close(traced(x.flip(0)), model(x.flip(0)), rtol=1e-5, atol=1e-6)
+
+
+class Step(nn.Module):
+    """A training pass with its labels, for exporters that take tensors by position."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        out: Tensor = self.model(x, target=y)
+        return out
+
+
+RECORDERS: dict[str, Callable[[nn.Module, Tensor, Tensor], Callable[[Tensor, Tensor], Tensor]]] = {
+    "torch.export": lambda step, x, y: torch.export.export(step, (x, y)).module(),
+    "torch.jit.trace": lambda step, x, y: torch.jit.trace(step, (x, y), check_trace=False),
+    "make_fx": lambda step, x, y: make_fx(step)(x, y),
+}
+TRAINED: dict[str, tuple[str, dict[str, object]]] = {
+    **{method: (method, {**Cell(method, SMALL).options(), "p": 0.5}) for method in ("crossnorm", "mixmo")},
+    **{
+        method: (method, Cell(method, SMALL).options())
+        for method in ("diversification", "gam", "selfnorm", "taps")
+    },
+    "rsc": ("rsc", {}),
+    "rsc, early": ("rsc", {"layer": 0}),
+}
+BOTH_ENDS = {("rsc, early", "torch.export"), ("rsc, early", "torch.jit.trace")}
+
+
+@torchscript
+@pytest.mark.parametrize("recorder", RECORDERS)
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(n, marks=[] if n in ("crossnorm", "rsc, early") else pytest.mark.sweep) for n in TRAINED],
+)
+def test_a_training_pass_is_recorded_with_its_draws(name: str, recorder: str) -> None:
+    """Decisions and labels are data in the record: it draws again, and judges by the labels that it is given."""
+    method, options = TRAINED[name]
+    step = Step(fxgraft.patch(SMALL.build(), method, input_size=SMALL.input_size, **options))
+    x, y = SMALL.inputs(), torch.arange(4)
+    state = {key: value.clone() for key, value in step.state_dict().items()}
+    if (name, recorder) in BOTH_ENDS:
+        with pytest.raises(
+            fxgraft.WrappedModelError, match=r"cannot hold a training pass of 'rsc'(?s:.*)closed form"
+        ):
+            RECORDERS[recorder](step, x, y)
+        return
+    recorded = RECORDERS[recorder](step, x, y)
+    for seed in range(6):
+        found = []
+        for call in (recorded, torch.compile(step, backend="eager")):
+            step.load_state_dict(state)
+            torch.manual_seed(seed)
+            found.append(call(x.flip(0), y.flip(0)))
+        torch.testing.assert_close(*found, rtol=1e-4, atol=1e-5)
 
 
 @torchscript

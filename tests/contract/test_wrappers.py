@@ -22,8 +22,9 @@ def method(request: pytest.FixtureRequest) -> str:
     return request.param
 
 
-def patched(method: str) -> nn.Module:
-    return Cell(method, SMALL).patch(SMALL.build()).train()
+def patched(method: str, **options: Any) -> nn.Module:
+    cell = Cell(method, SMALL)
+    return cell.patch(SMALL.build(), cell.options(**options)).train()
 
 
 def moved(model: nn.Module, by: float) -> nn.Module:
@@ -105,6 +106,49 @@ def test_called_with_other_weights(method: str) -> None:
     for name, gradient in found.items():
         expected = wanted[name]
         torch.testing.assert_close(gradient, torch.zeros_like(gradient) if expected is None else expected)
+
+
+def test_the_loss_of_a_pass_with_other_weights_that_runs_again() -> None:
+    """Outside of the call the model has its own weights: the term would be that of another network."""
+    model = patched("crossnorm", consistency=True, p=1.0, active=None)
+    other = moved(copy.deepcopy(model), 0.01)
+    x, y = batch(SMALL)
+    weights = {name: p.detach().requires_grad_() for name, p in other.named_parameters()}
+    with pytest.raises(
+        fxgraft.ConfigError, match=r"made with other weights(?s:.*)functional_call\(step, \.\.\.\)"
+    ):
+        fxgraft.loss(
+            model, functional_call(model, {n: p * 1 for n, p in weights.items()}, (x,), {"target": y}), y
+        )
+
+    class Step(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = model
+
+        def forward(self, x: Tensor, y: Tensor) -> Tensor:
+            return fxgraft.loss(self.model, self.model(x, target=y), y)
+
+    torch.manual_seed(1)
+    tensors = {f"model.{name}": p * 1 for name, p in weights.items()}
+    found = torch.autograd.grad(functional_call(Step(), tensors, (x, y)), list(weights.values()))
+    for gradient, expected in zip(found, gradients(other, 1, x, y).values(), strict=True):
+        torch.testing.assert_close(gradient, expected)
+
+
+def test_batches_side_by_side() -> None:
+    """Labels that `vmap` deals out are checked as all labels are."""
+    for method in ("rsc", "mixmo"):
+        model = patched(method)
+        for module in model.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.track_running_stats, module.running_mean, module.running_var = False, None, None
+        x, y = batch(SMALL)
+        call = vmap(lambda x, y, model=model: model(x, target=y), randomness="different")
+        x, y = x.unflatten(0, (2, 2)), y.unflatten(0, (2, 2))
+        assert call(x, y).isfinite().all()
+        with pytest.raises(fxgraft.TargetError, match="class indices from 0 to 99"):
+            call(x, y * 33)
 
 
 @pytest.mark.works_with("`torch.func.vmap` over networks, evaluation")

@@ -17,6 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fxgraft.graph.tracing.recorders import recorded, transformed
+
 _FAR = 4.0
 """How many deviations from zero a mean may lie before the variance is measured around it."""
 
@@ -51,8 +53,7 @@ def modulated(x: Tensor, coefficients: Coefficients) -> Tensor:
         (B, C, *S) in the dtype and memory order of `x`. It can be differentiated more than once, then at the
         speed of plain operations.
     """
-    compiling = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
-    if compiling or torch.jit.is_tracing():  # pyright: ignore[reportPrivateImportUsage]
+    if recorded() or transformed():
         mean, var = instance_moments(x)  # a compiler fuses this by itself, and TorchScript knows nothing else
         return _affine(x, *coefficients(mean, var))
     if not torch.is_grad_enabled():

@@ -1,8 +1,9 @@
 """Random decisions: plain numbers drawn on the CPU in eager mode, data where numbers cannot be.
 
-A number drawn on the CPU stalls no device, and what it rules out is not computed. Under torch.compile a number
-would be frozen into the code (or break the graph), and under `torch.func.vmap` every network has a decision of its own,
-so there the decision is a tensor, and both sides of it are computed. All draws come from torch's generators.
+A number drawn on the CPU stalls no device, and what it rules out is not computed. In what torch.compile, torch.export,
+torch.jit.trace and make_fx record a number would be frozen (or break the graph), and under `torch.func.vmap` every
+network has a decision of its own, so there the decision is a tensor, and both sides of it are computed. All draws come
+from torch's generators.
 """
 
 from __future__ import annotations
@@ -12,16 +13,18 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from fxgraft.graph.tracing.recorders import recorded, transformed
+
 Decision = bool | Tensor
 """A decision: True or False in eager mode, () bool on the device where it is data."""
 
 
 def as_data() -> bool:
-    """Say whether decisions have to be data: inside compiled code, and under `torch.func.vmap`."""
-    if torch.compiler.is_compiling():
+    """Say whether decisions have to be data: inside code that is compiled or recorded, and under `torch.func.vmap`."""
+    if recorded():
         return True
     functions = torch._C._functorch  # pyright: ignore[reportAttributeAccessIssue]
-    return torch._C._are_functorch_transforms_active() and any(
+    return transformed() and any(
         each.key() == functions.TransformType.Vmap for each in functions.get_interpreter_stack() or ()
     )
 

@@ -142,7 +142,8 @@ def _outer_call(
             out = call(self, *args, **kwargs)
             run.came_through()
             if not replica:  # what a replica leaves, nobody could tell from what the others leave
-                again = Arguments(args, kwargs, target is not None and declared.takes(TARGET))
+                takes = declared.takes(TARGET)
+                again = Arguments(args, kwargs, takes and target is not None, takes)
                 context.leave(run, out, again)  # of a pass that came through only
             return out
         finally:

@@ -10,14 +10,15 @@ from __future__ import annotations
 import threading
 import warnings
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from types import MappingProxyType
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from fxgraft.errors import BypassError, FxgraftError, FxgraftWarning, TargetError
+from fxgraft.errors import BypassError, ConfigError, FxgraftError, FxgraftWarning, TargetError
 from fxgraft.graph.grafting.labels import checked_labels
 from fxgraft.graph.grafting.loss_watch import Doubts, LossWatch, Outputs, ParameterWatch, ProgressWatch
 from fxgraft.graph.grafting.published import Offer, published, targets
@@ -62,12 +63,23 @@ class Arguments:
     Attributes:
         args, kwargs: what the model itself got.
         labelled: whether the call's ``target`` is among them.
+        takes_labels: whether the model itself gets a ``target`` that a call gives.
+        weights: tensors that stood in for parameters of the model, by name.
     """
 
-    def __init__(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], labelled: bool = False) -> None:
+    def __init__(
+        self,
+        args: tuple[Any, ...],
+        kwargs: Mapping[str, Any],
+        labelled: bool = False,
+        takes_labels: bool = False,
+        weights: Mapping[str, Tensor] = MappingProxyType({}),
+    ) -> None:
         self.args = args
         self.kwargs = kwargs
         self.labelled = labelled
+        self.takes_labels = takes_labels
+        self.weights = weights
 
     def first(self, rows: int, size: int) -> Arguments:
         """Return those for the first rows of the batch, of which there were ``size``."""
@@ -76,14 +88,41 @@ class Arguments:
             return value[:rows] if isinstance(value, Tensor) and value.shape[:1] == (size,) else value
 
         kwargs = {name: cut(value) for name, value in self.kwargs.items()}
-        return Arguments(tuple(map(cut, self.args)), kwargs, self.labelled)
+        return Arguments(tuple(map(cut, self.args)), kwargs, self.labelled, self.takes_labels, self.weights)
 
     def repeat(self, model: nn.Module, target: Any) -> Any:
-        """Call the model with them again, with labels for its grafts that the model itself gets only if it got them."""
+        """Call the model with them again, with labels for its grafts that the model itself gets only if it got them.
+
+        Raises:
+            ConfigError: other tensors stood in for the model's parameters then.
+        """
+        now = _standing_in(model, self.weights) if self.weights else {}
+        if any(now.get(name) is not value for name, value in self.weights.items()):
+            raise ConfigError(
+                f"A loss is to run the batch again, and its pass was made with other weights than this "
+                f"{model._get_name()} has now (torch.func.functional_call).\n"
+                "The second pass would be that of another network, and its gradients would be lost.\n"
+                "Take the loss inside of the call: functional_call(step, ...) of a module whose forward calls the "
+                "model and returns fxgraft.loss(model, out, y)."
+            )
         if self.labelled:
             return model(*self.args, **self.kwargs)
-        with targets(target):
+        if target is not None and not self.takes_labels:  # compiled code can enter no block
+            return model(*self.args, target=target, **self.kwargs)
+        labels: Any = target
+        with targets(labels):
             return model(*self.args, **self.kwargs)
+
+
+def _standing_in(model: nn.Module, names: Iterable[str]) -> dict[str, Tensor]:
+    """Return the tensors that stand in for parameters of a model, by name, as `torch.func.functional_call` has it."""
+    found: dict[str, Tensor] = {}
+    for name in names:
+        path, _, own = name.rpartition(".")
+        value = model.get_submodule(path)._parameters.get(own)
+        if value is not None and not isinstance(value, nn.Parameter):
+            found[name] = value
+    return found
 
 
 class LastPass:
@@ -109,6 +148,7 @@ class Context:
     Attributes:
         progress: share of training done, in [0, 1].
         replays: whether a graft runs the model again; then the arguments of training passes outlive them.
+        samples: names of some of the model's parameters, by which such a graft sees that others stand in for them.
         judges: names of the grafts that have a share in the loss.
         watch: notices that the loss is never asked for.
         doubts: what was to be checked on a device, whose answer is not waited for.
@@ -124,6 +164,7 @@ class Context:
         self.progress = 0.0
         self.measured: Measured = {}
         self.replays = False
+        self.samples: tuple[str, ...] = ()
         self.loss_grafts: tuple[str, ...] = ()
         self.watch = LossWatch()
         self.progress_watch = ProgressWatch()
@@ -164,6 +205,8 @@ class Context:
         if run.training:
             self.measured = run.measured  # one assignment, which other threads see whole
         if self.replays and run.training:
+            if not torch.compiler.is_compiling():
+                arguments.weights = _standing_in(run.model, self.samples)
             run.notes[ARGUMENTS] = arguments
         self._local.left = LastPass(run.notes, run.recording)
         self.outputs.note(out, run.notes, run.given if run.took else None)

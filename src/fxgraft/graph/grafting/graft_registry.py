@@ -25,7 +25,7 @@ from fxgraft.graph.grafting.forward_context import Context
 from fxgraft.graph.grafting.graft import Graft, Make, Placer, U, checked_placements
 from fxgraft.graph.grafting.journal import Installation, UnitSnapshot
 from fxgraft.graph.grafting.living import note_patched
-from fxgraft.graph.grafting.loss_watch import ParameterWatch
+from fxgraft.graph.grafting.loss_watch import REFERENCES, ParameterWatch
 from fxgraft.graph.grafting.placement import Placement, PlacementRecord
 from fxgraft.graph.grafting.planning import compile_placements
 from fxgraft.graph.grafting.state import GraftState, hidden_forward, state_of
@@ -154,6 +154,7 @@ class GraftRegistry:
         declared = [option for graft in self.grafts for option in graft.patch.call_options]
         self.options = tuple(dict.fromkeys(declared))
         self.context.replays = any(graft.patch.replays() for graft in self.grafts)
+        self.context.samples = _some([n for n, _ in model.named_parameters()]) if self.context.replays else ()
         self.context.loss_grafts = tuple(
             graft.name for graft in self.grafts if graft.patch.contributes_loss()
         )
@@ -331,6 +332,11 @@ class GraftRegistry:
     def paths(self) -> list[str]:
         """Name the grafted modules."""
         return list(self.installation.states) if self.installation else []
+
+
+def _some(names: Sequence[str]) -> tuple[str, ...]:
+    """Choose a few of many, the last one among them."""
+    return (*names[: -1 : -(-len(names) // REFERENCES) or 1], *names[-1:])
 
 
 def _repeated(

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fxgraft.errors import TargetError
+from fxgraft.graph.tracing.recorders import recorded, transformed, values_of
 
 Entry = int | str | tuple[int | str, ...]
 """Where the labels are in a batch: a position, a key, an attribute, or a path of these."""
@@ -65,7 +66,7 @@ def check_label_range(
     """Raise `TargetError` for labels of another shape or number of classes, and for indices out of range.
 
     On the CPU the values are read. On an accelerator that would stall the queue, so the error comes in a later step.
-    In compiled code it would break the graph: there the graph raises `RuntimeError` as it runs.
+    In compiled and recorded code it would break the graph: there the graph raises `RuntimeError` as it runs.
 
     Args:
         graft: name of the graft that needs them, for the message.
@@ -101,13 +102,14 @@ def check_label_range(
         )
     if soft:
         return target
-    if torch.compiler.is_compiling():
+    if recorded():
         # One line without double quotes, since compilers write it into their own source.
         message = (
             f"{graft!r} was given class indices outside of [0, {classes - 1}], the classes of the model."
         )
         torch._assert_async(((target >= 0) & (target < classes)).all(), message)  # type: ignore[attr-defined]
         return target.clamp(0, classes - 1)
+    values = values_of(target)
     if target.device.type != "cpu":
         if doubt is not None:
             error = TargetError(
@@ -115,17 +117,18 @@ def check_label_range(
                 "The device found it out by now, since it isn't waited for.\n"
                 "Check num_classes of the model and the labels of the data."
             )
-            doubt(((target < 0) | (target >= classes)).any(), error)
+            doubt(((values < 0) | (values >= classes)).any(), error)
         return target.clamp(0, classes - 1)
-    if target.numel() and not (int(target.min()) >= 0 and int(target.max()) < classes):
-        mark = next((each for each in (int(target.max()), int(target.min())) if each in LEFT_OUT), None)
+    lowest, highest = (int(values.min()), int(values.max())) if values.numel() else (0, 0)
+    if not 0 <= lowest <= highest < classes:
+        mark = next((each for each in (highest, lowest) if each in LEFT_OUT), None)
         hint = (
             ""
             if mark is None
             else f"\n{mark} often marks what is to be left out: {_leaving_out(mark, spatial)}"
         )
         raise TargetError(
-            f"{graft!r} was given class indices from {int(target.min())} to {int(target.max())} "
+            f"{graft!r} was given class indices from {lowest} to {highest} "
             f"for {classes} classes.\n"
             f"Indices must lie in [0, {classes - 1}]. Check num_classes of the model and the labels of the data.{hint}"
         )
@@ -193,11 +196,7 @@ def binary_labels(
 
 def _readable(target: Tensor) -> bool:
     """Say whether looking at values costs nothing."""
-    return target.device.type == "cpu" and not torch.compiler.is_compiling() and not _transformed()
-
-
-def _transformed() -> bool:
-    return bool(torch._C._are_functorch_transforms_active())
+    return target.device.type == "cpu" and not recorded() and not transformed()
 
 
 def _leaving_out(mark: int, spatial: int) -> str:

@@ -14,6 +14,7 @@ from fxgraft.extend import (
     ForwardContext,
     Layout,
     Rest,
+    WrappedModelError,
     binary_labels,
     check_label_range,
     check_soft_labels,
@@ -118,6 +119,14 @@ class Probe:
             else:
                 target = self._checked(classes)
             return core.linear_tail_gradient(weight, target, self.canonical.shape[2:].numel())
+        if torch.compiler.is_exporting() or torch.jit.is_tracing():  # pyright: ignore[reportPrivateImportUsage]
+            raise WrappedModelError(
+                f"torch.export and torch.jit.trace cannot hold a training pass of {self.graft!r} at "
+                f"{self.rest.site.name!r}.\n"
+                "It looks through the layers behind it with a gradient, and they take no gradient inside of a pass.\n"
+                "Export model.eval(), whose graph is the bare model's, or choose a site that only pooling and a linear "
+                "layer follow: there the gradient has a closed form. torch.compile takes any site."
+            )
         if draws.as_data() or torch._C._are_functorch_transforms_active():
             # torch.func.grad compiles into the same graph, and nests in transforms; torch.autograd.grad does neither.
             gradient, self.logits = torch.func.grad(self._score, has_aux=True)(self.z.clone())

@@ -40,12 +40,13 @@ def mute_count(size: int, share: float) -> int:
     A product that misses a whole number only by rounding counts as that number: 100 · 0.07 gives a little
     more than 7 in floating point, and a share of 7 % does not mean 8 entries.
     """
+    size = int(size)  # a tensor, where torch.jit.trace records
     return min(max(math.ceil(_snapped(size * share)), 0), size)
 
 
 def batch_count(batch: int, share: float) -> int:
     """How many samples may stay muted: B · share rounded half to even, as in the authors' code, at most B."""
-    return min(max(round(batch * share), 0), batch)
+    return min(max(round(int(batch) * share), 0), int(batch))
 
 
 def batch_share_schedule(epoch: int) -> float:

@@ -1,0 +1,32 @@
+"""Who is watching a pass from outside: compilers, exporters, tracers, transforms of `torch.func`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx.experimental.proxy_tensor import get_proxy_mode
+
+
+def recorded() -> bool:
+    """Say whether a pass is compiled or recorded, to be repeated: torch.compile, torch.export, jit.trace, make_fx.
+
+    What Python reads of a tensor then is a constant of the record, or breaks it.
+    """
+    if torch.compiler.is_compiling():
+        return True
+    return torch.jit.is_tracing() or get_proxy_mode() is not None  # pyright: ignore[reportPrivateImportUsage]
+
+
+def transformed() -> bool:
+    """Say whether a pass is part of a transform of `torch.func`."""
+    return bool(torch._C._are_functorch_transforms_active())
+
+
+def values_of(tensor: Tensor) -> Tensor:
+    """Return the plain tensor behind the wrappers of `torch.func`: under `vmap` that of all entries."""
+    functions: Any = torch._C._functorch  # pyright: ignore[reportAttributeAccessIssue]
+    while not torch.compiler.is_compiling() and functions.is_functorch_wrapped_tensor(tensor):
+        tensor = functions.get_unwrapped(tensor)
+    return tensor
