@@ -120,7 +120,7 @@ from fxgraft.graph.grafting.backbone import Backbone
 from fxgraft.graph.grafting.copies import add_graft, copy_with
 from fxgraft.graph.grafting.forward_context import Arguments, Context, ForwardContext
 from fxgraft.graph.grafting.graft import Graft, Make
-from fxgraft.graph.grafting.labels import binary_labels, check_label_range, check_soft_labels
+from fxgraft.graph.grafting.labels import binary_labels, check_criterion, check_label_range, check_soft_labels
 from fxgraft.graph.grafting.lookup import grafts_in, grafts_on, unwrapped
 from fxgraft.graph.grafting.placement import Placement
 from fxgraft.graph.grafting.taps import Tap, take, tap_placements
@@ -208,6 +208,7 @@ __all__ = [
     "binary_labels",
     "candidates",
     "check_count",
+    "check_criterion",
     "check_label_range",
     "check_positive",
     "check_share",

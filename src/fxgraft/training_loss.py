@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from fxgraft.errors import ConfigError, MethodError, StructureError, TargetError
 from fxgraft.graph.grafting.forward_context import ARGUMENTS, Context
 from fxgraft.graph.grafting.graft import Graft
-from fxgraft.graph.grafting.labels import batch_of, differ, version_of
+from fxgraft.graph.grafting.labels import batch_of, check_criterion, differ, version_of
 from fxgraft.graph.grafting.lookup import grafts_on, named_grafts, patched_parts, registry_of
 from fxgraft.graph.structure.outputs import take_logits
 from fxgraft.graph.tracing.observe import tensors
@@ -42,11 +42,12 @@ def losses(
     Raises:
         StructureError: it is not clear what in the output are the logits; or a graft on a part stands in for the
             criterion, and the model's output is not that part's.
-        ConfigError: grafts of several parts stand in for the criterion.
+        ConfigError: grafts of several parts stand in for the criterion; or it is the cross-entropy of a single logit.
     """
     _ask(model, out, y)
     names = [getattr(graft.patch, "output", None) for graft in grafts_on(model)]
     logits = take_logits(out, names)
+    own = criterion
     for graft in _judging(model, logits):
         given = graft.patch.criterion(graft, criterion)
         # Compiled code knows no attributes of a function that it has made itself.
@@ -56,6 +57,8 @@ def losses(
                 "criterion() returns a criterion, called as criterion(logits, y): at least the one it was given."
             )
         criterion = given
+    if criterion is own:  # where a graft stands in for it, the logits may be of several rows each
+        check_criterion(own, logits.shape[1] if logits.ndim > 1 else 1)
     return {"criterion": criterion(logits, y), **_terms(model, out, y, criterion)}
 
 

@@ -173,10 +173,28 @@ def test_members_of_several_labels_have_the_mean_over_them() -> None:
     "criterion",
     [F.cross_entropy, nn.CrossEntropyLoss(), functools.partial(F.cross_entropy, label_smoothing=0.1)],
 )
-def test_the_cross_entropy_of_one_logit_is_refused(criterion: Any) -> None:
-    model = fxgraft.patch(one(), "mixmo", input_size=SIZE)
+@pytest.mark.parametrize(
+    ("method", "options"),
+    [
+        ("mixmo", {}),
+        ("rsc", {}),
+        ("crossnorm", {"p": 1.0, "consistency": True}),
+        ("diversification", {}),
+        ("diversification", {"loss": "gradient_boosting", "loss_start": 0.5}),
+    ],
+)
+def test_the_cross_entropy_of_one_logit_is_refused(
+    method: str, options: dict[str, Any], criterion: Any
+) -> None:
+    model = fxgraft.patch(one(), method, input_size=SIZE, **options)
     with pytest.raises(fxgraft.ConfigError, match="cross-entropy of one logit, which is 0"):
         fxgraft.loss(model, model(images(), target=YES), YES, criterion)
+
+
+def test_the_cross_entropy_of_one_logit_that_was_squeezed_is_refused() -> None:
+    model = fxgraft.patch(Squeezed(True), "rsc", layer="body.stage2", input_size=SIZE)
+    with pytest.raises(fxgraft.ConfigError, match="cross-entropy of one logit, which is 0"):
+        fxgraft.loss(model, model(images(), target=YES), YES.float())
 
 
 def test_several_labels_for_one_logit_are_refused() -> None:

@@ -148,9 +148,14 @@ class Backbone:
         """Find the last map before the average that a linear classifier reads; None if there is no such head."""
         return pooled_map(self.trace, output)
 
-    def check_logits(self, output: str | int | None = None) -> None:
-        """Raise `StructureError` where what the model returns is seen to be features, which no classifier gives."""
-        check_classified(self.trace, output)
+    def check_logits(self, output: str | int | None = None, returned: bool = False) -> None:
+        """Raise `StructureError` where a model is seen to give features or probabilities in place of logits.
+
+        Args:
+            output: which entry of a structured output holds the logits.
+            returned: whether training passes have to return them; a `Rest` ends before a last sigmoid or softmax.
+        """
+        check_classified(self.trace, output, returned)
 
     def positionwise(self, head: Head) -> PositionwiseHead:
         """Return a head's layers as they apply to every position of its map, in training."""

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fxgraft.errors import TargetError
+from fxgraft.errors import ConfigError, TargetError
 from fxgraft.graph.tracing.recorders import recorded, transformed, values_of
 
 Entry = int | str | tuple[int | str, ...]
@@ -133,6 +135,22 @@ def check_label_range(
             f"Indices must lie in [0, {classes - 1}]. Check num_classes of the model and the labels of the data.{hint}"
         )
     return target
+
+
+def check_criterion(criterion: Any, classes: int) -> None:
+    """Raise `ConfigError` for the cross-entropy of a single logit.
+
+    Args:
+        criterion: as `fxgraft.loss` takes it.
+        classes: number of logits of each row.
+    """
+    inner = criterion.func if isinstance(criterion, functools.partial) else criterion
+    if classes == 1 and (inner is F.cross_entropy or isinstance(inner, nn.CrossEntropyLoss)):
+        raise ConfigError(
+            "fxgraft.loss was asked for the cross-entropy of one logit, which is 0 whatever the logit is.\n"
+            "One logit is a question of yes and no, or a number to predict.\n"
+            "Pass criterion=F.binary_cross_entropy_with_logits with labels (B, 1), or a loss of numbers."
+        )
 
 
 def check_soft_labels(graft: str, target: Tensor) -> None:

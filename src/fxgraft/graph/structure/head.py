@@ -15,6 +15,7 @@ from fxgraft.graph.structure.pooling import (
     SHAPES,
     HeadTrace,
     head_in,
+    logits_before,
     opened_head,
 )
 from fxgraft.graph.structure.sites import Site, module_site, node_sites
@@ -95,6 +96,7 @@ def find_head(trace: ModelTrace, head: str | None = None, output: str | int | No
         end = calls[0]
     else:
         end = logits_node(traced.graph, None if owner else output, owner or trace.name)
+        end = logits_before(end, trace.values(owner, traced))
     training = head_in(trace, owner, traced, end)
     values = trace.values(owner, traced)
     span, ndim = _span(trace, owner, traced, training, values)

@@ -28,6 +28,17 @@ SHAPES = {"flatten", "squeeze", "unsqueeze", "reshape", "view", "permute", "tran
 SHAPES |= {"getattr", "size", "getitem", "identity"}
 DROPOUTS = {"dropout", "dropout1d", "dropout2d"}
 SCALES = {"mul", "imul", "div", "truediv", "itruediv", "neg"}
+SQUASHING = {
+    "sigmoid",
+    "sigmoid_",
+    "expit",
+    "logsigmoid",
+    "softmax",
+    "log_softmax",
+    "logsoftmax",
+    "softmax2d",
+}
+"""What makes probabilities of logits, or their logarithms."""
 SUMS = {"add", "iadd", "stack", "mean", "sum"}
 _MAXIMA = {"amax", "max", "adaptive_max_pool2d", "adaptivemaxpool2d", "max_pool2d", "maxpool2d", "maximum"}
 _ATTENTION = {"softmax", "scaled_dot_product_attention", "multiheadattention"}
@@ -121,6 +132,14 @@ def pooling_of(node: fx.Node, values: Values) -> Pooling | None:
     if 0 in {d % value.ndim for d in dims} or len(left) != 1:  # type: ignore[operator]
         return None
     return Pooling(left.pop(), result.ndim == value.ndim)
+
+
+def logits_before(end: fx.Node, values: Values) -> fx.Node:
+    """Return what a value was before a last sigmoid or softmax; the value itself where there is none."""
+    if node_name(end, values.owner) not in SQUASHING:
+        return end
+    (before,) = tensor_inputs(end, values)
+    return before
 
 
 def head_in(trace: ModelTrace, path: str, traced: Traced, end: fx.Node) -> HeadTrace:
@@ -360,7 +379,7 @@ def opened_head(
 
     def search(traced: Traced) -> HeadTrace:
         if head is None:
-            end = logits_node(traced.graph, output, trace.name)
+            end = logits_before(logits_node(traced.graph, output, trace.name), trace.values("", traced))
         else:
             end = next(n for n in traced.graph.nodes if n.op == "call_module" and n.target == head)
         found = head_in(trace, "", traced, end)

@@ -13,9 +13,10 @@ from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.utils import _pytree as pytree
 
-from fxgraft.errors import SiteError, TraceError
+from fxgraft.errors import SiteError, StructureError, TraceError
 from fxgraft.graph.structure.locate import alike, locate, own_nodes, site_edit, training_name
 from fxgraft.graph.structure.outputs import check_logits, logits_node, take_logits
+from fxgraft.graph.structure.probabilities import squashed_end, squashing
 from fxgraft.graph.structure.sites import Site, module_site
 from fxgraft.graph.structure.tail import LinearTail, linear_tail, tail_layer
 from fxgraft.graph.tracing.branches import held
@@ -26,6 +27,7 @@ from fxgraft.graph.tracing.model_trace import ModelTrace
 from fxgraft.graph.tracing.names import ancestors
 from fxgraft.graph.tracing.settings import hooked_output, input_hooked, output_hooked, settings_changed
 from fxgraft.graph.tracing.trace import HOOKED, Traced, readdressed
+from fxgraft.graph.tracing.values import tensor_inputs
 
 
 @dataclass(frozen=True)
@@ -181,7 +183,9 @@ def span_to_output(
         TraceError: a module around the site cannot be traced.
     """
     around = ancestors(site.path) if site.path else (*ancestors(site.owner), site.owner)
-    opened = tuple(name for name in around if name)
+    squashed = squashed_end(trace, output, training=False)
+    around = (*around, *(squashed.opened if squashed is not None else ()))
+    opened = tuple(dict.fromkeys(name for name in around if name))
     check_logits(trace.observation.output(""), output, trace.name)
     try:
         hooked = hooks and any(_is_hooked(trace.module(name)) for name in opened)
@@ -240,7 +244,15 @@ def rest_of_network(
     model = trace.name
     whole = output_hooked(trace.model)
     inside = ({logits} | upstream_of(logits)) & downstream
-    graph, needed, inputs = _cut(traced, start, _all_of_it(traced) if whole else logits, inside)
+    last = squashing(logits, trace.values("", traced)) if squashed_end(trace, output, False) else None
+    if last is not None and (whole or last not in downstream):
+        raise StructureError(
+            f"{model} returns probabilities, and {'hooks act on them' if whole else f'{site.name!r} holds them'}.\n"
+            "What comes after a site is followed to the logits, which stand before the last sigmoid or softmax.\n"
+            "Return the logits, and take their sigmoid or softmax behind the model."
+        )
+    without = {} if last is None else {last: tensor_inputs(last, trace.values("", traced))[0]}
+    graph, needed, inputs = _cut(traced, start, _all_of_it(traced) if whole else logits, inside, without)
     where = [("", Output()) if acted is not None else _capture_edit(trace, node) for node in needed]
     captured = tuple(Captured(f"{name}:{node.name}", *at) for node, at in zip(needed, where, strict=True))
     children = tuple(dict.fromkeys(str(n.target) for n in graph.nodes if n.op == "call_module"))
@@ -301,8 +313,12 @@ def _cut(
     start: fx.Node,
     end: fx.Node,
     inside: set[fx.Node],
+    without: Mapping[fx.Node, fx.Node],
 ) -> tuple[fx.Graph, list[fx.Node], tuple[int, ...]]:
-    """Copy the nodes from ``start`` to ``end`` into a graph of their own; return what it needs besides as well."""
+    """Copy the nodes from ``start`` to ``end`` into a graph of their own; return what it needs besides as well.
+
+    Nodes of ``without`` are left out, and the inputs named there take their places.
+    """
     order = {node: index for index, node in enumerate(traced.graph.nodes)}
     holds = {node for node in downstream_of(start) if node.target is held}
     behind = {node for hold in holds for node in upstream_of(hold)} & downstream_of(start)
@@ -323,7 +339,7 @@ def _cut(
     inputs = placeholders(traced.graph)
     used = [node for node in inputs if node in frontier]
     boundary = sorted(frontier - set(used), key=order.__getitem__)
-    graph = cut([start, *boundary, *used], end, sorted(holds))
+    graph = cut([start, *boundary, *used], end, sorted(holds), without)
     # A value that other units act on has the name of its own node, with them and without.
     return graph, [_bare(node) for node in boundary], tuple(inputs.index(node) for node in used)
 

@@ -26,6 +26,7 @@ from fxgraft.graph.structure.pooling import (
     is_classifier,
     pooling_of,
 )
+from fxgraft.graph.structure.probabilities import squashed_end
 from fxgraft.graph.structure.progressive_trace import OpaqueError, opening
 from fxgraft.graph.tracing.compile import compile_graph
 from fxgraft.graph.tracing.graph_utils import cut, downstream_of, placeholders
@@ -245,7 +246,8 @@ def _last_layers(trace: ModelTrace, traced: Traced) -> list[str]:
             raise StructureError(
                 f"The logits of {trace.name} do not come from linear layers alone: "
                 f"{describe_node(node, values)} has a part in them.\n"
-                "Build the model with a linear classifier (num_classes above 0), or choose another backbone."
+                "Build the model with a linear classifier (num_classes above 0), or choose another backbone. "
+                "Return the logits themselves, and take their softmax or sigmoid behind the model."
             )
         waiting += sources
     return sorted(set(found))
@@ -274,20 +276,29 @@ _PASSING = (
 _PASSING |= {"log_softmax", "adaptiveavgpool2d", "adaptiveavgpool1d", "avgpool2d", "adaptive_avg_pool2d"}
 
 
-def check_classified(trace: ModelTrace, output: str | int | None = None) -> None:
-    """Raise where what a model returns is seen to be features: an activation or a norm gives it, and no classifier.
+def check_classified(trace: ModelTrace, output: str | int | None = None, returned: bool = False) -> None:
+    """Raise where what a model returns is seen to be no logits, and does not contain them either.
 
     From the output back over pooling, shapes, sums and factors there is a layer with weights for logits; features end
-    in an activation or a norm. What declares as many classes as it gives (``num_classes``), what ends otherwise and
-    what cannot be looked into is taken for logits.
+    in an activation or a norm, probabilities in a sigmoid or softmax. What declares as many classes as it gives
+    (``num_classes``), what ends otherwise and what cannot be looked into is taken for logits.
 
     Args:
         trace: of the model.
-        output: the entry that holds the logits, where the user says so; nothing is then looked at.
+        output: the entry that holds the logits, where the user says so; it is then not taken for features.
+        returned: whether the logits are needed in what a training pass returns, and not only inside of the model.
 
     Raises:
-        StructureError: the model ends in features; names what gives them.
+        StructureError: the model ends in features or probabilities; names what gives them.
     """
+    found = squashed_end(trace, output, training=returned)
+    if found is not None and (returned or not found.straight):
+        raise StructureError(
+            f"{trace.name} returns probabilities, and not logits: they come from {found.shown}.\n"
+            "A softmax or sigmoid would be taken of them once more.\n"
+            "Return the logits, and take their softmax or sigmoid in the loss (cross_entropy, "
+            "binary_cross_entropy_with_logits) and behind the model, where it predicts."
+        )
     if output is not None:
         return
     try:

@@ -9,7 +9,7 @@ from torch import fx, nn
 from fxgraft.errors import SiteError, StructureError, TraceError
 from fxgraft.graph.structure.locate import locate
 from fxgraft.graph.structure.outputs import logits_node
-from fxgraft.graph.structure.pooling import head_in, is_classifier
+from fxgraft.graph.structure.pooling import head_in, is_classifier, logits_before
 from fxgraft.graph.structure.sites import Site
 from fxgraft.graph.tracing.graph_utils import modules_in
 from fxgraft.graph.tracing.model_trace import ModelTrace
@@ -48,7 +48,7 @@ def linear_tail(
     try:
         traced = trace.graph("", training=False, opened=opened, deep=closed)
         start = locate(trace, site, traced)
-        logits = logits_node(traced.graph, output, "")
+        logits = logits_before(logits_node(traced.graph, output, ""), trace.values("", traced))
         head = head_in(trace, "", traced, logits)
     except (TraceError, StructureError, SiteError):
         return None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 from torch import fx
 
@@ -27,13 +27,19 @@ def _reached(node: fx.Node, following: Callable[[fx.Node], Iterable[fx.Node]]) -
     return found
 
 
-def cut(inputs: Sequence[fx.Node], end: fx.Node, also: Iterable[fx.Node] = ()) -> fx.Graph:
+def cut(
+    inputs: Sequence[fx.Node],
+    end: fx.Node,
+    also: Iterable[fx.Node] = (),
+    without: Mapping[fx.Node, fx.Node] | None = None,
+) -> fx.Graph:
     """Copy what a value is computed with from other values into a graph of its own.
 
     Args:
         inputs: the values to start from: the placeholders of the new graph, in this order.
         end: the value that the new graph returns. All it depends on must come from ``inputs`` and from attributes.
         also: nodes to copy with all that they depend on, though the end does not.
+        without: nodes to leave out, with the inputs that take their places.
     """
     graph = fx.Graph()
     copies = {node: graph.placeholder(node.name) for node in inputs}
@@ -45,7 +51,11 @@ def cut(inputs: Sequence[fx.Node], end: fx.Node, also: Iterable[fx.Node] = ()) -
             needed.add(node)
             waiting += node.all_input_nodes
     for node in sorted(needed):
-        copies[node] = graph.node_copy(node, copies.__getitem__)
+        copies[node] = (
+            copies[without[node]]
+            if without and node in without
+            else graph.node_copy(node, copies.__getitem__)
+        )
     graph.output(copies[end])
     return graph
 

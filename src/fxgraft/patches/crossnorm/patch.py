@@ -157,7 +157,7 @@ class CrossNorm(BlockPatch):
     def place(self, backbone: Backbone, make: Make) -> Iterator[list[Placement]]:
         """Put one unit in every block, for training alone."""
         if self.replays():
-            backbone.check_logits(self.output)
+            backbone.check_logits(self.output, returned=True)
         found = backbone.positions(self.position, self.layers)
         if self.skip_last:
             last = (found if self.layers is None else backbone.positions(self.position))[-1].name

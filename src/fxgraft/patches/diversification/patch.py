@@ -138,6 +138,8 @@ class Diversification(Patch):
 
     def place(self, backbone: Backbone, make: Make) -> Iterator[Placement]:
         """Replace the head in the training graph of the smallest module that holds it."""
+        if self.loss is not None:
+            backbone.check_logits(self.output, returned=True)
         with because(
             "Only an average can change places with the classifier, which turns features into class maps."
         ):

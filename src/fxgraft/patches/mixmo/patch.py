@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, Literal, TypeVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fxgraft.extend import (
@@ -30,6 +28,7 @@ from fxgraft.extend import (
     apply_layer,
     because,
     check_count,
+    check_criterion,
     check_positive,
     check_share,
     grafts_on,
@@ -257,12 +256,7 @@ class MixMo(Patch):
         """Return the weighted sum of the members' losses, for what a training pass returned."""
 
         def members(out: Tensor, y: Any) -> Tensor:
-            if out.shape[-1] == 1 and _is_cross_entropy(criterion):
-                raise ConfigError(
-                    f"{graft.name!r} was asked for the cross-entropy of one logit, which is 0 whatever the logit is.\n"
-                    "One logit is a question of yes and no, or a number to predict.\n"
-                    "Pass criterion=F.binary_cross_entropy_with_logits with labels (B, 1), or a loss of numbers."
-                )
+            check_criterion(criterion, out.shape[-1])
             if out.ndim < 3:
                 return criterion(out, y)
             record = known_pairing(graft.recall(out), out)
@@ -335,11 +329,6 @@ class Inputs(Unit):
         pairing = Pairing(config.members, images.shape[0], size, classes, orders, own, run.target)
         run.put(self.graft, PAIRING, pairing)
         return images
-
-
-def _is_cross_entropy(criterion: Any) -> bool:
-    inner = criterion.func if isinstance(criterion, functools.partial) else criterion
-    return inner is F.cross_entropy or isinstance(inner, nn.CrossEntropyLoss)
 
 
 class MemberUnit(LayerCopies):

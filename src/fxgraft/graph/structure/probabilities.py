@@ -1,0 +1,95 @@
+"""Probabilities: a sigmoid or softmax that a model ends in. Its logits are what stands before that."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import fx, nn
+
+from fxgraft.errors import StructureError, TraceError
+from fxgraft.graph.structure.outputs import logits_node
+from fxgraft.graph.structure.pooling import DROPOUTS, SCALES, SHAPES, SQUASHING, SUMS
+from fxgraft.graph.structure.progressive_trace import OpaqueError, opening
+from fxgraft.graph.tracing.graph_utils import scope_of
+from fxgraft.graph.tracing.model_trace import ModelTrace
+from fxgraft.graph.tracing.names import ancestors
+from fxgraft.graph.tracing.trace import Traced, is_primitive
+from fxgraft.graph.tracing.values import Values, describe_node, node_name, tensor_inputs
+
+_STRAIGHT = SHAPES | DROPOUTS | {"float", "to", "double", "half", "type_as"}
+_COMPUTED = (
+    _STRAIGHT | SCALES | SUMS | {"sub", "rsub", "isub", "cat", "concat", "log", "log2", "exp", "clamp"}
+)
+_COMPUTED |= {"clip", "clamp_", "clamp_min", "interpolate", "upsample", "upsamplingbilinear2d"}
+
+
+@dataclass(frozen=True)
+class Squashed:
+    """A model's end in probabilities.
+
+    Attributes:
+        shown: what gives them, for messages.
+        opened: the modules that it stands in.
+        straight: whether nothing but changes of shape comes behind it, so that the model without it gives logits.
+    """
+
+    shown: str
+    opened: tuple[str, ...]
+    straight: bool
+
+
+def squashed_end(trace: ModelTrace, output: str | int | None, training: bool) -> Squashed | None:
+    """Find out whether a model returns probabilities; None where it does not, or cannot be looked into.
+
+    Args:
+        trace: of the model.
+        output: which entry of a structured output is looked at.
+        training: the mode.
+    """
+
+    def search(traced: Traced) -> list[fx.Node]:
+        return _squashing(trace, logits_node(traced.graph, output, trace.name), trace.values("", traced))
+
+    try:
+        traced, found, _ = opening(trace, training, search, alike=True)
+    except (TraceError, StructureError):
+        return None
+    if not found:
+        return None
+    values = trace.values("", traced)
+    scopes = [
+        str(node.target).rpartition(".")[0] if node.op == "call_module" else scope_of(node) for node in found
+    ]
+    opened = tuple(sorted({each for scope in scopes for each in (*ancestors(scope), scope) if each}))
+    straight = squashing(logits_node(traced.graph, output, trace.name), values) is not None
+    return Squashed(describe_node(found[0], values), opened, straight)
+
+
+def squashing(end: fx.Node, values: Values) -> fx.Node | None:
+    """Find the sigmoid or softmax that gives a value, behind changes of its shape; None where there is none."""
+    while node_name(end, values.owner) not in SQUASHING:
+        sources = tensor_inputs(end, values)
+        if len(sources) != 1 or node_name(end, values.owner) not in _STRAIGHT:
+            return None
+        (end,) = sources
+    return end
+
+
+def _squashing(trace: ModelTrace, end: fx.Node, values: Values) -> list[fx.Node]:
+    """List what a value is computed from if all of that are probabilities; else nothing."""
+    waiting, seen, found = [end], {end}, list[fx.Node]()
+    while waiting:
+        node = waiting.pop()
+        name = node_name(node, values.owner)
+        if name in SQUASHING:
+            found.append(node)
+            continue
+        module = trace.module(str(node.target)) if node.op == "call_module" else None
+        if module is not None and not is_primitive(module):
+            raise OpaqueError(str(node.target))
+        sources = tensor_inputs(node, values)
+        if not sources or name not in _COMPUTED or isinstance(module, nn.modules.conv._ConvNd):
+            return []
+        waiting += [each for each in sources if each not in seen]
+        seen.update(sources)
+    return found
