@@ -12,7 +12,6 @@ from torch import nn
 import fxgraft
 from fxgraft.errors import (
     ConfigError,
-    DuplicateGraftError,
     FxgraftError,
     StructureError,
     UnknownGraftError,
@@ -80,7 +79,7 @@ def test_a_graft_is_named_after_its_method_or_as_asked() -> None:
 def test_the_same_twice_is_refused(second: dict[str, Any], message: str) -> None:
     model = fxgraft.patch(net(), "rsc", layer="stage1", input_size=SIZE)
     before = state_of_everything(model)
-    with pytest.raises(DuplicateGraftError, match=message):
+    with pytest.raises(ConfigError, match=message):
         fxgraft.patch(model, "rsc", input_size=SIZE, **second)
     assert_same(before, state_of_everything(model))
     assert names(model) == ["rsc"]
@@ -362,7 +361,7 @@ def test_every_error_is_of_the_library_and_of_the_builtin_it_refines() -> None:
             assert (
                 len([b for b in kind.__mro__ if b.__module__ == "builtins" and issubclass(b, Exception)]) > 1
             )
-    assert str(fxgraft.UnknownMethodError("a\nb")) == "a\nb"
+    assert str(fxgraft.UnknownGraftError("a\nb")) == "a\nb"
     assert str(UnknownGraftError()) == ""
 
 

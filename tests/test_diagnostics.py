@@ -100,7 +100,7 @@ def test_mixmo_tells_how_often_members_agree() -> None:
 
 def test_gam_tells_both_sides_of_the_game() -> None:
     model = patched("gam", layers=["stage2", "fc"])
-    game = fxgraft.gam_losses(model, images(), images(seed=1))
+    game = fxgraft.gam.gam_losses(model, images(), images(seed=1))
     found = fxgraft.diagnostics(model)
     assert found["gam.accuracy.fc"] == pytest.approx(game.accuracy["fc"].item())
     assert found["gam.drift"] == pytest.approx(game.parts["drift"].item())

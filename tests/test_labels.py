@@ -420,8 +420,8 @@ def test_narrow_labels_of_mixtures(dtype: torch.dtype) -> None:
     model = fxgraft.patch(net(), "mixmo", input_size=SIZE)
     fxgraft.patch(model, "rsc", layer="stage2", input_size=SIZE)
     model(images(), target=LABELS.to(dtype)).sum().backward()
-    mixed = fxgraft.MixedLabels(LABELS, LABELS.flip(0), torch.full((4, 1, 8, 8), 0.25))
-    narrow = fxgraft.MixedLabels(mixed.first.to(dtype), mixed.second.to(dtype), mixed.mask)
+    mixed = fxgraft.mixmo.MixedLabels(LABELS, LABELS.flip(0), torch.full((4, 1, 8, 8), 0.25))
+    narrow = fxgraft.mixmo.MixedLabels(mixed.first.to(dtype), mixed.second.to(dtype), mixed.mask)
     torch.testing.assert_close(narrow.soft(CLASSES), mixed.soft(CLASSES))
     model(images(), target=narrow).sum().backward()
 

@@ -92,18 +92,20 @@ def test_the_layers_that_gam_proposes_work() -> None:
             fxgraft.patch(model, "gam", task=method, input_size=SIZE)
         proposed = str(error.value).partition("layers=")[2].partition("]")[0].strip("[").replace("'", "")
         fxgraft.patch(model, "gam", task=method, layers=proposed.split(", "), input_size=SIZE)
-        fxgraft.gam_losses(model, images(), images(seed=1)).mapping.backward()
+        fxgraft.gam.gam_losses(model, images(), images(seed=1)).mapping.backward()
 
 
 @pytest.mark.parametrize("method", ["rsc", "selfnorm"])
 def test_labels_by_position_are_told_their_name(method: str) -> None:
     model = fxgraft.patch(net(), method, input_size=SIZE)
-    with pytest.raises(fxgraft.CallError, match="Net takes 1 positional argument, and 3 were given") as error:
+    with pytest.raises(
+        fxgraft.ConfigError, match="Net takes 1 positional argument, and 3 were given"
+    ) as error:
         model(images(), LABELS, LABELS)
     assert isinstance(error.value, TypeError)
     plain = fxgraft.patch(timm.create_model("test_resnet"), method, input_size=(3, 32, 32))
     with pytest.raises(
-        fxgraft.CallError,
+        fxgraft.ConfigError,
         match=r"ResNet takes 1 positional argument, and 2 were given(?s:.*)model\(x, target=y\)",
     ):
         plain(torch.randn(4, 3, 32, 32), LABELS)

@@ -153,7 +153,7 @@ def test_a_model_without_the_argument_does_not_get_it() -> None:
     model(images(), target=LABELS)
     with pytest.raises(TypeError, match="unexpected keyword argument 'labels'"):
         model(images(), labels=LABELS)
-    with pytest.raises(fxgraft.CallError, match=r"Plain takes 1 positional argument, and 2 were given"):
+    with pytest.raises(fxgraft.ConfigError, match=r"Plain takes 1 positional argument, and 2 were given"):
         model(images(), LABELS)
 
 

@@ -71,7 +71,7 @@ def test_padding_is_no_position(method: str, call: tuple[Any, ...]) -> None:
     args, kwargs = call
     error, message = fxgraft.BypassError, rf"was given 'mask' {ALONE}"
     if method == "mixmo" and args and isinstance(args[0], dict):
-        error, message = fxgraft.CallError, "was given a dict of images"
+        error, message = fxgraft.ConfigError, "was given a dict of images"
     with pytest.raises(error, match=message), fxgraft.targets(LABELS):
         model(*args, **kwargs)
     with fxgraft.targets(LABELS):
@@ -91,7 +91,7 @@ def test_discriminators_are_shown_no_padding() -> None:
     model = fxgraft.patch(Masked(), "gam", layers=["stem", "conv"], matching=None, input_size=SIZE)
     batch = {"image": images(), "mask": mask()}
     with pytest.raises(fxgraft.FxgraftError, match="mask"):
-        fxgraft.gam_losses(model, batch, batch)
+        fxgraft.gam.gam_losses(model, batch, batch)
 
 
 def test_values_are_recorded_whatever_a_call_brings() -> None:

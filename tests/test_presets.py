@@ -66,7 +66,7 @@ def test_mixmo_starts_from_scratch_and_leaves_repeating_to_the_sampler() -> None
     for name, rows in (("cifar_cut", 64), ("tiny_imagenet_cut", 100)):
         training = MixMo.presets[name].training
         assert training.batch == rows
-        assert f"fxgraft.paired_loader(data, {rows}, repetitions=4)" in str(training)
+        assert f"fxgraft.mixmo.paired_loader(data, {rows}, repetitions=4)" in str(training)
         assert "cutmix=0.5 in the loader" in str(training)
     assert "1e-4" in str(MixMo.presets["tiny_imagenet_cut"].training.weight_decay)
     assert str(MixMo.presets["cifar_cut"].training.schedule).endswith("100, 200, 225")

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import fxgraft
-from fxgraft.errors import WeightsError
+from fxgraft.errors import RecipeError
 from toys import Net, assert_same, images, net, state_of_everything
 
 SIZE = (3, 8, 8)
@@ -123,14 +123,14 @@ def test_what_does_not_fit_is_listed_and_changes_nothing(kind: str, patched: boo
         fxgraft.patch(model, "mixmo", input_size=SIZE)
     before = state_of_everything(model)
     weights, message = WRONG[kind]
-    with pytest.raises(WeightsError, match=message):
+    with pytest.raises(RecipeError, match=message):
         fxgraft.load_backbone(model, weights)
     assert_same(before, state_of_everything(model))
 
 
 def test_a_patched_models_checkpoint_is_sent_to_the_right_call() -> None:
     model = fxgraft.patch(net(), "selfnorm", input_size=SIZE)
-    with pytest.raises(WeightsError, match=r"that of a patched model(?s:.*)load_state_dict"):
+    with pytest.raises(RecipeError, match=r"that of a patched model(?s:.*)load_state_dict"):
         fxgraft.load_backbone(model, model.state_dict())
 
 

@@ -51,7 +51,7 @@ def evaluate(method: str, calls: int) -> None:
             if method == "taps":
                 out, values = fxgraft.tapped(model, x)
                 return [out, *values.values()]
-            return [model(x)] + ([fxgraft.member_logits(model, x).logits] if method == "mixmo" else [])
+            return [model(x)] + ([fxgraft.mixmo.member_logits(model, x).logits] if method == "mixmo" else [])
 
     batches = [images(2, seed=seed) for seed in range(2 * THREADS)]
     expected = [look(x) for x in batches]

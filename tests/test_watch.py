@@ -219,7 +219,7 @@ def test_discriminators_without_an_optimiser() -> None:
 
     def play() -> None:
         for _ in range(3 * MOVES):
-            game = fxgraft.gam_losses(model, images(size=16), images(size=16, seed=1))
+            game = fxgraft.gam.gam_losses(model, images(size=16), images(size=16, seed=1))
             game.discriminator.backward()
             game.mapping.backward()
             optimizer.step()

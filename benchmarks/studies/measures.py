@@ -19,13 +19,13 @@ def member_scores(model: nn.Module, validation: Any, test: Any) -> dict[str, flo
         test: the same.
 
     Returns:
-        What `fxgraft.EnsembleMetrics` gives, and "gain": accuracy of all together minus the mean of the members.
+        What `fxgraft.mixmo.EnsembleMetrics` gives, and "gain": accuracy of all together minus the mean of the members.
     """
     found, labels = _logits(model, validation)
     members, _, classes = found.shape
-    fitted = fxgraft.EnsembleMetrics(classes, members, temperature="fit")
+    fitted = fxgraft.mixmo.EnsembleMetrics(classes, members, temperature="fit")
     fitted.update(found, labels)
-    metrics = fxgraft.EnsembleMetrics(classes, members, temperature=fitted.temperatures())
+    metrics = fxgraft.mixmo.EnsembleMetrics(classes, members, temperature=fitted.temperatures())
     metrics.update(*_logits(model, test))
     numbers = {name: float(value) for name, value in metrics.compute().items()}
     own = sum(numbers[f"member_{index}/accuracy"] for index in range(members)) / members
@@ -41,5 +41,5 @@ def _logits(model: nn.Module, images: Any) -> tuple[Tensor, Tensor]:
             x = torch.stack([image for image, _ in pairs])
             labels += [label for _, label in pairs]
             many = any(graft.name == "mixmo" for graft in fxgraft.grafts(model))
-            parts.append(fxgraft.member_logits(model, x).logits if many else model.eval()(x)[None])
+            parts.append(fxgraft.mixmo.member_logits(model, x).logits if many else model.eval()(x)[None])
     return torch.cat(parts, 1).float(), torch.tensor(labels)

@@ -13,7 +13,6 @@ from torch import nn
 
 from fxgraft.errors import (
     ConfigError,
-    DuplicateGraftError,
     FxgraftWarning,
     UnknownGraftError,
     WrappedModelError,
@@ -141,7 +140,7 @@ def _check_new(graft: Graft, present: Sequence[Graft], named: bool) -> None:
         )
     for other in present:
         if other.patch == graft.patch:
-            raise DuplicateGraftError(
+            raise ConfigError(
                 f"{graft.patch.method!r} is on the model already with these settings, as {other.name!r}.\n"
                 "Twice the same would act twice at the same place.\nChange a setting, or unpatch it first."
             )
@@ -149,7 +148,7 @@ def _check_new(graft: Graft, present: Sequence[Graft], named: bool) -> None:
             hint = (
                 "Choose another name." if named else f'Give the second one a name, as name="{graft.name}_2".'
             )
-            raise DuplicateGraftError(f"There is a graft named {graft.name!r} on the model already.\n{hint}")
+            raise ConfigError(f"There is a graft named {graft.name!r} on the model already.\n{hint}")
         pairing, replaying = (
             next((each for each in (graft, other) if test(each.patch)), None)
             for test in (lambda patch: patch.pairs_labels, lambda patch: patch.replays())

@@ -15,16 +15,8 @@ class FxgraftError(Exception):
     """Root of every error raised on purpose by fxgraft."""
 
 
-class ConfigError(FxgraftError, ValueError):
+class ConfigError(FxgraftError, ValueError, TypeError):
     """An option of a patch, or an argument of a call, is outside what the method defines."""
-
-
-class UnknownMethodError(FxgraftError, KeyError):
-    """No patch is registered under that name."""
-
-    def __str__(self) -> str:
-        # KeyError shows the repr of its argument, which would print the line breaks as escapes.
-        return str(self.args[0]) if self.args else ""
 
 
 class SiteError(FxgraftError, ValueError):
@@ -43,10 +35,6 @@ class WrappedModelError(FxgraftError, TypeError):
     """The model is already wrapped, compiled or exported: patch first, wrap after."""
 
 
-class DuplicateGraftError(FxgraftError, ValueError):
-    """The same method with the same settings, or the same name, is on the model already."""
-
-
 class UnknownGraftError(FxgraftError, KeyError):
     """There is no such graft on this model."""
 
@@ -58,31 +46,19 @@ class TargetError(FxgraftError, ValueError):
     """Labels are missing, stale, of the wrong size, or out of range."""
 
 
-class CallError(FxgraftError, TypeError):
-    """A patched model was called with arguments that it does not take."""
-
-
 class BypassError(FxgraftError, RuntimeError):
     """A call would run, or has run, around a graft that should have acted."""
 
 
-class TapError(FxgraftError, RuntimeError):
-    """A recorded value cannot be handed over: there was no pass, or it went past the site or wrote over it."""
-
-
-class RecipeError(FxgraftError, ValueError):
+class RecipeError(FxgraftError, ValueError, RuntimeError):
     """A saved recipe is damaged, foreign, of an unknown version, or made for another architecture."""
-
-
-class WeightsError(FxgraftError, RuntimeError):
-    """A state dict is not that of the model that it is to be loaded into."""
 
 
 class FxgraftWarning(UserWarning):
     """A setting that works but cannot do what it is for."""
 
 
-class MethodError(ConfigError, TypeError):
+class MethodError(ConfigError):
     """A method is not written as fxgraft needs it; says what to write."""
 
 

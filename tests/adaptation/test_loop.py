@@ -29,7 +29,7 @@ def test_it_is_the_loop_written_by_hand() -> None:
     for _ in range(2):
         torch.randint(2**62, ())  # the seeds of the loaders
     for step in range(5):
-        game = fxgraft.gam_losses(by_hand, batches[0][step % 3], batches[1][step % 2])
+        game = fxgraft.gam.gam_losses(by_hand, batches[0][step % 3], batches[1][step % 2])
         for optimizer, loss in zip(pair, (game.discriminator, game.mapping), strict=True):
             optimizer.zero_grad()
             loss.backward()

@@ -135,7 +135,7 @@ def test_what_a_card_says_of_diagnostics_is_what_they_are():
         model = cell.patch(SMALL.build(), None if options is None else cell.options(**options))
         x, y = batch(SMALL)
         if method == "gam":
-            fxgraft.gam_losses(model, x, x.flip(0))
+            fxgraft.gam.gam_losses(model, x, x.flip(0))
         else:
             fxgraft.loss(model, model(x, target=y), y)
         for name in fxgraft.diagnostics(model):

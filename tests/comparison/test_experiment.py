@@ -18,7 +18,7 @@ from comparison.images import write_classes, write_domains
 from fxgraft.comparison import experiment, runs
 from fxgraft.comparison.runs import Job, Setup, Variant, carry_out, parse_variant
 from fxgraft.comparison.training import Images, Training
-from fxgraft.errors import ConfigError, FxgraftError, SiteError, WeightsError
+from fxgraft.errors import ConfigError, FxgraftError, RecipeError, SiteError
 
 ROOT = Path(__file__).parents[2]
 
@@ -191,7 +191,7 @@ def test_a_full_disk_keeps_what_is_finished(run, tmp_path, monkeypatch):
         ({"training": {"train_crop": 0}}, ConfigError, "train_crop is a share"),
         ({"training": {"speed": 2}}, ConfigError, "no setting 'speed'"),
         ({"training": {"batch_size": 64}}, ConfigError, "28 training images do not fill a batch of 64"),
-        ({"weights": "nowhere.pth"}, WeightsError, "There is no file 'nowhere.pth'"),
+        ({"weights": "nowhere.pth"}, RecipeError, "There is no file 'nowhere.pth'"),
         ({"corrupt": True, "size": 24}, ConfigError, "images of 32 pixels or more"),
     ],
 )
@@ -221,13 +221,13 @@ def test_weights_from_a_file(run, tmp_path):
     assert torch.equal(built.stem.weight, Small(5).stem.weight)  # type: ignore[union-attr]
     assert built.fc.out_features == 2  # type: ignore[union-attr]
     torch.save(Small(2, width=4).state_dict(), tmp_path / "narrow.pth")
-    with pytest.raises(WeightsError, match=r"does not fit the model: of another shape are stem.weight"):
+    with pytest.raises(RecipeError, match=r"does not fit the model: of another shape are stem.weight"):
         run(weights=tmp_path / "narrow.pth")
     torch.save({"stem.weight": torch.zeros(6, 3, 3, 3), "neck.weight": torch.zeros(1)}, tmp_path / "part.pth")
-    with pytest.raises(WeightsError, match=r"it lacks norm.*it adds neck.weight"):
+    with pytest.raises(RecipeError, match=r"it lacks norm.*it adds neck.weight"):
         run(weights=tmp_path / "part.pth")
     (tmp_path / "text.pth").write_text("not weights")
-    with pytest.raises(WeightsError, match=r"holds no weights that can be read"):
+    with pytest.raises(RecipeError, match=r"holds no weights that can be read"):
         run(weights=tmp_path / "text.pth")
 
 
@@ -237,7 +237,7 @@ def test_weights_that_cannot_be_fetched(run, monkeypatch):
 
     monkeypatch.setattr("fxgraft.comparison.backbones.build_model", offline)
     with pytest.raises(
-        WeightsError, match=r"of 'resnet18' cannot be fetched: We couldn't.*\n.*\n.*--weights FILE"
+        RecipeError, match=r"of 'resnet18' cannot be fetched: We couldn't.*\n.*\n.*--weights FILE"
     ):
         run(model="resnet18", pretrained=True)
 

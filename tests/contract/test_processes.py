@@ -206,7 +206,7 @@ def play(model: nn.Module, original: nn.Module, x_source: Tensor, x_target: Tens
     judges = gam.discriminators(original)
     optimizers = [torch.optim.SGD(part.parameters(), lr=0.1) for part in (judges, original)]
     for _ in range(STEPS):
-        step = fxgraft.gam_losses(model, x_source, x_target)
+        step = fxgraft.gam.gam_losses(model, x_source, x_target)
         for optimizer in optimizers:
             optimizer.zero_grad()
         step.mapping.backward()

@@ -82,9 +82,9 @@ def test_a_patched_model_refuses(cell: Cell, tmp_path: Path) -> None:
     assert plan.name == cell.method
     cell.patch(model)
     with untouched(model):
-        with pytest.raises(fxgraft.DuplicateGraftError, match="on the model already"):
+        with pytest.raises(fxgraft.ConfigError, match="on the model already"):
             cell.patch(model)
-        with pytest.raises(fxgraft.DuplicateGraftError, match="with these settings"):
+        with pytest.raises(fxgraft.ConfigError, match="with these settings"):
             cell.patch(model, name="again")
         with pytest.raises(fxgraft.UnknownGraftError, match="no graft 'other'"):
             fxgraft.unpatch(model, "other")

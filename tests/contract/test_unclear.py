@@ -13,7 +13,7 @@ from torch.nn.utils import parametrizations
 from torchvision.models.feature_extraction import create_feature_extractor
 
 import fxgraft
-from fxgraft.errors import BypassError, CallError, ConfigError, SiteError, StructureError, WrappedModelError
+from fxgraft.errors import BypassError, ConfigError, SiteError, StructureError, WrappedModelError
 from fxgraft.models import build_model
 from toys import images, net
 
@@ -68,7 +68,7 @@ def test_a_list_where_the_forward_was_traced_with_a_tensor_is_refused(method: st
 
 def test_a_list_for_a_patch_that_acts_on_the_input_is_refused() -> None:
     model = fxgraft.patch(Crops(), "mixmo", input_size=(3, 16, 16)).train()
-    with pytest.raises(CallError, match="given a list of images, and a patch acts on its input"):
+    with pytest.raises(ConfigError, match="given a list of images, and a patch acts on its input"):
         model([images(), images()], target=torch.arange(8) % 4)
 
 

@@ -74,7 +74,7 @@ def test_such_a_layer_is_part_of_what_drifts() -> None:
         with torch.no_grad():
             model.graft_own.weight += change
         torch.manual_seed(0)
-        drifts.append(fxgraft.gam_losses(model, images(), images()).parts["drift"].item())
+        drifts.append(fxgraft.gam.gam_losses(model, images(), images()).parts["drift"].item())
     assert drifts[0] == 0
     assert drifts[1] > 0
 

@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from fxgraft.mixmo import MixMoInput
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook
 
 import fxgraft
-from fxgraft import MixMoInput
 from fxgraft.errors import BypassError, ConfigError, MergeError, WrappedModelError
 from fxgraft.patches.diversification.patch import maps
 from fxgraft.patches.selfnorm import Gate

@@ -96,19 +96,19 @@ def bernoulli(*all_logits: Tensor) -> Tensor:
 
 def test_the_divergence_of_one_logit_is_that_of_bernoulli_distributions() -> None:
     three = [logits(6, 1, seed=i) for i in range(3)]
-    torch.testing.assert_close(fxgraft.jensen_shannon(*three), bernoulli(*three))
-    assert fxgraft.jensen_shannon(three[0], three[0]).abs() < 1e-7
+    torch.testing.assert_close(fxgraft.functional.jensen_shannon(*three), bernoulli(*three))
+    assert fxgraft.functional.jensen_shannon(three[0], three[0]).abs() < 1e-7
     maps = [logits(2, 1, 4, 4, seed=i) for i in range(2)]
-    torch.testing.assert_close(fxgraft.jensen_shannon(*maps), bernoulli(*maps))
+    torch.testing.assert_close(fxgraft.functional.jensen_shannon(*maps), bernoulli(*maps))
 
 
 def test_the_divergence_of_several_labels_is_the_mean_over_them() -> None:
     three = [logits(6, 5, seed=i) for i in range(3)]
-    ours = fxgraft.jensen_shannon(*three, probability="sigmoid")
+    ours = fxgraft.functional.jensen_shannon(*three, probability="sigmoid")
     torch.testing.assert_close(ours, bernoulli(*three))
-    assert not torch.allclose(ours, fxgraft.jensen_shannon(*three))
+    assert not torch.allclose(ours, fxgraft.functional.jensen_shannon(*three))
     with pytest.raises(fxgraft.ConfigError, match="softmax of a single logit is 1"):
-        fxgraft.jensen_shannon(logits(2, 1), logits(2, 1), probability="softmax")
+        fxgraft.functional.jensen_shannon(logits(2, 1), logits(2, 1), probability="softmax")
 
 
 def test_consistency_of_one_logit_is_a_term_of_the_loss() -> None:
@@ -206,7 +206,7 @@ def test_several_labels_for_one_logit_are_refused() -> None:
 def test_other_grafts_see_mixed_answers() -> None:
     model = fxgraft.patch(one(), "mixmo", input_size=SIZE)
     fxgraft.patch(model, "rsc", layer="stage2", input_size=SIZE, batch_share=1.0)
-    x, mixed = fxgraft.input_cutmix(images(), YES)
+    x, mixed = fxgraft.mixmo.input_cutmix(images(), YES)
     for labels in (YES, mixed):
         out = model(x, target=labels)
         assert fxgraft.loss(model, out, labels, binary).isfinite()
@@ -220,14 +220,14 @@ def test_metrics_of_one_logit_are_those_of_two_classes() -> None:
     s = logits(2, 40, 1)
     y = torch.randint(2, (40,), generator=torch.Generator().manual_seed(0))
     two = torch.cat((torch.zeros_like(s), s), -1)
-    torch.testing.assert_close(fxgraft.disagreement(s), ((s[0] > 0) != (s[1] > 0)).float().mean())
+    torch.testing.assert_close(fxgraft.mixmo.disagreement(s), ((s[0] > 0) != (s[1] > 0)).float().mean())
     p = s.mean(0)[:, 0].sigmoid()
     entropy = -(p * p.log() + (1 - p) * (1 - p).log())
-    torch.testing.assert_close(fxgraft.ensemble_entropy(s), entropy)
-    assert fxgraft.ensemble_entropy(torch.zeros(2, 1, 1)).item() == pytest.approx(math.log(2))
+    torch.testing.assert_close(fxgraft.mixmo.ensemble_entropy(s), entropy)
+    assert fxgraft.mixmo.ensemble_entropy(torch.zeros(2, 1, 1)).item() == pytest.approx(math.log(2))
     for temperature in (None, 2.0, "fit"):
-        ours = fxgraft.EnsembleMetrics(1, 2, temperature=temperature)
-        theirs = fxgraft.EnsembleMetrics(2, 2, temperature=temperature)
+        ours = fxgraft.mixmo.EnsembleMetrics(1, 2, temperature=temperature)
+        theirs = fxgraft.mixmo.EnsembleMetrics(2, 2, temperature=temperature)
         ours.update(s, y.float().unsqueeze(1))
         theirs.update(two, y)
         expected = theirs.compute()
@@ -241,14 +241,14 @@ def test_metrics_refuse_what_is_neither_right_nor_wrong() -> None:
     with pytest.raises(
         fxgraft.TargetError, match=r"single logit is measured with labels 0 and 1(?s:.*)Round"
     ):
-        fxgraft.EnsembleMetrics(1, 2).update(logits(2, 4, 1), torch.linspace(0, 1, 4))
+        fxgraft.mixmo.EnsembleMetrics(1, 2).update(logits(2, 4, 1), torch.linspace(0, 1, 4))
     with pytest.raises(fxgraft.TargetError, match="Measure several labels one by one"):
-        fxgraft.EnsembleMetrics(3, 2).update(logits(2, 4, 3), torch.ones(4, 3))
+        fxgraft.mixmo.EnsembleMetrics(3, 2).update(logits(2, 4, 3), torch.ones(4, 3))
 
 
 def test_members_of_one_logit_by_name() -> None:
     model = fxgraft.patch(one(), "mixmo", input_size=SIZE).eval()
-    found = fxgraft.member_logits(model, images())
+    found = fxgraft.mixmo.member_logits(model, images())
     assert found.logits.shape == (2, 4, 1)
     assert (found.entropy > 0).all()
 

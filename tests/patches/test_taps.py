@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import fxgraft
-from fxgraft.errors import ConfigError, SiteError, TapError, UnknownGraftError
+from fxgraft.errors import BypassError, ConfigError, SiteError, UnknownGraftError
 from patches.taps_tools import SIZE, odd, seen_by_hooks, tapped_net
 from toys import assert_equal_steps, assert_same, images, net, state_of_everything, step
 
@@ -225,7 +225,7 @@ def test_detached_values_carry_no_gradient_and_leave_the_networks_alone() -> Non
 def test_values_are_handed_over_once_and_die_with_the_caller() -> None:
     model = tapped_net(["stage1", "stage1.0.conv2"])
     out, acts = fxgraft.tapped(model, images())
-    with pytest.raises(TapError, match=r"nothing to fetch from 'taps'(?s:.*)no pass(?s:.*)Call the model"):
+    with pytest.raises(BypassError, match=r"nothing to fetch from 'taps'(?s:.*)no pass(?s:.*)Call the model"):
         fxgraft.activations(model)
     alive = [weakref.ref(value) for value in acts.values()]
     del out, acts
@@ -256,14 +256,14 @@ def test_a_pass_that_failed_leaves_nothing() -> None:
     model.fc.register_forward_hook(lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         model(images())
-    with pytest.raises(TapError, match="no pass of the model was made"):
+    with pytest.raises(BypassError, match="no pass of the model was made"):
         fxgraft.activations(model)
 
 
 def test_a_part_called_by_itself_is_no_pass() -> None:
     model = tapped_net("stage1")
     model.stage1(model.stem(images()))
-    with pytest.raises(TapError, match="no pass"):
+    with pytest.raises(BypassError, match="no pass"):
         fxgraft.activations(model)
 
 
@@ -278,7 +278,7 @@ def test_two_patches_together_and_one_by_one() -> None:
     inner = fxgraft.activations(model, "inner")
     assert list(inner) == ["stage1", "stage2.0"]
     assert not inner["stage1"].requires_grad
-    with pytest.raises(TapError, match=r"no value of 'stage1', 'stage2.0'(?s:.*)fetched already"):
+    with pytest.raises(BypassError, match=r"no value of 'stage1', 'stage2.0'(?s:.*)fetched already"):
         fxgraft.activations(model, "inner")
     assert list(fxgraft.activations(model, "taps")) == ["stage2", "fc"]
     fxgraft.unpatch(model, "inner")
@@ -289,7 +289,7 @@ def test_one_site_tapped_twice_is_fetched_one_by_one() -> None:
     model = tapped_net("stage2")
     fxgraft.patch(model, "taps", layers="stage2", detach=True, name="other", input_size=SIZE)
     model(images())
-    with pytest.raises(TapError, match=r"'stage2' is recorded by 'taps' and by 'other'(?s:.*)name='taps'"):
+    with pytest.raises(BypassError, match=r"'stage2' is recorded by 'taps' and by 'other'(?s:.*)name='taps'"):
         fxgraft.activations(model)
     assert torch.equal(
         fxgraft.activations(model, "other")["stage2"], fxgraft.activations(model, "taps")["stage2"]
@@ -339,16 +339,18 @@ def test_a_mistake_is_explained_and_touches_nothing(
 def test_a_pass_past_a_site() -> None:
     model = tapped_net(["stage1", "fc"])
     model.forward_features(images())
-    with pytest.raises(TapError, match=r"no value of 'fc'(?s:.*)did not reach it(?s:.*)Call the whole model"):
+    with pytest.raises(
+        BypassError, match=r"no value of 'fc'(?s:.*)did not reach it(?s:.*)Call the whole model"
+    ):
         fxgraft.activations(model)
-    with pytest.raises(TapError, match="no value of 'fc'"):
+    with pytest.raises(BypassError, match="no value of 'fc'"):
         fxgraft.activations(model)
 
 
 def test_a_value_that_the_caller_writes_over() -> None:
     model = tapped_net(["fc", "stage1"])
     model(images()).zero_()
-    with pytest.raises(TapError, match=r"value of 'fc' was written over in place(?s:.*)copy=True"):
+    with pytest.raises(BypassError, match=r"value of 'fc' was written over in place(?s:.*)copy=True"):
         fxgraft.activations(model)
     fxgraft.unpatch(model)
     fxgraft.patch(model, "taps", layers=["fc", "stage1"], copy=True, input_size=SIZE)
@@ -362,7 +364,7 @@ def test_a_layer_made_in_place_since() -> None:
     model = fxgraft.patch(odd(), "taps", layers="before_plain", input_size=SIZE)
     model.plain.inplace = True
     model(images())
-    with pytest.raises(TapError, match=r"'before_plain' was written over(?s:.*)patch again"):
+    with pytest.raises(BypassError, match=r"'before_plain' was written over(?s:.*)patch again"):
         fxgraft.activations(model)
     fxgraft.unpatch(model)
     fxgraft.patch(model, "taps", layers="before_plain", input_size=SIZE)

@@ -18,7 +18,7 @@ from torchvision.models import resnet18
 from torchvision.models.feature_extraction import create_feature_extractor
 
 import fxgraft
-from fxgraft.errors import TapError
+from fxgraft.errors import BypassError
 from fxgraft.graph.tracing.observe import tensors
 from fxgraft.patches.rsc.patch import record
 from patches.taps_tools import SIZE, odd, seen_by_hooks, tapped_net
@@ -95,7 +95,7 @@ def test_export_is_that_of_the_bare_model(layers: Any) -> None:
     nodes = [[(n.op, n.name, n.target, str(n.args)) for n in p.graph.nodes] for p in programs]
     assert nodes[0] == nodes[1]
     assert torch.equal(programs[1].module()(images()), bare(images()))
-    with pytest.raises(TapError, match=r"of torch\.export leaves nothing"):
+    with pytest.raises(BypassError, match=r"of torch\.export leaves nothing"):
         fxgraft.activations(model)
 
 
@@ -119,13 +119,13 @@ def test_copies_record_their_own_values_and_inherit_none(way: str, tmp_path: Pat
     model = tapped_net(SITES)
     model(images(seed=3))  # recorded and not fetched
     twin = COPIES[way](model, tmp_path)
-    with pytest.raises(TapError, match="no pass"):
+    with pytest.raises(BypassError, match="no pass"):
         fxgraft.activations(twin)
     mine = fxgraft.activations(model)
     assert list(mine) == list(SITES)
     model.eval(), twin.eval()
     _, theirs = fxgraft.tapped(twin, images())
-    with pytest.raises(TapError, match="no pass"):
+    with pytest.raises(BypassError, match="no pass"):
         fxgraft.activations(model)
     _, mine = fxgraft.tapped(model, images())
     assert list(theirs) == list(SITES)
@@ -204,7 +204,7 @@ def test_checkpointed_regions_are_recorded_once(layer: str, when: str) -> None:
     for each in (plain, model):
         out, acts = fxgraft.tapped(each, x)
         (out.square().sum() + acts[layer].square().sum()).backward()
-        with pytest.raises(TapError, match="no pass"):
+        with pytest.raises(BypassError, match="no pass"):
             fxgraft.activations(each)
         results.append((out, acts[layer], {name: p.grad for name, p in each.named_parameters()}))
     assert len(runs) == 2, "the first stage must be computed again in backward"
@@ -331,7 +331,7 @@ def test_replicas_keep_their_values_to_themselves() -> None:
     x = images()
     torch.manual_seed(0)
     out = replica(x)
-    with pytest.raises(TapError, match="of a DataParallel replica"):
+    with pytest.raises(BypassError, match="of a DataParallel replica"):
         fxgraft.activations(model)
     torch.manual_seed(0)
     assert torch.equal(out, model(x))

@@ -49,7 +49,7 @@ def test_an_encoder_is_reached_from_its_own_region_only(
         out: list[Tensor] = []
         handle = stem.register_forward_hook(lambda module, args, value: out.append(value))
         torch.manual_seed(seed)
-        logits = model(fxgraft.MixMoInput(list(images)), target=[y, y])
+        logits = model(fxgraft.mixmo.MixMoInput(list(images)), target=[y, y])
         handle.remove()
         return out[0], logits
 

@@ -55,7 +55,7 @@ class Sequences(RuleBasedStateMachine):
         name = f"g{self.count}"
         size = (3, *self.recipe.size)
         if wanted in self.expected.values():
-            with pytest.raises(fxgraft.DuplicateGraftError, match="with these settings"):
+            with pytest.raises(fxgraft.ConfigError, match="with these settings"):
                 fxgraft.patch(self.model, wanted, name=name, input_size=size)
             return
         try:

@@ -117,7 +117,7 @@ def test_adaptation_of_a_dense_predictor() -> None:
     layers = ["backbone.4", "backbone.16"]
     model = fxgraft.patch(DENSE["lraspp"](), "gam", layers=layers, task="dense", hidden=20, input_size=SIZE)
     x, _ = batch()
-    game = fxgraft.gam_losses(model, x, x.flip(0))
+    game = fxgraft.gam.gam_losses(model, x, x.flip(0))
     (game.mapping + game.discriminator).backward()
     assert game.mapping.isfinite()
 

@@ -105,7 +105,7 @@ def difference(preset: str) -> float:
             acted.add(bool(reference.on))
             loss_wanted = loss_wanted + weight * agree(wanted[:ROWS], *others)
         if views > 1:
-            loss = loss + 12 * fxgraft.jensen_shannon(*logits.chunk(views))
+            loss = loss + 12 * fxgraft.functional.jensen_shannon(*logits.chunk(views))
             loss_wanted = loss_wanted + 12 * agree(*wanted.chunk(views))
         pairs = [(logits, wanted), (loss, loss_wanted), (statistics(model), statistics(reference))]
         pairs.append((model.eval()(x), reference.eval()(x)))

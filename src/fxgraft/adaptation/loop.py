@@ -103,7 +103,7 @@ def adapt(
         raise WrappedModelError(
             f"adapt takes the patched model itself, not inside {type(model).__name__}.\n"
             "It would not see the patches of what is wrapped, nor average discriminators over processes.\n"
-            "Pass the model (model.compile() compiles it in place), or write the loop with fxgraft.gam_losses."
+            "Pass the model (model.compile() compiles it in place), or write the loop with fxgraft.gam.gam_losses."
         )
     place = torch.device(device) if device is not None else next(model.parameters()).device
     for each in (model, players, frozen):

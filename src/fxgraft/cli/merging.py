@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import fxgraft
-from fxgraft.errors import ConfigError, WeightsError
+from fxgraft.errors import ConfigError, RecipeError
 from fxgraft.io.atomic_write import write_files
 from fxgraft.io.backbone_weights import WRAPPERS, differences
 from fxgraft.io.save_load import RECIPE, WEIGHTS, unshared
@@ -73,7 +73,7 @@ def merge_file(
 
     Raises:
         ConfigError: a file that cannot be read or written, an unknown model, or grafts that do not go on it.
-        WeightsError: the checkpoint is not that of this model with these grafts; lists the keys.
+        RecipeError: the checkpoint is not that of this model with these grafts; lists the keys.
         MergeError: a graft cannot be folded.
     """
     if out.suffix != ".safetensors":
@@ -200,7 +200,7 @@ def _load(network: nn.Module, trained: Trained) -> None:
         each for key in trained.weights for each in re.findall(r"\bgraft_([A-Za-z0-9_]+?)(?:_\d+)?\.", key)
     }
     unknown = sorted(there - have)
-    raise WeightsError(
+    raise RecipeError(
         f"{str(trained.file)!r} is not a checkpoint of this {type(network).__name__} with "
         f"{', '.join(sorted(have)) or 'no grafts'}: {found}.\n"
         + (

@@ -13,7 +13,7 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from fxgraft.errors import UnknownMethodError, candidates
+from fxgraft.errors import UnknownGraftError, candidates
 from fxgraft.patches.options import option_hints
 
 _SECTION = re.compile(r"^(Args|Attributes):\s*$")
@@ -33,11 +33,11 @@ def card(name: str) -> Group:
     its options and its presets.
 
     Raises:
-        UnknownMethodError: no such method (with close matches).
+        UnknownGraftError: no such method (with close matches).
     """
     methods = _methods()
     if name not in methods:
-        raise UnknownMethodError(f"There is no method {name!r}. {candidates(name, methods)}")
+        raise UnknownGraftError(f"There is no method {name!r}. {candidates(name, methods)}")
     method = methods[name]
     facts = Table.grid(padding=(0, 2))
     for label, fact in _sections(method).items():

@@ -133,14 +133,14 @@ def _show_method(
     pretrained: bool,
 ) -> None:
     import fxgraft
-    from fxgraft.errors import UnknownMethodError, candidates
+    from fxgraft.errors import UnknownGraftError, candidates
     from fxgraft.models import build_model
     from fxgraft.spec import parse_patch_spec
     from fxgraft.viz.pictures import check_picture, picture_of, read_images, read_weights, save_picture
 
     wanted = "diversification" if method == MAPS else method
     if wanted not in fxgraft.methods():
-        raise UnknownMethodError(f"There is no method {method!r}.\n{candidates(method, fxgraft.methods())}")
+        raise UnknownGraftError(f"There is no method {method!r}.\n{candidates(method, fxgraft.methods())}")
     check_picture(wanted)
     options: dict[str, object] = {} if head is None else {"head": head}
     for text in patches:

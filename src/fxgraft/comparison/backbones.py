@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from fxgraft.errors import ConfigError, WeightsError
+from fxgraft.errors import ConfigError, RecipeError
 from fxgraft.models import build_model
 
 Model = str | Callable[..., nn.Module]
@@ -41,7 +41,7 @@ def build(
 
     Raises:
         ConfigError: no such model, or the function cannot be imported.
-        WeightsError: the hub cannot be reached, the file cannot be read, or its tensors do not fit.
+        RecipeError: the hub cannot be reached, the file cannot be read, or its tensors do not fit.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -66,7 +66,7 @@ def _library(model: str, classes: int, size: int, pretrained: bool, options: dic
     try:
         return build_model(model, classes, pretrained=pretrained, input_size=size, **options)
     except OSError as error:
-        raise WeightsError(
+        raise RecipeError(
             f"The weights of {model!r} cannot be fetched: {str(error).splitlines()[0]}\n"
             "They come from a hub, which this machine does not reach.\n"
             "Pass a checkpoint, weights=FILE (--weights FILE), or train from scratch without pretrained."
@@ -93,11 +93,11 @@ def _load(model: nn.Module, file: Path) -> None:
     from timm.models import load_state_dict
 
     if not file.is_file():
-        raise WeightsError(f"There is no file {str(file)!r} with weights.")
+        raise RecipeError(f"There is no file {str(file)!r} with weights.")
     try:
         found = load_state_dict(str(file), device="cpu")
     except Exception as error:  # torch's and safetensors' own, of many classes
-        raise WeightsError(f"{file} holds no weights that can be read: {error}") from error
+        raise RecipeError(f"{file} holds no weights that can be read: {error}") from error
     own = model.state_dict()
     head = {f"{name}.{kind}" for name in _classifiers(model) for kind in ("weight", "bias")}
     for name in head & set(found) & set(own):
@@ -112,7 +112,7 @@ def _load(model: nn.Module, file: Path) -> None:
             for what, names in (("it lacks", lacking), ("it adds", foreign), ("of another shape are", shapes))
             if names
         ]
-        raise WeightsError(
+        raise RecipeError(
             f"{file} does not fit the model: {'; '.join(parts)}.\nPass the checkpoint of this model."
         )
     model.load_state_dict(found, strict=False)

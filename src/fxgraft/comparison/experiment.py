@@ -117,7 +117,7 @@ def compare(
     Raises:
         ConfigError: an argument is out of range, the data or the folder do not fit, or a package is missing. All of
             this, and that every graft fits the backbone, is found before the first training step.
-        WeightsError: weights cannot be fetched, read or loaded.
+        RecipeError: weights cannot be fetched, read or loaded.
         FxgraftError: what `fxgraft.patch` raises for a graft that does not fit.
     """
     _check_packages(backend)

@@ -29,7 +29,7 @@ def jensen_shannon(*logits: Tensor, probability: Probability | None = None) -> T
     >>> views = [images, images + 0.1, images.flip(-1)]  # the second and third by AugMix
     >>> clean, *mixed = model(torch.cat(views)).chunk(3)
     >>> loss = fxgraft.loss(model, clean, labels)  # with 10 · that of the clean and two CrossNorm passes
-    >>> loss = loss + 12 * fxgraft.jensen_shannon(clean, *mixed)
+    >>> loss = loss + 12 * fxgraft.functional.jensen_shannon(clean, *mixed)
     >>> loss.backward()
 
     Args:

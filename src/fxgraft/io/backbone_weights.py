@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from fxgraft.errors import WeightsError
+from fxgraft.errors import RecipeError
 from fxgraft.graph.grafting.lookup import grafts_on, own_keys, patched_parts, unwrapped
 from fxgraft.graph.tracing.atomic import synchronized
 from fxgraft.graph.tracing.names import is_graft_key
@@ -60,14 +60,14 @@ def load_backbone(model: M, state_dict: Mapping[str, Any]) -> M:
         The same model.
 
     Raises:
-        WeightsError: keys are missing, unexpected, or of another shape; lists them. The model is then as it was.
+        RecipeError: keys are missing, unexpected, or of another shape; lists them. The model is then as it was.
     """
     inner = unwrapped(model)
     own = own_keys(inner)
     stock = {key: value for key, value in inner.state_dict().items() if key not in own}
     found = differences(stock, state_dict)
     if found:
-        raise WeightsError(
+        raise RecipeError(
             f"The checkpoint is not that of a bare {inner._get_name()}: {found}.\n{_hint(stock, state_dict)}"
         )
     kept, random = Weights(inner), torch.get_rng_state()

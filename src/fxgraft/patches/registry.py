@@ -11,7 +11,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, TypeVar
 
-from fxgraft.errors import ConfigError, DuplicateGraftError, MethodError, UnknownMethodError, candidates
+from fxgraft.errors import ConfigError, MethodError, UnknownGraftError, candidates
 from fxgraft.patches.base import Patch
 from fxgraft.patches.options import check_known
 
@@ -32,7 +32,7 @@ def register(name: str, *, override: bool = False) -> Callable[[P], P]:
     Raises:
         MethodError: the name is no identifier, or the class is no dataclass that derives from `Patch` and
             implements ``place``; says what to write.
-        DuplicateGraftError: the name is taken; names both classes.
+        ConfigError: the name is taken; names both classes.
     """
     if not isinstance(name, str) or not name.isidentifier():
         raise MethodError(
@@ -45,7 +45,7 @@ def register(name: str, *, override: bool = False) -> Callable[[P], P]:
         _check_class(name, cls)
         taken = _registry.get(name)
         if taken is not None and not override:
-            raise DuplicateGraftError(
+            raise ConfigError(
                 f"The method name {name!r} is taken by {taken.__module__}.{taken.__qualname__}; "
                 f"{cls.__module__}.{cls.__qualname__} cannot have it too.\n"
                 "Choose another name, or register with override=True."
@@ -101,7 +101,7 @@ def build(method: str, options: Mapping[str, Any]) -> Patch:
     """Make a patch from its name and options, ``preset`` among them.
 
     Raises:
-        UnknownMethodError: no method of that name; lists close matches.
+        UnknownGraftError: no method of that name; lists close matches.
         ConfigError: an option the method does not have, or a value it does not take.
     """
     if not isinstance(method, str):
@@ -111,7 +111,7 @@ def build(method: str, options: Mapping[str, Any]) -> Patch:
         )
     known = methods()
     if method not in known:
-        raise UnknownMethodError(
+        raise UnknownGraftError(
             f"There is no method {method!r}.\n{candidates(method, known)}\n"
             "fxgraft.methods() lists them; your own are added with @fxgraft.register."
         )

@@ -10,13 +10,13 @@ from torch import nn
 
 from fxgraft.extend import (
     Backbone,
+    BypassError,
     ConfigError,
     Graft,
     LayeredPatch,
     Make,
     Placement,
     SiteSpec,
-    TapError,
     Unit,
     UnknownGraftError,
     candidates,
@@ -109,7 +109,7 @@ def activations(model: nn.Module, name: str | None = None) -> dict[str, Any]:
 
     Raises:
         UnknownGraftError: there are no taps on the model, or none of that name.
-        TapError: there was no pass since the last time, it did not reach a site, or a value was written over.
+        BypassError: there was no pass since the last time, it did not reach a site, or a value was written over.
             What was recorded stays where it is.
     """
     return take(_units(model, name))
@@ -128,7 +128,7 @@ def tapped(model: nn.Module, *args: Any, **kwargs: Any) -> tuple[Any, dict[str, 
 
     Raises:
         UnknownGraftError: there are no taps on the model.
-        TapError: the pass did not reach a site, or a value was written over.
+        BypassError: the pass did not reach a site, or a value was written over.
     """
     units = _units(model, None)
     out = model(*args, **kwargs)
@@ -153,7 +153,7 @@ def _units(model: nn.Module, name: str | None) -> list[Unit]:
     double = next((key for key in keys if keys.count(key) > 1), None)
     if double is not None:
         both = [graft.name for graft in chosen if double in graft.units]
-        raise TapError(
+        raise BypassError(
             f"{double!r} is recorded by {' and by '.join(map(repr, both))}.\n"
             "One dictionary cannot hold it twice.\n"
             f"Fetch them one by one: fxgraft.activations(model, name={both[0]!r})."

@@ -121,7 +121,7 @@ def test_of_several_views_the_clean_images_alone_are_compared() -> None:
     torch.manual_seed(0)
     with fxgraft.grafts(alone)[0].override(forced=True):
         others = [alone(x[:2]) for _ in range(2)]
-    wanted = 10 * fxgraft.jensen_shannon(out[:2], *others)
+    wanted = 10 * fxgraft.functional.jensen_shannon(out[:2], *others)
     torch.testing.assert_close(found[0], wanted, rtol=0, atol=1e-12)
     torch.testing.assert_close(found[1], wanted, rtol=0, atol=1e-12)
 

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import fxgraft
-from fxgraft.errors import ConfigError, DuplicateGraftError, SiteError, StructureError
+from fxgraft.errors import ConfigError, SiteError, StructureError
 from fxgraft.patches.diversification.patch import Diversification, record
 from patches.diversification.diversified import NEUTRAL, Net, images, net, patched, small_resnet
 
@@ -113,7 +113,7 @@ class TestEverywhere:
         assert torch.equal(merged.eval()(x), net().eval()(x))
 
     def test_twice_the_same_is_refused(self):
-        with pytest.raises(DuplicateGraftError, match="on the model already"):
+        with pytest.raises(ConfigError, match="on the model already"):
             patched(patched())
 
 

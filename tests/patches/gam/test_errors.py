@@ -104,7 +104,7 @@ def refused(model: nn.Module, options: dict[str, Any], error: type[Exception], m
 def test_other_networks_match_without_drift():
     source = wider()
     model = patched(net(), layers=["fc"], source=source, drift=0)
-    step = fxgraft.gam_losses(model, images(), images())
+    step = fxgraft.gam.gam_losses(model, images(), images())
     assert "drift" not in step.parts
     step.mapping.backward()
 
@@ -113,11 +113,11 @@ def test_a_batch_of_one_has_no_batch_statistics():
     model = patched(layers=["fc"]).eval()
     for sizes in ((1, 4), (4, 1)):
         with pytest.raises(fxgraft.ConfigError, match=r"1 value per channel(.|\n)*statistics=\"running\""):
-            fxgraft.gam_losses(model, images(sizes[0]), images(sizes[1]))
+            fxgraft.gam.gam_losses(model, images(sizes[0]), images(sizes[1]))
     maps = patched(layers=["layer1"]).eval()
-    assert torch.isfinite(fxgraft.gam_losses(maps, images(1), images(1)).mapping)
+    assert torch.isfinite(fxgraft.gam.gam_losses(maps, images(1), images(1)).mapping)
     without = patched(layers=["fc"], matching=None).eval()
-    assert torch.isfinite(fxgraft.gam_losses(without, images(1), images(1)).mapping)
+    assert torch.isfinite(fxgraft.gam.gam_losses(without, images(1), images(1)).mapping)
 
 
 class Remembering(Net):
@@ -152,7 +152,7 @@ def test_the_taps_that_the_error_proposes_can_be_merged(name: str) -> None:
     assert len(layers) == 2
     assert "cannot be merged" not in str(fxgraft.summary(fxgraft.patch(model, "gam", layers=layers)))
     x = torch.randn(4, *model.default_cfg["input_size"])
-    fxgraft.gam_losses(model.train(), x, x + 1)
+    fxgraft.gam.gam_losses(model.train(), x, x + 1)
     out = model.eval()(x)
     merged = fxgraft.merge(model)(x)
     torch.testing.assert_close(merged, out, rtol=0, atol=1e-4 * out.abs().max().item())

@@ -78,7 +78,7 @@ def played(layers: list[str], steps: int = 4, model: nn.Module | None = None, **
         optimizer.zero_grad()
         pair = images(5, index), 2 * images(6, 100 + index) + 1
         dtype = next(model.parameters()).dtype
-        fxgraft.gam_losses(model, *(x.to(dtype) for x in pair)).mapping.backward()
+        fxgraft.gam.gam_losses(model, *(x.to(dtype) for x in pair)).mapping.backward()
         optimizer.step()
     return model.eval()
 
@@ -95,7 +95,7 @@ def test_it_trains_and_predicts_as_the_network_with_the_formula_typed_in(dtype: 
     close = {"rtol": 1e-9, "atol": 1e-12} if dtype == torch.float64 else {"rtol": 1e-3, "atol": 1e-5}
     for index in range(5):
         x_source, x_target = images(5, index).to(dtype), 2 * images(7, 50 + index).to(dtype)
-        step = fxgraft.gam_losses(model, x_source, x_target)
+        step = fxgraft.gam.gam_losses(model, x_source, x_target)
         frozen(x_source)
         plain.sources = frozen.seen
         plain(x_target)
@@ -145,7 +145,7 @@ def test_steps_bring_the_moments_of_what_the_target_gives_to_the_sources() -> No
     x = 3 * images(8, 5) + 2
     before = moments(net(seed=1).eval().layer1(x))[0]
     for index in range(6):
-        fxgraft.gam_losses(model, images(8, index), x)
+        fxgraft.gam.gam_losses(model, images(8, index), x)
     with torch.no_grad():
         out = model.layer1(x)
     wanted = torch.stack([moments(net(seed=1).eval().layer1(images(8, i)))[0] for i in range(6)]).mean(0)
@@ -247,16 +247,16 @@ def test_the_running_moments_travel() -> None:
 
 def test_a_batch_of_one_needs_running_statistics() -> None:
     with pytest.raises(fxgraft.ConfigError, match='statistics="running"'):
-        fxgraft.gam_losses(patched(layers=["fc"]).eval(), images(1), images(1))
+        fxgraft.gam.gam_losses(patched(layers=["fc"]).eval(), images(1), images(1))
     model = patched(layers=["fc"], statistics="running").eval()
-    assert fxgraft.gam_losses(model, images(1), images(1)).mapping.isfinite()
+    assert fxgraft.gam.gam_losses(model, images(1), images(1)).mapping.isfinite()
 
 
 def test_a_failed_step_leaves_the_moments() -> None:
     model = patched(net(seed=1), layers=["layer1", "fc"]).eval()
     before = contents(model)
     with pytest.raises(fxgraft.ConfigError, match="deviation"):
-        fxgraft.gam_losses(model, images(1), images(1))
+        fxgraft.gam.gam_losses(model, images(1), images(1))
     unchanged(model, before)
 
 
@@ -281,7 +281,7 @@ def test_a_compiled_model_matches_alike() -> None:
     x = images()
     torch.testing.assert_close(compiled(x), model(x))
     for each in (compiled.train(), model.train()):
-        fxgraft.gam_losses(each, images(5, 3), images(6, 4)).mapping.backward()
+        fxgraft.gam.gam_losses(each, images(5, 3), images(6, 4)).mapping.backward()
     torch.testing.assert_close(dict(twin.named_buffers()), dict(model.named_buffers()))
     for name, p in model.named_parameters():
         torch.testing.assert_close(twin.get_parameter(name).grad, p.grad, rtol=1e-4, atol=1e-5)
@@ -304,7 +304,7 @@ def test_timms_pooled_features_merge(name: str) -> None:
     fxgraft.patch(model, "gam", layers=[pool, head])
     for index in range(2):
         size = model.default_cfg["input_size"][-1]
-        fxgraft.gam_losses(model, *(images(4, index + i, size).double() * (i + 1) + i for i in (0, 1)))
+        fxgraft.gam.gam_losses(model, *(images(4, index + i, size).double() * (i + 1) + i for i in (0, 1)))
     x = images(3, 9, size).double()
     expected = model.eval()(x)
     torch.testing.assert_close(fxgraft.merge(model)(x), expected, rtol=1e-9, atol=1e-11)

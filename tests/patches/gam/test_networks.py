@@ -53,7 +53,7 @@ def test_backbones(name: str):
     shapes = [tuple(next(judge.parameters()).shape) for judge in gam.discriminators(model).values()]
     assert not first or shapes == first
     side = options["input_size"][1]
-    step = fxgraft.gam_losses(model.train(), images(2, 1, side), images(3, 2, side))
+    step = fxgraft.gam.gam_losses(model.train(), images(2, 1, side), images(3, 2, side))
     step.mapping.backward()
     step.discriminator.backward()
     assert all(torch.isfinite(g).all() for g in gradients(model).values())
@@ -84,7 +84,7 @@ def test_dense_prediction(name: str):
     optimizers = [torch.optim.Adam(part.parameters(), lr=1e-3) for part in (judges, model)]
     for _ in range(2):
         # Other sizes on either side, as street scenes of two cities have them.
-        step = fxgraft.gam_losses(model.train(), images(2, 1, 64), images(2, 2, 96))
+        step = fxgraft.gam.gam_losses(model.train(), images(2, 1, 64), images(2, 2, 96))
         for loss, optimizer in zip((step.discriminator, step.mapping), optimizers, strict=True):
             optimizer.zero_grad()
             loss.backward()

@@ -54,11 +54,11 @@ def test_weights_that_come_after_patching_are_the_source(change: Callable[..., N
         "pickled": lambda m: pickle.loads(pickle.dumps(m)),
     }[how](model)
     expected = {k: v for k, v in contents(model).items() if "graft_" not in k}
-    step = fxgraft.gam_losses(model, images(), images(seed=2))
+    step = fxgraft.gam.gam_losses(model, images(), images(seed=2))
     assert step.parts["drift"] == 0
     unchanged(source(model), expected)
     train(model)  # from the first step on the source network stays
-    fxgraft.gam_losses(model, images(), images(seed=2))
+    fxgraft.gam.gam_losses(model, images(), images(seed=2))
     unchanged(source(model), expected)
 
 
@@ -70,14 +70,14 @@ def test_statistics_alone_are_not_another_source() -> None:
     expected["layer1.1.running_mean"].fill_(0.5)
     fxgraft.adapt_batchnorm(model, [images(seed=5)])
     model.train()(images())
-    fxgraft.gam_losses(model, images(), images())
+    fxgraft.gam.gam_losses(model, images(), images())
     unchanged(source(model), expected)
 
 
 def test_a_given_source_stays() -> None:
     model = patched(source=net(seed=3).requires_grad_(False))
     load(model)
-    fxgraft.gam_losses(model, images(), images())
+    fxgraft.gam.gam_losses(model, images(), images())
     unchanged(source(model), contents(net(seed=3)))
 
 
@@ -88,23 +88,23 @@ def test_a_source_of_which_nothing_tells_is_warned_of_once() -> None:
     with pytest.warns(
         fxgraft.FxgraftWarning, match="is copied again: it is the model as it is now(.|\n)*source="
     ):
-        fxgraft.gam_losses(model, images(), images())
-    fxgraft.gam_losses(model, images(), images())
+        fxgraft.gam.gam_losses(model, images(), images())
+    fxgraft.gam.gam_losses(model, images(), images())
     unchanged(source(model), {**trained()})
 
 
 def test_an_adaptation_that_goes_on_keeps_the_source_and_says_so() -> None:
     earlier = patched(net(seed=1))
-    fxgraft.gam_losses(earlier, images(), images())
+    fxgraft.gam.gam_losses(earlier, images(), images())
     train(earlier)
     model = patched(net(seed=1))
     model.load_state_dict(earlier.state_dict())
     with pytest.warns(fxgraft.FxgraftWarning, match="an adaptation that is under way(.|\n)*as it was when"):
-        fxgraft.gam_losses(model, images(), images())
+        fxgraft.gam.gam_losses(model, images(), images())
     unchanged(source(model), contents(net(seed=1)))
     known = patched(net(seed=1), source=net(seed=1).requires_grad_(False))
     known.load_state_dict(earlier.state_dict())
-    fxgraft.gam_losses(known, images(), images())
+    fxgraft.gam.gam_losses(known, images(), images())
 
 
 @pytest.mark.parametrize("classes", [5, 9])
@@ -114,21 +114,21 @@ def test_a_layer_that_is_replaced_afterwards(classes: int, begun: bool, layers: 
     model = patched(layers=layers)
     assert model.fc.out_features == 5
     if begun:
-        fxgraft.gam_losses(model, images(), images())
+        fxgraft.gam.gam_losses(model, images(), images())
     model.fc = nn.Linear(model.fc.in_features, classes)
     with pytest.raises(fxgraft.ConfigError, match=r"replaced(.|\n)*Replace layers first, then patch"):
-        fxgraft.gam_losses(model, images(), images())
+        fxgraft.gam.gam_losses(model, images(), images())
     fxgraft.unpatch(model)
     patched(model, layers=layers)
-    assert fxgraft.gam_losses(model, images(), images()).parts["drift"] == 0
+    assert fxgraft.gam.gam_losses(model, images(), images()).parts["drift"] == 0
 
 
 def test_a_step_that_fails_has_not_begun() -> None:
     model = patched()
     with pytest.raises(RuntimeError):
-        fxgraft.gam_losses(model, images(), images()[:, :2])
+        fxgraft.gam.gam_losses(model, images(), images()[:, :2])
     load(model)
-    fxgraft.gam_losses(model, images(), images())
+    fxgraft.gam.gam_losses(model, images(), images())
     unchanged(source(model), {**trained()})
 
 
@@ -137,4 +137,4 @@ def test_dry_runs_and_other_grafts_leave_it_alone() -> None:
     load(model)
     fxgraft.patch(model, "rsc", layer="layer1", input_size=SIZE, dry_run=True)
     fxgraft.patch(model, "crossnorm", position="norm", input_size=SIZE)
-    assert fxgraft.gam_losses(model.eval(), images(), images()).parts["drift"] == 0
+    assert fxgraft.gam.gam_losses(model.eval(), images(), images()).parts["drift"] == 0

@@ -7,11 +7,12 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from fxgraft.mixmo import MixMoInput
 from timm.data import Mixup
 from torch import Tensor, nn
 
 import fxgraft
-from fxgraft import ConfigError, MixMo, MixMoInput, StructureError, TargetError
+from fxgraft import ConfigError, MixMo, StructureError, TargetError
 from fxgraft.patches.mixmo.patch import Encoders
 from patches.mixmo.mixing import last_pairing, patched, unit
 from patches.small import CLASSES, batch, net
@@ -36,7 +37,7 @@ def test_soft_targets_are_permuted_with_their_images() -> None:
 def test_mixed_images_have_the_labels_of_what_is_seen_of_them(visible: bool) -> None:
     model = patched(p=1.0, repetitions=2, visible_labels=visible)
     x, y = batch()
-    mixed, labels = fxgraft.input_cutmix(x, y)
+    mixed, labels = fxgraft.mixmo.input_cutmix(x, y)
     out = model(mixed, target=labels)
     last = last_pairing(model)
     expected = torch.zeros(())

@@ -78,7 +78,7 @@ def test_both_ends_are_the_authors(case: GoldenCase, init: Any, monkeypatch: pyt
     model.fc.register_forward_pre_hook(lambda module, args: (given["feats"],))
     pixels = given["pixels"].chunk(members, 1)
     labels = [torch.zeros(len(pixels[0]), dtype=torch.long)] * members
-    out = model.train()(fxgraft.MixMoInput(pixels), target=labels)
+    out = model.train()(fxgraft.mixmo.MixMoInput(pixels), target=labels)
     torch.testing.assert_close(maps[0], case.outputs["stem_train"], rtol=1e-6, atol=1e-6)
     for index in range(members):
         torch.testing.assert_close(out[index], case.outputs[f"logits_{index}"], rtol=1e-12, atol=1e-12)
@@ -232,7 +232,7 @@ def test_member_logits_in_one_pass_and_in_the_mode_it_found() -> None:
     calls: list[int] = []
     model.layer2.register_forward_hook(lambda *_: calls.append(1))
     x, _ = batch()
-    found = fxgraft.member_logits(model, x)
+    found = fxgraft.mixmo.member_logits(model, x)
     assert calls == [1]
     assert [module.training for module in model.modules()] == modes
     model.eval()
@@ -243,7 +243,7 @@ def test_member_logits_in_one_pass_and_in_the_mode_it_found() -> None:
     torch.testing.assert_close(found.disagreement, torch.stack(pairs).mean())
     assert found.entropy.shape == (6,)
     with pytest.raises(fxgraft.SiteError, match="has no members"):
-        fxgraft.member_logits(net(), x)
+        fxgraft.mixmo.member_logits(net(), x)
 
 
 def test_parts_of_the_network_by_themselves() -> None:

@@ -105,7 +105,7 @@ def test_in_float64_one_image_for_all_members_is_left_as_it_is(members: int, mix
     model.layer1[0].register_forward_hook(lambda module, args, out: maps.append(out))
     x, y = batch()
     x = x.double()
-    model(fxgraft.MixMoInput([x] * members), target=[y] * members)
+    model(fxgraft.mixmo.MixMoInput([x] * members), target=[y] * members)
     last = last_pairing(model)
     assert last.masks.dtype == last.shares.dtype == torch.float64
     model.eval()(x)

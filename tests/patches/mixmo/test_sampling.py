@@ -124,7 +124,7 @@ class Counted(torch.utils.data.Dataset[Any]):
 def test_every_member_has_an_image_of_its_own(members: int) -> None:
     torch.manual_seed(0)
     data = Counted()
-    loader = fxgraft.paired_loader(data, 8, members=members, repetitions=2, drop_last=True)
+    loader = fxgraft.mixmo.paired_loader(data, 8, members=members, repetitions=2, drop_last=True)
     batches = list(loader)
     assert len(batches) == len(loader) == 3
     assert data.loaded == 3 * 8 * members  # nothing that two members, or two rows, share
@@ -140,7 +140,7 @@ def test_every_member_has_an_image_of_its_own(members: int) -> None:
 def test_cutmix_of_each_image_with_one_of_all_the_data() -> None:
     torch.manual_seed(0)
     seen, mixed, images_seen = set(), 0, 0
-    for images, labels in fxgraft.paired_loader(Counted(40), 4, cutmix=0.5):
+    for images, labels in fxgraft.mixmo.paired_loader(Counted(40), 4, cutmix=0.5):
         for each, known in zip(images.inputs, labels, strict=True):
             first = known.mask.bool().expand_as(each)
             assert torch.equal(torch.where(first, each.floor(), 0.0).amax((1, 2, 3)).long(), known.first)
@@ -159,7 +159,7 @@ def test_a_step_with_the_loader_and_what_it_refuses() -> None:
     model = fxgraft.patch(
         timm.create_model("test_resnet", num_classes=4), "mixmo", preset="cifar_cut"
     ).train()
-    loader = fxgraft.paired_loader(data, 6, cutmix=1.0, generator=torch.Generator().manual_seed(0))
+    loader = fxgraft.mixmo.paired_loader(data, 6, cutmix=1.0, generator=torch.Generator().manual_seed(0))
     for images, labels in loader:
         moved, known = (
             images.to("cpu", non_blocking=True),
@@ -173,7 +173,7 @@ def test_a_step_with_the_loader_and_what_it_refuses() -> None:
         ({"repetitions": 4}, "cannot hold each sample 4 times"),
     ):
         with pytest.raises(ConfigError, match=match):
-            fxgraft.paired_loader(data, 6, **options)
+            fxgraft.mixmo.paired_loader(data, 6, **options)
     whole = torch.utils.data.TensorDataset(torch.zeros(4, 3, 8, 8, dtype=torch.uint8), torch.zeros(4))
     with pytest.raises(ConfigError, match=r"images are Tensor of torch.uint8.*\n.*\nPut ToTensor"):
-        next(iter(fxgraft.paired_loader(whole, 2)))
+        next(iter(fxgraft.mixmo.paired_loader(whole, 2)))

@@ -22,7 +22,7 @@ from typing import Any, cast
 import torch
 from torch import fx, nn
 
-from fxgraft.errors import BypassError, CallError, WrappedModelError
+from fxgraft.errors import BypassError, ConfigError, WrappedModelError
 from fxgraft.graph.grafting import replicas
 from fxgraft.graph.grafting.forward_context import Arguments, Context, ForwardContext
 from fxgraft.graph.grafting.forwards import nests
@@ -68,7 +68,7 @@ def _run(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         kwargs = dict(kwargs)
         args = (kwargs.pop(first),)
     if program.inputs and self.training and nests(args[:1]):
-        raise CallError(
+        raise ConfigError(
             f"{state.base.__name__} was given a {type(args[0]).__name__} of images, and a patch acts on its input.\n"
             "It works on one tensor (B, C, H, W).\n"
             "Join the images before (torch.cat), or patch the part of the model that gets one tensor."
@@ -237,7 +237,7 @@ def grafted_class(base: type[nn.Module], outer: bool) -> type[nn.Module]:
             if len(args) == most + 1 and args[-1] is None and torch.jit.is_tracing():  # pyright: ignore[reportPrivateImportUsage]
                 args = args[:-1]  # the default of target, which torch.onnx's older exporter gives by position
             if len(args) > most:
-                raise CallError(
+                raise ConfigError(
                     f"{base.__name__} takes {most} positional argument{'s' * (most != 1)}, and {len(args)} "
                     "were given.\n"
                     "Labels are no input of the model: they reach its patches by name.\n"

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from fxgraft.errors import SiteError, TapError
+from fxgraft.errors import BypassError, SiteError
 from fxgraft.graph.grafting.backbone import Backbone
 from fxgraft.graph.grafting.graft import Make
 from fxgraft.graph.grafting.inplace import Fate, fates
@@ -129,7 +129,7 @@ def take(units: Iterable[Unit]) -> dict[str, Any]:
         of tensors.
 
     Raises:
-        TapError: there was no pass since the values were last fetched, or the pass went past a site or wrote
+        BypassError: there was no pass since the values were last fetched, or the pass went past a site or wrote
             over its value. Nothing is handed over then.
     """
     taps = [unit for unit in units if isinstance(unit, Tap)]
@@ -137,21 +137,21 @@ def take(units: Iterable[Unit]) -> dict[str, Any]:
     for tap in taps:
         recorded = _recorded(tap)
         if recorded is None:
-            raise TapError(
+            raise BypassError(
                 f"There is nothing to fetch from {tap.graft!r}: no pass of the model was made since the last time.\n"
                 "Values are handed over once, so that the model keeps none of them alive.\n"
                 "Call the model first; a pass that failed, of a DataParallel replica or of torch.export leaves nothing."
             )
         if tap.slot not in recorded:
             missing = [each.key for each in taps if each.slot not in recorded]
-            raise TapError(
+            raise BypassError(
                 f"There is no value of {', '.join(map(repr, missing))}: the last pass did not reach it, or it was "
                 "fetched already.\nA part of the model does not come by every site.\n"
                 "Call the whole model, and fetch once."
             )
         value, versions = recorded[tap.slot]
         if versions is not None and versions != _versions(value):
-            raise TapError(
+            raise BypassError(
                 f"The value of {tap.key!r} was written over in place after it was recorded.\n"
                 "Nothing did so when the model was patched.\n"
                 "Fetch before you write to it, patch again if a layer was made in-place since, or pass copy=True."

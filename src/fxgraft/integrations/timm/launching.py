@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import fxgraft
-from fxgraft.errors import ConfigError, FxgraftError, WeightsError
+from fxgraft.errors import ConfigError, FxgraftError, RecipeError
 
 USAGE = """usage: python -m fxgraft.timm SCRIPT --graft SPEC [--graft SPEC ...] [arguments of the script]
 
@@ -93,7 +93,7 @@ def launch(script: Path, arguments: Sequence[str], grafts: Sequence[str]) -> Non
 
     Raises:
         ConfigError: there is no such file, a graft cannot be read, or the script ended and had built no model.
-        WeightsError: a checkpoint is of another model, or of one with other grafts.
+        RecipeError: a checkpoint is of another model, or of one with other grafts.
         FxgraftError: of `fxgraft.patch` and of training with the grafts.
     """
     if not script.is_file():
@@ -114,7 +114,7 @@ def launch(script: Path, arguments: Sequence[str], grafts: Sequence[str]) -> Non
         except RuntimeError as error:
             if isinstance(error, FxgraftError) or "loading state_dict" not in str(error):
                 raise
-            raise WeightsError(_mismatch(str(error), grafts)) from error
+            raise RecipeError(_mismatch(str(error), grafts)) from error
     grafting.check_used()
 
 

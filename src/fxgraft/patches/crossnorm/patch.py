@@ -80,7 +80,7 @@ class CrossNorm(BlockPatch):
         consistency_weight: factor of the divergence.
         views: how many views of the same images a batch holds, one after another, the clean ones first. The consistency
             compares those alone: they are what runs again, and `fxgraft.loss` may be given their predictions. With
-            AugMix: 3; see `fxgraft.jensen_shannon` for the term that compares the views.
+            AugMix: 3; see `fxgraft.functional.jensen_shannon` for the term that compares the views.
         output: which entry of a structured output holds the logits (a key, an attribute or a position).
         probability: what the divergence compares: the "softmax" over classes, or the "sigmoid" of each logit, for
             several labels per image, averaged over the labels. By default the softmax, and the sigmoid of one logit.

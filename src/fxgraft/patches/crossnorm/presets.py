@@ -88,7 +88,7 @@ BATCHES = {
 
 VIEWS = (
     "the batch is the clean images and two AugMix views of them, one after the other; the loss is the cross-entropy of "
-    "the clean ones + 12 · fxgraft.jensen_shannon of the three"
+    "the clean ones + 12 · fxgraft.functional.jensen_shannon of the three"
 )
 
 

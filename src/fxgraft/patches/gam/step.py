@@ -68,7 +68,7 @@ def gam_losses(model: nn.Module, x_source: Any, x_target: Any, *, name: str | No
         UnknownGraftError: the model has no such patch.
         ConfigError: batch statistics of one value per channel (vectors in a batch of one), or weights that no
             longer pair with the source network's, as where a layer was replaced.
-        TapError: the model's pass went past a tap.
+        BypassError: the model's pass went past a tap.
     """
     inner, graft = _graft(model, name)
     game, patch = game_of(graft), graft.patch

@@ -78,9 +78,9 @@ class EnsembleMetrics(nn.Module):
     temperature. All together are scaled after they are averaged. A temperature is to be fitted on validation data:
 
     >>> import fxgraft, torch
-    >>> fitted = fxgraft.EnsembleMetrics(4, 2, temperature="fit")  # of the validation set: 2 members, 4 classes
+    >>> fitted = fxgraft.mixmo.EnsembleMetrics(4, 2, temperature="fit")  # of the validation set: 2 members, 4 classes
     >>> fitted.update(torch.randn(2, 8, 4), torch.arange(8) % 4)
-    >>> metrics = fxgraft.EnsembleMetrics(4, 2, temperature=fitted.temperatures())  # of the test set
+    >>> metrics = fxgraft.mixmo.EnsembleMetrics(4, 2, temperature=fitted.temperatures())  # of the test set
 
     One class holds for every sample, of K. ``num_classes=1`` is a single logit, that of yes: it is measured as two
     classes, with labels 0 and 1. Several labels for each sample are refused: each of them is a data set of its own.

@@ -20,7 +20,7 @@ PAIRING = "pairing"
 
 
 class MixMoInput:
-    """M batches of images of the user's own pairing, for ``model(fxgraft.MixMoInput([x0, x1]), target=[y0, y1])``.
+    """M batches of images of the user's own pairing, for ``model(fxgraft.mixmo.MixMoInput([x0, x1]), target=[y0, y1])``.
 
     Row b of every batch goes into the same mixture; nothing is permuted.
 
@@ -255,7 +255,7 @@ def check_labels(
             graft,
             "small batch",
             "pairs the image of a batch of one with itself: its members see no other image in such a pass.\n"
-            "Use larger (micro-)batches, or pair images yourself, fxgraft.MixMoInput.",
+            "Use larger (micro-)batches, or pair images yourself, fxgraft.mixmo.MixMoInput.",
         )
 
 

@@ -166,14 +166,14 @@ def paired_loader(
 ) -> DataLoader[Any]:
     """Load batches as MixMo's release does: every member's image is loaded, augmented and cut-mixed by itself.
 
-    Gives pairs for ``model(images, target=labels)``, with `fxgraft.MixMoInput` as images and a list of labels, one for
+    Gives pairs for ``model(images, target=labels)``, with `fxgraft.mixmo.MixMoInput` as images and a list of labels, one for
     each member. A step loads M times as many images as one whose pairs the patch makes by permuting one batch,
     which is the cheaper way: there an image is augmented once, and all members share what was made of it.
 
     >>> import fxgraft, timm, torch
     >>> data = torch.utils.data.TensorDataset(torch.randn(8, 3, 64, 64), torch.arange(8) % 4)
     >>> model = fxgraft.patch(timm.create_model("test_resnet", num_classes=4), "mixmo", init="random").train()
-    >>> for images, labels in fxgraft.paired_loader(data, 8, repetitions=4, cutmix=0.5):
+    >>> for images, labels in fxgraft.mixmo.paired_loader(data, 8, repetitions=4, cutmix=0.5):
     ...     loss = fxgraft.loss(model, model(images, target=labels), labels)
     >>> len(images.inputs), len(labels)
     (2, 2)
@@ -185,7 +185,7 @@ def paired_loader(
         members: M of the patch.
         repetitions: how many times each sample of a batch occurs for each member; 4 in the release.
         cutmix: probability of mixing an image, a coin for each image and member, with one from all of ``data``; 0.5
-            in the release's rows with CutMix. Labels are then `fxgraft.MixedLabels`, class indices otherwise.
+            in the release's rows with CutMix. Labels are then `fxgraft.mixmo.MixedLabels`, class indices otherwise.
         alpha: of CutMix's Beta distribution.
         sampler: gives the indices of an epoch, such as a `DistributedSampler`; by default all of them in random order.
         drop_last: leave out the last batch if it is not full.

@@ -438,7 +438,7 @@ def input_cutmix(
         visible: the mask under which these images will be shown, (B, 1 or C, h, w), for whoever draws masks
             first. None: all of the image is seen.
         p: probability that an image is mixed, a coin for each; the others stay as they are. 0.5 in the release, which
-            mixes each member's image by itself with one from all of the data: `fxgraft.paired_loader` does.
+            mixes each member's image by itself with one from all of the data: `fxgraft.mixmo.paired_loader` does.
 
     Returns:
         The mixed images, with row b of `x` as the first image of row b, and their labels.
