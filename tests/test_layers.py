@@ -47,7 +47,7 @@ LAYERS: list[tuple[str, ...]] = [
         "io/reading.py",
         "io/backbone_weights.py",
     ),
-    ("public.py", "__init__.py"),
+    ("__init__.py", "mixmo.py", "gam.py"),
     ("spec.py", "models.py", "environment.py"),
     ("viz/",),
     ("comparison/",),

@@ -18,7 +18,7 @@ LISTING = Path(__file__).parent / "public_api.txt"
 def listing() -> list[str]:
     """One line per public name, and one per public attribute of a class."""
     lines = []
-    for place in (fxgraft, extend):
+    for place in (fxgraft, fxgraft.mixmo, fxgraft.gam, extend):
         for name in sorted(place.__all__):
             thing = getattr(place, name)
             known = f"{place.__name__}.{name}"

@@ -17,7 +17,6 @@ from typing import Annotated, Any
 import typer
 
 import fxgraft
-from fxgraft import public
 from fxgraft.io.atomic_write import write_text
 from fxgraft.patches.options import option_hints
 from tools.readme import own_methods
@@ -56,11 +55,9 @@ _ANY = "    preset: str | None = ...,\n    **options: Any,\n"
 def stub() -> str:
     """Return the text of ``__init__.pyi``."""
     # Each as itself, which hands it on; `patch` is declared here alone.
-    names = [name for name in public.__all__ if name != "patch"]
-    places = {**dict.fromkeys(names, "fxgraft.public"), **vars(fxgraft)["_ELSEWHERE"]}
-    parts = [
-        _HEAD.format(imports="\n".join(f"from {where} import {n} as {n}" for n, where in places.items()))
-    ]
+    modules = vars(fxgraft)["_MODULE_OF"]
+    imports = [f"from {modules[name]} import {name} as {name}" for name in sorted(modules) if name != "patch"]
+    parts = [_HEAD.format(imports="\n".join(imports))]
     for name, method in own_methods().items():
         options = {"preset": _presets(method), **_options(method)}
         lines = "".join(f"    {option}: {hint} = ...,\n" for option, hint in options.items())

@@ -11,28 +11,60 @@ try:
 except _NotFound:  # a source tree that was never installed
     __version__ = "0.0.0"
 
+_PUBLIC = {
+    "adaptation.batchnorm": ("adapt_batchnorm",),
+    "adaptation.loop": ("adapt",),
+    "api": ("grafts", "merge", "patch", "set_progress", "sites", "summary", "unpatch"),
+    "comparison.experiment": ("compare",),
+    "errors": (
+        "BypassError",
+        "ConfigError",
+        "FxgraftError",
+        "FxgraftWarning",
+        "MergeError",
+        "MethodError",
+        "RecipeError",
+        "SiteError",
+        "StructureError",
+        "TargetError",
+        "TraceError",
+        "UnknownGraftError",
+        "WrappedModelError",
+    ),
+    "graph.grafting.graft": ("Graft",),
+    "graph.grafting.published": ("targets", "with_targets"),
+    "graph.structure.sites": ("Site",),
+    "inspection": ("Plan", "Summary", "diagnostics"),
+    "io.backbone_weights": ("load_backbone",),
+    "io.save_load": ("load", "save"),
+    "patches.base": ("Patch",),
+    "patches.crossnorm.patch": ("CrossNorm",),
+    "patches.diversification.loss": ("GradientBoostingCrossEntropy", "gradient_boosting_cross_entropy"),
+    "patches.diversification.patch": ("Diversification",),
+    "patches.gam.patch": ("GAM",),
+    "patches.mixmo.patch": ("MixMo",),
+    "patches.registry": ("methods", "register"),
+    "patches.rsc.patch": ("RSC",),
+    "patches.selfnorm": ("SelfNorm",),
+    "patches.taps": ("Taps", "activations", "tapped"),
+    "training_loss": ("extra_loss", "loss", "losses"),
+}
+"""The public names, by the module that each comes from. A name is imported when it is first asked for."""
 
-_ELSEWHERE = {"compare": "fxgraft.comparison.experiment"}
-"""Public names that most programs do without: each is imported when it is asked for itself."""
+_MODULE_OF = {name: f"{__name__}.{module}" for module, names in _PUBLIC.items() for name in names}
+__all__ = sorted([*_MODULE_OF, "__version__"])
 
 
 def __getattr__(name: str) -> _Any:
-    """Import what a name stands for when it is first asked for: the command line does without most of it."""
-    if name.startswith("_") and name != "__all__":
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    if name in _ELSEWHERE:
-        globals()[name] = getattr(_importlib.import_module(_ELSEWHERE[name]), name)
+    """Import a public name, or a module of this package, when it is first asked for."""
+    if name in _MODULE_OF:
+        globals()[name] = getattr(_importlib.import_module(_MODULE_OF[name]), name)
         return globals()[name]
-    if name != "__all__" and _find_spec(f"{__name__}.{name}") is not None:
+    if not name.startswith("_") and _find_spec(f"{__name__}.{name}") is not None:
         return _importlib.import_module(f"{__name__}.{name}")
-    public = _importlib.import_module(f"{__name__}.public")
-    known = {each: getattr(public, each) for each in public.__all__}
-    globals().update(known, __all__=sorted([*known, *_ELSEWHERE, "__version__"]))
-    if name not in globals():
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return globals()[name]
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
     """List the public names."""
-    return __getattr__("__all__")
+    return __all__

@@ -14,7 +14,6 @@ from tools.stubs import STUB, stub
 from typer.testing import CliRunner
 
 import fxgraft
-from fxgraft import public
 
 
 def overloads() -> dict[str, list[str]]:
@@ -64,4 +63,4 @@ def test_the_stub_hands_on_every_public_name() -> None:
         if isinstance(node, ast.ImportFrom) and node.module.startswith("fxgraft.")
         for alias in node.names
     ]
-    assert sorted([*imported, "patch"]) == sorted([*public.__all__, *fxgraft._ELSEWHERE])
+    assert sorted([*imported, "patch"]) == sorted(fxgraft._MODULE_OF)

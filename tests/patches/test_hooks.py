@@ -8,12 +8,12 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from fxgraft.mixmo import MixMoInput
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook
 
 import fxgraft
 from fxgraft.errors import BypassError, ConfigError, MergeError, WrappedModelError
+from fxgraft.mixmo import MixMoInput
 from fxgraft.patches.diversification.patch import maps
 from fxgraft.patches.selfnorm import Gate
 from patches.rsc.rsc_tools import close

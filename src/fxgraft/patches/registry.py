@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import importlib.util
 import inspect
 import pkgutil
 from collections.abc import Callable, Mapping
@@ -97,6 +98,14 @@ def methods() -> dict[str, type[Patch]]:
     return dict(sorted(_registry.items()))
 
 
+def _found(method: str) -> type[Patch] | None:
+    """Find one method; a built-in one is imported without the others."""
+    own = f"{__package__}.{method}"
+    if method not in _registry and method.isidentifier() and importlib.util.find_spec(own) is not None:
+        importlib.import_module(own)
+    return _registry[method] if method in _registry else methods().get(method)
+
+
 def build(method: str, options: Mapping[str, Any]) -> Patch:
     """Make a patch from its name and options, ``preset`` among them.
 
@@ -109,13 +118,13 @@ def build(method: str, options: Mapping[str, Any]) -> Patch:
         raise ConfigError(
             f"fxgraft.patch takes a method's name or a patch, got {method!r}.\nPass for example {hint}."
         )
-    known = methods()
-    if method not in known:
+    cls = _found(method)
+    if cls is None:
+        known = methods()
         raise UnknownGraftError(
             f"There is no method {method!r}.\n{candidates(method, known)}\n"
             "fxgraft.methods() lists them; your own are added with @fxgraft.register."
         )
-    cls = known[method]
     given_options = dict(options)
     preset = given_options.pop("preset", None)
     check_known(cls, method, given_options)

@@ -7,12 +7,12 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from fxgraft.mixmo import MixMoInput
 from timm.data import Mixup
 from torch import Tensor, nn
 
 import fxgraft
 from fxgraft import ConfigError, MixMo, StructureError, TargetError
+from fxgraft.mixmo import MixMoInput
 from fxgraft.patches.mixmo.patch import Encoders
 from patches.mixmo.mixing import last_pairing, patched, unit
 from patches.small import CLASSES, batch, net

@@ -20,7 +20,7 @@ PAIRING = "pairing"
 
 
 class MixMoInput:
-    """M batches of images of the user's own pairing, for ``model(fxgraft.mixmo.MixMoInput([x0, x1]), target=[y0, y1])``.
+    """M batches of images that the user paired: ``model(fxgraft.mixmo.MixMoInput([x0, x1]), target=[y0, y1])``.
 
     Row b of every batch goes into the same mixture; nothing is permuted.
 

@@ -120,8 +120,9 @@ class MixMo(Patch):
         alpha: of the Dirichlet distribution of the mixing ratios, above 0. Large values mix evenly.
         r: root of the ratios that weighs the losses, above 0; larger values weigh more evenly.
         repetitions: how often every image of the batch, as it was augmented, occurs, in as many mixtures; the output
-            is then (M, repetitions · B, K). The authors repeat in the loader: `fxgraft.mixmo.paired_loader` has each member's
-            image augmented by itself, `fxgraft.mixmo.RepeatedBatchSampler` each copy of the batch, which the members share.
+            is then (M, repetitions · B, K). The authors repeat in the loader: `fxgraft.mixmo.paired_loader` has each
+            member's image augmented by itself, `fxgraft.mixmo.RepeatedBatchSampler` each copy of the batch, which the
+            members share.
         kept: share of the rows in which all members get the same image.
         shuffle_roles: deal in every batch anew whose image is the one that is cut out.
         visible_labels: weigh the two labels of `MixedLabels` (images mixed before, by `fxgraft.mixmo.input_cutmix`) by

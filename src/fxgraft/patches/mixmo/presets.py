@@ -20,8 +20,9 @@ MIXINGS: dict[str, dict[str, Any]] = {
 
 def _repetition(batch: int) -> str:
     return (
-        f"each image 4 times, loaded and augmented for every member by itself: fxgraft.mixmo.paired_loader(data, {batch}, "
-        f"repetitions=4), that is {batch // 4} images; pairing by the patch itself is the cheaper way"
+        "each image 4 times, loaded and augmented for every member by itself: "
+        f"fxgraft.mixmo.paired_loader(data, {batch}, repetitions=4), that is {batch // 4} images; "
+        "pairing by the patch itself is the cheaper way"
     )
 
 

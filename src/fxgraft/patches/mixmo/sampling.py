@@ -166,8 +166,8 @@ def paired_loader(
 ) -> DataLoader[Any]:
     """Load batches as MixMo's release does: every member's image is loaded, augmented and cut-mixed by itself.
 
-    Gives pairs for ``model(images, target=labels)``, with `fxgraft.mixmo.MixMoInput` as images and a list of labels, one for
-    each member. A step loads M times as many images as one whose pairs the patch makes by permuting one batch,
+    Gives pairs for ``model(images, target=labels)``, with `fxgraft.mixmo.MixMoInput` as images and a list of labels,
+    one for each member. A step loads M times as many images as one whose pairs the patch makes by permuting one batch,
     which is the cheaper way: there an image is augmented once, and all members share what was made of it.
 
     >>> import fxgraft, timm, torch
