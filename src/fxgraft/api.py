@@ -33,7 +33,6 @@ from fxgraft.graph.grafting.lookup import (
 from fxgraft.graph.structure.positions import position_sites
 from fxgraft.graph.structure.sites import Sites, list_sites
 from fxgraft.graph.tracing.atomic import synchronized
-from fxgraft.graph.tracing.model_trace import ModelTrace
 from fxgraft.graph.tracing.names import class_name
 from fxgraft.graph.tracing.preserve import preserved_random_state
 from fxgraft.inspection import Plan, Summary, plan_of, summary_of
@@ -105,7 +104,7 @@ def patch(
     _check_new(graft, present, name is not None)
     with _published(graft):
         if dry_run:
-            return _plan(model, present, graft)
+            return _plan(model, graft)
         if registry is not None:
             registry.renew_stale(model)
         (registry or GraftRegistry()).install(model, [*present, graft])
@@ -166,13 +165,10 @@ def _check_new(graft: Graft, present: Sequence[Graft], named: bool) -> None:
             )
 
 
-def _plan(model: nn.Module, present: Sequence[Graft], graft: Graft) -> Plan:
-    """Plan on the bare model, then put back what was there."""
-    trial = [Graft(g.name, g.patch, dict(g.units), g.input_size) for g in present]
-    # Units are built for the trial, and draw what they start from.
-    with preserved_random_state(), (registry_of(model) or GraftRegistry()).lifted():
-        planned = GraftRegistry().plan(model, [*trial, graft])
-    return plan_of(graft, [placement for owner, placement in planned.placements if owner is graft])
+def _plan(model: nn.Module, graft: Graft) -> Plan:
+    """Describe what a graft would do, and leave the model as it is."""
+    planned = (registry_of(model) or GraftRegistry()).trial(model, graft)
+    return plan_of(graft, planned.placed(graft))
 
 
 @synchronized
@@ -243,8 +239,9 @@ def sites(
     Raises:
         SiteError: nothing matches; lists close matches.
     """
-    with preserved_random_state(), (registry_of(model) or GraftRegistry()).lifted():
-        trace = ModelTrace(model, input_size)
+    look, _ = (registry_of(model) or GraftRegistry()).look(model)
+    trace = look.trace(input_size)
+    with preserved_random_state():
         found = position_sites(trace) if pattern == "residual" else list_sites(trace, pattern)
     return Sites(found, f"{class_name(model)}, batch of 2")
 

@@ -133,7 +133,7 @@ def _block(backbone: Backbone, spot: Spot) -> Structure:
     kind = next((name for positions, name in families if spot.position in positions), "")
     if not kind or not spot.scope:
         return Structure(blocks=kind or f"{spot.position or 'named'} sites", units=1)
-    modules = list(backbone.module(spot.scope).modules())
+    modules = list(backbone.trace.module(spot.scope).modules())
     convs = [each for each in modules if isinstance(each, nn.Conv2d)]
     return Structure(
         blocks=kind,

@@ -1,1 +1,1 @@
-"""Acting on a model: units and where they go, the class swap, the journal that undoes it, the pass."""
+"""Acting on a model: units and where they go, the class swap, the plan and the transaction that writes it, the pass."""

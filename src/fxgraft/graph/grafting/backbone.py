@@ -41,7 +41,8 @@ class Backbone:
 
     Attributes:
         trace: of the model, for questions that this class does not answer.
-        model: the model.
+        model: a look-alike of the model, to look at: it has the model's tensors, in modules of its own and without
+            grafts. What a unit keeps is given by `module`.
     """
 
     def __init__(self, trace: ModelTrace) -> None:
@@ -74,8 +75,8 @@ class Backbone:
         return self.trace.observation.mode
 
     def module(self, path: str) -> nn.Module:
-        """Return the module of that qualified name; '' is the model."""
-        return self.trace.module(path)
+        """Return the model's own module of that qualified name, which a unit may keep; '' is the model."""
+        return self.trace.original(path)
 
     # Questions
 

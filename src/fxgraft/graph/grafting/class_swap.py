@@ -12,7 +12,6 @@ import copyreg
 import fnmatch
 import functools
 import inspect
-import operator
 import sys
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -35,7 +34,7 @@ from fxgraft.graph.grafting.state import (
     state_of,
 )
 from fxgraft.graph.grafting.unit import Unit
-from fxgraft.graph.tracing.atomic import Step, restoring, setting
+from fxgraft.graph.tracing.atomic import restoring
 from fxgraft.graph.tracing.names import STATE
 from fxgraft.graph.tracing.settings import output_hooked
 from fxgraft.graph.tracing.signatures import LABELS, TARGET, Declared
@@ -124,7 +123,7 @@ def _outer_call(
     replica = getattr(self, "_is_replica", False)
     if replica:
         replicas.localise(self)
-    elif not torch.compiler.is_compiling() and state.registry is not None:
+    elif not torch.compiler.is_compiling() and state.registry is not None and not state.twin:
         state.registry.check(self)
     context = self.__dict__[STATE].context
     declared: Declared = type(self)._fxgraft_declared  # type: ignore[attr-defined]
@@ -495,24 +494,6 @@ def _restore(module: nn.Module, registry: Keeper | None) -> nn.Module:
     module.__dict__[STATE] = GraftState(base, "", Context(), orphan=True)
     module.__class__ = grafted_class(base, outer=False)
     return module
-
-
-def parts_without_model(model: nn.Module) -> list[nn.Module]:
-    """List the parts of a model that were copied out of a patched one without it."""
-    states = ((module, state_of(module)) for module in model.modules())
-    return [module for module, state in states if state is not None and state.orphan]
-
-
-def releasing(part: nn.Module) -> list[Step]:
-    """Return the steps that turn such a part back into a plain module."""
-    state: GraftState = part.__dict__[STATE]
-    return [partial(part.__dict__.pop, STATE, None), setting(part, "__class__", state.base)]
-
-
-def orphaning(part: nn.Module) -> list[Step]:
-    """Return the steps that undo `releasing`."""
-    state: GraftState = part.__dict__[STATE]
-    return [partial(operator.setitem, part.__dict__, STATE, state), setting(part, "__class__", type(part))]
 
 
 def _replicate(self: nn.Module) -> nn.Module:

@@ -9,7 +9,7 @@ from typing import TypeVar
 from torch import nn
 
 from fxgraft.graph.grafting.graft import Graft
-from fxgraft.graph.grafting.graft_registry import GraftRegistry
+from fxgraft.graph.grafting.graft_registry import KEPT, GraftRegistry
 from fxgraft.graph.grafting.lookup import registry_of
 from fxgraft.graph.tracing.atomic import synchronized
 
@@ -27,15 +27,11 @@ def copy_with(model: M, keep: Callable[[Graft], bool]) -> M:
     registry = registry_of(model)
     if registry is None:
         return copy.deepcopy(model)
-    with registry.lifted():
-        plain = copy.deepcopy(model)
-    portable = registry.portable()
-    portable.grafts = [graft for graft in portable.grafts if keep(graft)]
-    if portable.grafts:
-        names = {graft.name for graft in portable.grafts}
-        portable.records = tuple(each for each in portable.records if each.graft in names)
-        copy.deepcopy(portable).restore(plain)
-    return plain
+    token = KEPT.set((registry, keep))
+    try:
+        return copy.deepcopy(model)
+    finally:
+        KEPT.reset(token)
 
 
 @synchronized

@@ -1,39 +1,41 @@
-"""The registry: which grafts are on a model, and the one way they are put on and taken off.
+"""The registry of a model's grafts: which are on it, and the one way they are put on, taken off and planned again.
 
-A model's grafts are always planned together, on the bare model, and written in one step; taking one off is
-taking all off and writing the others again. So a plan that fails has written nothing, and any order of
-removal leaves exactly what the remaining grafts would have made.
+A change has one direction: `plan` reads the model and says what is to be written on it, a `Transaction` writes that in
+place of what is there, and `connect` tells the units what they work with. A model's grafts are always planned together,
+on the bare model. So a plan that fails has written nothing, and any order of removal leaves exactly what the remaining
+grafts would have made.
 """
 
 from __future__ import annotations
 
-import contextlib
+import copy
 import warnings
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
+from contextvars import ContextVar
 from dataclasses import replace
-from functools import partial
-from typing import Any
 
 import torch
 from torch import nn
 
-from fxgraft.errors import FxgraftWarning, StructureError, WrappedModelError
+from fxgraft.errors import FxgraftWarning, WrappedModelError
 from fxgraft.graph.grafting.backbone import Backbone
-from fxgraft.graph.grafting.class_swap import orphaning, parts_without_model, releasing
 from fxgraft.graph.grafting.forward_context import Context
-from fxgraft.graph.grafting.graft import Graft, Make, Placer, U, checked_placements
-from fxgraft.graph.grafting.journal import Installation, UnitSnapshot
+from fxgraft.graph.grafting.graft import Graft, Placer
 from fxgraft.graph.grafting.living import note_patched
 from fxgraft.graph.grafting.loss_watch import REFERENCES, ParameterWatch
-from fxgraft.graph.grafting.placement import Placement, PlacementRecord
-from fxgraft.graph.grafting.planning import compile_placements
+from fxgraft.graph.grafting.placement import PlacementRecord
+from fxgraft.graph.grafting.planning import Look, Plan, bare_shadow, plan
 from fxgraft.graph.grafting.state import GraftState, hidden_forward, state_of
-from fxgraft.graph.tracing.atomic import Step, apply_atomically, refilling, restoring, synchronized
-from fxgraft.graph.tracing.model_trace import ModelTrace
+from fxgraft.graph.grafting.transaction import Transaction, UnitSnapshot
+from fxgraft.graph.tracing.atomic import synchronized
 from fxgraft.graph.tracing.names import class_name, join
 from fxgraft.graph.tracing.preserve import own_random_state, preserved_random_state
 from fxgraft.graph.tracing.settings import settings_changed
+from fxgraft.graph.tracing.shadow import Shadow
+
+KEPT: ContextVar[tuple[GraftRegistry, Callable[[Graft], bool]] | None] = ContextVar("kept", default=None)
+"""Says which grafts of a registry go along with the copies of its model that are made now; None for all."""
 
 
 class GraftRegistry:
@@ -42,21 +44,23 @@ class GraftRegistry:
     Attributes:
         grafts: the grafts.
         context: what their units share during a pass.
-        installation: what is written on the model now.
+        plan: what is written on the model now; None while it is bare.
         owners: the grafted parts of the model, and in which modes (training, evaluation) they run a graft.
         options: keyword arguments of a call that the grafts read, besides ``target``.
         records: the placements that are to be repeated on a copy of the model; on the way to it only.
+        left_out: names of the grafts that a copy is to be without; likewise.
         news: what the last plan had to make again, for a warning; '' for nothing.
         renewals: how often the grafts were planned again; what is drawn for that has a seed of its own each time.
         schedules: options that follow the progress of the training, by graft.
     """
 
     records: tuple[PlacementRecord, ...] = ()
+    left_out: tuple[str, ...] = ()
 
     def __init__(self) -> None:
         self.grafts: list[Graft] = []
         self.context = Context()
-        self.installation: Installation | None = None
+        self.plan: Plan | None = None
         self.owners: dict[str, tuple[bool, bool]] = {}
         self.options: tuple[str, ...] = ()
         self.news = ""
@@ -64,39 +68,23 @@ class GraftRegistry:
         self.schedules: dict[str, tuple[str, ...]] = {}
         self._watched = False
 
-    @synchronized
-    def plan(
-        self, model: nn.Module, grafts: Sequence[Graft], records: Sequence[PlacementRecord] = ()
-    ) -> Installation:
-        """Plan and compile grafts on a bare model; nothing is written.
+    def look(self, model: nn.Module, again: bool = False) -> tuple[Look, Plan | None]:
+        """Look at the model as it is without its grafts.
 
         Args:
             model: the model.
-            grafts: all of its grafts.
-            records: the placements to repeat, where it is the copy of a model.
+            again: look again, even if nothing has changed.
 
-        Raises:
-            FxgraftError: whatever a patch finds wrong.
+        Returns:
+            The look, and the plan that was made from it: where nothing that planning reads has changed since the plan
+            that is written was made, that is the one, and its look is taken again.
         """
-        installation = Installation(model)
-        traces: dict[Any, ModelTrace] = {}
-        for graft in grafts:
-            trace = traces.setdefault(graft.input_size, ModelTrace(model, graft.input_size))
-            asked: set[str] = set()
-            make = _noting(graft, asked)
-            placed = checked_placements(graft, graft.patch.place(Backbone(trace), make))
-            if records:
-                placed = _repeated(
-                    graft, placed, [each for each in records if each.graft == graft.name], asked
-                )
-            installation.placements += [(graft, placement) for placement in placed]
-            # What an earlier plan made, for a layer that another has replaced since, is of no use any more;
-            # what this one asked for is, placed or not.
-            for key in [key for key in graft.units if key not in asked]:
-                del graft.units[key]
-        compile_placements(installation, traces, self.context)
-        installation.states[""].registry = self
-        return installation
+        self._check_intact()
+        look = Look(bare_shadow(model, self.plan))
+        known = self.plan
+        if known is None or again or self._stale(model) or not known.look.shadow.same_as(look.shadow):
+            return look, None
+        return known.look, known
 
     @synchronized
     def install(
@@ -104,105 +92,56 @@ class GraftRegistry:
         model: nn.Module,
         grafts: Sequence[Graft] | None = None,
         records: Sequence[PlacementRecord] = (),
+        look: Look | None = None,
     ) -> None:
         """Put grafts on a model in place of those that are there; on failure nothing changes.
 
         Args:
             model: the model.
             grafts: those that it is to have; by default those that it has, planned again.
-            records: see `plan`.
+            records: the placements to repeat, where it is the copy of a model.
+            look: at the bare model, where there is one already.
         """
         self._check_intact()
-        if self.installation is not None and self.installation.model is not model:
+        if self.plan is not None and self.plan.model is not model:
             raise WrappedModelError(
                 f"This {class_name(model)} is a shallow copy (copy.copy) of a patched one, whose parts and grafts are "
                 "the other's as well.\nUse copy.deepcopy, or work on the original."
             )
         note_patched(model)
         wanted = list(self.grafts if grafts is None else grafts)
-        orphans = parts_without_model(model)
-        kept = UnitSnapshot(self.grafts)
-        names = {} if self.installation is None else self.installation.names()
-        undo = [*self._as_now(), *kept.restoring(), *(step for each in orphans for step in orphaning(each))]
-        undo.append(partial(torch.set_rng_state, torch.get_rng_state()))  # new units draw their weights
-        after = None
-        try:
-            apply_atomically([*self._erasing(), *(step for each in orphans for step in releasing(each))])
-            after = self.plan(model, wanted, records) if wanted else None
-            written: list[Step] = []
+        names = {} if self.plan is None else self.plan.names()
+        with Transaction(model, self) as change:
+            after = None
+            if wanted:
+                seen, known = (look, None) if look is not None else self.look(model, again=grafts is None)
+                after = plan(model, wanted, seen, self, self.context, known, records)
+            change.apply(after, wanted)
             if after is not None:
-                kept.settle_new(after)
-                written = after.writing()
-            now = {"grafts": wanted, "installation": after, "owners": {}}
-            apply_atomically([*written, partial(self.__dict__.update, now)])
-            if after is not None:
-                self._connect(model, after)
-            self.news = _news(kept, wanted, names)
+                connect(model, self, after)
+            self.news = _news(change.units, wanted, names)
             for unit in [unit for graft in wanted for unit in graft.units.values() if unit.restarts]:
                 unit.restart(model)
                 unit.bind(restarts=False)
-        except BaseException:
-            apply_atomically([*(after.erasing() if after is not None else ()), *undo])
-            raise
 
-    def _connect(self, model: nn.Module, installation: Installation) -> None:
-        """Tell the units what they work with, now that all of them are in place."""
-        for path, state in installation.states.items():
-            runs = (state.training.acts, state.evaluation.acts)
-            if path and any(runs):
-                self.owners[path] = runs
-        declared = [option for graft in self.grafts for option in graft.patch.call_options]
-        self.options = tuple(dict.fromkeys(declared))
-        self.context.replays = any(graft.patch.replays() for graft in self.grafts)
-        self.context.samples = _some([n for n, _ in model.named_parameters()]) if self.context.replays else ()
-        self.context.loss_grafts = tuple(
-            graft.name for graft in self.grafts if graft.patch.contributes_loss()
-        )
-        self.context.model = weakref.ref(model)
-        self.context.parameter_watch.close()
-        self.context.parameter_watch = ParameterWatch()
-        self.schedules = {graft.name: own for graft in self.grafts if (own := graft.patch.schedules())}
-        for graft in self.grafts:
-            graft.context = self.context
-            for unit in graft.units.values():
-                unit.context = self.context
-                unit.set_progress(self.context.progress)
-        if any(p.evaluation for _, p in installation.placements):
-            for graft in self.grafts:
-                graft.patch.on_installed(graft, Backbone.of(model, graft.input_size))
-        self.context.forget()
-        self.context.measured = {}
-
-    @contextlib.contextmanager
-    def lifted(self) -> Iterator[None]:
-        """Take the grafts off for the block, to look at the bare model, and put them back as they were."""
-        self._check_intact()
-        undo = [*self._as_now(), *UnitSnapshot(self.grafts).restoring()]
-        with restoring(partial(apply_atomically, undo)):
-            apply_atomically(self._erasing())
-            yield
-
-    def _as_now(self) -> list[Step]:
-        """Return the steps that bring back what is on the model, and in the books, now."""
-        books = [
-            *refilling(self.__dict__),
-            partial(self.context.__dict__.update, dict(self.context.__dict__)),
-        ]
-        return [*(self.installation.rewriting() if self.installation is not None else ()), *books]
-
-    def _erasing(self) -> list[Step]:
-        return self.installation.erasing() if self.installation is not None else []
+    @synchronized
+    def trial(self, model: nn.Module, graft: Graft) -> Plan:
+        """Plan one more graft, and leave the model and the grafts that it has as they are."""
+        look, known = self.look(model)
+        present = self.grafts if known is not None else [_draft(each) for each in self.grafts]
+        with preserved_random_state():  # units are built, and draw what they start from
+            return plan(model, [*present, graft], look, self, self.context, known)
 
     def _check_intact(self) -> None:
         """Raise where taking the grafts off would take off what another library has put on since."""
-        wrapped = None if self.installation is None else self.installation.intact()
+        wrapped = None if self.plan is None else self.plan.intact()
         if wrapped is not None:
             raise WrappedModelError(
                 f"{wrapped!r} was wrapped or converted after it was patched (by FSDP, parametrize, ...).\n"
                 "Taking the graft off, as a copy and a merge do, would take that off as well.\n"
                 "Unpatch first, wrap after: then patch again what is wrapped inside of the model (parametrize)."
             )
-        hidden = None if self.installation is None else self.installation.hidden()
+        hidden = None if self.plan is None else self.plan.hidden()
         if hidden is not None:
             raise WrappedModelError(hidden_forward(hidden))
 
@@ -220,6 +159,8 @@ class GraftRegistry:
     def check(self, model: nn.Module) -> None:
         """Before a pass: notice what would run an old graph in silence, and plan again; tell who waits for training."""
         self.renew_stale(model)
+        if self.plan is not None:  # it is used now, and no more grafts are coming
+            self.plan.look.forget()
         self.context.doubts.answers()
         for graft in self.grafts if model.training else ():
             if not graft.started:
@@ -245,7 +186,8 @@ class GraftRegistry:
 
     def renew_stale(self, model: nn.Module) -> None:
         """Plan all grafts again where the model has changed since in what they depend on."""
-        if self._stale(model):
+        kept = KEPT.get()
+        if self._stale(model) and (kept is None or kept[0] is not self):
             self._renew_stale(model)
 
     @synchronized
@@ -262,9 +204,9 @@ class GraftRegistry:
             warnings.warn(news, FxgraftWarning, stacklevel=3)
 
     def _stale(self, model: nn.Module) -> bool:
-        if self.installation is None:
+        if self.plan is None:
             return False
-        for path, state in self.installation.states.items():
+        for path, state in self.plan.states.items():
             try:
                 module = model.get_submodule(path)
             except AttributeError:
@@ -275,12 +217,12 @@ class GraftRegistry:
 
     def names(self, owner: str) -> list[str]:
         """Name the grafts that act on one module."""
-        placed = self.installation.placements if self.installation else []
+        placed = self.plan.placements if self.plan else []
         return list(dict.fromkeys(graft.name for graft, p in placed if p.owner == owner))
 
     def counterparts(self) -> dict[str, str]:
         """Name the model's parameter that parameters of grafts are another one of, by their qualified names."""
-        names = {} if self.installation is None else self.installation.names()
+        names = {} if self.plan is None else self.plan.names()
         units = [unit for graft in self.grafts for unit in graft.units.values() if id(unit) in names]
         return {
             join(names[id(unit)], own): stock for unit in units for own, stock in unit.counterparts().items()
@@ -309,14 +251,17 @@ class GraftRegistry:
         twin.grafts = [replace(graft) for graft in self.grafts]
         twin.context.progress = self.context.progress
         twin.records = self.recorded()
+        kept = KEPT.get()
+        if kept is not None and kept[0] is self:
+            twin.left_out = tuple(graft.name for graft in self.grafts if not kept[1](graft))
         return twin
 
     def recorded(self) -> tuple[PlacementRecord, ...]:
         """Take down all placements; none where the model has changed since in what they depend on."""
-        if self.installation is None or self._stale(self.installation.model):
+        if self.plan is None or self._stale(self.plan.model):
             return ()
         keys = {id(unit): key for graft in self.grafts for key, unit in graft.units.items()}
-        return tuple(PlacementRecord.of(graft.name, p, keys) for graft, p in self.installation.placements)
+        return tuple(PlacementRecord.of(graft.name, p, keys) for graft, p in self.plan.placements)
 
     def restore(self, model: nn.Module) -> None:
         """Put the grafts on a copy of the model that they were on."""
@@ -325,13 +270,15 @@ class GraftRegistry:
         for module in model.modules():
             for name in [name for name, child in module._modules.items() if id(child) in own]:
                 del module._modules[name]
-        records, self.records = self.records, ()
+        self.grafts = [graft for graft in self.grafts if graft.name not in self.left_out]
+        records = [each for each in self.records if each.graft not in self.left_out]
+        self.records = self.left_out = ()
         with preserved_random_state():  # units that are not repeated are built and dropped
             self.install(model, records=records)
 
     def paths(self) -> list[str]:
         """Name the grafted modules."""
-        return list(self.installation.states) if self.installation else []
+        return list(self.plan.states) if self.plan else []
 
 
 def _some(names: Sequence[str]) -> tuple[str, ...]:
@@ -339,34 +286,46 @@ def _some(names: Sequence[str]) -> tuple[str, ...]:
     return (*names[: -1 : -(-len(names) // REFERENCES) or 1], *names[-1:])
 
 
-def _repeated(
-    graft: Graft[Placer], placed: list[Placement], records: Sequence[PlacementRecord], asked: set[str]
-) -> list[Placement]:
-    """Return the placements that are recorded of a graft, in place of those that it would choose now.
+def connect(model: nn.Module, registry: GraftRegistry, plan: Plan) -> None:
+    """Tell the units what they work with, now that all of them are in place.
 
-    Layers that were wrapped or replaced since the model was patched may look like other places for units.
-
-    Raises:
-        StructureError: a unit that was placed is not found on the model any more.
+    Args:
+        model: the model.
+        registry: of its grafts.
+        plan: what is written on the model.
     """
-    keys = {id(unit): key for key, unit in graft.units.items()}
-    if [PlacementRecord.of(graft.name, each, keys) for each in placed] == list(records):
-        return placed
-    repeated = {each.unit: each for each in records}
-    lost = next(
-        (k for k, each in repeated.items() if k not in asked and not (each.whole and k in graft.units)), None
-    )
-    if lost is not None:
-        raise StructureError(
-            f"{graft.name!r} has a unit {lost!r} that is not found on a copy of the model.\n"
-            "What stands there was wrapped or replaced since the model was patched.\n"
-            "Patch after layers are wrapped or replaced, or copy fxgraft.unpatch(model) and patch the copy."
-        )
-    asked.clear()
-    asked.update(repeated)
-    for key, each in repeated.items():
-        graft.units[key].bind(**each.bound)
-    return [each.placement(graft.units[each.unit]) for each in records]
+    context, grafts = registry.context, plan.grafts
+    for path, state in plan.states.items():
+        runs = (state.training.acts, state.evaluation.acts)
+        if path and any(runs):
+            registry.owners[path] = runs
+    registry.options = tuple(dict.fromkeys(option for graft in grafts for option in graft.patch.call_options))
+    registry.schedules = {graft.name: own for graft in grafts if (own := graft.patch.schedules())}
+    context.replays = any(graft.patch.replays() for graft in grafts)
+    context.samples = _some([name for name, _ in model.named_parameters()]) if context.replays else ()
+    context.loss_grafts = tuple(graft.name for graft in grafts if graft.patch.contributes_loss())
+    context.model = weakref.ref(model)
+    context.parameter_watch.close()
+    context.parameter_watch = ParameterWatch()
+    for graft in grafts:
+        graft.context = context
+        for unit in graft.units.values():
+            unit.context = context
+            unit.set_progress(context.progress)
+    if any(placement.evaluation for _, placement in plan.placements):
+        look = Look(Shadow(model))  # with the grafts
+        for graft in grafts:
+            if type(graft.patch).on_installed is not Placer.on_installed:
+                graft.patch.on_installed(graft, Backbone(look.trace(graft.input_size)))
+    context.forget()
+    context.measured = {}
+
+
+def _draft(graft: Graft) -> Graft:
+    """Copy a graft with units of its own, which share their tensors with its units."""
+    tensors = [each for unit in graft.units.values() for each in (*unit.parameters(), *unit.buffers())]
+    units = copy.deepcopy(graft.units, {id(each): each for each in tensors})
+    return Graft(graft.name, graft.patch, units, graft.input_size)
 
 
 def _news(kept: UnitSnapshot, wanted: Sequence[Graft], names: dict[int, str]) -> str:
@@ -405,13 +364,3 @@ def _stale_settings(module: nn.Module, state: GraftState) -> bool:
         if settings_changed(part, settings):
             return True
     return False
-
-
-def _noting(graft: Graft[Placer], asked: set[str]) -> Make:
-    """Return the graft's maker of units, which notes the keys that it was asked for."""
-
-    def make(key: str, kind: Callable[..., U], *args: Any, **kwargs: Any) -> U:
-        asked.add(key)
-        return graft.make(key, kind, *args, **kwargs)
-
-    return make

@@ -16,6 +16,7 @@ from fxgraft.graph.grafting.backbone import Backbone
 from fxgraft.graph.grafting.graft import Graft, Make, Placer
 from fxgraft.graph.grafting.graft_registry import GraftRegistry
 from fxgraft.graph.grafting.placement import Placement, placements
+from fxgraft.graph.grafting.planning import Look
 from fxgraft.graph.grafting.unit import Unit
 from fxgraft.graph.structure.locate import site_edits
 from fxgraft.graph.structure.sites import Site
@@ -78,7 +79,7 @@ def fates(trace: ModelTrace, sites: Mapping[str, Site], learns: bool = True) -> 
     """Find out which values are written over after their site: (evaluation, training), by the keys of ``sites``.
 
     Args:
-        trace: of the bare model. It is patched with witnesses for two fake passes, and left as it was.
+        trace: of the bare model. Its shadow is patched with witnesses for two fake passes, and left as it was.
         sites: where to look.
         learns: whether to look at training, which takes as long again; otherwise anything may happen there.
 
@@ -91,7 +92,7 @@ def fates(trace: ModelTrace, sites: Mapping[str, Site], learns: bool = True) -> 
     graft = Graft("witness", _Witnesses(places), input_size=trace.input_size)
     registry = GraftRegistry()
     with restoring(lambda: registry.install(model, [])):
-        registry.install(model, [graft])
+        registry.install(model, [graft], look=Look(trace.shadow, {trace.input_size: trace}))
         evaluation = _pass(trace, graft, training=False)
         training = _pass(trace, graft, training=True) if learns else dict.fromkeys(sites, Fate())
     return {key: (evaluation[key], training[key]) for key in sites}

@@ -1,332 +1,269 @@
-"""Planning: from placements to what every grafted module runs in each mode, compiled; nothing is written."""
+"""Planning: from a model and its grafts to a plan, which says what is to be written on the model."""
 
 from __future__ import annotations
 
-import contextlib
-import dis
-import itertools
-import sys
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import fields
-from functools import partial
-from types import CodeType, FrameType
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, cast
 
-from torch import fx, nn
+from torch import nn
 
-from fxgraft.errors import FxgraftError, SiteError, TraceError, WrappedModelError
+from fxgraft.errors import StructureError
+from fxgraft.graph.grafting.backbone import Backbone
+from fxgraft.graph.grafting.class_swap import grafted_class
 from fxgraft.graph.grafting.forward_context import Context
-from fxgraft.graph.grafting.forwards import Passing, as_forward, restore_checkpointing
-from fxgraft.graph.grafting.graft import Graft
-from fxgraft.graph.grafting.journal import Installation
-from fxgraft.graph.grafting.placement import Placement
-from fxgraft.graph.grafting.state import GraftState, Program, foreign_forward, state_of
+from fxgraft.graph.grafting.graft import Graft, Make, Placer, U, checked_placements
+from fxgraft.graph.grafting.placement import Placement, PlacementRecord
+from fxgraft.graph.grafting.programs import Part, Placed, compile_placements
+from fxgraft.graph.grafting.state import GraftState, Keeper, foreign_forward, state_of
 from fxgraft.graph.grafting.unit import Unit
-from fxgraft.graph.tracing.atomic import restoring
-from fxgraft.graph.tracing.compile import MORE
-from fxgraft.graph.tracing.editing import Edit, Editor, Input, Instead, Output
-from fxgraft.graph.tracing.graph_utils import downstream_of, placeholders
+from fxgraft.graph.tracing.atomic import synchronized
 from fxgraft.graph.tracing.model_trace import ModelTrace
-from fxgraft.graph.tracing.names import PREFIX, STATE, inside, join
-from fxgraft.graph.tracing.signatures import Declared
-from fxgraft.graph.tracing.trace import Traced
-
-Placed = list[tuple[Graft, Placement]]
-
-_CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
-_LISTINGS = {"children", "named_children", "modules", "named_modules", "_modules"}
-_OUTSIDE = (Input, Instead, Output)
-"""Edits that act around a forward and not in it."""
-_OURS = {"torch", "fxgraft"}
-"""Packages of the tracer, whose functions see every keyword and mean none."""
+from fxgraft.graph.tracing.names import join
+from fxgraft.graph.tracing.shadow import Shadow
 
 
-def compile_placements(
-    installation: Installation, traces: Mapping[Any, ModelTrace], context: Context
-) -> None:
-    """Compile the placements of an installation into the states of the modules they are on.
+@dataclass(frozen=True, eq=False)
+class Look:
+    """A model as it is without its grafts, and what was found out about it.
+
+    Attributes:
+        shadow: of the bare model.
+        traces: of the shadow, by input size.
+    """
+
+    shadow: Shadow
+    traces: dict[Any, ModelTrace] = field(default_factory=dict)
+
+    def trace(self, input_size: tuple[int, ...] | None) -> ModelTrace:
+        """Return what is known of the model with images of that size."""
+        return self.traces.setdefault(input_size, ModelTrace(self.shadow, input_size))
+
+    def forget(self) -> None:
+        """Let go of graphs and shapes. What they were found on stays, to see whether they would be the same."""
+        self.traces.clear()
+
+
+class Plan:
+    """What is to be written on a model for its grafts, or is written there. It does not change once it is made.
+
+    Modules are known weakly: the model reaches its plan, which must not keep the model alive in turn.
 
     Args:
-        installation: with its placements; states, modules and registered units are added.
-        traces: of the bare model, by input size.
-        context: what the grafts share during a pass.
+        model: the model.
+        look: what the plan was made from.
+        grafts: all grafts of the model.
+        placements: what they place where.
+        parts: what comes of that for each module, by qualified name.
+
+    Attributes:
+        look, grafts, placements, parts: as given.
+        states: what each module keeps, by qualified name.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        look: Look,
+        grafts: Sequence[Graft],
+        placements: Placed,
+        parts: Mapping[str, Part],
+    ) -> None:
+        own = weakref.ref(self)
+
+        def forget(_: object) -> None:
+            # The model's state holds the registry, and that this plan: with the model, the circle goes.
+            left = own()
+            if left is not None:
+                for each in (left.parts, left.states):
+                    each.clear()
+
+        self._model = weakref.ref(model, forget)
+        self.look = look
+        self.grafts = tuple(grafts)
+        self.placements = tuple(placements)
+        self.parts = dict(parts)
+        self.states = {path: part.state for path, part in parts.items()}
+        self._modules = {path: weakref.ref(model.get_submodule(path)) for path in parts}
+        self._beside = [
+            (weakref.ref(model.get_submodule(path)), name, unit)
+            for part in parts.values()
+            for path, name, unit in part.registered
+        ]
+
+    @property
+    def model(self) -> nn.Module:
+        """The model, which whoever works with its plan holds."""
+        return cast(nn.Module, self._model())
+
+    def modules(self) -> Iterator[tuple[str, GraftState, nn.Module]]:
+        """List the modules that the plan is about; those that were replaced and are gone need nothing."""
+        for path, state in self.states.items():
+            module = self._modules[path]()
+            if module is not None:
+                yield path, state, module
+
+    def units(self) -> Iterator[tuple[nn.Module, str, Unit]]:
+        """List the units that join the module tree: the module that holds each, and its name there."""
+        for known, name, unit in self._beside:
+            holder = known()
+            if holder is not None:
+                yield holder, name, unit
+
+    def placed(self, graft: Graft) -> list[Placement]:
+        """List the placements of one graft."""
+        return [placement for owner, placement in self.placements if owner is graft]
+
+    def names(self) -> dict[int, str]:
+        """Return the qualified names of the units that join the module tree, by identity."""
+        found = {
+            id(unit): join(path, name)
+            for path, s in self.states.items()
+            for name, unit in s.registered.items()
+        }
+        beside = [(holder, name, unit) for holder, name, unit in self.units() if id(unit) not in found]
+        paths = {id(module): path for path, module in self.model.named_modules()} if beside else {}
+        return found | {id(unit): join(paths.get(id(holder), ""), name) for holder, name, unit in beside}
+
+    def intact(self) -> str | None:
+        """Return the name of a module that was wrapped again since it was written on, or None."""
+        for path, state, module in self.modules():
+            if type(module) is not grafted_class(state.base, state.outer):
+                return path or state.base.__name__
+        return None
+
+    def hidden(self) -> str | None:
+        """Return the name of a module that was given a forward of its own since, or None."""
+        return next(
+            (path or s.base.__name__ for path, s, part in self.modules() if foreign_forward(part)), None
+        )
+
+
+def parts_without_model(model: nn.Module) -> list[nn.Module]:
+    """List the parts of a model that were copied out of a patched one without it."""
+    states = ((module, state_of(module)) for module in model.modules())
+    return [module for module, state in states if state is not None and state.orphan]
+
+
+def bare_shadow(model: nn.Module, written: Plan | None) -> Shadow:
+    """Make a shadow of a model as it is without its grafts.
+
+    Args:
+        model: the model.
+        written: the plan that is written on it.
+    """
+    bases = {each: each.__dict__["_fxgraft"].base for each in parts_without_model(model)}
+    if written is None:
+        return Shadow(model, bases)
+    bases |= {module: state.base for _, state, module in written.modules()}
+    return Shadow(model, bases, [unit for _, _, unit in written.units()])
+
+
+@synchronized
+def plan(
+    model: nn.Module,
+    grafts: Sequence[Graft],
+    look: Look,
+    keeper: Keeper,
+    context: Context,
+    known: Plan | None = None,
+    records: Sequence[PlacementRecord] = (),
+) -> Plan:
+    """Plan the grafts of a model. The model is only read; the units of the grafts are made, and bound to what is found.
+
+    Args:
+        model: the model, bare or with grafts.
+        grafts: all that it is to have.
+        look: at the bare model.
+        keeper: what keeps the grafts.
+        context: what they share during a pass.
+        known: an earlier plan that was made from this very look: its placements and programs are taken.
+        records: the placements to repeat, where the model is a copy.
 
     Raises:
-        FxgraftError: placements that cannot be carried out, alone or together.
+        FxgraftError: whatever a patch finds wrong.
     """
-    by_owner: dict[str, Placed] = {"": []}
-    for graft, placement in installation.placements:
-        by_owner.setdefault(placement.owner, []).append((graft, placement))
-    for path, placed in by_owner.items():
-        by_rank(placed)
-        module = installation.model.get_submodule(path)
-        _check_owner(module, path)
-        state = GraftState(type(module), path, context, outer=path == "")
-        keys: dict[str, set[str]] = {}
-        for graft, placement in placed:
-            keys.setdefault(graft.name, set()).add(placement.key)
-        names = [_place_unit(installation, state, module, g, p, len(keys[g.name]) > 1) for g, p in placed]
-        trace = traces[placed[0][0].input_size] if placed else None
-        state.training = _program(trace, state, module, placed, names, True)
-        state.evaluation = _program(trace, state, module, placed, names, False)
-        installation.states[path] = state
-        installation.modules[path] = weakref.ref(module)
-    _check_reached(installation, by_owner)
+    traces = {graft.input_size: look.trace(graft.input_size) for graft in grafts}
+    before = {id(unit) for graft in grafts for unit in graft.units.values()}
+    placements: Placed = []
+    for graft in grafts:
+        if known is not None and any(graft is each for each in known.grafts):
+            placed = known.placed(graft)
+        else:
+            backbone = Backbone(traces[graft.input_size])
+            placed = _place(
+                graft, backbone, [each for each in records if each.graft == graft.name], bool(records)
+            )
+        placements += [(graft, placement) for placement in placed]
+    parts = compile_placements(look.shadow.model, placements, traces, context, known.parts if known else {})
+    for placement in (placement for _, placement in placements if id(placement.unit) not in before):
+        _settle(placement, model, look)
+    parts[""].state.registry = keeper
+    return Plan(model, look, grafts, placements, parts)
 
 
-def by_rank(placed: Placed) -> None:
-    """Sort the placements of one group at one site by rank; everything else stays where it is."""
-    groups: dict[Any, list[int]] = {}
-    for index, (graft, placement) in enumerate(placed):
-        if graft.patch.order is not None:
-            groups.setdefault((placement.edit, graft.patch.order[0]), []).append(index)
-    for slots in groups.values():
-        ranked = sorted((placed[i] for i in slots), key=_rank)
-        for slot, each in zip(slots, ranked, strict=True):
-            placed[slot] = each
+def _place(
+    graft: Graft[Placer], backbone: Backbone, records: Sequence[PlacementRecord], repeats: bool
+) -> list[Placement]:
+    """Let a graft say where its units go."""
+    asked: set[str] = set()
+    make = _noting(graft, asked)
+    placed = checked_placements(graft, graft.patch.place(backbone, make))
+    if repeats:
+        placed = _repeated(graft, placed, records, asked)
+    # What an earlier plan made, for a layer that another has replaced since, is of no use any more;
+    # what this one asked for is, placed or not.
+    for key in [key for key in graft.units if key not in asked]:
+        del graft.units[key]
+    return placed
 
 
-def _rank(placed: tuple[Graft, Placement]) -> int:
-    order = placed[0].patch.order
-    return 0 if order is None else order[1]
+def _settle(placement: Placement, model: nn.Module, look: Look) -> None:
+    """Give a unit that is new the training flag, device and dtype of its place."""
+    placement.unit.train(model.get_submodule(placement.owner).training)
+    bare = look.shadow.model
+    near = (p for module in (bare.get_submodule(placement.owner), bare) for p in module.parameters())
+    like = next((p for p in near if p.is_floating_point()), None)
+    if like is not None and placement.unit.registered:
+        placement.unit.to(like.device, like.dtype)
 
 
-def _check_owner(module: nn.Module, path: str) -> None:
-    who = repr(path) if path else "The model"
-    if foreign_forward(module):
-        raise WrappedModelError(
-            f"{who} has a forward of its own, set on the instance.\n"
-            "A patch works through the class, which that forward hides.\n"
-            "Patch first, and replace the forward after."
-        )
-    state = state_of(module)
-    if state is not None:
-        raise FxgraftError(
-            f"{who} is already part of another patched model.\n"
-            "One module cannot obey two sets of patches.\nUnpatch the other model first."
-        )
+def _noting(graft: Graft[Placer], asked: set[str]) -> Make:
+    """Return the graft's maker of units, which notes the keys that it was asked for."""
+
+    def make(key: str, kind: Callable[..., U], *args: Any, **kwargs: Any) -> U:
+        asked.add(key)
+        return graft.make(key, kind, *args, **kwargs)
+
+    return make
 
 
-def _place_unit(
-    installation: Installation,
-    state: GraftState,
-    module: nn.Module,
-    graft: Graft,
-    placement: Placement,
-    several: bool,
-) -> str:
-    """Decide under which name a unit is reached from its owner, and register it if it holds tensors.
+def _repeated(
+    graft: Graft[Placer], placed: list[Placement], records: Sequence[PlacementRecord], asked: set[str]
+) -> list[Placement]:
+    """Return the placements that are recorded of a graft, in place of those that it would choose now.
 
-    ``several`` says whether the owner has more than one unit of that graft.
+    Layers that were wrapped or replaced since the model was patched may look like other places for units.
+
+    Raises:
+        StructureError: a unit that was placed is not found on the model any more.
     """
-    unit = placement.unit
-    key = placement.key.removeprefix(placement.owner + ".") if placement.owner else placement.key
-    safe = "".join(c if c.isalnum() else "_" for c in key)
-    name = f"{PREFIX}{graft.name}_{safe}" if several else f"{PREFIX}{graft.name}"
-    if not name.isidentifier():
-        raise SiteError(f"{graft.name!r} cannot name a graft.\nUse letters, digits and underscores.")
-    if unit.registered and not _runs_children(module):
-        _check_free(module, name, graft)
-        if name not in state.registered:  # placed twice where the two graphs name its site differently
-            installation.registered.append((weakref.ref(module), name, unit))
-        state.registered[name] = unit
-        return name
-    setattr(state.units, name, unit)
-    if unit.registered:
-        # A container runs or counts its children, so the unit lives beside it.
-        holder_path, _, own = placement.owner.rpartition(".")
-        while _runs_children(installation.model.get_submodule(holder_path)) and holder_path:
-            holder_path, _, outer = holder_path.rpartition(".")
-            own = f"{outer}_{own}"
-        holder = installation.model.get_submodule(holder_path)
-        if _runs_children(holder):  # there is no beside: the model itself is one
-            holder = next((m for m in holder.modules() if not _runs_children(m)), holder)
-        beside = f"{name}_{own}".rstrip("_")
-        _check_free(holder, beside, graft)
-        installation.registered.append((weakref.ref(holder), beside, unit))
-    return f"{STATE}.units.{name}"
-
-
-def _runs_children(module: nn.Module) -> bool:
-    """Say whether a module goes through its children, whichever they are, so that one more would run as well."""
-    code = getattr(type(module).forward, "__code__", None)
-    return isinstance(module, _CONTAINERS) or (code is not None and not _LISTINGS.isdisjoint(code.co_names))
-
-
-def _check_free(holder: nn.Module, name: str, graft: Graft) -> None:
-    """Raise where the model has something of its own under the name that a unit would get."""
-    # A unit there came along when the model was copied, with a module that is not grafted itself.
-    if hasattr(holder, name) and not isinstance(getattr(holder, name), Unit):
-        raise SiteError(
-            f"{graft.name!r} would put its unit where {holder._get_name()} has {name!r} of its own.\n"
-            "Units stand beside the layers they serve, under names that start with 'graft_'.\n"
-            f'Give the graft another name, as name="{graft.name}_2", or rename that layer.'
-        )
-
-
-def _program(
-    trace: ModelTrace | None,
-    state: GraftState,
-    module: nn.Module,
-    placed: Placed,
-    names: list[str],
-    training: bool,
-) -> Program:
-    """Compile what an owner runs in one mode."""
-    acting = [
-        (placement, name)
-        for (_, placement), name in zip(placed, names, strict=True)
-        if (placement.training if training else placement.evaluation)
-    ]
-    units = [placement.unit for placement, _ in acting if isinstance(placement.edit, Output)]
-    inputs = [placement.unit for placement, _ in acting if isinstance(placement.edit, Input)]
-    whole = [placement.unit for placement, _ in acting if isinstance(placement.edit, Instead)]
-    inner = [(p, name) for p, name in acting if not isinstance(p.edit, _OUTSIDE)]
-    if len(whole) + bool(inner) > 1:
-        both = ", ".join(dict.fromkeys(repr(graft.name) for graft, _ in placed))
-        raise SiteError(
-            f"{both} cannot share {state.path or 'the model'!r}: one replaces its whole forward, and another "
-            "acts inside of it.\nThe inner one would never run.\nTake one of them off, or choose another layer."
-        )
-    if not inner or trace is None:
-        return Program(whole[0] if whole else None, units, inputs)
-    traced = trace.fresh_graph(state.path, training)
-    labelled = _labelled(trace, traced, [p.edit for p, _ in inner], training) if state.outer else []
-    passing = None if state.outer else _passing(trace, traced, state.path, training)
-    before = _called(traced, state.path)
-    graphs = [traced, *labelled, *([passing.traced] if passing is not None else [])]
-    for each in graphs:
-        editor = Editor(each)
-        for placement, name in inner:
-            editor.apply(placement.edit, name)
-    skipped = before - _called(traced, state.path)
-    for each in graphs:
-        restore_checkpointing(each)
-        state.settings.update(each.settings)
-    mode = "training" if training else "evaluation"
-    function = as_forward(traced, f"{type(module).__name__} {state.path!r} in {mode}", labelled, passing)
-    return Program(function, units, inputs, skipped)
-
-
-def _labelled(trace: ModelTrace, traced: Traced, edits: Sequence[Edit], training: bool) -> list[Traced]:
-    """Trace the model's own forward as it is called with labels, where it takes any.
-
-    Such a trace is of use only if the edits mean the same in it. Calls with labels are refused otherwise.
-    """
-    names = Declared.of(traced.signature).labels
-    edited = {name for edit in edits for name in _edited(edit)}
-    found = []
-    for given in dict.fromkeys((*((name,) for name in names), names)) if names else ():
-        try:
-            other = trace.fresh_graph("", training, labels=given)
-        except TraceError:
-            continue
-        if edited <= _in_common(traced, other):
-            found.append(other)
-    return found
-
-
-def _passing(trace: ModelTrace, traced: Traced, path: str, training: bool) -> Passing | None:
-    """Trace a part's forward with one more keyword, where it takes any; None where it does more than hand it on.
-
-    Which keywords it knows by name is seen by the functions that run while it is traced.
-    """
-    if not Declared.of(traced.signature).any_keyword:
-        return None
-    lines: dict[CodeType, set[int]] = {}
-    try:
-        with _watching(lines):
-            other = trace.fresh_graph(path, training, labels=(MORE,))
-    except TraceError:
-        return None
-    more = [node for node in placeholders(other.graph) if node.name == MORE]
-    pairs = list(zip(traced.graph.nodes, (n for n in other.graph.nodes if n not in more), strict=False))
-    alike = len(traced.graph.nodes) + 1 == len(other.graph.nodes) and all(
-        _spelled(mine) == (*_spelled(theirs)[:4], str({k: v for k, v in theirs.kwargs.items() if k != MORE}))
-        for mine, theirs in pairs
+    keys = {id(unit): key for key, unit in graft.units.items()}
+    if [PlacementRecord.of(graft.name, each, keys) for each in placed] == list(records):
+        return placed
+    repeated = {each.unit: each for each in records}
+    lost = next(
+        (k for k, each in repeated.items() if k not in asked and not (each.whole and k in graft.units)), None
     )
-    handed_on = all(
-        node.kwargs.get(MORE) is each
-        and each not in node.args
-        and list(node.kwargs.values()).count(each) == 1
-        for each in more
-        for node in each.users
-    )
-    if not (alike and handed_on and len(more) == 1):
-        return None
-    return Passing(other, frozenset(name for code, run in lines.items() for name in _names(code, run)))
-
-
-@contextlib.contextmanager
-def _watching(lines: dict[CodeType, set[int]]) -> Iterator[None]:
-    """Note which lines of which functions run in the block, but for the tracer's own."""
-    before = sys.gettrace()
-
-    def note(frame: FrameType, event: str, _: Any) -> Any:
-        if str(frame.f_globals.get("__name__")).partition(".")[0] in _OURS:
-            return None
-        lines.setdefault(frame.f_code, set()).add(frame.f_lineno)
-        return note
-
-    with restoring(partial(sys.settrace, before)):
-        sys.settrace(note)
-        yield
-
-
-def _names(code: CodeType, run: set[int]) -> Iterator[str]:
-    """List the arguments of a function, and the texts on lines that ran: keys of its keywords may be among them."""
-    yield from code.co_varnames[: code.co_argcount + code.co_kwonlyargcount]
-    line = code.co_firstlineno
-    for each in dis.get_instructions(code):
-        positions = getattr(each, "positions", None)  # from Python 3.11 on, where a line may come back
-        line = (positions.lineno if positions is not None else each.starts_line) or line
-        if line in run and isinstance(each.argval, str) and "CONST" in each.opname:
-            yield each.argval
-        elif line in run and isinstance(each.argval, (tuple, frozenset)):
-            yield from (name for name in each.argval if isinstance(name, str))
-
-
-def _edited(edit: Edit) -> Iterator[str]:
-    """Name the nodes that an edit is about."""
-    for each in fields(edit):
-        value = getattr(edit, each.name)
-        yield from value if isinstance(value, tuple) else [value] if isinstance(value, str) else []
-
-
-def _in_common(traced: Traced, labelled: Traced) -> set[str]:
-    """Name the nodes that a trace with labels begins with as one without does, those that see labels left out."""
-    own = {node.name for node in placeholders(traced.graph)}
-    added = [node for node in placeholders(labelled.graph) if node.name not in own]
-    seeing = set(added).union(*map(downstream_of, added))
-    pairs = zip(
-        traced.graph.nodes, (node for node in labelled.graph.nodes if node not in seeing), strict=False
-    )
-    alike = itertools.takewhile(lambda pair: _spelled(pair[0]) == _spelled(pair[1]), pairs)
-    return {node.name for node, _ in alike}
-
-
-def _spelled(node: fx.Node) -> tuple[str, ...]:
-    return node.op, node.name, str(node.target), str(node.args), str(node.kwargs)
-
-
-def _called(traced: Traced, path: str) -> frozenset[str]:
-    """Name the modules that a forward calls."""
-    calls = (str(node.target) for node in traced.graph.nodes if node.op == "call_module")
-    return frozenset(join(path, name) for name in calls)
-
-
-def _check_reached(installation: Installation, by_owner: dict[str, Placed]) -> None:
-    """Raise where one patch acts on a module that another leaves out, since it would never run."""
-    for path, state in installation.states.items():
-        for training, program in ((True, state.training), (False, state.evaluation)):
-            for skipped in program.skipped:
-                for owner, placed in by_owner.items():
-                    acting = [g for g, p in placed if (p.training if training else p.evaluation)]
-                    if inside(owner, skipped) and acting:
-                        inner = [g for g, p in by_owner[path] if not isinstance(p.edit, _OUTSIDE)]
-                        raise SiteError(
-                            f"{acting[0].name!r} acts on {owner!r}, which {inner[-1].name!r} leaves out in "
-                            f"{'training' if training else 'evaluation'}.\nThe first would never run there.\n"
-                            "Take one of them off, or choose another site for it."
-                        )
+    if lost is not None:
+        raise StructureError(
+            f"{graft.name!r} has a unit {lost!r} that is not found on a copy of the model.\n"
+            "What stands there was wrapped or replaced since the model was patched.\n"
+            "Patch after layers are wrapped or replaced, or copy fxgraft.unpatch(model) and patch the copy."
+        )
+    asked.clear()
+    asked.update(repeated)
+    for key, each in repeated.items():
+        graft.units[key].bind(**each.bound)
+    return [each.placement(graft.units[each.unit]) for each in records]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import SimpleNamespace
 from typing import Any, Protocol
 
@@ -100,6 +100,7 @@ class GraftState:
         settings: plain attributes the graphs were traced under, by module path relative to this one.
         registry: (outer only) what keeps the grafts.
         orphan: set on a module that was copied without its model.
+        twin: of a module that stands for the model's own, in a replica or a shadow: nobody plans that again.
     """
 
     base: type[nn.Module]
@@ -113,6 +114,27 @@ class GraftState:
     settings: dict[str, dict[str, Any]] = field(default_factory=dict)
     registry: Keeper | None = None
     orphan: bool = False
+    twin: bool = False
+
+    def with_units(self, twin: Callable[[Unit], Unit]) -> GraftState:
+        """Return the same state around other units.
+
+        Args:
+            twin: gives the unit that is to stand in the place of one.
+        """
+
+        def program(of: Program) -> Program:
+            whole = twin(of.function) if isinstance(of.function, Unit) else of.function
+            return replace(of, function=whole, inputs=[*map(twin, of.inputs)], units=[*map(twin, of.units)])
+
+        return replace(
+            self,
+            training=program(self.training),
+            evaluation=program(self.evaluation),
+            units=SimpleNamespace(**{name: twin(unit) for name, unit in vars(self.units).items()}),
+            registered={name: twin(unit) for name, unit in self.registered.items()},
+            twin=True,
+        )
 
 
 def foreign_forward(module: nn.Module) -> bool:

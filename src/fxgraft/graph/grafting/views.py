@@ -9,7 +9,7 @@ from torch import fx, nn
 
 from fxgraft.errors import TraceError, UnknownGraftError
 from fxgraft.graph.grafting.lookup import registry_of
-from fxgraft.graph.grafting.planning import Placed, by_rank
+from fxgraft.graph.grafting.programs import Placed, by_rank
 from fxgraft.graph.grafting.state import GraftState
 from fxgraft.graph.tracing.editing import Editor, Input, Instead, Output, unit_call
 from fxgraft.graph.tracing.model_trace import ModelTrace
@@ -75,19 +75,19 @@ def view_grafts(model: nn.Module, training: bool = True) -> list[PartView]:
         UnknownGraftError: the model is bare.
     """
     registry = registry_of(model)
-    if registry is None or registry.installation is None:
+    if registry is None or registry.plan is None:
         raise UnknownGraftError(f"There is no graft on this {class_name(model)}.\nPatch it first.")
-    installation = registry.installation
     owners: dict[str, Placed] = {}
-    for graft, placement in installation.placements:
+    for graft, placement in registry.plan.placements:
         if placement.training if training else placement.evaluation:
             owners.setdefault(placement.owner, []).append((graft, placement))
     found: list[PartView] = []
-    with preserved_random_state(), registry.lifted():
+    look, _ = registry.look(model)
+    with preserved_random_state():
         for path, placed in owners.items():
             by_rank(placed)
-            trace = ModelTrace(model, placed[0][0].input_size)
-            view = _view(trace, installation.states[path], placed, training)
+            trace = look.trace(placed[0][0].input_size)
+            view = _view(trace, registry.plan.states[path], placed, training)
             same = next((i for i, each in enumerate(found) if _alike(each, view)), None)
             if same is None:
                 found.append(view)

@@ -77,7 +77,7 @@ class PositionwiseHead:
         head: the head there.
         traced: the trace.
         grid: (H, W) of a map of tokens.
-        values: of the trace.
+        trace: of the model.
 
     Attributes:
         inexact: what between pooling and classifier does not commute with the average, for messages; where nothing is
@@ -85,12 +85,13 @@ class PositionwiseHead:
     """
 
     def __init__(
-        self, path: str, head: HeadTrace, traced: Traced, grid: tuple[int, int] | None, values: Values
+        self, path: str, head: HeadTrace, traced: Traced, grid: tuple[int, int] | None, trace: ModelTrace
     ) -> None:
         self.path = path
         self.head = head
         self.grid = grid
         self.classifiers = tuple(str(node.target) for node in head.classifiers)
+        values = trace.values(path, traced)
         owner = values.owner  # kept no longer than this: they hold the model
         self.between: Positions | None = None
         self.inexact: tuple[str, ...] = ()
@@ -99,7 +100,7 @@ class PositionwiseHead:
         passed = {*modules_in([head.pool, *head.between, *head.classifiers, head.end])}
         self.bypassed = tuple(sorted(passed))
         names = sorted({*modules_in([head.pool, *head.between])} - {*self.classifiers})
-        self.identities = {name: owner.get_submodule(name) for name in names}
+        self.identities = {name: trace.original(join(path, name)) for name in names}
         self.settings = {name: plain_settings(owner.get_submodule(name)) for name in names}
 
     def stale(self, model: nn.Module) -> bool:
@@ -495,7 +496,7 @@ def position_scores(
     trace = ModelTrace(model, tuple(x.shape[1:]))
     traced, found, _ = opened_head(trace, head, output)
     grid = token_grid(trace, traced, found.maps, found.pooling.channel)
-    maps = PositionwiseHead("", found, traced, grid, trace.values("", traced))
+    maps = PositionwiseHead("", found, traced, grid, trace)
     graph = cut(placeholders(traced.graph), found.maps)
     features = compile_graph(graph, traced.runnable(elsewhere=True).constants, f"feature map of {trace.name}")
     with preserved_modes(model):
@@ -506,5 +507,4 @@ def position_scores(
 
 def positionwise(trace: ModelTrace, head: Head) -> PositionwiseHead:
     """Make the positionwise form of a head as the model trains."""
-    values = trace.values(head.owner, head.traced)
-    return PositionwiseHead(head.owner, head.training, head.traced, head.grid, values)
+    return PositionwiseHead(head.owner, head.training, head.traced, head.grid, trace)

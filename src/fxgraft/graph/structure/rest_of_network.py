@@ -256,10 +256,10 @@ def rest_of_network(
     where = [("", Output()) if acted is not None else _capture_edit(trace, node) for node in needed]
     captured = tuple(Captured(f"{name}:{node.name}", *at) for node, at in zip(needed, where, strict=True))
     children = tuple(dict.fromkeys(str(n.target) for n in graph.nodes if n.op == "call_module"))
-    inner = {name: trace.module(name) for name in children}
+    inner = {name: trace.original(name) for name in children}
     tail = linear_tail(trace, site, opened, children, output) if not captured and not inputs else None
     if tail is not None:
-        inner |= {name: trace.module(name) for name in tail.modules}
+        inner |= {name: trace.original(name) for name in tail.modules}
         tail = None if tail_layer(trace.model, tail) is None else tail
     watched = ("", *opened, *(str(node.target) for node in needed if node.op == "call_module"))
     return Rest(
@@ -272,7 +272,7 @@ def rest_of_network(
         settings=traced.settings,
         identities=inner,
         hooked={name: _is_hooked(trace.module(name)) for name in watched},
-        forwards={name: _own_forward(trace.model, name) for name in (*opened, site.path) if name},
+        forwards={name: _own_forward(trace.original(""), name) for name in (*opened, site.path) if name},
         whole=whole,
         output=output,
     )

@@ -1,4 +1,4 @@
-"""A model's trace: its calls, its graphs and its shapes, found on demand and remembered."""
+"""A model's trace: its calls, its graphs and its shapes, found on a shadow of it, on demand, and remembered."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import functools
 import inspect
 import weakref
 from collections.abc import Callable, Hashable
+from dataclasses import replace
 from typing import Any, TypeVar
 
 import torch
@@ -15,8 +16,9 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicO
 from fxgraft.errors import SiteError, StructureError
 from fxgraft.graph.tracing.names import class_name
 from fxgraft.graph.tracing.observe import Call, Observation, default_input_size, observe, tensors
+from fxgraft.graph.tracing.shadow import Shadow
 from fxgraft.graph.tracing.signatures import forward_signature
-from fxgraft.graph.tracing.trace import Traced, trace
+from fxgraft.graph.tracing.trace import Traced, copied, trace
 from fxgraft.graph.tracing.values import Values
 
 Known = TypeVar("Known")
@@ -29,15 +31,21 @@ _NAMED = (
 
 
 class ModelTrace:
-    """What can be asked about a bare model. Nothing here changes it.
+    """What can be asked about a model. Nothing here changes it: what is looked at is a shadow of it.
 
     Args:
-        model: the model, with no graft installed.
+        model: the model, whose grafts are then part of it; or a shadow of it without them.
         input_size: (C, H, W) to propagate shapes with; the model's own by default.
+
+    Attributes:
+        shadow: what is looked at.
+        model: the look-alike of the model, to look at and not to keep.
     """
 
-    def __init__(self, model: nn.Module, input_size: tuple[int, ...] | None = None) -> None:
-        self.model = model
+    def __init__(self, model: nn.Module | Shadow, input_size: tuple[int, ...] | None = None) -> None:
+        self._given = model  # a shadow knows its model weakly
+        self.shadow = model if isinstance(model, Shadow) else Shadow(model)
+        self.model = self.shadow.model
         self.input_size = input_size
         self._observation: Observation | None = None
         self._graphs: dict[tuple[Any, ...], Traced] = {}
@@ -79,7 +87,7 @@ class ModelTrace:
                 )
             factors = range(4 - len(sizes), 4)
             larger = (size * factor for size, factor in zip(sizes, factors, strict=True))
-            self._enlarged = ModelTrace(self.model, (channels, *larger))
+            self._enlarged = ModelTrace(self.shadow, (channels, *larger))
         return self._enlarged
 
     @property
@@ -121,8 +129,12 @@ class ModelTrace:
             ) from error
 
     def module(self, path: str) -> nn.Module:
-        """Return the module of that qualified name; '' is the model."""
+        """Return the look-alike of the module of that qualified name; '' is the model's."""
         return self.model.get_submodule(path)
+
+    def original(self, path: str) -> nn.Module:
+        """Return the model's own module of that qualified name, which may be kept."""
+        return self.shadow.original(path)
 
     def in_order(self) -> list[str]:
         """List the modules that a pass calls, by the time their first call returned."""
@@ -146,7 +158,7 @@ class ModelTrace:
     ) -> Traced:
         """Trace one module's forward as the model calls it; see `tracing.trace`.
 
-        The result is shared: copy before editing (`fresh_graph` traces anew).
+        The result is shared: to edit it, take the copy that `fresh_graph` makes.
         """
         key = (path, training, opened, deep, *([hooks] if hooks else []))
         if key not in self._graphs:
@@ -154,14 +166,18 @@ class ModelTrace:
         return self._graphs[key]
 
     def fresh_graph(self, path: str, training: bool, labels: tuple[str, ...] = ()) -> Traced:
-        """Trace one module's forward into a graph that the caller may edit, and run in the place of the forward.
+        """Return a graph of one module's forward that the caller may edit, and run in the place of the forward.
 
         ``labels`` names arguments that the observed call left out, and that are inputs of this graph.
 
         Raises:
             TraceError: the forward cannot be traced, or acts through more than values.
         """
-        return self._trace(path, training, labels=labels).runnable()
+        if labels:
+            return self._trace(path, training, labels=labels).runnable()
+        known = self.graph(path, training).runnable()
+        settings = {name: dict(kept) for name, kept in known.settings.items()}
+        return replace(known, graph=copied(known.graph), constants=dict(known.constants), settings=settings)
 
     def _trace(
         self,

@@ -550,11 +550,19 @@ def _attempt(module: nn.Module, tracer: ShallowTracer, training: bool, modes: Mo
     return _Attempt(graph, constants, recorder, touched, device, baked.sources(constants.values()))
 
 
+def copied(graph: fx.Graph) -> fx.Graph:
+    """Copy a graph, its nodes under their names and with what is noted on them."""
+    copy = fx.Graph()
+    returned = copy.graph_copy(graph, {})
+    end = copy.output(returned)
+    end.meta = dict(next(node for node in reversed(graph.nodes) if node.op == "output").meta)
+    return copy
+
+
 def _copy_graph(module: fx.GraphModule, training: bool) -> fx.Graph:
     """Take the graph of a module that arrives traced; torchvision's extractors hold one per mode."""
     source = getattr(module, "train_graph" if training else "eval_graph", None)
-    graph = fx.Graph()
-    graph.output(graph.graph_copy(source if isinstance(source, fx.Graph) else module.graph, {}))
+    graph = copied(source if isinstance(source, fx.Graph) else module.graph)
     for node in graph.nodes:  # the scopes it was once traced in are gone: all of it is one forward now
         node.meta.pop("nn_module_stack", None)
     return graph

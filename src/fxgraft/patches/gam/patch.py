@@ -239,7 +239,9 @@ class GAM(LayeredPatch):
 
     def on_installed(self, graft: Graft, backbone: Backbone) -> None:
         """Take the copy of the source network, once; `Game.begin` brings it up to date."""
-        game_of(graft).take_source(backbone.model, self.source, graft, self.layers or ())
+        model = graft.model()
+        if model is not None:
+            game_of(graft).take_source(model, self.source, graft, self.layers or ())
 
     def describe(self, graft: Graft) -> str:
         """Name the taps, how they are matched and what they are told apart by."""

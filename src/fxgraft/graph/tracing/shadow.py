@@ -1,0 +1,265 @@
+"""A shadow of a model: modules of its own around the model's tensors, to be looked at in the model's place.
+
+Looking at a model sets modes, swaps buffers and lets forwards write on their modules. On a shadow none of that reaches
+the model, which other threads may run meanwhile.
+"""
+
+from __future__ import annotations
+
+import functools
+import types
+import weakref
+from collections import OrderedDict, defaultdict, deque
+from collections.abc import Collection, Mapping
+from typing import Any
+
+import torch
+from timm.layers import get_notrace_functions, get_notrace_modules  # pyright: ignore[reportPrivateImportUsage]
+from torch import Tensor, fx, nn
+from torch.nn.parameter import is_lazy
+
+from fxgraft.graph.tracing.names import STATE
+from fxgraft.graph.tracing.preserve import Reachable
+
+_CONTAINERS = (list, dict, set, deque, OrderedDict, defaultdict)
+_PLAIN = (bool, int, float, complex, str, bytes, type(None))
+_LEAVES = (*_PLAIN, Tensor, type, torch.dtype, torch.device, torch.Size, fx.Graph, types.ModuleType)
+"""What is shared with the model, whatever is in it."""
+
+_DEPTH = 3
+"""So many objects deep a module of the model is looked for in what is no module."""
+
+
+class Shadow:
+    """A model's look-alike: every module of the model has one, with a dictionary and containers of its own.
+
+    Parameters, buffers and whatever cannot reach a module of the model are the model's. What does reach one (bound
+    methods, closures, partial functions, plain objects) is made again around the look-alikes, and so are containers.
+    Compiled modules (TorchScript) are shared.
+
+    Args:
+        model: what to look at. It is only read.
+        bases: classes of modules that are to look as they do without their state: the model's own grafted ones.
+        left_out: modules that the shadow is to be without.
+
+    Attributes:
+        model: the look-alike of the model.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        bases: Mapping[nn.Module, type[nn.Module]] | None = None,
+        left_out: Collection[nn.Module] = (),
+    ) -> None:
+        gone = {id(each) for unit in left_out for each in unit.modules()}
+        bases = bases or {}
+        originals = [
+            each
+            for each in model.modules()
+            if id(each) not in gone and not isinstance(each, torch.jit.ScriptModule)
+        ]
+        self._original = weakref.ref(model)
+        self._originals = [weakref.ref(each) for each in originals]
+        self._reachable = Reachable(originals)
+        builder = _Builder(originals, bases, gone)
+        self.model: nn.Module = builder.looks.get(id(model), model)
+        self._read = builder.read
+
+    def original(self, path: str) -> nn.Module:
+        """Return the model's own module of that qualified name."""
+        model = self._original()
+        if model is None:
+            raise ReferenceError("The model that was looked at is gone.")
+        return model.get_submodule(path)
+
+    def same_as(self, other: Shadow) -> bool:
+        """Say whether nothing that can be looked at lies between the times at which two shadows of a model were made.
+
+        That is: the same modules with the same attributes, entry by entry and by identity; tensors that were not
+        written to; code and globals of the modules' classes as they were. Modes of modules do not count: whoever looks
+        sets them.
+        """
+        mine, theirs = self._originals, other._originals
+        return (
+            self._original() is other._original()
+            and len(mine) == len(theirs)
+            and all(map(_same_referent, mine, theirs))
+            and len(self._read) == len(other._read)
+            and all(map(_same, self._read, other._read))
+            and not any(True for each in (self, other) for _ in each._reachable.changes())
+        )
+
+
+def _same_referent(one: weakref.ref[Any], other: weakref.ref[Any]) -> bool:
+    return one() is other() is not None
+
+
+def _same(one: Any, other: Any) -> bool:
+    return one is other or (type(one) is type(other) and isinstance(one, (*_PLAIN, tuple)) and one == other)
+
+
+class _Builder:
+    """Fills the look-alikes, and takes down all that is read on the way, in the order in which it is read."""
+
+    def __init__(
+        self, originals: list[nn.Module], bases: Mapping[nn.Module, type[nn.Module]], gone: set[int]
+    ) -> None:
+        self.gone = gone
+        self.looks = {id(each): object.__new__(bases.get(each, type(each))) for each in originals}
+        self.numbers = {id(each): number for number, each in enumerate(originals)}
+        self.made: dict[int, tuple[Any, Any, int]] = {}
+        self.read: list[Any] = [
+            torch.get_default_dtype(),
+            str(torch.get_default_device()),
+            *sorted(map(str, get_notrace_functions())),
+            *get_notrace_modules(),
+        ]
+        for each in originals:
+            look = self.looks[id(each)]
+            self.read += [type(look), getattr(type(look).forward, "__code__", type(look).forward)]
+            self.fill(each, look.__dict__, bare=each in bases)
+
+    def fill(self, module: nn.Module, own: dict[str, Any], bare: bool) -> None:
+        for name, value in module.__dict__.items():
+            if bare and name in (STATE, "forward"):  # a forward here is the grafted class's, bound
+                continue
+            if name == STATE:
+                own[name] = value.with_units(lambda unit: self.looks.get(id(unit), unit))
+                self.read.append(value)
+            elif name == "training":
+                own[name] = value
+            elif name == "_modules":
+                kept = {key: each for key, each in value.items() if id(each) not in self.gone}
+                self.read += [name, *kept]
+                own[name] = type(value)((key, self.look(each)) for key, each in kept.items())
+            else:
+                self.read.append(name)
+                own[name] = self.look(value)
+
+    def look(self, value: Any, depth: int = _DEPTH) -> Any:
+        """Return what stands for a value in the shadow."""
+        if isinstance(value, nn.Module):
+            self.read.append(self.numbers.get(id(value), value))
+            return self.looks.get(id(value), value)
+        if isinstance(value, _LEAVES):
+            self.read.append(value)
+            if isinstance(value, Tensor):
+                self.read += _content(value)
+            return value
+        if id(value) in self.made:
+            _, made, number = self.made[id(value)]
+            self.read.append(number)
+            return made
+        kind, number = type(value), len(self.read)
+        if kind in _CONTAINERS:
+            return self.container(value, depth)
+        self.made[id(value)] = (value, value, number)  # it may lead back to itself
+        made = self.other(value, kind, depth)
+        self.made[id(value)] = (value, made, number)
+        if made is value:
+            self.read.append(value)
+        return made
+
+    def container(self, value: Any, depth: int) -> Any:
+        self.read += [type(value), len(value)]
+        made = value.copy()
+        self.made[id(value)] = (value, made, len(self.read))
+        if isinstance(value, dict):
+            for key, each in value.items():
+                self.read.append(key)
+                made[key] = self.look(each, depth)
+            return made
+        content = [self.look(each, depth) for each in value]
+        made.clear()
+        (made.update if isinstance(made, set) else made.extend)(content)
+        return made
+
+    def other(self, value: Any, kind: type, depth: int) -> Any:
+        if isinstance(value, tuple):
+            content = [self.look(each, depth) for each in value]
+            if all(new is old for new, old in zip(content, value, strict=True)):
+                return value
+            return kind(*content) if hasattr(value, "_fields") else kind(content)
+        if kind is weakref.ref:
+            known = self.looks.get(id(value()))
+            return value if known is None else weakref.ref(known)
+        if not depth or not self.reaches(value, depth):
+            return value
+        if kind is types.MethodType:
+            return types.MethodType(value.__func__, self.look(value.__self__, depth - 1))
+        if kind is functools.partial:
+            args = [self.look(each, depth - 1) for each in value.args]
+            named = {name: self.look(each, depth - 1) for name, each in value.keywords.items()}
+            return functools.partial(self.look(value.func, depth - 1), *args, **named)
+        if kind is types.FunctionType:
+            return self.function(value, depth - 1)
+        made = object.__new__(kind)
+        self.made[id(value)] = (value, made, len(self.read))
+        self.read.append(kind)
+        for name, each in vars(value).items():
+            self.read.append(name)
+            made.__dict__[name] = self.look(each, depth - 1)
+        return made
+
+    def function(self, value: types.FunctionType, depth: int) -> types.FunctionType:
+        cells = tuple(types.CellType(self.look(each, depth)) for each in _cells(value))
+        defaults = (
+            None
+            if value.__defaults__ is None
+            else tuple(self.look(each, depth) for each in value.__defaults__)
+        )
+        made = types.FunctionType(value.__code__, value.__globals__, value.__name__, defaults, cells or None)
+        self.read += [value.__code__, value.__globals__]
+        named = value.__kwdefaults__
+        made.__kwdefaults__ = named and {name: self.look(each, depth) for name, each in named.items()}
+        made.__dict__.update(value.__dict__)
+        made.__qualname__, made.__module__ = value.__qualname__, value.__module__
+        made.__annotations__, made.__doc__ = value.__annotations__, value.__doc__
+        return made
+
+    def reaches(self, value: Any, depth: int) -> bool:
+        """Say whether a module of the model can be reached through a value."""
+        if isinstance(value, nn.Module):
+            return id(value) in self.looks
+        if isinstance(value, _LEAVES) or depth < 0:
+            return False
+        return any(self.reaches(each, depth - 1) for each in _parts(value))
+
+
+def _content(tensor: Tensor) -> list[Any]:
+    """List what tells the numbers of a tensor, and what it is, from those of another time."""
+    version = None if tensor.is_inference() else tensor._version
+    shape = None if is_lazy(tensor) else tuple(tensor.shape)
+    return [version, shape, tensor.requires_grad, tensor.device.type, tensor.dtype]
+
+
+def _cells(value: types.FunctionType) -> list[Any]:
+    try:
+        return [each.cell_contents for each in value.__closure__ or ()]
+    except ValueError:  # one that is not filled yet
+        return []
+
+
+def _parts(value: Any) -> Collection[Any]:
+    """List what a value holds, where it can be made again around other things."""
+    kind = type(value)
+    if isinstance(value, dict):
+        return value.values()
+    if isinstance(value, (list, tuple, set, deque)):
+        return value
+    if kind is types.MethodType:
+        return (value.__self__,)
+    if kind is functools.partial:
+        return (value.func, *value.args, *value.keywords.values())
+    if kind is types.FunctionType:
+        if len(_cells(value)) != len(value.__closure__ or ()):
+            return ()
+        return (*_cells(value), *(value.__defaults__ or ()), *(value.__kwdefaults__ or {}).values())
+    plain = kind.__reduce_ex__ is object.__reduce_ex__ and kind.__reduce__ is object.__reduce__  # type: ignore[comparison-overlap]
+    own = getattr(value, "__dict__", None)
+    return own.values() if plain and type(own) is dict and not _slotted(kind) else ()
+
+
+def _slotted(kind: type) -> bool:
+    return any(vars(each).get("__slots__") for each in kind.__mro__)
