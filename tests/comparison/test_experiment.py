@@ -186,6 +186,9 @@ def test_a_full_disk_keeps_what_is_finished(run, tmp_path, monkeypatch):
         ({"training": {"lr": 0.0}}, ConfigError, "lr must be above 0"),
         ({"training": {"opt": "magic"}}, ConfigError, "no optimizer 'magic'"),
         ({"training": {"sched": "magic"}}, ConfigError, "sched must be one of cosine"),
+        ({"training": {"sched": "step"}}, ConfigError, "sched must be one of cosine"),
+        ({"per_class": 0}, ConfigError, "per_class must be a whole number of at least 1, got 0"),
+        ({"test_per_class": True}, ConfigError, "test_per_class must be a whole number"),
         ({"training": {"select": "test"}}, ConfigError, 'select must be "last" or "best"'),
         ({"training": {"hflip": 2}}, ConfigError, r"hflip must be in \[0, 1\]"),
         ({"training": {"train_crop": 0}}, ConfigError, "train_crop is a share"),
@@ -202,7 +205,7 @@ def test_bad_settings_are_found_before_the_training(run, tmp_path, monkeypatch, 
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("package", ["scipy", "joblib", "torchmetrics", "jinja2", "matplotlib"])
+@pytest.mark.parametrize("package", ["scipy", "joblib", "jinja2", "matplotlib"])
 def test_a_missing_package_is_named_first(run, monkeypatch, package):
     found = experiment.importlib.util.find_spec
     monkeypatch.setattr(
@@ -326,6 +329,35 @@ def test_corruptions_are_the_same_for_both_of_a_pair(run, monkeypatch):
     }
     assert bare["scores"] == pytest.approx(same["scores"], rel=1e-5)
     assert sum(bare["images"]) == 6 * 16
+
+
+def shares(model, validation, test):
+    return {"validation": len(validation), "test": len(test), "side": test[0][0].shape[-1]}
+
+
+def test_further_numbers_of_a_run(run):
+    found = run(seeds=1, measure=shares)
+    assert [each["measured"] for each in found.records] == [
+        {"validation": 4.0, "test": 16.0, "side": 16.0}
+    ] * 2
+    assert found.protocol["measure"].endswith(":shares")
+
+
+def test_few_images_of_each_class(run):
+    found = run(seeds=1, per_class=5, test_per_class=3, training={"epochs": 1, "batch_size": 4})
+    assert found.records[0]["images"] == [3, 3]
+    assert found.records[0]["steps"] == 4  # 5 of 2 classes of 2 domains, one of each apart
+    with pytest.raises(ConfigError, match=r"another protocol:\n  per_class: 5 there, None now"):
+        run(seeds=1, test_per_class=3, training={"epochs": 1, "batch_size": 4})
+
+
+def test_a_run_is_found_without_a_search(run):
+    found = run(seeds=1)
+    record = {**found.records[0], "seed": 7}
+    found.add(record)
+    assert found.record("bare", "red", 7) is record
+    assert found.record("bare", "red", 8) is None
+    assert found.tuning("bare", "red", {"lr": 1}) is None
 
 
 def test_splits_and_another_test_set(run, tmp_path):

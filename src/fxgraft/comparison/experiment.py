@@ -179,7 +179,7 @@ def compare(
 
 
 def _check_packages(backend: str) -> None:
-    wanted = ("scipy", "joblib", "torchmetrics", "jinja2", "matplotlib")
+    wanted = ("scipy", "joblib", "jinja2", "matplotlib")
     missing = [name for name in wanted if importlib.util.find_spec(name) is None]
     if missing:
         raise ConfigError(

@@ -23,7 +23,7 @@ from fxgraft.comparison.data import Item, Items, open_image
 from fxgraft.errors import ConfigError, candidates
 
 SCORES = ("accuracy", "macro_accuracy", "top5", "nll", "ece")
-"""What is measured of every run, each as torchmetrics defines it; a verdict is about one of them."""
+"""What is measured of every run; a verdict is about one of them."""
 LOWER_IS_BETTER = frozenset({"nll", "ece"})
 _CACHE_BYTES = 1 << 30
 
@@ -94,9 +94,10 @@ class Training:
         known = [str(name) for name in list_optimizers()]
         if self.opt not in known:
             raise ConfigError(f"timm has no optimizer {self.opt!r}. {candidates(self.opt, known)}")
-        if self.sched not in ("cosine", "tanh", "step", "poly", "constant", "none"):
+        # Not "step": timm's steps come after 90 epochs, most often after the end.
+        if self.sched not in ("cosine", "tanh", "poly", "constant", "none"):
             raise ConfigError(
-                f"sched must be one of cosine, tanh, step, poly, constant and none, got {self.sched!r}."
+                f"sched must be one of cosine, tanh, poly, constant and none, got {self.sched!r}."
             )
         if self.select not in ("last", "best"):
             raise ConfigError(f'select must be "last" or "best", got {self.select!r}.')
@@ -144,11 +145,17 @@ class Images(Dataset[tuple[Tensor, int]]):
         return len(self.items)
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        item = self.items[index]
-        own = hash((self.seed, self.epoch, index)) % (1 << 32)
-        with own_randomness(own):
-            image = _decoded(item, self.side, self.prepare)
-            return self.transform(image), item.label
+        return self.__getitems__([index])[0]
+
+    def __getitems__(self, indices: Sequence[int]) -> list[tuple[Tensor, int]]:
+        """Return the images of a batch: the states of the generators are put back once, and not for each image."""
+        found = []
+        with own_randomness(0):
+            for index in indices:
+                _seed_generators(hash((self.seed, self.epoch, index)) % (1 << 32))
+                image = _decoded(self.items[index], self.side, self.prepare)
+                found.append((self.transform(image), self.items[index].label))
+        return found
 
 
 _cache: dict[tuple[Item, int, Any], Any] = {}
@@ -181,15 +188,19 @@ def own_randomness(seed: int) -> Iterator[None]:
     """Seed torch's CPU generator, Python's and NumPy's inside the block, and put their states back after it."""
     python, arrays, own = random.getstate(), np.random.get_state(), torch.get_rng_state()
     try:
-        random.seed(seed)
-        np.random.seed(seed)
-        # torch.manual_seed also notes the seed for every device that may start later: slow, and a list that grows.
-        torch.default_generator.manual_seed(seed)
+        _seed_generators(seed)
         yield
     finally:
         random.setstate(python)
         np.random.set_state(arrays)
         torch.set_rng_state(own)
+
+
+def _seed_generators(seed: int) -> None:
+    random.seed(seed)
+    np.random.seed(seed)
+    # torch.manual_seed also notes the seed for every device that may start later: slow, and a list that grows.
+    torch.default_generator.manual_seed(seed)
 
 
 def fit(
@@ -316,8 +327,6 @@ def evaluate(
         Each of `SCORES` by name, and "right" and "images", counts by class. Outputs that are not finite are no
         predictions: such an image counts as wrong, and "finite" is then False.
     """
-    from torchmetrics.functional.classification import multiclass_calibration_error
-
     logits, labels = predict(model, items, settings, size=size, device=device, prepare=prepare)
     classes = logits.shape[1]
     finite = logits.isfinite().all(1)
@@ -332,11 +341,30 @@ def evaluate(
         "macro_accuracy": float((hits[known] / images[known]).double().mean()),
         "top5": float(((top == labels[:, None]).any(1) & finite).double().mean()),
         "nll": float(F.cross_entropy(logits, labels)) if sound else math.inf,
-        "ece": float(multiclass_calibration_error(logits.softmax(1), labels, classes)) if sound else math.inf,
+        "ece": calibration_error(logits, labels) if sound else math.inf,
         "right": hits.tolist(),
         "images": images.tolist(),
         "finite": sound,
     }
+
+
+def calibration_error(logits: Tensor, labels: Tensor, bins: int = 15) -> float:
+    """Return the expected calibration error (Guo, Pleiss, Sun, Weinberger, ICML 2017).
+
+    Args:
+        logits: (N, K).
+        labels: (N,).
+        bins: of equal width, by the probability of the class that is predicted.
+
+    Returns:
+        The mean over the images of how far the accuracy of their bin is from its mean probability, in [0, 1].
+    """
+    confidence, guess = logits.softmax(1).max(1)
+    edges = torch.linspace(0, 1, bins + 1)[1:-1]
+    place = torch.bucketize(confidence, edges)  # a probability on an edge belongs to the bin below
+    gaps = torch.zeros(bins, dtype=torch.double)
+    gaps.index_add_(0, place, (guess == labels).double() - confidence.double())
+    return float(gaps.abs().sum() / len(labels))
 
 
 def predict(
