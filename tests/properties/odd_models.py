@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 BLOCKS = (
     *("plain", "branch", "no_grad", "set_grad", "decorated", "helper", "enable_grad", "nested"),
-    *("autocast_off", "autocast_on", "detach", "scaled", "keyword"),
+    *("autocast_off", "autocast_on", "detach", "scaled", "keyword", "reversed"),
 )
 STATEFUL = ("counter", "buffer", "cache")
 """Blocks whose forward writes to the module: a graft may only leave them closed, or refuse."""
@@ -21,6 +21,18 @@ STATEFUL = ("counter", "buffer", "cache")
 def mean_without_gradient(x: Tensor) -> Tensor:
     """Return the mean over positions, as a constant."""
     return x.mean(tuple(range(2, x.ndim)), keepdim=True)
+
+
+class Reversed(torch.autograd.Function):
+    """Hands on what it gets, and minus half of the gradient, as layers between a network and its adversary do."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:  # type: ignore[override]
+        return -0.5 * gradient
 
 
 class Block(nn.Module):
@@ -98,6 +110,10 @@ class Block(nn.Module):
 
     def _detach(self, x: Tensor) -> Tensor:
         return self.branch(x) + x.detach().mean()
+
+    def _reversed(self, x: Tensor) -> Tensor:
+        out: Tensor = Reversed.apply(self.branch(x))  # type: ignore[no-untyped-call]
+        return out
 
     def _scaled(self, x: Tensor) -> Tensor:
         return self.scale * self.branch(x)

@@ -45,6 +45,10 @@ def held(condition: Any, taken: bool, where: str) -> None:
 has_side_effect(held)  # it has no users, and is no dead code
 
 
+_OF_AUTOGRAD = {"requires_grad", "is_leaf", "grad", "grad_fn", "retains_grad"}
+"""Attributes of tensors that depend on whether gradients are computed."""
+
+
 class Known:
     """What is known of the values of a trace in the making.
 
@@ -92,6 +96,8 @@ class Known:
 
     @torch.no_grad()
     def _computed(self, node: fx.Node) -> Any:
+        if node.target is getattr and node.args[1] in _OF_AUTOGRAD:
+            raise LookupError(node.name)  # the pass that was observed had no gradients
         args, kwargs = fx.map_arg((node.args, dict(node.kwargs)), self._value)  # type: ignore[misc]
         if node.op == "call_function":
             return node.target(*args, **kwargs)  # type: ignore[operator]

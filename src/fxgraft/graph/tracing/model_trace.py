@@ -15,7 +15,14 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicO
 
 from fxgraft.errors import SiteError, StructureError
 from fxgraft.graph.tracing.names import class_name
-from fxgraft.graph.tracing.observe import Call, Observation, default_input_size, observe, tensors
+from fxgraft.graph.tracing.observe import (
+    Call,
+    DataSetError,
+    Observation,
+    default_input_size,
+    observe,
+    tensors,
+)
 from fxgraft.graph.tracing.shadow import Shadow
 from fxgraft.graph.tracing.signatures import forward_signature
 from fxgraft.graph.tracing.trace import Traced, copied, trace
@@ -105,6 +112,14 @@ class ModelTrace:
                     f"{self.name} chooses by the numbers in a tensor what it computes next: {error}.\n"
                     "Sites and shapes are found by passing a batch of fake images through the model, which have none.\n"
                     "Patch the part before that, as of a detector the backbone: fxgraft.patch(model.backbone, ...)."
+                ) from error
+            except DataSetError as error:
+                raise StructureError(
+                    f"The forward of {self.name} sets the data of {error}.\n"
+                    "Sites and shapes are found by passing a batch of fake images through the model, whose numbers no "
+                    "parameter can hold.\n"
+                    "Write to it in place, as with torch.no_grad(): weight.copy_(new), before the model is called, or "
+                    "make the weight by torch.nn.utils.parametrize."
                 ) from error
             except Exception as error:
                 self._check_arguments(error)

@@ -30,6 +30,10 @@ from fxgraft.graph.tracing.preserve import (
 from fxgraft.graph.tracing.regions import CALLERS, called_by
 
 
+class DataSetError(Exception):
+    """A forward set the ``data`` of parameters, which it names."""
+
+
 @dataclass
 class Call:
     """One call of a module, as its caller made it.
@@ -250,7 +254,7 @@ def observe(
     seen.flow.start(inputs[0])
     with (
         preserved_modes(model),
-        preserved_data(model),
+        preserved_data(model) as faked,
         preserved_attributes(model.modules()),
         preserved_globals(model.modules()),
         preserved_random_state(),
@@ -263,7 +267,12 @@ def observe(
             own.update({name: None if b is None else b.clone() for name, b in own.items()})
         with restoring(restore):
             nn.Module.__call__ = call  # type: ignore[method-assign]
-            seen.run(call, model, *inputs)
+            try:
+                seen.run(call, model, *inputs)
+            except Exception as error:
+                if faked():
+                    raise DataSetError(", ".join(map(repr, faked()))) from error
+                raise
     return seen
 
 

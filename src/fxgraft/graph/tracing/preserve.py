@@ -51,17 +51,26 @@ def preserved_modes(model: nn.Module) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def preserved_data(model: nn.Module) -> Iterator[None]:
-    """Restore the memory of every parameter on exit: a forward that sets ``weight.data`` would leave a fake there."""
-    kept = [(each, each.data) for each in model.parameters()]
+def preserved_data(model: nn.Module) -> Iterator[Callable[[], list[str]]]:
+    """Restore the memory of every parameter on exit: a forward that sets ``weight.data`` would leave a fake there.
+
+    Yields:
+        A function that names the parameters that hold a fake.
+    """
+    kept = [(name, each, each.data) for name, each in model.named_parameters()]
+
+    def faked() -> list[str]:
+        return [
+            name for name, each, data in kept if each.device != data.device
+        ]  # fakes are on the meta device
 
     def restore() -> None:
-        for each, data in kept:
-            if each.device != data.device:  # fakes are on the meta device
+        for _, each, data in kept:
+            if each.device != data.device:
                 each.data = data
 
     with restoring(restore):
-        yield
+        yield faked
 
 
 # What is registered, and what a graft keeps: no forward pass sets them, and planning anew may.
@@ -242,6 +251,54 @@ def replaced_checkpoint(run: Callable[..., Any]) -> Iterator[None]:
 
     with restoring(restore):
         torch.utils.checkpoint.checkpoint = checkpoint  # type: ignore[assignment]
+        yield
+
+
+class AppliedFunction:
+    """A `torch.autograd.Function` as a function that a graph calls; two of the same one are equal.
+
+    Args:
+        function: the class.
+    """
+
+    def __init__(self, function: type[torch.autograd.Function]) -> None:
+        self.function = function
+        self.__name__ = "autograd_function"  # not the user's, which may be that of another operation
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run its forward, whose backward is its own."""
+        return self.function.apply(*args, **kwargs)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, AppliedFunction) and other.function is self.function
+
+    def __hash__(self) -> int:
+        return hash(self.function)
+
+    def __repr__(self) -> str:
+        return f"{self.function.__module__}.{self.function.__qualname__}"
+
+
+@contextlib.contextmanager
+def replaced_functions(
+    run: Callable[[AppliedFunction, tuple[Any, ...], dict[str, Any]], Any],
+) -> Iterator[None]:
+    """Route `torch.autograd.Function.apply` on proxies to ``run(function, args, kwargs)`` for the time of the block.
+
+    Its forward would be traced, and its backward be lost.
+    """
+    original = torch.autograd.Function.__dict__["apply"]
+
+    def apply(cls: Any, *args: Any, **kwargs: Any) -> Any:
+        if any(isinstance(each, fx.Proxy) for each in pytree.tree_leaves((args, kwargs))):
+            return run(AppliedFunction(cls), args, kwargs)
+        return original.__get__(None, cls)(*args, **kwargs)
+
+    def restore() -> None:
+        torch.autograd.Function.apply = original
+
+    with restoring(restore):
+        torch.autograd.Function.apply = classmethod(apply)  # type: ignore[method-assign, assignment]
         yield
 
 

@@ -28,6 +28,7 @@ from fxgraft.graph.tracing.branches import BakedBuffers, InPlaceProxy, Known, he
 from fxgraft.graph.tracing.names import UNIT, join
 from fxgraft.graph.tracing.observe import Call
 from fxgraft.graph.tracing.preserve import (
+    AppliedFunction,
     find_changes,
     kept_values,
     line_of,
@@ -35,6 +36,7 @@ from fxgraft.graph.tracing.preserve import (
     preserved_attributes,
     preserved_globals,
     replaced_checkpoint,
+    replaced_functions,
     untouched,
 )
 from fxgraft.graph.tracing.regions import (
@@ -331,6 +333,10 @@ class ShallowTracer(fx.Tracer):
         self.region += 1
         return self._marked(CHECKPOINT_REGION, self.region, function, *args, **kwargs)
 
+    def run_function(self, function: AppliedFunction, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Make one node of a `torch.autograd.Function`, so that its backward is its own."""
+        return self.create_proxy("call_function", function, args, kwargs)
+
     def _marked(self, key: str, value: Any, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Call a function and note something on all nodes that come of it."""
         before = set(self.graph.nodes)
@@ -374,14 +380,17 @@ def _refused(module: nn.Module, path: str, error: StateChangedError) -> TraceErr
 def _trace_error(module: nn.Module, path: str, error: BaseException) -> TraceError:
     """Say which module and line stopped the trace."""
     frames = traceback.extract_tb(error.__traceback__)
-    user = [f for f in frames if "/torch/fx/" not in f.filename and "fxgraft/graph" not in f.filename]
+    user = [f for f in frames if "/torch/" not in f.filename and "fxgraft/graph" not in f.filename]
     where = f"{user[-1].filename}:{user[-1].lineno}: {user[-1].line}" if user else "an unknown line"
     name = f"{path!r} ({type(module).__name__})" if path else type(module).__name__
+    branches = isinstance(error, fx.proxy.TraceError)
+    usually = ", usually control flow that depends on a tensor's values" if branches else ""
     return TraceError(
         f"torch.fx cannot trace {name}: {type(error).__name__}: {error}\n"
-        f"It stopped at {where}, usually control flow that depends on a tensor's values.\n"
-        "Choose the output of a whole module as the site (its inside then need not be opened), or register "
-        "the function with timm.layers.register_notrace_function."
+        f"It stopped at {where}{usually}.\n"
+        "Choose the output of a whole module as the site (its inside then need not be opened), or move that line into "
+        "a module of its own, which stays closed, or into a function registered with "
+        "timm.layers.register_notrace_function."
     )
 
 
@@ -526,6 +535,7 @@ def _attempt(module: nn.Module, tracer: ShallowTracer, training: bool, modes: Mo
             preserved_attributes(opened, module.modules()) as kept,
             preserved_globals(opened) as reachable,
             replaced_checkpoint(tracer.run_checkpoint),
+            replaced_functions(tracer.run_function),
             called_by(modes),
             watched_draws() as drawn,
         ):
