@@ -1,17 +1,23 @@
-"""Build a backbone from one name, from timm or from torchvision.
+"""Build a backbone from one name, of timm, of torchvision or of a function, and load its weights from a file.
 
 ``resnet50`` and ``timm/resnet50`` are timm's, ``torchvision/resnet50`` is torchvision's. Names of the Hugging
-Face hub that timm reads (``hf-hub:owner/model``) go to timm untouched. Nothing is downloaded unless
-``pretrained=True``.
+Face hub that timm reads (``hf-hub:owner/model``) go to timm untouched. ``my_package.my_module:build`` is a function of
+one's own. Nothing is downloaded unless ``pretrained=True``.
 """
 
 from __future__ import annotations
 
+import importlib
+import sys
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from torch import nn
 
-from fxgraft.errors import ConfigError, candidates
+from fxgraft.errors import ConfigError, RecipeError, candidates
+
+Model = str | Callable[..., nn.Module]
 
 LIBRARIES = ("timm", "torchvision")
 _TIMM_SCHEMES = ("hf-hub:", "hf_hub:", "local-dir:")
@@ -20,7 +26,7 @@ _WANT_INIT_WEIGHTS = ("googlenet", "inception_v3")
 
 
 def build_model(
-    name: str,
+    name: Model,
     num_classes: int | None = None,
     *,
     pretrained: bool = False,
@@ -30,7 +36,8 @@ def build_model(
     """Build the named backbone.
 
     Args:
-        name: a model name, optionally led by ``timm/`` or ``torchvision/``; without a prefix it is timm's.
+        name: a model name, optionally led by ``timm/`` or ``torchvision/``; without a prefix it is timm's. Or a
+            function, or ``"package.module:function"``, which is called with ``num_classes=`` and the options.
         num_classes: outputs of the classifier; None keeps the library's own number.
         pretrained: load the library's default weights (this downloads them).
         input_size: side of the square images to come. Only models tied to one size (most vision transformers)
@@ -38,8 +45,16 @@ def build_model(
         **options: handed to the model's constructor as they are.
 
     Raises:
-        ConfigError: no such library, no such model (with close matches), or options that the model refuses.
+        ConfigError: no such library, no such model (with close matches), options that the model refuses, or a function
+            that cannot be imported or returns no module.
     """
+    if not isinstance(name, str) or (":" in name and not name.startswith(_TIMM_SCHEMES)):
+        if pretrained:
+            raise ConfigError(
+                f"pretrained=True asks for a library's weights, and {name!r} is a function of one's own.\n"
+                "Let the function load its weights, or pass a file: weights=FILE."
+            )
+        return _build_own(name, num_classes, options)
     library, model = split_name(name)
     if num_classes is not None and num_classes < 0:
         raise ConfigError(f"num_classes must be 0 or more, got {num_classes}.")
@@ -56,8 +71,37 @@ def build_model(
         raise ConfigError(
             f"{library} could not fetch {model!r}: {type(error).__name__}: {str(error).partition(chr(10))[0]}\n"
             "Weights of a library and models of a hub come over the network, and are then kept on disk.\n"
-            "Check the connection and the name; or build it without pretrained weights, and load your own."
+            "Check the connection and the name; or build it without pretrained weights, and load a file: weights=FILE."
         ) from error
+
+
+def _build_own(model: Model, num_classes: int | None, options: dict[str, Any]) -> nn.Module:
+    function = imported(model) if isinstance(model, str) else model
+    given = options if num_classes is None else {"num_classes": num_classes, **options}
+    try:
+        built = function(**given)
+    except TypeError as error:
+        text = ", ".join(f"{key}={value!r}" for key, value in given.items())
+        raise ConfigError(f"{model!r} could not be called with {text}: {error}") from error
+    if not isinstance(built, nn.Module):
+        raise ConfigError(f"{model!r} returned a {type(built).__name__}, and not a torch.nn.Module.")
+    return built
+
+
+def imported(path: str) -> Any:
+    """Return what ``package.module:name`` names; modules of the working directory are found too."""
+    module, _, name = path.partition(":")
+    here = str(Path.cwd())
+    added = here not in sys.path
+    if added:
+        sys.path.insert(0, here)
+    try:
+        return getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ConfigError(f"Cannot import {path!r}: {error}\nWrite it as package.module:function.") from error
+    finally:
+        if added:
+            sys.path.remove(here)
 
 
 def split_name(name: str) -> tuple[str, str]:
@@ -134,3 +178,51 @@ def _build_torchvision(
             )
         options.setdefault("num_classes", num_classes)
     return models.get_model(model, weights="DEFAULT" if pretrained else None, **options)
+
+
+def load_weights(model: nn.Module, path: str | Path, *, new_classifier: bool = False) -> None:
+    """Load a ``state_dict`` from a file of safetensors, or one that ``torch.save`` wrote.
+
+    Args:
+        model: whose weights they are.
+        path: the file.
+        new_classifier: leave a classifier of another number of classes as it is in the model.
+
+    Raises:
+        RecipeError: there is no such file, it cannot be read, or it does not fit; lists the tensors.
+    """
+    from timm.models import load_state_dict
+
+    file = Path(path)
+    if not file.is_file():
+        raise RecipeError(f"There is no file {str(file)!r} with weights.")
+    try:
+        found = load_state_dict(str(file), device="cpu")
+    except Exception as error:  # torch's and safetensors' own, of many classes
+        raise RecipeError(f"{file} holds no weights that can be read: {error}") from error
+    own = model.state_dict()
+    classifiers = _classifiers(model) if new_classifier else ()
+    head = {f"{name}.{kind}" for name in classifiers for kind in ("weight", "bias")}
+    for name in head & set(found) & set(own):
+        if found[name].shape != own[name].shape:
+            del found[name]
+    lacking = sorted(set(own) - set(found) - head)
+    foreign = sorted(set(found) - set(own))
+    shapes = [name for name in found if name in own and found[name].shape != own[name].shape]
+    if lacking or foreign or shapes:
+        parts = [
+            f"{what} {', '.join(names[:4])}{', …' if len(names) > 4 else ''}"
+            for what, names in (("it lacks", lacking), ("it adds", foreign), ("of another shape are", shapes))
+            if names
+        ]
+        raise RecipeError(
+            f"{file} does not fit the model: {'; '.join(parts)}.\nPass the checkpoint of this model."
+        )
+    model.load_state_dict(found, strict=False)
+
+
+def _classifiers(model: nn.Module) -> list[str]:
+    declared = getattr(model, "default_cfg", None) or {}
+    named = declared.get("classifier", ()) if isinstance(declared, dict) else ()
+    found: list[str] = [named] if isinstance(named, str) else list(named or ())
+    return found or [name for name, each in model.named_modules() if isinstance(each, nn.Linear)][-1:]

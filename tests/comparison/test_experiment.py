@@ -173,6 +173,7 @@ def test_a_full_disk_keeps_what_is_finished(run, tmp_path, monkeypatch):
         ({"grafts": "selfnorm:position=pre"}, FxgraftError, "selfnorm|SelfNorm|residual"),
         ({"model": "resnet1800"}, ConfigError, "resnet1800"),
         ({"model": "nowhere:build"}, ConfigError, r"Cannot import 'nowhere:build'"),
+        ({"pretrained": True}, ConfigError, "pretrained=True asks for a library's weights, and <class"),
         ({"model": "math:floor"}, ConfigError, "math:floor. could not be called with num_classes=2"),
         ({"seeds": []}, ConfigError, "seeds is a number of at least 1"),
         ({"seeds": [1, 1]}, ConfigError, "seeds is a number of at least 1"),
@@ -238,10 +239,8 @@ def test_weights_that_cannot_be_fetched(run, monkeypatch):
     def offline(*_, **__):
         raise OSError("We couldn't connect to the hub\nand more")
 
-    monkeypatch.setattr("fxgraft.comparison.backbones.build_model", offline)
-    with pytest.raises(
-        RecipeError, match=r"of 'resnet18' cannot be fetched: We couldn't.*\n.*\n.*--weights FILE"
-    ):
+    monkeypatch.setattr("timm.create_model", offline)
+    with pytest.raises(ConfigError, match=r"could not fetch 'resnet18': .*We couldn't.*\n.*\n.*weights=FILE"):
         run(model="resnet18", pretrained=True)
 
 

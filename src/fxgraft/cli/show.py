@@ -134,9 +134,9 @@ def _show_method(
 ) -> None:
     import fxgraft
     from fxgraft.errors import UnknownGraftError, candidates
-    from fxgraft.models import build_model
+    from fxgraft.models import build_model, load_weights
     from fxgraft.spec import parse_patch_spec
-    from fxgraft.viz.pictures import check_picture, picture_of, read_images, read_weights, save_picture
+    from fxgraft.viz.pictures import check_picture, picture_of, read_images, save_picture
 
     wanted = "diversification" if method == MAPS else method
     if wanted not in fxgraft.methods():
@@ -155,7 +155,7 @@ def _show_method(
     pixels = read_images(images, side)
     network = build_model(model, classes, pretrained=pretrained, input_size=side).eval()
     if weights is not None:
-        read_weights(network, weights)
+        load_weights(network, weights)
     picture = picture_of(network, wanted, pixels, options, top=top, seed=seed)
     path = Path(f"{method}.png") if out is None else out
     save_picture(picture, path)

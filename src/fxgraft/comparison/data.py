@@ -13,9 +13,10 @@ from pathlib import Path, PurePosixPath
 from typing import IO, Any
 
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 from fxgraft.errors import ConfigError, candidates
+from fxgraft.io.images import read_rgb
 
 _TARS = (".tar", ".tar.gz", ".tgz")
 _SPLITS = {"train": "train", "training": "train", "val": "validation", "valid": "validation", "test": "test"}
@@ -433,19 +434,12 @@ def open_image(item: Item) -> Image.Image:
     try:
         if "#" in item.path and item.path.startswith(_SCHEMES):
             return _timm_data(item.path)[int(item.member)][0].convert("RGB")
-        stream: IO[bytes] | Path = Path(item.path)
+        source: IO[bytes] | Path = Path(item.path)
         if item.member:
-            stream = BytesIO(_archive(item.path, os.getpid()).extractfile(item.member).read())  # type: ignore[union-attr]
-        with Image.open(stream) as image:
-            return image.convert("RGB")
-    except (
-        UnidentifiedImageError,
-        OSError,
-        ValueError,
-        tarfile.TarError,
-        Image.DecompressionBombError,
-    ) as error:
+            source = BytesIO(_archive(item.path, os.getpid()).extractfile(item.member).read())  # type: ignore[union-attr]
+    except (OSError, ValueError, tarfile.TarError, Image.DecompressionBombError) as error:
         raise ConfigError(f"Cannot read {item} as an image: {error}\nRemove or replace it.") from error
+    return read_rgb(source, str(item))
 
 
 @functools.lru_cache(maxsize=16)

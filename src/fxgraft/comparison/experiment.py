@@ -17,7 +17,6 @@ from typing import Any
 
 import torch
 
-from fxgraft.comparison.backbones import Model
 from fxgraft.comparison.corruptions import check_corruptions
 from fxgraft.comparison.data import Data, Task, open_image, read_data
 from fxgraft.comparison.records import Folder, Record
@@ -28,6 +27,7 @@ from fxgraft.comparison.training import LOWER_IS_BETTER, SCORES, Training
 from fxgraft.environment import checked_device, environment
 from fxgraft.errors import ConfigError
 from fxgraft.io.atomic_write import digest_of
+from fxgraft.models import Model
 
 TUNING_SEED = 10_000
 """Seed of the runs that choose settings; no pair has it."""
@@ -117,7 +117,7 @@ def compare(
     Raises:
         ConfigError: an argument is out of range, the data or the folder do not fit, or a package is missing. All of
             this, and that every graft fits the backbone, is found before the first training step.
-        RecipeError: weights cannot be fetched, read or loaded.
+        RecipeError: a file of weights cannot be read, or does not fit the model.
         FxgraftError: what `fxgraft.patch` raises for a graft that does not fit.
     """
     _check_packages(backend)

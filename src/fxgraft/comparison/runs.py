@@ -11,7 +11,6 @@ import torch
 from torch import nn
 
 import fxgraft
-from fxgraft.comparison import backbones
 from fxgraft.comparison.corruptions import CORRUPTIONS, SEVERITIES, Corrupted
 from fxgraft.comparison.data import Items, Task
 from fxgraft.comparison.training import (
@@ -26,6 +25,7 @@ from fxgraft.comparison.training import (
     unlabelled_batches,
 )
 from fxgraft.errors import ConfigError
+from fxgraft.models import Model, build_model, load_weights
 from fxgraft.spec import describe, parse_patch_spec
 
 BARE = "bare"
@@ -90,7 +90,7 @@ class Setup:
     """What all runs of a comparison share.
 
     Attributes:
-        model: as `backbones.build` takes it.
+        model: as `fxgraft.models.build_model` takes it.
         model_options: of the constructor.
         pretrained: load the library's weights.
         weights: a checkpoint instead.
@@ -104,7 +104,7 @@ class Setup:
         adapt_lr: its learning rate.
     """
 
-    model: backbones.Model
+    model: Model
     classes: int
     size: int
     training: Training
@@ -119,15 +119,16 @@ class Setup:
 
     def build(self, variant: Variant, seed: int) -> nn.Module:
         """Build the backbone with the weights of a seed, and put the variant's grafts on it."""
-        model = backbones.build(
-            self.model,
-            self.classes,
-            size=self.size,
-            seed=seed,
-            pretrained=self.pretrained,
-            weights=self.weights,
-            options=self.model_options,
-        )
+        with own_randomness(seed):
+            model = build_model(
+                self.model,
+                self.classes,
+                pretrained=self.pretrained,
+                input_size=self.size,
+                **self.model_options,
+            )
+        if self.weights is not None:
+            load_weights(model, self.weights, new_classifier=True)
         with own_randomness(seed):  # a method may have weights of its own to draw
             for method, options in variant.grafts:
                 fxgraft.patch(model, method, **{"input_size": (3, self.size, self.size), **options})

@@ -17,6 +17,7 @@ from torchvision.transforms.v2.functional import pil_to_tensor
 import fxgraft
 from fxgraft.errors import ConfigError
 from fxgraft.io.atomic_write import write_text
+from fxgraft.io.images import read_rgb
 from fxgraft.patches.pictures import Panel, Picture, View
 
 IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -49,15 +50,7 @@ def read_images(paths: Sequence[Path], size: int) -> Tensor:
     """
     if size < 1:
         raise ConfigError(f"--size must be at least 1 pixel, got {size}.")
-    return squares([_opened(path) for path in paths], size)
-
-
-def _opened(path: Path) -> Image.Image:
-    try:
-        with Image.open(path) as image:
-            return image.convert("RGB")
-    except (OSError, ValueError, Image.DecompressionBombError) as error:
-        raise ConfigError(f"Cannot read {str(path)!r} as an image: {error}") from error
+    return squares([read_rgb(path, repr(str(path))) for path in paths], size)
 
 
 def squares(images: Sequence[Image.Image], size: int) -> Tensor:
@@ -202,17 +195,3 @@ def _hatch(axis: Any, cells: Tensor, side: int) -> None:
         cell = Rectangle(corner, side / width, side / height, fill=False, hatch="////", linewidth=0)
         cell.set_edgecolor("white")
         axis.add_patch(cell)
-
-
-def read_weights(model: nn.Module, path: Path) -> None:
-    """Load a ``state_dict`` from a safetensors file or one written by ``torch.save``.
-
-    Raises:
-        ConfigError: it cannot be read, or does not fit the model.
-    """
-    from timm.models import load_checkpoint
-
-    try:
-        load_checkpoint(model, str(path), strict=True)
-    except (OSError, RuntimeError, ValueError, KeyError) as error:
-        raise ConfigError(f"Cannot load {str(path)!r} into {type(model).__name__}: {error}") from error
