@@ -8,10 +8,12 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from faults.lines import Lines
 from fxgraft.errors import RecipeError
-from fxgraft.io.atomic_write import Header, write_files, write_text
+from fxgraft.io.atomic_write import Header, clear_drafts, write_file, write_text
 
 
 def content(folder: Path) -> dict[str, str]:
@@ -22,30 +24,41 @@ def text(value: str):
     return lambda path: path.write_text(value)
 
 
-def test_a_folder_is_made_and_its_files_are_replaced(tmp_path: Path) -> None:
+def test_a_folder_is_made_and_a_file_is_replaced(tmp_path: Path) -> None:
     folder = tmp_path / "a" / "b"
-    write_files(folder, {"one": text("1"), "two": text("2")})
-    write_files(folder, {"two": text("3")})
+    write_file(folder / "one", text("1"))
+    write_file(folder / "two", text("2"))
+    write_file(folder / "two", text("3"))
     assert content(folder) == {"one": "1", "two": "3"}
 
 
-def test_a_failure_leaves_all_the_old_ones(tmp_path: Path) -> None:
-    write_files(tmp_path, {"one": text("1"), "two": text("2")})
+def test_a_failure_leaves_the_old_one(tmp_path: Path) -> None:
+    write_file(tmp_path / "one", text("1"))
 
     def full(path: Path) -> None:
         path.write_text("half")
         raise OSError(28, "No space left on device")
 
-    with pytest.raises(OSError, match="No space left"):
-        write_files(tmp_path, {"one": text("new"), "two": full})
-    assert content(tmp_path) == {"one": "1", "two": "2"}
+    for name in ("one", "two"):
+        with pytest.raises(OSError, match="No space left"):
+            write_file(tmp_path / name, full)
+    assert content(tmp_path) == {"one": "1"}
 
 
-def test_what_a_killed_process_left_is_gone_after_the_next_save(tmp_path: Path) -> None:
+def test_a_failed_move_leaves_the_old_one(tmp_path: Path) -> None:
+    (tmp_path / "one").mkdir()
+    with pytest.raises(OSError, match="directory"):
+        write_file(tmp_path / "one", text("1"))
+    assert [path.name for path in tmp_path.iterdir()] == ["one"]
+
+
+@pytest.mark.parametrize("cleared", [True, False])
+def test_what_a_killed_process_left_is_gone_after_the_next_save(tmp_path: Path, cleared: bool) -> None:
     code = (
-        "import os, sys; from pathlib import Path; from fxgraft.io.atomic_write import write_files\n"
-        "def write(path): path.write_text('half'); os.kill(os.getpid(), 9)\n"
-        "write_files(Path(sys.argv[1]), {'one': write})\n"
+        "import os, sys; from pathlib import Path; from fxgraft.io.atomic_write import write_file\n"
+        "def write(path):\n"
+        "    path.write_text('half'); path.with_name('.tmp12').write_text('of the writer'); os.kill(os.getpid(), 9)\n"
+        "write_file(Path(sys.argv[1]) / 'one', write)\n"
     )
     source = str(Path(sys.modules["fxgraft"].__file__).parents[1])
     killed = subprocess.run(
@@ -53,7 +66,10 @@ def test_what_a_killed_process_left_is_gone_after_the_next_save(tmp_path: Path) 
     )
     assert killed.returncode == -9
     assert len(list(tmp_path.iterdir())) == 1
-    write_files(tmp_path, {"one": text("whole")})
+    if cleared:
+        clear_drafts(tmp_path / "one")
+        assert content(tmp_path) == {}
+    write_file(tmp_path / "one", text("whole"))
     assert content(tmp_path) == {"one": "whole"}
 
 
@@ -61,19 +77,20 @@ def test_permissions_are_those_of_any_new_file(tmp_path: Path) -> None:
     before = os.umask(0o027)
     try:
         write_text(tmp_path / "one", "1")
+        write_file(tmp_path / "two", lambda path: save_file({"a": torch.ones(2)}, path))
     finally:
         os.umask(before)
-    assert (tmp_path / "one").stat().st_mode & 0o777 == 0o640
+    assert [(tmp_path / name).stat().st_mode & 0o777 for name in ("one", "two")] == [0o640, 0o640]
 
 
 def test_savers_of_one_folder_take_turns(tmp_path: Path) -> None:
     code = (
-        "import sys, time; from pathlib import Path; from fxgraft.io.atomic_write import write_files\n"
+        "import sys, time; from pathlib import Path; from fxgraft.io.atomic_write import write_file\n"
         "def write(path):\n"
         "    for _ in range(20):\n"
         "        with path.open('a') as file: file.write(sys.argv[2])\n"
         "        time.sleep(0.005)\n"
-        "for _ in range(3): write_files(Path(sys.argv[1]), {'one': write, 'two': write})\n"
+        "for _ in range(3): write_file(Path(sys.argv[1]) / 'one', write)\n"
     )
     source = str(Path(sys.modules["fxgraft"].__file__).parents[1])
     savers = [
@@ -83,14 +100,14 @@ def test_savers_of_one_folder_take_turns(tmp_path: Path) -> None:
         for mark in "ab"
     ]
     assert [saver.wait() for saver in savers] == [0, 0]
-    assert content(tmp_path) in ({"one": 20 * m, "two": 20 * m} for m in "ab")
+    assert content(tmp_path) in ({"one": 20 * m} for m in "ab")
 
 
 def test_an_interrupted_save_locks_nobody_out(tmp_path: Path) -> None:
     fcntl = pytest.importorskip("fcntl", reason="no locks of this kind here")
 
     def save() -> None:
-        write_files(tmp_path, {"a": lambda draft: draft.write_text("whole")})
+        write_file(tmp_path / "a", lambda draft: draft.write_text("whole"))
 
     with Lines() as lines:
         save()

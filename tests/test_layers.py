@@ -23,7 +23,7 @@ FILES = sorted(ROOT.rglob("*.py"))
 # Every file belongs to the first entry that it lies in. A file imports from rows above its own, and from its own
 # row as long as no circle comes of it; `only` narrows that down.
 LAYERS: list[tuple[str, ...]] = [
-    ("errors.py", "io/atomic_write.py", "io/__init__.py"),
+    ("errors.py", "io/atomic_write.py", "io/__init__.py", "models.py"),
     ("graph/dataflow/", "graph/tracing/", "graph/__init__.py"),
     ("graph/structure/",),
     ("graph/grafting/",),
@@ -43,12 +43,12 @@ LAYERS: list[tuple[str, ...]] = [
     ("api.py", "training_loss.py"),
     (
         "adaptation/",
+        "io/constructor.py",
         "io/save_load.py",
-        "io/reading.py",
         "io/backbone_weights.py",
     ),
     ("__init__.py", "mixmo.py", "gam.py"),
-    ("spec.py", "models.py", "environment.py"),
+    ("spec.py", "environment.py"),
     ("viz/",),
     ("comparison/",),
     ("bench/", "integrations/", "timm/"),
@@ -219,8 +219,11 @@ def test_every_module_and_public_definition_is_documented(file: Path) -> None:
     tree = ast.parse(file.read_text())
     assert ast.get_docstring(tree)
     kinds = (ast.FunctionDef, ast.ClassDef)
+    public = [n for n in tree.body if isinstance(n, kinds) and n.name[0] != "_"]
     missing = [
-        n.name for n in tree.body if isinstance(n, kinds) and n.name[0] != "_" and not ast.get_docstring(n)
+        n.name
+        for n in public
+        if not ast.get_docstring(n) and "overload" not in map(ast.unparse, n.decorator_list)
     ]
     assert missing == []
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-import json
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ import timm
 from rich.console import Console
 
 import fxgraft
+import recipes
 from fxgraft import GAM, RSC, ConfigError, CrossNorm, Diversification, MixMo, SelfNorm, extend
 from fxgraft.cli.method_card import card
 from training_parity.networks import DenseNet, ResNet, ResNeXt
@@ -111,8 +111,7 @@ def test_errors(method: str, options: dict[str, Any], match: str) -> None:
 
 def test_a_recipe_keeps_the_options(tmp_path: Path) -> None:
     model = fxgraft.patch(timm.create_model("test_resnet"), "rsc", preset="imagenet", epochs=90)
-    recipe = json.loads((fxgraft.save(model, tmp_path) / "recipe.json").read_text())
-    options = recipe["grafts"][0]["options"]
+    options = recipes.read(fxgraft.save(model, tmp_path))[0]["grafts"][0]["options"]
     assert "preset" not in options
     assert options == {
         "scope": "spatial", "strategy": "random_top_half", "batch_schedule": "imagenet", "epochs": 90,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import fxgraft
+import recipes
 
 SIZE = (3, 24, 24)
 
@@ -100,11 +102,11 @@ def copied(model: nn.Module) -> dict[str, Tensor]:
 
 def test_round_trip(tmp_path: Path) -> None:
     model = patched()
-    folder = fxgraft.save(model, tmp_path / "deep" / "run")
-    assert sorted(p.name for p in folder.iterdir()) == ["recipe.json", "weights.safetensors"]
+    file = fxgraft.save(model, tmp_path / "deep" / "run.safetensors")
+    assert list((tmp_path / "deep").iterdir()) == [file]
 
     bare = net(seed=1)
-    loaded = fxgraft.load(bare, folder)
+    loaded = fxgraft.load(bare, file)
     assert loaded is bare
     assert [(g.name, g.patch, g.input_size) for g in fxgraft.grafts(loaded)] == [
         (g.name, g.patch, g.input_size) for g in fxgraft.grafts(model)
@@ -115,15 +117,35 @@ def test_round_trip(tmp_path: Path) -> None:
     assert type(loaded) is Net
 
 
+@pytest.mark.parametrize("place", ["folder", "name without suffix", "file"])
+def test_a_folder_stands_for_the_file_in_it(tmp_path: Path, place: str) -> None:
+    path = {"folder": tmp_path, "name without suffix": tmp_path / "run", "file": tmp_path / "a.safetensors"}[
+        place
+    ]
+    file = fxgraft.save(patched(), path)
+    assert file == (path if place == "file" else path / "fxgraft.safetensors")
+    assert len(fxgraft.grafts(fxgraft.load(net(), path))) == 2
+    assert len(fxgraft.grafts(fxgraft.load(str(path), model=net()))) == 2
+    assert len(fxgraft.grafts(fxgraft.load(path=path, model=net()))) == 2
+
+
+def test_the_weights_are_an_ordinary_safetensors_file(tmp_path: Path) -> None:
+    model = patched()
+    assert bitwise(
+        [value for _, value in sorted(load_file(fxgraft.save(model, tmp_path)).items())],
+        [value for _, value in sorted(model.state_dict().items())],
+    )
+
+
 def test_the_recipe_is_data_that_a_person_can_read(tmp_path: Path) -> None:
-    recipe = json.loads((fxgraft.save(patched(), tmp_path) / "recipe.json").read_text())
-    assert recipe["format"] == "fxgraft-recipe"
+    recipe, _ = recipes.read(fxgraft.save(patched(), tmp_path))
+    assert (recipe["format"], recipe["version"]) == ("fxgraft-recipe", 2)
     assert recipe["progress"] == 0.5
     assert recipe["architecture"]["class"] == "Net"
     assert [g["name"] for g in recipe["grafts"]] == ["rsc", "late"]
     assert recipe["grafts"][0]["options"] == {"layers": ["layer1", "layer2"], "start": 0.25}
     assert recipe["grafts"][0]["input_size"] == list(SIZE)
-    assert recipe["versions"]["torch"] == torch.__version__
+    assert torch.__version__.startswith(recipe["versions"]["torch"])
 
 
 def test_progress_is_part_of_it(tmp_path: Path) -> None:
@@ -137,8 +159,8 @@ def test_progress_is_part_of_it(tmp_path: Path) -> None:
 
 def test_without_weights_the_backbone_is_left_alone(tmp_path: Path) -> None:
     model = patched()
-    fxgraft.save(model, tmp_path, weights=False)
-    assert load_file(tmp_path / "weights.safetensors") == {}  # RSC has no tensors of its own
+    file = fxgraft.save(model, tmp_path, weights=False)
+    assert load_file(file) == {}  # RSC has no tensors of its own
     bare = net(seed=1)
     state = copied(bare)
     fxgraft.load(bare, tmp_path)
@@ -148,16 +170,16 @@ def test_without_weights_the_backbone_is_left_alone(tmp_path: Path) -> None:
     assert bitwise(step_of(bare), step_of(model))
 
 
-def test_saving_leaves_the_model_alone_and_replaces_earlier_files(tmp_path: Path) -> None:
+def test_saving_leaves_the_model_alone_and_replaces_an_earlier_file(tmp_path: Path) -> None:
     model = patched()
     state = copied(model)
-    fxgraft.save(model, tmp_path)
-    first = (tmp_path / "weights.safetensors").read_bytes()
+    file = fxgraft.save(model, tmp_path)
+    first = file.read_bytes()
     assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
     train(model, adam(model), range(1), 4)
     fxgraft.save(model, tmp_path)
-    assert (tmp_path / "weights.safetensors").read_bytes() != first
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["recipe.json", "weights.safetensors"]
+    assert file.read_bytes() != first
+    assert list(tmp_path.iterdir()) == [file]
 
 
 def test_tied_and_strided_weights_survive(tmp_path: Path) -> None:
@@ -216,32 +238,38 @@ def test_a_bare_model_has_no_recipe(tmp_path: Path) -> None:
 
 
 def test_options_that_json_cannot_hold(tmp_path: Path) -> None:
-    fxgraft.save(patched(), tmp_path)
-    before = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
+    file = fxgraft.save(patched(), tmp_path)
+    before = file.read_bytes()
     model = patched(seed=1)
     object.__setattr__(fxgraft.grafts(model)[0].patch, "output", {1, 2})
     with pytest.raises(fxgraft.RecipeError, match="an option that JSON cannot hold"):
         fxgraft.save(model, tmp_path)
-    assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before
+    assert file.read_bytes() == before
 
 
-@pytest.mark.parametrize("fails", ["weights", "recipe"])
-def test_a_failed_save_leaves_the_old_files(tmp_path: Path, monkeypatch: Any, fails: str) -> None:
-    fxgraft.save(patched(), tmp_path)
-    before = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
+@pytest.mark.parametrize("name", ["run.pt", "run-1.5", "taken.safetensors"])
+def test_names_that_say_something_else(tmp_path: Path, name: str) -> None:
+    (tmp_path / "taken.safetensors" / "fxgraft.safetensors").mkdir(parents=True)
+    with pytest.raises(
+        fxgraft.RecipeError, match=r"no name for a safetensors file\.\n.*\n.*\.safetensors, or pass"
+    ):
+        fxgraft.save(patched(), tmp_path / name)
+    assert [path.name for path in tmp_path.iterdir()] == ["taken.safetensors"]
+
+
+def test_a_failed_save_leaves_the_old_file(tmp_path: Path, monkeypatch: Any) -> None:
+    file = fxgraft.save(patched(), tmp_path)
+    before = file.read_bytes()
     other = patched(seed=1)
     fxgraft.set_progress(other, 0.9)
 
     def full(*_: Any, **__: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    if fails == "weights":
-        monkeypatch.setattr("fxgraft.io.save_load.save_file", full)
-    else:
-        monkeypatch.setattr(Path, "write_text", full)
+    monkeypatch.setattr("fxgraft.io.save_load.save_file", full)
     with pytest.raises(OSError, match="No space left"):
         fxgraft.save(other, tmp_path)
-    assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before
+    assert file.read_bytes() == before
     loaded = fxgraft.load(net(seed=2), tmp_path)
     assert bitwise(list(loaded.state_dict().values()), list(patched().state_dict().values()))
 
@@ -249,81 +277,82 @@ def test_a_failed_save_leaves_the_old_files(tmp_path: Path, monkeypatch: Any, fa
 # --- what loading refuses
 
 
-def unsigned(folder: Path) -> dict[str, Any]:
-    """Take the digests out of a recipe, as somebody does who changes the files on purpose."""
-    recipe = json.loads((folder / "recipe.json").read_text())
-    del recipe["sha256"]
-    (folder / "recipe.json").write_text(json.dumps(recipe))
-    return recipe
-
-
 def edited(**changes: Any) -> Any:
-    def edit(folder: Path) -> None:
-        recipe = unsigned(folder)
-        for key, value in changes.items():
-            if value is ...:
-                del recipe[key]
-            else:
-                recipe[key] = value
-        (folder / "recipe.json").write_text(json.dumps(recipe))
-
-    return edit
+    return lambda file: recipes.rewrite(file, **changes)
 
 
 def graft(**changes: Any) -> Any:
-    return edited(
-        grafts=[{"name": "rsc", "method": "rsc", "options": {}, "input_size": list(SIZE), **changes}]
-    )
+    entry = {"name": "rsc", "method": "rsc", "options": {}, "input_size": list(SIZE), **changes}
+    return edited(grafts=[entry], placements=[])
 
 
-def cut(name: str) -> Any:
-    def edit(folder: Path) -> None:
-        content = (folder / name).read_bytes()
-        (folder / name).write_bytes(content[: len(content) // 2])
+def cut(share: float) -> Any:
+    def edit(file: Path) -> None:
+        content = file.read_bytes()
+        file.write_bytes(content[: int(share * len(content))])
 
     return edit
 
 
-def written(name: str, content: bytes) -> Any:
-    return lambda folder: (folder / name).write_bytes(content)
+def written(content: bytes) -> Any:
+    return lambda file: file.write_bytes(content)
 
 
-def weights(edit: Any) -> Any:
-    def change(folder: Path) -> None:
-        unsigned(folder)
-        tensors = load_file(folder / "weights.safetensors")
-        save_file(edit(tensors), folder / "weights.safetensors")
+def weights(edit: Any, signed: bool = True) -> Any:
+    def change(file: Path) -> None:
+        recipe, tensors = recipes.read(file)
+        recipes.write(file, recipe, edit(tensors), signed=signed)
 
     return change
 
 
-def gone(name: str) -> Any:
-    return lambda folder: (folder / name).unlink()
+def content(value: Any) -> Any:
+    return lambda file: recipes.write(file, value, {})
 
 
 REFUSED = {
-    "recipe cut short": (cut("recipe.json"), "is damaged or no recipe"),
-    "recipe no text": (written("recipe.json", b"\xff\xfe\x00"), "is damaged or no recipe"),
-    "recipe empty": (written("recipe.json", b""), "is damaged or no recipe"),
-    "foreign JSON": (written("recipe.json", b'{"model": "resnet18"}'), "is no recipe of fxgraft"),
-    "foreign JSON list": (written("recipe.json", b"[1, 2]"), "is no recipe of fxgraft"),
-    "no recipe": (gone("recipe.json"), "There is no recipe at .*: No such file"),
-    "newer version": (edited(version=2), "is of version 2; this fxgraft reads version 1"),
+    "cut in half": (cut(0.5), r"cannot be read: .*\n.*cut short"),
+    "cut at its end": (cut(0.999), r"cannot be read: .*\n.*cut short"),
+    "cut in its header": (cut(0.01), r"cannot be read: .*\n.*cut short"),
+    "empty": (written(b""), "cannot be read"),
+    "a zip": (written(b"PK\x03\x04 a zip"), "cannot be read"),
+    "text": (written(b'{"model": "resnet18"}'), "cannot be read"),
+    "weights alone": (
+        lambda file: save_file({"a": torch.ones(2)}, file),
+        r"There is no recipe in .*weights alone\.\n.*\n.*load_backbone",
+    ),
+    "foreign JSON": (content({"model": "resnet18"}), "is no recipe of fxgraft"),
+    "foreign JSON list": (content([1, 2]), "is no recipe of fxgraft"),
+    "gone": (lambda file: file.unlink(), "There is no recipe at .*: no such file"),
+    "newer version": (edited(version=3), r"is of version 3; this fxgraft reads version 2.*\n.*\nUpgrade"),
     "no version": (edited(version=...), "is of version None"),
+    "no digest": (lambda file: recipes.rewrite(file, sha256=..., signed=False), "its digest is missing"),
+    "another recipe": (
+        lambda file: recipes.rewrite(file, progress=0.6, signed=False),
+        "that of another content",
+    ),
+    "other weights": (
+        weights(lambda t: {**t, "fc.bias": t["fc.bias"] + 1}, signed=False),
+        "that of another content",
+    ),
+    "other type of weights": (
+        weights(lambda t: {**t, "fc.bias": t["fc.bias"].view(torch.int32)}, signed=False),
+        "that of another content",
+    ),
     "no grafts": (edited(grafts=...), "'grafts' is missing or of the wrong kind"),
     "grafts of a wrong kind": (edited(grafts={"rsc": {}}), "'grafts' is missing or of the wrong kind"),
     "graft of a wrong kind": (edited(grafts=["rsc"]), "a graft in it is not whole"),
     "graft without options": (graft(options=None), "a graft in it is not whole"),
     "progress of a wrong kind": (edited(progress="half"), "'progress' is missing or of the wrong kind"),
     "no architecture": (edited(architecture={}), "its architecture is not whole"),
-    "weights cut short": (cut("weights.safetensors"), "their digest is another one"),
-    "foreign weights": (written("weights.safetensors", b"PK\x03\x04 a zip"), "their digest is another one"),
-    "no weights": (gone("weights.safetensors"), "cannot be read"),
+    "no constructor": (edited(build=...), "does not say what made it"),
+    "half a constructor": (edited(build={"library": "timm"}), "its constructor is not whole"),
     "foreign tensors": (weights(lambda t: {"a": torch.ones(2)}), "do not fit the recipe: .* tensors differ"),
     "a tensor missing": (
         weights(lambda t: {k: v for k, v in t.items() if k != "fc.bias"}),
         "the first is 'fc.bias'",
     ),
+    "a tensor more": (weights(lambda t: {**t, "fc.more": torch.ones(2)}), "1 tensors differ.*'fc.more'"),
     "a tensor of another shape": (
         weights(lambda t: {**t, "fc.bias": torch.ones(6)}),
         "1 tensors differ, the first is 'fc.bias'",
@@ -335,7 +364,8 @@ REFUSED = {
     "a name that is none": (graft(name="a b"), "not named once each"),
     "a name given twice": (
         edited(
-            grafts=[{"name": "a", "method": "rsc", "options": {"layer": x}} for x in ("layer1", "layer2")]
+            grafts=[{"name": "a", "method": "rsc", "options": {"layer": x}} for x in ("layer1", "layer2")],
+            placements=[],
         ),
         "not named once each",
     ),
@@ -343,9 +373,8 @@ REFUSED = {
 
 
 @pytest.mark.parametrize(("damage", "match"), REFUSED.values(), ids=REFUSED)
-def test_a_damaged_folder_leaves_the_model_alone(tmp_path: Path, damage: Any, match: str) -> None:
-    fxgraft.save(patched(), tmp_path)
-    damage(tmp_path)
+def test_a_damaged_file_leaves_the_model_alone(tmp_path: Path, damage: Any, match: str) -> None:
+    damage(fxgraft.save(patched(), tmp_path))
     model = net(seed=1)
     model.layer1[1].eval()
     flags = [m.training for m in model.modules()]
@@ -358,10 +387,9 @@ def test_a_damaged_folder_leaves_the_model_alone(tmp_path: Path, damage: Any, ma
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_what_is_wrong_with_the_folder_is_a_recipe_error(tmp_path: Path, name: str) -> None:
+def test_what_is_wrong_with_the_file_is_a_recipe_error(tmp_path: Path, name: str) -> None:
     damage, _ = REFUSED[name]
-    fxgraft.save(patched(), tmp_path)
-    damage(tmp_path)
+    damage(fxgraft.save(patched(), tmp_path))
     with pytest.raises(fxgraft.RecipeError):
         fxgraft.load(net(), tmp_path)
 
@@ -393,6 +421,72 @@ def test_a_patched_model_is_not_loaded_into(tmp_path: Path) -> None:
     assert [g.patch.layer for g in fxgraft.grafts(model)] == ["layer1"]
     fxgraft.load(fxgraft.unpatch(model), tmp_path)
     assert len(fxgraft.grafts(model)) == 2
+
+
+FORMER = Path(__file__).parent / "former_recipe"
+
+
+def test_a_folder_of_a_development_version_loads_with_a_note(tmp_path: Path) -> None:
+    with pytest.warns(
+        fxgraft.FxgraftWarning, match=r"a folder of a development version.*\n.*\nSave the model again"
+    ):
+        loaded = fxgraft.load(net(seed=1), FORMER)
+    assert bitwise(step_of(loaded), step_of(patched()))
+    fxgraft.save(loaded, tmp_path)
+    fxgraft.load(net(seed=1), tmp_path)
+    with (
+        pytest.warns(fxgraft.FxgraftWarning, match="a folder of a development version"),
+        pytest.raises(fxgraft.RecipeError, match=r"does not say how its Net was made.*\n.*\nPass it"),
+    ):
+        fxgraft.load(FORMER)
+
+
+def without(key: str) -> Any:
+    def edit(folder: Path) -> None:
+        recipe = json.loads((folder / "recipe.json").read_text())
+        del recipe[key]
+        (folder / "recipe.json").write_text(json.dumps(recipe))
+
+    return edit
+
+
+def other_weights(folder: Path) -> None:
+    tensors = load_file(folder / "weights.safetensors")
+    save_file({key: value + 1 for key, value in tensors.items()}, folder / "weights.safetensors")
+
+
+FORMER_REFUSED = {
+    "no digests": (without("sha256"), "its digests are missing"),
+    "no version": (without("version"), "is of version None; this fxgraft reads version 1"),
+    "another recipe": (without("versions"), "those of another content"),
+    "other weights": (other_weights, "those of another content or other weights"),
+    "no weights": (
+        lambda folder: (folder / "weights.safetensors").unlink(),
+        "cannot be read: .*No such file",
+    ),
+    "half a recipe": (
+        lambda folder: (folder / "recipe.json").write_text('{"format'),
+        "its recipe is no JSON",
+    ),
+}
+
+
+@pytest.mark.parametrize(("damage", "match"), FORMER_REFUSED.values(), ids=FORMER_REFUSED)
+def test_a_damaged_folder_of_a_development_version(tmp_path: Path, damage: Any, match: str) -> None:
+    shutil.copytree(FORMER, tmp_path / "run")
+    damage(tmp_path / "run")
+    model = net(seed=1)
+    state = copied(model)
+    with pytest.raises(fxgraft.RecipeError, match=match):
+        fxgraft.load(model, tmp_path / "run")
+    assert untouched(model, state)
+
+
+def test_what_is_no_path() -> None:
+    with pytest.raises(
+        fxgraft.RecipeError, match=r"reads a file, and got None\.\nPass what fxgraft.save returned"
+    ):
+        fxgraft.load(net())
 
 
 def test_a_missing_folder(tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from typer.testing import CliRunner
 import fxgraft
 from fxgraft.cli.commands import app
 from sweeping import some
+from toys import net
 
 NAME, CLASSES, SIZE = "resnet18", 5, 64
 
@@ -93,13 +94,19 @@ def test_a_wrapped_runs_averaged_weights(tmp_path: Path) -> None:
     check(out, model, run(source, *options))
 
 
-def test_a_folder_of_save(tmp_path: Path) -> None:
+def test_a_file_of_save(tmp_path: Path) -> None:
     model = trained("mixmo", members=2)
-    fxgraft.save(model, tmp_path / "run")
+    file = fxgraft.save(model, tmp_path / "run.safetensors")
     out = tmp_path / "new" / "stock.safetensors"
-    check(out, model, run(tmp_path / "run", "--model", NAME, "--out", out))
-    error = run(tmp_path / "run", "--model", NAME, "--graft", "mixmo", "--out", out, code=2)
+    check(out, model, run(file, "--out", out))
+    check(out, model, run(file, "--model", NAME, "--out", out))
+    error = run(file, "--graft", "mixmo", "--out", out, code=2)
     assert "says itself which grafts" in error
+
+
+def test_a_file_of_a_model_of_ones_own_has_to_be_merged_in_python(tmp_path: Path) -> None:
+    file = fxgraft.save(fxgraft.patch(net(), "rsc", layer="stage1", input_size=(3, 8, 8)), tmp_path)
+    assert "does not say which model" in run(file, "--out", tmp_path / "stock.safetensors", code=2)
 
 
 @pytest.mark.parametrize("prefix", some(["module._orig_mod.", "module.", ""], 1))
@@ -113,7 +120,7 @@ def test_a_plain_state_dict(prefix: str, tmp_path: Path) -> None:
 ERRORS: dict[str, tuple[tuple[object, ...], str]] = {
     "no model": (("plain.pt",), "does not say which model.*--model NAME"),
     "not there": (("nothing.pt",), "cannot be read: No such file"),
-    "empty folder": (("empty",), r"neither recipe\.json.*model_best\.pth\.tar or last\.pth\.tar"),
+    "empty folder": (("empty",), r"neither what fxgraft.save writes.*model_best\.pth\.tar or last\.pth\.tar"),
     "no checkpoint": (("text.pt",), "cannot be read"),
     "code": (("code.pt", "--model", NAME), "cannot be read"),
     "no weights": (("odd.pt", "--model", NAME), "no weights that can be told.*'epoch'"),

@@ -53,7 +53,6 @@ def no_space(monkeypatch: pytest.MonkeyPatch, size: int) -> Iterator[None]:
 
     with monkeypatch.context() as patched:
         patched.setattr("fxgraft.io.save_load.save_file", part(fxgraft.io.save_load.save_file))
-        patched.setattr(Path, "write_text", part(Path.write_text))
         patched.setattr(torch, "save", part(torch.save))
         yield
 

@@ -18,7 +18,8 @@ from fxgraft.api import grafts
 from fxgraft.errors import ConfigError, RecipeError
 from fxgraft.graph.grafting.state import state_of
 from fxgraft.graph.tracing.atomic import Step, apply_atomically, refilling
-from fxgraft.io.atomic_write import Header, clear_drafts, write_files
+from fxgraft.io.atomic_write import Header, clear_drafts, write_file
+from fxgraft.io.save_load import content_digest
 
 HEADER = Header(
     "fxgraft-adaptation",
@@ -96,7 +97,7 @@ class Checkpoint:
             "streams": [stream.state() for stream in self.streams],
             "history": dataclasses.asdict(history),
         }
-        content["sha256"] = _content_digest(content)
+        content["sha256"] = content_digest(content)
 
         def write_content(file: Path) -> None:
             try:
@@ -108,7 +109,7 @@ class Checkpoint:
                     "The last checkpoint is as it was, and the run can go on from there."
                 ) from error
 
-        write_files(self.path.parent, {self.path.name: write_content})
+        write_file(self.path, write_content)
 
     def resume(self, history: Any, steps: int) -> int:
         """Go on from the file, if there is one; return how many steps are done.
@@ -180,7 +181,7 @@ class Checkpoint:
         except Exception as error:  # of a damaged archive nearly anything can come
             raise RecipeError(
                 f"The checkpoint {str(self.path)!r} cannot be read: {error}\n"
-                "It is damaged, cut short, or no checkpoint.\nName another one, or remove it to start anew."
+                "It is damaged, cut short, or no checkpoint.\nName another one, or remove it to start again."
             ) from error
         HEADER.check(content, self.path)
         kinds = {
@@ -194,9 +195,8 @@ class Checkpoint:
         for key, kind in {**kinds, "model": dict, "discriminators": dict}.items():
             if not isinstance(content.get(key), kind):
                 raise self._damaged(f"{key!r} is missing or of the wrong kind")
-        # Checkpoints of earlier releases have no digest.
-        if "sha256" in content and content["sha256"] != _content_digest(content):
-            raise self._damaged("its digest is that of another content")
+        if content.pop("sha256", None) != content_digest(content):
+            raise self._damaged("its digest is missing, or that of another content")
         return content
 
     def _check(self, content: dict[str, Any], history: Any) -> None:
@@ -230,7 +230,7 @@ class Checkpoint:
 
     def _damaged(self, what: str) -> RecipeError:
         return RecipeError(
-            f"The checkpoint {str(self.path)!r} is damaged: {what}.\nName another one, or remove it to start anew."
+            f"The checkpoint {str(self.path)!r} is damaged: {what}.\nName another one, or remove it to start again."
         )
 
 
@@ -289,27 +289,6 @@ def _is_history(values: Any, steps: int) -> bool:
         isinstance(each, list) and len(each) <= steps and all(isinstance(v, float) for v in each)
         for each in values.values()
     )
-
-
-def _content_digest(content: Mapping[str, Any]) -> str:
-    """Digest all entries but the digest, tensors by their bytes."""
-    found = hashlib.sha256()
-    waiting: list[Any] = [{key: value for key, value in content.items() if key != "sha256"}]
-    while waiting:
-        each = waiting.pop()
-        if isinstance(each, Mapping):
-            found.update(f"{{{len(each)}".encode())
-            waiting += [part for item in each.items() for part in item]
-        elif isinstance(each, (tuple, list)):
-            found.update(f"[{len(each)}".encode())
-            waiting += each
-        elif isinstance(each, Tensor):
-            flat = each.detach().cpu().contiguous().reshape(-1)
-            found.update(f"{each.dtype} {tuple(each.shape)}".encode())
-            found.update(flat.view(torch.uint8).numpy().tobytes() if flat.numel() else b"")
-        else:
-            found.update(f"{type(each).__name__} {each!r}\n".encode())
-    return found.hexdigest()
 
 
 def _digest(lines: Iterable[Any], *more: str) -> str:

@@ -117,7 +117,7 @@ def sites(
 def merge(
     source: Annotated[
         Path,
-        typer.Argument(help="Folder of fxgraft.save, output folder of timm's train.py, or a checkpoint."),
+        typer.Argument(help="File of fxgraft.save, output folder of timm's train.py, or a checkpoint."),
     ],
     out: Annotated[Path, typer.Option(help="The file to write.")] = Path("model.safetensors"),
     model: Annotated[str | None, typer.Option(help="Backbone, where the checkpoint does not say.")] = None,

@@ -18,10 +18,11 @@ from torch import Tensor, nn
 
 import fxgraft
 from fxgraft.errors import ConfigError, RecipeError
-from fxgraft.io.atomic_write import write_files
+from fxgraft.io.atomic_write import write_file
 from fxgraft.io.backbone_weights import WRAPPERS, differences
-from fxgraft.io.save_load import RECIPE, WEIGHTS, unshared
-from fxgraft.models import build_model, split_name
+from fxgraft.io.constructor import Constructor
+from fxgraft.io.save_load import file_at, is_recipe, read_recipe, unshared
+from fxgraft.models import LIBRARIES, build_model, split_name
 from fxgraft.spec import parse_patch_spec
 
 RUN_FILES = ("model_best.pth.tar", "last.pth.tar")
@@ -60,10 +61,10 @@ def merge_file(
     """Fold the grafts of a trained model into stock weights, and write them as safetensors.
 
     Args:
-        source: a folder that `fxgraft.save` wrote, the output folder of timm's train.py, or a checkpoint.
+        source: what `fxgraft.save` wrote, the output folder of timm's train.py, or a checkpoint.
         out: the file to write; its name ends in ``.safetensors``.
-        model: name of the backbone; a checkpoint of timm's train.py knows it.
-        grafts: how the model was patched, as `parse_patch_spec` reads it; a folder of `fxgraft.save` knows it.
+        model: name of the backbone; a checkpoint of timm's train.py knows it, and mostly a file of `fxgraft.save`.
+        grafts: how the model was patched, as `parse_patch_spec` reads it; a file of `fxgraft.save` knows it.
         classes: number of classes; by default read from the checkpoint.
         input_size: side of the images that it was patched for.
         ema: take the averaged weights of the checkpoint.
@@ -78,38 +79,59 @@ def merge_file(
     """
     if out.suffix != ".safetensors":
         raise ConfigError(f"The file to write must end in .safetensors, got {str(out)!r}.")
-    saved = (source / RECIPE).is_file()
-    trained = Trained(source, _read(source / WEIGHTS)) if saved else read_checkpoint(source, ema)
-    name = model or trained.model
-    if name is None:
-        raise ConfigError(
-            f"{str(trained.file)!r} does not say which model it is of.\nGive it, as timm calls it: --model NAME."
-        )
-    classes = classes or trained.classes or _classes(name, trained.weights)
-    network = build_model(name, classes, input_size=input_size, **trained.options)
-    if saved:
+    if is_recipe(source):
         if grafts or ema:
             raise ConfigError(
                 f"{str(source)!r} was written by fxgraft.save, and says itself which grafts and weights it holds.\n"
                 "Leave --graft and --ema out."
             )
-        fxgraft.load(network, source)
+        network, name, options = _loaded(source, model, classes, input_size)
     else:
+        trained = read_checkpoint(source, ema)
+        name = _name(source, model or trained.model)
+        classes = classes or trained.classes or _classes(name, trained.weights)
+        network = build_model(name, classes, input_size=input_size, **trained.options)
+        options = trained.options | ({} if classes is None else {"num_classes": classes})
         _patch(network, grafts, input_size)
         _load(network, trained)
     merged = fxgraft.merge(network)
     folded = ", ".join(graft.name for graft in fxgraft.grafts(network)) or "no graft"
     tensors = unshared(merged.state_dict())
     try:
-        write_files(out.parent, {out.name: lambda file: save_file(tensors, file, {"format": "pt"})})
+        write_file(out, lambda file: save_file(tensors, file, {"format": "pt"}))
     except OSError as error:
         raise ConfigError(f"Cannot write {str(out)!r}: {error.strerror or error}.") from error
-    known = "" if classes is None else f", num_classes={classes}"
     library, plain = split_name(name)
-    how = f"timm.create_model({plain!r}{known}, checkpoint_path={str(out)!r})"
+    how = str(Constructor("timm", plain, {**options, "checkpoint_path": str(out)}))
     return f"{out}: {name} with {folded} folded in, {len(tensors)} tensors" + (
         f"\n{how}" if library == "timm" else ""
     )
+
+
+def _loaded(
+    source: Path, model: str | None, classes: int | None, input_size: int | None
+) -> tuple[nn.Module, str, dict[str, Any]]:
+    """Load what `fxgraft.save` wrote, on the model that it says or the one that is named.
+
+    Returns:
+        The model, the name of its architecture, and arguments of its constructor.
+    """
+    recipe, weights = read_recipe(file_at(source))
+    made = recipe["build"]
+    if model is None and isinstance(made, Constructor) and made.library in LIBRARIES:
+        return fxgraft.load(source), f"{made.library}/{made.name}", made.options
+    name = _name(source, model)
+    classes = classes or _classes(name, weights)
+    network = build_model(name, classes, input_size=input_size)
+    return fxgraft.load(source, network), name, {} if classes is None else {"num_classes": classes}
+
+
+def _name(source: Path, name: str | None) -> str:
+    if name is None:
+        raise ConfigError(
+            f"{str(source)!r} does not say which model it is of.\nGive it, as timm calls it: --model NAME."
+        )
+    return name
 
 
 def read_checkpoint(source: Path, ema: bool = False) -> Trained:
@@ -126,7 +148,7 @@ def read_checkpoint(source: Path, ema: bool = False) -> Trained:
         found = next((source / each for each in RUN_FILES if (source / each).is_file()), None)
         if found is None:
             raise ConfigError(
-                f"There is nothing to merge in {str(source)!r}: neither {RECIPE}, which fxgraft.save writes, nor "
+                f"There is nothing to merge in {str(source)!r}: neither what fxgraft.save writes, nor "
                 f"{' or '.join(RUN_FILES)}, which timm's train.py does.\nPass the checkpoint itself."
             )
         source = found

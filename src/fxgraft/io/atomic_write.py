@@ -5,7 +5,8 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
-from collections.abc import Callable, Iterator, Mapping
+import shutil
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,65 +17,67 @@ Write = Callable[[Path], object]
 """Writes a whole file at the path it is given."""
 
 
-def write_files(folder: Path, files: Mapping[str, Write]) -> None:
-    """Write files of a folder that belong together: each is whole, and a failure leaves all the old ones.
+def write_file(target: Path, write: Write) -> None:
+    """Write a file in one move: whatever stops the writer leaves the old file or the new one, whole.
 
-    Each is written beside its target first, in their order, and none is moved into place before the last is whole.
-    A process that is killed between two moves leaves files of two saves; where that matters, let the last file hold
-    the digests of the others. A draft that a killed process left is gone after the next
-    save. Savers of the same folder take turns where the file system has locks.
+    It is written in a folder of its own beside its target, and moved into place when the disk has it. What a killed
+    process left there is gone after the next save. Savers into the same folder take turns where the file system has
+    locks.
 
     Args:
-        folder: made if need be.
-        files: by name in the folder, what writes each.
+        target: the file; its folder is made if need be. A link stays one: the file behind it is written.
+        write: writes the whole file.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    drafts = {folder / name: _beside(folder / name, "part") for name in files}
-    former = {folder / name: _beside(folder / name, "old") for name in files}
-    with _alone_in(folder), _cleared(*drafts.values(), *former.values()):
-        for draft, write in zip(drafts.values(), files.values(), strict=True):
-            # Of a killed process, perhaps another user's: it could be removed, but not written over.
-            draft.unlink(missing_ok=True)
-            write(draft)
-        new = [target for target in former if not target.exists()]
-        for target, old in former.items():
-            old.unlink(missing_ok=True)
-            with contextlib.suppress(OSError):  # nothing there yet, or a file system without links
-                os.link(target, old)
-        try:
-            for target, draft in drafts.items():
-                draft.replace(target)
-        except BaseException:
-            for target, old in former.items():
-                if old.exists():
-                    old.replace(target)
-                elif target in new:
-                    target.unlink(missing_ok=True)
-            raise
+    target = target.resolve()
+    target.parent.mkdir(parents=True, exist_ok=True)
+    drafts = _drafts_of(target)
+    with _alone_in(target.parent), _cleared(drafts):
+        _clear(drafts)
+        drafts.mkdir()
+        draft = drafts / target.name
+        draft.touch()
+        mode = draft.stat().st_mode
+        write(draft)
+        draft.chmod(mode)  # some writers keep a file from everybody else
+        _flush(draft)  # the move may reach the disk before the content otherwise
+        draft.replace(target)
 
 
 def clear_drafts(target: Path) -> None:
     """Remove what a process that was killed while it wrote a file has left beside it."""
-    with _alone_in(target.parent), _cleared(_beside(target, "part"), _beside(target, "old")):
+    target = target.resolve()
+    with _alone_in(target.parent), _cleared(_drafts_of(target)):
         pass
 
 
-def _beside(target: Path, what: str) -> Path:
-    return target.parent / f".{target.name}.{what}"
+def _drafts_of(target: Path) -> Path:
+    # A folder, since writers may have temporary files of their own, under any name.
+    return target.parent / f".{target.name}.part"
+
+
+def _flush(path: Path) -> None:
+    handle = os.open(path, os.O_RDWR)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _clear(folder: Path) -> None:
+    if folder.exists():
+        shutil.rmtree(folder)
 
 
 @contextlib.contextmanager
-def _cleared(*paths: Path) -> Iterator[None]:
-    """Remove files after the block, and once more in case an interruption hit that."""
+def _cleared(folder: Path) -> Iterator[None]:
+    """Remove a folder after the block, and once more in case an interruption hit that."""
     try:
         try:
             yield
         finally:
-            for path in paths:
-                path.unlink(missing_ok=True)
+            _clear(folder)
     finally:
-        for path in paths:
-            path.unlink(missing_ok=True)
+        _clear(folder)
 
 
 def digest_of(path: Path) -> str:
@@ -91,8 +94,7 @@ def write_text(path: Path, text: str) -> None:
     if path.exists() and not path.is_file():
         path.write_text(text, encoding="utf-8")
         return
-    target = path.resolve()  # a link stays one
-    write_files(target.parent, {target.name: lambda draft: draft.write_text(text, encoding="utf-8")})
+    write_file(path, lambda draft: draft.write_text(text, encoding="utf-8"))
 
 
 @dataclass(frozen=True)

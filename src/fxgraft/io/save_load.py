@@ -1,7 +1,19 @@
-"""Saving and loading: a JSON recipe of the grafts, and the weights as safetensors.
+"""Saving and loading: one safetensors file, with the recipe of the model in its metadata.
 
-Nothing saved here is code, and loading evaluates none: a recipe names methods of the registry and their
-options, and is checked against the model before anything is changed.
+Nothing saved here is code. A recipe names methods of the registry with their options, and a constructor of timm,
+torchvision or transformers with its arguments. It is checked against its digest before anything is built from it,
+and against the model before anything is changed.
+
+A file has the tensors, and in its metadata, under "fxgraft", a JSON object:
+    format, version: "fxgraft-recipe" and 2.
+    versions: of the libraries that wrote it.
+    build: how the model was made (`Constructor`), or in words why that isn't known.
+    architecture: the model's class, and a digest of the names and shapes of its tensors.
+    progress: share of the training done, in [0, 1].
+    weights: "all", or "grafts" for those alone that grafts added.
+    grafts: name, method, options and input size of each.
+    placements: where their units are.
+    sha256: digest of all the other entries and of the tensors.
 """
 
 from __future__ import annotations
@@ -9,18 +21,20 @@ from __future__ import annotations
 import copy
 import dataclasses
 import hashlib
+import importlib.metadata
 import json
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, overload
 
-import timm
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from fxgraft.api import check_model
-from fxgraft.errors import FxgraftError, RecipeError
+from fxgraft.errors import FxgraftError, FxgraftWarning, RecipeError
 from fxgraft.graph.grafting.graft import Graft
 from fxgraft.graph.grafting.graft_registry import GraftRegistry
 from fxgraft.graph.grafting.lookup import own_keys, registry_of
@@ -28,22 +42,33 @@ from fxgraft.graph.grafting.placement import PlacementRecord
 from fxgraft.graph.grafting.state import state_of
 from fxgraft.graph.tracing.atomic import synchronized
 from fxgraft.graph.tracing.preserve import preserved_random_state
-from fxgraft.io.atomic_write import Header, digest_of, write_files
+from fxgraft.io.atomic_write import Header, digest_of, write_file
 from fxgraft.io.backbone_weights import Weights
-from fxgraft.io.reading import check_counts, read_recipe, recipe_digest
+from fxgraft.io.constructor import Constructor, constructor_of, given_constructor, load_constructed
 from fxgraft.patches.registry import build
 
 M = TypeVar("M", bound=nn.Module)
 
+FILE = "fxgraft.safetensors"
+"""Name of the file in a folder."""
+
+_ENTRY = "fxgraft"
+_UPGRADE = "Upgrade fxgraft, or load it with the release that wrote it."
 HEADER = Header(
     "fxgraft-recipe",
-    1,
+    2,
     what="recipe of fxgraft",
-    instead="Pass the folder that fxgraft.save wrote.",
-    upgrade="Upgrade fxgraft, or load it with the release that wrote it.",
+    instead="Pass a file that fxgraft.save wrote.",
+    upgrade=_UPGRADE,
 )
-RECIPE = "recipe.json"
-WEIGHTS = "weights.safetensors"
+FORMER = dataclasses.replace(HEADER, version=1)
+"""Of the folders with recipe.json and weights.safetensors that development versions wrote."""
+
+_KINDS = {"architecture": dict, "progress": (int, float), "weights": str, "grafts": list, "placements": list}
+_ENTRIES = {"name": str, "method": str, "options": dict}
+_KNOWN = {"format", "version", "versions", "build", *_KINDS}
+_LARGEST_SIDE = 100_000
+_FEW = 10_000
 
 
 def _architecture(model: nn.Module, own: set[str]) -> dict[str, str]:
@@ -55,20 +80,74 @@ def _architecture(model: nn.Module, own: set[str]) -> dict[str, str]:
     return {"class": cls.__name__, "tensors": digest}
 
 
-def save(model: nn.Module, path: str | Path, *, weights: bool = True) -> Path:
-    """Write a patched model to a folder: ``recipe.json`` and ``weights.safetensors``.
+def content_digest(content: Any) -> str:
+    """Digest nested dictionaries and lists, tensors by their bytes."""
+    found = hashlib.sha256()
+    waiting: list[Any] = [content]
+    while waiting:
+        each = waiting.pop()
+        if isinstance(each, Mapping):
+            found.update(f"{{{len(each)}".encode())
+            waiting += [part for item in each.items() for part in item]
+        elif isinstance(each, (tuple, list)):
+            found.update(f"[{len(each)}".encode())
+            waiting += each
+        elif isinstance(each, Tensor):
+            flat = each.detach().cpu().contiguous().reshape(-1)
+            found.update(f"{each.dtype} {tuple(each.shape)}".encode())
+            found.update(flat.view(torch.uint8).numpy().data if flat.numel() else b"")
+        else:
+            found.update(f"{type(each).__name__} {each!r}\n".encode())
+    return found.hexdigest()
+
+
+def _digest(recipe: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
+    text = json.dumps({key: value for key, value in recipe.items() if key != "sha256"}, sort_keys=True)
+    return content_digest([text, sorted(tensors.items(), key=lambda item: item[0])])
+
+
+def file_at(path: str | Path) -> Path:
+    """Return the file that is meant: the path, or `FILE` in a folder (one that exists, or a name without a suffix)."""
+    given = Path(path)
+    return given / FILE if given.is_dir() or not given.suffix else given
+
+
+def save(
+    model: nn.Module,
+    path: str | Path,
+    *,
+    weights: bool = True,
+    build: Mapping[str, Any] | None = None,
+) -> Path:
+    """Write a patched model to one safetensors file: its tensors, and the recipe of its grafts in the metadata.
+
+    >>> import fxgraft, timm
+    >>> model = fxgraft.patch(timm.create_model("test_resnet", num_classes=7), "rsc")
+    >>> file = fxgraft.save(model, "run.safetensors")
+    >>> fxgraft.grafts(fxgraft.load(file))[0].name
+    'rsc'
+
+    The recipe also says how the model was made, where that can be proved: for models of timm, torchvision and
+    transformers, also with another classifier or changed rates. `load` then needs the file alone. A crash at any moment
+    leaves the old file or the new one.
 
     Args:
         model: a patched model.
-        path: the folder, made if need be; files of an earlier save in it are replaced.
+        path: the file, with the suffix .safetensors; or a folder, for ``fxgraft.safetensors`` in it. Folders are made
+            if need be, and an earlier file is replaced.
         weights: write all weights; with False only those that grafts added, to sit beside a checkpoint of the
             backbone that you keep yourself.
+        build: how the model was made, where it isn't known: ``{"library": "python", "name": "my_models:build",
+            "options": {"width": 8}}``, with "timm", "torchvision" or "transformers" for the names of those. It is
+            carried out, and has to make the same model.
 
     Returns:
-        The folder.
+        The file.
 
     Raises:
-        RecipeError: there is no graft on the model, or one that a recipe cannot hold.
+        RecipeError: there is no graft on the model, or one that a recipe cannot hold; or the name of the file.
+        ConfigError: ``build`` makes another model.
+        OSError: the file cannot be written. An earlier one is then as it was.
     """
     registry = registry_of(model)
     if registry is None:
@@ -80,16 +159,26 @@ def save(model: nn.Module, path: str | Path, *, weights: bool = True) -> Path:
         if not graft.patch.saves:
             raise RecipeError(
                 f"{graft.name!r} ({graft.patch.title}) cannot be saved: a recipe holds options, and it works with "
-                "networks besides.\n"
+                "networks as well.\n"
                 "Save what it folds into, fxgraft.merge(model), or the whole model by torch.save(model, ...). Without "
                 f"it, fxgraft.unpatch(model, {graft.name!r}), the weights it trained stay, and what it does to the "
                 "values in the model goes."
             )
+    file = file_at(path)
+    if file.suffix != ".safetensors" or file.is_dir():
+        raise RecipeError(
+            f"{str(path)!r} is no name for a safetensors file.\n"
+            "Others know what is in a file by its name.\n"
+            "Let it end in .safetensors, or pass a folder."
+        )
     registry.renew_stale(model)
     own = own_keys(model)
+    made = constructor_of(model) if build is None else given_constructor(build, model)
+    libraries = {"torch", "timm"} | ({made.library} - {"python"} if isinstance(made, Constructor) else set())
     recipe = {
         **HEADER.entries(),
-        "versions": {"torch": torch.__version__, "timm": timm.__version__},
+        "versions": {name: importlib.metadata.version(name) for name in sorted(libraries)},
+        "build": made.as_data() if isinstance(made, Constructor) else made,
         "architecture": _architecture(model, own),
         "progress": registry.context.progress,
         "weights": "all" if weights else "grafts",
@@ -102,26 +191,21 @@ def save(model: nn.Module, path: str | Path, *, weights: bool = True) -> Path:
         raise RecipeError(
             f"A graft has an option that JSON cannot hold: {error}.\nUse plain values."
         ) from error
-    chosen = {k: v for k, v in model.state_dict().items() if weights or k in own}
-    folder = Path(path)
+    tensors = unshared({k: v for k, v in model.state_dict().items() if weights or k in own})
+    metadata = {"format": "pt", _ENTRY: json.dumps({**recipe, "sha256": _digest(recipe, tensors)})}
 
-    def write_weights(file: Path) -> None:
+    def write(draft: Path) -> None:
         try:
-            save_file(unshared(chosen), file)
+            save_file(tensors, draft, metadata)
         except SafetensorError as error:  # its own, also for what the system refuses
             raise OSError(
-                f"The weights cannot be written to {str(folder)!r}: {error}.\n"
+                f"{str(file)!r} cannot be written: {error}.\n"
                 "The disk is full, perhaps, or the folder cannot be written to.\n"
                 "What was saved there before is as it was."
             ) from error
-        recipe["sha256"] = {"weights": digest_of(file)}
 
-    def write_recipe(file: Path) -> None:  # after the weights, in drafting and in moving
-        recipe["sha256"]["recipe"] = recipe_digest(recipe)
-        file.write_text(json.dumps(recipe, indent=2) + "\n")
-
-    write_files(folder, {WEIGHTS: write_weights, RECIPE: write_recipe})
-    return folder
+    write_file(file, write)
+    return file
 
 
 def _entry(graft: Graft) -> dict[str, Any]:
@@ -151,28 +235,79 @@ def unshared(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return out
 
 
+@overload
+def load(path: str | Path, model: None = None, *, trust: bool = False) -> nn.Module: ...
+@overload
+def load(path: str | Path, model: M, *, trust: bool = False) -> M: ...
+@overload
+def load(path: M, model: str | Path, *, trust: bool = False) -> M: ...
 @synchronized
-def load(model: M, path: str | Path) -> M:
-    """Patch a bare model as a saved one was, and load its weights.
+def load(path: Any, model: Any = None, *, trust: bool = False) -> Any:
+    """Build a model as a saved one was, or take a bare one, put the grafts on it, and load the weights.
 
     Args:
-        model: a bare model of the same architecture.
-        path: the folder that `save` wrote.
+        path: the file that `save` wrote, or its folder.
+        model: a bare model of the same architecture, to be changed in place; by default the recipe says how to make
+            one. ``load(model, path)`` is the same.
+        trust: make the model with a function of one's own that the recipe names. This runs code that the file chooses.
 
     Returns:
-        The same model, patched.
+        The patched model, on the CPU and in training mode where it was made here.
 
     Raises:
-        RecipeError: the folder is no recipe, or damaged, or of an unknown version, or made for another
-            architecture; or the model is patched already. The model is then as it was.
+        RecipeError: there is no recipe, it is damaged, of an unknown version, or made for another
+            architecture; the model cannot be made, or is patched already. A given model is then as it was.
     """
-    if registry_of(model) is not None:
+    if isinstance(path, nn.Module):
+        path, model = model, path
+    if not isinstance(path, (str, Path)):
+        raise RecipeError(
+            f"fxgraft.load reads a file, and got {path!r}.\nPass what fxgraft.save returned: "
+            'fxgraft.load("run.safetensors"), or fxgraft.load("run.safetensors", model=model).'
+        )
+    if model is not None and registry_of(model) is not None:
         raise RecipeError(
             "The model is patched already, and a recipe starts from a bare one.\nCall fxgraft.unpatch(model) first."
         )
-    folder = Path(path)
-    recipe = read_recipe(folder / RECIPE, HEADER)
+    if model is not None:
+        check_model(model)
+    file = file_at(path)
+    recipe, tensors = read_recipe(file)
+    with preserved_random_state():  # constructors and units draw what they start from
+        if model is None:
+            model = _made(recipe, tensors, trust, file)
+        _put_on(model, recipe, tensors, file)
+    return model
+
+
+def _made(recipe: Mapping[str, Any], tensors: Mapping[str, Tensor], trust: bool, file: Path) -> nn.Module:
+    """Make the bare model of a recipe, with tensors of the types that were saved."""
+    made = recipe["build"]
+    if not isinstance(made, Constructor):
+        raise RecipeError(
+            f"{str(file)!r} does not say how its {recipe['architecture']['class']} was made: {made}\n"
+            "The grafts go on a model of that architecture, which you have to build.\n"
+            "Pass it: fxgraft.load(file, model=model). fxgraft.save(..., build=...) writes how it is made."
+        )
+    if recipe["weights"] != "all":
+        raise RecipeError(
+            f"{str(file)!r} holds the weights of the grafts alone (weights=False), and none of the model.\n"
+            "A model that is made from it would start at random.\n"
+            "Build the model, load your checkpoint into it, and pass it: fxgraft.load(file, model=model)."
+        )
+    model = load_constructed(made, trust, file)
     check_model(model)
+    floats = {value.dtype for value in tensors.values() if value.is_floating_point()}
+    if len(floats) == 1:
+        model.to(floats.pop())
+    for key, value in (*model.named_parameters(), *model.named_buffers()):
+        if key in tensors:
+            value.data = value.data.to(tensors[key].dtype)
+    return model
+
+
+def _put_on(model: nn.Module, recipe: Mapping[str, Any], tensors: dict[str, Tensor], file: Path) -> None:
+    """Put the grafts and tensors of a recipe on a bare model; on failure it is as before."""
     saved, present = recipe["architecture"], _architecture(model, set())
     if saved != present:
         what = (
@@ -180,32 +315,33 @@ def load(model: M, path: str | Path) -> M:
             if saved["class"] != present["class"]
             else f"a {saved['class']} with other layers or sizes"
         )
+        made = recipe["build"]
+        how = f" ({made})" if isinstance(made, Constructor) else ""
         raise RecipeError(
-            f"The recipe in {str(folder)!r} was made for another architecture: {what}.\n"
-            "Sites and weights are those of one architecture.\n"
-            "Build the model as it was built then (same name, num_classes and arguments)."
+            f"The recipe in {str(file)!r} was made for another architecture: {what}.\n"
+            f"Sites and weights are those of one architecture, of {_versions(recipe)}.\n"
+            f"Build the model as it was built then (same name, num_classes and arguments){how}."
         )
-    weights = _read_weights(folder / WEIGHTS, recipe)
-    check_counts(recipe["grafts"], weights, folder)
     registry = GraftRegistry()
     registry.context.progress = float(recipe["progress"])
     kept = Weights(model)
     flags = [(module, module.training) for module in model.modules()]
-    # Units are built before they are loaded, and draw what they start from.
-    with preserved_random_state():
-        try:
-            _install(registry, model, recipe, folder)
-            _load_weights(model, weights, recipe["weights"] == "all", folder)
-        except BaseException:
-            registry.install(model, [])
-            kept.put_back(model)
-            for module, flag in flags:
-                module.training = flag
-            raise
-    return model
+    try:
+        _install(registry, model, recipe, file)
+        _load_weights(model, tensors, recipe["weights"] == "all", file)
+    except BaseException:
+        registry.install(model, [])
+        kept.put_back(model)
+        for module, flag in flags:
+            module.training = flag
+        raise
 
 
-def _install(registry: GraftRegistry, model: nn.Module, recipe: dict[str, Any], folder: Path) -> None:
+def _versions(recipe: Mapping[str, Any]) -> str:
+    return ", ".join(f"{name} {version}" for name, version in recipe.get("versions", {}).items())
+
+
+def _install(registry: GraftRegistry, model: nn.Module, recipe: Mapping[str, Any], file: Path) -> None:
     """Build the grafts of a recipe and put them on; whatever a method makes of odd options is the recipe's fault."""
     try:
         wanted = [
@@ -215,32 +351,12 @@ def _install(registry: GraftRegistry, model: nn.Module, recipe: dict[str, Any], 
             )
             for e in recipe["grafts"]
         ]  # fmt: skip
-        # A recipe that was changed on purpose says by its options where the grafts go.
-        records = recipe.get("placements", ()) if "sha256" in recipe else ()
-        registry.install(model, wanted, [PlacementRecord.of_data(each) for each in records])
+        registry.install(model, wanted, [PlacementRecord.of_data(each) for each in recipe["placements"]])
     except Exception as error:
         raise RecipeError(
-            f"The recipe in {str(folder)!r} asks for what this fxgraft does not have, or not on this model.\n"
+            f"The recipe in {str(file)!r} asks for what this fxgraft does not have, or not on this model.\n"
             f"{error if isinstance(error, FxgraftError) else repr(error)}\n"
-            "It was damaged, or written by another release or with other methods registered."
-        ) from error
-
-
-def _read_weights(file: Path, recipe: dict[str, Any]) -> dict[str, Tensor]:
-    try:
-        if "sha256" in recipe and digest_of(file) != recipe["sha256"]["weights"]:
-            raise RecipeError(
-                f"The weights in {str(file)!r} do not fit the recipe beside them: their digest is another one.\n"
-                "The two files were not saved together, a save was cut off between them, or one is damaged.\n"
-                "Save the model again. For weights changed on purpose, remove the entry 'sha256' from the recipe."
-            )
-        return load_file(file)
-    except (SafetensorError, OSError, ValueError) as error:
-        if isinstance(error, RecipeError):
-            raise
-        raise RecipeError(
-            f"The weights in {str(file)!r} cannot be read: {error}.\n"
-            "The file is damaged, cut short, or no safetensors file.\nSave the model again."
+            f"It was written with {_versions(recipe)}, or with other methods registered."
         ) from error
 
 
@@ -251,20 +367,199 @@ def _options(options: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _load_weights(model: nn.Module, weights: dict[str, Tensor], whole: bool, folder: Path) -> None:
+def _load_weights(model: nn.Module, tensors: dict[str, Tensor], whole: bool, file: Path) -> None:
     expected = model.state_dict()
     wanted = set(expected) if whole else own_keys(model)
-    shapes = {key for key in wanted & set(weights) if weights[key].shape != expected[key].shape}
-    if wanted != set(weights) or shapes:
-        odd = sorted((wanted ^ set(weights)) | shapes)
+    shapes = {key for key in wanted & set(tensors) if tensors[key].shape != expected[key].shape}
+    if wanted != set(tensors) or shapes:
+        odd = sorted((wanted ^ set(tensors)) | shapes)
         raise RecipeError(
-            f"The weights in {str(folder)!r} do not fit the recipe: {len(odd)} tensors differ, "
-            f"the first is {odd[0]!r}.\nThe two files were not saved together.\nSave the model again."
+            f"The weights in {str(file)!r} do not fit the recipe: {len(odd)} tensors differ, "
+            f"the first is {odd[0]!r}.\n"
+            "The method makes other tensors in this release, or the model has other layers.\nSave the model again."
         )
     try:
-        model.load_state_dict(weights, strict=whole)
+        model.load_state_dict(tensors, strict=whole)
     except RuntimeError as error:
         raise RecipeError(
-            f"The weights in {str(folder)!r} cannot be put into this model: {error}\n"
+            f"The weights in {str(file)!r} cannot be put into this model: {error}\n"
             "A layer refuses them, or tensors of the model share memory.\nBuild the model as it was built then."
         ) from error
+
+
+# --- reading
+
+
+def is_recipe(path: Path) -> bool:
+    """Say whether something is what `save` wrote, without reading more than its header."""
+    if path.is_dir():
+        return (path / FILE).is_file() or (path / "recipe.json").is_file()
+    try:
+        with safe_open(path, framework="pt") as opened:
+            return _ENTRY in (opened.metadata() or {})
+    except (SafetensorError, OSError):
+        return False
+
+
+def read_recipe(file: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Read a file, and check that it is whole before anything is built from it.
+
+    Returns:
+        The recipe, its "build" as a `Constructor` if it is known, and the tensors.
+
+    Raises:
+        RecipeError: there is no recipe, it is damaged, or of another version.
+    """
+    former = file.parent / "recipe.json"
+    if file.name == FILE and not file.exists() and former.exists():
+        return _read_former(former)
+    try:
+        with safe_open(file, framework="pt") as opened:  # once, so that a save in between changes nothing
+            text = (opened.metadata() or {}).get(_ENTRY)
+            if text is None:
+                raise RecipeError(
+                    f"There is no recipe in {str(file)!r}: it is a safetensors file of weights alone.\n"
+                    "fxgraft.save writes the recipe into its metadata.\n"
+                    "Load weights by model.load_state_dict, or those of a bare model by fxgraft.load_backbone."
+                )
+            recipe = _parsed(text, file)
+            HEADER.check(recipe, file)
+            tensors = {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118 - it is no dictionary
+    except FileNotFoundError as error:
+        raise RecipeError(
+            f"There is no recipe at {str(file)!r}: no such file.\nPass the file that fxgraft.save wrote, or its folder."
+        ) from error
+    except (SafetensorError, OSError, ValueError) as error:
+        if isinstance(error, RecipeError):
+            raise
+        raise RecipeError(
+            f"{str(file)!r} cannot be read: {error}.\n"
+            "It is damaged, cut short, or no safetensors file.\nSave the model again, or restore the file."
+        ) from error
+    if recipe.pop("sha256", None) != _digest(recipe, tensors):
+        raise _damaged(file, "its digest is missing, or that of another content")
+    check_recipe(recipe, file)
+    made = recipe["build"]
+    try:
+        recipe["build"] = made if isinstance(made, str) else Constructor.of_data(made)
+    except (TypeError, ValueError) as error:
+        raise _damaged(file, str(error)) from error
+    check_counts(recipe["grafts"], tensors, file)
+    return recipe, tensors
+
+
+def _read_former(file: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Read a folder of a development version: recipe.json, and the weights beside it."""
+    weights = file.parent / "weights.safetensors"
+    try:
+        recipe = _parsed(file.read_text(), file)
+        FORMER.check(recipe, file)
+        digests = recipe.pop("sha256", None)
+        signed = json.dumps([recipe, digest_of(weights)], sort_keys=True)
+        whole = {"weights": digest_of(weights), "recipe": hashlib.sha256(signed.encode()).hexdigest()}
+        if digests != whole:
+            raise _damaged(file, "its digests are missing, or those of another content or other weights")
+        tensors = load_file(weights)
+    except (SafetensorError, OSError, ValueError) as error:
+        if isinstance(error, RecipeError):
+            raise
+        raise RecipeError(
+            f"{str(file.parent)!r} cannot be read: {error}.\n"
+            "It is damaged, or not whole.\nSave the model again, or restore the folder."
+        ) from error
+    recipe["build"] = "folders of that version do not say it."
+    recipe.setdefault("placements", [])
+    check_recipe(recipe, file)
+    check_counts(recipe["grafts"], tensors, file)
+    warnings.warn(
+        f"{str(file.parent)!r} is a folder of a development version of fxgraft.\n"
+        "Later releases will not read it.\nSave the model again, as one file: fxgraft.save(model, 'run.safetensors').",
+        FxgraftWarning,
+        stacklevel=5,
+    )
+    return recipe, tensors
+
+
+def _parsed(text: str, file: Path) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise _damaged(file, f"its recipe is no JSON ({error})") from error
+
+
+def _damaged(file: Path, what: str) -> RecipeError:
+    return RecipeError(
+        f"{str(file)!r} is damaged: {what}.\n"
+        "It was cut short or changed since it was saved.\nSave the model again, or restore the file."
+    )
+
+
+def check_recipe(recipe: dict[str, Any], file: Path) -> None:
+    """Check that a recipe has its entries, each of its kind.
+
+    Raises:
+        RecipeError: one is missing, of the wrong kind, or unknown.
+    """
+    for key, kind in _KINDS.items():
+        value = recipe.get(key)
+        share = key != "progress" or (
+            not isinstance(value, bool) and isinstance(value, kind) and 0 <= value <= 1
+        )
+        if not isinstance(value, kind) or not share:
+            raise _damaged(file, f"{key!r} is missing or of the wrong kind")
+    for entry in recipe["grafts"]:
+        if not isinstance(entry, dict) or not all(isinstance(entry.get(k), t) for k, t in _ENTRIES.items()):
+            raise _damaged(file, "a graft in it is not whole")
+        if not _is_size(entry.setdefault("input_size", None)):
+            raise _damaged(file, f"the input_size of {entry['name']!r} is no (C, H, W)")
+    names = [entry["name"] for entry in recipe["grafts"]]
+    if not names or len(set(names)) < len(names) or not all(name.isidentifier() for name in names):
+        raise _damaged(file, "its grafts are not named once each")
+    if not {"class", "tensors"} <= set(recipe["architecture"]):
+        raise _damaged(file, "its architecture is not whole")
+    if recipe["weights"] not in ("all", "grafts"):
+        raise _damaged(file, "'weights' is neither 'all' nor 'grafts'")
+    if not isinstance(recipe.get("build"), (str, dict)) or not isinstance(recipe.get("versions"), dict):
+        raise _damaged(file, "it does not say what made it")
+    unknown = sorted(set(recipe) - _KNOWN)
+    if unknown:
+        raise _damaged(file, f"it has an entry {unknown[0]!r}, which no recipe has")
+
+
+def _is_size(size: Any) -> bool:
+    def side(n: Any) -> bool:
+        return type(n) is int and 1 <= n <= _LARGEST_SIDE
+
+    return size is None or (isinstance(size, list) and len(size) == 3 and all(map(side, size)))
+
+
+def check_counts(grafts: Sequence[Mapping[str, Any]], weights: Mapping[str, Tensor], file: Path) -> None:
+    """Raise for whole numbers in options that nothing in the weights is as large as.
+
+    What an option counts (copies of a layer, channels) is there in the weights. A number beyond all of them
+    would be built for hours before the weights are found not to fit.
+
+    Args:
+        grafts: entries of a recipe.
+        weights: that were saved with it.
+        file: of both, for the message.
+    """
+    largest = max((_FEW, len(weights), *(side for value in weights.values() for side in value.shape)))
+    for entry in grafts:
+        for number in _numbers(entry["options"]):
+            if abs(number) > largest:
+                raise RecipeError(
+                    f"The recipe in {str(file)!r} has an option of {entry['name']!r} that is too large: more than "
+                    f"{largest}.\nNothing in the weights beside it is of such a size.\n"
+                    "It was damaged or changed; save the model again."
+                )
+
+
+def _numbers(value: Any) -> Iterator[int]:
+    waiting = [value]
+    while waiting:
+        each = waiting.pop()
+        if isinstance(each, (dict, list)):
+            waiting += each.values() if isinstance(each, dict) else each
+        elif isinstance(each, int):
+            yield each
