@@ -66,8 +66,6 @@ trainers/test_transformers.py::test_a_classifier_in_the_stock_trainer
 trainers/test_transformers.py::test_keywords_that_a_layer_does_not_use
 training_parity/test_mixmo.py::test_five_steps_of_the_release
 training_parity/test_places.py::test_a_preset_is_what_was_published
-zoo/test_layouts.py::test_layouts_stages_and_pooled_maps
-zoo/test_places_joins.py::test_joins_of_a_few_networks
 """
 _FOURTH = """
 adaptation/test_checkpoint.py::test_a_checkpoint_that_is_not_whole_changes_nothing

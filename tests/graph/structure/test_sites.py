@@ -137,6 +137,8 @@ class Scales(nn.Module):
         self.logits = Fused() if ways == "one head" else nn.Identity()
         kind = nn.Linear if ways == "classifiers" else partial(nn.Conv2d, kernel_size=3, padding=1)
         self.heads = nn.ModuleList(kind(each, 5) for each in widths[1:])
+        self.joint = nn.ModuleList(nn.Linear(sum(widths[1:]), 5) for _ in range(2))
+        self.norm = nn.LayerNorm(sum(widths[1:]))
 
     def forward(self, x: Tensor) -> Tensor:
         maps, size = [], x.shape[-2:]
@@ -147,6 +149,9 @@ class Scales(nn.Module):
             return F.interpolate(
                 self.logits([f(each) for f, each in zip(self.fuse, maps, strict=True)]), size
             )
+        if "one vector" in self.ways:
+            vector = self.norm(torch.cat([each.mean((2, 3)) for each in maps], 1))
+            return sum(head(vector) for head in (self.joint if "heads" in self.ways else self.joint[:1]))
         if self.ways == "classifiers":
             return sum(head(each.mean((2, 3))) for head, each in zip(self.heads, maps, strict=True))
         return sum(F.interpolate(head(each), size) for head, each in zip(self.heads, maps, strict=True))
@@ -163,7 +168,9 @@ class Fused(nn.Module):
         return self.last(torch.cat([F.interpolate(each, maps[0].shape[-2:]) for each in maps], 1))
 
 
-@pytest.mark.parametrize("ways", ["classifiers", "maps of classes", "one head"])
+@pytest.mark.parametrize(
+    "ways", ["classifiers", "maps of classes", "one head", "one vector", "heads on one vector"]
+)
 def test_stages_that_heads_read_are_counted_to_the_last(ways: str) -> None:
     """What goes on from a map beside its head goes to other heads, and around none of them."""
     found = [stage.name for stage in stages(ModelTrace(Scales(ways), SIZE))]

@@ -155,6 +155,25 @@ def test_branches_that_are_stacked_mix_no_tokens(layers: int | None, device: str
     assert sites(model, layers=layers) == ["blocks.0"]
 
 
+class Branching(nn.Module):
+    """A block of parallel branches, whose tokens are mixed behind their sum."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.branches = nn.ModuleList(nn.Sequential(nn.Linear(8, 8), nn.GELU()) for _ in range(2))
+        self.mix = nn.Linear(17, 17)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.mix(sum(branch(x) for branch in self.branches).mT).mT
+
+
+def test_a_branch_inside_of_a_block_is_no_block_before_it() -> None:
+    model = Picks(lambda x: x[:, 0])
+    model.blocks = nn.ModuleList(Branching() for _ in range(2))
+    model.feature_info = [{"module": "blocks.0"}, {"module": "blocks.1"}]
+    assert sites(model) == ["blocks.0"]
+
+
 def test_a_classifier_that_starts_at_nought_says_nothing() -> None:
     assert sites(Picks(lambda x: x[:, 1:].amax(1), start=0.0)) == ["blocks.1"]
     assert sites(Picks(lambda x: x[:, 0], start=0.0)) == ["blocks.0"]

@@ -11,6 +11,7 @@ from fxgraft.graph.dataflow.axes import (
     BATCH,
     CHANNEL,
     POSITION,
+    UNKNOWN,
     Axes,
     Axis,
     Factor,
@@ -43,6 +44,7 @@ class Flow:
 
     Attributes:
         sources: for each operation, by number, those that made what it works on; the images are number 0.
+        vectors: the numbers of those that concatenate values without places, as pooled vectors.
         mark: under which name a value keeps what is known of it.
     """
 
@@ -50,6 +52,7 @@ class Flow:
 
     def __init__(self) -> None:
         self.sources: list[tuple[int, ...]] = []
+        self.vectors: set[int] = set()
         # With a tensor each, that keeps the storage: another would get its number.
         self._written: dict[int, tuple[Mark, Tensor]] = {}
 
@@ -78,6 +81,8 @@ class Flow:
             axes_after(Operation(func, args, kwargs, self._known, each, index, outs), name)
             for index, each in enumerate(outs)
         ]
+        if name == "aten::cat" and not any(_is_place(axis) for axis in axes[0]):
+            self.vectors.add(len(self.sources))
         self._put(outs, axes, tuple(sorted({mark.number for mark in used})))
         if func._schema.is_mutable:
             for each in outs:
@@ -121,6 +126,10 @@ class Flow:
         return Mark(
             tuple(resized(axis, n) for axis, n in zip(written.axes, value.shape, strict=True)), written.number
         )
+
+
+def _is_place(axis: Axis) -> bool:
+    return any(factor.size > 1 and factor.kind in (POSITION, UNKNOWN) for factor in axis)
 
 
 def _storage(value: Tensor) -> int:

@@ -8,7 +8,7 @@ from torch import Tensor, fx
 
 from fxgraft.errors import SiteError
 from fxgraft.graph.structure.site import Site, entry_site, module_site
-from fxgraft.graph.structure.stages import is_block
+from fxgraft.graph.structure.stages import is_block, main_path
 from fxgraft.graph.tracing.editing import After, Edit, Output, is_unit
 from fxgraft.graph.tracing.graph_utils import scope_of
 from fxgraft.graph.tracing.model_trace import ModelTrace
@@ -127,15 +127,17 @@ def training_name(trace: ModelTrace, owner: str, name: str) -> str:
 def blocks_before(trace: ModelTrace, site: Site) -> list[Site]:
     """List the blocks that run before a site and give as many dimensions and channels, the nearest first.
 
-    A block is one of several modules of the same class in one `torch.nn.Sequential` or ``ModuleList``. Those that lie
-    inside of others, and have parts themselves, come behind the rest. Of several values that a block gives, as a map
-    and its size, the first is meant that is like the site's.
+    A block is one of several modules of the same class in one `torch.nn.Sequential` or ``ModuleList``, on the main
+    path: branches that something goes around are parts of one. Those that lie inside of others, and have parts
+    themselves, come behind the rest. Of several values that a block gives, as a map and its size, the first is meant
+    that is like the site's.
     """
+    main = main_path(trace)
     calls = trace.observation.calls
     found = [site.path] if is_block(trace, site.path) else []
     outer, inner = [], []
     for path in reversed(trace.in_order()):
-        if path == site.path or len(calls[path]) > 1 or not is_block(trace, path):
+        if path == site.path or main.get(path) is None or not is_block(trace, path):
             continue
         if site.path in calls and calls[path][0].order > calls[site.path][0].order:
             continue

@@ -92,7 +92,7 @@ def _by_places(trace: ModelTrace) -> list[Site]:
     """Find the last value of the main path at each number of places, or the blocks where that number is one."""
     if isinstance(trace.model, fx.GraphModule):
         return _last_of_each(_graph_path(trace))
-    main = _main_path(trace)
+    main = main_path(trace)
     opened = {""}
     for path in sorted(main, key=lambda path: path.count(".")):
         if trace.caller(path) in opened and (main[path] is None or _holds_stages(trace, path, main)):
@@ -152,19 +152,21 @@ class _Map:
     shape: tuple[int, ...]
 
 
-def _main_path(trace: ModelTrace) -> dict[str, _Map | None]:
+def main_path(trace: ModelTrace) -> dict[str, _Map | None]:
     """Find the map that each module returns, in running order, where all of the image goes through it.
 
     Of several heads each has a path of its own. Where nothing is like that, as in networks of several branches, the
     maps of all modules. None for a module that returns no map but holds some that do. The classifier is left out.
     """
+    return trace.once("main path", _main_path)
+
+
+def _main_path(trace: ModelTrace) -> dict[str, _Map | None]:
     observation = trace.observation
     calls = {path: calls[0] for path, calls in observation.calls.items() if path and len(calls) == 1}
     ordered = [path for path in _before_the_heads(trace, trace.in_order()[:-1]) if path in calls]
     maps = {path: found for path in ordered if (found := _first_map(calls[path])) is not None}
-    made = [number for number in observation.calls[""][0].made if number is not None]
-    ends = _read_by_the_heads(trace, made[0]) if made else []
-    main = {each for end in ends for each in passed_by_all(observation.flow.sources, end)}
+    main = _main_operations(trace)
     kept = {path: found for path, found in maps.items() if found.made in main} or maps
     around = {each for path in kept for each in ancestors(path)}
     return {
@@ -172,6 +174,29 @@ def _main_path(trace: ModelTrace) -> dict[str, _Map | None]:
         for path in trace.in_order()
         if path in kept or (path in around and path in calls)
     }
+
+
+def _main_operations(trace: ModelTrace) -> set[int]:
+    """List the operations that all of the image goes through on its way to a head, by number in the pass's `Flow`.
+
+    Of several heads, and of several pooled vectors that a head reads together, each has a way of its own.
+    """
+    observation = trace.observation
+    flow = observation.flow
+    made = [number for number in observation.calls[""][0].made if number is not None]
+    waiting = _read_by_the_heads(trace, made[0]) if made else []
+    found: set[int] = set()
+    joined: set[int] = set()
+    while waiting:
+        end = start = waiting.pop()
+        while start not in flow.vectors and len(flow.sources[start]) == 1:
+            (start,) = flow.sources[start]
+        if start in flow.vectors:
+            waiting += [each for each in flow.sources[start] if start not in joined]
+            joined.add(start)
+        else:
+            found |= passed_by_all(flow.sources, end)
+    return found
 
 
 def _first_map(call: Call) -> _Map | None:
