@@ -249,7 +249,7 @@ def spy(model: nn.Module) -> list[Tensor | None]:
 
     class Sees(Scale):
         def forward(self, x: Tensor) -> Tensor:
-            seen.append(self.running().target)
+            seen.append(self.run.target)
             return x
 
     class SeeingToy(Toy):

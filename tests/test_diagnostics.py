@@ -220,7 +220,7 @@ class Noise(extend.Unit):
         noise = torch.randn_like(x)
         run = self.current
         if run is not None:
-            run.measure(self.graft, "deviation", noise.square())
+            run.measure("deviation", noise.square())
         return x + noise
 
 

@@ -222,7 +222,7 @@ def test_its_labels_reach_a_stacked_rsc() -> None:
     fxgraft.patch(model, "rsc", layer="stage2", input_size=SIZE)
     seen: list[Tensor] = []
     unit = fxgraft.grafts(model)[1].units["stage2"]
-    unit.register_forward_pre_hook(lambda *_: seen.append(unit.running().target))
+    unit.register_forward_pre_hook(lambda *_: seen.append(unit.run.target))
     out = model(images(), target=LABELS)
     mixture = fxgraft.grafts(model)[0].recall(out)
     soft = F.one_hot(LABELS, out.shape[1]).float()

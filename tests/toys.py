@@ -17,9 +17,9 @@ from fxgraft.graph.grafting.graft import Graft, Make, Placer
 from fxgraft.graph.grafting.graft_registry import GraftRegistry
 from fxgraft.graph.grafting.placement import Placement
 from fxgraft.graph.grafting.unit import Unit
-from fxgraft.graph.structure.locate import site_edit
-from fxgraft.graph.structure.rest_of_network import Captured, Rest, rest_of_network
-from fxgraft.graph.structure.sites import Site, resolve
+from fxgraft.graph.structure.rest_of_network import Rest, rest_of_network
+from fxgraft.graph.structure.site import Site
+from fxgraft.graph.structure.sites import resolve
 from fxgraft.graph.tracing.editing import Edit, Output
 from fxgraft.graph.tracing.model_trace import ModelTrace
 from fxgraft.patches import registry
@@ -277,7 +277,7 @@ def rest(model: nn.Module, words: Any, size: tuple[int, int, int], output: Any =
 
 
 def value_at(
-    model: nn.Module, site: Site, needed: tuple[Captured, ...], x: Tensor
+    model: nn.Module, site: Site, needed: tuple[Site, ...], x: Tensor
 ) -> tuple[Tensor, Tensor, SimpleNamespace]:
     """Run the model; return the value at the site, the output, and the values and inputs that the rest needs."""
     seen: dict[str, Tensor] = {}
@@ -293,9 +293,8 @@ def value_at(
 
     class Taps(Placer):
         def place(self, backbone: Backbone, make: Make) -> list[Placement]:
-            owner, edit = site_edit(backbone.trace, site)
-            placed = [Placement(c.owner, c.edit, c.key, Keep(c.key)) for c in needed]
-            return [*placed, Placement(owner, edit, "site", Keep("site"))]
+            captured = [one for each in needed for one in backbone.place(each, Keep(each.name))]
+            return [*captured, *backbone.place(site, Keep("site"), key="site")]
 
     registry = GraftRegistry()
     registry.install(model, [Graft("taps", Taps(), input_size=tuple(x.shape[1:]))])
@@ -309,5 +308,5 @@ def evaluate(after: Rest, model: nn.Module, z: Tensor, known: Any = None) -> Ten
     """Evaluate the rest of a network with what `value_at` found."""
     if known is None:
         return after.evaluate(model, z, (), ())
-    captured = [known.values[each.key] for each in after.captured]
+    captured = [known.values[each.name] for each in after.captured]
     return after.evaluate(model, z, captured, [known.inputs[index] for index in after.inputs])

@@ -33,7 +33,7 @@ _PUBLIC = {
     ),
     "graph.grafting.graft": ("Graft",),
     "graph.grafting.published": ("targets", "with_targets"),
-    "graph.structure.sites": ("Site",),
+    "graph.structure.site": ("Site",),
     "inspection": ("Plan", "Summary", "diagnostics"),
     "io.backbone_weights": ("load_backbone",),
     "io.save_load": ("load", "save"),

@@ -22,7 +22,7 @@ from fxgraft.inspection import Plan as Plan
 from fxgraft.patches.rsc.patch import RSC as RSC
 from fxgraft.errors import RecipeError as RecipeError
 from fxgraft.patches.selfnorm import SelfNorm as SelfNorm
-from fxgraft.graph.structure.sites import Site as Site
+from fxgraft.graph.structure.site import Site as Site
 from fxgraft.errors import SiteError as SiteError
 from fxgraft.errors import StructureError as StructureError
 from fxgraft.inspection import Summary as Summary

@@ -31,7 +31,8 @@ from fxgraft.graph.grafting.lookup import (
     unwrapped,
 )
 from fxgraft.graph.structure.positions import position_sites
-from fxgraft.graph.structure.sites import Sites, list_sites
+from fxgraft.graph.structure.site import Sites
+from fxgraft.graph.structure.sites import list_sites
 from fxgraft.graph.tracing.atomic import synchronized
 from fxgraft.graph.tracing.names import class_name
 from fxgraft.graph.tracing.preserve import preserved_random_state

@@ -55,7 +55,7 @@ Domain Generalization with MixStyle, ICLR 2021), which mixes the channel statist
             run = self.current
             if run is None:
                 return x
-            on = run.shared(self.graft, "on", lambda: extend.draws.coin(self.config.p, x.device))
+            on = run.shared("on", lambda: extend.draws.coin(self.config.p, x.device))
             return extend.draws.choose(on, lambda: self.mixed(x), x)
 
         def mixed(self, x):
@@ -72,22 +72,25 @@ Domain Generalization with MixStyle, ICLR 2021), which mixes the channel statist
 
 What a method can do beyond this:
 
-- Ask the `Backbone`: ``sites``, ``positions`` inside blocks, ``value``, ``layout``, ``joins``, ``head``, ``stems``,
+- Ask the `Backbone`: ``sites``, ``positions`` inside blocks, ``layout``, ``joins``, ``head``, ``stems``,
   ``classifiers``, ``rest`` (the network after a site, as a function), ``absorber`` (who can take in a scale).
-- Place units: ``backbone.place`` on a value, ``before`` and ``after`` the model, ``instead`` of a module,
+  A `Site` is one value of the forward pass: it knows its ``name``, its ``owner`` (the module whose forward holds it)
+  and its fake ``value``.
+- Place units: ``backbone.place`` at a site, ``before`` and ``after`` the model, ``instead`` of a module,
   ``replace_head``. Units come from ``make(key, UnitClass, *args)``; ``unit.bind(...)`` holds what is found again on
   every model. ``set_progress``, ``stale`` and ``restart`` of a `Unit` follow a schedule, notice a changed model, and
   take up weights that were loaded into it.
-- Use the `ForwardContext` (``unit.current``, ``unit.running()``): ``labels``, ``relabel`` for those that other grafts
-  see, ``options`` of the call, ``shared`` for one draw for all units of a graft, ``put`` and ``get`` between them,
-  ``look_ahead`` through a rest, and ``remember``, which ``graft.recall(out)`` finds again when the loss is computed.
+- Use the pass that runs, as the graft's units see it (`PassView`). ``self.run`` of a unit raises outside of a pass,
+  ``self.current`` is None there. It has ``labels``, ``relabel`` for those that other grafts see, ``options`` of the
+  call, ``shared`` for one draw for all units of a graft, ``put`` and ``get`` between them, and ``remember``, which
+  ``graft.recall(out)`` finds again when the loss is computed. `look_ahead` runs a rest in the middle of a pass.
 - Take part in the loss: `Patch.criterion` and `Patch.losses`; where options switch these off, say so in
   `Patch.replaces_criterion` and `Patch.contributes_loss`. Fold into stock weights: `Patch.merge`.
 - Run a stem or a classifier with other tensors than its own: `layer_tensors` are its parameters, `effective` what it
   multiplies with and adds, `apply_layer` the call, and `write_effective` gives the layer a sum of such weights. Not
   where the weight is made from others (`is_derived`, in every call: `made_by_hooks`) or belongs to others as well
   (`sharers`), nor where hooks or a forward of its own have a part in the layer's calls (`acted_on`).
-- Say what a training pass did, as scalars for loggers: ``run.measure(self.graft, "ratio", ratio)`` in a unit is all it
+- Say what a training pass did, as scalars for loggers: ``self.run.measure("ratio", ratio)`` in a unit is all it
   takes; `fxgraft.diagnostics` gives the means by name. Where more arithmetic is needed, `Patch.diagnostics`.
 - Show what the method does with an image: `Patch.picture` returns a `Picture` of `Panel` objects (images with heat maps
   and hatched cells, curves), and ``fxgraft show METHOD IMAGE`` draws it.
@@ -117,13 +120,14 @@ from fxgraft.errors import (
 )
 from fxgraft.graph.grafting.backbone import Backbone
 from fxgraft.graph.grafting.copies import add_graft, copy_with
-from fxgraft.graph.grafting.forward_context import Arguments, Context, ForwardContext
+from fxgraft.graph.grafting.forward_context import Arguments, Context
 from fxgraft.graph.grafting.graft import Graft, Make
 from fxgraft.graph.grafting.labels import binary_labels, check_criterion, check_label_range, check_soft_labels
+from fxgraft.graph.grafting.look_ahead import look_ahead
 from fxgraft.graph.grafting.lookup import grafts_in, grafts_on, unwrapped
 from fxgraft.graph.grafting.placement import Placement
 from fxgraft.graph.grafting.taps import Tap, take, tap_placements
-from fxgraft.graph.grafting.unit import Capture, Unit, recomputed
+from fxgraft.graph.grafting.unit import Capture, PassView, Unit, recomputed
 from fxgraft.graph.structure.affine_fold import Absorber
 from fxgraft.graph.structure.head import Head
 from fxgraft.graph.structure.joins import Join
@@ -142,7 +146,6 @@ from fxgraft.graph.structure.per_position_head import PositionwiseHead, gathered
 from fxgraft.graph.structure.rest_of_network import Rest
 from fxgraft.graph.structure.site import Site
 from fxgraft.graph.structure.sites import SiteSpec
-from fxgraft.graph.structure.spot import Spot
 from fxgraft.graph.structure.stem_and_classifier import Stem
 from fxgraft.graph.structure.tail import tail_layer
 from fxgraft.graph.tracing.names import is_graft_key
@@ -167,7 +170,6 @@ __all__ = [
     "Capture",
     "ConfigError",
     "Context",
-    "ForwardContext",
     "FxgraftWarning",
     "Graft",
     "Head",
@@ -178,6 +180,7 @@ __all__ = [
     "MergeError",
     "MethodError",
     "Panel",
+    "PassView",
     "Patch",
     "Picture",
     "Placement",
@@ -187,7 +190,6 @@ __all__ = [
     "Site",
     "SiteError",
     "SiteSpec",
-    "Spot",
     "Stem",
     "Structure",
     "StructureError",
@@ -222,6 +224,7 @@ __all__ = [
     "is_graft_key",
     "is_number",
     "layer_tensors",
+    "look_ahead",
     "made_by_hooks",
     "position_scores",
     "preserved_modes",

@@ -61,7 +61,7 @@ class ManifoldMixup(extend.LayeredPatch):
                 f"Manifold Mixup mixes labels of (B, K); {backbone.name} gives others."
             )
         for site in sites:
-            value = backbone.value(site)
+            value = site.value
             if not isinstance(value, Tensor) or not value.is_floating_point() or len(value) != 2:
                 raise fxgraft.SiteError(
                     f"Manifold Mixup needs one tensor, a row per image, at {site.name!r}."
@@ -109,7 +109,7 @@ class MixUnit(extend.Unit):
         run = self.current
         if run is None or not self.config.p:
             return x
-        mixture = run.shared(self.graft, "mixture", lambda: self.draw(run, x))
+        mixture = run.shared("mixture", lambda: self.draw(run, x))
         on = mixture.layer == self.index
         if on is False:
             return x
@@ -117,7 +117,7 @@ class MixUnit(extend.Unit):
             self.relabel(run, mixture, on, len(x))
         return extend.draws.choose(on, lambda: mix(x, mixture), x)
 
-    def draw(self, run: extend.ForwardContext, x: Tensor) -> Mixture:
+    def draw(self, run: extend.ForwardContextView, x: Tensor) -> Mixture:
         alpha = torch.full((2,), self.config.alpha, device=x.device)
         on = extend.draws.coin(self.config.p, x.device)
         share, order = torch._sample_dirichlet(alpha)[0], extend.draws.permutation(len(x), x.device)
@@ -126,12 +126,12 @@ class MixUnit(extend.Unit):
             layer = -1 if on is False else torch.where(on, layer, -1)
             share = torch.ones_like(share) if on is False else torch.where(on, share, 1.0)
         mixture = Mixture(layer, order, share)
-        run.remember(self.graft, mixture)
+        run.remember(mixture)
         return mixture
 
-    def relabel(self, run: extend.ForwardContext, mixture: Mixture, on: Any, batch: int) -> None:
+    def relabel(self, run: extend.ForwardContextView, mixture: Mixture, on: Any, batch: int) -> None:
         """Let the grafts behind this layer see the labels of what they get."""
-        labels = run.labels(self.graft, batch)
+        labels = run.labels(batch)
         soft = labels if labels.is_floating_point() else F.one_hot(labels, self.classes).float()
         run.relabel(extend.draws.choose(on, lambda: mix(soft, mixture), soft))
 

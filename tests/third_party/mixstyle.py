@@ -76,7 +76,7 @@ class MixStyleUnit(extend.Unit):
         run = self.current
         if run is None or not self.config.p:
             return x
-        on = run.shared(self.graft, "on", lambda: extend.draws.coin(self.config.p, x.device))
+        on = run.shared("on", lambda: extend.draws.coin(self.config.p, x.device))
         return extend.draws.choose(on, lambda: self.mixed(x), x)
 
     def mixed(self, x: Tensor) -> Tensor:
@@ -87,7 +87,7 @@ class MixStyleUnit(extend.Unit):
         order = self.partners(len(z), z.device)
         share = torch.full((len(z), *[1] * (z.ndim - 1), 2), self.config.alpha, device=z.device)
         ratio = torch._sample_dirichlet(share)[..., 0].to(z.dtype)
-        self.running().measure(self.graft, "ratio", ratio)
+        self.run.measure("ratio", ratio)
         new_mean = ratio * mean + (1 - ratio) * mean[order]
         new_std = ratio * std + (1 - ratio) * std[order]
         return self.layout.restore(x, (z - mean) / std * new_std + new_mean)

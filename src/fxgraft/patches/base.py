@@ -168,8 +168,8 @@ class Patch(Placer):
     def diagnostics(self, graft: Graft) -> Mapping[str, Any]:
         """Return scalars of the last training pass by name, for `fxgraft.diagnostics`.
 
-        By default the means of what the units gave to `Pass.measure`. What needs more arithmetic is done here, where
-        waiting for a device costs no step.
+        By default the means of what the units gave to `PassView.measure`. What needs more arithmetic is done here,
+        where waiting for a device costs no step.
 
         Args:
             graft: its ``measured()`` are the numbers and tensors by name; empty before the first training pass.

@@ -15,7 +15,7 @@ from fxgraft.graph.grafting.placement import Placement
 from fxgraft.graph.grafting.unit import Unit
 from fxgraft.graph.structure.dense import DENSE
 from fxgraft.graph.structure.positions import RESIDUAL
-from fxgraft.graph.structure.spot import Spot
+from fxgraft.graph.structure.site import Site
 from fxgraft.graph.tracing.editing import Edge
 from fxgraft.patches.base import LayeredPatch
 from fxgraft.patches.presets import Structure
@@ -67,28 +67,28 @@ class BlockPatch(LayeredPatch):
     layout: Literal["NCHW", "NHWC", "NLC", "NCL"] | None = None
 
     def put(
-        self, backbone: Backbone, make: Make, spot: Spot, unit: Unit, *, evaluation: bool = True
+        self, backbone: Backbone, make: Make, site: Site, unit: Unit, *, evaluation: bool = True
     ) -> Iterator[list[Placement]]:
         """Place a unit at a position of a block; the parts of a value that was joined for it go on changed.
 
         Args:
             backbone: the bare model.
             make: of `place`.
-            spot: of ``backbone.positions``.
+            site: of ``backbone.positions``.
             unit: what acts there.
             evaluation: whether it acts in evaluation, too.
         """
-        unit.bind(position=spot.position or "by name", block=_block(backbone, spot), kind=spot.kind)
-        unit.bind(left_out=spot.left_out)
-        yield backbone.place(spot, unit, evaluation=evaluation)
-        if not any(_users(part) for part in spot.onward):
+        unit.bind(position=site.position or "by name", block=_block(backbone, site), kind=site.kind)
+        unit.bind(left_out=site.left_out)
+        yield backbone.place(site, unit, evaluation=evaluation)
+        if not any(_users(part) for part in site.onward):
             return
-        joined = make(f"{spot.name}:joined", Joined, spot.name)
-        joined.bind(sizes=[part.value.shape[1] for part in spot.onward if part.value is not None])
-        yield backbone.place(spot, joined, key=f"{spot.name}:joined", evaluation=evaluation)
-        for index, part in enumerate(spot.onward):
+        joined = make(f"{site.name}:joined", Joined, site.name)
+        joined.bind(sizes=[part.value.shape[1] for part in site.onward])
+        yield backbone.place(site, joined, key=f"{site.name}:joined", evaluation=evaluation)
+        for index, part in enumerate(site.onward):
             if _users(part):
-                unit = make(part.name, Part, spot.name, index)
+                unit = make(part.name, Part, site.name, index)
                 unit.bind(always=evaluation)
                 yield backbone.place(part, unit, evaluation=evaluation)
 
@@ -127,13 +127,13 @@ _LEFT_OUT = (
 )
 
 
-def _block(backbone: Backbone, spot: Spot) -> Structure:
-    """Describe the block of a spot."""
+def _block(backbone: Backbone, site: Site) -> Structure:
+    """Describe the block that a site is a position of."""
     families = ((RESIDUAL, "residual blocks"), (DENSE, "dense layers"))
-    kind = next((name for positions, name in families if spot.position in positions), "")
-    if not kind or not spot.scope:
-        return Structure(blocks=kind or f"{spot.position or 'named'} sites", units=1)
-    modules = list(backbone.trace.module(spot.scope).modules())
+    kind = next((name for positions, name in families if site.position in positions), "")
+    if not kind or not site.block:
+        return Structure(blocks=kind or f"{site.position or 'named'} sites", units=1)
+    modules = list(backbone.trace.module(site.block).modules())
     convs = [each for each in modules if isinstance(each, nn.Conv2d)]
     return Structure(
         blocks=kind,
@@ -144,8 +144,9 @@ def _block(backbone: Backbone, spot: Spot) -> Structure:
     )
 
 
-def _users(part: Spot) -> bool:
-    return isinstance(part.edit, Edge) and bool(part.edit.users)
+def _users(part: Site) -> bool:
+    edit = None if part.edits is None else part.edits.evaluation
+    return isinstance(edit, Edge) and bool(edit.users)
 
 
 class Joined(Unit):
@@ -165,7 +166,7 @@ class Joined(Unit):
         """Return ``x`` (B, C, *S) as it is; its parts go to the units that hand them on."""
         run = self.current
         if run is not None:
-            run.put(self.graft, self.key, x.split(self.sizes, 1))
+            run.put(self.key, x.split(self.sizes, 1))
         return x
 
 
@@ -191,10 +192,10 @@ class Part(Unit):
             SiteError: a part of the model was called by itself, and what acts in evaluation too changed the value;
                 or the inside of the block is looked at apart from its layers.
         """
-        run = self.running() if self.always else self.current
+        run = self.run if self.always else self.current
         if run is None:
             return x
-        parts = run.get(self.graft, self.key)
+        parts = run.get(self.key)
         if parts is None:
             raise SiteError(
                 f"{self.graft!r} changes what {self.key!r} joins, and the block around it was looked at without it.\n"

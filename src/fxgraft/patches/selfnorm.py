@@ -24,11 +24,11 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from fxgraft.extend import (
     Backbone,
     BlockPatch,
-    ForwardContext,
     FxgraftWarning,
     Graft,
     Layout,
     Make,
+    PassView,
     Placement,
     Preset,
     Structure,
@@ -200,11 +200,11 @@ class SelfNorm(BlockPatch):
                 _warn(backbone.name)
             return SelfNormUnit(config, channels)
 
-        for spot in backbone.positions(self.position, self.layers):
-            layout = backbone.layout(spot, self.layout)
-            unit = make(spot.name, build, self, layout.canonical(backbone.value(spot)).shape[1])
-            unit.bind(layout=layout, key=spot.name)
-            yield from self.put(backbone, make, spot, unit)
+        for site in backbone.positions(self.position, self.layers):
+            layout = backbone.layout(site, self.layout)
+            unit = make(site.name, build, self, layout.canonical(site.value).shape[1])
+            unit.bind(layout=layout, key=site.name)
+            yield from self.put(backbone, make, site, unit)
 
     def on_first_training_pass(self, graft: Graft, model: nn.Module) -> None:
         """Warn where weights that were trained have come to the network since it was patched, or still are there."""
@@ -285,7 +285,6 @@ class SelfNormUnit(Unit):
         run = self.current
         if run is not None:
             run.check_images_alone(
-                self.graft,
                 "Statistics of channels would count positions that are padding.",
                 all_positions=True,
             )
@@ -296,11 +295,11 @@ class SelfNormUnit(Unit):
             f = None if self.f is None else self._measuring(run, "mean_gate", self.f)
         return self.layout.restore(x, selfnorm(self.layout.canonical(x), g, f))
 
-    def _measuring(self, run: ForwardContext, name: str, gate: GateFunction) -> GateFunction:
+    def _measuring(self, run: PassView, name: str, gate: GateFunction) -> GateFunction:
         def measured(mean: Tensor, std: Tensor) -> Tensor:
             opened = gate(mean, std)
-            run.measure(self.graft, name, opened)
-            run.measure(self.graft, f"{name}.{self.key}", opened)
+            run.measure(name, opened)
+            run.measure(f"{name}.{self.key}", opened)
             return opened
 
         return measured

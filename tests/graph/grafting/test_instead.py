@@ -26,7 +26,7 @@ class Scaled(Unit):
         self.extra = nn.Parameter(torch.zeros(())) if extra else None
 
     def forward(self, module, x):
-        factor = self.gain * self.running().options.get("loudness", 1.0)
+        factor = self.gain * self.run.options.get("loudness", 1.0)
         out = nn.functional.linear(x, module.weight * factor, module.bias)
         return out if self.extra is None else out + self.extra
 

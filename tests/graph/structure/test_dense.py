@@ -292,8 +292,8 @@ def test_dense_blocks_whose_convolutions_are_nested() -> None:
     )
     trace = ModelTrace(model, (3, 64, 64))
     parts = [f"dense_stages.{stage}.dense_block{i}" for stage, i in (("0.0", 0), ("0.0", 1), ("1.2", 0))]
-    assert [spot.name for spot in dense_layers(trace, "conv1_pre")] == [f"{part}.cat" for part in parts]
+    assert [site.name for site in dense_layers(trace, "conv1_pre")] == [f"{part}.cat" for part in parts]
     behind = dense_layers(trace, "conv2_post")
-    assert [(spot.name, spot.scope) for spot in behind] == [
+    assert [(site.name, site.block) for site in behind] == [
         (f"{part}.layers.layers.2", part) for part in parts
     ]

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 from torch import Tensor, nn
 
-from fxgraft.graph.structure.locate import blocks_before
 from fxgraft.graph.structure.sites import resolve
+from fxgraft.graph.structure.stages import blocks_before
 from fxgraft.graph.tracing.model_trace import ModelTrace
 
 WIDTH = 6

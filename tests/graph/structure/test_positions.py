@@ -12,7 +12,7 @@ from timm.layers import BatchNormAct2d, freeze_batch_norm_2d
 from torch import Tensor, nn
 
 import fxgraft
-from fxgraft.graph.structure.positions import spots
+from fxgraft.graph.structure.positions import positions
 from fxgraft.graph.tracing.model_trace import ModelTrace
 from fxgraft.patches.crossnorm.patch import CrossNormUnit
 from fxgraft.patches.crossnorm.tensors import crossnorm
@@ -173,10 +173,10 @@ class Functional(Ended):
         return torch.nn.functional.hardswish(self.project(x) + self.conv(x), inplace=True)
 
 
-def _spot(block: nn.Module, position: str) -> Any:
+def _edits(block: nn.Module, position: str) -> Any:
     model = nn.Sequential(nn.Conv2d(3, 4, 1), block, nn.AdaptiveAvgPool2d(1), nn.Flatten())
-    (found,) = spots(ModelTrace(model, SIZE), position)
-    return found
+    (found,) = positions(ModelTrace(model, SIZE), position)
+    return found.edits
 
 
 @pytest.mark.parametrize(
@@ -193,14 +193,15 @@ def _spot(block: nn.Module, position: str) -> Any:
     ],
 )
 def test_output_is_behind_the_activation_that_follows_the_sum(behind: list[nn.Module], node: str) -> None:
-    spot = _spot(Ended(behind), "output")
-    assert (spot.edit.node, spot.training_edit.node) == (node, node)
-    assert _spot(Functional([]), "output").edit.node == "hardswish"
+    edits = _edits(Ended(behind), "output")
+    assert (edits.evaluation.node, edits.training.node) == (node, node)
+    assert _edits(Functional([]), "output").evaluation.node == "hardswish"
 
 
 def test_pre_with_projection_is_seen_by_a_projection_and_by_no_plain_shortcut() -> None:
-    assert _spot(Ended([], projected=True), "pre_with_projection").edit.users == ("project", "conv")
-    assert _spot(Ended([]), "pre_with_projection").edit.users == ("conv",)
+    projected = _edits(Ended([], projected=True), "pre_with_projection")
+    assert projected.evaluation.users == ("project", "conv")
+    assert _edits(Ended([]), "pre_with_projection").evaluation.users == ("conv",)
     with pytest.raises(fxgraft.StructureError, match=r"is an argument of 'inner'.*\n.*\n.*position=\"pre\""):
         fxgraft.patch(ByArgument(), "crossnorm", position="pre_with_projection", input_size=(4, 4, 4))
     assert not any(

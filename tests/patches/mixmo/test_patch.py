@@ -342,7 +342,7 @@ def test_others_see_the_labels_of_the_mixtures() -> None:
     x, y = batch()
     seen: list[Tensor] = []
     context = fxgraft.grafts(model)[0].units["inputs"].context
-    model.layer2.register_forward_hook(lambda *_: seen.append(context.current.target))
+    model.layer2.register_forward_hook(lambda *_: seen.append(context.current.labels.value))
     out = model(x, target=y)
     assert out.shape == (2, 12, CLASSES)
     last = last_pairing(model)

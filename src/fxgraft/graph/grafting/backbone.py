@@ -6,25 +6,22 @@ from collections.abc import Collection
 from dataclasses import replace
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
-from fxgraft.errors import SiteError
 from fxgraft.graph.grafting.placement import Placement, placements
 from fxgraft.graph.grafting.unit import Unit
 from fxgraft.graph.structure.affine_fold import Absorber, absorber_of
 from fxgraft.graph.structure.head import Head, find_head, pooled_map
 from fxgraft.graph.structure.idle import reads_places
 from fxgraft.graph.structure.joins import Join, residual_joins
-from fxgraft.graph.structure.layout import Layout, layout_of, named_layout
-from fxgraft.graph.structure.locate import blocks_before, site_edit, site_edits, value_at
+from fxgraft.graph.structure.layout import Layout
 from fxgraft.graph.structure.onward import without_idle
 from fxgraft.graph.structure.per_position_head import PositionwiseHead, positionwise
-from fxgraft.graph.structure.positions import spots
-from fxgraft.graph.structure.rest_of_network import Captured, Rest, rest_of_network, span_to_output
-from fxgraft.graph.structure.site import Site
+from fxgraft.graph.structure.positions import positions
+from fxgraft.graph.structure.rest_of_network import Rest, rest_of_network, span_to_output
+from fxgraft.graph.structure.site import Site, edits_of, layout_at
 from fxgraft.graph.structure.sites import SiteSpec, list_sites, named_sites, resolve
-from fxgraft.graph.structure.spot import Spot, spot_layout
-from fxgraft.graph.structure.stages import stages
+from fxgraft.graph.structure.stages import blocks_before, stages
 from fxgraft.graph.structure.stem_and_classifier import Stem, check_classified, find_classifiers, find_stems
 from fxgraft.graph.tracing.editing import Input, Instead, Output
 from fxgraft.graph.tracing.model_trace import ModelTrace
@@ -98,44 +95,30 @@ class Backbone:
         """Do the same, by the names that the values get: a word that names one site is its name."""
         return named_sites(self.trace, words)
 
-    def positions(self, position: str | None = None, layers: SiteSpec | None = None) -> list[Spot]:
+    def positions(self, position: str | None = None, layers: SiteSpec | None = None) -> list[Site]:
         """Find a position of its blocks ("post", "conv1_pre", "conv", ...) or its usual one, in running order.
 
         Those behind which a class token alone is read are left out: a unit on the other tokens changes nothing there.
         """
-        found = spots(self.trace, position, layers)
+        found = positions(self.trace, position, layers)
         kept = without_idle(self.trace, found)
-        return [replace(spot, left_out=spot.left_out + len(found) - len(kept)) for spot in kept]
+        return [replace(site, left_out=site.left_out + len(found) - len(kept)) for site in kept]
 
     def blocks_before(self, site: Site) -> list[Site]:
         """List the blocks that run before a site and give as many channels, the nearest first."""
         return blocks_before(self.trace, site)
 
-    def value(self, where: Site | Spot) -> Any:
-        """Return the fake value found there, batch of 2; None where it cannot be told."""
-        return where.value if isinstance(where, Spot) else value_at(self.trace, where)
-
-    def layout(self, where: Site | Spot, name: str | None = None) -> Layout:
-        """Tell which dimension of the value there holds channels, or check what the user says of it.
+    def layout(self, site: Site, name: str | None = None) -> Layout:
+        """Tell which dimension of a site's value holds channels, or check what the user says of it.
 
         Args:
-            where: a site that holds one tensor.
+            site: one that holds one tensor.
             name: the layout that the user names: "NCHW", "NHWC", "NLC", "NCL" or "NC".
 
         Raises:
             SiteError: no tensor, a layout that cannot be told, or one that does not fit the value.
         """
-        if isinstance(where, Spot):
-            return spot_layout(self.trace, where, name)
-        value = self.value(where)
-        if not isinstance(value, Tensor):
-            raise SiteError(
-                f"{where.name!r} holds no tensor: {where.op} returns {type(value).__name__}.\n"
-                "fxgraft.sites(model) shows what every layer returns."
-            )
-        if name is not None:
-            return named_layout(self.trace, value, where.path, name, where.name)
-        return layout_of(self.trace, value, where.path) or Layout("NCHW")
+        return layout_at(self.trace, site, name)
 
     def joins(self) -> list[Join]:
         """Find the residual joins, in running order."""
@@ -209,7 +192,7 @@ class Backbone:
 
     def place(
         self,
-        where: Site | Spot | Captured,
+        site: Site,
         unit: Unit,
         *,
         training: bool = True,
@@ -219,25 +202,16 @@ class Backbone:
         """Run a unit on a value: what used the value uses the unit's output.
 
         Args:
-            where: a site, a position of a block, or a value that a `Rest` needs.
+            site: where: what ``sites`` or ``positions`` found, or a value that a `Rest` needs.
             unit: from ``make``.
             training: whether it acts in training.
             evaluation: whether it acts in evaluation.
-            key: the unit's name within its graft; by default that of the place.
+            key: the unit's name within its graft; by default that of the site.
         """
-        if isinstance(where, Spot):
-            owner, inference, learning = where.owner, where.edit, where.training_edit
-        elif isinstance(where, Captured):
-            owner, inference, learning = where.owner, where.edit, where.edit
-        elif evaluation:
-            owner, inference, learning = site_edits(self.trace, where)
-        else:
-            owner, learning = site_edit(self.trace, where)
-            inference = learning
-        name = key or (where.key if isinstance(where, Captured) else where.name)
-        return placements(
-            owner, inference if evaluation else None, learning if training else None, name, unit
-        )
+        edits = edits_of(self.trace, site)
+        in_evaluation = edits.evaluation if evaluation else None
+        in_training = edits.training if training else None
+        return placements(edits.module, in_evaluation, in_training, key or site.name, unit)
 
     def before(self, unit: Unit, key: str, *, training: bool = True, evaluation: bool = True) -> Placement:
         """Run a unit on the model's first argument."""

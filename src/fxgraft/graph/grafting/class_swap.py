@@ -132,14 +132,15 @@ def _outer_call(
     run.beside = declared.beside(args, kwargs) if call is _whole_call else {}
     run.read_by_model = any(options.get(n) is not None and declared.names(n) for n in (TARGET, LABELS))
     run.adopt_published()
-    if run.target is None:
-        run.target = options.get(LABELS)
+    if run.labels.value is None:
+        run.labels.value = options.get(LABELS)
     context.forget()
     try:
         try:
             run.enter()
             out = call(self, *args, **kwargs)
-            run.came_through()
+            if run.training:
+                run.labels.served()
             if not replica:  # what a replica leaves, nobody could tell from what the others leave
                 takes = declared.takes(TARGET)
                 again = Arguments(args, kwargs, takes and target is not None, takes)

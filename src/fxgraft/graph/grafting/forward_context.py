@@ -8,43 +8,19 @@ know of it for its loss) belongs to the thread that made it, too, and to the out
 from __future__ import annotations
 
 import threading
-import warnings
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from types import MappingProxyType
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from fxgraft.errors import BypassError, ConfigError, FxgraftError, FxgraftWarning, TargetError
-from fxgraft.graph.grafting.labels import checked_labels
+from fxgraft.errors import ConfigError, TargetError
 from fxgraft.graph.grafting.loss_watch import Doubts, LossWatch, Outputs, ParameterWatch, ProgressWatch
-from fxgraft.graph.grafting.published import Offer, published, targets
-from fxgraft.graph.grafting.sharded import outside_sharded_step
-from fxgraft.graph.structure.rest_of_network import Rest
+from fxgraft.graph.grafting.published import PassLabels, targets
 from fxgraft.graph.tracing.observe import tensors
-
-T = TypeVar("T")
-
-_REFUSED = {
-    "loaders": "cannot tell which labels are those of this batch: two loaders of fxgraft.with_targets are open.\n"
-    "The input is a tensor of neither one's last batches, and both are for any model.\n"
-    "Say which model a loader is for, fxgraft.with_targets(loader, model=model), or call model(x, target=y).",
-    "batches": "cannot tell which labels are those of this batch: the loop is ahead of its passes.\n"
-    "Several batches of fxgraft.with_targets wait for a training pass (or were left out), and the input is a copy, "
-    "which is seen to be of none of them.\n"
-    "Call model(x, target=y), or pass the tensors of the batch as the loader gave them.",
-    "other part": "was given an input that these labels are not of.\n"
-    "It belongs to another part of the batch than the labels that were set for it.\n"
-    "Call model(x, target=y) with labels of its own, or leave the input out of the passes that train the patch.",
-    "spent": "was given labels left over from an earlier pass.\n"
-    "Labels set by fxgraft.with_targets serve one training pass, those of a trainer's callback one input, so that no "
-    "batch is ever paired with another batch's labels.\n"
-    "Call model(x, target=y), or use `with fxgraft.targets(y):` around several passes of one batch.",
-}
-"""Why published labels are not taken."""
 
 # A plain threading.local, which torch.compile follows, writes included. Passes nest: the innermost is the last.
 _running = threading.local()
@@ -209,7 +185,7 @@ class Context:
                 arguments.weights = _standing_in(run.model, self.samples)
             run.notes[ARGUMENTS] = arguments
         self._local.left = LastPass(run.notes, run.recording)
-        self.outputs.note(out, run.notes, run.given if run.took else None)
+        self.outputs.note(out, run.notes, run.labels.given if run.labels.read else None)
         if self.loss_grafts and not torch.compiler.is_compiling():
             self._local.left.shapes = [tuple(each.shape) for each in tensors(out)]
             self._local.left.learns = any(each.requires_grad for each in tensors(out))
@@ -223,7 +199,7 @@ class Context:
 
     @contextmanager
     def override(self, graft: str, **options: Any) -> Iterator[None]:
-        """Ask something of a graft's units in all passes that this thread makes in the block; see `Pass.asked`."""
+        """Ask something of a graft's units in all passes that this thread makes in the block; see `PassView.asked`."""
         before = self.asked
         self._local.asked = {**before, **{(graft, key): value for key, value in options.items()}}
         try:
@@ -265,21 +241,21 @@ class Context:
 
 
 class ForwardContext:
-    """One call of a patched model.
+    """One call of a patched model. Units see it through a `PassView`.
 
     Attributes:
         context: what the grafts of the model share.
         model: the patched model.
-        target: the labels that grafts see from here on; None if there are none.
+        labels: the labels of its batch.
         inputs: the model's positional arguments.
         options: keyword arguments of the call that a patch declared as its own.
         notes: what grafts remember of this pass, by name.
         measured: what grafts measured in this pass.
+        shared: what the units of one graft hand to each other, by the graft's name and a key.
         visited: the owners reached so far.
         calls: arguments that grafted modules with hooks were called with, by qualified name.
         recording: where taps put their values; None while a graft looks ahead.
-        beside: what the call gave the model beside images and labels, by argument; see `check_images_alone`.
-        took: whether a graft has read the labels.
+        beside: what the call gave the model beside images and labels, by argument; see `PassView.check_images_alone`.
         read_by_model: whether the model's own forward was given labels of the batch, by an argument that it names.
     """
 
@@ -293,20 +269,17 @@ class ForwardContext:
     ) -> None:
         self.context = context
         self.model = model
-        self.target = target
+        self.labels = PassLabels(target)
         self.inputs = inputs
         self.options: Mapping[str, Any] = options or {}
         self.notes: dict[str, Any] = {}
         self.measured: Measured = {}
+        self.shared: dict[tuple[str, str], Any] = {}
         self.visited: dict[str, bool] = {}
         self.calls: dict[str, tuple[tuple[Any, ...], dict[str, Any]]] = {}
         self.recording: dict[str, Any] | None = {}
         self.beside: Mapping[str, Any] = {}
-        self._shared: dict[tuple[str, str], Any] = {}
-        self.took = self.read_by_model = False
-        self._given: Any = None
-        self._offer = Offer()
-        self._refused: str | None = None
+        self.read_by_model = False
 
     @property
     def training(self) -> bool:
@@ -315,36 +288,8 @@ class ForwardContext:
 
     def adopt_published(self) -> None:
         """Take the labels that were published for this thread or task, where the call gave none."""
-        offer = published(self.model, self.inputs)
         stack: tuple[ForwardContext, ...] = getattr(_running, "stack", ())
-        around = stack[-1] if stack and not offer.seen and stack[-1]._offer.labels is not None else None
-        if around is not None:  # a model inside of another one: its inputs are of the same batch
-            offer = around._offer
-        if self.target is None:
-            self._offer = offer
-            if offer.labels is None or offer.labels.value is None:
-                return
-            self.target = offer.labels.value
-            if around is not None:
-                self._refused = around._refused
-            elif offer.doubt is not None:
-                self._refused = offer.doubt
-            elif self.training and offer.labels.spent(offer.inputs):
-                self._refused = "spent"
-        elif offer.labels is not None and (offer.seen or self.target is offer.labels.value):
-            self._offer = offer  # labels of a batch that was published have served by that
-
-    def came_through(self) -> None:
-        """Note that the labels have served their pass; one that failed may be made again."""
-        offer = self._offer
-        if not self.training or offer.labels is None or offer.source is None or offer.doubt is not None:
-            return
-        if self.took:
-            offer.labels.take(offer.inputs)
-        if torch.compiler.is_compiling():
-            offer.labels.passed = True
-        else:
-            offer.source.pass_made(offer.labels, offer.seen)
+        self.labels.adopt(self.model, self.inputs, stack[-1].labels if stack else None)
 
     def enter(self) -> None:
         """Make this the innermost pass of the thread."""
@@ -354,153 +299,11 @@ class ForwardContext:
         """Go back to the pass around this one, if there is one."""
         _running.stack = tuple(each for each in getattr(_running, "stack", ()) if each is not self)
 
-    def labels(self, graft: str, batch: int, part: Any = None) -> Tensor:
-        """Return the labels of this pass, or raise what is wrong with them.
-
-        Args:
-            graft: name of the graft that needs them, for the message.
-            batch: batch size at the graft's site.
-            part: where the call was given labels in several parts: the one to check and return.
-
-        Raises:
-            TargetError: no labels, labels that served an earlier batch, labels of which of several loaders
-                nobody says, or another batch size.
-        """
-        self.took = True
-        if self._refused is not None:
-            raise TargetError(f"{graft!r} {_REFUSED[self._refused]}")
-        return checked_labels(graft, self.target if part is None else part, batch)
-
-    def check_images_alone(self, graft: str, why: str, all_positions: bool = False) -> None:
-        """Raise where the model was called with more than images and labels, of which its graphs know nothing.
-
-        A model is looked at as it runs on images. A mask of padding, coordinates or a condition are what calls bring.
-
-        Args:
-            graft: name of the graft.
-            why: a sentence that says what would be wrong.
-            all_positions: whether only what may tell positions apart is: tensors of several entries per image.
-
-        Raises:
-            BypassError: it was.
-        """
-        labels = self.given
-        found = [
-            name
-            for name, each in self.beside.items()
-            if each is not labels
-            and (
-                not all_positions
-                or (isinstance(each, Tensor) and each.ndim > 1 and each.shape[1:].numel() > 1)
-            )
-        ]
-        if found:
-            raise BypassError(
-                f"{graft!r} was given {', '.join(map(repr, found))} beside the images, and it knows the model as it "
-                f"runs on images alone.\n{why}\n"
-                "Give the model tensors of images of one size, which need no mask, or leave the method out."
-            )
-
-    def doubt(self, wrong: Tensor | bool, error: FxgraftError) -> None:
-        """Raise an error if something is wrong, without waiting for a device: there it comes in a later step.
-
-        Args:
-            wrong: () bool.
-            error: what to raise.
-        """
-        self.context.doubts.check(wrong, error)
-
-    def tell(self, graft: str, key: str, message: str) -> None:
-        """Warn of something that a graft cannot do in passes such as this one, once for its model.
-
-        Args:
-            graft: its name.
-            key: a name for it.
-            message: what follows the graft's name.
-        """
-        told = self.context.told
-        if torch.compiler.is_compiling() or (graft, key) in told:
-            return
-        told.add((graft, key))
-        warnings.warn(f"{graft!r} {message}", FxgraftWarning, stacklevel=2)
-
-    def relabel(self, target: Any) -> None:
-        """Set the labels that grafts see from here on, after a graft has mixed the samples.
-
-        `fxgraft.loss` goes on getting the labels of the batch from the caller.
-        """
-        if self._given is None:
-            self._given = self.target
-        self.target = target
-
-    @property
-    def given(self) -> Any:
-        """The labels of the batch, as the pass was given them."""
-        return self.target if self._given is None else self._given
-
-    def shared(self, graft: str, key: str, make: Callable[[], T]) -> T:
-        """Return what all units of a graft share in this pass; made by the first one that asks.
-
-        Args:
-            graft: the graft's name.
-            key: a name for it.
-            make: makes it; usually a draw.
-        """
-        if (graft, key) not in self._shared:
-            self._shared[graft, key] = make()
-        return self._shared[graft, key]
-
-    def asked(self, graft: str, key: str) -> Any:
-        """Return what `Graft.asking` asks of the graft in this pass, or None."""
-        return self.context.asked.get((graft, key))
-
-    def put(self, graft: str, key: str, value: Any) -> None:
-        """Hand a value to the units of the same graft that run later in this pass."""
-        self._shared[graft, key] = value
-
-    def get(self, graft: str, key: str) -> Any:
-        """Return what `put` or `shared` has under that name, or None."""
-        return self._shared.get((graft, key))
-
-    def remember(self, graft: str, state: Any) -> None:
-        """Keep what the graft's loss has to know of this pass; `Graft.recall` finds it by the output.
-
-        Not for what happens in evaluation: a loss that is computed there is the user's own.
-        """
-        self.notes[graft] = state
-
-    def measure(self, graft: str, name: str, value: Any) -> None:
-        """Keep what `Patch.diagnostics` tells of the last training pass; nothing is kept of other passes.
-
-        What several units measure under one name is averaged. Nothing is computed here and no device is waited for:
-        hand over the tensor that is at hand, a mask and not its mean.
-
-        Args:
-            graft: the graft's name.
-            name: of the scalar.
-            value: a number, or a tensor of any shape that stands for its mean; it is detached.
-        """
-        if not self.training or self.recording is None:  # a look ahead is no training pass
-            return
-        if isinstance(value, Tensor):
-            if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
-                return  # it would outlive the transform that it belongs to
-            value = value.detach()
-        self.measured.setdefault(graft, {}).setdefault(name, []).append(value)
-
-    def look_ahead(self, graft: str, rest: Rest, z: Tensor) -> Tensor:
-        """Return the logits for a value at the site that a `Rest` starts from; nothing else notices.
-
-        Args:
-            graft: the graft that captured what the rest needs besides.
-            rest: the rest of the network.
-            z: the value. Nothing is written to it as long as it is not used elsewhere; pass a clone.
-        """
-        captured = [self.get(graft, each.key) for each in rest.captured]
-        inputs = [self.inputs[index] for index in rest.inputs]
-        recording, self.recording = self.recording, None  # taps record the pass, not a look ahead
+    @contextmanager
+    def aside(self) -> Iterator[None]:
+        """Leave what runs in the block out of what taps record and units measure: it is no part of the pass."""
+        recording, self.recording = self.recording, None
         try:
-            with outside_sharded_step(self.model, rest.children):
-                return rest.evaluate(self.model, z, captured, inputs, self.calls)
+            yield
         finally:
             self.recording = recording

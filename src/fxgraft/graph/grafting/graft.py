@@ -124,7 +124,7 @@ class Graft(Generic[P]):
     def recall(self, out: Any) -> Any:
         """Return what the graft remembers of the training pass that gave ``out``; None if nothing.
 
-        What `Pass.remember` was given, for `Patch.criterion` and `Patch.losses`. The output may be what the model
+        What `PassView.remember` was given, for `Patch.criterion` and `Patch.losses`. The output may be what the model
         returned, or computed from that: converted, scaled, copied, a view.
 
         Raises:
@@ -133,11 +133,11 @@ class Graft(Generic[P]):
         return None if self.context is None else self.context.recall(self.name, out)
 
     def measured(self) -> Mapping[str, Sequence[Any]]:
-        """Return what was measured of the last training pass, by name: see `Pass.measure`."""
+        """Return what was measured of the last training pass, by name: see `PassView.measure`."""
         return {} if self.context is None else self.context.measured.get(self.name, {})
 
     def measure(self, name: str, value: Any) -> None:
-        """Measure something of the last training pass after it, as where the loss is computed: see `Pass.measure`."""
+        """Measure something of the last training pass after it, as for the loss; see `PassView.measure`."""
         if self.context is not None:
             kept = value.detach() if isinstance(value, Tensor) else value
             self.context.measured.setdefault(self.name, {})[name] = [kept]
@@ -157,7 +157,7 @@ class Graft(Generic[P]):
         return None if self.context is None else self.context.recall(self.name, out, ARGUMENTS)
 
     def override(self, **options: Any) -> AbstractContextManager[None]:
-        """Ask something of the graft's units in the passes of a block, in this thread; see `Pass.asked`."""
+        """Ask something of the graft's units in the passes of a block, in this thread; see `PassView.asked`."""
         return nullcontext() if self.context is None else self.context.override(self.name, **options)
 
     def model(self) -> nn.Module | None:

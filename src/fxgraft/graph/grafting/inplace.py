@@ -15,11 +15,10 @@ from torch import Tensor
 from fxgraft.graph.grafting.backbone import Backbone
 from fxgraft.graph.grafting.graft import Graft, Make, Placer
 from fxgraft.graph.grafting.graft_registry import GraftRegistry
-from fxgraft.graph.grafting.placement import Placement, placements
+from fxgraft.graph.grafting.placement import Placement
 from fxgraft.graph.grafting.planning import Look
 from fxgraft.graph.grafting.unit import Unit
-from fxgraft.graph.structure.locate import site_edits
-from fxgraft.graph.structure.sites import Site
+from fxgraft.graph.structure.site import Site
 from fxgraft.graph.tracing.atomic import restoring
 from fxgraft.graph.tracing.model_trace import ModelTrace
 from fxgraft.graph.tracing.observe import observe, tensors
@@ -63,15 +62,15 @@ class _Witness(Unit):
 class _Witnesses(Placer):
     """A patch of nothing but witnesses."""
 
-    def __init__(self, places: Mapping[str, tuple[Any, Any, Any]]) -> None:
-        self.places = places
+    def __init__(self, sites: Mapping[str, Site]) -> None:
+        self.sites = sites
 
     def place(self, backbone: Backbone, make: Make) -> list[Placement]:
         """Put one witness at every site, in both modes."""
         return [
             placement
-            for key, (owner, edit, training_edit) in self.places.items()
-            for placement in placements(owner, edit, training_edit, key, make(key, _Witness))
+            for key, site in self.sites.items()
+            for placement in backbone.place(site, make(key, _Witness), key=key)
         ]
 
 
@@ -88,8 +87,7 @@ def fates(trace: ModelTrace, sites: Mapping[str, Site], learns: bool = True) -> 
         TraceError: a module that holds a site cannot be traced.
     """
     model = trace.model
-    places = {key: site_edits(trace, site) for key, site in sites.items()}
-    graft = Graft("witness", _Witnesses(places), input_size=trace.input_size)
+    graft = Graft("witness", _Witnesses(sites), input_size=trace.input_size)
     registry = GraftRegistry()
     with restoring(lambda: registry.install(model, [])):
         registry.install(model, [graft], look=Look(trace.shadow, {trace.input_size: trace}))

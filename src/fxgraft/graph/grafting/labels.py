@@ -75,7 +75,7 @@ def check_label_range(
         target: class indices or soft targets.
         classes: K.
         spatial: how many dimensions the logits have after (B, K).
-        doubt: called with () bool and the error on an accelerator, as `Pass.doubt`.
+        doubt: called with () bool and the error on an accelerator, as `PassView.doubt`.
 
     Returns:
         The labels, indices within [0, K) whatever they were, for lookups that would wrap or write elsewhere.

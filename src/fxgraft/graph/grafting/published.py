@@ -1,4 +1,4 @@
-"""Labels from outside a call: who publishes them, and which of them a pass takes."""
+"""Labels from outside a call: who publishes them, which of them a pass takes, and whether it may have them."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from fxgraft.errors import no_module
-from fxgraft.graph.grafting.labels import Entry, take_from, tensors_in
+from fxgraft.errors import TargetError, no_module
+from fxgraft.graph.grafting.labels import Entry, checked_labels, take_from, tensors_in
 
 Batch = TypeVar("Batch")
 Doubt = Literal["loaders", "batches", "other part"]
@@ -399,3 +399,108 @@ def with_targets(
     if model is not None and not isinstance(model, nn.Module):
         raise no_module(model)
     return LabelledLoader(loader, index, model)
+
+
+_REFUSED: dict[str, str] = {
+    "loaders": "cannot tell which labels are those of this batch: two loaders of fxgraft.with_targets are open.\n"
+    "The input is a tensor of neither one's last batches, and both are for any model.\n"
+    "Say which model a loader is for, fxgraft.with_targets(loader, model=model), or call model(x, target=y).",
+    "batches": "cannot tell which labels are those of this batch: the loop is ahead of its passes.\n"
+    "Several batches of fxgraft.with_targets wait for a training pass (or were left out), and the input is a copy, "
+    "which is seen to be of none of them.\n"
+    "Call model(x, target=y), or pass the tensors of the batch as the loader gave them.",
+    "other part": "was given an input that these labels are not of.\n"
+    "It belongs to another part of the batch than the labels that were set for it.\n"
+    "Call model(x, target=y) with labels of its own, or leave the input out of the passes that train the patch.",
+    "spent": "was given labels left over from an earlier pass.\n"
+    "Labels set by fxgraft.with_targets serve one training pass, those of a trainer's callback one input, so that no "
+    "batch is ever paired with another batch's labels.\n"
+    "Call model(x, target=y), or use `with fxgraft.targets(y):` around several passes of one batch.",
+}
+"""Why published labels are not taken."""
+
+
+class PassLabels:
+    """The labels of one pass: those of the call, or else those that were published for its inputs.
+
+    Args:
+        value: the call's labels; None where it gave none.
+
+    Attributes:
+        value: what grafts see from here on; None for none.
+        read: whether a graft has read them.
+    """
+
+    def __init__(self, value: Any = None) -> None:
+        self.value = value
+        self.read = False
+        self._given: Any = None
+        self._offer = Offer()
+        self._refused: str | None = None
+
+    @property
+    def given(self) -> Any:
+        """The labels of the batch, as the pass was given them."""
+        return self.value if self._given is None else self._given
+
+    def adopt(self, model: nn.Module, inputs: Any, around: PassLabels | None) -> None:
+        """Take the labels that were published for this thread or task, where the call gave none.
+
+        Args:
+            model: that makes the pass.
+            inputs: its arguments.
+            around: of the pass around this one, where the model is inside of another patched one.
+        """
+        offer = published(model, inputs)
+        if offer.seen or around is None or around._offer.labels is None:
+            around = None
+        else:  # a model inside of another one: its inputs are of the same batch
+            offer = around._offer
+        if self.value is None:
+            self._offer = offer
+            if offer.labels is None or offer.labels.value is None:
+                return
+            self.value = offer.labels.value
+            if around is not None:
+                self._refused = around._refused
+            elif offer.doubt is not None:
+                self._refused = offer.doubt
+            elif model.training and offer.labels.spent(offer.inputs):
+                self._refused = "spent"
+        elif offer.labels is not None and (offer.seen or self.value is offer.labels.value):
+            self._offer = offer  # labels of a batch that was published have served by that
+
+    def served(self) -> None:
+        """Note that a training pass came through with them; one that failed may be made again."""
+        offer = self._offer
+        if offer.labels is None or offer.source is None or offer.doubt is not None:
+            return
+        if self.read:
+            offer.labels.take(offer.inputs)
+        if torch.compiler.is_compiling():
+            offer.labels.passed = True
+        else:
+            offer.source.pass_made(offer.labels, offer.seen)
+
+    def replace(self, value: Any) -> None:
+        """Set the labels that grafts see from here on, after one has mixed the samples."""
+        if self._given is None:
+            self._given = self.value
+        self.value = value
+
+    def checked(self, graft: str, batch: int, part: Any = None) -> Tensor:
+        """Return the labels, or raise what is wrong with them.
+
+        Args:
+            graft: name of the graft that needs them, for the message.
+            batch: batch size at the graft's site.
+            part: where the call was given labels in several parts: the one to check and return.
+
+        Raises:
+            TargetError: no labels, labels that served an earlier batch, labels of which of several loaders
+                nobody says, or another batch size.
+        """
+        self.read = True
+        if self._refused is not None:
+            raise TargetError(f"{graft!r} {_REFUSED[self._refused]}")
+        return checked_labels(graft, self.value if part is None else part, batch)

@@ -20,7 +20,7 @@ from fxgraft.graph.grafting.graft import Make
 from fxgraft.graph.grafting.inplace import Fate, fates
 from fxgraft.graph.grafting.placement import Placement
 from fxgraft.graph.grafting.unit import Unit
-from fxgraft.graph.structure.sites import Site
+from fxgraft.graph.structure.site import Site
 from fxgraft.graph.tracing.observe import tensors
 
 
@@ -49,7 +49,8 @@ class Tap(Unit):
     def forward(self, x: Any) -> Any:
         """Return ``x`` as it is."""
         run = self.current
-        if run is None or run.recording is None or torch.compiler.is_exporting():
+        recording = None if run is None else run.model_pass.recording
+        if run is None or recording is None or torch.compiler.is_exporting():
             return x
         # By the mode of the whole model: where parts are frozen in evaluation mode, others still train.
         copied = self.copies[run.training]
@@ -61,7 +62,7 @@ class Tap(Unit):
         # Containers are rebuilt: dense networks append to a list after they passed it on.
         value = kept(x) if isinstance(x, Tensor) else pytree.tree_map_only(Tensor, kept, x)
         watched = not copied and not torch.compiler.is_compiling()
-        run.recording[self.slot] = (value, _versions(value) if watched else None)
+        recording[self.slot] = (value, _versions(value) if watched else None)
         return x
 
 

@@ -1,15 +1,182 @@
-"""What a graft inserts into a network."""
+"""What a graft inserts into a network, and how that sees the pass which runs."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, ClassVar
+import warnings
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar, TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from fxgraft.errors import BypassError, SiteError
+from fxgraft.errors import BypassError, FxgraftError, FxgraftWarning, SiteError
 from fxgraft.graph.grafting.forward_context import Context, ForwardContext
+
+T = TypeVar("T")
+
+
+class PassView:
+    """One call of a patched model, as the units of one graft see it.
+
+    Args:
+        model_pass: the pass, which all grafts share.
+        graft: the graft's name.
+    """
+
+    def __init__(self, model_pass: ForwardContext, graft: str) -> None:
+        self.model_pass = model_pass
+        self.graft = graft
+
+    @property
+    def model(self) -> nn.Module:
+        """The patched model."""
+        return self.model_pass.model
+
+    @property
+    def training(self) -> bool:
+        """The mode of the whole model, where parts of it may be frozen in evaluation mode."""
+        return self.model_pass.training
+
+    @property
+    def inputs(self) -> tuple[Any, ...]:
+        """The model's positional arguments."""
+        return self.model_pass.inputs
+
+    @property
+    def options(self) -> Mapping[str, Any]:
+        """Keyword arguments of the call that a patch declared as its own."""
+        return self.model_pass.options
+
+    @property
+    def target(self) -> Any:
+        """The labels as grafts see them from here on, unchecked; None if there are none."""
+        return self.model_pass.labels.value
+
+    @property
+    def read_by_model(self) -> bool:
+        """Whether the model's own forward was given labels of the batch, by an argument that it names."""
+        return self.model_pass.read_by_model
+
+    def labels(self, batch: int, part: Any = None) -> Tensor:
+        """Return the labels of this pass, or raise what is wrong with them.
+
+        Args:
+            batch: batch size at the unit's site.
+            part: where the call was given labels in several parts: the one to check and return.
+
+        Raises:
+            TargetError: no labels, labels that served an earlier batch, labels of which of several loaders
+                nobody says, or another batch size.
+        """
+        return self.model_pass.labels.checked(self.graft, batch, part)
+
+    def check_images_alone(self, why: str, all_positions: bool = False) -> None:
+        """Raise where the model was called with more than images and labels, of which its graphs know nothing.
+
+        A model is looked at as it runs on images. A mask of padding, coordinates or a condition are what calls bring.
+
+        Args:
+            why: a sentence that says what would be wrong.
+            all_positions: whether only what may tell positions apart is: tensors of several entries per image.
+
+        Raises:
+            BypassError: it was.
+        """
+        labels = self.model_pass.labels.given
+        found = [
+            name
+            for name, each in self.model_pass.beside.items()
+            if each is not labels
+            and (
+                not all_positions
+                or (isinstance(each, Tensor) and each.ndim > 1 and each.shape[1:].numel() > 1)
+            )
+        ]
+        if found:
+            raise BypassError(
+                f"{self.graft!r} was given {', '.join(map(repr, found))} beside the images, and it knows the model as "
+                f"it runs on images alone.\n{why}\n"
+                "Give the model tensors of images of one size, which need no mask, or leave the method out."
+            )
+
+    def relabel(self, target: Any) -> None:
+        """Set the labels that grafts see from here on, after this one has mixed the samples.
+
+        `fxgraft.loss` goes on getting the labels of the batch from the caller.
+        """
+        self.model_pass.labels.replace(target)
+
+    def shared(self, key: str, make: Callable[[], T]) -> T:
+        """Return what all units of the graft share in this pass; made by the first one that asks.
+
+        Args:
+            key: a name for it.
+            make: makes it; usually a draw.
+        """
+        shared = self.model_pass.shared
+        if (self.graft, key) not in shared:
+            shared[self.graft, key] = make()
+        return shared[self.graft, key]
+
+    def put(self, key: str, value: Any) -> None:
+        """Hand a value to the units of the graft that run later in this pass."""
+        self.model_pass.shared[self.graft, key] = value
+
+    def get(self, key: str) -> Any:
+        """Return what `put` or `shared` has under that name, or None."""
+        return self.model_pass.shared.get((self.graft, key))
+
+    def asked(self, key: str) -> Any:
+        """Return what `Graft.asking` asks of the graft in this pass, or None."""
+        return self.model_pass.context.asked.get((self.graft, key))
+
+    def remember(self, state: Any) -> None:
+        """Keep what the graft's loss has to know of this pass; `Graft.recall` finds it by the output.
+
+        Not for what happens in evaluation: a loss that is computed there is the user's own.
+        """
+        self.model_pass.notes[self.graft] = state
+
+    def measure(self, name: str, value: Any) -> None:
+        """Keep what `Patch.diagnostics` tells of the last training pass; nothing is kept of other passes.
+
+        What several units measure under one name is averaged. Nothing is computed here and no device is waited for:
+        hand over the tensor that is at hand, a mask and not its mean.
+
+        Args:
+            name: of the scalar.
+            value: a number, or a tensor of any shape that stands for its mean; it is detached.
+        """
+        run = self.model_pass
+        if not run.training or run.recording is None:  # a look ahead is no training pass
+            return
+        if isinstance(value, Tensor):
+            if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
+                return  # it would outlive the transform that it belongs to
+            value = value.detach()
+        run.measured.setdefault(self.graft, {}).setdefault(name, []).append(value)
+
+    def tell(self, key: str, message: str) -> None:
+        """Warn of something that the graft cannot do in passes such as this one, once for its model.
+
+        Args:
+            key: a name for it.
+            message: what follows the graft's name.
+        """
+        told = self.model_pass.context.told
+        if torch.compiler.is_compiling() or (self.graft, key) in told:
+            return
+        told.add((self.graft, key))
+        warnings.warn(f"{self.graft!r} {message}", FxgraftWarning, stacklevel=2)
+
+    def doubt(self, wrong: Tensor | bool, error: FxgraftError) -> None:
+        """Raise an error if something is wrong, without waiting for a device: there it comes in a later step.
+
+        Args:
+            wrong: () bool.
+            error: what to raise.
+        """
+        self.model_pass.context.doubts.check(wrong, error)
 
 
 def recomputed() -> bool:
@@ -42,18 +209,20 @@ class Unit(nn.Module):
     restarts: bool = False
 
     @property
-    def current(self) -> ForwardContext | None:
+    def current(self) -> PassView | None:
         """The pass that is running in this thread; None outside of one (a part of the model called by itself)."""
-        return self.context.current
+        found = self.context.current
+        return None if found is None else PassView(found, self.graft)
 
-    def running(self) -> ForwardContext:
-        """Return the pass that is running in this thread.
+    @property
+    def run(self) -> PassView:
+        """The pass that is running in this thread.
 
         Raises:
             SiteError: there is none: a part of the model was called by itself.
             BypassError: there is none any more: activation checkpointing runs a part of the model again.
         """
-        found = self.context.current
+        found = self.current
         if found is None:
             self.refuse_recomputation()
             raise SiteError(
@@ -129,5 +298,5 @@ class Capture(Unit):
         """Return ``x`` as it is."""
         run = self.current
         if run is not None:
-            run.put(self.graft, self.key, x)
+            run.put(self.key, x)
         return x

@@ -18,7 +18,6 @@ from torchvision.models.convnext import LayerNorm2d
 from fxgraft.errors import SiteError, StructureError, TraceError
 from fxgraft.graph.structure.layout import Layout
 from fxgraft.graph.structure.linear import sharers
-from fxgraft.graph.structure.locate import value_at
 from fxgraft.graph.structure.pooling import (
     DROPOUTS,
     SHAPES,
@@ -26,7 +25,7 @@ from fxgraft.graph.structure.pooling import (
     opened_head,
     pooling_of,
 )
-from fxgraft.graph.structure.sites import Site
+from fxgraft.graph.structure.site import Site
 from fxgraft.graph.structure.tail import passes
 from fxgraft.graph.tracing.graph_utils import modules_in
 from fxgraft.graph.tracing.model_trace import ModelTrace
@@ -93,8 +92,7 @@ def absorber_of(trace: ModelTrace, site: Site, layout: Layout) -> Absorber | Non
         None where there is no such layer, or where hooks act between the value and the layer: then nothing but an
         operation of its own can scale the value.
     """
-    value = value_at(trace, site)
-    channels = value.shape[-1] if layout.name in ("NHWC", "NLC") else value.shape[1]
+    channels = layout.canonical(site.value).shape[1]
     giver = _last_of(trace, site.path)
     if site.path and site.calls == 1 and giver and _gives(trace.module(giver), channels):
         return _owned(trace, Absorber(giver, "output"))

@@ -12,12 +12,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import fx, nn
 
 from fxgraft.errors import SiteError, StructureError, TraceError
-from fxgraft.graph.structure.sites import module_site
-from fxgraft.graph.structure.spot import Spot, direct_spot
-from fxgraft.graph.tracing.editing import After, Edge, Edit
+from fxgraft.graph.structure.site import Edits, Site, edits_of, module_site
+from fxgraft.graph.tracing.editing import After, Edge
 from fxgraft.graph.tracing.graph_utils import downstream_of, placeholders, upstream_of
 from fxgraft.graph.tracing.model_trace import ModelTrace
 from fxgraft.graph.tracing.names import join, relative
@@ -40,7 +39,7 @@ class _Layer:
     convs: tuple[str, ...]
     ends: bool
 
-    def edit(self, position: str) -> Edit | None:
+    def edit(self, position: str) -> After | Edge | None:
         """Return what to do at a position, where it is in this forward."""
         if position != "conv1_pre":
             number = 0 if position == "conv1_post" else 1
@@ -50,8 +49,8 @@ class _Layer:
         return Edge(self.joined.name, tuple(user.name for user in self.joined.users))
 
 
-def dense_layers(trace: ModelTrace, position: str) -> list[Spot]:
-    """Find the densely connected layers, and the places of one position in them."""
+def dense_layers(trace: ModelTrace, position: str) -> list[Site]:
+    """Find the densely connected layers, and the sites of one position in them."""
     found = []
     layers: list[str] = []
     for owner in trace.in_order():
@@ -62,33 +61,39 @@ def dense_layers(trace: ModelTrace, position: str) -> list[Spot]:
             if modes[0] is None or modes[1] is None:
                 continue
             layers.append(owner)
-            spot = _dense_spot(trace, owner, position, modes[0], modes[1])
+            site = _position(trace, owner, position, modes[0], modes[1])
         except (TraceError, SiteError):
             continue
-        found += [] if spot is None else [spot]
+        found += [] if site is None else [site]
     return found
 
 
-def _dense_spot(
+def _position(
     trace: ModelTrace, owner: str, position: str, evaluation: _Layer, training: _Layer
-) -> Spot | None:
+) -> Site | None:
     if position != "conv1_pre" and not evaluation.convs:
         inside = [path for path in trace.in_order() if path.startswith(owner + ".")]
         convs = [path for path in inside if isinstance(trace.module(path), nn.Conv2d)]
         number = 0 if position == "conv1_post" else 1
         if number >= len(convs):
             return None
-        spot = direct_spot(trace, module_site(trace, convs[number]), position)
-        return dataclasses.replace(spot, scope=owner)
-    edits = evaluation.edit(position), training.edit(position)
-    if edits[0] is None or edits[1] is None:
+        site = module_site(trace, convs[number])
+        edits = edits_of(trace, site)
+        return dataclasses.replace(site, edits=edits, position=position, block=owner)
+    edit, training_edit = evaluation.edit(position), training.edit(position)
+    if edit is None or training_edit is None:
         return None
-    node = getattr(edits[0], "node")  # noqa: B009
-    value = trace.values(owner).get(node)
-    value = value if isinstance(value, Tensor) else None
-    name = f"{owner}.{node}"
-    onward = _onward(trace, owner, name) if position == "conv1_pre" and not evaluation.ends else ()
-    return Spot(name, position, owner, edits[0], edits[1], value, "", owner, onward)
+    name = f"{owner}.{edit.node}"
+    return Site(
+        name,
+        owner,
+        edit.node,
+        value=trace.values(owner).get(edit.node),
+        edits=Edits(owner, edit, training_edit),
+        position=position,
+        block=owner,
+        onward=_onward(trace, owner, name) if position == "conv1_pre" and not evaluation.ends else (),
+    )
 
 
 def _could_be_dense(trace: ModelTrace, owner: str) -> bool:
@@ -173,7 +178,7 @@ def _joined_onward(trace: ModelTrace, owner: str) -> bool:
     return False
 
 
-def _onward(trace: ModelTrace, owner: str, name: str) -> tuple[Spot, ...]:
+def _onward(trace: ModelTrace, owner: str, name: str) -> tuple[Site, ...]:
     """Find the values that a layer joins as the module around it uses them after the layer."""
     block = trace.caller(owner)
     try:
@@ -187,8 +192,16 @@ def _onward(trace: ModelTrace, owner: str, name: str) -> tuple[Spot, ...]:
         ) from error
     values = trace.values(block)
     return tuple(
-        Spot(f"{name}:{i}", "conv1_pre", block, edges[0], edges[1], values.get(edges[0].node), "", block)
-        for i, edges in enumerate(zip(evaluation, training, strict=True))
+        Site(
+            f"{name}:{index}",
+            block,
+            edge.node,
+            value=values.get(edge.node),
+            edits=Edits(block, edge, training_edge),
+            position="conv1_pre",
+            block=block,
+        )
+        for index, (edge, training_edge) in enumerate(zip(evaluation, training, strict=True))
     )
 
 

@@ -8,7 +8,6 @@ from torch import Tensor, fx, nn
 
 from fxgraft.errors import SiteError, StructureError, TraceError
 from fxgraft.graph.structure.linear import made_by_hooks
-from fxgraft.graph.structure.locate import own_nodes
 from fxgraft.graph.structure.outputs import logits_node
 from fxgraft.graph.structure.pooling import (
     DROPOUTS,
@@ -18,7 +17,7 @@ from fxgraft.graph.structure.pooling import (
     logits_before,
     opened_head,
 )
-from fxgraft.graph.structure.sites import Site, module_site, node_sites
+from fxgraft.graph.structure.site import Site, module_site, node_sites, own_nodes
 from fxgraft.graph.tracing.editing import Span
 from fxgraft.graph.tracing.graph_utils import scope_of
 from fxgraft.graph.tracing.model_trace import ModelTrace

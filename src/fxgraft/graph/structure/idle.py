@@ -12,9 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils import _pytree as pytree
 
 from fxgraft.graph.dataflow.reach import Reach
-from fxgraft.graph.structure.locate import value_at
-from fxgraft.graph.structure.rest_of_network import Captured, Rest
-from fxgraft.graph.tracing.editing import After
+from fxgraft.graph.structure.rest_of_network import Rest
 from fxgraft.graph.tracing.model_trace import ModelTrace
 from fxgraft.graph.tracing.observe import bare_calls, tensors
 from fxgraft.graph.tracing.preserve import preserved_attributes, preserved_modes, preserved_random_state
@@ -31,8 +29,8 @@ def reads_places(trace: ModelTrace, rest: Rest, prefix: int, compute: bool = Fal
         prefix: how many class and register tokens come first.
         compute: whether to look for a gradient as well, where the weights are there.
     """
-    value = value_at(trace, rest.site)
-    others = [*(_captured(trace, each) for each in rest.captured)]
+    value = rest.site.value
+    others = [each.value for each in rest.captured]
     others += [trace.observation.calls[""][0].args[index] for index in rest.inputs]
     if prefix:
         reach = Reach(prefix)
@@ -59,14 +57,6 @@ def _left_alone(trace: ModelTrace) -> Iterator[None]:
         bare_calls(),
     ):
         yield
-
-
-def _captured(trace: ModelTrace, captured: Captured) -> Any:
-    """Return the fake value that the rest of a network needs besides the site's."""
-    if isinstance(captured.edit, After):
-        graph = trace.graph(captured.owner, training=True)
-        return trace.values(captured.owner, graph).get(captured.edit.node)
-    return trace.observation.output(captured.owner)
 
 
 def _gradient(trace: ModelTrace, rest: Rest, value: Tensor, others: list[Any]) -> Tensor | None:

@@ -29,7 +29,7 @@ from fxgraft.graph.dataflow.steps import (
     squashes,
     steps_of,
 )
-from fxgraft.graph.structure.spot import Spot, spot_layout
+from fxgraft.graph.structure.site import Site, edits_of, layout_at
 from fxgraft.graph.tracing.editing import After, Edge, Output
 from fxgraft.graph.tracing.graph_utils import placeholders
 from fxgraft.graph.tracing.model_trace import ModelTrace
@@ -101,36 +101,37 @@ def goes_on(trace: ModelTrace, owner: str, node: str) -> bool:
     return not reached or any(flow.role != "gate" for flow in reached)
 
 
-def without_idle(trace: ModelTrace, spots: list[Spot]) -> list[Spot]:
-    """Leave out the places that no prediction reads: behind them a class token alone goes on, or nothing.
+def without_idle(trace: ModelTrace, sites: list[Site]) -> list[Site]:
+    """Leave out the sites that no prediction reads: behind them a class token alone goes on, or nothing.
 
     Args:
         trace: of the bare model.
-        spots: in running order.
+        sites: in running order.
 
     Raises:
         SiteError: all of them are.
     """
-    kept = [spot for spot in spots if not _is_idle(trace, spot)]
-    if spots and not kept:
+    kept = [site for site in sites if not _is_idle(trace, site)]
+    if sites and not kept:
         raise SiteError(
-            f"Nothing that happens at {spots[-1].name!r} can change a prediction: the logits read its class token "
+            f"Nothing that happens at {sites[-1].name!r} can change a prediction: the logits read its class token "
             "alone.\nChoose an earlier block, or build the model to pool by average (timm: global_pool='avg')."
         )
     return kept
 
 
-def _is_idle(trace: ModelTrace, spot: Spot) -> bool:
+def _is_idle(trace: ModelTrace, site: Site) -> bool:
     follower = _follower(trace)
     try:
-        prefix = spot_layout(trace, spot).prefix
+        prefix = layout_at(trace, site).prefix
         flow = Flow(prefix, 1) if prefix else Flow()
-        if isinstance(spot.edit, After):
-            reached = follower.outward(spot.owner, {spot.edit.node: flow})
-        elif isinstance(spot.edit, Edge):
-            reached = follower.along(spot.owner, spot.edit, flow)
-        elif isinstance(spot.edit, Output):
-            reached = follower.beyond(spot.owner, flow)
+        edits = edits_of(trace, site)
+        if isinstance(edits.evaluation, After):
+            reached = follower.outward(edits.module, {edits.evaluation.node: flow})
+        elif isinstance(edits.evaluation, Edge):
+            reached = follower.along(edits.module, edits.evaluation, flow)
+        elif isinstance(edits.evaluation, Output):
+            reached = follower.beyond(edits.module, flow)
         else:
             return False
     except FxgraftError:  # what cannot be followed to the output is believed

@@ -32,16 +32,14 @@ from fxgraft.graph.structure.joins import (
     residual_joins,
     share_in_branches,
 )
-from fxgraft.graph.structure.layout import layout_of
-from fxgraft.graph.structure.locate import training_name
-from fxgraft.graph.structure.sites import Site, SiteSpec, is_glob, matches, module_site, resolve
-from fxgraft.graph.structure.spot import Spot, direct_spot
+from fxgraft.graph.structure.layout import images_merged, layout_of_value
+from fxgraft.graph.structure.site import Edits, Site, layout_word, module_site, places_in, training_name
+from fxgraft.graph.structure.sites import SiteSpec, is_glob, matches, resolve
 from fxgraft.graph.tracing.editing import After, Edge, Edit, Input
 from fxgraft.graph.tracing.graph_utils import downstream_of, upstream_of
 from fxgraft.graph.tracing.model_trace import ModelTrace
 from fxgraft.graph.tracing.names import join, relative
 from fxgraft.graph.tracing.preserve import preserved_modes, preserved_random_state
-from fxgraft.graph.tracing.values import shape_of
 
 RESIDUAL = (*OF_JOINS, "pre_with_projection", "output")
 PLAIN = ("conv", "norm", "act")
@@ -55,8 +53,8 @@ _NORMS = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.LocalRe
 _KINDS = {"conv": "convolutions", "norm": "norms", "act": "activations"}
 
 
-def spots(trace: ModelTrace, position: str | None = None, layers: SiteSpec | None = None) -> list[Spot]:
-    """Find the places of one position, in running order.
+def positions(trace: ModelTrace, position: str | None = None, layers: SiteSpec | None = None) -> list[Site]:
+    """Find the sites of one position, in running order.
 
     Args:
         trace: of the bare model.
@@ -73,7 +71,7 @@ def spots(trace: ModelTrace, position: str | None = None, layers: SiteSpec | Non
     """
 
     @functools.cache
-    def blocks() -> tuple[str, list[Spot]]:
+    def blocks() -> tuple[str, list[Site]]:
         wanted = usual(trace) if position is None else (position,)
         for each in wanted:
             found = _all(trace, each)
@@ -84,23 +82,23 @@ def spots(trace: ModelTrace, position: str | None = None, layers: SiteSpec | Non
     if layers is None:
         where, found = blocks()
         logits = _from_classifier_on(trace) if where in PLAIN else ()
-        usable = [spot for spot in found if spot.usable and spot.path not in logits]
+        usable = [site for site in found if _holds_places(site) and site.path not in logits]
         if not usable:
             raise _nowhere(trace, where, found)
         left_out = len(found) - len(usable) if where in RESIDUAL else 0
-        return [dataclasses.replace(spot, left_out=left_out) for spot in usable]
+        return [dataclasses.replace(site, left_out=left_out) for site in usable]
     words = list(layers) if isinstance(layers, Iterable) and not isinstance(layers, str) else [layers]
-    chosen: dict[str, Spot] = {}
+    chosen: dict[str, Site] = {}
     for word in words:
-        for spot in _named(trace, word, lambda: blocks()[1]):
-            if not spot.usable:
+        for site in _named(trace, word, lambda: blocks()[1]):
+            if not _holds_places(site):
                 raise SiteError(
-                    f"{spot.name!r} has no positions: its value is "
-                    f"{'no tensor' if spot.value is None else f'of shape {tuple(spot.value.shape)}'}.\n"
+                    f"{site.name!r} has no positions: its value is "
+                    f"{'no tensor' if site.shape is None else f'of shape {site.shape}'}.\n"
                     "Maps or tokens of more than one position are needed, one row of the batch per image.\n"
                     "Choose an earlier layer, or pass the input_size=(C, H, W) that you train at."
                 )
-            chosen[spot.name] = spot
+            chosen[site.name] = site
     if not chosen:
         raise SiteError("No layer was named.\nLeave layers= out for all blocks.")
     return list(chosen.values())
@@ -115,71 +113,71 @@ def position_sites(trace: ModelTrace) -> list[Site]:
     """List every residual join with its positions, each place once, for `fxgraft.sites`."""
     listed = []
     for each in residual_joins(trace):
-        values = trace.values(each.owner)
         seen: list[Edit] = []
         for position in RESIDUAL:
             try:
-                found = _edits(trace, each, position)
+                site = _position(trace, each, position)
             except FxgraftError:  # what cannot be reached from inside of the block is not listed
                 continue
-            if found is None or found[0] in seen:
+            if site is None or site.edits is None or site.edits.evaluation in seen:
                 continue
-            seen.append(found[0])
-            node = found[2]
-            value = values.get(node)
-            layout = layout_of(trace, value, "", strict=False) if isinstance(value, Tensor) else None
-            listed.append(
-                Site(
-                    f"{each.name}:{position}",
-                    each.owner,
-                    node,
-                    op=position if each.kind == "block" else f"{position}, {each.kind}",
-                    shape=shape_of(value),
-                    dtype=str(value.dtype).removeprefix("torch.") if isinstance(value, Tensor) else "",
-                    layout=str(layout) if layout else "",
-                )
-            )
+            seen.append(site.edits.evaluation)
+            layout = layout_word(trace, site.value)
+            listed.append(dataclasses.replace(site, name=f"{each.name}:{position}", layout=layout))
     return listed
 
 
-def _all(trace: ModelTrace, position: str) -> list[Spot]:
+def _all(trace: ModelTrace, position: str) -> list[Site]:
     if position in RESIDUAL:
         return _residual(trace, position)
     return dense_layers(trace, position) if position in DENSE else _plain(trace, position)
 
 
-def _residual(trace: ModelTrace, position: str) -> list[Spot]:
-    found = []
-    for each in residual_joins(trace):
-        edits = _edits(trace, each, position)
-        if edits is not None:
-            value = trace.values(each.owner).get(edits[2])
-            value = value if isinstance(value, Tensor) else None
-            kind = "" if each.kind == "block" else each.kind
-            found.append(Spot(each.name, position, each.owner, *edits[:2], value, "", each.owner, kind=kind))
-    return found
+def _residual(trace: ModelTrace, position: str) -> list[Site]:
+    found = (_position(trace, each, position) for each in residual_joins(trace))
+    return [site for site in found if site is not None]
 
 
-def _edits(trace: ModelTrace, each: Join, position: str) -> tuple[Edit, Edit, str] | None:
-    """Return what to do at a position of a join in evaluation and in training, and the node whose value is there.
+def _position(trace: ModelTrace, each: Join, position: str) -> Site | None:
+    """Return the site of one position of a join, under the join's name; None where the join has no such position."""
+    found = _edits(trace, each, position)
+    if found is None:
+        return None
+    edits, node = found
+    return Site(
+        each.name,
+        each.owner,
+        node,
+        op=position if each.kind == "block" else f"{position}, {each.kind}",
+        value=trace.values(each.owner).get(node),
+        edits=edits,
+        position=position,
+        block=each.owner,
+        kind="" if each.kind == "block" else each.kind,
+    )
+
+
+def _edits(trace: ModelTrace, each: Join, position: str) -> tuple[Edits, str] | None:
+    """Return what to do at a position of a join, and the node of evaluation's graph whose value is there.
 
     Raises:
         StructureError: the position depends on a shortcut that is made outside of the block.
     """
     if position == "output":
         name = _handed_on(trace, each.owner, each.values["post"])
-        return After(name), After(training_name(trace, each.owner, name)), name
+        edits = Edits(each.owner, After(name), After(training_name(trace, each.owner, name)))
+        return edits, name
     known = "pre" if position == "pre_with_projection" else position
     if known not in each.edits:
         return None
-    edits = each.edits[known], each.training_edits.get(known, each.edits[known])
+    pair = each.edits[known], each.training_edits.get(known, each.edits[known])
     if position == "pre_with_projection":
         graphs = [trace.graph(each.owner, training).graph for training in (False, True)]
         identities = (each.edits["identity"], each.training_edits["identity"])
-        wider = zip(graphs, edits, identities, strict=True)
-        edits = tuple(_with_projection(trace, each, graph, *pair) for graph, *pair in wider)
-    evaluation, training = edits
-    return evaluation, training, each.values[known]
+        wider = zip(graphs, pair, identities, strict=True)
+        evaluation, training = (_with_projection(trace, each, *modes) for modes in wider)
+        pair = evaluation, training
+    return Edits(each.owner, *pair), each.values[known]
 
 
 def _with_projection(trace: ModelTrace, each: Join, graph: fx.Graph, pre: Edit, identity: Edit) -> Edit:
@@ -275,7 +273,7 @@ def _operators(trace: ModelTrace, module: nn.Module | None, node: fx.Node, value
     return acting if acting or not names else None
 
 
-def _plain(trace: ModelTrace, position: str) -> list[Spot]:
+def _plain(trace: ModelTrace, position: str) -> list[Site]:
     found = []
     calls = trace.observation.calls
     for path in trace.in_order():
@@ -286,7 +284,7 @@ def _plain(trace: ModelTrace, position: str) -> list[Spot]:
             continue
         site = module_site(trace, path)
         if site.on_module:
-            found.append(direct_spot(trace, site, position))
+            found.append(dataclasses.replace(site, position=position, block=path))
             continue
         called_as = relative(path, site.owner)
         try:
@@ -294,10 +292,17 @@ def _plain(trace: ModelTrace, position: str) -> list[Spot]:
         except TraceError:
             continue
         for number, node in enumerate(n for n in nodes if n.op == "call_module" and n.target == called_as):
-            edit = After(node.name)
-            name = f"{path}_{number}" if number else path
-            output = calls[path][number].output if number < len(calls[path]) else value
-            found.append(Spot(name, position, site.owner, edit, edit, output, path, site.owner))
+            found.append(
+                dataclasses.replace(
+                    site,
+                    name=f"{path}_{number}" if number else path,
+                    node=node.name,
+                    value=calls[path][number].output if number < len(calls[path]) else value,
+                    edits=Edits(site.owner, After(node.name), After(node.name)),
+                    position=position,
+                    block=site.owner,
+                )
+            )
     return found
 
 
@@ -330,52 +335,67 @@ def is_kind(module: nn.Module, kind: str) -> bool:
     )
 
 
-def _named(trace: ModelTrace, word: str | int, every: Callable[[], list[Spot]]) -> list[Spot]:
+def _named(trace: ModelTrace, word: str | int, every: Callable[[], list[Site]]) -> list[Site]:
     """Resolve one word: blocks that it names or holds, else the value that it names."""
     if word == IMAGE and IMAGE not in trace.observation.calls:
         image = trace.observation.calls[""][0].args[0]
-        return [Spot(IMAGE, IMAGE, "", Input(), Input(), image, "", "")]
+        return [Site(IMAGE, "", value=image, edits=Edits("", Input(), Input()), position=IMAGE)]
     if isinstance(word, str) and ":" in word:
         name, _, position = word.rpartition(":")
         if position not in RESIDUAL:
             raise SiteError(
                 f"{word!r} names no position of a residual join.\nThey are {', '.join(map(repr, RESIDUAL))}."
             )
-        exact = [spot for spot in _residual(trace, position) if spot.name == name]
+        found = _residual(trace, position)
+        exact = [dataclasses.replace(site, name=word) for site in found if site.name == name]
         if exact:
-            return [Spot(word, *list(vars(exact[0]).values())[1:])]
+            return exact[:1]
         raise SiteError(
             f"There is no residual join {name!r} with a position {position!r}.\n"
-            f"{candidates(name, [spot.name for spot in _residual(trace, position)])}\n"
+            f"{candidates(name, [site.name for site in found])}\n"
             'fxgraft.sites(model, "residual") lists all of them.'
         )
     blocks = every()
     if isinstance(word, str):
-        wanted = [spot for spot in blocks if _holds(word, spot)]
+        wanted = [site for site in blocks if _holds(word, site)]
         if wanted:
             return wanted
-    sites = resolve(trace, word)
-    found: list[Spot] = []
-    for site in sites:
-        inside = [spot for spot in blocks if site.path and _holds(site.path, spot)]
-        found += [spot for spot in inside if spot.usable] or [direct_spot(trace, site)]
-    return found
+    chosen: list[Site] = []
+    for site in resolve(trace, word):
+        inside = [each for each in blocks if site.path and _holds(site.path, each)]
+        own = dataclasses.replace(site, block=site.path or site.owner)
+        chosen += [each for each in inside if _holds_places(each)] or [own]
+    return chosen
 
 
-def _holds(word: str, spot: Spot) -> bool:
-    """Say whether a word names a spot, its block, or a module around it."""
+def _holds(word: str, site: Site) -> bool:
+    """Say whether a word names a position of a block, the block, or a module around it."""
     if is_glob(word):
-        return matches(word, spot.scope) or matches(word, spot.name)
-    return word in (spot.name, spot.scope) or spot.scope.startswith(word + ".")
+        return matches(word, site.block) or matches(word, site.name)
+    return word in (site.name, site.block) or site.block.startswith(word + ".")
 
 
-def _nowhere(trace: ModelTrace, position: str, found: list[Spot]) -> StructureError | SiteError:
+def _holds_places(site: Site) -> bool:
+    """Say whether a value is maps or tokens of single images, batch first, with more than one place."""
+    value = site.value
+    if (
+        not isinstance(value, Tensor)
+        or value.ndim < 3
+        or not value.is_floating_point()
+        or value.shape[0] != 2
+    ):
+        return False
+    if images_merged(value):
+        return False
+    if layout_of_value(value) is not None:
+        return places_in(value) > 1
+    return value[0].numel() > max(value.shape[1], value.shape[-1])
+
+
+def _nowhere(trace: ModelTrace, position: str, found: list[Site]) -> StructureError | SiteError:
     model = trace.name
     if found:
-        shapes = ", ".join(
-            f"{spot.name} {tuple(spot.value.shape) if spot.value is not None else ''}".strip()
-            for spot in found[:8]
-        )
+        shapes = ", ".join(f"{site.name} {site.shape or ''}".strip() for site in found[:8])
         before = " in front of its classifier" if position in PLAIN else ""
         return SiteError(
             f"No {position!r} of {model}{before} has a map of more than one position: {shapes}.\n"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Any
 
@@ -14,34 +14,28 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.utils import _pytree as pytree
 
 from fxgraft.errors import SiteError, StructureError, TraceError
-from fxgraft.graph.structure.locate import alike, locate, own_nodes, site_edit, training_name
 from fxgraft.graph.structure.outputs import check_logits, logits_node, take_logits
 from fxgraft.graph.structure.probabilities import squashed_end, squashing
-from fxgraft.graph.structure.sites import Site, module_site
+from fxgraft.graph.structure.site import (
+    Edits,
+    Site,
+    alike,
+    edits_of,
+    locate,
+    module_site,
+    own_nodes,
+    training_name,
+)
 from fxgraft.graph.structure.tail import LinearTail, linear_tail, tail_layer
 from fxgraft.graph.tracing.branches import held
 from fxgraft.graph.tracing.compile import compile_graph
-from fxgraft.graph.tracing.editing import After, Edit, Output, is_unit
+from fxgraft.graph.tracing.editing import After, is_unit
 from fxgraft.graph.tracing.graph_utils import cut, downstream_of, placeholders, scope_of, upstream_of
 from fxgraft.graph.tracing.model_trace import ModelTrace
 from fxgraft.graph.tracing.names import ancestors
 from fxgraft.graph.tracing.settings import hooked_output, input_hooked, output_hooked, settings_changed
 from fxgraft.graph.tracing.trace import HOOKED, Traced, readdressed
 from fxgraft.graph.tracing.values import tensor_inputs
-
-
-@dataclass(frozen=True)
-class Captured:
-    """A value that the rest of the network needs besides the site's, recorded as the pass goes by.
-
-    Attributes:
-        key: a name for it, the same on every model of this structure.
-        owner, edit: where it can be recorded.
-    """
-
-    key: str
-    owner: str
-    edit: Edit
 
 
 @dataclass
@@ -51,7 +45,8 @@ class Rest:
     Attributes:
         site: the site it starts from.
         function: ``f(model, z, *captured, *inputs) -> logits``, evaluation behaviour.
-        captured: values from before the site that it needs.
+        captured: values from before the site that it needs, recorded as the pass goes by; their names are the same on
+            every model of this structure.
         inputs: which of the model's own positional inputs it needs (for their shape, mostly).
         children: qualified names of the modules it calls.
         tail: set when the rest is pooling and one linear layer.
@@ -65,7 +60,7 @@ class Rest:
 
     site: Site
     function: Callable[..., Tensor]
-    captured: tuple[Captured, ...]
+    captured: tuple[Site, ...]
     inputs: tuple[int, ...]
     children: tuple[str, ...]
     tail: LinearTail | None
@@ -253,8 +248,10 @@ def rest_of_network(
         )
     without = {} if last is None else {last: tensor_inputs(last, trace.values("", traced))[0]}
     graph, needed, inputs = _cut(traced, start, _all_of_it(traced) if whole else logits, inside, without)
-    where = [("", Output()) if acted is not None else _capture_edit(trace, node) for node in needed]
-    captured = tuple(Captured(f"{name}:{node.name}", *at) for node, at in zip(needed, where, strict=True))
+    keys = {node: f"{name}:{node.name}" for node in needed}
+    captured = tuple(
+        Site(key, "") if acted is not None else _captured(trace, node, key) for node, key in keys.items()
+    )
     children = tuple(dict.fromkeys(str(n.target) for n in graph.nodes if n.op == "call_module"))
     inner = {name: trace.original(name) for name in children}
     tail = linear_tail(trace, site, opened, children, output) if not captured and not inputs else None
@@ -350,13 +347,14 @@ def _bare(node: fx.Node) -> fx.Node:
     return node
 
 
-def _capture_edit(trace: ModelTrace, node: fx.Node) -> tuple[str, Edit]:
-    """Say where a `Capture` unit records the value of a node of the whole model's trace."""
+def _captured(trace: ModelTrace, node: fx.Node, name: str) -> Site:
+    """Return the site of that name where the value of a node of the whole model's trace is recorded."""
     path = str(node.target)
     once = node.op == "call_module" and len(trace.observation.calls.get(path, [])) == 1
     # A module's hooks act behind what is placed on the module itself.
     if once and not output_hooked(trace.module(path)):
-        return site_edit(trace, module_site(trace, path))
+        site = module_site(trace, path)
+        return replace(site, name=name, edits=edits_of(trace, site))
     scope = scope_of(node)
     index = own_nodes(node.graph, scope).index(node)
     local = own_nodes(trace.graph(scope, training=False).graph, None)
@@ -365,7 +363,9 @@ def _capture_edit(trace: ModelTrace, node: fx.Node) -> tuple[str, Edit]:
             f"{node.name!r} in {scope or 'the model'!r} is needed after the site, and cannot be found in that module's "
             "own trace.\nIts forward takes other branches there.\nChoose a site that is the output of a whole module."
         )
-    return scope, After(training_name(trace, scope, local[index].name), last=True)
+    own = local[index].name
+    edits = Edits(scope, After(own, last=True), After(training_name(trace, scope, own), last=True))
+    return Site(name, scope, own, value=trace.values(scope).get(own), edits=edits)
 
 
 def _detached(value: Any) -> Any:

@@ -1,21 +1,38 @@
-"""One site, how a place in a model becomes one, and a list of them that prints as a table."""
+"""One site, how a value in a model becomes one, where a unit acts on it, and a list of sites that prints as a table."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, overload
 
 from rich.table import Table
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
-from fxgraft.errors import TraceError
-from fxgraft.graph.structure.layout import Layout, layout_of, layout_of_value
+from fxgraft.errors import SiteError, TraceError
+from fxgraft.graph.structure.layout import Layout, layout_of, layout_of_value, named_layout
+from fxgraft.graph.tracing.editing import After, Edit, Output, is_unit
+from fxgraft.graph.tracing.graph_utils import scope_of
 from fxgraft.graph.tracing.model_trace import ModelTrace
-from fxgraft.graph.tracing.names import join
+from fxgraft.graph.tracing.names import join, relative
+from fxgraft.graph.tracing.trace import HOOKED, Traced
 from fxgraft.graph.tracing.values import shape_of
+
+
+@dataclass(frozen=True)
+class Edits:
+    """What a unit that acts on a value does to a forward, in each mode.
+
+    Attributes:
+        module: qualified name of the module to graft.
+        evaluation, training: what to do there in that mode, since nodes may be named otherwise in its graph.
+    """
+
+    module: str
+    evaluation: Edit
+    training: Edit
 
 
 @dataclass(frozen=True)
@@ -30,21 +47,43 @@ class Site:
         calls: how often that module is called in one pass.
         checkpointed: whether the call runs under activation checkpointing.
         op: the module's class, or the function.
-        shape: (batch of 2, ...) at the listing's input size, None when it is no tensor.
-        dtype: of the value, without the ``torch.`` prefix.
-        layout: which dimension holds the channels; see `Layout`.
+        value: what is found there, tensors fake, for a batch of 2; None where it isn't known.
+        layout: which dimension holds the channels, where that is seen at once; see `Backbone.layout`.
+        edits: how a unit acts there, where the question that found the site says it; see `edits_of`.
+        position: which position of a block it is ("post", "conv", ...); "" for a value that was named itself.
+        block: qualified name of that block.
+        kind: what the block is where it isn't a usual one, as a `Join` says; "" otherwise.
+        onward: the values that this one was joined from, as what runs after the block goes on using them: a unit that
+            replaces the joined value has to hand its parts on there. Empty where nothing else uses them.
+        left_out: how many positions of the same search were left out: their values have other rows than one per image,
+            or a single place, or no prediction reads them.
     """
 
     name: str
     owner: str
-    node: str
+    node: str = ""
     path: str = ""
     calls: int = 1
     checkpointed: bool = False
     op: str = ""
-    shape: tuple[int, ...] | None = None
-    dtype: str = ""
+    value: Any = field(default=None, compare=False, repr=False)
     layout: str = ""
+    edits: Edits | None = field(default=None, repr=False)
+    position: str = ""
+    block: str = ""
+    kind: str = ""
+    onward: tuple[Site, ...] = field(default=(), repr=False)
+    left_out: int = field(default=0, compare=False, repr=False)
+
+    @property
+    def shape(self) -> tuple[int, ...] | None:
+        """(batch of 2, ...) at the listing's input size; None when the value is no tensor."""
+        return shape_of(self.value)
+
+    @property
+    def dtype(self) -> str:
+        """Of the value, without the ``torch.`` prefix; "" when it is no tensor."""
+        return str(self.value.dtype).removeprefix("torch.") if isinstance(self.value, Tensor) else ""
 
     @property
     def on_module(self) -> bool:
@@ -119,15 +158,10 @@ def call_name(node: fx.Node) -> str:
     return f"{node.target}_{rank}" if rank else str(node.target)
 
 
-def _describe(trace: ModelTrace, value: Any, path: str) -> dict[str, Any]:
-    if not isinstance(value, Tensor):
-        return {}
-    layout = layout_of(trace, value, path, strict=False)
-    return {
-        "shape": shape_of(value),
-        "dtype": str(value.dtype).removeprefix("torch."),
-        "layout": str(layout) if isinstance(layout, Layout) else "",
-    }
+def layout_word(trace: ModelTrace, value: Any, path: str = "") -> str:
+    """Return the layout of a value for listings; "" where it is not seen at once."""
+    layout = layout_of(trace, value, path, strict=False) if isinstance(value, Tensor) else None
+    return "" if layout is None else str(layout)
 
 
 def module_site(trace: ModelTrace, path: str, call: int = 0) -> Site:
@@ -138,12 +172,12 @@ def module_site(trace: ModelTrace, path: str, call: int = 0) -> Site:
     return Site(
         name=path if call == 0 else f"{path}_{call}",
         owner=owner,
-        node="",
         path=path,
         calls=len(calls),
         checkpointed=record.checkpointed,
         op=type(trace.module(path)).__name__,
-        **_describe(trace, record.output, path),
+        value=record.output,
+        layout=layout_word(trace, record.output, path),
     )
 
 
@@ -171,7 +205,8 @@ def node_sites(trace: ModelTrace, owner: str) -> list[Site]:
             op = getattr(node.target, "__name__", str(node.target))
         else:
             continue
-        found.append(Site(join(owner, name), owner, node.name, op=op, **_describe(trace, value, "")))
+        layout = layout_word(trace, value)
+        found.append(Site(join(owner, name), owner, node.name, op=op, value=value, layout=layout))
     return found
 
 
@@ -212,3 +247,116 @@ def places_in(value: Any) -> int:
     """Count the places that a map or tokens have of each image; 0 for anything else, as for attention weights."""
     layout = layout_of_value(value) if isinstance(value, Tensor) else None
     return 0 if layout is None or layout.name == "NC" else layout.canonical(value)[0, 0].numel()
+
+
+def layout_at(trace: ModelTrace, site: Site, name: str | None = None) -> Layout:
+    """Find the layout of a site's value, or check the one that the user names.
+
+    Raises:
+        SiteError: no tensor, a layout that cannot be told, or one that does not fit the value.
+    """
+    value = site.value
+    if not isinstance(value, Tensor):
+        raise SiteError(
+            f"{site.name!r} holds no tensor: {site.op} returns {type(value).__name__}.\n"
+            "fxgraft.sites(model) shows what every layer returns."
+        )
+    if name is not None:
+        return named_layout(trace, value, site.path, name, site.name)
+    inner = site.node and not site.on_module
+    again = (lambda other: other.values(site.owner).get(site.node)) if inner else None
+    return layout_of(trace, value, site.path, again=again) or Layout("NCHW")
+
+
+def edits_of(trace: ModelTrace, site: Site) -> Edits:
+    """Say how a unit acts on a site's value: on the module itself where that is possible.
+
+    A module called once, outside activation checkpointing, is grafted on its output, so that every way of calling it
+    passes the unit; anything else is done inside its owner's graph.
+
+    Raises:
+        SiteError: the two modes differ in what leads there, or the site runs in a region that cannot be opened.
+    """
+    if site.edits is not None:
+        return site.edits
+    if site.on_module:
+        return Edits(site.path, Output(), Output())
+    if site.node:
+        evaluation, training = site.node, training_name(trace, site.owner, site.node)
+    else:
+        evaluation, training = (_node_of_call(trace, site, mode) for mode in (False, True))
+    return Edits(site.owner, After(evaluation), After(training))
+
+
+def _node_of_call(trace: ModelTrace, site: Site, training: bool) -> str:
+    called_as = relative(site.path, site.owner)
+    for node in trace.graph(site.owner, training).graph.nodes:
+        if node.op == "call_module" and node.target == called_as:
+            return node.name
+    raise SiteError(
+        f"{site.name!r} runs under activation checkpointing, in a region that cannot be opened.\n"
+        "What a patch draws must not be drawn again when the region is recomputed in backward.\n"
+        "Switch checkpointing off (model.set_grad_checkpointing(False)) or name a site outside the region."
+    )
+
+
+def training_name(trace: ModelTrace, owner: str, name: str) -> str:
+    """Return the name that a node of a module's evaluation graph has in its training graph.
+
+    What only one mode does (a dropout, a clamp) shifts the numbers that fx gives to nodes of one kind.
+
+    Raises:
+        SiteError: the modes differ in how often they do this, so that it is not clear which is meant.
+    """
+    graphs = [list(trace.graph(owner, training=mode).graph.nodes) for mode in (False, True)]
+    wanted = next(node for node in graphs[0] if node.name == name)
+    same = [[n for n in nodes if n.op == wanted.op and n.target == wanted.target] for nodes in graphs]
+    if len(same[0]) != len(same[1]):
+        raise SiteError(
+            f"{name!r} in {owner or 'the model'!r} is not the same in training and in evaluation.\n"
+            f"It happens {len(same[1])} times in one mode and {len(same[0])} times in the other.\n"
+            "Choose a module's output as the site; fxgraft.sites(model) lists them."
+        )
+    return same[1][same[0].index(wanted)].name
+
+
+def own_nodes(graph: fx.Graph, scope: str | None) -> list[fx.Node]:
+    """List the computing nodes of one module's forward; grafts that were placed there and hooks do not count."""
+    return [
+        node
+        for node in graph.nodes
+        if node.op not in ("placeholder", "output", "get_attr")
+        and (scope is None or scope_of(node) == scope)
+        and not is_unit(node)
+        and HOOKED not in node.meta
+    ]
+
+
+def alike(nodes: list[fx.Node], index: int, node: fx.Node) -> bool:
+    """Say whether the node at a place of another trace does what ``node`` does; traces may differ in branches."""
+    if index >= len(nodes) or nodes[index].op != node.op:
+        return False
+    return node.op == "call_module" or nodes[index].target == node.target
+
+
+def locate(trace: ModelTrace, site: Site, traced: Traced) -> fx.Node:
+    """Find a site's node in a trace of the whole model that opened the modules around it."""
+    if site.path and site.calls == 1:
+        for node in traced.graph.nodes:
+            if node.op == "call_module" and node.target == site.path:
+                return node
+    owner = trace.graph(site.owner, training=False)
+    local = [
+        node
+        for node in own_nodes(owner.graph, None)
+        if node.name == site.node or (not site.node and node.target == relative(site.path, site.owner))
+    ]
+    if local:
+        index = own_nodes(owner.graph, None).index(local[0])
+        matching = own_nodes(traced.graph, site.owner)
+        if alike(matching, index, local[0]):
+            return matching[index]
+    raise SiteError(
+        f"{site.name!r} is not part of the model's forward pass in evaluation mode.\n"
+        "The rest of the network after it cannot be evaluated.\nfxgraft.sites(model) lists what is."
+    )

@@ -1,4 +1,4 @@
-"""Sites: from a user's words (names, globs, stage numbers) to places in a model, and the listing of them."""
+"""From a user's words (names, globs, stage numbers) to sites, and the listing of all sites of a model."""
 
 from __future__ import annotations
 
@@ -6,11 +6,7 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 
 from fxgraft.errors import SiteError, TraceError, candidates
-from fxgraft.graph.structure.site import Site as Site
-from fxgraft.graph.structure.site import Sites as Sites
-from fxgraft.graph.structure.site import last_called
-from fxgraft.graph.structure.site import module_site as module_site
-from fxgraft.graph.structure.site import node_sites as node_sites
+from fxgraft.graph.structure.site import Site, last_called, module_site, node_sites
 from fxgraft.graph.structure.stages import stage_at
 from fxgraft.graph.tracing.model_trace import ModelTrace
 from fxgraft.graph.tracing.trace import is_primitive

@@ -344,3 +344,41 @@ def is_block(trace: ModelTrace, path: str) -> bool:
     module = trace.module(path)
     alike = sum(type(each) is type(module) for each in parent.children())
     return bool(path) and isinstance(parent, (nn.Sequential, nn.ModuleList)) and alike > 1
+
+
+def blocks_before(trace: ModelTrace, site: Site) -> list[Site]:
+    """List the blocks that run before a site and give as many dimensions and channels, the nearest first.
+
+    A block is one of several modules of the same class in one `torch.nn.Sequential` or ``ModuleList``, on the main
+    path: branches that something goes around are parts of one. Those that lie inside of others, and have parts
+    themselves, come behind the rest. Of several values that a block gives, as a map and its size, the first is meant
+    that is like the site's.
+    """
+    main = main_path(trace)
+    calls = trace.observation.calls
+    found = [site.path] if is_block(trace, site.path) else []
+    outer, inner = [], []
+    for path in reversed(trace.in_order()):
+        if path == site.path or main.get(path) is None or not is_block(trace, path):
+            continue
+        if site.path in calls and calls[path][0].order > calls[site.path][0].order:
+            continue
+        inside = any(path.startswith(each + ".") for each in found)
+        if inside and next(trace.module(path).children(), None) is None:
+            continue
+        value = _value_like(trace, path, site.shape or (0,))
+        if value is not None:
+            found.append(path)
+            (inner if inside else outer).append(value)
+    return [*outer, *inner]
+
+
+def _value_like(trace: ModelTrace, path: str, shape: tuple[int, ...]) -> Site | None:
+    """Return where a module's output is, or the first of them that has as many dimensions and channels."""
+
+    def alike(value: Any) -> bool:
+        return isinstance(value, Tensor) and value.ndim == len(shape) and value.shape[-1] == shape[-1]
+
+    if alike(trace.observation.output(path)):
+        return module_site(trace, path)
+    return entry_site(trace, path, alike)

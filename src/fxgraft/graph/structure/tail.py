@@ -7,10 +7,9 @@ from dataclasses import dataclass
 from torch import fx, nn
 
 from fxgraft.errors import SiteError, StructureError, TraceError
-from fxgraft.graph.structure.locate import locate
 from fxgraft.graph.structure.outputs import logits_node
 from fxgraft.graph.structure.pooling import head_in, is_classifier, logits_before
-from fxgraft.graph.structure.sites import Site
+from fxgraft.graph.structure.site import Site, locate
 from fxgraft.graph.tracing.graph_utils import modules_in
 from fxgraft.graph.tracing.model_trace import ModelTrace
 from fxgraft.graph.tracing.names import ancestors

@@ -15,15 +15,15 @@ from fxgraft.extend import (
     Backbone,
     BlockPatch,
     ConfigError,
-    ForwardContext,
     Graft,
     Layout,
     Make,
+    PassView,
     Picture,
     Placement,
+    Site,
     SiteError,
     SiteSpec,
-    Spot,
     Unit,
     View,
     binary_labels,
@@ -161,27 +161,27 @@ class CrossNorm(BlockPatch):
         found = backbone.positions(self.position, self.layers)
         if self.skip_last:
             last = (found if self.layers is None else backbone.positions(self.position))[-1].name
-            found = [spot for spot in found if spot.name != last]
+            found = [site for site in found if site.name != last]
             if not found:
                 raise ConfigError(
                     f"CrossNorm: skip_last leaves out {last!r}, and there is no other unit.\n"
                     "Pass skip_last=False, or layers= with earlier blocks."
                 )
         self._check_active(found)
-        for index, spot in enumerate(found):
-            layout = backbone.layout(spot, self.layout)
+        for index, site in enumerate(found):
+            layout = backbone.layout(site, self.layout)
             if self.crop != "neither" and layout.name not in ("NCHW", "NHWC"):
                 raise SiteError(
-                    f"CrossNorm: crop={self.crop!r} needs maps, and {spot.name!r} holds {layout}.\n"
+                    f"CrossNorm: crop={self.crop!r} needs maps, and {site.name!r} holds {layout}.\n"
                     'A box needs rows and columns.\nPass crop="neither", or layers= with maps.'
                 )
-            unit = make(spot.name, CrossNormUnit, self)
+            unit = make(site.name, CrossNormUnit, self)
             unit.bind(layout=layout, index=index, count=len(found))
-            yield from self.put(backbone, make, spot, unit, evaluation=False)
+            yield from self.put(backbone, make, site, unit, evaluation=False)
 
-    def _check_active(self, found: Sequence[Spot]) -> None:
+    def _check_active(self, found: Sequence[Site]) -> None:
         if self.active is not None and self.active > len(found):
-            names = ", ".join(spot.name for spot in found[:8]) + (", …" if len(found) > 8 else "")
+            names = ", ".join(site.name for site in found[:8]) + (", …" if len(found) > 8 else "")
             raise ConfigError(
                 f"CrossNorm: active={self.active} units cannot be on, since there are {len(found)}: {names}.\n"
                 "Pass a smaller number, or active=None for all of them."
@@ -293,26 +293,26 @@ class CrossNormUnit(Unit):
             return x
         chance = self._chance(run)
         if not chance:
-            run.measure(self.graft, "active", 0)
+            run.measure("active", 0)
             return x
         run.check_images_alone(
-            self.graft, "Statistics of channels would count positions that are padding.", all_positions=True
+            "Statistics of channels would count positions that are padding.", all_positions=True
         )
-        chosen = run.shared(self.graft, "on", lambda: self._draw(run, chance, x.device))
+        chosen = run.shared("on", lambda: self._draw(run, chance, x.device))
         on = draws.among(chosen, self.index, x.device)
         return draws.choose(on, lambda: self.layout.restore(x, self._restyled(self.layout.canonical(x))), x)
 
-    def _chance(self, run: ForwardContext) -> float:
+    def _chance(self, run: PassView) -> float:
         """Return the probability that this pass has units on; with consistency only those that the loss makes."""
-        if run.asked(self.graft, "forced"):
+        if run.asked("forced"):
             return 1.0
         return 0.0 if self.config.consistency else self.config.p
 
-    def _draw(self, run: ForwardContext, chance: float, device: torch.device) -> frozenset[int] | Tensor:
+    def _draw(self, run: PassView, chance: float, device: torch.device) -> frozenset[int] | Tensor:
         """Draw the units of a pass; the first unit to ask draws for all of the graft."""
         active = self.count if self.config.active is None else self.config.active
         chosen = draws.subset(self.count, active, chance, device)
-        run.measure(self.graft, "active", chosen.sum() if isinstance(chosen, Tensor) else len(chosen))
+        run.measure("active", chosen.sum() if isinstance(chosen, Tensor) else len(chosen))
         return chosen
 
     def _restyled(self, x: Tensor) -> Tensor:

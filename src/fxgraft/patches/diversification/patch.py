@@ -281,11 +281,9 @@ class DiversificationUnit(Unit):
     def forward(self, x: Tensor) -> Tensor:
         """Return logits, shaped as the head's own, from the map (B, C, H, W), (B, H, W, C) or (B, N, C)."""
         config = self.config
-        run = self.running()
+        run = self.run
         run.check_images_alone(
-            self.graft,
-            "Class maps of positions that are padding would be damped and averaged.",
-            all_positions=True,
+            "Class maps of positions that are padding would be damped and averaged.", all_positions=True
         )
         found = self.class_maps(run.model, x)
         mask = None
@@ -299,13 +297,13 @@ class DiversificationUnit(Unit):
                 ties=config.ties,
             )
             mask = core.suppression_mask(found, draws, patch=config.patch, ties=config.ties)
-        run.measure(self.graft, "suppressed", 0.0 if mask is None else mask)
+        run.measure("suppressed", 0.0 if mask is None else mask)
         if self.records is not None:
             self.records.append(
                 DiversificationRecord(found.detach().cpu(), None if mask is None else mask.cpu())
             )
         if config.return_maps:
-            run.put(self.graft, "maps", found)
+            run.put("maps", found)
         kept = found if mask is None else core.damp(found, mask, config.alpha)
         logits = kept.mean((2, 3))
         return logits.reshape(*logits.shape, *[1] * (self.head.ndim - 2))
@@ -316,7 +314,7 @@ class WithMapsUnit(Unit):
 
     def forward(self, out: Tensor) -> WithMaps:
         """Return ``out`` with the maps."""
-        return WithMaps(out, self.running().get(self.graft, "maps"))
+        return WithMaps(out, self.run.get("maps"))
 
 
 @contextmanager

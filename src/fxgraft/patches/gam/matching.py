@@ -39,10 +39,10 @@ class SwitchedTap(Tap):
     def forward(self, x: Any) -> Any:
         """Return ``x`` as it is."""
         run = self.current
-        if run is None or not run.asked(self.graft, "listen"):
+        if run is None or not run.asked("listen"):
             return x
         run.check_images_alone(
-            self.graft, "Positions that are padding would be matched and told apart.", all_positions=True
+            "Positions that are padding would be matched and told apart.", all_positions=True
         )
         return super().forward(x)
 
@@ -86,7 +86,7 @@ class MatchedTap(SwitchedTap):
     def forward(self, x: Any) -> Any:
         """Return ``x``, shaped as it is, matched."""
         run = self.current
-        matching: Matching | None = None if run is None else run.asked(self.graft, "matching")
+        matching: Matching | None = None if run is None else run.asked("matching")
         return super().forward(self.fixed(x, self.moments) if matching is None else self.matched(x, matching))
 
     def fixed(self, x: Tensor, moments: Tensor) -> Tensor:

@@ -207,7 +207,7 @@ class GAM(LayeredPatch):
             )
         inner = 0.1 if self.task == "classification" else 1.0
         weights = self.weights or (*[inner] * (len(sites) - 1), 1.0)
-        values = {key: _value(backbone, site, "target") for key, site in sites.items()}
+        values = {key: _value(site, "target") for key, site in sites.items()}
         if self.source is not None:
             source = Backbone.of(self.source, backbone.input_size)
             _check_alike(values, source, _sites(source, layers, "source"))
@@ -313,9 +313,9 @@ def _sites(backbone: Backbone, layers: SiteSpec, network: str) -> dict[str, Site
         ) from error
 
 
-def _value(backbone: Backbone, site: Site, network: str) -> Tensor:
+def _value(site: Site, network: str) -> Tensor:
     """Return the fake tensor at a site, batch of 2."""
-    value = backbone.value(site)
+    value = site.value
     if not isinstance(value, Tensor) or not value.is_floating_point() or value.ndim not in (2, 3, 4):
         found = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
         raise SiteError(
@@ -334,7 +334,7 @@ def _check_alike(values: Mapping[str, Tensor], source: Backbone, sites: Mapping[
             f"{len(sites)} in the source network ({', '.join(sites)}).\nName the taps one by one."
         )
     for (key, value), (name, site) in zip(values.items(), sites.items(), strict=True):
-        other = _value(source, site, "source")
+        other = _value(site, "source")
         if other.shape[1:] != value.shape[1:]:
             raise ConfigError(
                 f"GAM: the tap {key!r} has shape {tuple(value.shape[1:])} in the target network, and {name!r} "

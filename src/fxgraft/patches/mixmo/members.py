@@ -70,7 +70,7 @@ class Members(Unit):
         if run is None or not run.training:
             asked = run is not None and run.options.get("members")
             return torch.stack(out.chunk(members)) if asked else out
-        pairing: Pairing = run.get(self.graft, PAIRING)
+        pairing: Pairing = run.get(PAIRING)
         if out.shape[0] != members * pairing.rows or (members > 1 and pairing.masks is None):
             raise StructureError(
                 f"A training pass of {run.model._get_name()} gave {out.shape[0]} rows of logits for {members} members "
@@ -78,7 +78,7 @@ class Members(Unit):
                 "patch acts in its place, or what follows the classifier does not treat every row by itself.\n"
                 "Call model.train(); to freeze these layers, use requires_grad_(False)."
             )
-        run.remember(self.graft, pairing)
+        run.remember(pairing)
         logits = torch.stack(out.chunk(members))  # a copy, since FSDP warns of outputs that are views
-        run.measure(self.graft, "agreement", 1 - disagreement(logits.detach()))
+        run.measure("agreement", 1 - disagreement(logits.detach()))
         return logits

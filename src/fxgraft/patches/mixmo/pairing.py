@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fxgraft.extend import ConfigError, ForwardContext, TargetError, check_label_range, draws
+from fxgraft.extend import ConfigError, PassView, TargetError, check_label_range, draws
 from fxgraft.patches.mixmo.masks import Mixing, draw_masks, shuffle_roles
 from fxgraft.patches.mixmo.tensors import MixedLabels, balance, dirichlet, one_hot
 
@@ -223,36 +223,32 @@ def check_pairs(graft: str, members: int, own: Sequence[Tensor], labels: Any) ->
     )
 
 
-def check_labels(
-    graft: str, run: ForwardContext, members: int, own: tuple[Tensor, ...], batch: int, classes: int
-) -> None:
+def check_labels(run: PassView, members: int, own: tuple[Tensor, ...], batch: int, classes: int) -> None:
     """Raise unless the labels of a pass are class indices, soft targets or one number for every row that it mixes.
 
     Args:
-        graft: its name.
-        run: the pass.
+        run: the pass, as the graft sees it.
         members: M.
         own: the user's M batches, or none.
         batch: B.
         classes: K.
     """
-    check_pairs(graft, members, own, run.target)
+    check_pairs(run.graft, members, own, run.target)
     parts: Sequence[Any] = run.target if own and run.target is not None else (run.target,)
     for each in parts:
         # Two lists of indices and a mask: the first stands for all of them.
         part = each.first if isinstance(each, MixedLabels) else each
-        found = run.labels(graft, batch, part)
+        found = run.labels(batch, part)
         if classes > 1:
-            check_label_range(graft, found, classes, doubt=run.doubt)
+            check_label_range(run.graft, found, classes, doubt=run.doubt)
         elif found.shape[1:].numel() != 1:
             raise TargetError(
-                f"{graft!r} was given labels of shape {tuple(found.shape)} for one logit per image.\n"
+                f"{run.graft!r} was given labels of shape {tuple(found.shape)} for one logit per image.\n"
                 "One logit has one label, (B,) or (B, 1), in the form that the criterion takes.\n"
                 "Check num_classes of the model."
             )
     if batch == 1 and members > 1 and not own:
         run.tell(
-            graft,
             "small batch",
             "pairs the image of a batch of one with itself: its members see no other image in such a pass.\n"
             "Use larger (micro-)batches, or pair images yourself, fxgraft.mixmo.MixMoInput.",

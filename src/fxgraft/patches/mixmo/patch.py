@@ -311,14 +311,13 @@ class Inputs(Unit):
             )
         if config.members > 1:
             run.check_images_alone(
-                self.graft,
                 "All members but the first see other images, and would see them with the same of these.",
             )
         own: tuple[Tensor, ...] = x.inputs if isinstance(x, MixMoInput) else ()
         images: Tensor = own[0] if own else x  # type: ignore[assignment]
         head: Any = run.model.get_submodule(self.classifier)
         classes: int = head.weight.shape[0]
-        check_labels(self.graft, run, config.members, own, images.shape[0], classes)
+        check_labels(run, config.members, own, images.shape[0], classes)
         repetitions = 1 if own else config.repetitions
         batch, device = images.shape[0], images.device
         orders = (
@@ -328,7 +327,7 @@ class Inputs(Unit):
             images = torch.cat([images] * repetitions)
         size = (images.shape[-2], images.shape[-1]) if images.ndim == 4 else (1, 1)
         pairing = Pairing(config.members, images.shape[0], size, classes, orders, own, run.target)
-        run.put(self.graft, PAIRING, pairing)
+        run.put(PAIRING, pairing)
         return images
 
 
@@ -351,7 +350,7 @@ class MemberUnit(LayerCopies):
     def pairing(self) -> Pairing:
         """Return what the pass mixes."""
         run = self.current
-        found = None if run is None else run.get(self.graft, PAIRING)
+        found = None if run is None else run.get(PAIRING)
         if found is None:
             raise SiteError(
                 f"{self.graft!r} acts inside a training pass of its model.\nCall the model, not its parts, and "
@@ -403,7 +402,7 @@ class Encoders(MemberUnit):
         if not pairing.inputs:
             # Member 0 sees the batch in its order.
             return [x, *(x[order] for order in pairing.permutations[1:])]
-        before, model = self.stem.before, self.running().model
+        before, model = self.stem.before, self.run.model
         hooked = self.stem.hooked(model)
         if hooked:
             raise BypassError(
@@ -417,7 +416,7 @@ class Encoders(MemberUnit):
 
     def _tell_others(self, pairing: Pairing) -> None:
         """Leave labels for the other grafts of the model, who see mixtures: mixed alike."""
-        run = self.running()
+        run = self.run
         if len(grafts_on(run.model)) > 1:
             run.relabel(pairing.mixed_label())
 

@@ -17,7 +17,6 @@ from fxgraft.extend import (
     BypassError,
     Capture,
     ConfigError,
-    ForwardContext,
     FxgraftWarning,
     Graft,
     LayeredPatch,
@@ -42,7 +41,7 @@ from fxgraft.extend import (
 from fxgraft.patches.rsc import tensors as core
 from fxgraft.patches.rsc.picture import mute_panels
 from fxgraft.patches.rsc.presets import PRESETS
-from fxgraft.patches.rsc.probe import Probe, Scoring
+from fxgraft.patches.rsc.probe import Probe
 from fxgraft.patches.rsc.sites import found_sites
 
 
@@ -179,7 +178,7 @@ class RSC(LayeredPatch):
             unit = make(site.name, RSCUnit, self)
             unit.bind(site=site, layout=layout, rest=rest)
             for each in rest.captured:
-                yield backbone.place(each, make(each.key, Capture, each.key), evaluation=False)
+                yield backbone.place(each, make(each.name, Capture, each.name), evaluation=False)
             yield backbone.place(site, unit, evaluation=False)
             if self.saliency == "gradient" and self.scope != "channel" and rest.tail is not None:
                 warnings.warn(
@@ -238,7 +237,6 @@ class RSCUnit(Unit):
     def __init__(self, config: RSC) -> None:
         super().__init__()
         self.config = config
-        self.scoring = Scoring.of(config)
         self.set_progress(0.0)
 
     def set_progress(self, fraction: float) -> None:
@@ -260,23 +258,21 @@ class RSCUnit(Unit):
         vector = self.layout.name == "NC"
         if not self.active or not any(self._drops(vector)):
             if self.current is not None:
-                self._measure(self.current, 0.0, 0.0)
+                self._measure(0.0, 0.0)
             return z
-        run = self.running()
-        run.check_images_alone(
-            self.graft,
+        self.run.check_images_alone(
             "What comes after its site would be looked at without them, and positions that are padding be muted and "
-            "counted as others are.",
+            "counted as others are."
         )
-        target = run.labels(self.graft, z.shape[0])
+        target = self.run.labels(z.shape[0])
         scope = "vector" if vector else self._draw_scope(z.device)
-        return self.layout.multiply(z, self._muting(run, z.detach(), target, scope))
+        return self.layout.multiply(z, self._muting(z.detach(), target, scope))
 
     @torch.no_grad()
-    def _muting(self, run: ForwardContext, z: Tensor, target: Tensor, scope: str) -> Tensor:
+    def _muting(self, z: Tensor, target: Tensor, scope: str) -> Tensor:
         """Return 0 where an entry is muted, else 1: a constant of the second pass, so no mask joins the graph."""
-        probe = Probe(self.scoring, run, self.graft, self.rest, self.layout, z, target)
-        if probe.layer is None and recomputed() and self.rest.averages(run.model):
+        probe = Probe(self, z, target)
+        if probe.layer is None and recomputed() and self.rest.averages(self.run.model):
             raise BypassError(
                 f"{self.graft!r} looks ahead through BatchNorm, whose running statistics moved in the pass that "
                 "activation checkpointing runs again: it would mute something else, and the gradients be wrong.\n"
@@ -285,14 +281,14 @@ class RSCUnit(Unit):
             )
         mask = probe.mask(scope)
         selected = self._select(probe, mask, scope == "vector")
-        self._measure(run, mask == 0, selected)
+        self._measure(mask == 0, selected)
         if self.records is not None:
             self.records.append(RSCRecord(self.site.name, scope, mask.cpu(), selected.cpu()))
         return core.apply_selection(mask, selected)
 
-    def _measure(self, run: ForwardContext, muted: Tensor | float, selected: Tensor | float) -> None:
-        run.measure(self.graft, "muted", muted)
-        run.measure(self.graft, "samples", selected)
+    def _measure(self, muted: Tensor | float, selected: Tensor | float) -> None:
+        self.run.measure("muted", muted)
+        self.run.measure("samples", selected)
 
     def _drops(self, vector: bool) -> tuple[float, ...]:
         """List the shares that a pass may mute."""
@@ -319,8 +315,7 @@ class RSCUnit(Unit):
             return core.vector_select(before, after, self.batch_share)
         count = core.batch_count(batch, self.batch_share)
         if batch and not count:
-            probe.run.tell(
-                self.graft,
+            self.run.tell(
                 "small batch",
                 f"mutes nothing in a batch of {batch}: a share of {self.batch_share:.3g} of it rounds to no sample.\n"
                 "Use larger (micro-)batches, or batch_share=1, which mutes in every sample.",

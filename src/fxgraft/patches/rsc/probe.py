@@ -3,78 +3,44 @@
 from __future__ import annotations
 
 import contextlib
-from dataclasses import dataclass, fields
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from fxgraft.extend import (
     ConfigError,
-    ForwardContext,
-    Layout,
-    Rest,
     WrappedModelError,
     binary_labels,
     check_label_range,
     check_soft_labels,
     draws,
     gathered,
+    look_ahead,
     tail_layer,
 )
-from fxgraft.functional.binary import Probability, two_classes
+from fxgraft.functional.binary import two_classes
 from fxgraft.patches.rsc import tensors as core
 
-
-@dataclass(frozen=True)
-class Scoring:
-    """The options of the patch that a probe follows, under the same names."""
-
-    strategy: core.Strategy
-    saliency: core.Saliency
-    spatial_drop: float
-    channel_drop: float
-    vector_drop: float
-    ignore_index: int
-    probability: Probability | None
-
-    @classmethod
-    def of(cls, patch: Any) -> Scoring:
-        """Take the options out of a patch."""
-        return cls(**{f.name: getattr(patch, f.name) for f in fields(cls)})
+if TYPE_CHECKING:
+    from fxgraft.patches.rsc.patch import RSCUnit
 
 
 class Probe:
     """Looks through the rest of the network from one value, and leaves no trace of having looked.
 
     Args:
-        config: the options.
-        run: the pass.
-        graft: name of the graft.
-        rest: the rest of the network after the site.
-        layout: of the value.
+        unit: at the site of the value, in a pass.
         z: the value, detached.
         target: the labels of the batch.
     """
 
-    def __init__(
-        self,
-        config: Scoring,
-        run: ForwardContext,
-        graft: str,
-        rest: Rest,
-        layout: Layout,
-        z: Tensor,
-        target: Tensor,
-    ) -> None:
-        self.config = config
-        self.run = run
-        self.graft = graft
-        self.rest = rest
-        self.layout = layout
+    def __init__(self, unit: RSCUnit, z: Tensor, target: Tensor) -> None:
+        self.run = unit.run
+        self.config, self.rest, self.layout = unit.config, unit.rest, unit.layout
         self.z = z
         self.target = target
-        self.layer = tail_layer(run.model, rest.tail) if rest.tail is not None else None
+        self.layer = tail_layer(self.run.model, self.rest.tail) if self.rest.tail is not None else None
         self.logits: Tensor | None = None
 
     @property
@@ -121,7 +87,7 @@ class Probe:
             return core.linear_tail_gradient(weight, target, self.canonical.shape[2:].numel())
         if torch.compiler.is_exporting() or torch.jit.is_tracing():  # pyright: ignore[reportPrivateImportUsage]
             raise WrappedModelError(
-                f"torch.export and torch.jit.trace cannot hold a training pass of {self.graft!r} at "
+                f"torch.export and torch.jit.trace cannot hold a training pass of {self.run.graft!r} at "
                 f"{self.rest.site.name!r}.\n"
                 "It looks through the layers behind it with a gradient, and they take no gradient inside of a pass.\n"
                 "Export model.eval(), whose graph is the bare model's, or choose a site that only pooling and a linear "
@@ -154,7 +120,7 @@ class Probe:
 
     def _score(self, z: Tensor) -> tuple[Tensor, Tensor]:
         # The clone keeps an in-place first layer from writing to the leaf.
-        logits = self.run.look_ahead(self.graft, self.rest, z.clone())
+        logits = look_ahead(self.run, self.rest, z.clone())
         flat, target, counts = self._rows(logits)
         return core.label_score(flat * counts.unsqueeze(1), target), logits
 
@@ -168,8 +134,8 @@ class Probe:
         else:
             before = self.logits
             if before is None:
-                before = self.run.look_ahead(self.graft, self.rest, self.z.clone())
-            after = self.run.look_ahead(self.graft, self.rest, self.layout.multiply(self.z, mask))
+                before = look_ahead(self.run, self.rest, self.z.clone())
+            after = look_ahead(self.run, self.rest, self.layout.multiply(self.z, mask))
         return self._probability(before), self._probability(after)
 
     def _probability(self, logits: Tensor) -> Tensor:
@@ -193,14 +159,14 @@ class Probe:
         probability = self.config.probability
         if probability == "softmax" and classes == 1:
             raise ConfigError(
-                f'{self.graft!r} was made with probability="softmax", and the model has one logit.\n'
+                f'{self.run.graft!r} was made with probability="softmax", and the model has one logit.\n'
                 "The softmax of a single logit is 1, whatever the logit is, so that nothing would ever be muted.\n"
                 'Leave probability= out, or pass probability="sigmoid".'
             )
         return probability == "sigmoid" or (probability is None and classes == 1)
 
     def _answers(self, shape: torch.Size) -> tuple[Tensor, Tensor]:
-        return binary_labels(self.graft, self.target, shape, self.config.ignore_index)
+        return binary_labels(self.run.graft, self.target, shape, self.config.ignore_index)
 
     def _checked(self, classes: int, spatial: int = 0) -> Tensor:
         """Check the labels, and return those that lookups may use."""
@@ -208,8 +174,8 @@ class Probe:
         if target.ndim > 1 and not target.is_floating_point():
             ignored = target == self.config.ignore_index
             target = target.where(~ignored, torch.zeros_like(target))
-        target = check_label_range(self.graft, target, classes, spatial, self.run.doubt)
-        check_soft_labels(self.graft, target)
+        target = check_label_range(self.run.graft, target, classes, spatial, self.run.doubt)
+        check_soft_labels(self.run.graft, target)
         return target if ignored is None else self.target.where(ignored, target)
 
 

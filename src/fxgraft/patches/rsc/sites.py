@@ -117,10 +117,10 @@ class _Search:
     def positions(self, site: Site) -> int:
         """Count the positions at a site."""
         layout = self._layout(site)
-        return 1 if layout.name == "NC" else layout.canonical(self.backbone.value(site))[0, 0].numel()
+        return 1 if layout.name == "NC" else layout.canonical(site.value)[0, 0].numel()
 
     def _layout(self, site: Site) -> Layout:
-        value = self.backbone.value(site)
+        value = site.value
         if not isinstance(value, Tensor) or not value.is_floating_point():
             found = type(value).__name__ if not isinstance(value, Tensor) else f"a tensor of {value.dtype}"
             raise SiteError(

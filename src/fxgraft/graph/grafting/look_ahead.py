@@ -1,4 +1,4 @@
-"""Modules that FSDP2 has sharded, run in the middle of its step."""
+"""A look ahead: the logits for another value at a site, in the middle of a pass that notices nothing of it."""
 
 from __future__ import annotations
 
@@ -6,11 +6,28 @@ import contextlib
 from collections.abc import Iterator
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
+
+from fxgraft.graph.grafting.unit import PassView
+from fxgraft.graph.structure.rest_of_network import Rest
+
+
+def look_ahead(run: PassView, rest: Rest, z: Tensor) -> Tensor:
+    """Return the logits for a value at the site that a `Rest` starts from; nothing else notices.
+
+    Args:
+        run: the pass, as the graft sees it that captured what the rest needs besides.
+        rest: the rest of the network.
+        z: the value. Nothing is written to it as long as it is not used elsewhere; pass a clone.
+    """
+    captured = [run.get(each.name) for each in rest.captured]
+    inputs = [run.inputs[index] for index in rest.inputs]
+    with run.model_pass.aside(), _outside_sharded_step(run.model, rest.children):
+        return rest.evaluate(run.model, z, captured, inputs, run.model_pass.calls)
 
 
 @contextlib.contextmanager
-def outside_sharded_step(model: nn.Module, children: tuple[str, ...]) -> Iterator[None]:
+def _outside_sharded_step(model: nn.Module, children: tuple[str, ...]) -> Iterator[None]:
     """Keep what runs in the block out of the step that FSDP2 is in the middle of.
 
     FSDP2 ends its step in a callback of the first backward that passes its modules, which would be that of
