@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
+import pickle
 from collections import OrderedDict
 from functools import partial
 
@@ -15,9 +17,11 @@ from torch import Tensor, fx, nn
 
 import fxgraft
 from fxgraft.errors import SiteError, StructureError
+from fxgraft.graph.structure.positions import positions
+from fxgraft.graph.structure.site import Edits, edits_of
 from fxgraft.graph.structure.sites import SiteSpec, resolve
 from fxgraft.graph.structure.stages import stages
-from fxgraft.graph.tracing.editing import After
+from fxgraft.graph.tracing.editing import After, Output
 from fxgraft.graph.tracing.model_trace import ModelTrace
 from toys import Net, Toy, assert_same, images, net, register_toys, state_of_everything
 
@@ -343,3 +347,21 @@ def test_a_module_that_cannot_be_traced_is_listed_by_its_output() -> None:
 
     model = nn.Sequential(nn.Conv2d(3, 3, 1), Branches())
     assert fxgraft.sites(model, input_size=SIZE).names == ["0", "1"]
+
+
+def test_a_site_knows_its_value_and_a_copy_keeps_its_shape() -> None:
+    (site,) = fxgraft.sites(net(), "stage1", input_size=(3, 8, 8))
+    assert (site.owner, site.shape, site.dtype) == ("", tuple(site.value.shape), "float32")
+    assert f"shape={site.shape}" in repr(site)
+    for twin in (copy.deepcopy(site), pickle.loads(pickle.dumps(site))):
+        assert twin == site
+        assert (twin.shape, twin.dtype, twin.value.device.type) == (site.shape, site.dtype, "meta")
+
+
+@pytest.mark.parametrize("words", ["stage1.0", "stage1.0.add", "stage1.0.add:post"])
+def test_a_site_says_what_a_unit_does_there_in_each_mode(words: str) -> None:
+    trace = ModelTrace(net(), (3, 8, 8))
+    (site,) = positions(trace, "post", words) if ":" in words else resolve(trace, words)
+    edits = edits_of(trace, site)
+    on_module = Edits("stage1.0", Output(), Output())
+    assert edits == (on_module if words == "stage1.0" else Edits("stage1.0", After("add"), After("add")))

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, overload
 
+import torch
 from rich.table import Table
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
@@ -35,7 +36,7 @@ class Edits:
     training: Edit
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Site:
     """One value in a model's forward pass.
 
@@ -66,14 +67,14 @@ class Site:
     calls: int = 1
     checkpointed: bool = False
     op: str = ""
-    value: Any = field(default=None, compare=False, repr=False)
+    value: Any = field(default=None, compare=False)
     layout: str = ""
-    edits: Edits | None = field(default=None, repr=False)
+    edits: Edits | None = None
     position: str = ""
     block: str = ""
     kind: str = ""
-    onward: tuple[Site, ...] = field(default=(), repr=False)
-    left_out: int = field(default=0, compare=False, repr=False)
+    onward: tuple[Site, ...] = ()
+    left_out: int = field(default=0, compare=False)
 
     @property
     def shape(self) -> tuple[int, ...] | None:
@@ -89,6 +90,19 @@ class Site:
     def on_module(self) -> bool:
         """Whether a unit can sit on the module itself: one call, not recomputed in backward."""
         return bool(self.path) and self.calls == 1 and not self.checkpointed
+
+    def __repr__(self) -> str:
+        shown = ("op", "shape", "dtype", "layout", "position")
+        said = [f"{name}={value!r}" for name in shown if (value := getattr(self, name))]
+        return f"Site({', '.join([repr(self.name), *said])})"
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A fake value belongs to the pass that it was seen in, which neither pickles nor travels with a copy.
+        return {**self.__dict__, "value": pytree.tree_map_only(Tensor, _without_pass, self.value)}
+
+
+def _without_pass(fake: Tensor) -> Tensor:
+    return torch.empty(fake.shape, dtype=fake.dtype, device="meta")
 
 
 class Sites(Sequence[Site]):
