@@ -14,10 +14,16 @@ from torch import Tensor, fx, nn
 from torchvision.ops import stochastic_depth
 
 import fxgraft
-from fxgraft.graph.structure.joins import POSITIONS, residual_joins
+from fxgraft.graph.structure.joins import POSITIONS, Join, residual_joins
 from fxgraft.graph.tracing.branches import iadd
 from fxgraft.graph.tracing.editing import After, Edge
 from fxgraft.graph.tracing.model_trace import ModelTrace
+
+
+def edit(join: Join, position: str) -> Any:
+    """What a unit at a position of a join does in evaluation."""
+    edits = join.sites[position].edits
+    return None if edits is None else edits.evaluation
 
 
 class Branch(nn.Sequential):
@@ -152,32 +158,32 @@ class Stack(nn.Module):
 def test_every_form_is_found_once(form: str) -> None:
     (join,) = joins(Stack(FORMS[form]))
     assert join.owner == "block"
-    assert set(join.edits) == set(POSITIONS)
+    assert set(join.sites) == set(POSITIONS)
     graph = ModelTrace(Stack(FORMS[form]), (4, 4, 4)).graph("block", training=False).graph
     total = next(node for node in graph.nodes if f"block.{node.name}" == join.name)
     assert total.target in (operator.add, iadd, torch.add, "add_")
-    assert join.edits["identity"].node in [node.name for node in total.all_input_nodes]
+    assert join.sites["identity"].node in [node.name for node in total.all_input_nodes]
     # A branch ends in front of what drops it.
-    assert join.edits["residual"].node == {"scaled": "mul"}.get(
-        form, next(n.name for n in total.all_input_nodes if n.name != join.edits["identity"].node)
+    assert join.sites["residual"].node == {"scaled": "mul"}.get(
+        form, next(n.name for n in total.all_input_nodes if n.name != join.sites["identity"].node)
     )
-    assert "branch" not in join.edits["identity"].node
-    assert join.edits["post"] == After(total.name)
+    assert "branch" not in join.sites["identity"].node
+    assert edit(join, "post") == After(total.name)
 
 
 @pytest.mark.parametrize("form", ["plus projected", "in place projected", "pre-activated"])
 def test_pre_is_seen_by_the_branch_alone(form: str) -> None:
     (join,) = joins(Stack(FORMS[form]))
     fork = "relu" if form == "pre-activated" else "x"
-    assert join.edits["pre"] == Edge(fork, ("branch",))
-    assert join.edits["identity"].node == "shortcut"
+    assert edit(join, "pre") == Edge(fork, ("branch",))
+    assert join.sites["identity"].node == "shortcut"
 
 
 def test_a_shortcut_given_as_an_argument() -> None:
     (join,) = joins(ByArgument())
     assert join.owner == "inner"
-    assert join.edits["identity"].node == "residual"
-    assert join.edits["pre"] == Edge("x", ("branch",))
+    assert join.sites["identity"].node == "residual"
+    assert edit(join, "pre") == Edge("x", ("branch",))
 
 
 def test_two_arguments_of_different_origin_are_no_join() -> None:
@@ -216,7 +222,7 @@ def test_joins_of_a_model_that_arrives_traced() -> None:
     found = joins(traced, (3, 64, 64))
     assert len(found) == 8
     assert {join.owner for join in found} == {""}
-    assert [j.edits["identity"].node for j in found][:3] == [
+    assert [j.sites["identity"].node for j in found][:3] == [
         "maxpool",
         "layer1_0_act2",
         "layer2_0_downsample_1",
@@ -285,7 +291,7 @@ class TwoStreams(nn.Module):
 def test_reading_a_size_is_no_part_of_a_branch() -> None:
     (join,) = residual_joins(ModelTrace(TwoStreams(), (3, 4, 4)))
     assert join.name == "block.add"
-    assert join.edits["pre"] == Edge("x", ("flatten",))
+    assert edit(join, "pre") == Edge("x", ("flatten",))
 
 
 def _conv(channels: int = 4, groups: int = 1) -> nn.Conv2d:
@@ -398,9 +404,9 @@ def test_a_sum_of_a_layers_parts_within_a_branch_is_none() -> None:
 
 def test_a_block_that_concatenates_the_rest_itself_is_taken_whole() -> None:
     (found,) = joins(nn.Sequential(Partial(), nn.Conv2d(6, 4, 1)))
-    assert found.edits["post"] == After("cat")
-    assert found.edits["residual"] == Edge("branch", ("getitem", "getitem_1"))
-    assert found.edits["identity"] == Edge("x", ("add",))
+    assert edit(found, "post") == After("cat")
+    assert edit(found, "residual") == Edge("branch", ("getitem", "getitem_1"))
+    assert edit(found, "identity") == Edge("x", ("add",))
 
 
 class Partial(nn.Module):

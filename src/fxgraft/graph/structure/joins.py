@@ -42,7 +42,8 @@ from fxgraft.graph.dataflow.steps import (
 )
 from fxgraft.graph.structure.layout import layout_of
 from fxgraft.graph.structure.onward import goes_on
-from fxgraft.graph.tracing.editing import After, Edge, Edit
+from fxgraft.graph.structure.site import Edits, Site
+from fxgraft.graph.tracing.editing import After, Edge
 from fxgraft.graph.tracing.graph_utils import downstream_of, placeholders
 from fxgraft.graph.tracing.model_trace import ModelTrace
 from fxgraft.graph.tracing.names import inside, join, relative
@@ -66,9 +67,7 @@ class Join:
     Attributes:
         name: the owner's qualified name and the addition's node.
         owner: qualified name of the module whose forward adds.
-        edits: what to do at each position, in evaluation's graph.
-        training_edits: the same in the training graph, where nodes may be named otherwise.
-        values: the node in evaluation's graph whose value is found at each position.
+        sites: by position, each under the join's name.
         kind: "block", "depthwise" (a depthwise convolution alone, as of a position encoding) or "part" (on some of the
             channels of the block's value).
         branch: qualified names of the modules that are called between the fork and the end of the branch.
@@ -76,9 +75,7 @@ class Join:
 
     name: str
     owner: str
-    edits: dict[str, Edit]
-    training_edits: dict[str, Edit]
-    values: dict[str, str]
+    sites: dict[str, Site]
     kind: Kind = "block"
     branch: tuple[str, ...] = ()
 
@@ -106,18 +103,14 @@ class _Parts:
     scales: int = 0
     """How many scales lie between the end and the sum."""
 
-    def edits(self) -> dict[str, Edit]:
-        found: dict[str, Edit] = {"identity": _edge(*self.taken), "post": After(self.total.name)}
+    def edits(self) -> dict[str, Edge | After]:
+        found: dict[str, Edge | After] = {"identity": _edge(*self.taken), "post": After(self.total.name)}
         if self.end is not None:
             found["residual"] = _edge(*self.end)
         forked = tuple(user.name for user in self.fork.users if user in self.between)
         if forked:
             found["pre"] = Edge(self.fork.name, forked)
         return found
-
-    def values(self) -> dict[str, str]:
-        found = {"pre": self.fork.name, "identity": self.taken[0].name, "post": self.total.name}
-        return found if self.end is None else found | {"residual": self.end[0].name}
 
 
 def _edge(node: fx.Node, users: tuple[fx.Node, ...]) -> Edge:
@@ -217,9 +210,27 @@ class _Search:
                 name = join(owner, parts.adds_to.name)
                 calls = (str(node.target) for node in sorted(parts.between) if node.op == "call_module")
                 branch = tuple(join(owner, each) for each in calls)
-                edits = parts.edits(), training.edits()
-                found.append(Join(name, owner, *edits, parts.values(), parts.kind, branch))
+                found.append(Join(name, owner, self._sites(owner, name, parts, training), parts.kind, branch))
         return found
+
+    def _sites(self, owner: str, name: str, parts: _Parts, training: _Parts) -> dict[str, Site]:
+        """Return the site of each position of a join."""
+        others = training.edits()
+        usual = parts.kind == "block"
+        return {
+            position: Site(
+                name,
+                owner,
+                edit.node,
+                op=position if usual else f"{position}, {parts.kind}",
+                value=self.trace.values(owner).get(edit.node),
+                edits=Edits(owner, edit, others.get(position, edit)),
+                position=position,
+                block=owner,
+                kind="" if usual else parts.kind,
+            )
+            for position, edit in parts.edits().items()
+        }
 
     def _parts_in(self, owner: str) -> list[_Parts]:
         """Find the joins of one forward by its own graph."""

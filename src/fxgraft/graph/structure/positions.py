@@ -33,7 +33,15 @@ from fxgraft.graph.structure.joins import (
     share_in_branches,
 )
 from fxgraft.graph.structure.layout import images_merged, layout_of_value
-from fxgraft.graph.structure.site import Edits, Site, layout_word, module_site, places_in, training_name
+from fxgraft.graph.structure.site import (
+    Edits,
+    Site,
+    edits_of,
+    layout_word,
+    module_site,
+    places_in,
+    training_name,
+)
 from fxgraft.graph.structure.sites import SiteSpec, is_glob, matches, resolve
 from fxgraft.graph.tracing.editing import After, Edge, Edit, Input
 from fxgraft.graph.tracing.graph_utils import downstream_of, upstream_of
@@ -139,45 +147,28 @@ def _residual(trace: ModelTrace, position: str) -> list[Site]:
 
 
 def _position(trace: ModelTrace, each: Join, position: str) -> Site | None:
-    """Return the site of one position of a join, under the join's name; None where the join has no such position."""
-    found = _edits(trace, each, position)
-    if found is None:
-        return None
-    edits, node = found
-    return Site(
-        each.name,
-        each.owner,
-        node,
-        op=position if each.kind == "block" else f"{position}, {each.kind}",
-        value=trace.values(each.owner).get(node),
-        edits=edits,
-        position=position,
-        block=each.owner,
-        kind="" if each.kind == "block" else each.kind,
-    )
-
-
-def _edits(trace: ModelTrace, each: Join, position: str) -> tuple[Edits, str] | None:
-    """Return what to do at a position of a join, and the node of evaluation's graph whose value is there.
+    """Return the site of one position of a join; None where the join has no such position.
 
     Raises:
         StructureError: the position depends on a shortcut that is made outside of the block.
     """
+    site = each.sites.get({"output": "post", "pre_with_projection": "pre"}.get(position, position))
+    if site is None or site.position == position:
+        return site
     if position == "output":
-        name = _handed_on(trace, each.owner, each.values["post"])
-        edits = Edits(each.owner, After(name), After(training_name(trace, each.owner, name)))
-        return edits, name
-    known = "pre" if position == "pre_with_projection" else position
-    if known not in each.edits:
-        return None
-    pair = each.edits[known], each.training_edits.get(known, each.edits[known])
-    if position == "pre_with_projection":
+        node = _handed_on(trace, each.owner, site.node)
+        edits = Edits(each.owner, After(node), After(training_name(trace, each.owner, node)))
+        site = dataclasses.replace(site, node=node, value=trace.values(each.owner).get(node))
+    else:
+        pre, identity = edits_of(trace, site), edits_of(trace, each.sites["identity"])
         graphs = [trace.graph(each.owner, training).graph for training in (False, True)]
-        identities = (each.edits["identity"], each.training_edits["identity"])
-        wider = zip(graphs, pair, identities, strict=True)
-        evaluation, training = (_with_projection(trace, each, *modes) for modes in wider)
-        pair = evaluation, training
-    return Edits(each.owner, *pair), each.values[known]
+        edits = Edits(
+            each.owner,
+            _with_projection(trace, each, graphs[0], pre.evaluation, identity.evaluation),
+            _with_projection(trace, each, graphs[1], pre.training, identity.training),
+        )
+    op = site.op.replace(site.position, position, 1)
+    return dataclasses.replace(site, op=op, edits=edits, position=position)
 
 
 def _with_projection(trace: ModelTrace, each: Join, graph: fx.Graph, pre: Edit, identity: Edit) -> Edit:
