@@ -101,13 +101,13 @@ def test_a_model_that_takes_its_labels_gets_them(name: str, method: str) -> None
 
 def labels_that_rsc_saw(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
     seen: list[Tensor] = []
-    own = fxgraft.extend.ForwardContextView.labels
+    own = fxgraft.extend.PassView.labels
 
     def labels(self: Any, *args: Any) -> Tensor:
         seen.append(own(self, *args))
         return seen[-1]
 
-    monkeypatch.setattr(fxgraft.extend.ForwardContextView, "labels", labels)
+    monkeypatch.setattr(fxgraft.extend.PassView, "labels", labels)
     return seen
 
 

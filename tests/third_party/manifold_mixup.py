@@ -117,7 +117,7 @@ class MixUnit(extend.Unit):
             self.relabel(run, mixture, on, len(x))
         return extend.draws.choose(on, lambda: mix(x, mixture), x)
 
-    def draw(self, run: extend.ForwardContextView, x: Tensor) -> Mixture:
+    def draw(self, run: extend.PassView, x: Tensor) -> Mixture:
         alpha = torch.full((2,), self.config.alpha, device=x.device)
         on = extend.draws.coin(self.config.p, x.device)
         share, order = torch._sample_dirichlet(alpha)[0], extend.draws.permutation(len(x), x.device)
@@ -129,7 +129,7 @@ class MixUnit(extend.Unit):
         run.remember(mixture)
         return mixture
 
-    def relabel(self, run: extend.ForwardContextView, mixture: Mixture, on: Any, batch: int) -> None:
+    def relabel(self, run: extend.PassView, mixture: Mixture, on: Any, batch: int) -> None:
         """Let the grafts behind this layer see the labels of what they get."""
         labels = run.labels(batch)
         soft = labels if labels.is_floating_point() else F.one_hot(labels, self.classes).float()
