@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -150,11 +150,16 @@ def _compare_labels(context: Context, path: str, out: Any, y: Any) -> None:
 
     Raises:
         TargetError: it is; on an accelerator it may come in one of the next steps, since the device is not waited for.
+        StructureError: a part took them for what it returns, and the loss is for what a classifier behind it does.
     """
     found = context.outputs.records(out)
     shapes = [tuple(each.shape) for each in tensors(out)]
     for record in found:
-        if record.labels is None or (path and not any(shape in record.shapes for shape in shapes)):
+        if record.labels is None:
+            continue
+        if path and not any(shape in record.shapes for shape in shapes):
+            if y is record.labels:
+                _check_classes(path, record.shapes, shapes)
             continue  # behind a part there may be a task of its own
         if record.version is not None and record.version != version_of(record.labels):
             raise TargetError(
@@ -167,6 +172,17 @@ def _compare_labels(context: Context, path: str, out: Any, y: Any) -> None:
         wrong = differ(record.labels, y)
         if wrong is not None and wrong is not False:
             context.doubts.check(wrong, TargetError(_OTHER_LABELS))
+
+
+def _check_classes(path: str, own: Sequence[tuple[int, ...]], shapes: Sequence[tuple[int, ...]]) -> None:
+    """Raise where a part that took labels of classes gives another number of them than the model around it."""
+    if not {shape[1:2] for shape in own} & {shape[1:2] for shape in shapes}:
+        raise StructureError(
+            f"What is patched in the part {path!r} took the labels of this loss for the part's own output, "
+            f"{', '.join(map(str, own))}, and the loss is for {', '.join(map(str, shapes))}.\n"
+            "An encoder that ends in a linear layer or a convolution looks like a classifier; it gives features.\n"
+            "Patch the whole model; layers= takes names inside of the part."
+        )
 
 
 _OTHER_LABELS = (

@@ -292,3 +292,8 @@ def test_consistency_refuses_labels_that_are_no_distribution_unless_it_is_said_w
             fxgraft.TargetError, match=r"no distribution over the classes(?s:.*)probability=\"sigmoid\""
         ):
             fxgraft.loss(model, model(images()), labels, criterion)
+
+
+def test_members_of_a_logit_that_was_squeezed_are_asked_for_with_their_dimension() -> None:
+    with pytest.raises(fxgraft.StructureError, match=r"Return the one logit as \(B, 1\)"):
+        fxgraft.patch(Squeezed(True), "mixmo", input_size=SIZE)

@@ -27,6 +27,34 @@ class Norm(nn.Module):
         return self.norm(self.conv(x).flatten(2).transpose(1, 2)).mean(1)
 
 
+class Embedding(nn.Module):
+    """Ends in a layer with weights, as projections and convolutions of channels do, in front of a classifier."""
+
+    def __init__(self, end: str, classes: int | None = None) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.conv, self.project = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 16, 1)
+        self.embed, self.end = nn.Linear(8, 16), end
+        if classes is not None:
+            self.num_classes = classes
+
+    def forward(self, x: Tensor) -> Tensor:
+        z = self.conv(x).relu()
+        if self.end == "conv":
+            return self.project(z).mean((2, 3))
+        z = self.embed(z.mean((2, 3)))
+        return z.tanh() if self.end == "tanh" else z
+
+
+class Classified(nn.Module):
+    def __init__(self, end: str) -> None:
+        super().__init__()
+        self.encoder, self.head = Embedding(end), nn.Linear(16, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.encoder(x))
+
+
 def headless() -> nn.Module:
     model = net()
     model.fc = nn.Identity()
@@ -46,6 +74,9 @@ FEATURES: dict[str, Any] = {
     "torchvision": (torchvision_headless, "layer4"),
     "own": (headless, "stage2"),
     "norm": (Norm, "conv"),
+    "a projection": (lambda: Embedding("linear", classes=0), "conv"),
+    "a convolution": (lambda: Embedding("conv", classes=0), "conv"),
+    "a bounded projection": (lambda: Embedding("tanh"), "conv"),
 }
 
 
@@ -60,6 +91,21 @@ def test_features_are_refused(case: str) -> None:
     with pytest.raises(fxgraft.StructureError, match=message):
         fxgraft.patch(model, "crossnorm", layers=layer, consistency=True, input_size=SIZE)
     assert type(model) is kind
+
+
+@pytest.mark.parametrize("end", ["linear", "conv"])
+def test_a_part_that_looks_like_a_classifier_is_refused_where_the_loss_is_for_another(end: str) -> None:
+    model = Classified(end)
+    fxgraft.patch(model.encoder, "rsc", layer="conv", input_size=SIZE)
+    with fxgraft.targets(LABELS):
+        out = model(images(size=32))
+    with pytest.raises(
+        fxgraft.StructureError, match=r"part 'encoder' took the labels(?s:.*)\(4, 16\)(?s:.*)\(4, 4\)"
+    ):
+        fxgraft.loss(model, out, LABELS)
+    part = Classified(end).encoder
+    fxgraft.patch(part, "rsc", layer="conv", input_size=SIZE)
+    assert fxgraft.loss(part, part(images(size=32), target=LABELS), LABELS).isfinite()
 
 
 def test_a_part_is_refused_and_the_whole_is_not() -> None:

@@ -220,10 +220,12 @@ def _last_layers(trace: ModelTrace, traced: Traced) -> list[str]:
     out = values(end) if isinstance(end, fx.Node) else None
     if not isinstance(end, fx.Node) or not isinstance(out, Tensor) or out.ndim != 2:
         shape = f"a value of shape {tuple(out.shape)}" if isinstance(out, Tensor) else "several values"
-        raise StructureError(
-            f"{trace.name} returns {shape}, and not one tensor of logits (B, K).\n"
-            "Build the model as a classifier, without auxiliary or distillation outputs."
-        )
+        advice = "Build the model as a classifier, without auxiliary or distillation outputs."
+        if isinstance(out, Tensor) and out.shape.numel() == out.shape[0]:
+            advice = (
+                "Return the one logit as (B, 1), as a classifier gives it; change its shape in the criterion."
+            )
+        raise StructureError(f"{trace.name} returns {shape}, and not one tensor of logits (B, K).\n{advice}")
     carrying = downstream_of(next(node for node in traced.graph.nodes if node.op == "placeholder"))
     waiting, found = [end], list[str]()
     while waiting:
@@ -268,7 +270,7 @@ _ACTIVATIONS = {
     "prelu",
     "selu",
 }
-_ACTIVATIONS |= {"hardsigmoid", "hardtanh", "softplus", "celu", "relu_"}
+_ACTIVATIONS |= {"tanh", "hardsigmoid", "hardtanh", "softplus", "celu", "relu_"}
 _NORM_FUNCTIONS = {"layer_norm", "batch_norm", "group_norm", "instance_norm", "rms_norm"}
 _PASSING = (
     SHAPES | DROPOUTS | SCALES | SUMS | {"float", "to", "interpolate", "upsample", "softmax", "sigmoid"}
@@ -280,8 +282,9 @@ def check_classified(trace: ModelTrace, output: str | int | None = None, returne
     """Raise where what a model returns is seen to be no logits, and does not contain them either.
 
     From the output back over pooling, shapes, sums and factors there is a layer with weights for logits; features end
-    in an activation or a norm, probabilities in a sigmoid or softmax. What declares as many classes as it gives
-    (``num_classes``), what ends otherwise and what cannot be looked into is taken for logits.
+    in an activation or a norm, or are all that a model gives whose ``num_classes`` is 0. Probabilities end in a sigmoid
+    or softmax. What declares as many classes as it gives, what ends otherwise and what cannot be looked into is taken
+    for logits.
 
     Args:
         trace: of the model.
@@ -307,10 +310,13 @@ def check_classified(trace: ModelTrace, output: str | int | None = None, returne
         return
     if not isinstance(value, Tensor) or value.ndim < 2 or _declared(trace) == value.shape[1]:
         return
-    try:
-        _, node, _ = opening(trace, False, lambda traced: _features(trace, traced), alike=True)
-    except (TraceError, StructureError):
-        return
+    if _declared(trace) == 0:
+        node = "a model that says num_classes = 0"
+    else:
+        try:
+            _, node, _ = opening(trace, False, lambda traced: _features(trace, traced), alike=True)
+        except (TraceError, StructureError):
+            return
     if node is None:
         return
     raise StructureError(
