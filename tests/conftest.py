@@ -11,9 +11,9 @@ import pytest
 import torch
 
 import works_with
+from models.toys import register_toys
 from sweeping import thin
 from third_party_package import install
-from toys import register_toys
 from works_with import pytest_addoption, pytest_configure
 
 __all__ = ["pytest_addoption", "pytest_configure"]  # hooks

@@ -1,0 +1,77 @@
+"""``fxgraft compare``: options reach the comparison, and what goes wrong is a message."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+from typer.testing import CliRunner
+
+from fxgraft.cli.commands import app
+from fxgraft.comparison import experiment
+from unit.comparison.images import write_domains
+
+SMALL = ("--model", "test_resnet", "--size", "32", "--epochs", "1", "--batch-size", "8", "--workers", "1")
+
+
+def run(*arguments: str, code: int = 0) -> str:
+    result = CliRunner().invoke(app, ["compare", *arguments], env={"COLUMNS": "150"})
+    assert result.exit_code == code, result.output
+    return result.output
+
+
+def test_a_comparison_from_the_command_line(tmp_path):
+    data = write_domains(tmp_path / "data")
+    out = tmp_path / "out"
+    arguments = (str(data), *SMALL, "--graft", "rsc", "--hold-out", "red", "--seeds", "2", "--out", str(out))
+    text = run(*arguments)
+    assert re.search(r"rsc, red, seed 1: \d+\.\d; about 0 s left", text)
+    assert f"Report: {out / 'report.html'}" in text
+    assert "fxgraft compare" not in text
+    assert (out / "table.md").read_text().count("\n|") == 4
+    assert "left" not in run(*arguments), "nothing is done twice"
+
+
+def test_options_become_arguments(tmp_path, monkeypatch):
+    given = {}
+
+    class StopHere(Exception):  # noqa: N818 - ends the command before it prints
+        pass
+
+    def stand_in(data, **options):
+        given.update(options, data=data)
+        raise StopHere
+
+    monkeypatch.setattr(experiment, "compare", stand_in)
+    CliRunner().invoke(
+        app,
+        [
+            *("compare", "DATA", "--graft", "rsc", "--graft", "rsc + selfnorm", "--hold-out", "all"),
+            *("--seeds", "3,4", "--lr", "0.1", "--set", "amp=true", "--set", "train_crop=0.5"),
+            *("--model-option", "output_stride=8", "--tune", "lr=0.1,0.2", "--tune", "opt=sgd,adamw"),
+            *("--baseline", "adapt_batchnorm", "--corrupt"),
+        ],
+    )
+    assert given["grafts"] == ["rsc", "rsc + selfnorm"]
+    assert (given["hold_out"], given["seeds"], given["corrupt"]) == ("all", [3, 4], True)
+    assert given["training"] == {"lr": 0.1, "amp": True, "train_crop": 0.5}
+    assert given["model_options"] == {"output_stride": 8}
+    assert given["tune"] == {"lr": [0.1, 0.2], "opt": ["sgd", "adamw"]}
+    assert given["baseline"] == "adapt_batchnorm"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("/nowhere/at/all", "--graft", "rsc"), r"There is no /nowhere/at/all"),
+        (("DATA",), r"at least one graft"),
+        (("DATA", "--seeds", "one"), r"--seeds takes a number of seeds"),
+        (("DATA", "--set", "amp"), r"--set takes KEY=VALUE"),
+        (("DATA", "--tune", "lr"), r"--tune takes KEY=VALUE"),
+        (("DATA", "--graft", "rsc:"), r"a colon and no options"),
+    ],
+)
+def test_errors_are_one_plain_message(arguments, message):
+    text = run(*arguments, code=2)
+    assert re.search(message, text)
+    assert "Traceback" not in text

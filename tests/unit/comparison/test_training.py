@@ -1,0 +1,74 @@
+"""Images with draws of their own, and scores."""
+
+from __future__ import annotations
+
+import random
+
+import numpy as np
+import pytest
+import torch
+
+from fxgraft.comparison import training
+from fxgraft.comparison.data import read_data
+from fxgraft.comparison.training import Images, calibration_error
+from unit.comparison.images import write_classes
+
+
+def drawn(image):
+    return torch.rand(1).item(), np.random.rand(), random.random()
+
+
+def test_draws_depend_on_seed_epoch_and_image_alone(tmp_path):
+    items = read_data(write_classes(tmp_path)).tasks[0].train
+    images = Images(items, drawn, 16, seed=3)
+    before = torch.get_rng_state(), np.random.get_state()[1].copy(), random.getstate()
+    batch = images.__getitems__([4, 2, 4])
+    assert torch.equal(torch.get_rng_state(), before[0])
+    assert (np.random.get_state()[1] == before[1]).all()
+    assert random.getstate() == before[2]
+    assert batch == [images[4], images[2], images[4]]
+    assert batch[0] != batch[1]
+    images.epoch = 1
+    assert images[4] != batch[0]
+    assert Images(items, drawn, 16, seed=4)[4] != batch[0]
+
+
+def test_prepared_images_are_made_once(tmp_path):
+    items, calls = read_data(write_classes(tmp_path)).tasks[0].test, []
+
+    def prepare(image):
+        calls.append(image)
+        return image.rotate(90)
+
+    images = Images(items, np.asarray, 16, prepare=prepare)
+    first, again = images[0][0], images[0][0]
+    assert len(calls) == 1
+    assert (first == again).all()
+    assert (first != Images(items, np.asarray, 16)[0][0]).any()
+
+
+def test_the_cache_has_an_end(tmp_path, monkeypatch):
+    items = read_data(write_classes(tmp_path)).tasks[0].train
+    monkeypatch.setattr(training, "_cache", {})
+    monkeypatch.setattr(training, "_cached_bytes", 0)
+    monkeypatch.setattr(training, "_CACHE_BYTES", 3 * 18 * 18 * 5)
+    images = Images(items, np.asarray, 16)
+    for index in range(len(items)):
+        assert images[index][0].shape == (18, 18, 3)
+    assert len(training._cache) == 5
+
+
+@pytest.mark.parametrize("classes", [2, 7])
+def test_the_calibration_error_is_that_of_torchmetrics(classes):
+    metric = pytest.importorskip("torchmetrics.functional.classification").multiclass_calibration_error
+    generator = torch.Generator().manual_seed(0)
+    logits = 3 * torch.randn(200, classes, generator=generator)
+    labels = torch.randint(classes, (200,), generator=generator)
+    wanted = metric(logits.softmax(1), labels, classes)
+    assert calibration_error(logits, labels) == pytest.approx(wanted.item(), abs=1e-6)
+
+
+def test_the_calibration_error_by_hand():
+    """Sure and right, sure and wrong: one bin, 1/2 right, at a probability of 1."""
+    logits = torch.tensor([[100.0, 0.0], [100.0, 0.0]])
+    assert calibration_error(logits, torch.tensor([0, 1])) == pytest.approx(0.5)
