@@ -119,6 +119,6 @@ system/trainers/test_transformers.py::test_accumulated_gradients_are_those_of_on
 _SHARES = {
     **dict.fromkeys(_THIRD.split(), 3),
     **dict.fromkeys(_FOURTH.split(), 4),
-    "comparison/test_demo.py::test_the_surgery_holds_and_the_pairs_are_compared": 0,
+    "unit/comparison/test_demo.py::test_the_surgery_holds_and_the_pairs_are_compared": 0,
 }
 """Of which tests one case in so many is tried in every run, the first among them; 0 is none."""

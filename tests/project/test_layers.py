@@ -49,7 +49,7 @@ LAYERS: list[tuple[str, ...]] = [
     ),
     ("__init__.py", "mixmo.py", "gam.py"),
     ("spec.py", "environment.py"),
-    ("viz/",),
+    ("io/images.py", "viz/"),
     ("comparison/",),
     ("bench/", "integrations/", "timm/"),
     ("cli/",),

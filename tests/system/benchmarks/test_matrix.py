@@ -16,7 +16,7 @@ from tools.readme import own_methods
 from system.contract.test_loops import SITUATIONS
 from works_with import PROPERTY, Matrix, method_of
 
-CONTRACT = Path(__file__).parents[2] / "contract"
+CONTRACT = Path(__file__).parents[1] / "contract"
 MARK = re.compile(r'mark\.works_with\(\s*"([^"]+)"')
 
 

@@ -101,7 +101,7 @@ def test_a_checkpoint_on_a_full_disk(
 def test_a_killed_process(tmp_path: Path, what: str, count: int) -> None:
     tests, source = Path(__file__).parents[2], Path(fxgraft.__file__).parents[1]
     done = subprocess.run(
-        [sys.executable, "-m", "faults.killed", what, str(count), str(tmp_path)],
+        [sys.executable, "-m", "system.faults.killed", what, str(count), str(tmp_path)],
         check=False,
         capture_output=True,
         text=True,
