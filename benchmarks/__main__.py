@@ -104,11 +104,14 @@ def zoo(
     workers: Workers = 2,
     minutes: Minutes = None,
     out: Out = FOLDER,
+    places: Annotated[
+        bool, typer.Option("--places", help="Check as well whether methods are in their places.")
+    ] = False,
 ) -> None:
     """Try every method on every architecture of timm and torchvision, on the meta device."""
     console = Console()
     found = Zoo(out / "zoo.json")
-    run_zoo(found, console, pattern, workers, minutes)
+    run_zoo(found, console, pattern, workers, minutes, places)
     write_text(out / "zoo.md", summary(found))
     plot_zoo(found, out / "zoo.png")
     console.print(coverage(found), markup=False)

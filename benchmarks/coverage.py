@@ -65,6 +65,11 @@ def _built(name: str) -> nn.Module:
     return torchvision.models.get_model(model, weights=None, num_classes=CLASSES, **options)
 
 
+def random_network(name: str) -> nn.Module:
+    """Build an architecture with random weights, for `CLASSES` classes."""
+    return _built(name)
+
+
 def structure(name: str) -> Record:
     """Say what an architecture is made of, so that two of one structure can stand for each other.
 

@@ -2,6 +2,7 @@
 
     python -m benchmarks zoo --minutes 60
     python -m benchmarks zoo --filter "timm/resnet*" --out /tmp/zoo
+    python -m benchmarks zoo --places --minutes 60
 
 Architectures that differ in the number and the width of their blocks alone stand for one another. The smallest of
 every structure comes first, those structures first that most architectures have; then the largest of each, which take
@@ -34,6 +35,7 @@ from rich.progress import (
 )
 
 from benchmarks.coverage import Record, architectures, examine, meta_dirichlet, structure
+from benchmarks.places import check_places
 from fxgraft.environment import environment
 from fxgraft.errors import ConfigError
 from fxgraft.io.atomic_write import write_text
@@ -55,6 +57,7 @@ class Zoo:
     Attributes:
         structures: what each architecture is made of (`benchmarks.coverage.structure`).
         records: what came of those that were tried (`benchmarks.coverage.examine`).
+        places: whether methods are in their places on those that were checked (`benchmarks.places.check_places`).
         environments: the machines and versions that they are from.
 
     Raises:
@@ -65,11 +68,13 @@ class Zoo:
         self.path = path
         self.structures: dict[str, Record] = {}
         self.records: dict[str, Record] = {}
+        self.places: dict[str, Record] = {}
         self.environments: list[dict[str, Any]] = []
         if path.exists():
             try:
                 found = json.loads(path.read_text(encoding="utf-8"))
                 self.structures, self.records = dict(found["structures"]), dict(found["tried"])
+                self.places = dict(found.get("places", {}))
                 self.environments, known = list(found["environments"]), found["protocol"]
             except (ValueError, KeyError, TypeError) as error:
                 raise ConfigError(
@@ -98,6 +103,16 @@ class Zoo:
         order += [name for names in common for name in names]
         return [name for name in dict.fromkeys(order) if name not in self.records]
 
+    def unchecked(self, pattern: str = "*") -> list[str]:
+        """Return the architectures whose places were not checked yet, one of each structure, the smallest first."""
+        known = {self.structures[name].get("structure") for name in self.places if name in self.structures}
+        smallest: dict[str, str] = {}
+        for name in sorted(self.structures, key=lambda name: self.structures[name].get("modules", 0)):
+            what = self.structures[name].get("structure")
+            if what is not None and what not in known and fnmatch.fnmatch(name, pattern):
+                smallest.setdefault(what, name)
+        return list(smallest.values())
+
     def known(self) -> dict[str, Record]:
         """Return what is known by architecture: its own record, or that of the smallest tried of its structure."""
         tried: dict[str, Record] = {}
@@ -119,14 +134,23 @@ class Zoo:
         parts = [
             f'"{title}": {{\n'
             + ",\n".join(f"{json.dumps(k)}: {json.dumps(v)}" for k, v in sorted(each.items()))
-            for title, each in (("structures", self.structures), ("tried", self.records))
+            for title, each in (
+                ("structures", self.structures),
+                ("tried", self.records),
+                ("places", self.places),
+            )
         ]
         # A line for each architecture, so that a difference of two files can be read.
         write_text(self.path, head[:-1] + ", " + "\n},\n".join(parts) + "\n}}\n")
 
 
-def run(zoo: Zoo, console: Console, pattern: str, workers: int, minutes: float | None) -> None:
-    """Try what is missing, until it is done or the time is over; write from time to time."""
+def run(
+    zoo: Zoo, console: Console, pattern: str, workers: int, minutes: float | None, places: bool = False
+) -> None:
+    """Try what is missing, until it is done or the time is over; write from time to time.
+
+    With ``places`` it is checked as well whether methods are in their places, which computes each network.
+    """
     deadline = None if minutes is None else time.monotonic() + 60 * minutes
     context = multiprocessing.get_context("spawn")
     pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_start)
@@ -134,6 +158,7 @@ def run(zoo: Zoo, console: Console, pattern: str, workers: int, minutes: float |
     stages = (
         ("structures", structure, zoo.unseen, zoo.structures),
         ("architectures", examine, zoo.missing, zoo.records),
+        *([("places", check_places, zoo.unchecked, zoo.places)] if places else []),
     )
     with pool, progress_bar(console) as bar:
         for title, task, todo, found in stages:

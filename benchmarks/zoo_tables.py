@@ -6,6 +6,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 
+import yaml
 from tools.readme import markdown_table, own_methods
 
 from benchmarks.coverage import Record, category
@@ -69,7 +70,9 @@ def coverage(zoo: Zoo) -> str:
     others = "".join(f"; {count} {what}" for count, what in left_out if count)
     return "\n".join(
         [
-            f"{counted} of {len(zoo.structures)} architectures, by {len(zoo.records)} of them that were tried{others}.",
+            f"{counted} of {len(zoo.structures)} architectures, by {len(zoo.records)} of them that were tried{others}. "
+            "That they run says nothing about the place: this was decided from their sources for "
+            f"{len(decided())} architectures (`tests/zoo/places`), and checked on {_checked(zoo)} without a table.",
             "",
             markdown_table(("method", "works", "of", "share", "of these not exact"), rows),
             "",
@@ -77,6 +80,24 @@ def coverage(zoo: Zoo) -> str:
             "activation between pooling and classifier; the summary names it.",
         ]
     )
+
+
+def decided() -> list[str]:
+    """List the architectures for which the place of everything was decided from their sources."""
+    tables = sorted(Path(__file__).parents[1].glob("tests/zoo/places/*.yaml"))
+    return [name for table in tables for name in yaml.safe_load(table.read_text(encoding="utf-8"))]
+
+
+def place(name: str, zoo: Zoo) -> bool | None:
+    """Say whether methods are in their places on an architecture; None where it was not checked itself."""
+    wrong = zoo.places.get(name, {}).get("wrong")
+    return None if wrong is None else not wrong
+
+
+def _checked(zoo: Zoo) -> str:
+    found = [right for name in zoo.places if (right := place(name, zoo)) is not None]
+    wrong = len(found) - sum(found)
+    return f"{len(found)}" + (f" ({wrong} of them wrong in something)" if wrong else "")
 
 
 def summary(zoo: Zoo) -> str:
@@ -102,7 +123,23 @@ def summary(zoo: Zoo) -> str:
         "",
         "By model file:",
         "",
-        markdown_table(("model file", *shares(known)), _families(known)),
+        markdown_table(
+            ("model file", *shares(known), "place checked"),
+            [(*row, _placed(row[0], known, zoo)) for row in _families(known)],
+        ),
+        "",
+        "Place checked: of the architectures whose places were looked at, on how many units see images and as many "
+        "channels at every size, the logits read every gate, RSC's default changes every image's logits, and class "
+        "maps average to the logits or say that they do not. What is wrong:",
+        "",
+        markdown_table(
+            ("architecture", "what"),
+            [
+                (name, "; ".join(each["wrong"][:3]))
+                for name, each in sorted(zoo.places.items())
+                if each.get("wrong")
+            ],
+        ),
         "",
         "Not counted: what could not be built, and what takes no training step by itself (encoders without "
         "classes).",
@@ -146,6 +183,12 @@ def _not_counted(zoo: Zoo) -> list[tuple[str, str]]:
     }
     alone = {name: f"alone, {each['bare']}" for name, each in zoo.known().items() if each["bare"] is not None}
     return [(name, " ".join(text.split())) for name, text in sorted({**unbuilt, **alone}.items())]
+
+
+def _placed(family: str, records: dict[str, Record], zoo: Zoo) -> str:
+    found = [place(name, zoo) for name, record in records.items() if record["family"] == family]
+    checked = [right for right in found if right is not None]
+    return f"{sum(checked)}/{len(checked)}" if checked else ""
 
 
 def _families(records: dict[str, Record]) -> list[tuple[str, ...]]:

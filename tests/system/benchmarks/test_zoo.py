@@ -139,6 +139,25 @@ def test_tables(tmp_path: Path) -> None:
     assert (tmp_path / "zoo.png").stat().st_size > 1000
 
 
+def test_places_are_counted_by_themselves(tmp_path: Path) -> None:
+    """One that runs is not counted as checked, and what is wrong is listed."""
+    found = Zoo(tmp_path / "zoo.json")
+    found.structures, found.records = dict(STRUCTURES), dict(RECORDS)
+    assert found.unchecked() == ["timm/d", "timm/a", "timm/b"]
+    found.places = {
+        "timm/a": {"wrong": []},
+        "timm/b": {"wrong": ["a gate", "a map"]},
+        "timm/d": {"failed": "it takes two images"},
+    }
+    found.write()
+    found = Zoo(tmp_path / "zoo.json")
+    assert found.unchecked() == []
+    text = summary(found)
+    assert "and checked on 2 (1 of them wrong in something) without a table." in text
+    assert "| timm/x | 1/3 | 2/3 | 1/3 | 1/2 |" in text
+    assert "| timm/b | a gate; a map |" in text
+
+
 def test_a_run_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tried: list[str] = []
 
@@ -148,6 +167,7 @@ def test_a_run_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(benchmark, "ProcessPoolExecutor", lambda count, **_: ThreadPoolExecutor(count))
     monkeypatch.setattr(benchmark, "examine", examined)
+    monkeypatch.setattr(benchmark, "check_places", lambda name: {"wrong": []})
     path = tmp_path / "zoo.json"
     pattern = "timm/test_*"
     run(Zoo(path), Console(quiet=True), pattern, 2, minutes=0)
@@ -161,6 +181,8 @@ def test_a_run_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert sorted(tried[1:]) == sorted(wanted)
     assert found.unseen(pattern) == found.missing(pattern) == []
     assert len(found.environments) == 1
+    run(Zoo(path), Console(quiet=True), "timm/test_resnet", 2, minutes=None, places=True)
+    assert Zoo(path).places == {"timm/test_resnet": {"wrong": []}}
 
 
 @pytest.mark.parametrize(

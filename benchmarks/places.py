@@ -1,0 +1,158 @@
+"""Is each method in its place on a network, by what has to hold for all of them, without a table?
+
+The network is computed: random weights, two images for shapes and four for values. Units that no prediction reads,
+a default of RSC that mutes nothing, class maps of other logits: each shows there, whatever the structure says.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+import fxgraft
+from benchmarks.coverage import SIZES, Record, random_network
+from fxgraft.errors import FxgraftError
+from fxgraft.graph.dataflow.steps import is_drop
+from fxgraft.graph.structure.layout import layout_of
+from fxgraft.graph.structure.outputs import take_logits
+from fxgraft.graph.structure.positions import spots
+from fxgraft.graph.tracing.model_trace import ModelTrace
+from fxgraft.graph.tracing.observe import default_input_size
+
+IMAGES = 4
+_NORMS = nn.modules.batchnorm._NormBase
+
+
+def check_places(name: str) -> Record:
+    """Check one architecture of the zoo.
+
+    Returns:
+        "wrong": what does not hold, a sentence each; an empty list where all of it does. Or "failed", an error.
+    """
+    warnings.simplefilter("ignore")
+    torch.manual_seed(0)
+    try:
+        model = random_network(name)
+        return {"wrong": wrong_places(model, SIZES.get(name) or default_input_size(model))}
+    except Exception as error:  # as without methods: some want more than images
+        return {"failed": f"{type(error).__name__}: {error}".splitlines()[0][:200]}
+
+
+def wrong_places(model: nn.Module, size: tuple[int, ...]) -> list[str]:
+    """List what is wrong about where methods go on a network with weights, whose state this changes.
+
+    Args:
+        model: with weights; all of them are moved a little, since many branches start at zero.
+        size: (C, H, W) of its images.
+    """
+    x = torch.randn(IMAGES, *size)
+    _warm(model, x)
+    return [*_units(model, size), *_gates(model, x), *_muted(model, x), *_class_maps(model, x)]
+
+
+@torch.no_grad()
+def _warm(model: nn.Module, x: Tensor) -> None:
+    """Leave no weight at its start, and let BatchNorm know its values."""
+    for parameter in model.parameters():
+        if parameter.is_floating_point():
+            parameter.add_(0.02 * torch.randn_like(parameter))
+    norms = [each for each in model.modules() if isinstance(each, _NORMS)]
+    momenta = [each.momentum for each in norms]
+    for each in norms:
+        each.momentum = 1.0
+    _training(model, frozen=False)(x)
+    for each, momentum in zip(norms, momenta, strict=True):
+        each.momentum = momentum
+
+
+def _training(model: nn.Module, frozen: bool = True) -> nn.Module:
+    """Switch a network to training without what is drawn at random, and with BatchNorm as in evaluation if frozen.
+
+    So that what one image does changes no other image's logits.
+    """
+    model.train()
+    for each in model.modules():
+        if is_drop(each) or (frozen and isinstance(each, _NORMS)):
+            each.eval()
+    return model
+
+
+def _units(model: nn.Module, size: tuple[int, ...]) -> Iterator[str]:
+    """Units of residual blocks see images, and as many channels at every size."""
+    channels, *side = size
+    seen: list[dict[str, int]] = []
+    for factor in (1, 2):
+        try:
+            trace = ModelTrace(model, (channels, *(factor * n for n in side)))
+            found: dict[str, int] = {}
+            for spot in spots(trace):
+                if not isinstance(spot.value, Tensor) or spot.value.shape[0] != 2:
+                    yield f"{spot.name!r} has another batch than the images"
+                    continue
+                layout = layout_of(trace, spot.value, spot.path)
+                found[spot.name] = 0 if layout is None else layout.canonical(spot.value).shape[1]
+            seen.append(found)
+        except FxgraftError:  # it takes images of one size, or has no place for units
+            break
+    if len(seen) == 2:
+        yield from (
+            f"{name!r} has {count} channels, and {seen[1][name]} with larger images"
+            for name, count in seen[0].items()
+            if seen[1].get(name, count) != count
+        )
+
+
+def _gates(model: nn.Module, x: Tensor) -> Iterator[str]:
+    """The logits read every gate of SelfNorm."""
+    try:
+        fxgraft.patch(model, "selfnorm", input_size=tuple(x.shape[1:]))
+    except FxgraftError:
+        return
+    (graft,) = fxgraft.grafts(model)
+    logits = take_logits(_training(model, frozen=False)(x))
+    (logits * torch.randn_like(logits)).sum().backward()
+    for key, unit in graft.units.items():
+        gradients = [each.grad for each in unit.parameters()]
+        if not any(each is not None and bool(each.any()) for each in gradients):
+            yield f"no logit reads SelfNorm's gate at {key!r}"
+    model.zero_grad()
+    fxgraft.unpatch(model, "selfnorm")
+
+
+def _muted(model: nn.Module, x: Tensor) -> Iterator[str]:
+    """Each image's logits change when RSC mutes all positions."""
+    bare = take_logits(_training(model)(x)).detach()
+    try:
+        fxgraft.patch(
+            model, "rsc", scope="spatial", spatial_drop=1.0, batch_share=1.0, input_size=tuple(x.shape[1:])
+        )
+    except FxgraftError:
+        return
+    labels = (
+        torch.arange(IMAGES) % bare.shape[1]
+        if bare.ndim == 2
+        else torch.zeros(IMAGES, *bare.shape[2:]).long()
+    )
+    muted = take_logits(_training(model)(x, target=labels)).detach()
+    fxgraft.unpatch(model, "rsc")
+    same = int((muted == bare).flatten(1).all(1).sum())
+    if same:
+        yield f"RSC mutes everything, and the logits of {same} of {IMAGES} images are the same"
+
+
+def _class_maps(model: nn.Module, x: Tensor) -> Iterator[str]:
+    """The maps of the diversification block average to the logits, where it does not say that they do not."""
+    bare = take_logits(_training(model)(x)).detach()
+    try:
+        fxgraft.patch(model, "diversification", alpha=1.0, patch=1, input_size=tuple(x.shape[1:]))
+    except FxgraftError:
+        return
+    (graft,) = fxgraft.grafts(model)
+    mapped = take_logits(_training(model)(x)).detach()
+    exact = not graft.patch.inexact(graft)
+    fxgraft.unpatch(model, "diversification")
+    if exact and not torch.allclose(mapped, bare, rtol=1e-3, atol=1e-3 * float(bare.abs().max())):
+        yield f"class maps average to other logits, {float((mapped - bare).abs().max()):.2g} apart"
