@@ -75,7 +75,9 @@ What a method can do beyond this:
 - Ask the `Backbone`: ``sites``, ``positions`` inside blocks, ``layout``, ``joins``, ``head``, ``stems``,
   ``classifiers``, ``rest`` (the network after a site, as a function), ``absorber`` (who can take in a scale).
   A `Site` is one value of the forward pass: it knows its ``name``, its ``owner`` (the module whose forward holds it)
-  and its fake ``value``.
+  and its fake ``value``. A backbone looks at a shadow of the model, ``backbone.model``, so that nothing of it shows on
+  the model; a layer that a unit keeps is the model's own, ``backbone.module(path)``. The same model and options give
+  the same places: a graft is asked for them again only where the model has changed.
 - Place units: ``backbone.place`` at a site, ``before`` and ``after`` the model, ``instead`` of a module,
   ``replace_head``. Units come from ``make(key, UnitClass, *args)``; ``unit.bind(...)`` holds what is found again on
   every model. ``set_progress``, ``stale`` and ``restart`` of a `Unit` follow a schedule, notice a changed model, and

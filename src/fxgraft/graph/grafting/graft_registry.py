@@ -336,16 +336,15 @@ def _news(kept: UnitSnapshot, wanted: Sequence[Graft], names: dict[int, str]) ->
         before = next((then for now, then in kept.units if now is graft.units), None)
         if not before:  # a graft that is new
             continue
-        units = list(graft.units.values())
+        units = {id(unit): unit for unit in graft.units.values()}
         for unit in before.values():
-            if unit.restarts or all(each is not unit for each in units):
+            if unit.restarts or id(unit) not in units:
                 where = names.get(id(unit), graft.name)
                 lost += [f"{where}.{name}" for name in unit.state_dict()]
                 made += [graft.name] if unit.registered else []
         known = {id(unit) for unit in before.values()}
-        made += [
-            graft.name for unit in units if id(unit) not in known and any(True for _ in unit.parameters())
-        ]
+        fresh = (unit for each, unit in units.items() if each not in known)
+        made += [graft.name for unit in fresh if any(True for _ in unit.parameters())]
     if not made:
         return ""
     shown = ", ".join(lost[:8]) + (f" and {len(lost) - 8} more" if len(lost) > 8 else "")

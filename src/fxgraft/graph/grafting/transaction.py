@@ -135,7 +135,7 @@ def _erasing(plan: Plan) -> list[Step]:
 
 def _writing_again(plan: Plan) -> list[Step]:
     """Return the steps that bring back what is written now: like `_writing`, and children in their order."""
-    holders = [holder for holder, *_ in plan.units()]
+    holders = dict.fromkeys(holder for holder, *_ in plan.units())
     return [*_writing(plan), *(step for holder in holders for step in refilling(holder._modules))]
 
 
