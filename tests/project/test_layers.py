@@ -173,7 +173,7 @@ def test_the_graph_layer_works_without_the_methods() -> None:
 
 def test_the_house_is_one_of_small_rooms() -> None:
     lengths = [len(file.read_text().splitlines()) for file in FILES if file.name != "__init__.py"]
-    assert statistics.median(lengths) < 180
+    assert statistics.median(lengths) < 200
 
 
 @pytest.mark.parametrize("file", FILES, ids=name_of)
