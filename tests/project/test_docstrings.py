@@ -19,7 +19,8 @@ MODULES = [
 
 
 @pytest.mark.parametrize("module", MODULES)
-def test_examples_run(module: str) -> None:
+def test_examples_run(module: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)  # examples write files
     loaded = importlib.import_module(module)
     with_examples = [each for each in doctest.DocTestFinder().find(loaded) if each.examples]
     assert with_examples
