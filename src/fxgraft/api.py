@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any, TypeVar
 
 import torch
@@ -39,7 +39,9 @@ from fxgraft.graph.tracing.preserve import preserved_random_state
 from fxgraft.inspection import Plan, Summary, plan_of, summary_of
 from fxgraft.patches.base import Patch
 from fxgraft.patches.options import is_number
+from fxgraft.patches.presets import Preset
 from fxgraft.patches.registry import build
+from fxgraft.spec import parse_grafts
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -73,7 +75,9 @@ def patch(
     Args:
         model: a timm or torchvision backbone, or any module from one image batch to logits. It keeps its class
             (as a subclass of it), weights, hooks and ``state_dict`` keys.
-        method: name of a method (see `fxgraft.methods`), or the patch itself: ``fxgraft.RSC(layer=-1)``.
+        method: name of a method (see `fxgraft.methods`); a text with its options, ``"rsc:layer=layer4"``; several
+            grafts, ``"rsc + selfnorm"``, which are put on all together or not at all (`fxgraft.spec` has the grammar);
+            or the patch itself: ``fxgraft.RSC(layer=-1)``.
         preset: settings that the method's authors published, by name; ``fxgraft info METHOD`` lists them. Options
             given besides win over the preset's. On a network of another structure than the published one it warns.
         name: what to call the graft, by default the method's name. Needed to use a method twice.
@@ -88,49 +92,90 @@ def patch(
         FxgraftError: what is wrong, why, and what to do; the model is then as it was.
     """
     check_model(model)
-    if preset is not None:
-        options = {"preset": preset, **options}
-    if isinstance(method, Patch):
-        if options:
-            raise ConfigError(
-                f"{type(method).__name__} is given with its options; {', '.join(options)} cannot be added here.\n"
-                f"Pass fxgraft.{type(method).__name__}({', '.join(f'{k}=...' for k in options)})."
-            )
-        wanted = method
-    else:
-        wanted = build(method, options)
+    given = {"preset": preset, "name": name, "input_size": input_size}
+    asked = _asked(method, {key: value for key, value in given.items() if value is not None} | options)
     registry = registry_of(model)
-    present = registry.grafts if registry is not None else []
-    graft = Graft(name or wanted.method, wanted, input_size=input_size)
-    _check_new(graft, present, name is not None)
-    with _published(graft):
+    wanted: list[Graft] = list(registry.grafts) if registry is not None else []
+    present = len(wanted)
+    for chosen, size, settings in asked:
+        graft = Graft(chosen or settings.method, settings, input_size=size)
+        _check_new(graft, wanted, chosen is not None)
+        wanted.append(graft)
+    if dry_run and len(asked) > 1:
+        raise ConfigError(
+            f"A dry run plans one graft, and {method!r} has {len(asked)}.\n"
+            "Each is planned beside those that are on the model.\nPlan them one by one."
+        )
+    with _published(wanted[present:]):
         if dry_run:
-            return _plan(model, graft)
+            return _plan(model, wanted[-1])
         if registry is not None:
             registry.renew_stale(model)
-        (registry or GraftRegistry()).install(model, [*present, graft])
+        (registry or GraftRegistry()).install(model, wanted)
     return model
 
 
-@contextmanager
-def _published(graft: Graft) -> Iterator[None]:
-    """Say it where a preset was published for a network of another structure than the one that gets it."""
-    preset = graft.patch.published_as
-    if preset is None or preset.structure is None:
-        yield
-        return
-    network = str(preset.training.network).partition(", from ")[0]
-    what = f"The preset {preset.name!r} of {graft.patch.method!r} was published for {network}"
-    with because(f"{what}, {preset.structure}."):
-        yield
-    built = graft.patch.built(graft)
-    if built is not None and not preset.structure.like(built):
-        warnings.warn(
-            f"{what}: {preset.structure}. This network has {built}.\nThe same places are there, and the units are "
-            "on them; what was published holds for the other network.",
-            FxgraftWarning,
-            stacklevel=5,
+def _asked(
+    method: str | Patch, options: dict[str, Any]
+) -> list[tuple[str | None, tuple[int, int, int] | None, Patch]]:
+    """Read what is to be put on: each graft's name and input size, None where they are not given, and its settings."""
+    if isinstance(method, Patch):
+        further = {key: value for key, value in options.items() if key not in ("name", "input_size")}
+        if further:
+            raise ConfigError(
+                f"{type(method).__name__} is given with its options; {', '.join(further)} cannot be added here.\n"
+                f"Pass fxgraft.{type(method).__name__}({', '.join(f'{k}=...' for k in further)})."
+            )
+        return [(options.get("name"), options.get("input_size"), method)]
+    if not isinstance(method, str) or not set(method) & set(":+"):
+        specs = [(method, dict(options))]
+    else:
+        parsed = parse_grafts(method)
+        shared = options if len(parsed) == 1 else {k: v for k, v in options.items() if k == "input_size"}
+        unclear = sorted(
+            {*options} - {*shared} | {k for spec in parsed for k in spec.options.keys() & shared.keys()}
         )
+        if unclear:
+            raise ConfigError(
+                f"{method!r} is given with its options, and {', '.join(unclear)} as well.\n"
+                "Of several grafts, or of two values, it isn't clear which one is meant.\n"
+                "Write them into the text, as METHOD:key=value."
+            )
+        specs = [(spec.method, {**spec.options, **shared}) for spec in parsed]
+    return [
+        (own.pop("name", None), _size(own.pop("input_size", None)), build(known, own)) for known, own in specs
+    ]
+
+
+def _size(given: Any) -> Any:
+    return tuple(given) if isinstance(given, list) else given
+
+
+@contextmanager
+def _published(grafts: Sequence[Graft]) -> Iterator[None]:
+    """Say it where a preset was published for a network of another structure than the one that gets it."""
+    presets = [(graft, preset) for graft in grafts if (preset := graft.patch.published_as) is not None]
+    known = [
+        (graft, preset.structure, _source(graft, preset)) for graft, preset in presets if preset.structure
+    ]
+    with ExitStack() as reasons:
+        for _, structure, what in known:
+            reasons.enter_context(because(f"{what}, {structure}."))
+        yield
+    for graft, structure, what in known:
+        built = graft.patch.built(graft)
+        if built is not None and not structure.like(built):
+            warnings.warn(
+                f"{what}: {structure}. This network has {built}.\nThe same places are there, and the units are "
+                "on them; what was published holds for the other network.",
+                FxgraftWarning,
+                stacklevel=5,
+            )
+
+
+def _source(graft: Graft, preset: Preset) -> str:
+    network = str(preset.training.network).partition(", from ")[0]
+    return f"The preset {preset.name!r} of {graft.patch.method!r} was published for {network}"
 
 
 def _check_new(graft: Graft, present: Sequence[Graft], named: bool) -> None:

@@ -1,8 +1,24 @@
-"""Patches as one string, on command lines and in settings: ``rsc:layer=layer4,spatial_drop=0.5``."""
+"""Grafts as text, on command lines, in files and in `fxgraft.patch`: ``rsc:layer=layer4,spatial_drop=0.5 + selfnorm``.
+
+The grammar::
+
+    grafts  = graft { " + " graft }                a plus sign between blanks
+    graft   = method [ ":" option { "," option } ]
+    option  = key "=" value
+    value   = a Python literal: 0.5, -1, True, None, 'text', (1, 2), [1, 2], {'a': 1}
+            | true, false, none                    in any case
+            | [word, word, ...] or (word, ...)     a list, of literals and words
+            | anything else                        a string: layer4, layer[34].*, stages.3
+
+Commas and plus signs inside of brackets and quotes belong to the value, blanks around words do not. Brackets and
+quotes are balanced. A key comes once, and ``preset``, ``name`` and ``input_size`` are keys as well. Nothing is
+evaluated. What a method makes of its options is not a matter of the grammar.
+"""
 
 from __future__ import annotations
 
 import ast
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -17,7 +33,7 @@ _BRACKETS = {")": "(", "]": "[", "}": "{"}
 
 @dataclass(frozen=True)
 class PatchSpec:
-    """One patch as written on the command line.
+    """One graft as text.
 
     Attributes:
         text: what was written, blanks at the ends removed.
@@ -50,36 +66,60 @@ def parse_patch_spec(text: str) -> PatchSpec:
     method, colon, rest = written.partition(":")
     method = method.strip()
     if not method.replace("-", "_").isidentifier():
-        raise ConfigError(f"The patch {text!r} does not start with the name of a method.\n{_FORM}.")
+        raise ConfigError(f"The graft {text!r} does not start with the name of a method.\n{_FORM}.")
     if colon and not rest.strip():
-        raise ConfigError(f"The patch {text!r} has a colon and no options.\n{_FORM}.")
+        raise ConfigError(f"The graft {text!r} has a colon and no options.\n{_FORM}.")
     options: dict[str, Any] = {}
     for part in _split(rest, text) if colon else ():
         key, equals, value = (piece.strip() for piece in part.partition("="))
         if not equals or not value or not key.isidentifier():
             raise ConfigError(
-                f"{part.strip()!r} in the patch {text!r} is not key=value.\n{_FORM}; several values go in brackets, "
+                f"{part.strip()!r} in the graft {text!r} is not key=value.\n{_FORM}; several values go in brackets, "
                 "as layers=[layer3,layer4]."
             )
         if key in options:
-            raise ConfigError(f"The patch {text!r} gives {key!r} twice.\n{_FORM}.")
+            raise ConfigError(f"The graft {text!r} gives {key!r} twice.\n{_FORM}.")
         if key in _TAKEN:
-            raise ConfigError(f"{key!r} in the patch {text!r} is no option of a method.\n{_FORM}.")
+            raise ConfigError(f"{key!r} in the graft {text!r} is no option of a method.\n{_FORM}.")
         options[key] = _value(value)
     return PatchSpec(written, method, options)
 
 
+def split_grafts(text: str) -> list[str]:
+    """Split ``GRAFT + GRAFT + ...`` at the plus signs between blanks that lie outside brackets and quotes."""
+    return [part.strip() for part in _split(text, text, "+")]
+
+
+def parse_grafts(text: str) -> list[PatchSpec]:
+    """Read ``GRAFT + GRAFT + ...``; raises as `parse_patch_spec`."""
+    return [parse_patch_spec(part) for part in split_grafts(text)]
+
+
 def describe(method: str, options: Mapping[str, Any]) -> str:
-    """Write a method and its options the way the command line takes them."""
-    settings = ",".join(f"{key}={value}" for key, value in options.items())
+    """Write a method and its options so that `parse_patch_spec` reads them again, words without quotes if it can."""
+    settings = ",".join(f"{key}={_word(value)}" for key, value in options.items())
     return f"{method}:{settings}" if settings else method
+
+
+def _word(value: Any) -> str:
+    if not isinstance(value, str):
+        return repr(value)
+    try:
+        plain = (
+            parse_patch_spec(f"x:value={value}").options == {"value": value} and len(split_grafts(value)) == 1
+        )
+    except ConfigError:
+        plain = False
+    return value if plain else repr(value)
 
 
 def _value(word: str) -> Any:
     if word.lower() in _CONSTANTS:
         return _CONSTANTS[word.lower()]
     try:
-        return ast.literal_eval(word)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of odd escapes
+            return ast.literal_eval(word)
     except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
         inner = word[1:-1]
         if word[0] + word[-1] not in ("[]", "()") or set(inner) & {*_BRACKETS, *_BRACKETS.values()}:
@@ -87,8 +127,8 @@ def _value(word: str) -> Any:
         return [_value(each.strip()) for each in inner.split(",") if each.strip()]
 
 
-def _split(text: str, whole: str) -> list[str]:
-    """Split at the commas that lie outside brackets and quotes."""
+def _split(text: str, whole: str, separator: str = ",") -> list[str]:
+    """Split at the commas outside brackets and quotes, or at another sign where it stands between blanks."""
     parts, start, quote = [], 0, ""
     open_brackets: list[str] = []
     for index, sign in enumerate(text):
@@ -101,10 +141,14 @@ def _split(text: str, whole: str) -> list[str]:
         elif sign in _BRACKETS:
             # Glob sites such as `layer[34]` bring balanced brackets; a lone one is a slip of the pen.
             if not open_brackets or open_brackets.pop() != _BRACKETS[sign]:
-                raise ConfigError(f"The patch {whole!r} closes a {sign!r} that was never opened.\n{_FORM}.")
-        elif sign == "," and not open_brackets:
+                raise ConfigError(f"The graft {whole!r} closes a {sign!r} that was never opened.\n{_FORM}.")
+        elif sign == separator and not open_brackets:
+            if separator != "," and not (
+                text[index - 1 : index].isspace() and text[index + 1 : index + 2].isspace()
+            ):
+                continue
             parts.append(text[start:index])
             start = index + 1
     if quote or open_brackets:
-        raise ConfigError(f"The patch {whole!r} leaves a {quote or open_brackets[-1]!r} open.\n{_FORM}.")
+        raise ConfigError(f"The graft {whole!r} leaves a {quote or open_brackets[-1]!r} open.\n{_FORM}.")
     return [*parts, text[start:]]

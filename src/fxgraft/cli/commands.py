@@ -18,7 +18,8 @@ from rich.console import Console
 from typer.core import TyperGroup
 
 from fxgraft.cli.compare import compare, demo
-from fxgraft.cli.completion import complete_method, complete_model, complete_spec
+from fxgraft.cli.completion import complete_method, complete_model
+from fxgraft.cli.graft_options import GraftFileOption, GraftOption, PatchOption, chosen_grafts
 from fxgraft.cli.show import show
 from fxgraft.errors import ConfigError, FxgraftError
 
@@ -52,15 +53,6 @@ app.command()(show)
 app.command()(compare)
 app.command()(demo)
 
-PatchOption = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--patch",
-        metavar="SPEC",
-        help="METHOD:key=value,…; may be given several times.",
-        autocompletion=complete_spec,
-    ),
-]
 ModelArgument = Annotated[
     str,
     typer.Argument(help="resnet50, timm/resnet50, torchvision/resnet50, …", autocompletion=complete_model),
@@ -121,12 +113,8 @@ def merge(
     ],
     out: Annotated[Path, typer.Option(help="The file to write.")] = Path("model.safetensors"),
     model: Annotated[str | None, typer.Option(help="Backbone, where the checkpoint does not say.")] = None,
-    graft: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="SPEC", help="METHOD:key=value,…, as the model was patched; may be given several times."
-        ),
-    ] = None,
+    graft: GraftOption = None,
+    graft_file: GraftFileOption = None,
     num_classes: Annotated[
         int | None, typer.Option(help="Classes; read from the weights without it.")
     ] = None,
@@ -136,8 +124,9 @@ def merge(
     """Fold a trained model's grafts into stock weights, for timm.create_model(..., checkpoint_path=...)."""
     from fxgraft.cli.merging import merge_file
 
+    specs = [spec.text for spec in chosen_grafts(graft, graft_file)]
     said = merge_file(
-        source, out, model=model, grafts=graft or (), classes=num_classes, input_size=input_size, ema=ema
+        source, out, model=model, grafts=specs, classes=num_classes, input_size=input_size, ema=ema
     )
     typer.echo(said)
 
@@ -158,6 +147,8 @@ def info(
 @app.command()
 def bench(
     model: ModelArgument,
+    graft: GraftOption = None,
+    graft_file: GraftFileOption = None,
     patch: PatchOption = None,
     batch: Annotated[int, typer.Option(help="Images per call.")] = 16,
     size: Annotated[int, typer.Option(help="Side of the images.")] = 224,
@@ -181,13 +172,12 @@ def bench(
     os.environ.setdefault("KINETO_LOG_LEVEL", "6")
     from fxgraft.bench.overhead import measure
     from fxgraft.io.atomic_write import write_text
-    from fxgraft.spec import parse_patch_spec
 
-    if not patch:
+    specs = chosen_grafts(graft, graft_file, patch)
+    if not specs:
         raise ConfigError(
-            "Nothing to measure: give at least one --patch, for example --patch rsc:layer=layer4."
+            "Nothing to measure: give at least one --graft, for example --graft rsc:layer=layer4."
         )
-    specs = [parse_patch_spec(text) for text in patch]
     if json is not None:
         # Before the measurement: a file that cannot be written should not cost minutes first.
         _open_for_writing(json)

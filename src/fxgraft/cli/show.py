@@ -9,8 +9,10 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from fxgraft.cli.completion import complete_model, complete_shown, complete_spec
+from fxgraft.cli.completion import complete_model, complete_shown
+from fxgraft.cli.graft_options import GraftFileOption, GraftOption, PatchOption, chosen_grafts
 from fxgraft.errors import ConfigError
+from fxgraft.spec import PatchSpec
 
 MAPS = "maps"
 """Another name for the picture of the diversification block: class maps."""
@@ -34,14 +36,9 @@ def show(
     images: Annotated[
         list[Path] | None, typer.Argument(metavar="[IMAGE]...", help="With a method: what to look at.")
     ] = None,
-    patch: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="SPEC",
-            autocompletion=complete_spec,
-            help="METHOD:key=value,…; with a model, may be given several times. With maps: side of a patch.",
-        ),
-    ] = None,
+    graft: GraftOption = None,
+    graft_file: GraftFileOption = None,
+    patch: PatchOption = None,
     out: Annotated[
         Path | None,
         typer.Option(
@@ -68,7 +65,7 @@ def show(
 ) -> None:
     """Show what patches change in a model, or what a method does with an image.
 
-    fxgraft show resnet50 --patch rsc:layer=layer4 --out graph.svg
+    fxgraft show resnet50 --graft rsc:layer=layer4 --out graph.svg
 
     fxgraft show rsc photo.jpg --model resnet50 --pretrained
 
@@ -76,29 +73,28 @@ def show(
     """
     if images:
         options = {"weights": weights, "classes": classes, "pretrained": pretrained}
-        _show_method(what, images, patch or [], out, model, size, top, head, seed, **options)
+        texts = [*(spec.text for spec in chosen_grafts((), graft_file)), *(graft or ()), *(patch or ())]
+        _show_method(what, images, texts, out, model, size, top, head, seed, **options)
     else:
-        _show_model(what, patch or [], out, mode, size)
+        _show_model(what, chosen_grafts(graft, graft_file, patch), out, mode, size)
 
 
-def _show_model(name: str, patches: list[str], out: Path | None, mode: Mode, size: int | None) -> None:
+def _show_model(name: str, specs: list[PatchSpec], out: Path | None, mode: Mode, size: int | None) -> None:
     import fxgraft
     from fxgraft.graph.grafting.views import view_grafts
     from fxgraft.models import build_model
-    from fxgraft.spec import parse_patch_spec
     from fxgraft.viz.code_difference import differences
 
     if name in (*fxgraft.methods(), MAPS):
         raise ConfigError(
             f"{name!r} is a method, and there is no image to show it on.\n"
             f"Give one: fxgraft show {name} photo.jpg. What it changes in a model: "
-            f"fxgraft show resnet50 --patch {name if name != MAPS else 'diversification'}."
+            f"fxgraft show resnet50 --graft {name if name != MAPS else 'diversification'}."
         )
-    if not patches:
-        raise ConfigError("Nothing to show: give at least one --patch, for example --patch rsc:layer=layer4.")
+    if not specs:
+        raise ConfigError("Nothing to show: give at least one --graft, for example --graft rsc:layer=layer4.")
     network = build_model(name, input_size=size)
-    for text in patches:
-        spec = parse_patch_spec(text)
+    for spec in specs:
         shape = {} if size is None else {"input_size": (3, size, size)}
         fxgraft.patch(network, spec.method, **{**shape, **spec.options})
     parts = view_grafts(network, training=mode is Mode.training)
@@ -113,7 +109,7 @@ def _show_model(name: str, patches: list[str], out: Path | None, mode: Mode, siz
     elif out is not None:
         from fxgraft.viz.graphs import draw_graph
 
-        draw_graph(parts, out, f"{name} with {', '.join(patches)}, in {mode.value}")
+        draw_graph(parts, out, f"{name} with {', '.join(spec.text for spec in specs)}, in {mode.value}")
         typer.echo(f"\n{out}: the graphs of {len(parts)} kinds of grafted modules")
 
 
@@ -149,7 +145,7 @@ def _show_method(
             continue
         spec = parse_patch_spec(text)
         if spec.method != wanted:
-            raise ConfigError(f"--patch {text!r} is for {spec.method!r}, and {wanted!r} is shown.")
+            raise ConfigError(f"--graft {text!r} is for {spec.method!r}, and {wanted!r} is shown.")
         options |= spec.options
     side = 224 if size is None else size
     pixels = read_images(images, side)

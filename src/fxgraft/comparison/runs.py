@@ -26,7 +26,7 @@ from fxgraft.comparison.training import (
 )
 from fxgraft.errors import ConfigError
 from fxgraft.models import Model, build_model, load_weights
-from fxgraft.spec import describe, parse_patch_spec
+from fxgraft.spec import describe, parse_patch_spec, split_grafts
 
 BARE = "bare"
 ADAPT_BATCHNORM = "adapt_batchnorm"
@@ -65,7 +65,7 @@ def parse_variant(text: str) -> Variant:
     """
     grafts: list[tuple[str, dict[str, Any]]] = []
     adaptation: str | dict[str, Any] | None = None
-    parts = [each.strip() for each in text.split(" + ")]
+    parts = split_grafts(text)
     for part in parts:
         if part == BARE and (len(parts) == 1 or part is parts[0]):
             continue

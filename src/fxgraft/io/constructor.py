@@ -10,9 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import importlib
 import json
-import sys
 import types
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -27,7 +25,7 @@ from fxgraft.graph.grafting.state import foreign_forward, state_of
 from fxgraft.graph.grafting.unit import Unit
 from fxgraft.graph.tracing.names import STATE, join
 from fxgraft.graph.tracing.preserve import preserved_random_state
-from fxgraft.models import build_model
+from fxgraft.models import build_model, imported
 
 LIBRARIES = ("timm", "torchvision", "transformers", "python")
 _REFUSED = (
@@ -215,7 +213,7 @@ def make(made: Constructor) -> nn.Module:
     elif made.library == "transformers":
         model = _transformers(made, options)
     else:
-        model = _imported(made.name)(**options)
+        model = imported(made.name)(**options)
         if not isinstance(model, nn.Module):
             raise ConfigError(f"{made.name!r} returned a {type(model).__name__}, and not a torch.nn.Module.")
     modules = dict(model.named_modules())
@@ -235,22 +233,6 @@ def _transformers(made: Constructor, options: dict[str, Any]) -> nn.Module:
     if not (isinstance(cls, type) and issubclass(cls, transformers.PreTrainedModel)) or made.config is None:
         raise ConfigError(f"transformers {transformers.__version__} has no model {made.name!r}.")
     return cls(cls.config_class.from_dict(made.config), **options)
-
-
-def _imported(path: str) -> Callable[..., Any]:
-    """Return what ``package.module:function`` names; modules of the working directory are found too."""
-    module, _, name = path.partition(":")
-    here = str(Path.cwd())
-    added = here not in sys.path
-    if added:
-        sys.path.insert(0, here)
-    try:
-        return getattr(importlib.import_module(module), name)
-    except (AttributeError, ValueError) as error:
-        raise ConfigError(f"Cannot import {path!r}: {error}\nWrite it as package.module:function.") from error
-    finally:
-        if added:
-            sys.path.remove(here)
 
 
 def load_constructed(made: Constructor, trust: bool, file: Path) -> nn.Module:
@@ -273,13 +255,13 @@ def load_constructed(made: Constructor, trust: bool, file: Path) -> nn.Module:
         )
     try:
         return make(made)
-    except ImportError as error:
-        raise RecipeError(
-            f"{which}, which cannot be imported: {error}.\n"
-            "It is not installed here, or not where Python looks for it.\n"
-            "Install it, or build the model otherwise and pass model=."
-        ) from error
     except Exception as error:  # whatever the constructor raises
+        if isinstance(error, ImportError) or isinstance(error.__cause__, ImportError):
+            raise RecipeError(
+                f"{which}, which cannot be imported: {str(error).splitlines()[0]}\n"
+                "It is not installed here, or not where Python looks for it.\n"
+                "Install it, or build the model otherwise and pass model=."
+            ) from error
         raise RecipeError(
             f"{which}, which fails here: {error}\n"
             "Its library is of another version, perhaps, or the recipe was changed.\n"

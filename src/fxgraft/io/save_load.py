@@ -209,13 +209,9 @@ def save(
 
 
 def _entry(graft: Graft) -> dict[str, Any]:
-    options = {
-        f.name: getattr(graft.patch, f.name)
-        for f in dataclasses.fields(graft.patch)
-        if f.init and getattr(graft.patch, f.name) != f.default
-    }
+    options = graft.patch.to_dict()
     size = list(graft.input_size) if graft.input_size else None
-    return {"name": graft.name, "method": graft.patch.method, "options": options, "input_size": size}
+    return {"name": graft.name, "method": options.pop("method"), "options": options, "input_size": size}
 
 
 def unshared(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -113,6 +113,39 @@ class Patch(Placer):
         object.__setattr__(made, "published_as", found)
         return made
 
+    @classmethod
+    def from_dict(cls: type[P], data: Mapping[str, Any]) -> P:
+        """Make the patch from what `to_dict` returned, or from options that a file gives.
+
+        >>> import fxgraft
+        >>> fxgraft.RSC.from_dict({"method": "rsc", "layers": "layer4"}) == fxgraft.RSC(layer="layer4")
+        True
+
+        Args:
+            data: options by name; "method" may be among them, and "preset".
+
+        Raises:
+            ConfigError: it is of another method, or has an option that the method does not take.
+        """
+        options = {key: tuple(value) if isinstance(value, list) else value for key, value in data.items()}
+        if not cls.method or options.pop("method", cls.method) != cls.method:
+            raise ConfigError(
+                f"{cls.__name__}.from_dict got options of {data.get('method')!r}.\n"
+                "Each method reads its own.\nCall it on the class of that method, fxgraft.methods()[name]."
+            )
+        preset = options.pop("preset", None)
+        check_known(cls, cls.method, options)
+        return cls(**options) if preset is None else cls.preset(preset, **options)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the method's name and the options that are not at their defaults, as JSON and YAML hold them."""
+        options = {
+            f.name: list(value) if isinstance(value := getattr(self, f.name), tuple) else value
+            for f in dataclasses.fields(self)
+            if f.init and getattr(self, f.name) != f.default
+        }
+        return {"method": self.method, **options}
+
     def place(self, backbone: Backbone, make: Make) -> Iterable[Placement | list[Placement]]:
         """Say which units go where on a bare model.
 

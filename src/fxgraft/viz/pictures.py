@@ -38,7 +38,7 @@ def check_picture(method: str) -> None:
     if method not in (known := methods_with_pictures()):
         raise ConfigError(
             f"{method!r} has no picture.\nThere are pictures of {', '.join(map(repr, known))}.\n"
-            f"What it changes in a model: fxgraft show MODEL --patch {method}."
+            f"What it changes in a model: fxgraft show MODEL --graft {method}."
         )
 
 

@@ -300,6 +300,9 @@ ERRORS: dict[str, tuple[tuple[str, ...], str]] = {
     "nothing": ((), "no script to run.*python -m fxgraft.timm train.py"),
     "no graft": (("SCRIPT", "x"), "nothing to graft.*--graft rsc"),
     "no value": (("SCRIPT", "--graft"), "--graft is the last word"),
+    "no file": (("SCRIPT", "--graft-file"), "--graft-file is the last word"),
+    "a file that is not there": (("SCRIPT", "--graft-file", "nowhere.yaml"), "cannot be read: No such file"),
+    "no method in a file": (("SCRIPT", "IMAGES", "--graft-file=GRAFTS"), "no method 'rcs'.*'rsc'"),
     "not there": (("--graft", "rsc", "nowhere.py"), r"no script 'nowhere\.py'.*timm's repository"),
     "option before": (("--epochs", "3", "SCRIPT", "--graft", "rsc"), "'--epochs' stands before the script"),
     "grammar": (("SCRIPT", "--graft", "rsc:layer"), "not key=value.*METHOD:key=value.*for example rsc"),
@@ -333,7 +336,9 @@ def test_mistakes_are_one_plain_message(
         "IMAGES": images,
         "EMPTY": tmp_path / "empty.py",
         "WEIGHTS": tmp_path / "old.pth",
+        "--graft-file=GRAFTS": f"--graft-file={tmp_path / 'grafts.yaml'}",
     }
+    (tmp_path / "grafts.yaml").write_text("- {method: rcs, layer: layer4}")
     if "WEIGHTS" in words:
         with Grafting(["witness"]):
             weights = timm.create_model("test_resnet", num_classes=CLASSES).state_dict()

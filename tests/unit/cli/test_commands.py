@@ -67,12 +67,13 @@ def test_sites_of_torchvision(arguments):
         (("sites", "torchvision/resnet5o"), r"torchvision has no model 'resnet5o'.*'resnet50'"),
         (("sites", "keras/resnet50"), r"Write 'resnet50', 'timm/resnet50' or 'torchvision/resnet50'"),
         (("info", "rcs"), r"no method 'rcs'.*'rsc'"),
-        (("bench", "resnet18"), r"at least one --patch"),
-        (("bench", "resnet18", "--patch", "rsc:"), r"a colon and no options"),
-        ((*BENCH, "--patch", "rcs"), r"'rsc'"),
-        ((*BENCH, "--patch", "rsc:layer=layer9"), r"layer9"),
-        ((*BENCH, "--patch", "rsc:batch_share=2"), r"batch_share"),
-        ((*BENCH, "--patch", "rsc", "--device", "warp"), r"no device 'warp'"),
+        (("bench", "resnet18"), r"at least one --graft"),
+        (("bench", "resnet18", "--graft", "rsc:"), r"a colon and no options"),
+        ((*BENCH, "--graft-file", "nowhere.yaml"), r"cannot be read: No such file"),
+        ((*BENCH, "--graft", "rcs"), r"'rsc'"),
+        ((*BENCH, "--graft", "rsc:layer=layer9"), r"layer9"),
+        ((*BENCH, "--graft", "rsc:batch_share=2"), r"batch_share"),
+        ((*BENCH, "--graft", "rsc", "--device", "warp"), r"no device 'warp'"),
     ],
 )
 def test_errors_are_one_plain_message_and_exit_code_2(arguments, message):
@@ -85,7 +86,7 @@ def test_errors_are_one_plain_message_and_exit_code_2(arguments, message):
 def test_bench_refuses_a_file_it_cannot_write(tmp_path):
     blocker = tmp_path / "file"
     blocker.touch()
-    _, err = run(*BENCH, "--patch", "rsc", "--json", str(blocker / "inside.json"), code=2)
+    _, err = run(*BENCH, "--graft", "rsc", "--json", str(blocker / "inside.json"), code=2)
     assert "Cannot write" in err
 
 
@@ -215,7 +216,9 @@ def test_option_docs_reads_google_docstrings_and_inherits():
 
 def test_bench_prints_a_table_and_writes_the_same_numbers(tmp_path):
     file = tmp_path / "deep" / "bench.json"
-    out, _ = run(*BENCH, "--patch", "rsc:layer=layer4", "--json", str(file))
+    grafts = tmp_path / "grafts.yaml"
+    grafts.write_text("- {method: rsc, layer: layer4}")
+    out, _ = run(*BENCH, "--graft-file", str(grafts), "--json", str(file))
     report = OverheadReport.from_json(file.read_text())
     assert report.patches == ("rsc:layer=layer4",)
     assert json.loads(file.read_text())["batch"] == 2
@@ -225,7 +228,7 @@ def test_bench_prints_a_table_and_writes_the_same_numbers(tmp_path):
 
 def test_bench_says_how_far_it_is_and_how_long_it_takes_where_no_bar_can_be_drawn():
     arguments = [each for each in BENCH if each not in ("--rounds", "1", "--min-run-time", "0")]
-    out, err = run(*arguments, "--quick", "--patch", "rsc:layer=layer4")
+    out, err = run(*arguments, "--quick", "--graft", "rsc:layer=layer4")
     assert "rounds: 3;" in out
     assert re.search(r"^measuring: 1 of 18, about \d+ s left$", err, re.MULTILINE)
     assert err.splitlines()[-1].startswith("measuring: 18 of 18")

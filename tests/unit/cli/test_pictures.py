@@ -167,7 +167,7 @@ def test_the_command_says_what_is_wrong(photo, tmp_path):
     other.write_text("no image")
     assert "as an image" in run("show", "maps", str(other), *SIZE, code=2)
     assert "larger than the class maps of 3×3" in run(
-        "show", "maps", str(photo), *SIZE, "--patch", "4", code=2
+        "show", "maps", str(photo), *SIZE, "--graft", "4", code=2
     )
     missing = run("show", "maps", str(photo), *SIZE, "--weights", str(tmp_path / "none.pth"), code=2)
     assert "no file" in missing
@@ -179,13 +179,13 @@ def test_the_command_says_what_is_wrong(photo, tmp_path):
 
 def test_the_picture_of_a_method_is_written(photo, tmp_path):
     out = tmp_path / "muted.png"
-    said = run("show", "rsc", str(photo), *SIZE, "--patch", "rsc:layer=layer3", "--out", str(out))
+    said = run("show", "rsc", str(photo), *SIZE, "--graft", "rsc:layer=layer3", "--out", str(out))
     assert "what RSC mutes at layer3" in said
     assert out.exists()
 
 
 def test_a_method_is_shown_with_its_own_options(photo):
-    wrong = run("show", "rsc", str(photo), *SIZE, "--patch", "mixmo", code=2)
+    wrong = run("show", "rsc", str(photo), *SIZE, "--graft", "mixmo", code=2)
     assert "is for 'mixmo', and 'rsc' is shown" in wrong
     assert "There is no method 'rcs'" in run("show", "rcs", str(photo), code=2)
     assert "no image to show it on" in run("show", "rsc", code=2)

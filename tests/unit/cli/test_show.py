@@ -115,7 +115,7 @@ def test_the_graph_is_drawn(ending: str, tmp_path) -> None:
 
 def test_the_command(tmp_path) -> None:
     out = tmp_path / "graph.svg"
-    said = run("test_resnet", "--patch", "rsc:layer=-1", "--size", "32", "--out", str(out))
+    said = run("test_resnet", "--graft", "rsc:layer=-1", "--size", "32", "--out", str(out))
     assert "rsc = rsc:" in said
     assert re.search(r"^\+     graft_rsc = self.graft_rsc\(", said, re.MULTILINE)
     assert out.exists()
@@ -124,6 +124,6 @@ def test_the_command(tmp_path) -> None:
 
 
 def test_the_command_says_what_is_wrong() -> None:
-    assert "at least one --patch" in run("test_resnet", code=2)
+    assert "at least one --graft" in run("test_resnet", code=2)
     assert "'rsc' is a method, and there is no image" in run("rsc", code=2)
-    assert "timm has no model 'resnet5o'" in run("resnet5o", "--patch", "rsc", code=2)
+    assert "timm has no model 'resnet5o'" in run("resnet5o", "--graft", "rsc", code=2)

@@ -31,7 +31,7 @@ import fxgraft
 from fxgraft.errors import ConfigError, FxgraftWarning, WrappedModelError
 from fxgraft.graph.grafting.lookup import counterparts, unwrapped
 from fxgraft.graph.grafting.published import relabel
-from fxgraft.spec import parse_patch_spec
+from fxgraft.spec import parse_grafts
 
 _logger = logging.getLogger(__name__)
 
@@ -70,14 +70,14 @@ class Grafting:
     - Steps of a schedule of ``create_scheduler`` and ``create_scheduler_v2`` set the progress of the training.
 
     Args:
-        grafts: what to put on the model, in order, as `parse_patch_spec` reads it.
+        grafts: what to put on the model, in order, as `parse_grafts` reads it.
 
     Raises:
         ConfigError: a graft cannot be read.
     """
 
     def __init__(self, grafts: Iterable[str]) -> None:
-        self._specs = [parse_patch_spec(text) for text in grafts]
+        self._specs = [spec for text in grafts for spec in parse_grafts(text)]
         self._model: weakref.ref[nn.Module] | None = None
         self._epochs = self._updates = 0
         self._judging = False

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import fxgraft
 from fxgraft.errors import ConfigError, FxgraftError, RecipeError
+from fxgraft.io.graft_file import read_graft_file
 
 USAGE = """usage: python -m fxgraft.timm SCRIPT --graft SPEC [--graft SPEC ...] [arguments of the script]
 
@@ -19,6 +20,8 @@ Runs a training or validation script of timm, unchanged, with grafts on the mode
   --graft SPEC  METHOD:key=value,key=value, as in rsc:layer=layer4 or selfnorm; before or after the script's name,
                 several times for several grafts; with input_size=(3,64,64) among the options where the images are
                 not of the model's own size
+  --graft-file FILE
+                a YAML list of such SPECs, or of entries as {method: rsc, layer: layer4}
   -h, --help    before the script's name, this text; after it, the script's own
 
 With several processes: torchrun --nproc-per-node 8 -m fxgraft.timm SCRIPT ...
@@ -60,20 +63,22 @@ def split_arguments(words: Sequence[str]) -> tuple[list[str], Path, list[str]]:
     others: list[str] = []
     rest = iter(words)
     for word in rest:
-        if word == "--graft":
-            spec = next(rest, None)
-            if spec is None:
-                raise ConfigError(f"--graft is the last word, and what to graft is missing.\n{_EXAMPLE}")
-            grafts.append(spec)
-        elif word.startswith("--graft="):
-            grafts.append(word.removeprefix("--graft="))
-        else:
+        option, equals, value = word.partition("=")
+        if option not in ("--graft", "--graft-file"):
             others.append(word)
+            continue
+        given = value if equals else next(rest, None)
+        if given is None:
+            raise ConfigError(f"{option} is the last word, and what to graft is missing.\n{_EXAMPLE}")
+        if option == "--graft":
+            grafts.append(given)
+        else:
+            grafts += [spec.text for spec in read_graft_file(Path(given))]
     if not others:
         raise ConfigError(f"There is no script to run.\n{_EXAMPLE}")
     if others[0].startswith("-"):
         raise ConfigError(
-            f"{others[0]!r} stands before the script, and only --graft is fxgraft's.\n"
+            f"{others[0]!r} stands before the script, and only --graft and --graft-file are fxgraft's.\n"
             f"Put the script first, and its arguments after it.\n{_EXAMPLE}"
         )
     if not grafts and not _HELP & set(others):
@@ -89,7 +94,7 @@ def launch(script: Path, arguments: Sequence[str], grafts: Sequence[str]) -> Non
     Args:
         script: the file.
         arguments: of the script.
-        grafts: as `parse_patch_spec` reads them.
+        grafts: as `parse_grafts` reads them.
 
     Raises:
         ConfigError: there is no such file, a graft cannot be read, or the script ended and had built no model.

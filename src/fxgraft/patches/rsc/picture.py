@@ -27,7 +27,7 @@ def mute_panels(view: View, units: Sequence[Any], options: Any) -> Picture:
     if not units:
         raise SiteError(
             "RSC acts on vectors here, and a picture needs positions.\n"
-            "Pass a layer with maps or tokens: --patch rsc:layer=layer4."
+            "Pass a layer with maps or tokens: --graft rsc:layer=layer4."
         )
     rows = [[Panel("image", image)] for image in view.images[: view.given]]
     for unit in units:

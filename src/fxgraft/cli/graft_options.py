@@ -1,0 +1,44 @@
+"""The options that say what to graft, alike in all commands: ``--graft`` and ``--graft-file``."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from fxgraft.cli.completion import complete_spec
+from fxgraft.spec import PatchSpec, parse_grafts
+
+GraftOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--graft",
+        metavar="SPEC",
+        help="METHOD:key=value,…, or several as A + B; may be given several times.",
+        autocompletion=complete_spec,
+    ),
+]
+GraftFileOption = Annotated[
+    Path | None,
+    typer.Option("--graft-file", metavar="FILE", help="A YAML list of grafts, before those of --graft."),
+]
+PatchOption = Annotated[list[str] | None, typer.Option("--patch", hidden=True, metavar="SPEC")]
+"""What --graft was called."""
+
+
+def chosen_grafts(
+    grafts: Sequence[str] | None, file: Path | None, former: Sequence[str] | None = None
+) -> list[PatchSpec]:
+    """Read all that the options say, in order: the file first.
+
+    Raises:
+        ConfigError: one of them cannot be read.
+    """
+    found: list[PatchSpec] = []
+    if file is not None:
+        from fxgraft.io.graft_file import read_graft_file
+
+        found += read_graft_file(file)
+    return found + [spec for text in (*(grafts or ()), *(former or ())) for spec in parse_grafts(text)]
