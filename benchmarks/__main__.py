@@ -4,6 +4,7 @@
     python -m benchmarks studies
     python -m benchmarks zoo --minutes 60
     python -m benchmarks overhead
+    python -m benchmarks engine
     python -m benchmarks readme --write
 
 Everything that is missing is run; what is there is kept. The same command goes on where it was
@@ -12,12 +13,14 @@ cut off.
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.console import Console
 
+from benchmarks.engine import measure
 from benchmarks.matrix import matrix_table
 from benchmarks.overhead import (
     MODELS,
@@ -152,6 +155,14 @@ def overhead(
     }
     found = Overhead(file_of(out, device, compiled, by_hand, name), settings, by_hand)
     found.run(model or MODELS, subjects(method or ()), Console())
+
+
+@app.command()
+def engine(rounds: Annotated[int, typer.Option(help="Epochs of each loop.")] = 7, out: Out = FOLDER) -> None:
+    """Measure what a comparison costs beside a bare training loop: steps, reading, memory of many runs."""
+    found = json.dumps(measure(rounds), indent=1, ensure_ascii=False) + "\n"
+    write_text(out / "engine.json", found)
+    typer.echo(found)
 
 
 def readme_parts() -> dict[str, str]:

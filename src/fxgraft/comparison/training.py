@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import math
+import os
 import random
 import statistics
 import time
@@ -124,6 +125,32 @@ class Fit:
     diverged: bool = False
 
 
+@dataclass(frozen=True)
+class Transform:
+    """timm's transform of an image, with the normalisation apart, which many images can share.
+
+    Attributes:
+        pixels: from a decoded image to its pixels, (3, S, S) of uint8.
+        mean: of the colours that the model's weights were trained with, in [0, 1].
+        std: their deviation.
+    """
+
+    pixels: Callable[[Any], Any]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+    def __call__(self, image: Any) -> Tensor:
+        """Return what the network sees, (3, S, S)."""
+        return self.normalised([self.pixels(image)])[0]
+
+    def normalised(self, pixels: Sequence[Any]) -> Tensor:
+        """Return the pixels of images as one tensor (N, 3, S, S)."""
+        mean, std = (torch.tensor(each).view(-1, 1, 1) for each in (self.mean, self.std))
+        # Arrays or tensors, as the version of timm has it.
+        stacked = torch.stack([torch.as_tensor(each) for each in pixels])
+        return stacked.float().div_(255).sub_(mean).div_(std)
+
+
 class Images(Dataset[tuple[Tensor, int]]):
     """Images with their transform; every draw depends on seed, epoch and image alone.
 
@@ -148,14 +175,17 @@ class Images(Dataset[tuple[Tensor, int]]):
         return self.__getitems__([index])[0]
 
     def __getitems__(self, indices: Sequence[int]) -> list[tuple[Tensor, int]]:
-        """Return the images of a batch: the states of the generators are put back once, and not for each image."""
-        found = []
+        """Return the images of a batch: what can be done for all of them at once is."""
+        transform = self.transform
+        made = []
         with own_randomness(0):
             for index in indices:
                 _seed_generators(hash((self.seed, self.epoch, index)) % (1 << 32))
                 image = _decoded(self.items[index], self.side, self.prepare)
-                found.append((self.transform(image), self.items[index].label))
-        return found
+                made.append(transform.pixels(image) if isinstance(transform, Transform) else transform(image))
+        if isinstance(transform, Transform):
+            made = transform.normalised(made)
+        return [(image, self.items[index].label) for image, index in zip(made, indices, strict=True)]
 
 
 _cache: dict[tuple[Item, int, Any], Any] = {}
@@ -194,6 +224,17 @@ def own_randomness(seed: int) -> Iterator[None]:
         random.setstate(python)
         np.random.set_state(arrays)
         torch.set_rng_state(own)
+
+
+def loader_workers(device: str | torch.device) -> int:
+    """Return how many processes read images for one run: none on a CPU, whose cores train; some beside a GPU.
+
+    Draws depend on the image alone, so the numbers are the same.
+    """
+    if torch.device(device).type == "cpu":
+        return 0
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(8, cores // max(1, torch.cuda.device_count()))
 
 
 def _seed_generators(seed: int) -> None:
@@ -239,7 +280,14 @@ def fit(
         )
     data = Images(train, transform_of(model, settings, size, training=True), size, seed)
     order = torch.Generator().manual_seed(seed)
-    loader: Any = DataLoader(data, settings.batch_size, shuffle=True, drop_last=True, generator=order)
+    loader: Any = DataLoader(
+        data,
+        settings.batch_size,
+        shuffle=True,
+        drop_last=True,
+        generator=order,
+        num_workers=loader_workers(device),
+    )
     optimizer = create_optimizer_v2(
         model,
         opt=settings.opt,
@@ -379,7 +427,7 @@ def predict(
     """Return the logits (N, K) in float32 and the labels (N,) of images, on the CPU."""
     transform = transform_of(model, settings, size, training=False)
     images = Images(tuple(items), transform, size, prepare=prepare)
-    loader: Any = DataLoader(images, settings.batch_size)
+    loader: Any = DataLoader(images, settings.batch_size, num_workers=loader_workers(device))
     model.eval()
     rows, labels = [], []
     with torch.inference_mode(), _precision(device, settings):
@@ -403,26 +451,24 @@ def _stack(rows: list[tuple[Tensor, int]]) -> Tensor:
     return torch.stack([image for image, _ in rows])
 
 
-def transform_of(model: nn.Module, settings: Training, size: int, *, training: bool) -> Callable[[Any], Any]:
+def transform_of(model: nn.Module, settings: Training, size: int, *, training: bool) -> Transform:
     """Make timm's transform, with the mean and deviation that the model's weights were trained with."""
     from timm.data.config import resolve_data_config
     from timm.data.transforms_factory import create_transform
 
     config = resolve_data_config({"input_size": (3, size, size)}, model=model)
-    shared = {"input_size": size, "mean": config["mean"], "std": config["std"], "interpolation": "bicubic"}
-    made: Any
-    if not training:
-        made = create_transform(**shared, crop_pct=1.0)
-        return made
-    made = create_transform(
-        **shared,
-        is_training=True,
-        scale=(settings.train_crop, 1.0),
-        hflip=settings.hflip,
-        color_jitter=settings.color_jitter or None,  # type: ignore[arg-type]
-        grayscale_prob=settings.grayscale,
-    )
-    return made
+    options: dict[str, Any] = {"crop_pct": 1.0}
+    if training:
+        options = {
+            "is_training": True,
+            "scale": (settings.train_crop, 1.0),
+            "hflip": settings.hflip,
+            "color_jitter": settings.color_jitter or None,
+            "grayscale_prob": settings.grayscale,
+        }
+    # As timm's prefetching loader asks for it: the transform ends with the pixels.
+    pixels: Any = create_transform(size, interpolation="bicubic", use_prefetcher=True, **options)
+    return Transform(pixels, config["mean"], config["std"])
 
 
 def _on(x: Tensor, device: str | torch.device, settings: Training) -> Tensor:

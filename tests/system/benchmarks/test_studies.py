@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from benchmarks import engine
 from benchmarks.__main__ import README, app, readme_parts, with_part
 from benchmarks.studies import STUDIES
 from benchmarks.studies.measures import member_scores
@@ -168,3 +169,11 @@ def test_the_readme_says_what_the_results_say() -> None:
         assert with_part(document, part, text) == document
     begin, end = "<!-- x: written by python -m benchmarks readme -->", "<!-- x: end -->"
     assert with_part(f"a\n{begin}\nold\n{end}\nb\n", "x", "new") == f"a\n{begin}\nnew\n{end}\nb\n"
+
+
+def test_the_engine_is_measured_beside_a_bare_loop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {"MODEL": "test_resnet", "SIZE": 32, "BATCH": 4, "COUNT": 8}.items():
+        monkeypatch.setattr(engine, name, value)
+    found = engine.step_cost(tmp_path, rounds=1)
+    assert found["ratio"] == pytest.approx(found["engine_seconds"] / found["bare_seconds"], rel=0.01)
+    assert len(engine.memory_of_runs(tmp_path, runs=4)["megabytes"]) == 4

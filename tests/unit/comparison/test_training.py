@@ -7,10 +7,12 @@ import random
 import numpy as np
 import pytest
 import torch
+from timm.data.transforms_factory import create_transform
+from torch import nn
 
 from fxgraft.comparison import training
 from fxgraft.comparison.data import read_data
-from fxgraft.comparison.training import Images, calibration_error
+from fxgraft.comparison.training import Images, Training, calibration_error, fit, loader_workers, transform_of
 from unit.comparison.images import write_classes
 
 
@@ -58,6 +60,19 @@ def test_the_cache_has_an_end(tmp_path, monkeypatch):
     assert len(training._cache) == 5
 
 
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+def test_processes_that_read_change_no_number(tmp_path, monkeypatch):
+    items = read_data(write_classes(tmp_path)).tasks[0].train
+    losses = []
+    for count in (0, 2):
+        monkeypatch.setattr(training, "loader_workers", lambda device, count=count: count)
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Conv2d(3, 2, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+        losses.append(fit(model, items, items, Training(epochs=2, batch_size=4), size=16).loss)
+    assert losses[0] == losses[1]
+    assert loader_workers("cpu") == 0
+
+
 @pytest.mark.parametrize("classes", [2, 7])
 def test_the_calibration_error_is_that_of_torchmetrics(classes):
     metric = pytest.importorskip("torchmetrics.functional.classification").multiclass_calibration_error
@@ -72,3 +87,12 @@ def test_the_calibration_error_by_hand():
     """Sure and right, sure and wrong: one bin, 1/2 right, at a probability of 1."""
     logits = torch.tensor([[100.0, 0.0], [100.0, 0.0]])
     assert calibration_error(logits, torch.tensor([0, 1])) == pytest.approx(0.5)
+
+
+def test_pixels_are_normalised_as_timm_does(tmp_path):
+    item = read_data(write_classes(tmp_path)).tasks[0].train[0]
+    transform = transform_of(nn.Conv2d(3, 2, 3), Training(), 24, training=False)
+    image = training.open_image(item)
+    wanted = create_transform(24, crop_pct=1.0, interpolation="bicubic")(image)
+    assert torch.equal(transform(image), wanted)
+    assert torch.equal(Images((item,), transform, 24)[0][0], wanted)
