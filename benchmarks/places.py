@@ -16,9 +16,9 @@ import fxgraft
 from benchmarks.coverage import SIZES, Record, random_network
 from fxgraft.errors import FxgraftError
 from fxgraft.graph.dataflow.steps import is_drop
-from fxgraft.graph.structure.layout import layout_of
 from fxgraft.graph.structure.outputs import take_logits
-from fxgraft.graph.structure.positions import spots
+from fxgraft.graph.structure.positions import positions
+from fxgraft.graph.structure.site import layout_at
 from fxgraft.graph.tracing.model_trace import ModelTrace
 from fxgraft.graph.tracing.observe import default_input_size
 
@@ -88,12 +88,11 @@ def _units(model: nn.Module, size: tuple[int, ...]) -> Iterator[str]:
         try:
             trace = ModelTrace(model, (channels, *(factor * n for n in side)))
             found: dict[str, int] = {}
-            for spot in spots(trace):
-                if not isinstance(spot.value, Tensor) or spot.value.shape[0] != 2:
-                    yield f"{spot.name!r} has another batch than the images"
+            for site in positions(trace):
+                if not isinstance(site.value, Tensor) or site.value.shape[0] != 2:
+                    yield f"{site.name!r} has another batch than the images"
                     continue
-                layout = layout_of(trace, spot.value, spot.path)
-                found[spot.name] = 0 if layout is None else layout.canonical(spot.value).shape[1]
+                found[site.name] = layout_at(trace, site).canonical(site.value).shape[1]
             seen.append(found)
         except FxgraftError:  # it takes images of one size, or has no place for units
             break

@@ -71,8 +71,9 @@ def coverage(zoo: Zoo) -> str:
     return "\n".join(
         [
             f"{counted} of {len(zoo.structures)} architectures, by {len(zoo.records)} of them that were tried{others}. "
-            "That they run says nothing about the place: this was decided from their sources for "
-            f"{len(decided())} architectures (`tests/zoo/places`), and checked on {_checked(zoo)} without a table.",
+            "That they run says nothing about the place. From their sources this was decided for "
+            f"{len(decided())} architectures (`tests/system/zoo/places`); without a table, it was checked on "
+            f"{_checked(zoo)}.",
             "",
             markdown_table(("method", "works", "of", "share", "of these not exact"), rows),
             "",
@@ -84,7 +85,7 @@ def coverage(zoo: Zoo) -> str:
 
 def decided() -> list[str]:
     """List the architectures for which the place of everything was decided from their sources."""
-    tables = sorted(Path(__file__).parents[1].glob("tests/zoo/places/*.yaml"))
+    tables = sorted(Path(__file__).parents[1].glob("tests/system/zoo/places/*.yaml"))
     return [name for table in tables for name in yaml.safe_load(table.read_text(encoding="utf-8"))]
 
 

@@ -153,7 +153,7 @@ def test_places_are_counted_by_themselves(tmp_path: Path) -> None:
     found = Zoo(tmp_path / "zoo.json")
     assert found.unchecked() == []
     text = summary(found)
-    assert "and checked on 2 (1 of them wrong in something) without a table." in text
+    assert "without a table, it was checked on 2 (1 of them wrong in something)." in text
     assert "| timm/x | 1/3 | 2/3 | 1/3 | 1/2 |" in text
     assert "| timm/b | a gate; a map |" in text
 

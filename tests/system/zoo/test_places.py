@@ -30,6 +30,7 @@ import timm
 import torch
 import torchvision
 import yaml
+from benchmarks.zoo_tables import decided
 from torch import nn
 
 from fxgraft.errors import StructureError
@@ -150,6 +151,7 @@ def test_places(name: str) -> None:
 
 
 def test_the_tables_are_whole() -> None:
+    assert sorted(decided()) == sorted(PLACES)
     columns = {"why", "joins", "layouts", "stages", "pooled", "head", "stems", "classifiers"}
     assert all(places.keys() == columns for places in PLACES.values())
     assert all(len(places["layouts"]) >= 3 for places in PLACES.values())
