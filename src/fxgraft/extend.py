@@ -4,12 +4,12 @@ The words, each used for one thing:
 
 - A **method** is a published training technique, known by a name such as ``"rsc"``: a class that derives from `Patch`.
 - A **patch** is a method with its settings, before it is on a model: ``fxgraft.RSC(layers=-1)``.
-- A **graft** is a patch on one model, with its units: what `fxgraft.patch` leaves there and `fxgraft.unpatch` takes off.
+- A **graft** is a patch on one model, with its units: `fxgraft.patch` puts it there, `fxgraft.unpatch` takes it off.
 - A **site** is a place in a model where a value can be changed: a module's output, or a sum inside a block.
 - A **unit** is the module of a graft that acts at one site. Its parameters are the graft's.
 - A **tap** is a site whose value is recorded and handed out, not changed.
 - A **member** is one of the networks of an ensemble that share most of their weights, as in MixMo.
-- A **bare** model has no graft on it; "the bare model" is the one that a patched model becomes when its grafts come off.
+- A **bare** model has no graft on it: what it was before the first, and is again after the last comes off.
 
 A method's author imports torch, `fxgraft` and `fxgraft.extend`. A whole one, MixStyle (Zhou, Yang, Qiao, Xiang:
 Domain Generalization with MixStyle, ICLR 2021), which mixes the channel statistics of the images of a batch:
