@@ -1,0 +1,44 @@
+"""The tasks of development run what they say, and hand on how it ended."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+from tools.__main__ import LISTING, ROOT, app
+from typer.testing import CliRunner
+
+
+@pytest.fixture
+def ran(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, ...]]:
+    """The commands, which are not run: each ends with code 3 if it is a sweep."""
+    commands: list[tuple[str, ...]] = []
+
+    def run(command, **_):
+        commands.append(tuple(command))
+        return SimpleNamespace(returncode=3 if "sweep" in command else 0)
+
+    monkeypatch.setattr(subprocess, "run", run)
+    return commands
+
+
+def test_a_task_hands_on_arguments_and_the_exit_code(ran) -> None:
+    assert CliRunner().invoke(app, ["test", "-x", "tests/unit"]).exit_code == 0
+    assert CliRunner().invoke(app, ["sweep"]).exit_code == 3
+    assert ran == [
+        (sys.executable, "-m", "pytest", "-x", "tests/unit"),
+        (sys.executable, "-m", "pytest", "-m", "sweep"),
+    ]
+
+
+def test_the_check_is_the_one_of_continuous_integration(ran) -> None:
+    assert CliRunner().invoke(app, ["check"]).exit_code == 0
+    assert ran == [("bash", ".ci/run")]
+    workflow = (ROOT / ".github/workflows/ci.yml").read_text()
+    assert "run: bash .ci/run" in workflow
+
+
+def test_the_generated_listing_is_where_it_is_compared() -> None:
+    assert LISTING.is_file()
