@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
+from fxgraft._torch import OpOverload
 from fxgraft.errors import (
     ConfigError,
     FxgraftWarning,
@@ -388,7 +389,7 @@ def check_model(model: Any) -> None:
         if found is None and module._compiled_call_impl is not None:
             found = "module.compile()"
         nodes = module.graph.nodes if isinstance(module, torch.fx.GraphModule) else ()
-        if found is None and any(isinstance(node.target, torch._ops.OpOverload) for node in nodes):
+        if found is None and any(isinstance(node.target, OpOverload) for node in nodes):
             found = "torch.export"
         if found is not None:
             where = f"its part {path!r}" if path else "it"

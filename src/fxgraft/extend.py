@@ -76,7 +76,7 @@ Domain Generalization with MixStyle, ICLR 2021), which mixes the channel statist
             std = (z.var(dims, keepdim=True, correction=0) + 1e-6).sqrt().detach()
             order = extend.draws.permutation(len(z), z.device)
             a = torch.full((len(z),) + (1,) * (z.ndim - 1), self.config.alpha, device=z.device)
-            ratio = torch._sample_dirichlet(torch.stack((a, a), -1))[..., 0].to(z.dtype)
+            ratio = torch.distributions.Beta(a, a).sample().to(z.dtype)
             new_mean = ratio * mean + (1 - ratio) * mean[order]
             new_std = ratio * std + (1 - ratio) * std[order]
             return self.layout.restore(x, (z - mean) / std * new_std + new_mean)

@@ -12,8 +12,8 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
+from fxgraft._torch import BatchNorm
 from fxgraft.adaptation.streams import images_of
 from fxgraft.errors import ConfigError, StructureError, no_module
 from fxgraft.graph.grafting.state import state_of
@@ -63,7 +63,7 @@ def adapt_batchnorm(
     """
     if not isinstance(model, nn.Module):
         raise no_module(model)
-    layers = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.running_mean is not None]
+    layers = [m for m in model.modules() if isinstance(m, BatchNorm) and m.running_mean is not None]
     if not layers:
         raise StructureError(
             f"{model._get_name()} has no BatchNorm with running statistics.\n"
@@ -135,7 +135,7 @@ class _Images:
             )
 
 
-def _check_finite(model: nn.Module, layers: list[_BatchNorm]) -> None:
+def _check_finite(model: nn.Module, layers: list[BatchNorm]) -> None:
     names = {id(module): name for name, module in model.named_modules()}
     finite = torch.stack(
         [
@@ -153,7 +153,7 @@ def _check_finite(model: nn.Module, layers: list[_BatchNorm]) -> None:
 
 
 def _estimate(
-    model: nn.Module, layers: list[_BatchNorm], images: _Images, reset: bool, momentum: float | None
+    model: nn.Module, layers: list[BatchNorm], images: _Images, reset: bool, momentum: float | None
 ) -> None:
     """Average the moments of batches, in one pass in which every BatchNorm normalises by its batch."""
     averages = [_Average(layer, reset, momentum) for layer in layers]
@@ -180,7 +180,7 @@ class _Average:
         momentum: share of a new batch; None for all images alike, or without ``reset`` for the layer's own.
     """
 
-    def __init__(self, layer: _BatchNorm, reset: bool, momentum: float | None) -> None:
+    def __init__(self, layer: BatchNorm, reset: bool, momentum: float | None) -> None:
         self.layer = layer
         self.momentum = momentum if reset or momentum is not None else layer.momentum
         self.known = _statistics(layer)
@@ -226,7 +226,7 @@ class _Average:
         _write(self.layer, (mean, var), calls)
 
 
-def _estimate_exactly(model: nn.Module, layers: list[_BatchNorm], images: _Images) -> None:
+def _estimate_exactly(model: nn.Module, layers: list[BatchNorm], images: _Images) -> None:
     """Take mean and variance over all images, of one layer after the other as they run."""
     pending = list(layers)
     while pending:
@@ -239,10 +239,10 @@ def _estimate_exactly(model: nn.Module, layers: list[_BatchNorm], images: _Image
 
 
 def _moments_of_first(
-    model: nn.Module, pending: list[_BatchNorm], images: _Images
-) -> tuple[_BatchNorm, _Moments] | None:
+    model: nn.Module, pending: list[BatchNorm], images: _Images
+) -> tuple[BatchNorm, _Moments] | None:
     """Gather the moments at the first of some layers to run: what it sees depends on none of the others."""
-    found: list[tuple[_BatchNorm, _Moments]] = []
+    found: list[tuple[BatchNorm, _Moments]] = []
 
     def gather(layer: nn.Module, args: tuple[Tensor, ...]) -> None:
         if not found:
@@ -290,12 +290,12 @@ class _Moments:
         return self.mean, self.squares / (self.count - 1)
 
 
-def _statistics(layer: _BatchNorm) -> Statistics:
+def _statistics(layer: BatchNorm) -> Statistics:
     wide = torch.float32 if layer.weight is not None and layer.weight.device.type == "mps" else torch.float64
     return layer.running_mean.to(wide, copy=True), layer.running_var.to(wide, copy=True)  # type: ignore[union-attr]
 
 
-def _write(layer: _BatchNorm, statistics: Statistics, count: Tensor) -> None:
+def _write(layer: BatchNorm, statistics: Statistics, count: Tensor) -> None:
     for own, value in zip((layer.running_mean, layer.running_var), statistics, strict=True):
         own.copy_(value)  # type: ignore[union-attr]
     if layer.num_batches_tracked is not None:
@@ -303,7 +303,7 @@ def _write(layer: _BatchNorm, statistics: Statistics, count: Tensor) -> None:
 
 
 @contextmanager
-def _restored_on_failure(layers: list[_BatchNorm]) -> Iterator[None]:
+def _restored_on_failure(layers: list[BatchNorm]) -> Iterator[None]:
     """Put back the settings of the layers afterwards, and where the block fails, their statistics too."""
     settings = [layer.momentum for layer in layers]
     before = [{name: b.clone() for name, b in layer.named_buffers(recurse=False)} for layer in layers]

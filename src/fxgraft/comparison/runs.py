@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 import fxgraft
+from fxgraft._torch import BatchNorm
 from fxgraft.comparison.corruptions import CORRUPTIONS, SEVERITIES, Corrupted
 from fxgraft.comparison.data import Items, Task
 from fxgraft.comparison.training import (
@@ -139,9 +140,7 @@ class Setup:
         model = self.build(variant, 0)
         if isinstance(variant.adaptation, dict):
             fxgraft.patch(model, "gam", dry_run=True, **self._gam(variant.adaptation))
-        elif variant.adaptation and not any(
-            isinstance(each, nn.modules.batchnorm._BatchNorm) for each in model.modules()
-        ):
+        elif variant.adaptation and not any(isinstance(each, BatchNorm) for each in model.modules()):
             raise ConfigError(f"{variant.text!r} adapts BatchNorm, and the model has none.")
 
     def _gam(self, options: Mapping[str, Any]) -> dict[str, Any]:

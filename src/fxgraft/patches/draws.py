@@ -13,7 +13,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from fxgraft.graph.tracing.recorders import recorded, transformed
+from fxgraft._torch import vmapped
+from fxgraft.graph.tracing.recorders import recorded
 
 Decision = bool | Tensor
 """A decision: True or False in eager mode, () bool on the device where it is data."""
@@ -23,10 +24,7 @@ def as_data() -> bool:
     """Say whether decisions have to be data: inside code that is compiled or recorded, and under `torch.func.vmap`."""
     if recorded():
         return True
-    functions = torch._C._functorch  # pyright: ignore[reportAttributeAccessIssue]
-    return transformed() and any(
-        each.key() == functions.TransformType.Vmap for each in functions.get_interpreter_stack() or ()
-    )
+    return vmapped()
 
 
 def coin(p: float | Tensor, device: torch.device) -> Decision:

@@ -19,8 +19,8 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
+from fxgraft._torch import BatchNorm
 from fxgraft.extend import (
     Backbone,
     BlockPatch,
@@ -329,7 +329,7 @@ class Gate(nn.Module):
         """Return the gate; a batch of one is normalised by the running statistics, in training too."""
         x = gate_input(mean, std, self.mean_weight, self.std_weight).to(self.mean_weight.dtype)
         norm = self.norm
-        if not (norm.training and x.shape[0] == 1 and isinstance(norm, _BatchNorm)):
+        if not (norm.training and x.shape[0] == 1 and isinstance(norm, BatchNorm)):
             x = norm(x)
         elif not acted_on(norm):
             x = F.batch_norm(

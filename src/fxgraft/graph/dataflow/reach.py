@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fxgraft._torch import BATCH_NORMS, COPIES, RMS_NORMS, SOFTMAXES
 from fxgraft.graph.dataflow.axes import (
     BATCH,
     CHANNEL,
@@ -25,13 +26,13 @@ _STATE = "_fxgraft_state"
 _CLEAN, _ROWS, _ALL = "clean", "rows", "all"
 # Which entries of a value may depend on a place: none, those of places themselves, or every one.
 
-_ROW_BY_ROW = {"view", "_unsafe_view", "permute", "transpose", "t", "unsqueeze", "squeeze", "expand", "clone"}
-_ROW_BY_ROW |= {"alias", "detach", "_to_copy", "slice", "split", "split_with_sizes", "unsafe_split", "select"}
+_ROW_BY_ROW = {"view", "permute", "transpose", "t", "unsqueeze", "squeeze", "expand", "clone"}
+_ROW_BY_ROW |= {"alias", "detach", "slice", "split", "split_with_sizes", "unsafe_split", "select"}
+_ROW_BY_ROW |= COPIES
 _ROW_BY_ROW |= {"stack"}  # along a dimension of its own
-_ROW_BY_ROW |= {"native_batch_norm", "_native_batch_norm_legit_no_training", "cudnn_batch_norm"}
+_ROW_BY_ROW |= {"native_batch_norm", "cudnn_batch_norm"} | BATCH_NORMS
 _PRODUCTS = {"mm": (0, 1), "bmm": (0, 1), "addmm": (1, 2), "baddbmm": (1, 2)}
-_NORMS = {"native_layer_norm", "_fused_rms_norm", "rms_norm"}
-_SOFTMAXES = {"_softmax", "_safe_softmax", "_log_softmax"}
+_NORMS = {"native_layer_norm", "rms_norm"} | RMS_NORMS
 
 
 class Reach(Flow):
@@ -112,7 +113,7 @@ class Reach(Flow):
         dims: Iterable[int] | None = None
         if name in _NORMS:
             dims = range(-len(args[1]), 0)
-        elif name in _SOFTMAXES:
+        elif name in SOFTMAXES:
             dims = (args[1],)
         elif any(argument.name == "keepdim" for argument in func._schema.arguments) and len(args) > 1:
             dims = args[1] if isinstance(args[1], (list, tuple)) else (args[1],)

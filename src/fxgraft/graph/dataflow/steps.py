@@ -21,6 +21,20 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, fx, nn
 
+from fxgraft._torch import (
+    AdaptiveAvgPoolNd,
+    AdaptiveMaxPoolNd,
+    AvgPoolNd,
+    BatchNorm,
+    ConstantPadNd,
+    ConvNd,
+    DropoutNd,
+    InstanceNorm,
+    LPPoolNd,
+    MaxPoolNd,
+    ReflectionPadNd,
+    ReplicationPadNd,
+)
 from fxgraft.errors import FxgraftError
 from fxgraft.graph.tracing.branches import iadd
 from fxgraft.graph.tracing.model_trace import ModelTrace
@@ -117,21 +131,21 @@ ENTRY_BY_ENTRY = _SUMS | _PRODUCTS | _ACTS | {"dropout"}
 _LAYERS = {"linear", "conv1d", "conv2d", "conv3d", "conv_transpose2d", "matmul", "einsum", "bmm"}
 _SQUASHING = {"sigmoid", "hardsigmoid", "hard_sigmoid", "tanh", "logsigmoid", "softplus"}
 
-PROJECTIONS = (nn.modules.conv._ConvNd, nn.Linear, nn.Bilinear)
+PROJECTIONS = (ConvNd, nn.Linear, nn.Bilinear)
 _NORM_MODULES = (
     *(nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.LocalResponseNorm),
-    nn.modules.instancenorm._InstanceNorm,
+    InstanceNorm,
 )
 _POOL_MODULES = (
-    *(nn.modules.pooling._MaxPoolNd, nn.modules.pooling._AvgPoolNd, nn.modules.pooling._AdaptiveAvgPoolNd),
-    *(nn.modules.pooling._AdaptiveMaxPoolNd, nn.modules.pooling._LPPoolNd, nn.Upsample),
+    *(MaxPoolNd, AvgPoolNd, AdaptiveAvgPoolNd),
+    *(AdaptiveMaxPoolNd, LPPoolNd, nn.Upsample),
 )
 _VIEW_MODULES = (
     *(nn.Identity, nn.Flatten, nn.Unflatten, nn.PixelShuffle, nn.PixelUnshuffle, nn.ChannelShuffle),
     *(
-        nn.modules.padding._ConstantPadNd,
-        nn.modules.padding._ReflectionPadNd,
-        nn.modules.padding._ReplicationPadNd,
+        ConstantPadNd,
+        ReflectionPadNd,
+        ReplicationPadNd,
     ),
 )
 
@@ -292,7 +306,7 @@ class Steps:
             return _NONE
         if is_drop(module):
             return frozenset({"drop"})
-        if isinstance(module, nn.modules.conv._ConvNd):
+        if isinstance(module, ConvNd):
             per_channel = module.groups == module.in_channels == module.out_channels
             return frozenset({"project"} if per_channel else {"project", "dense"})
         if isinstance(module, PROJECTIONS):
@@ -301,7 +315,7 @@ class Steps:
             return frozenset({"project", "dense", "mix"} if module.state_dict() else {"mix"})
         if isinstance(module, _NORM_MODULES):
             return inner | {"norm"}
-        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+        if isinstance(module, BatchNorm):
             return inner | {"affine"}
         if isinstance(module, _POOL_MODULES):
             return frozenset({"pool"})
@@ -326,7 +340,7 @@ def steps_of(trace: ModelTrace) -> Steps:
 
 def is_drop(module: nn.Module) -> bool:
     """Say whether a module is a dropout or stochastic depth, which does nothing in evaluation."""
-    if isinstance(module, nn.modules.dropout._DropoutNd):
+    if isinstance(module, DropoutNd):
         return True
     # Stochastic depth has no common class: it is a module without tensors that keeps the training flag.
     stateless = next(iter(module.state_dict()), None) is None and not any(module.children())

@@ -7,8 +7,8 @@ from typing import Any, NamedTuple
 
 import torch.utils.checkpoint
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
+from fxgraft._torch import pytree
 from fxgraft.errors import BypassError
 from fxgraft.graph.tracing.compile import compile_graph
 from fxgraft.graph.tracing.editing import (

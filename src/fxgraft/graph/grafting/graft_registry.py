@@ -18,6 +18,7 @@ from dataclasses import replace
 import torch
 from torch import nn
 
+from fxgraft._torch import transforms_active
 from fxgraft.errors import FxgraftWarning, WrappedModelError
 from fxgraft.graph.grafting.backbone import Backbone
 from fxgraft.graph.grafting.forward_context import Context
@@ -178,7 +179,7 @@ class GraftRegistry:
 
     def _watch(self, model: nn.Module) -> None:
         """Notice schedules that nobody feeds, and parameters that nobody trains."""
-        if torch.is_grad_enabled() and not torch._C._are_functorch_transforms_active():
+        if torch.is_grad_enabled() and not transforms_active():
             self.context.progress_watch.note(model, self.schedules)
             self.context.parameter_watch.note(
                 model, lambda: {graft.name: graft.parameters() for graft in self.grafts}

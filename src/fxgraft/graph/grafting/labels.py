@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fxgraft._torch import assert_later
 from fxgraft.errors import ConfigError, TargetError
 from fxgraft.graph.tracing.recorders import recorded, transformed, values_of
 
@@ -109,7 +110,7 @@ def check_label_range(
         message = (
             f"{graft!r} was given class indices outside of [0, {classes - 1}], the classes of the model."
         )
-        torch._assert_async(((target >= 0) & (target < classes)).all(), message)  # type: ignore[attr-defined]
+        assert_later(((target >= 0) & (target < classes)).all(), message)
         return target.clamp(0, classes - 1)
     values = values_of(target)
     if target.device.type != "cpu":

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from fxgraft._torch import fsdp_state_before_backward
 from fxgraft.graph.grafting.unit import PassView
 from fxgraft.graph.structure.rest_of_network import Rest
 
@@ -44,13 +45,11 @@ def _outside_sharded_step(model: nn.Module, children: tuple[str, ...]) -> Iterat
     if not sharded:
         yield
         return
-    from torch.distributed.fsdp._fully_shard._fsdp_common import TrainingState
-
     states: list[Any] = [part._get_fsdp_state() for part in sharded]  # type: ignore[operator]
     before = [state._training_state for state in states]
     for part, state in zip(sharded, states, strict=True):
         part.unshard()  # type: ignore[operator]
-        state._training_state = TrainingState.PRE_BACKWARD
+        state._training_state = fsdp_state_before_backward()
     try:
         yield
     finally:

@@ -15,10 +15,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils.hooks import unserializable_hook
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from fxgraft._torch import FakeTensor
 from fxgraft.errors import FxgraftError, FxgraftWarning
 from fxgraft.graph.grafting.labels import version_of
 from fxgraft.graph.grafting.living import note_change

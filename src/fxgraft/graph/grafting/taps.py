@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
+from fxgraft._torch import pytree
 from fxgraft.errors import BypassError, SiteError
 from fxgraft.graph.grafting.backbone import Backbone
 from fxgraft.graph.grafting.graft import Make

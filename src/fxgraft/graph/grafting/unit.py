@@ -9,6 +9,7 @@ from typing import Any, ClassVar, TypeVar
 import torch
 from torch import Tensor, nn
 
+from fxgraft._torch import graph_task, transforms_active
 from fxgraft.errors import BypassError, FxgraftError, FxgraftWarning, SiteError
 from fxgraft.graph.grafting.forward_context import Context, ForwardContext
 
@@ -151,7 +152,7 @@ class PassView:
         if not run.training or run.recording is None:  # a look ahead is no training pass
             return
         if isinstance(value, Tensor):
-            if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
+            if not torch.compiler.is_compiling() and transforms_active():
                 return  # it would outlive the transform that it belongs to
             value = value.detach()
         run.measured.setdefault(self.graft, {}).setdefault(name, []).append(value)
@@ -181,7 +182,7 @@ class PassView:
 
 def recomputed() -> bool:
     """Say whether this runs within a backward pass, as what activation checkpointing runs again does."""
-    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1  # pyright: ignore[reportPrivateImportUsage]
+    return not torch.compiler.is_compiling() and graph_task() != -1
 
 
 class Unit(nn.Module):

@@ -8,9 +8,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
-from torch.utils import _pytree as pytree
 
+from fxgraft._torch import FakeTensor, pytree
 from fxgraft.graph.dataflow.reach import Reach
 from fxgraft.graph.structure.rest_of_network import Rest
 from fxgraft.graph.tracing.model_trace import ModelTrace

@@ -15,8 +15,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import Size, Tensor, fx, nn
-from torch.utils import _pytree as pytree
 
+from fxgraft._torch import DropoutNd, pytree
 from fxgraft.errors import FxgraftError, SiteError
 from fxgraft.graph.dataflow.steps import (
     ENTRY_BY_ENTRY,
@@ -39,7 +39,7 @@ from fxgraft.graph.tracing.trace import is_primitive
 from fxgraft.graph.tracing.values import Values
 
 _ROLES = ("value", "squashed", "gate")
-_TOKEN_BY_TOKEN = (nn.LayerNorm, nn.RMSNorm, nn.Linear, nn.Identity, nn.modules.dropout._DropoutNd)
+_TOKEN_BY_TOKEN = (nn.LayerNorm, nn.RMSNorm, nn.Linear, nn.Identity, DropoutNd)
 _KEEPING = {
     *ENTRY_BY_ENTRY,
     "linear",

@@ -20,8 +20,8 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from timm.layers.norm_act import BatchNormAct2d, FrozenBatchNormAct2d, SyncBatchNormAct
 from torch import Tensor, fx, nn
-from torch.nn.modules.batchnorm import _NormBase
 
+from fxgraft._torch import NormBase
 from fxgraft.errors import BypassError, SiteError, StructureError
 from fxgraft.graph.structure import pooled_vectors
 from fxgraft.graph.structure.head import Head, token_grid
@@ -392,7 +392,7 @@ def _special(node: fx.Node, owner: nn.Module) -> Pairwise | None:
         return _batch_norm
     if forward in (nn.LayerNorm.forward, nn.RMSNorm.forward, nn.GroupNorm.forward):
         return _layer_norm
-    if isinstance(module, _NormBase) or (
+    if isinstance(module, NormBase) or (
         not isinstance(module, FrozenBatchNormAct2d) and next(module.buffers(), None) is not None
     ):
         raise _keeps_statistics(f"{str(node.target)!r} ({type(module).__name__})", owner)

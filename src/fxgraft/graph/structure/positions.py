@@ -19,8 +19,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
+from fxgraft._torch import PRELU, ConvNd, NormBase, OpOverload, TorchDispatchMode
 from fxgraft.errors import FxgraftError, SiteError, StructureError, TraceError, candidates
 from fxgraft.graph.dataflow.steps import steps_of
 from fxgraft.graph.structure.dense import DENSE, dense_layers
@@ -57,7 +57,7 @@ USUAL = ("post", "conv1_pre", "conv")
 LEAST_SHARE = 0.2
 """How many of a network's layers lie in branches of joins, at least, where it is a residual one."""
 
-_NORMS = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.LocalResponseNorm)
+_NORMS = (NormBase, nn.LayerNorm, nn.GroupNorm, nn.LocalResponseNorm)
 _KINDS = {"conv": "convolutions", "norm": "norms", "act": "activations"}
 
 
@@ -210,7 +210,7 @@ def _handed_on(trace: ModelTrace, owner: str, total: str) -> str:
 
 
 # They work element by element, though torch does not say so of them.
-_ELEMENTWISE = {"hardswish", "hardswish_", "_prelu_kernel", "log_sigmoid_forward", "rrelu_with_noise"}
+_ELEMENTWISE = {"hardswish", "hardswish_", PRELU, "log_sigmoid_forward", "rrelu_with_noise"}
 _BESIDE = {"view", "empty_like", "add", "sub", "mul", "div", "neg"}
 """What an activation may do as well."""
 
@@ -220,7 +220,7 @@ class _Recorder(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.seen: list[torch._ops.OpOverload] = []
+        self.seen: list[OpOverload] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         self.seen.append(func)
@@ -315,7 +315,7 @@ def _from_classifier_on(trace: ModelTrace) -> set[str]:
 def is_kind(module: nn.Module, kind: str) -> bool:
     """Say whether a module is a convolution ("conv"), a norm ("norm") or an activation ("act")."""
     if kind == "conv":
-        return isinstance(module, nn.modules.conv._ConvNd)
+        return isinstance(module, ConvNd)
     if kind == "norm":
         return isinstance(module, _NORMS) or type(module).__name__.endswith(
             ("Norm", "Norm2d", "NormAct", "NormAct2d")

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from torch import fx, nn
+from torch import fx
 
+from fxgraft._torch import ConvNd
 from fxgraft.errors import StructureError, TraceError
 from fxgraft.graph.structure.outputs import logits_node
 from fxgraft.graph.structure.pooling import DROPOUTS, SCALES, SHAPES, SQUASHING, SUMS
@@ -88,7 +89,7 @@ def _squashing(trace: ModelTrace, end: fx.Node, values: Values) -> list[fx.Node]
         if module is not None and not is_primitive(module):
             raise OpaqueError(str(node.target))
         sources = tensor_inputs(node, values)
-        if not sources or name not in _COMPUTED or isinstance(module, nn.modules.conv._ConvNd):
+        if not sources or name not in _COMPUTED or isinstance(module, ConvNd):
             return []
         waiting += [each for each in sources if each not in seen]
         seen.update(sources)

@@ -10,9 +10,8 @@ from types import MappingProxyType
 from typing import Any
 
 from torch import Tensor, fx, nn
-from torch.nn.modules.batchnorm import _NormBase
-from torch.utils import _pytree as pytree
 
+from fxgraft._torch import NormBase, pytree
 from fxgraft.errors import SiteError, StructureError, TraceError
 from fxgraft.graph.structure.outputs import check_logits, logits_node, take_logits
 from fxgraft.graph.structure.probabilities import squashed_end, squashing
@@ -115,7 +114,7 @@ class Rest:
         """Say whether training passes move statistics that the rest normalises with when it is evaluated."""
         modules = (each for name in self.children for each in model.get_submodule(name).modules())
         return any(
-            isinstance(each, _NormBase) and each.training and each.track_running_stats for each in modules
+            isinstance(each, NormBase) and each.training and each.track_running_stats for each in modules
         )
 
     @contextlib.contextmanager

@@ -10,8 +10,8 @@ from typing import Any, overload
 import torch
 from rich.table import Table
 from torch import Tensor, fx, nn
-from torch.utils import _pytree as pytree
 
+from fxgraft._torch import pytree
 from fxgraft.errors import SiteError, TraceError
 from fxgraft.graph.structure.layout import Layout, layout_of, layout_of_value, named_layout
 from fxgraft.graph.tracing.editing import After, Edit, Output, is_unit

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, fx, nn
-from torch.nn.modules.batchnorm import _NormBase
 
+from fxgraft._torch import ConvNd, NormBase
 from fxgraft.errors import StructureError, TraceError
 from fxgraft.graph.structure.layout import Layout
 from fxgraft.graph.structure.linear import is_derived, is_linear
@@ -144,7 +144,7 @@ def _is_stem(trace: ModelTrace, node: fx.Node, values: Values) -> bool:
     """Say whether a call that gets the image is a stem; raise what it is instead where nothing helps."""
     path = _path(node)
     module = trace.module(path)
-    if next(module.parameters(), None) is None and not isinstance(module, nn.modules.batchnorm._NormBase):
+    if next(module.parameters(), None) is None and not isinstance(module, NormBase):
         return False
     if not is_linear(module):
         if isinstance(module, nn.Conv2d):
@@ -255,8 +255,8 @@ def _last_layers(trace: ModelTrace, traced: Traced) -> list[str]:
     return sorted(set(found))
 
 
-_WEIGHTED = (nn.Linear, nn.Bilinear, nn.modules.conv._ConvNd)
-_NORMS = (_NormBase, nn.LayerNorm, nn.GroupNorm, nn.LocalResponseNorm)
+_WEIGHTED = (nn.Linear, nn.Bilinear, ConvNd)
+_NORMS = (NormBase, nn.LayerNorm, nn.GroupNorm, nn.LocalResponseNorm)
 _ACTIVATIONS = {
     "relu",
     "relu6",

@@ -17,8 +17,8 @@ from torch import Tensor, fx, nn
 from torch.fx.node import has_side_effect
 from torch.fx.proxy import Attribute
 from torch.overrides import TorchFunctionMode
-from torch.utils import _pytree as pytree
 
+from fxgraft._torch import function_modes, pytree
 from fxgraft.errors import BypassError
 
 
@@ -226,7 +226,7 @@ class BakedBuffers(TorchFunctionMode):
 
     def depth(self) -> int:
         """Return the number of torch function modes, this one with them also while it acts."""
-        return torch._C._len_torch_function_stack() + self._away
+        return function_modes() + self._away
 
     def entered(self) -> contextlib.AbstractContextManager[Any]:
         """Return the mode, or a context that does nothing where there is nothing to find."""

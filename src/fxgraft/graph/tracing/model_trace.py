@@ -11,8 +11,8 @@ from typing import Any, TypeVar
 
 import torch
 from torch import nn
-from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
 
+from fxgraft._torch import DataDependentOutputException, DynamicOutputShapeException
 from fxgraft.errors import SiteError, StructureError
 from fxgraft.graph.tracing.names import class_name
 from fxgraft.graph.tracing.observe import (

@@ -12,10 +12,8 @@ from typing import Any
 import torch
 import torch.utils.checkpoint
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
-from torch.utils import _pytree as pytree
-from torch.utils._python_dispatch import TorchDispatchMode
 
+from fxgraft._torch import FakeTensor, FakeTensorMode, TorchDispatchMode, pytree
 from fxgraft.errors import ConfigError
 from fxgraft.graph.dataflow.flow import Flow
 from fxgraft.graph.tracing.atomic import restoring, synchronized, within

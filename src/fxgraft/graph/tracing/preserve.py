@@ -25,8 +25,8 @@ from typing import Any, Final
 import torch
 import torch.utils.checkpoint
 from torch import Tensor, fx, nn
-from torch.utils import _pytree as pytree
 
+from fxgraft._torch import pytree
 from fxgraft.graph.tracing.atomic import Step, apply_atomically, restoring
 from fxgraft.graph.tracing.branches import iadd, imul, isub, itruediv
 from fxgraft.graph.tracing.graph_utils import upstream_of

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
+
+from fxgraft._torch import is_wrapped, transforms_active, unwrapped_once
 
 
 def recorded() -> bool:
@@ -21,12 +21,11 @@ def recorded() -> bool:
 
 def transformed() -> bool:
     """Say whether a pass is part of a transform of `torch.func`."""
-    return bool(torch._C._are_functorch_transforms_active())
+    return transforms_active()
 
 
 def values_of(tensor: Tensor) -> Tensor:
     """Return the plain tensor behind the wrappers of `torch.func`: under `vmap` that of all entries."""
-    functions: Any = torch._C._functorch  # pyright: ignore[reportAttributeAccessIssue]
-    while not torch.compiler.is_compiling() and functions.is_functorch_wrapped_tensor(tensor):
-        tensor = functions.get_unwrapped(tensor)
+    while not torch.compiler.is_compiling() and is_wrapped(tensor):
+        tensor = unwrapped_once(tensor)
     return tensor

@@ -20,9 +20,16 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch.utils import _pytree as pytree
-from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode_stack
 
+from fxgraft._torch import (
+    GRADIENT_SWITCHES,
+    SEEDING,
+    SETTINGS,
+    TorchDispatchMode,
+    dispatch_modes,
+    pytree,
+    top_saved_tensors_hooks,
+)
 from fxgraft.graph.tracing.atomic import restoring
 
 REGION = "fxgraft_region"
@@ -98,8 +105,7 @@ def _names() -> list[tuple[Any, str]]:
         for name in vars(torch)
         if "autocast" in name and inspect.isbuiltin(getattr(torch, name))
     ]
-    grad = [(torch, "is_grad_enabled"), (torch, "is_inference_mode_enabled"), (torch._C, "_set_grad_enabled")]
-    return [*own, *grad, (torch._C, "_InferenceMode")]
+    return [*own, (torch, "is_grad_enabled"), (torch, "is_inference_mode_enabled"), *GRADIENT_SWITCHES]
 
 
 _WATCHED = [(holder, name) for holder, name in _names() if hasattr(holder, name)]
@@ -142,8 +148,6 @@ _WITH_INFERENCE = {"multithreading of autograd", "forward-mode gradients", "view
 
 def _getters() -> dict[str, Callable[[], Any]]:
     """Name what else a forward may set for the whole process or thread, with a function that reads it."""
-    c: Any = torch._C
-    autograd = c._autograd
     wanted: dict[str, tuple[Any, str]] = {
         "the default dtype": (torch, "get_default_dtype"),
         "the default device": (torch, "get_default_device"),
@@ -151,25 +155,8 @@ def _getters() -> dict[str, Callable[[], Any]]:
         "the deterministic debug mode": (torch, "get_deterministic_debug_mode"),
         "anomaly detection": (torch, "is_anomaly_enabled"),
         "the number of threads": (torch, "get_num_threads"),
-        "cudnn.enabled": (c, "_get_cudnn_enabled"),
-        "cudnn.benchmark": (c, "_get_cudnn_benchmark"),
-        "cudnn.deterministic": (c, "_get_cudnn_deterministic"),
-        "mkldnn.enabled": (c, "_get_mkldnn_enabled"),
-        "mkldnn.deterministic": (c, "_get_mkldnn_deterministic"),
-        "NNPACK": (c, "_get_nnpack_enabled"),
-        "the kernels of attention (flash)": (c, "_get_flash_sdp_enabled"),
-        "the kernels of attention (memory-efficient)": (c, "_get_mem_efficient_sdp_enabled"),
-        "the kernels of attention (math)": (c, "_get_math_sdp_enabled"),
-        "the kernels of attention (cudnn)": (c, "_get_cudnn_sdp_enabled"),
-        "the kernels of attention (order)": (c, "_get_sdp_priority_order"),
-        "TF32 of cudnn": (c, "_get_cudnn_allow_tf32"),
         "the precision of float32 products": (torch, "get_float32_matmul_precision"),
-        "multithreading of autograd": (c, "_is_multithreading_enabled"),
-        "forward-mode gradients": (c, "_is_fwd_grad_enabled"),
-        "view replay of autograd": (c, "_is_view_replay_enabled"),
-        "torch function modes": (c, "_len_torch_function_stack"),
-        "torch dispatch modes": (c, "_len_torch_dispatch_stack"),
-        "transforms of torch.func": (c, "_are_functorch_transforms_active"),
+        **SETTINGS,
     }
     found = {}
     for name, (holder, attribute) in wanted.items():
@@ -180,9 +167,7 @@ def _getters() -> dict[str, Callable[[], Any]]:
                 found[name] = get
         except RuntimeError:  # some cannot be read once their newer form was used
             continue
-    hooks = getattr(autograd, "_top_saved_tensors_default_hooks", None)
-    if hooks is not None:
-        found["hooks on saved tensors"] = partial(hooks, True)
+    found["hooks on saved tensors"] = top_saved_tensors_hooks
     return found
 
 
@@ -206,8 +191,9 @@ def _numpy_state() -> list[Any]:
 
 
 _SEEDING = [
+    *((holder, name) for holder, name in SEEDING if hasattr(holder, name)),
     *((torch, name) for name in ("manual_seed", "seed", "set_rng_state")),
-    *((torch.random, name) for name in ("manual_seed", "_manual_seed_impl", "seed", "set_rng_state")),
+    *((torch.random, name) for name in ("manual_seed", "seed", "set_rng_state")),
     *((torch.cuda, name) for name in ("manual_seed", "manual_seed_all", "seed", "seed_all", "set_rng_state")),
     *(
         (random, name)
@@ -254,7 +240,7 @@ def watched_draws() -> Iterator[list[str]]:
     mode = _Drawing(drawn)
 
     def restore() -> None:
-        if mode in _get_current_dispatch_mode_stack():
+        if mode in dispatch_modes():
             mode.__exit__(None, None, None)
 
     watched = [(holder, name) for holder, name in _SEEDING if hasattr(holder, name)]

@@ -8,7 +8,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
-from torch.nn.modules import module as torch_module
+
+from fxgraft._torch import (
+    GLOBAL_BACKWARD_HOOKS,
+    GLOBAL_BACKWARD_PRE_HOOKS,
+    GLOBAL_FORWARD_HOOKS,
+    GLOBAL_FORWARD_HOOKS_WITH_KWARGS,
+    GLOBAL_FORWARD_PRE_HOOKS,
+)
 
 _ONLY_LOOK = ("torch.utils.", "torch.distributed.fsdp", "torch.distributed._composable")
 """Where hooks are from that change no value: they count, shard, gather or recompute."""
@@ -92,9 +99,9 @@ def acted_on(module: nn.Module) -> bool:
         module._forward_pre_hooks,
         module._backward_hooks,
         module._backward_pre_hooks,
-        torch_module._global_forward_pre_hooks,
-        torch_module._global_backward_hooks,
-        torch_module._global_backward_pre_hooks,
+        GLOBAL_FORWARD_PRE_HOOKS,
+        GLOBAL_BACKWARD_HOOKS,
+        GLOBAL_BACKWARD_PRE_HOOKS,
     )
     return (
         "forward" in module.__dict__
@@ -132,7 +139,7 @@ def hooked_inputs(
 
 def hooked_output(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> Any:
     """Return what a call returned as the module's forward hooks leave it, as `torch.nn.Module` does it."""
-    named = (torch_module._global_forward_hooks_with_kwargs, module._forward_hooks_with_kwargs)
+    named = (GLOBAL_FORWARD_HOOKS_WITH_KWARGS, module._forward_hooks_with_kwargs)
     for key, hook in _hooks(module):
         if not _counts(hook):
             continue
@@ -143,11 +150,11 @@ def hooked_output(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, An
 
 
 def _pre_hooks(module: nn.Module) -> list[tuple[int, Any]]:
-    return [*torch_module._global_forward_pre_hooks.items(), *module._forward_pre_hooks.items()]
+    return [*GLOBAL_FORWARD_PRE_HOOKS.items(), *module._forward_pre_hooks.items()]
 
 
 def _hooks(module: nn.Module) -> list[tuple[int, Any]]:
-    return [*torch_module._global_forward_hooks.items(), *module._forward_hooks.items()]
+    return [*GLOBAL_FORWARD_HOOKS.items(), *module._forward_hooks.items()]
 
 
 def _counts(hook: Any) -> bool:

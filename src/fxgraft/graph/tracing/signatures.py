@@ -10,7 +10,8 @@ from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
+
+from fxgraft._torch import pytree
 
 INPUT: Final = type("_Input", (), {"__repr__": lambda self: "INPUT"})()
 """Marks the argument leaves that are inputs of a graph."""

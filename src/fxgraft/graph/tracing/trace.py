@@ -20,8 +20,8 @@ from typing import Any
 
 from timm.layers import get_notrace_functions, get_notrace_modules  # pyright: ignore[reportPrivateImportUsage]
 from torch import Tensor, fx, nn
-from torch.utils import _pytree as pytree
 
+from fxgraft._torch import NormBase, pytree
 from fxgraft.errors import TraceError
 from fxgraft.graph.tracing.atomic import apply_atomically, refilling, synchronized
 from fxgraft.graph.tracing.branches import BakedBuffers, InPlaceProxy, Known, held, user_line
@@ -71,7 +71,7 @@ CHECKPOINT_REGION = "fxgraft_checkpoint_region"
 def is_primitive(module: nn.Module) -> bool:
     """Say whether a full trace keeps ``module`` as one call: torch's own layers, norms, timm's list."""
     # BatchNorm subclasses count their batches in Python code, which a trace would execute for real.
-    if isinstance(module, (nn.modules.batchnorm._NormBase, *get_notrace_modules())):
+    if isinstance(module, (NormBase, *get_notrace_modules())):
         return True
     ours = type(module).__module__.startswith(("torch.nn", "torch.ao.nn"))
     return ours and not isinstance(module, (nn.Sequential, nn.ModuleList, nn.ModuleDict))

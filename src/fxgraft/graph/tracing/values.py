@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from torch import Tensor, fx, nn
-from torch.utils import _pytree as pytree
 
+from fxgraft._torch import pytree
 from fxgraft.errors import FxgraftError, StructureError
 from fxgraft.graph.tracing.graph_utils import scope_of
 from fxgraft.graph.tracing.names import class_name, join

@@ -18,6 +18,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from fxgraft._torch import sample_dirichlet
 from fxgraft.functional.modulation import instance_moments, modulated
 
 Box = Sequence[int] | Tensor
@@ -134,7 +135,7 @@ def draw_box(
         share = torch.rand(TRIES, device=device)
     else:
         parts = torch.full((TRIES, 2), float(beta), device=device)
-        share = torch._sample_dirichlet(parts)[:, 0]  # type: ignore[attr-defined,reportPrivateImportUsage]
+        share = sample_dirichlet(parts)[:, 0]
     sizes = torch.tensor([height, width], device=device)
     halves = (sizes * share.sqrt().unsqueeze(1)).long() // 2
     centres = (torch.rand(TRIES, 2, device=device) * sizes).long()

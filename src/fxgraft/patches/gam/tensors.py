@@ -15,13 +15,13 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from fxgraft._torch import foreach_mul, foreach_mul_, foreach_norm, foreach_sub
 from fxgraft.errors import ConfigError
 
 Gan = Literal["jsd", "lsgan"]
 Invert = Literal["target", "both"]
 DriftConvention = Literal["mean", "sum"]
 
-_lists: Any = torch
 """The fused operations over lists of tensors, which torch's type hints leave out."""
 
 OUTPUTS: dict[str, int] = {"jsd": 2, "lsgan": 1}
@@ -244,10 +244,10 @@ class _Drift(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, scales: list[float], source: list[Tensor], *target: Tensor) -> Tensor:
-        difference = _lists._foreach_sub(target, source)
+        difference = foreach_sub(target, source)
         wide = torch.promote_types(difference[0].dtype, torch.float32)
-        norms = _lists._foreach_norm(difference, 2, wide)
-        _lists._foreach_mul_(norms, [scale**0.5 for scale in scales])
+        norms = foreach_norm(difference, 2, wide)
+        foreach_mul_(norms, [scale**0.5 for scale in scales])
         ctx.scales = scales
         ctx.save_for_backward(*difference)
         return torch.stack(norms).square().sum()
@@ -255,6 +255,6 @@ class _Drift(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
-        slopes = _lists._foreach_mul(ctx.saved_tensors, [2 * scale for scale in ctx.scales])
-        _lists._foreach_mul_(slopes, gradients[0])
+        slopes = foreach_mul(ctx.saved_tensors, [2 * scale for scale in ctx.scales])
+        foreach_mul_(slopes, gradients[0])
         return (None, None, *slopes)

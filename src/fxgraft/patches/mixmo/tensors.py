@@ -25,6 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fxgraft._torch import sample_dirichlet
 from fxgraft.errors import ConfigError, TargetError
 from fxgraft.patches.mixmo.masks import box_mask, draw_centres
 
@@ -59,7 +60,7 @@ def dirichlet(
             'The paper uses 2. For equal shares of all members (MIMO) use mixing="sum".'
         )
     parts = torch.full((batch, members), float(alpha), device=device, dtype=dtype)
-    return torch._sample_dirichlet(parts)  # type: ignore[attr-defined,reportPrivateImportUsage]
+    return sample_dirichlet(parts)
 
 
 def mix(encodings: Sequence[Tensor], masks: Tensor | Sequence[Tensor], gain: float | None = None) -> Tensor:

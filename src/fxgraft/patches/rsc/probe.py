@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from fxgraft._torch import top_saved_tensors_hooks, transforms_active
 from fxgraft.extend import (
     ConfigError,
     WrappedModelError,
@@ -93,7 +94,7 @@ class Probe:
                 "Export model.eval(), whose graph is the bare model's, or choose a site that only pooling and a linear "
                 "layer follow: there the gradient has a closed form. torch.compile takes any site."
             )
-        if draws.as_data() or torch._C._are_functorch_transforms_active():
+        if draws.as_data() or transforms_active():
             # torch.func.grad compiles into the same graph, and nests in transforms; torch.autograd.grad does neither.
             gradient, self.logits = torch.func.grad(self._score, has_aux=True)(self.z.clone())
         else:
@@ -108,7 +109,7 @@ class Probe:
         if self.target.is_inference():
             self.target = self.target.clone()
         # Hooks of activation checkpointing, which drop what is saved and compute it again, are not meant for this.
-        hooked = torch._C._autograd._top_saved_tensors_default_hooks(True) is not None  # pyright: ignore
+        hooked = top_saved_tensors_hooks() is not None
         keeping = (
             torch.autograd.graph.saved_tensors_hooks(_same, _same) if hooked else contextlib.nullcontext()
         )
