@@ -14,6 +14,7 @@ from fxgraft.graph.grafting.forward_context import ARGUMENTS, Context
 from fxgraft.graph.grafting.graft import Graft
 from fxgraft.graph.grafting.labels import batch_of, check_criterion, differ, version_of
 from fxgraft.graph.grafting.lookup import grafts_on, named_grafts, patched_parts, registry_of
+from fxgraft.graph.grafting.loss_watch import OTHER_LABELS, some_of
 from fxgraft.graph.structure.outputs import take_logits
 from fxgraft.graph.tracing.observe import tensors
 
@@ -140,7 +141,9 @@ def _ask(model: nn.Module, out: Any, y: Any) -> None:
                 registry.watch_asked(part)
             if part.training and not torch.is_grad_enabled():
                 registry.context.watch.warn_of_no_gradients(part)
-            if not torch.compiler.is_compiling():
+            if torch.compiler.is_compiling():
+                _compare_compiled(registry.context, path, out, y)
+            else:
                 registry.context.doubts.answers()
                 _compare_labels(registry.context, path, out, y)
 
@@ -183,6 +186,26 @@ def _check_classes(path: str, own: Sequence[tuple[int, ...]], shapes: Sequence[t
             "An encoder that ends in a linear layer or a convolution looks like a classifier; it gives features.\n"
             "Patch the whole model; layers= takes names inside of the part."
         )
+
+
+def _compare_compiled(context: Context, path: str, out: Any, y: Any) -> None:
+    """Have compiled code raise, as it runs, where a loss is given other labels than the pass took.
+
+    Only for what a pass returned, as it is: from an output that was converted, compiled code finds no way back.
+    """
+    # Looked at before the pass is: what is the same tensor is then read from where it is given.
+    some, labels = some_of(out), some_of(y)
+    record = context.outputs.compiled(out)
+    if record is None or record.labels is None or path:  # behind a part there may be a task of its own
+        if record is not None:
+            record.check(some, None)
+        return
+    wrong = differ(record.labels, y)
+    if wrong is True:
+        raise TargetError(_OTHER_LABELS)
+    record.check(some, labels if y is record.labels else None)
+    if isinstance(wrong, Tensor):
+        torch._assert_async(~wrong, OTHER_LABELS)  # type: ignore[attr-defined]
 
 
 _OTHER_LABELS = (

@@ -170,6 +170,8 @@ class GraftRegistry:
         if model.training:
             self._watched = True
             self._watch(model)
+        elif self.schedules:
+            self.context.progress_watch.evaluated()
 
     def watch_asked(self, model: nn.Module) -> None:
         """Do so where the loss of a training pass is asked for that ran in compiled code, so that none saw it."""

@@ -32,6 +32,12 @@ STEPS = 2
 PASSES = 20
 """So many training passes without a word on progress, and nobody is going to say one."""
 
+STILL = 5000
+"""So many training passes at one progress, or"""
+
+ROUNDS = 5
+"""so many evaluations between them, and nobody is going to set another one."""
+
 OVER = 2
 """So many training passes after progress has come to 1, and the training is not over."""
 
@@ -117,6 +123,8 @@ class PassRecord:
         version: how often the labels were written to by then; None where that is not known.
         out: what it returned, where that was in compiled code and nobody has asked for it yet.
         shapes: of the tensors that it returned; empty until they are tied to it.
+        sample: some of the values that it returned in compiled code.
+        some_labels: some of the labels there.
     """
 
     def __init__(self, notes: dict[str, Any], labels: Any = None, out: Any = None) -> None:
@@ -125,6 +133,41 @@ class PassRecord:
         self.labels = labels
         self.version = None if torch.compiler.is_compiling() else version_of(labels)
         self.out = out
+        self.sample = None if out is None else some_of(out)
+        self.some_labels = None if out is None else some_of(labels)
+
+    def check(self, out: Tensor | None, labels: Tensor | None) -> None:
+        """Have compiled code raise, as it runs, where an output or labels are not those of this pass.
+
+        It took them for one tensor when it was compiled, and does not always look again: not where one is found through
+        a global name and the other is an argument.
+
+        Args:
+            out: some of the output's values, as `some_of` gives them.
+            labels: some of the labels; None where they were compared by other means.
+        """
+        _check_same(self.sample, out, OTHER_OUTPUT)
+        _check_same(self.some_labels, labels, OTHER_LABELS)
+
+
+OTHER_OUTPUT = (
+    "fxgraft.loss was given an output of another pass than it was compiled for: compile both together."
+)
+OTHER_LABELS = "fxgraft.loss was given other labels than the pass of this output took."
+
+
+def _check_same(sample: Tensor | None, given: Tensor | None, message: str) -> None:
+    if sample is None or given is None or sample.shape != given.shape:
+        return
+    # Compilers may round a value and its sample apart.
+    near = (sample - given).abs() <= 2e-2 * (sample.abs() + given.abs())
+    torch._assert_async((near | sample.isnan()).all(), message)  # type: ignore[attr-defined]
+
+
+def some_of(value: Any) -> Tensor | None:
+    """Copy a few numbers of an output or of labels; None where there are none."""
+    first = next((each for each in tensors(value) if each.numel()), None)
+    return None if first is None else first.detach().flatten()[:64].float().clone()
 
 
 class Recent:
@@ -177,6 +220,7 @@ class Outputs:
                 record = PassRecord(notes, labels, out)
                 self._recent = Recent(record, known.first, known.second, known.third)
             return
+        self._tie_recent()  # compiled code that is given what this pass returns is not to take it for one of its own
         if notes or labels is not None or self._noting:
             self._tie(out, PassRecord(notes, labels))
 
@@ -184,13 +228,11 @@ class Outputs:
         """List the passes that an output is of, or was computed from."""
         recent = self._recent
         if torch.compiler.is_compiling():
-            return [each for each in recent.all() if each.out is out]
-        if recent.first.out is not None:
-            self._recent = _no_passes()
-            for record in reversed(recent.all()):
-                if record.out is not None:
-                    self._tie(record.out, record)
-                    record.out = None
+            found = next(
+                (each for each in recent.all() if each.out is out), None
+            )  # guards on what is looked at
+            return [] if found is None else [found]
+        self._tie_recent()
         given = tensors(out)
         found = [self._records[each] for each in given if each in self._records]
         found = found or [record for each in given for record in self._behind(each)]
@@ -199,6 +241,22 @@ class Outputs:
             known = [(place_of(each), record) for each, record in self._records.items()]
             found = [record for own, record in known if own and any(own.holds(place) for place in places)]
         return list({id(record): record for record in found}.values())
+
+    def compiled(self, out: Any) -> PassRecord | None:
+        """Find the pass of an output in compiled code, among the last two: it guards on all that is looked at."""
+        if self._recent.first.out is out:
+            return self._recent.first
+        return self._recent.second if self._recent.second.out is out else None
+
+    def _tie_recent(self) -> None:
+        recent = self._recent
+        if recent.first.out is None:
+            return
+        self._recent = _no_passes()
+        for record in reversed(recent.all()):
+            if record.out is not None:
+                self._tie(record.out, record)
+                record.out = record.sample = record.some_labels = None
 
     def remembers(self, graft: str) -> bool:
         """Say whether a graft has remembered anything of any pass."""
@@ -276,7 +334,7 @@ def _capturing() -> bool:
 
 
 class ProgressWatch:
-    """Notices schedules that nobody feeds, and those that come to their end before the training does.
+    """Notices schedules that nobody feeds, or not any more, and those that end before the training does.
 
     Attributes:
         fed: whether progress was ever set.
@@ -288,11 +346,18 @@ class ProgressWatch:
         self._passes = 0
         self._below = False
         self._over = 0
+        self._since = self._rounds = self._looks = 0
         self._warned: set[str] = set()
 
     def told(self, fraction: float) -> None:
         """Take note of the progress that is set."""
+        if fraction != self._progress or not self.fed:
+            self._since = self._rounds = 0
         self.fed, self._progress = True, fraction
+
+    def evaluated(self) -> None:
+        """Take note of an evaluation pass. A single one between two of training may be part of a step."""
+        self._looks += 1
 
     def note(self, model: nn.Module, schedules: Mapping[str, Sequence[str]]) -> None:
         """Take note of a training pass.
@@ -302,8 +367,8 @@ class ProgressWatch:
             schedules: options that follow the progress, by graft.
 
         Warns:
-            FxgraftWarning: nobody has set the progress for `PASSES` passes, or it was at 1 for `OVER`, and came there
-                from below.
+            FxgraftWarning: nobody has set the progress for `PASSES` passes; it stands still below 1 for `STILL`, or for
+                `ROUNDS` evaluations of more than one pass; or it was at 1 for `OVER`, and came there from below.
         """
         if not schedules:
             return
@@ -314,6 +379,11 @@ class ProgressWatch:
             else:
                 note_change()  # perhaps it was put into another model where nobody saw it
             return
+        self._since += 1
+        self._rounds += self._looks > 1
+        self._looks = 0
+        if self._progress < 1 and (self._since > STILL or self._rounds >= ROUNDS):
+            self._warn(model, schedules, "still")
         self._below = self._below or self._progress < 1
         self._over = self._over + 1 if self._progress >= 1 else 0
         if self._below and self._over > OVER:
@@ -332,6 +402,10 @@ class ProgressWatch:
             "it is: schedules stand still.\n"
             "Call fxgraft.set_progress(model, epoch / epochs) at the start of every epoch, counted from 0, or with "
             "step / steps at every step.",
+            "still": f"{follows}, which stands at {self._progress:g} for {self._since} training passes of this "
+            f"{model._get_name()}, with {self._rounds} evaluations between them: schedules stand still.\n"
+            "Call fxgraft.set_progress again, with epoch / epochs (and not epoch // epochs) at the start of every "
+            "epoch, counted from 0, or, where an epoch is as long as that, with step / steps at every step.",
             "over": f"{follows}, which is said to be over (1.0), and this {model._get_name()} is trained on: schedules "
             "came to their end too early.\n"
             "Progress is the share that is done: fxgraft.set_progress(model, epoch / epochs), epochs counted from 0, "

@@ -443,3 +443,57 @@ def test_gradients_as_functions_of_the_weights(layer: str) -> None:
     fxgraft.loss(model, model(images(), target=LABELS), LABELS).backward()
     for name, each in model.named_parameters():
         torch.testing.assert_close(found[name], each.grad)
+
+
+def compiled_step(model: nn.Module) -> Any:
+    def step(x: Tensor, y: Tensor, given: Tensor) -> Tensor:
+        return fxgraft.loss(model, model(x, target=y), given)
+
+    return torch.compile(step, fullgraph=True, backend="eager")
+
+
+@pytest.mark.parametrize(
+    "method", [pytest.param("rsc", marks=()), pytest.param("mixmo", marks=pytest.mark.sweep)]
+)
+def test_a_compiled_step_compares_labels_as_it_runs(method: str) -> None:
+    """In one graph: equal labels in other memory or as one-hot vectors are the same, permuted ones are not."""
+    torch.compiler.reset()
+    model = fxgraft.patch(net(), method, input_size=(3, 16, 16))
+    step = compiled_step(model)
+    x, y = images(size=16), LABELS
+    step(x, y, y).backward()
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        step(x.flip(0), y, y).backward()
+    for same in (y.clone(), F.one_hot(y, CLASSES).float()):
+        assert step(x, y, same).isfinite()
+    with pytest.raises(RuntimeError, match="other labels than the pass of this output took"):
+        step(x, y, y.roll(1))
+
+
+MODEL: Any = None
+"""Found through a global name, as in scripts: compiled code does not compare it with its arguments again."""
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")  # of dynamo's own looking
+@pytest.mark.parametrize("pass_of", ["eager", "long ago", "other labels"])
+def test_a_compiled_loss_of_an_output_that_it_was_not_compiled_for(pass_of: str) -> None:
+    torch.compiler.reset()
+    global MODEL
+    MODEL = fxgraft.patch(net(), "mixmo", input_size=(3, 16, 16))
+
+    @torch.compile(fullgraph=True, backend="eager")
+    def loss(out: Tensor, y: Tensor) -> Tensor:
+        return fxgraft.loss(MODEL, out, y)
+
+    call: Any = torch.compile(MODEL, fullgraph=True, backend="eager")
+    x, y = images(size=16), LABELS
+    outs = [call(x.roll(step, 0), target=y) for step in range(6)]
+    torch.testing.assert_close(loss(outs[-1], y), fxgraft.loss(MODEL, outs[-1], y))
+    outs = [call(x.roll(step, 0), target=y) for step in range(6)]
+    loss(outs[-1], y)
+    if pass_of == "eager":
+        outs[0] = MODEL(x, target=y)
+    with pytest.raises(Exception, match=r"an output of another pass|other labels|cannot tell which pass"):
+        loss(
+            outs[-1] if pass_of == "other labels" else outs[0], y.roll(1) if pass_of == "other labels" else y
+        )

@@ -14,7 +14,8 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fxgraft
-from fxgraft.graph.grafting.loss_watch import MOVES, PASSES
+from fxgraft.graph.grafting import loss_watch
+from fxgraft.graph.grafting.loss_watch import MOVES, PASSES, ROUNDS
 from models.toys import LABELS, images, net
 
 SIZE = (3, 16, 16)
@@ -79,6 +80,41 @@ def test_a_schedule_that_nobody_feeds(name: str) -> None:
     fxgraft.set_progress(model, 0.25)
     for each in (model, copy.deepcopy(model)):
         assert "follows fxgraft.set_progress, now 0.25" in str(fxgraft.summary(each))
+
+
+@pytest.mark.parametrize("again", [False, True], ids=["once", "epoch // epochs"])
+def test_progress_that_is_set_and_stands_still(again: bool) -> None:
+    """Known by the epochs that have gone by: validations of several batches lie between them."""
+    model = patched("mixmo", {})
+
+    def epoch(number: int) -> None:
+        if number == 0 or again:
+            fxgraft.set_progress(model, number // ROUNDS)
+        steps(model.train(), 2)
+        for _ in range(2):
+            model.eval()(images(size=16))
+
+    for number in range(ROUNDS):
+        epoch(number)
+    with pytest.warns(
+        fxgraft.FxgraftWarning,
+        match=r"decay of 'mixmo' follows (.|\n)*stands at 0 for 11 training passes (.|\n)*and not epoch // epochs",
+    ):
+        steps(model.train(), 1)
+    steps(model, 1)  # once
+
+
+def test_progress_that_stands_still_for_long_without_an_evaluation(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loss_watch, "STILL", 30)
+    model = patched("mixmo", {})
+    fxgraft.set_progress(model, 0.0)
+    steps(model, 30)
+    fxgraft.set_progress(model, 0.1)
+    for _ in range(30):  # one evaluation pass is part of a step
+        steps(model.train(), 1)
+        model.eval()(images(size=16))
+    with pytest.warns(fxgraft.FxgraftWarning, match=r"stands at 0\.1 for 31 training passes"):
+        steps(model.train(), 1)
 
 
 @pytest.mark.parametrize("name", SCHEDULED)
