@@ -197,6 +197,7 @@ class TrainToy(Toy):
 
 def register_toys(monkeypatch: pytest.MonkeyPatch) -> None:
     """Register the toys as a third party would; after the test the registry is what it was."""
+    fxgraft.methods()  # those that are imported later would be forgotten with the toys
     monkeypatch.setattr(registry, "_registry", dict(registry._registry))
     fxgraft.register("toy")(Toy)
     fxgraft.register("train_toy")(TrainToy)

@@ -236,3 +236,19 @@ class TestLoss:
         model = patched(loss="gradient_boosting")
         with pytest.raises(ConfigError, match=r"stands in for cross-entropy"):
             fxgraft.loss(model, model(x), y, criterion)
+
+
+def test_tokens_of_a_signal_are_no_square() -> None:
+    class Signal(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.embed, self.mix, self.fc = nn.Conv1d(3, 8, 4, 4), nn.Linear(8, 8), nn.Linear(8, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.fc(self.mix(self.embed(x).transpose(1, 2)).mean(1))
+
+    with pytest.raises(fxgraft.ConfigError, match=r"class maps of 1×16"):
+        fxgraft.patch(Signal(), "diversification", input_size=(3, 64))
+    model = fxgraft.patch(Signal(), "diversification", patch=1, return_maps=True, input_size=(3, 64))
+    assert model(torch.randn(2, 3, 64)).maps.shape == (2, 4, 1, 16)

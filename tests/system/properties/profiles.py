@@ -1,7 +1,11 @@
-"""How many random examples a property is tried on: few in every test run, many in the sweep."""
+"""How many random examples a property is tried on: few in every test run, many in the sweep.
+
+The environment variable FXGRAFT_EXAMPLES, a number, says how many the sweep tries for each property.
+"""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -25,7 +29,9 @@ def profiles(few: int, many: int, *strategies: Any) -> Callable[[Callable[..., N
 
         run.__name__ = test.__name__
         run.__doc__ = test.__doc__
-        sweep = pytest.param(many, marks=pytest.mark.sweep, id="many")
+        sweep = pytest.param(
+            int(os.environ.get("FXGRAFT_EXAMPLES", many)), marks=pytest.mark.sweep, id="many"
+        )
         return pytest.mark.parametrize("examples", [pytest.param(few, id="few"), sweep])(run)
 
     return parametrize

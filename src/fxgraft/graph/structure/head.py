@@ -232,6 +232,8 @@ def token_grid(
     if len(shape) != 3:
         return None
     tokens = shape[3 - channel]
+    if len(trace.image_size) == 2:  # of a signal, whose tokens follow one after the other
+        return 1, tokens
     recorded = [call for calls in trace.observation.calls.values() for call in calls]
     for value in (call.output for call in sorted(recorded, key=lambda call: -call.order)):
         if isinstance(value, Tensor) and value.ndim == 4:

@@ -114,11 +114,11 @@ class Known:
 
 
 def user_line() -> str:
-    """Name the line of the user's code that is being traced: the innermost that is neither torch.fx's nor ours."""
+    """Name the line of the user's code that is being traced: the innermost that is neither torch's nor ours."""
     frame = sys._getframe(1)
     while frame is not None:
         name = frame.f_code.co_filename
-        if "/torch/fx/" not in name and "fxgraft/graph" not in name:
+        if "/torch/" not in name and "fxgraft/graph" not in name:
             return f"{name}:{frame.f_lineno}"
         frame = frame.f_back
     return "an unknown line"

@@ -128,6 +128,8 @@ def _watching(watched: Sequence[tuple[Any, str]], touched: list[str]) -> Iterato
         def call(*args: Any, **kwargs: Any) -> Any:
             if threading.get_ident() == here:
                 touched.append(name)
+                if name == "_set_grad_enabled":  # which takes a proxy, of a condition on shapes, for False
+                    args = tuple(bool(each) if isinstance(each, fx.Proxy) else each for each in args)
             return original(*args, **kwargs)
 
         return call

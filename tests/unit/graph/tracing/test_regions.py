@@ -552,6 +552,24 @@ def _constrained(self: Block, x: Tensor) -> Tensor:
     return self.side(x)
 
 
+def test_a_grad_mode_that_hangs_on_the_batch_holds_for_the_batches_that_it_was_traced_for() -> None:
+    def small(self: Block, x: Tensor) -> Tensor:
+        with torch.set_grad_enabled(x.shape[0] < 4):
+            return self.side(x)
+
+    model, bare = patched(make(small), "taps"), make(small)
+    assert _gradient(model, 2) == pytest.approx(_gradient(bare, 2))
+    with pytest.raises(fxgraft.BypassError, match="A branch on shapes"):
+        model(torch.zeros(4, 3, 8, 8))
+
+
+def _gradient(model: nn.Module, batch: int) -> float:
+    x = torch.randn(batch, 3, 8, 8, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    model(x).square().sum().backward()
+    assert x.grad is not None
+    return float(x.grad.norm())
+
+
 def test_a_failed_look_leaves_the_memory_of_weights() -> None:
     model = make(_constrained)
     before = {name: each.data_ptr() for name, each in model.named_parameters()}
