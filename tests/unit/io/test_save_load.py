@@ -423,7 +423,7 @@ def test_a_patched_model_is_not_loaded_into(tmp_path: Path) -> None:
     assert len(fxgraft.grafts(model)) == 2
 
 
-FORMER = Path(__file__).parents[2] / "former_recipe"
+FORMER = Path(__file__).parent / "former_recipe"
 
 
 def test_a_folder_of_a_development_version_loads_with_a_note(tmp_path: Path) -> None:
