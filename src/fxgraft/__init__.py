@@ -36,6 +36,7 @@ _PUBLIC = {
     "graph.structure.site": ("Site",),
     "inspection": ("Plan", "Summary", "diagnostics"),
     "io.backbone_weights": ("load_backbone",),
+    "io.hub": ("push_to_hub",),
     "io.save_load": ("load", "save"),
     "patches.base": ("Patch",),
     "patches.crossnorm.patch": ("CrossNorm",),

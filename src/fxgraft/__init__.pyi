@@ -45,6 +45,7 @@ from fxgraft.training_loss import loss as loss
 from fxgraft.training_loss import losses as losses
 from fxgraft.api import merge as merge
 from fxgraft.patches.registry import methods as methods
+from fxgraft.io.hub import push_to_hub as push_to_hub
 from fxgraft.patches.registry import register as register
 from fxgraft.io.save_load import save as save
 from fxgraft.api import set_progress as set_progress

@@ -52,6 +52,8 @@ LAYERS: list[tuple[str, ...]] = [
     (
         "adaptation/",
         "io/constructor.py",
+        "io/hub.py",
+        "io/hub_client.py",
         "io/save_load.py",
         "io/backbone_weights.py",
     ),

@@ -50,7 +50,10 @@ from fxgraft.patches.registry import build
 M = TypeVar("M", bound=nn.Module)
 
 FILE = "fxgraft.safetensors"
-"""Name of the file in a folder."""
+"""Name of the file in a folder or a repository."""
+
+SCHEME = "hf-hub:"
+"""What the address of a repository of the hub starts with."""
 
 _ENTRY = "fxgraft"
 _UPGRADE = "Upgrade fxgraft, or load it with the release that wrote it."
@@ -242,7 +245,7 @@ def load(path: Any, model: Any = None, *, trust: bool = False) -> Any:
     """Build a model as a saved one was, or take a bare one, put the grafts on it, and load the weights.
 
     Args:
-        path: the file that `save` wrote, or its folder.
+        path: the file that `save` wrote, or its folder; or "hf-hub:owner/name", where `push_to_hub` put it.
         model: a bare model of the same architecture, to be changed in place; by default the recipe says how to make
             one. ``load(model, path)`` is the same.
         trust: make the model with a function of one's own that the recipe names. This runs code that the file chooses.
@@ -267,6 +270,10 @@ def load(path: Any, model: Any = None, *, trust: bool = False) -> Any:
         )
     if model is not None:
         check_model(model)
+    if isinstance(path, str) and path.startswith(SCHEME):
+        from fxgraft.io.hub_client import fetch  # its client takes a while to import
+
+        path = fetch(path)
     file = file_at(path)
     recipe, tensors = read_recipe(file)
     with preserved_random_state():  # constructors and units draw what they start from
