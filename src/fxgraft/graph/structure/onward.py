@@ -12,7 +12,7 @@ import inspect
 import operator
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 from torch import Size, Tensor, fx, nn
 
@@ -335,7 +335,7 @@ def _entries(named: Iterable[tuple[Any, Carried]]) -> Entries | None:
 
 def _built(values: Values, node: fx.Node, held: Mapping[fx.Node, Carried]) -> Carried:
     """Follow values into the structure that a node makes of them; None where it makes none, or one of another kind."""
-    made: Any = node.target
+    made = node.target
     if is_addition(node) and isinstance(values(node), (tuple, list)):
         return _entries(enumerate(each for part in node.args for each in _listed(values, part, held)))
     if node.op != "call_function" or not isinstance(made, type):
@@ -343,7 +343,7 @@ def _built(values: Values, node: fx.Node, held: Mapping[fx.Node, Carried]) -> Ca
     if dataclasses.is_dataclass(made) or hasattr(made, "_fields"):
         return _nest(dict(inspect.signature(made).bind(*node.args, **node.kwargs).arguments), held)
     if issubclass(made, (dict, list, tuple)) and all(not isinstance(each, fx.Node) for each in node.args):
-        return _nest(made(*node.args, **node.kwargs), held)
+        return _nest(cast(Any, made)(*node.args, **node.kwargs), held)
     return None
 
 
