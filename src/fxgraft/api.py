@@ -41,7 +41,7 @@ from fxgraft.inspection import Plan, Summary, plan_of, summary_of
 from fxgraft.patches.base import Patch
 from fxgraft.patches.options import is_number
 from fxgraft.patches.presets import Preset
-from fxgraft.patches.registry import build
+from fxgraft.patches.registry import build, check_beside
 from fxgraft.spec import parse_grafts
 
 M = TypeVar("M", bound=nn.Module)
@@ -195,21 +195,7 @@ def _check_new(graft: Graft, present: Sequence[Graft], named: bool) -> None:
                 "Choose another name." if named else f'Give the second one a name, as name="{graft.name}_2".'
             )
             raise ConfigError(f"There is a graft named {graft.name!r} on the model already.\n{hint}")
-        pairing, replaying = (
-            next((each for each in (graft, other) if test(each.patch)), None)
-            for test in (lambda patch: patch.pairs_labels, lambda patch: patch.replays())
-        )
-        if pairing is not None and replaying is not None and pairing is not replaying:
-            raise ConfigError(
-                f"{replaying.name!r} runs the batch again to compare predictions, and {pairing.name!r} mixes images "
-                "anew in every pass.\nThe predictions would be of other mixtures, row by row.\n"
-                f"Switch that off in {replaying.name!r} (consistency=False), or take one of them off."
-            )
-        if other.patch.pairs_labels and graft.patch.pairs_labels:
-            raise ConfigError(
-                f"{graft.patch.method!r} and {other.name!r}, which is on the model, both pair every row of the output "
-                "with labels of other rows.\nNeither's loss knows what the other has mixed.\nUnpatch one of them."
-            )
+        check_beside(graft, other)
 
 
 def _plan(model: nn.Module, graft: Graft) -> Plan:

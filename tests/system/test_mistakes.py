@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import io
 import warnings
 from typing import Any
 
 import pytest
 import timm
 import torch
+from rich.console import Console
 from torch import Tensor, nn
 
 import fxgraft
+from fxgraft.cli.method_card import card
+from fxgraft.patches.registry import not_beside
 from models.toys import LABELS, images, net
 
 SIZE = (3, 8, 8)
@@ -31,7 +35,7 @@ def test_mixmo_and_consistency_are_found_when_patched(order: tuple[str, str]) ->
     model = fxgraft.patch(net(), order[0], input_size=SIZE, **options[order[0]])
     with pytest.raises(
         fxgraft.ConfigError,
-        match=r"'crossnorm' runs the batch again(?s:.*)'mixmo' mixes(?s:.*)consistency=False",
+        match=r"'crossnorm' runs the batch again(?s:.*)consistency=False(?s:.*)'mixmo' mixes",
     ):
         fxgraft.patch(model, order[1], input_size=SIZE, **options[order[1]])
     assert [graft.name for graft in fxgraft.grafts(model)] == [order[0]]
@@ -124,3 +128,30 @@ def test_training_without_gradients_is_said_once() -> None:
             fxgraft.loss(model, out, LABELS)
             other = fxgraft.patch(net(), "rsc", layer="stage2", input_size=SIZE).eval()
             fxgraft.loss(other, other(images()), LABELS)
+
+
+def test_a_method_that_pairs_labels_says_why() -> None:
+    with pytest.raises(fxgraft.FxgraftError, match=r"says pairs_labels = True, and not why"):
+
+        @fxgraft.register("silent_pairs")
+        class Silent(fxgraft.MixMo):
+            pairs_labels = True  # type: ignore[assignment]
+
+    assert "silent_pairs" not in fxgraft.methods()
+
+
+def test_the_methods_that_cannot_stand_beside_another_are_listed() -> None:
+    known = fxgraft.methods()
+    beside_mixmo = " ".join(not_beside(known["mixmo"]))
+    assert "mixmo, which mixes images again in every pass and pairs labels as well" in beside_mixmo
+    assert "crossnorm, where it runs the batch again" in beside_mixmo
+    assert any("mixmo, which mixes images" in each for each in not_beside(known["crossnorm"]))
+    assert not_beside(known["rsc"]) == []
+    assert "not beside" in method_text("mixmo")
+    assert "not beside" not in method_text("rsc")
+
+
+def method_text(name: str) -> str:
+    console = Console(width=200, record=True, file=io.StringIO())
+    console.print(card(name))
+    return console.export_text()

@@ -40,7 +40,7 @@ class ManifoldMixup(extend.LayeredPatch):
     where = "the image and the first stages, one of them in each pass"
     cost = "training: one pass over one map, and the loss twice; evaluation: none"
     train_only = True
-    pairs_labels = True
+    pairs_labels = "mixes images at a layer again in every pass"
     example = {"layers": 0}  # noqa: RUF012 - as fxgraft reads it; two stages are not everywhere
 
     layers: extend.SiteSpec | None = (0, 1)

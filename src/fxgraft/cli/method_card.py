@@ -63,6 +63,7 @@ def _sections(method: Any) -> dict[str, str]:
         "acts": f"{acts}; {labels}; {own}",
         "cost": method.cost,
         "works with": method.works_with,
+        "not beside": "\n".join(_not_beside(method)),
         "hurts": method.hurts,
         "diagnostics": "\n".join(f"{key}: {meaning}" for key, meaning in method.measures.items()),
         "picture": shown,
@@ -140,6 +141,12 @@ def _patch() -> Any:
     import fxgraft
 
     return fxgraft.Patch
+
+
+def _not_beside(method: Any) -> list[str]:
+    from fxgraft.patches.registry import not_beside
+
+    return not_beside(method)
 
 
 def _methods() -> dict[str, Any]:

@@ -46,7 +46,9 @@ class Patch(Placer):
         train_only: evaluation is bitwise the bare model's.
         needs_labels: training passes need ``target``.
         adds_parameters: it has parameters of its own to train.
-        pairs_labels: its loss judges rows of the output by labels of several rows; a model takes one such method.
+        pairs_labels: how it comes that its loss judges rows of the output by labels of several rows, as what follows
+            the method's name ("mixes images again in every pass"); '' where it does not. A model takes one such
+            method, and none beside it that `replays`.
         call_options: keyword arguments of the model's call that this method's units read, as ``run.options``. A model
             that names one, or takes ``**kwargs``, gets it as well; others do not see it.
         order: (group, rank): at one site the units of one group act by rank, whichever was added first.
@@ -74,7 +76,7 @@ class Patch(Placer):
     train_only: ClassVar[bool] = False
     needs_labels: ClassVar[bool] = False
     adds_parameters: ClassVar[bool] = False
-    pairs_labels: ClassVar[bool] = False
+    pairs_labels: ClassVar[str] = ""
     saves: ClassVar[bool] = True
     example: ClassVar[Mapping[str, Any]] = MappingProxyType({})
     presets: ClassVar[Mapping[str, Preset]] = MappingProxyType({})

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from fxgraft.errors import ConfigError, MethodError, UnknownGraftError, candidates
+from fxgraft.graph.grafting.graft import Graft
 from fxgraft.patches.base import Patch
 from fxgraft.patches.options import check_known
 
@@ -73,11 +74,49 @@ def _check_class(name: str, cls: Any) -> None:
             "Decorate it twice, in this order:\n"
             f'@fxgraft.register("{name}")\n@dataclass(frozen=True, kw_only=True)\nclass {cls.__name__}(...): ...'
         )
+    if not isinstance(cls.pairs_labels, str):
+        raise MethodError(
+            f"{cls.__name__} says pairs_labels = {cls.pairs_labels!r}, and not why.\n"
+            "The reason is what users read where the method is refused beside another one.\n"
+            'Write what follows the method\'s name: pairs_labels = "mixes images in every pass".'
+        )
     if cls.place is Patch.place:
         raise MethodError(
             f"{cls.__name__} does not implement place(), which says what goes where.\n"
             "Write: def place(self, backbone, make): ..."
         )
+
+
+def check_beside(new: Graft, other: Graft) -> None:
+    """Raise `ConfigError` where two grafts cannot be on one model, by what their methods declare."""
+    for one, two in ((new, other), (other, new)):
+        again, paired = one.patch.replays(), two.patch.pairs_labels
+        if again and paired:
+            raise ConfigError(
+                f"{one.name!r} {again}, and {two.name!r} {paired}.\n"
+                "The passes would be of other mixtures, row by row.\n"
+                "Switch one of the two off, or take one of them off."
+            )
+    if new.patch.pairs_labels and other.patch.pairs_labels:
+        raise ConfigError(
+            f"{new.patch.method!r} and {other.name!r}, which is on the model, both pair every row of the output "
+            f"with labels of other rows: {new.patch.method!r} {new.patch.pairs_labels}, {other.name!r} "
+            f"{other.patch.pairs_labels}.\n"
+            "Neither's loss knows what the other has mixed.\nUnpatch one of them."
+        )
+
+
+def not_beside(method: type[Patch]) -> list[str]:
+    """List the methods that cannot be on one model with a method, each with the reason; see `check_beside`."""
+    found = []
+    for name, other in methods().items():
+        if method.pairs_labels and other.pairs_labels:
+            found.append(f"{name}, which {other.pairs_labels} and pairs labels as well")
+        elif method.pairs_labels and other.replays is not Patch.replays:
+            found.append(f"{name}, where it runs the batch again")
+        elif other.pairs_labels and method.replays is not Patch.replays:
+            found.append(f"{name}, which {other.pairs_labels}, where this one runs the batch again")
+    return found
 
 
 def methods() -> dict[str, type[Patch]]:

@@ -49,9 +49,12 @@ class Placer:
     def on_first_training_pass(self, graft: Graft, model: nn.Module) -> None:
         """Look at the model before its first training pass with the graft on it; not called in compiled code."""
 
-    def replays(self) -> bool:
-        """Say whether the patch runs the model again on the arguments of a training pass."""
-        return False
+    def replays(self) -> str:
+        """Say what for the patch runs the model again on the arguments of a training pass; '' where it does not.
+
+        It is what follows the graft's name: "runs the batch again to compare predictions".
+        """
+        return ""
 
     def schedules(self) -> tuple[str, ...]:
         """Name the options that, as they are set, follow the progress of the training."""

@@ -304,7 +304,7 @@ def connect(model: nn.Module, registry: GraftRegistry, plan: Plan) -> None:
             registry.owners[path] = runs
     registry.options = tuple(dict.fromkeys(option for graft in grafts for option in graft.patch.call_options))
     registry.schedules = {graft.name: own for graft in grafts if (own := graft.patch.schedules())}
-    context.replays = any(graft.patch.replays() for graft in grafts)
+    context.replays = any(bool(graft.patch.replays()) for graft in grafts)
     context.samples = _some([name for name, _ in model.named_parameters()]) if context.replays else ()
     context.loss_grafts = tuple(graft.name for graft in grafts if graft.patch.contributes_loss())
     context.model = weakref.ref(model)

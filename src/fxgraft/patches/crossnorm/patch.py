@@ -187,13 +187,14 @@ class CrossNorm(BlockPatch):
                 "Pass a smaller number, or active=None for all of them."
             )
 
-    def replays(self) -> bool:
+    def replays(self) -> str:
         """Say that consistency runs the batch again."""
-        return self.consistency and self.p > 0
+        compares = self.consistency and self.p > 0
+        return "runs the batch again to compare predictions (not with consistency=False)" if compares else ""
 
     def contributes_loss(self) -> bool:
         """Say that consistency is a term of the loss."""
-        return self.replays()
+        return bool(self.replays())
 
     def losses(
         self, graft: Graft, out: Any, target: Any, criterion: Callable[..., Tensor]

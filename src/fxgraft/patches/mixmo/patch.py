@@ -164,7 +164,7 @@ class MixMo(Patch):
     )
     needs_labels = True
     adds_parameters = True
-    pairs_labels = True
+    pairs_labels = "mixes images again in every pass"
     presets = PRESETS
     call_options = ("members",)
 
