@@ -9,7 +9,7 @@ from torch import fx, nn
 
 from fxgraft.errors import TraceError, UnknownGraftError
 from fxgraft.graph.grafting.lookup import registry_of
-from fxgraft.graph.grafting.programs import Placed, by_rank
+from fxgraft.graph.grafting.programs import Placed, by_edge, by_rank
 from fxgraft.graph.grafting.state import GraftState
 from fxgraft.graph.tracing.editing import Editor, Input, Instead, Output, unit_call
 from fxgraft.graph.tracing.model_trace import ModelTrace
@@ -87,7 +87,7 @@ def view_grafts(model: nn.Module, training: bool = True) -> list[PartView]:
         for path, placed in owners.items():
             by_rank(placed)
             trace = look.trace(placed[0][0].input_size)
-            view = _view(trace, registry.plan.states[path], placed, training)
+            view = _view(trace, registry.plan.states[path], by_edge(placed), training)
             same = next((i for i, each in enumerate(found) if _alike(each, view)), None)
             if same is None:
                 found.append(view)

@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
+import timm
 import torch
 from torch import Tensor, nn
 
@@ -16,6 +17,7 @@ import fxgraft
 from fxgraft.extend import Backbone, Make, Placement
 from fxgraft.graph.grafting.lookup import registry_of
 from fxgraft.graph.tracing.editing import After, Output
+from fxgraft.patches.blocks import Part
 from models.toys import Net, Toy, assert_same, images, names, net, state_of_everything
 
 SIZE = (3, 8, 8)
@@ -169,3 +171,24 @@ def test_threads_that_call_a_model_see_nothing_of_a_look_at_it(act: str, patched
     for out, then in found:
         assert torch.equal(out, right)
         assert then == everything
+
+
+def test_two_grafts_in_dense_blocks_call_every_unit_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sorted by graft, a part of the second one would be called once for every later layer of its block."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = timm.create_model("densenet121", block_config=(2, 4), growth_rate=4, num_classes=3).eval()
+        fxgraft.patch(model, "selfnorm", name="first", input_size=(3, 32, 32))
+        fxgraft.patch(model, "selfnorm", name="second", gates=2, input_size=(3, 32, 32))
+        for parameter in (p for graft in fxgraft.grafts(model) for p in graft.parameters()):
+            nn.init.normal_(parameter)
+    called: list[nn.Module] = []
+    forward = Part.forward
+    monkeypatch.setattr(Part, "forward", lambda unit, x: (called.append(unit), forward(unit, x))[1])
+    x = images(2, 32)
+    out = model(x)
+    parts = [unit for graft in fxgraft.grafts(model) for unit in graft.units_of(Part)]
+    assert len(parts) > 10
+    assert sorted(map(id, called)) == sorted(map(id, parts))
+    fxgraft.unpatch(model, "first")
+    assert not torch.allclose(model(x), out)
