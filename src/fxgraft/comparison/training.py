@@ -17,7 +17,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 import fxgraft
 from fxgraft.comparison.data import Item, Items, open_image
@@ -207,7 +207,8 @@ def _decoded(item: Item, side: int, prepare: Callable[[Any], Any] | None = None)
             width, height = image.size
             image = image.resize((round(width * side / short), round(height * side / short)), resample=3)
     size = 3 * image.size[0] * image.size[1]
-    if _cached_bytes + size <= _CACHE_BYTES:
+    # A process that reads for a GPU ends with its epoch, and what it kept with it: several would only fill the memory.
+    if get_worker_info() is None and _cached_bytes + size <= _CACHE_BYTES:
         _cached_bytes += size
         _cache[key] = image
     return image

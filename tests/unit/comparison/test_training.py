@@ -64,11 +64,13 @@ def test_the_cache_has_an_end(tmp_path, monkeypatch):
 def test_processes_that_read_change_no_number(tmp_path, monkeypatch):
     items = read_data(write_classes(tmp_path)).tasks[0].train
     losses = []
-    for count in (0, 2):
+    monkeypatch.setattr(training, "_cache", {})
+    for count in (2, 0):
         monkeypatch.setattr(training, "loader_workers", lambda device, count=count: count)
         torch.manual_seed(0)
         model = nn.Sequential(nn.Conv2d(3, 2, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten())
         losses.append(fit(model, items, items, Training(epochs=2, batch_size=4), size=16).loss)
+        assert len(training._cache) == (0 if count else len(items))
     assert losses[0] == losses[1]
     assert loader_workers("cpu") == 0
 
