@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from fxgraft.graph.grafting.placement import Placement, placements
+from fxgraft.graph.grafting.placement import Placement
 from fxgraft.graph.grafting.unit import Unit
 from fxgraft.graph.structure.affine_fold import Absorber, absorber_of
 from fxgraft.graph.structure.head import Head, find_head, pooled_map
@@ -208,10 +208,15 @@ class Backbone:
             evaluation: whether it acts in evaluation.
             key: the unit's name within its graft; by default that of the site.
         """
-        edits = edits_of(self.trace, site)
-        in_evaluation = edits.evaluation if evaluation else None
-        in_training = edits.training if training else None
-        return placements(edits.module, in_evaluation, in_training, key or site.name, unit)
+        edits, key = edits_of(self.trace, site), key or site.name
+        if training and evaluation and edits.training == edits.evaluation:
+            return [Placement(edits.module, edits.training, key, unit)]
+        placed = []  # in each mode by itself, since their graphs name the site differently
+        if training:
+            placed.append(Placement(edits.module, edits.training, key, unit, evaluation=False))
+        if evaluation:
+            placed.append(Placement(edits.module, edits.evaluation, key, unit, training=False))
+        return placed
 
     def before(self, unit: Unit, key: str, *, training: bool = True, evaluation: bool = True) -> Placement:
         """Run a unit on the model's first argument."""

@@ -33,28 +33,6 @@ class Placement:
     evaluation: bool = True
 
 
-def placements(
-    owner: str, evaluation: Edit | None, training: Edit | None, key: str, unit: Unit
-) -> list[Placement]:
-    """Place a unit: once, unless it acts in both modes and their graphs name its site differently.
-
-    Args:
-        owner: the module to graft.
-        evaluation: what to do there in evaluation; None where the unit does not act in it.
-        training: likewise, in training.
-        key: the unit's name within its graft.
-        unit: the unit.
-    """
-    if evaluation == training and training is not None:
-        return [Placement(owner, training, key, unit)]
-    placed = []
-    if training is not None:
-        placed.append(Placement(owner, training, key, unit, evaluation=False))
-    if evaluation is not None:
-        placed.append(Placement(owner, evaluation, key, unit, training=False))
-    return placed
-
-
 @dataclass(frozen=True)
 class PlacementRecord:
     """A placement as data, by which a copy of a model repeats those of its original.
