@@ -252,3 +252,4 @@ def test_tokens_of_a_signal_are_no_square() -> None:
         fxgraft.patch(Signal(), "diversification", input_size=(3, 64))
     model = fxgraft.patch(Signal(), "diversification", patch=1, return_maps=True, input_size=(3, 64))
     assert model(torch.randn(2, 3, 64)).maps.shape == (2, 4, 1, 16)
+    assert model(torch.randn(2, 3, 100)).maps.shape == (2, 4, 1, 25)

@@ -169,6 +169,8 @@ class PositionwiseHead:
         known = self.grid
         if known is not None and known[0] * known[1] == sizes[0]:
             return known, sizes[0]
+        if known is not None and known[0] == 1:  # a row, as of a signal, of another length
+            return (1, sizes[0]), sizes[0]
         side = round(sizes[0] ** 0.5)
         if side * side != sizes[0]:
             raise SiteError(
