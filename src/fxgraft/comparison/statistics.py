@@ -20,6 +20,9 @@ from fxgraft.errors import ConfigError
 LEVEL = 0.05
 POWER = 0.8
 _MOST_PAIRS = 10_000
+_EQUAL_PAIRS = 6
+"""Pairs that must agree to the last digit before they count: scores are shares of a few images, so that two or three
+equal differences are chance. Six of one sign are below 5 % in a sign test."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,6 +94,8 @@ class Verdict:
             text = f"no difference larger than ±{factor * self.bound:.2g}{unit}"
         elif self.pairs < 2:
             text = "too few pairs: one pair has no interval; at least 3"
+        elif self.low == -math.inf:
+            text = f"too few pairs: all {self.pairs} differ by the same; at least {_EQUAL_PAIRS}"
         else:
             more = f"{self.more}" if self.more < _MOST_PAIRS else f"over {_MOST_PAIRS}"
             text = f"too few pairs: {more} more would show {factor * self.interest:.2g}{unit}"
@@ -154,8 +159,12 @@ def _verdict(
     stats = _scipy("stats")
     count, mean = len(values), float(np.mean(values))
     deviation = float(np.std(values, ddof=1)) if count > 1 else math.nan
-    reach = math.inf
-    if count > 1:
+    reach, more = math.inf, 2
+    equal = _all_equal(values)
+    if equal:
+        more = _EQUAL_PAIRS - count
+    elif count > 1:
+        more = max(0, pairs_needed(deviation, interest, level) - count)
         reach = float(stats.t.ppf(1 - level / 2, count - 1)) * deviation / math.sqrt(count)
     return Verdict(
         variant=name,
@@ -168,8 +177,8 @@ def _verdict(
         high=mean + reach,
         level=level,
         p=p,
-        detectable=detectable(deviation, count, level),
-        more=max(0, pairs_needed(deviation, interest, level) - count) if count > 1 else 2,
+        detectable=math.inf if equal else detectable(deviation, count, level),
+        more=more,
         interest=interest,
         lower_is_better=lower_is_better,
         bare_diverged=diverged[0],
@@ -177,10 +186,15 @@ def _verdict(
     )
 
 
+def _all_equal(values: np.ndarray) -> bool:
+    """Tell whether a few pairs agree so well that their deviation says nothing."""
+    return 1 < len(values) < _EQUAL_PAIRS and not np.ptp(values)
+
+
 def _p(values: np.ndarray) -> float:
-    if len(values) < 2:
+    if len(values) < 2 or _all_equal(values):
         return 1.0
-    if not np.std(values):  # all the same: no difference at all, or one without any noise
+    if not np.ptp(values):  # all the same: no difference at all, or one without any noise
         return float(not np.any(values))
     return float(_scipy("stats").ttest_1samp(values, 0.0).pvalue)
 

@@ -81,7 +81,7 @@ def test_the_edges_of_power():
         ([-1.0, -1.1, -0.9], {"lower_is_better": True}, "helps: -1.2 to -0.75"),
         ([0.1, -0.1, 0.0], {}, "no difference larger than ±0.25"),
         ([3.0, -2.0, 1.0], {}, "too few pairs: 198 more would show 0.5"),
-        ([0.0, 0.0, 0.0], {}, "no difference larger than ±0"),
+        ([0.0] * 6, {}, "no difference larger than ±0"),
         ([1.0], {}, "too few pairs: one pair has no interval; at least 3"),
         (
             [1.0, 1.1, 0.9],
@@ -110,3 +110,12 @@ def test_a_unit_and_a_factor():
 
 def test_a_variant_without_a_pair_has_no_verdict():
     assert verdicts({"x": ([], []), "y": ([0.0, 0.0], [1.0, 1.1])}, interest=0.1)[0].variant == "y"
+
+
+@pytest.mark.parametrize("step", [0.0, 0.05])
+def test_a_few_pairs_that_agree_to_the_last_digit_show_nothing(step):
+    """Scores of few images are coarse: two equal differences are chance, six of one sign are not."""
+    few = judged([0.5 + step] * 2, [0.5] * 2)
+    assert (few.word, few.more, few.p, few.low) == ("too few pairs", 4, 1.0, -math.inf)
+    assert few.sentence() == "too few pairs: all 2 differ by the same; at least 6"
+    assert judged([0.5 + step] * 6, [0.5] * 6).word == ("helps" if step else "no difference")
