@@ -205,6 +205,7 @@ class Outputs:
         self._records = WeakTensorKeyDictionary()
         self._noting: tuple[str, ...] = ()
         self._recent = _no_passes()
+        self._tied = False
 
     def note(self, out: Any, notes: dict[str, Any], labels: Any) -> None:
         """Tie what a pass returned to it.
@@ -233,6 +234,8 @@ class Outputs:
             )  # guards on what is looked at
             return [] if found is None else [found]
         self._tie_recent()
+        if not self._tied:  # no pass is known, and the graph of autograd is long
+            return []
         given = tensors(out)
         found = [self._records[each] for each in given if each in self._records]
         found = found or [record for each in given for record in self._behind(each)]
@@ -265,6 +268,7 @@ class Outputs:
     def _tie(self, out: Any, record: PassRecord) -> None:
         if any(name not in self._noting for name in record.notes):
             self._noting = tuple({*self._noting, *record.notes})
+        self._tied = True
         for each in tensors(out):
             record.shapes.append(tuple(each.shape))
             self._records[each] = record

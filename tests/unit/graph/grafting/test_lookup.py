@@ -278,3 +278,16 @@ def test_modules_that_compiled_code_makes_break_no_graph() -> None:
             return nn.Sequential(nn.ReLU(), nn.Flatten())(x)  # type: ignore[no-any-return]
 
     assert torch.compile(Making(), backend="eager", fullgraph=True)(X).shape == (4, 3072)
+
+
+def test_a_loss_of_grafts_that_remember_nothing_costs_the_same_for_a_deep_network() -> None:
+    made = []
+    for depth in (1, 300):
+        model = nn.Sequential(nn.Sequential(*(nn.Softplus() for _ in range(depth))), backbone("selfnorm"))
+        x = torch.zeros(4, 3, 32, 32, requires_grad=True)
+        out = model(x)
+        fxgraft.loss(model, out, Y)
+        with counting() as calls:
+            fxgraft.loss(model, out, Y)
+        made.append(calls[0])
+    assert made[0] == made[1]
