@@ -32,7 +32,9 @@ class Grafts(Callback):
     """Gives every training step its labels, and the schedules of the grafts the share of training done.
 
     The step may then call ``self.model(x)``; for the loss it calls ``fxgraft.loss`` or ``fxgraft.extra_loss``
-    itself. Validation and test steps are left alone.
+    itself. Validation and test steps are left alone. Progress is set before every training batch, as the share of
+    epochs, steps or time that is done, whichever ends the training first: the module does not call
+    ``fxgraft.set_progress``. A Trainer with ``max_epochs=-1`` alone has no end, and schedules stand at their start.
 
     Args:
         labels: where in a batch the labels are, by default at 1: a position, a key, an attribute, or a path of these,
@@ -65,8 +67,9 @@ class Grafts(Callback):
         if waiting and not _ends(trainer):
             warnings.warn(
                 f"{', '.join(waiting)}: schedules follow the progress of the training, and this Trainer has no end to "
-                "measure it by. They stand at their start.\n"
-                "Pass Trainer(max_epochs=...), max_steps=... or max_time=....",
+                "measure it by (max_epochs=-1, no max_steps, no max_time).\n"
+                "They stand at their start for all of it: what begins later never begins, what falls never falls.\n"
+                "Pass Trainer(max_epochs=...), max_steps=... or max_time=..., or take the schedule off the patch.",
                 FxgraftWarning,
                 stacklevel=2,
             )

@@ -58,6 +58,9 @@ class CrossNorm(BlockPatch):
     FSDP have to draw alike: seed them alike, or compare in every step (``p=1``). The model that is patched has to be
     the one that gives the predictions.
 
+    A batch of one image (a micro-batch, or a last batch) has no other to exchange with, except with its own channels:
+    nothing happens in such a pass, of which a warning tells once.
+
     Under torch.compile which units are on is data, so that nothing is compiled again; then every unit computes,
     whether on or off, and a step costs what all units on cost. Where it goes: the options of `BlockPatch`.
 
@@ -290,10 +293,16 @@ class CrossNormUnit(Unit):
         if run is None:
             self.refuse_recomputation()
             return x
-        if alone or config.lam == 1:
+        if config.lam == 1:
             return x
         chance = self._chance(run)
-        if not chance:
+        if chance and alone:
+            run.tell(
+                "small batch",
+                "exchanges nothing in a batch of one: there is no other image to take statistics of.\n"
+                'Use larger (micro-)batches, or mode="one-instance", which takes those of other channels.',
+            )
+        if alone or not chance:
             run.measure("active", 0)
             return x
         run.check_images_alone(

@@ -402,6 +402,7 @@ def test_compiled_code_refuses_what_is_no_class(method: str, options: dict[str, 
     [
         ("rsc", {"layer": "stage2"}, "'rsc' mutes nothing in a batch of 1(?s:.*)batch_share=1"),
         ("mixmo", {}, "'mixmo' pairs the image of a batch of one with itself(?s:.*)MixMoInput"),
+        ("crossnorm", {"p": 1.0}, "'crossnorm' exchanges nothing in a batch of one(?s:.*)one-instance"),
     ],
 )
 def test_batches_that_are_too_small_are_told_of_once(
@@ -413,6 +414,16 @@ def test_batches_that_are_too_small_are_told_of_once(
         model(x[:1], target=y[:1])
     for rows in (1, 4):
         fxgraft.loss(model, model(x[:rows], target=y[:rows]), y[:rows]).backward()
+
+
+def test_a_small_batch_that_is_compared_is_told_of_by_its_loss() -> None:
+    """In one-instance mode, or switched off, there is nothing to tell."""
+    for options in ({"mode": "one-instance", "p": 1.0}, {"p": 0.0}):
+        fxgraft.patch(net(), "crossnorm", input_size=SIZE, **options)(images()[:1])
+    model = fxgraft.patch(net(), "crossnorm", consistency=True, p=1.0, input_size=SIZE)
+    out = model(images()[:1])
+    with pytest.warns(fxgraft.FxgraftWarning, match="exchanges nothing in a batch of one"):
+        fxgraft.loss(model, out, LABELS[:1])
 
 
 @pytest.mark.parametrize("dtype", [torch.int32, torch.uint8])
