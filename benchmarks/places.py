@@ -7,7 +7,7 @@ a default of RSC that mutes nothing, class maps of other logits: each shows ther
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 
 import torch
 from torch import Tensor, nn
@@ -68,16 +68,21 @@ def _warm(model: nn.Module, x: Tensor) -> None:
         each.momentum = momentum
 
 
-def _training(model: nn.Module, frozen: bool = True) -> nn.Module:
+def _training(model: nn.Module, frozen: bool = True, live: Collection[nn.Module] = ()) -> nn.Module:
     """Switch a network to training without what is drawn at random, and with BatchNorm as in evaluation if frozen.
 
-    So that what one image does changes no other image's logits.
+    So that what one image does changes no other image's logits. A layer that carries a graft is ``live``: it acts in
+    training alone.
     """
     model.train()
     for each in model.modules():
-        if is_drop(each) or (frozen and isinstance(each, _NORMS)):
+        if is_drop(each) or (frozen and isinstance(each, _NORMS) and each not in live):
             each.eval()
     return model
+
+
+def _grafted(model: nn.Module) -> set[nn.Module]:
+    return {each for each in model.modules() if hasattr(type(each), "_fxgraft_base")}
 
 
 def _units(model: nn.Module, size: tuple[int, ...]) -> Iterator[str]:
@@ -115,7 +120,7 @@ def _gates(model: nn.Module, x: Tensor) -> Iterator[str]:
     (logits * torch.randn_like(logits)).sum().backward()
     for key, unit in graft.units.items():
         gradients = [each.grad for each in unit.parameters()]
-        if not any(each is not None and bool(each.any()) for each in gradients):
+        if gradients and not any(each is not None and bool(each.any()) for each in gradients):
             yield f"no logit reads SelfNorm's gate at {key!r}"
     model.zero_grad()
     fxgraft.unpatch(model, "selfnorm")
@@ -123,20 +128,18 @@ def _gates(model: nn.Module, x: Tensor) -> Iterator[str]:
 
 def _muted(model: nn.Module, x: Tensor) -> Iterator[str]:
     """Each image's logits change when RSC mutes all positions."""
-    bare = take_logits(_training(model)(x)).detach()
+    shape = take_logits(_training(model)(x)).shape
     try:
         fxgraft.patch(
             model, "rsc", scope="spatial", spatial_drop=1.0, batch_share=1.0, input_size=tuple(x.shape[1:])
         )
     except FxgraftError:
         return
-    labels = (
-        torch.arange(IMAGES) % bare.shape[1]
-        if bare.ndim == 2
-        else torch.zeros(IMAGES, *bare.shape[2:]).long()
-    )
-    muted = take_logits(_training(model)(x, target=labels)).detach()
+    labels = torch.arange(IMAGES) % shape[1] if len(shape) == 2 else torch.zeros(IMAGES, *shape[2:]).long()
+    live = _grafted(model)
+    muted = take_logits(_training(model, live=live)(x, target=labels)).detach()
     fxgraft.unpatch(model, "rsc")
+    bare = take_logits(_training(model, live=live)(x)).detach()
     same = int((muted == bare).flatten(1).all(1).sum())
     if same:
         yield f"RSC mutes everything, and the logits of {same} of {IMAGES} images are the same"
@@ -144,14 +147,15 @@ def _muted(model: nn.Module, x: Tensor) -> Iterator[str]:
 
 def _class_maps(model: nn.Module, x: Tensor) -> Iterator[str]:
     """The maps of the diversification block average to the logits, where it does not say that they do not."""
-    bare = take_logits(_training(model)(x)).detach()
     try:
         fxgraft.patch(model, "diversification", alpha=1.0, patch=1, input_size=tuple(x.shape[1:]))
     except FxgraftError:
         return
     (graft,) = fxgraft.grafts(model)
-    mapped = take_logits(_training(model)(x)).detach()
+    live = _grafted(model)
+    mapped = take_logits(_training(model, live=live)(x)).detach()
     exact = not graft.patch.inexact(graft)
     fxgraft.unpatch(model, "diversification")
+    bare = take_logits(_training(model, live=live)(x)).detach()
     if exact and not torch.allclose(mapped, bare, rtol=1e-3, atol=1e-3 * float(bare.abs().max())):
         yield f"class maps average to other logits, {float((mapped - bare).abs().max()):.2g} apart"
