@@ -19,6 +19,7 @@ from typer.core import TyperGroup
 
 from fxgraft.cli.compare import compare, demo
 from fxgraft.cli.completion import complete_method, complete_model
+from fxgraft.cli.early_checks import check_method, check_there
 from fxgraft.cli.graft_options import GraftFileOption, GraftOption, PatchOption, chosen_grafts
 from fxgraft.cli.show import show
 from fxgraft.errors import ConfigError, FxgraftError
@@ -122,9 +123,10 @@ def merge(
     ema: Annotated[bool, typer.Option("--ema", help="Take the averaged weights of the checkpoint.")] = False,
 ) -> None:
     """Fold a trained model's grafts into stock weights, for timm.create_model(..., checkpoint_path=...)."""
+    specs = [spec.text for spec in chosen_grafts(graft, graft_file)]
+    check_there(source, "The checkpoint")
     from fxgraft.cli.merging import merge_file
 
-    specs = [spec.text for spec in chosen_grafts(graft, graft_file)]
     said = merge_file(
         source, out, model=model, grafts=specs, classes=num_classes, input_size=input_size, ema=ema
     )
@@ -139,6 +141,8 @@ def info(
     ] = None,
 ) -> None:
     """Show what a method does, where it goes, what it costs and its options."""
+    if method is not None:
+        check_method(method)
     from fxgraft.cli.method_card import card, overview
 
     _show(overview() if method is None else card(method))
@@ -168,11 +172,6 @@ def bench(
     json: Annotated[Path | None, typer.Option(help="Also write the numbers to this file.")] = None,
 ) -> None:
     """Measure what patches cost: time and memory against the bare model, in turns."""
-    # torch's profiler, which reads the memory, logs its start and stop to stderr unless told otherwise.
-    os.environ.setdefault("KINETO_LOG_LEVEL", "6")
-    from fxgraft.bench.overhead import measure
-    from fxgraft.io.atomic_write import write_text
-
     specs = chosen_grafts(graft, graft_file, patch)
     if not specs:
         raise ConfigError(
@@ -181,7 +180,11 @@ def bench(
     if json is not None:
         # Before the measurement: a file that cannot be written should not cost minutes first.
         _open_for_writing(json)
+    # torch's profiler, which reads the memory, logs its start and stop to stderr unless told otherwise.
+    os.environ.setdefault("KINETO_LOG_LEVEL", "6")
+    from fxgraft.bench.overhead import measure
     from fxgraft.cli.progress import progress_of
+    from fxgraft.io.atomic_write import write_text
 
     with progress_of("measuring") as progress:
         report = measure(

@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from fxgraft.cli.completion import complete_spec
+from fxgraft.cli.early_checks import check_method
 from fxgraft.spec import PatchSpec, parse_grafts
 
 GraftOption = Annotated[
@@ -35,10 +36,14 @@ def chosen_grafts(
 
     Raises:
         ConfigError: one of them cannot be read.
+        UnknownGraftError: one of them is no method.
     """
     found: list[PatchSpec] = []
     if file is not None:
         from fxgraft.io.graft_file import read_graft_file
 
         found += read_graft_file(file)
-    return found + [spec for text in (*(grafts or ()), *(former or ())) for spec in parse_grafts(text)]
+    found += [spec for text in (*(grafts or ()), *(former or ())) for spec in parse_grafts(text)]
+    for spec in found:
+        check_method(spec.method)
+    return found

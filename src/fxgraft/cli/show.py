@@ -10,6 +10,7 @@ import typer
 from rich.console import Console
 
 from fxgraft.cli.completion import complete_model, complete_shown
+from fxgraft.cli.early_checks import check_method, check_there
 from fxgraft.cli.graft_options import GraftFileOption, GraftOption, PatchOption, chosen_grafts
 from fxgraft.errors import ConfigError
 from fxgraft.spec import PatchSpec
@@ -71,7 +72,10 @@ def show(
 
     fxgraft show maps photo.jpg
     """
+    for path in (*(images or ()), *([] if weights is None else [weights])):
+        check_there(path, "The file")
     if images:
+        check_method("diversification" if what == MAPS else what)
         options = {"weights": weights, "classes": classes, "pretrained": pretrained}
         texts = [*(spec.text for spec in chosen_grafts((), graft_file)), *(graft or ()), *(patch or ())]
         _show_method(what, images, texts, out, model, size, top, head, seed, **options)
