@@ -80,5 +80,5 @@ class Members(Unit):
             )
         run.remember(pairing)
         logits = torch.stack(out.chunk(members))  # a copy, since FSDP warns of outputs that are views
-        run.measure("agreement", 1 - disagreement(logits.detach()))
+        run.measure("agreement", logits)  # counted where somebody asks: `MixMo.diagnostics`
         return logits

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, Literal, TypeVar
@@ -37,6 +37,7 @@ from fxgraft.extend import (
 )
 from fxgraft.patches.mixmo import tensors as core
 from fxgraft.patches.mixmo.copies import LayerCopies, copies_key, fold
+from fxgraft.patches.mixmo.ensemble import disagreement
 from fxgraft.patches.mixmo.masks import BY_CHANNEL, WITHOUT_POSITIONS, Mixing
 from fxgraft.patches.mixmo.members import Members
 from fxgraft.patches.mixmo.pairing import PAIRING, MixMoInput, Pairing, check_labels, known_pairing
@@ -252,6 +253,11 @@ class MixMo(Patch):
             f"{self.members} encoders at {', '.join(kinds[Encoders])} and heads at {', '.join(kinds[Heads])}, "
             f"{self.mixing} mixing{often}{repeated}"
         )
+
+    def diagnostics(self, graft: Graft) -> Mapping[str, Any]:
+        """Count on how many rows two members agree, by the logits of the last training pass."""
+        measured = graft.measured().items()
+        return {name: torch.stack([1 - disagreement(each) for each in values]) for name, values in measured}
 
     def criterion(self, graft: Graft, criterion: Callable[..., Tensor]) -> Callable[..., Tensor]:
         """Return the weighted sum of the members' losses, for what a training pass returned."""
