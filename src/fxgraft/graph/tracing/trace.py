@@ -20,6 +20,7 @@ from typing import Any
 
 from timm.layers import get_notrace_functions, get_notrace_modules  # pyright: ignore[reportPrivateImportUsage]
 from torch import Tensor, fx, nn
+from torch.fx import proxy as fx_proxy
 
 from fxgraft._torch import NormBase, pytree
 from fxgraft.errors import TraceError
@@ -383,7 +384,7 @@ def _trace_error(module: nn.Module, path: str, error: BaseException) -> TraceErr
     user = [f for f in frames if "/torch/" not in f.filename and "fxgraft/graph" not in f.filename]
     where = f"{user[-1].filename}:{user[-1].lineno}: {user[-1].line}" if user else "an unknown line"
     name = f"{path!r} ({type(module).__name__})" if path else type(module).__name__
-    branches = isinstance(error, fx.proxy.TraceError)
+    branches = isinstance(error, fx_proxy.TraceError)
     usually = ", usually control flow that depends on a tensor's values" if branches else ""
     return TraceError(
         f"torch.fx cannot trace {name}: {type(error).__name__}: {error}\n"
