@@ -232,7 +232,8 @@ def _transformers(made: Constructor, options: dict[str, Any]) -> nn.Module:
     cls = getattr(transformers, made.name, None)
     if not (isinstance(cls, type) and issubclass(cls, transformers.PreTrainedModel)) or made.config is None:
         raise ConfigError(f"transformers {transformers.__version__} has no model {made.name!r}.")
-    return cls(cls.config_class.from_dict(made.config), **options)
+    config: Any = cls.config_class
+    return cls(config.from_dict(made.config), **options)
 
 
 def load_constructed(made: Constructor, trust: bool, file: Path) -> nn.Module:

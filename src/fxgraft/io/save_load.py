@@ -504,7 +504,7 @@ def check_recipe(recipe: dict[str, Any], file: Path) -> None:
         RecipeError: one is missing, of the wrong kind, or unknown.
     """
     for key, kind in _KINDS.items():
-        value = recipe.get(key)
+        value: Any = recipe.get(key)
         share = key != "progress" or (
             not isinstance(value, bool) and isinstance(value, kind) and 0 <= value <= 1
         )
