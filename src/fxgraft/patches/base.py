@@ -129,7 +129,9 @@ class Patch(Placer):
         Raises:
             ConfigError: it is of another method, or has an option that the method does not take.
         """
-        options = {key: tuple(value) if isinstance(value, list) else value for key, value in data.items()}
+        options: dict[str, Any] = {
+            key: tuple(value) if isinstance(value, list) else value for key, value in data.items()
+        }
         if not cls.method or options.pop("method", cls.method) != cls.method:
             raise ConfigError(
                 f"{cls.__name__}.from_dict got options of {data.get('method')!r}.\n"

@@ -455,7 +455,9 @@ def trace(
         (with_sizes, True, True),
         (with_sizes, True, False),
     ]
-    for fixed, branching, buffers in dict.fromkeys(attempts):
+    # Told apart by identity: an argument of any class may be without a hash, or compare tensors when it is compared.
+    different = {(tuple(map(id, fixed)), *rest): (fixed, *rest) for fixed, *rest in attempts}
+    for fixed, branching, buffers in different.values():
         given = (path, observed or {}, bare_forward(module), spec, fixed, names, leaves)
         try:
             start = partial(_tracer, module, opened, deep, given, branching, buffers, hooks)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import random
 from typing import Any
 
@@ -424,3 +425,33 @@ def test_globals_get_back_what_differs_and_python_keeps_its_own() -> None:
         assert {name for _, name in reachable.changes()} == {"table", "entries", "added"}
     assert held == {"table": {"a": 1}, "entries": [1], "seen": {1}}
     assert not hasattr(cls, "added")
+
+
+@pytest.mark.parametrize("frozen", [False, True], ids=["without a hash", "with one"])
+def test_a_dataclass_of_ones_own_between_modules(frozen):
+    @dataclasses.dataclass(frozen=frozen)
+    class Pack:
+        x: torch.Tensor
+
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.act = nn.Conv2d(4, 4, 3, padding=1), nn.ReLU()
+
+        def forward(self, pack):
+            return self.act(pack.x + self.conv(pack.x))
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.stem, self.block, self.fc = nn.Conv2d(3, 4, 3), Block(), nn.Linear(4, 2)
+
+        def forward(self, x):
+            return self.fc(self.block(Pack(self.stem(x))).mean((2, 3)))
+
+    model = Net().eval()
+    x = torch.randn(2, 3, 8, 8)
+    before = model(x)
+    fxgraft.patch(model, "selfnorm", input_size=(3, 8, 8))
+    assert torch.equal(model(x), before)
+    assert fxgraft.grafts(model)[0].units
