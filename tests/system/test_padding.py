@@ -8,6 +8,7 @@ import pytest
 import timm
 import torch
 from torch import Tensor, nn
+from transformers import ResNetConfig, ResNetForImageClassification
 
 import fxgraft
 from models.toys import CLASSES, LABELS, images
@@ -129,6 +130,16 @@ def test_defaults_crops_and_labels_are_nothing_else(
     with fxgraft.targets(LABELS):
         out = model(*args, **kwargs)
     fxgraft.loss(model, out, LABELS).backward()
+
+
+@pytest.mark.parametrize("name", ["return_dict", "output_hidden_states"])
+def test_what_is_returned_beside_the_logits_is_the_callers_to_say(name: str) -> None:
+    config = ResNetConfig(num_labels=CLASSES, embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1])
+    model = fxgraft.patch(ResNetForImageClassification(config), "rsc", input_size=SIZE).eval()
+    assert torch.equal(model(images(), **{name: True}).logits, model(images()).logits)
+    out = model.train()(images(), target=LABELS, **{name: True})
+    fxgraft.loss(model, out, LABELS).backward()
+    assert (out.hidden_states is not None) == (name == "output_hidden_states")
 
 
 def naflex() -> tuple[nn.Module, dict[str, Tensor]]:

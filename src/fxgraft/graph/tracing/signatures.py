@@ -102,7 +102,11 @@ class Declared:
     def _tells(self, name: str, value: Any) -> bool:
         if isinstance(value, Tensor):
             return value.ndim > 0 or self.names(name)
-        return self.names(name) and value is not self.defaults[name] and value != self.defaults[name]
+        if name in _RETURNED or not self.names(name):
+            return False
+        default = self.defaults[name]
+        off = all(each is None or each is False for each in (value, default))
+        return not off and value is not default and value != default
 
     def own(self, options: Iterable[str], kwargs: dict[str, Any]) -> dict[str, Any]:
         """Return the keywords of a call without the options that are meant for the grafts alone."""
@@ -121,6 +125,10 @@ class Declared:
         return tuple(
             name for name in (TARGET, LABELS) if self.names(name) or (name == TARGET and self.takes(name))
         )
+
+
+_RETURNED = frozenset({"return_dict", "output_hidden_states", "output_attentions"})
+"""Switches that all models of transformers share: they say what is returned beside the logits, and change none."""
 
 
 def _of_another_kind(images: Any) -> Iterator[tuple[str, Any]]:
