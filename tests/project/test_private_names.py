@@ -119,7 +119,7 @@ def test_torch_has_what_is_imported(module: str, name: str) -> None:
     need(there, f"{module}.{name}")
 
 
-@pytest.mark.parametrize("name", OF_C)
+@pytest.mark.parametrize("name", sorted(OF_C))
 def test_torch_has_what_is_asked_of_its_core(name: str) -> None:
     home: Any = torch._C
     for part in name.split("."):
@@ -127,7 +127,7 @@ def test_torch_has_what_is_asked_of_its_core(name: str) -> None:
     need(home is not None, f"torch._C.{name}")
 
 
-@pytest.mark.parametrize("name", LATER)
+@pytest.mark.parametrize("name", sorted(LATER))
 def test_torch_has_the_functions_that_are_looked_up(name: str) -> None:
     need(hasattr(torch, name), f"torch.{name}")
 
@@ -144,7 +144,7 @@ def test_torch_has_lists_of_hooks_for_all_modules(name: str) -> None:
     need(vars(_torch)[name] is not _torch._NO_HOOKS, f"torch.nn.modules.module._{name.lower()}")
 
 
-@pytest.mark.parametrize("name", OPERATORS)
+@pytest.mark.parametrize("name", sorted(OPERATORS))
 def test_torch_has_the_operators(name: str) -> None:
     need(hasattr(torch.ops.aten, name), f"torch.ops.aten.{name}")
 
