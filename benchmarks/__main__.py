@@ -166,7 +166,12 @@ def engine(rounds: Annotated[int, typer.Option(help="Epochs of each loop.")] = 7
 
 
 def readme_parts() -> dict[str, str]:
-    """Return what the committed results say, by the name of the part of the README."""
+    """Return what the README says of the committed results, by the name of its part."""
+    return {"evidence": result_tables()["evidence"]}
+
+
+def result_tables() -> dict[str, str]:
+    """Return what the committed results say, by name: the tables of the documentation."""
     return {
         "evidence": evidence_table(STUDIES.values()),
         "coverage": coverage(Zoo(FOLDER / "zoo.json")),
@@ -182,6 +187,8 @@ def readme_parts() -> dict[str, str]:
 def with_part(document: str, part: str, text: str) -> str:
     """Return a README with a part written anew between its two marks."""
     begin, end = f"<!-- {part}: written by python -m benchmarks readme -->", f"<!-- {part}: end -->"
+    if document.count(begin) != 1 or document.count(end) != 1:
+        raise ConfigError(f"The README needs one line {begin!r} and, after it, one line {end!r}.")
     head, _, rest = document.partition(begin)
     _, _, tail = rest.partition(end)
     return f"{head}{begin}\n{text}\n{end}{tail}"

@@ -172,7 +172,7 @@ def markdown(reports: Sequence[OverheadReport], refused: Sequence[dict[str, str]
 
 
 def overhead_table(path: Path) -> str:
-    """Write the README's table: a row per method, a column per model, the ratio of a training step (and by hand)."""
+    """Write the table of costs: a row per method, a column per model, the ratio of a training step (and by hand)."""
     reports = _reports(json.loads(path.read_text(encoding="utf-8")))
     models = list(dict.fromkeys(report.model for report in reports))
     found = {(_name(report), report.model): report for report in reports}
@@ -185,6 +185,28 @@ def overhead_table(path: Path) -> str:
         for name in dict.fromkeys(_name(report) for report in reports)
     ]
     return markdown_table(("training step", *models), [noise, *rows])
+
+
+def ratios_of(path: Path, model: str, what: str) -> dict[str, float]:
+    """Return what methods cost on a model, each measured alone, as multiples of the bare network's time.
+
+    Args:
+        path: the file of results.
+        model: its name there.
+        what: one of `MEASURES`.
+    """
+    reports = _reports(json.loads(path.read_text(encoding="utf-8")))
+    return {
+        report.patches[0].partition(":")[0]: _ratio(report.row(what, PATCHED))[0]
+        for report in reports
+        if report.model == model and len(report.patches) == 1
+    }
+
+
+def noise_of(path: Path, model: str) -> str:
+    """Say how far a second bare network was from the first in training steps, from lowest to highest."""
+    reports = _reports(json.loads(path.read_text(encoding="utf-8")))
+    return _noise([report for report in reports if report.model == model])
 
 
 def fixed_cost_table(path: Path) -> str:

@@ -48,7 +48,7 @@ def inexact(records: dict[str, Record], method: str) -> str:
 
 
 def coverage(zoo: Zoo) -> str:
-    """Write what the README says: how much of the zoo is known, and on what share of it each method works."""
+    """Write what is covered: how much of the zoo is known, and on what share of it each method works."""
     known = zoo.known()
     counted = len({name for name, *_ in outcomes(known)})
     unbuilt = sum("unbuilt" in each for each in zoo.structures.values())

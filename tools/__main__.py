@@ -67,6 +67,12 @@ def generate() -> None:
 
 
 @app.command(context_settings=PASSED_ON)
+def docs(further: Further = None) -> None:
+    """Build the documentation into docs/_build/html, without network; a warning is an error."""
+    _python("-m", "sphinx", "-W", "-n", "--keep-going", "-q", *(further or ()), "docs", "docs/_build/html")
+
+
+@app.command(context_settings=PASSED_ON)
 def bench(further: Further = None) -> None:
     """Run a benchmark: python -m tools bench overhead."""
     _python("-m", "benchmarks", *(further or ()))

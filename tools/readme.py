@@ -1,4 +1,4 @@
-"""The parts of the README that the registry knows: the methods, their options, their papers.
+"""The parts of the README that the registry knows: the methods and their papers.
 
     python -m tools.readme --write    # after a change to a method
     python -m tools.readme --check    # fails where README.md says something else
@@ -17,9 +17,10 @@ from typing import Annotated
 import typer
 
 import fxgraft
-from fxgraft.cli.method_card import option_rows
 from fxgraft.errors import ConfigError
 from fxgraft.io.atomic_write import write_text
+
+OVERHEAD = Path(__file__).parents[1] / "benchmarks/results/overhead.json"
 
 
 def own_methods() -> dict[str, type[fxgraft.Patch]]:
@@ -29,30 +30,40 @@ def own_methods() -> dict[str, type[fxgraft.Patch]]:
     }
 
 
-def method_table(methods: Mapping[str, type[fxgraft.Patch]]) -> str:
-    """Return the table of methods: where each goes and what it costs."""
-    rows = [
-        (f"`{name}`", f"[{method.title}]({method.url})", method.where, method.cost)
-        for name, method in methods.items()
-    ]
-    return markdown_table(("name", "method", "where it goes", "what it costs"), rows)
+IN_SHORT: dict[str, tuple[str, str]] = {
+    "crossnorm": ("exchanges styles between images", "test images come in other styles"),
+    "diversification": ("damps peaks of class maps", "classes differ in small parts"),
+    "gam": ("matches activations across domains", "you have unlabelled target images"),
+    "mixmo": ("trains several networks in one", "the network is wide, training long"),
+    "rsc": ("mutes what the label leans on", "test domains were never seen"),
+    "selfnorm": ("learns to recalibrate channel statistics", "styles vary; evaluation may cost a little"),
+    "taps": ("records values inside the network", "you want to look, or to add losses"),
+}
+"""What each method does in about five words, and when to think of it."""
 
 
-def option_tables(methods: Mapping[str, type[fxgraft.Patch]]) -> str:
-    """Return the options of each method, folded away under its name."""
-    parts = []
+def method_table(methods: Mapping[str, type[fxgraft.Patch]], link: str = "") -> str:
+    """Return the table of methods: what each does, when to think of it, and what it costs.
+
+    Args:
+        methods: by name.
+        link: where a name leads to, with ``{name}`` in it; to its paper without it.
+
+    Raises:
+        ConfigError: a method is not described in `IN_SHORT`.
+    """
+    from benchmarks.overhead import FORWARD, TRAINING_STEP, noise_of, ratios_of
+
+    steps, calls = (ratios_of(OVERHEAD, "resnet50", what) for what in (TRAINING_STEP, FORWARD))
+    rows = [("*none*", "a second bare network: the noise", "", f"× {noise_of(OVERHEAD, 'resnet50')}", "")]
     for name, method in methods.items():
-        rows = [
-            (f"`{option}`", f"`{kind}`", f"`{default}`", text)
-            for option, kind, default, text in option_rows(method)
-        ]
-        table = markdown_table(("option", "type", "default", "what it does"), rows)
-        if method.presets:
-            table += (
-                f"\n\nPresets (`fxgraft info {name}`): {', '.join(f'`{each}`' for each in method.presets)}."
-            )
-        parts.append(f"<details>\n<summary>Options of <code>{name}</code></summary>\n\n{table}\n\n</details>")
-    return "\n\n".join(parts)
+        if name not in IN_SHORT:
+            raise ConfigError(f"The method {name!r} has no entry in IN_SHORT of tools/readme.py.")
+        does, when = IN_SHORT[name]
+        step = f"× {steps[name]:.2f}" if name in steps else "–"
+        call = "same graph" if method.train_only else f"× {calls[name]:.2f}" if name in calls else "–"
+        rows.append((f"[`{name}`]({link.format(name=name) or method.url})", does, when, step, call))
+    return markdown_table(("method", "what it does", "when", "training step", "evaluation"), rows)
 
 
 def citations(methods: Mapping[str, type[fxgraft.Patch]]) -> str:
@@ -68,14 +79,13 @@ def citations(methods: Mapping[str, type[fxgraft.Patch]]) -> str:
 
 PARTS: dict[str, Callable[[Mapping[str, type[fxgraft.Patch]]], str]] = {
     "methods": method_table,
-    "options": option_tables,
     "citations": citations,
 }
 """What writes each generated part, by its name in the markers."""
 
 
 def regenerated(text: str) -> str:
-    """Return a README with its generated parts written anew.
+    """Return a README with its generated parts written again.
 
     Raises:
         ConfigError: the markers of a part are missing, or not there once.
@@ -101,7 +111,7 @@ def main(
     write: Annotated[bool, typer.Option("--write/--check", help="Write, or only compare.")] = False,
     path: Annotated[Path, typer.Argument(help="The README.")] = Path("README.md"),
 ) -> None:
-    """Write the generated parts of the README anew, or check that they are up to date."""
+    """Write the generated parts of the README again, or check that they are up to date."""
     text = path.read_text(encoding="utf-8")
     wanted = regenerated(text)
     if write:

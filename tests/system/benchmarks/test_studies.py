@@ -169,6 +169,8 @@ def test_the_readme_says_what_the_results_say() -> None:
         assert with_part(document, part, text) == document
     begin, end = "<!-- x: written by python -m benchmarks readme -->", "<!-- x: end -->"
     assert with_part(f"a\n{begin}\nold\n{end}\nb\n", "x", "new") == f"a\n{begin}\nnew\n{end}\nb\n"
+    with pytest.raises(ConfigError, match="needs one line '<!-- x: written by"):
+        with_part("a\nb\n", "x", "new")
 
 
 def test_the_engine_is_measured_beside_a_bare_loop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
