@@ -156,11 +156,10 @@ from fxgraft.graph.structure.linear import (
 )
 from fxgraft.graph.structure.outputs import take_logits
 from fxgraft.graph.structure.per_position_head import PositionwiseHead, gathered, position_scores
-from fxgraft.graph.structure.rest_of_network import Rest
+from fxgraft.graph.structure.rest_of_network import Rest, tail_layer
 from fxgraft.graph.structure.site import Site
 from fxgraft.graph.structure.sites import SiteSpec
 from fxgraft.graph.structure.stem_and_classifier import Stem
-from fxgraft.graph.structure.tail import tail_layer
 from fxgraft.graph.tracing.names import is_graft_key
 from fxgraft.graph.tracing.observe import tensors
 from fxgraft.graph.tracing.preserve import preserved_modes

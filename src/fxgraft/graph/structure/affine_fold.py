@@ -25,8 +25,8 @@ from fxgraft.graph.structure.pooling import (
     opened_head,
     pooling_of,
 )
+from fxgraft.graph.structure.rest_of_network import passes
 from fxgraft.graph.structure.site import Site
-from fxgraft.graph.structure.tail import passes
 from fxgraft.graph.tracing.graph_utils import modules_in
 from fxgraft.graph.tracing.model_trace import ModelTrace
 from fxgraft.graph.tracing.names import ancestors, join

@@ -9,11 +9,14 @@ from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Any
 
+import torch
 from torch import Tensor, fx, nn
 
-from fxgraft._torch import NormBase, pytree
+from fxgraft._torch import FakeTensor, NormBase, pytree
 from fxgraft.errors import SiteError, StructureError, TraceError
+from fxgraft.graph.dataflow.reach import Reach
 from fxgraft.graph.structure.outputs import check_logits, logits_node, take_logits
+from fxgraft.graph.structure.pooling import head_in, is_classifier, logits_before
 from fxgraft.graph.structure.probabilities import squashed_end, squashing
 from fxgraft.graph.structure.site import (
     Edits,
@@ -25,16 +28,105 @@ from fxgraft.graph.structure.site import (
     own_nodes,
     training_name,
 )
-from fxgraft.graph.structure.tail import LinearTail, linear_tail, tail_layer
 from fxgraft.graph.tracing.branches import held
 from fxgraft.graph.tracing.compile import compile_graph
 from fxgraft.graph.tracing.editing import After, is_unit
-from fxgraft.graph.tracing.graph_utils import cut, downstream_of, placeholders, scope_of, upstream_of
+from fxgraft.graph.tracing.graph_utils import (
+    cut,
+    downstream_of,
+    modules_in,
+    placeholders,
+    scope_of,
+    upstream_of,
+)
 from fxgraft.graph.tracing.model_trace import ModelTrace
 from fxgraft.graph.tracing.names import ancestors
-from fxgraft.graph.tracing.settings import hooked_output, input_hooked, output_hooked, settings_changed
-from fxgraft.graph.tracing.trace import HOOKED, Traced, readdressed
+from fxgraft.graph.tracing.observe import bare_calls, tensors
+from fxgraft.graph.tracing.preserve import preserved_attributes, preserved_modes, preserved_random_state
+from fxgraft.graph.tracing.regions import region_of
+from fxgraft.graph.tracing.settings import (
+    acted_on,
+    hooked_output,
+    input_hooked,
+    output_hooked,
+    settings_changed,
+)
+from fxgraft.graph.tracing.trace import HOOKED, Traced, is_primitive, readdressed
 from fxgraft.graph.tracing.values import tensor_inputs
+
+
+@dataclass(frozen=True)
+class LinearTail:
+    """The rest of a network that is global average pooling, then one linear layer.
+
+    Attributes:
+        linear: qualified name of the `torch.nn.Linear`.
+        modules: qualified names of all modules behind the site that take part in it.
+        around: those of the modules that the site lies in, and its own: what their hooks change comes behind it.
+    """
+
+    linear: str
+    modules: tuple[str, ...] = ()
+    around: tuple[str, ...] = ()
+
+
+def linear_tail(
+    trace: ModelTrace,
+    site: Site,
+    opened: tuple[str, ...],
+    children: tuple[str, ...],
+    output: str | int | None,
+) -> LinearTail | None:
+    """Recognise global average pooling, flattening, dropout and one linear layer, and nothing else."""
+    closed = tuple(name for name in children if not is_primitive(trace.module(name)))
+    if len(children) > 8 or site.layout not in ("NCHW", "NHWC"):
+        return None
+    try:
+        traced = trace.graph("", training=False, opened=opened, deep=closed)
+        start = locate(trace, site, traced)
+        logits = logits_before(logits_node(traced.graph, output, ""), trace.values("", traced))
+        head = head_in(trace, "", traced, logits)
+    except (TraceError, StructureError, SiteError):
+        return None
+    if any(region_of(node) for node in traced.graph.nodes if node >= start):
+        return None  # the closed form knows nothing of another precision, or of gradients that end there
+    between = head.maps
+    passed = [head.pool, *head.between]
+    while between is not start and len(between.users) == 1 and passes(trace.model, between):
+        passed.append(between)
+        between = between.all_input_nodes[0]
+    layer = head.classifier
+    plain = layer is not None and type(trace.module(str(layer.target))) is nn.Linear
+    while logits is not layer and passes(trace.model, logits):
+        passed.append(logits)
+        logits = logits.all_input_nodes[0]
+    if between is not start or len(start.users) != 1 or not (plain and head.neutral) or layer is not logits:
+        return None
+    around = ("", *ancestors(site.path or site.owner), site.path or site.owner)
+    passed.append(logits)
+    inner = tuple(dict.fromkeys(each for each in modules_in(passed) if each not in around))
+    return LinearTail(str(logits.target), inner, tuple(dict.fromkeys(around)))
+
+
+def passes(model: nn.Module, node: fx.Node) -> bool:
+    """Say whether a node hands its one input on in evaluation."""
+    if node.op == "call_module":
+        return isinstance(model.get_submodule(str(node.target)), (nn.Identity, nn.Dropout, nn.Dropout2d))
+    return getattr(node.target, "__name__", "") == "dropout"
+
+
+def tail_layer(model: nn.Module, tail: LinearTail) -> nn.Linear | None:
+    """Return the linear layer of a tail as the model has it now.
+
+    None where more than pooling and a plain layer acts: another class of layer, hooks on one of the modules, or a
+    forward of its own. Most hooks only read, but which of them cannot be known.
+    """
+    layer = model.get_submodule(tail.linear)
+    if type(layer) is not nn.Linear or not is_classifier(layer):
+        return None
+    if any(acted_on(model.get_submodule(name)) for name in tail.modules):
+        return None
+    return None if any(output_hooked(model.get_submodule(name)) for name in tail.around) else layer
 
 
 @dataclass
@@ -370,3 +462,86 @@ def _captured(trace: ModelTrace, node: fx.Node, name: str) -> Site:
 def _detached(value: Any) -> Any:
     """Copy what a look ahead must neither write to nor differentiate through."""
     return value.detach().clone() if isinstance(value, Tensor) else value
+
+
+def reads_places(trace: ModelTrace, rest: Rest, prefix: int, compute: bool = False) -> bool:
+    """Say whether the logits read anything of a site's value but its class and register tokens.
+
+    Every operation on the way is looked at, on fake tensors: one that may mix tokens is taken to read all of them.
+
+    Args:
+        trace: of the bare model.
+        rest: of the network after the site.
+        prefix: how many class and register tokens come first.
+        compute: whether to look for a gradient as well, where the weights are there.
+    """
+    value = rest.site.value
+    others = [each.value for each in rest.captured]
+    others += [trace.observation.calls[""][0].args[index] for index in rest.inputs]
+    if prefix:
+        reach = Reach(prefix)
+        observation = trace.observation
+        z = observation.run(torch.empty_like, value)
+        reach.start(z)
+        with _left_alone(trace), rest.evaluation_mode(trace.model):
+            out = observation.follow(reach, rest.function, trace.model, z, *others)
+        if not any(reach.reads(each) for each in tensors(out)):
+            return False
+    found = _gradient(trace, rest, value, others) if compute and rest.tail is None else None
+    # A gradient of nought everywhere says nothing: a classifier that starts at nought passes none.
+    return found is None or not found.any() or bool(found[:, prefix:].any())
+
+
+@contextlib.contextmanager
+def _left_alone(trace: ModelTrace) -> Iterator[None]:
+    """Run layers without their hooks, and put back what a forward writes on its modules."""
+    modules = list(trace.model.modules())
+    with (
+        preserved_modes(trace.model),
+        preserved_attributes(modules),
+        preserved_random_state(),
+        bare_calls(),
+    ):
+        yield
+
+
+def _gradient(trace: ModelTrace, rest: Rest, value: Tensor, others: list[Any]) -> Tensor | None:
+    """Differentiate random logits' sum by random values at the site; None where that cannot be computed."""
+    model = trace.model
+    modules = {each for name in rest.children for each in model.get_submodule(name).modules()}
+    held = [tensor for each in modules for tensor in (*each.parameters(False), *each.buffers(False))]
+    if any(each.is_meta or isinstance(each, FakeTensor) for each in held):
+        return None
+    generator = torch.Generator().manual_seed(0)
+
+    def drawn(fake: Any) -> Any:
+        if not isinstance(fake, Tensor):
+            return fake
+        real = (
+            torch.randn(fake.shape, generator=generator)
+            if fake.is_floating_point()
+            else torch.zeros(fake.shape)
+        )
+        return real.to(fake.device, fake.dtype)
+
+    kept = [(each, each._version, each.clone()) for each in held if not each.requires_grad]
+    try:
+        with (
+            torch.inference_mode(False),
+            torch.enable_grad(),
+            _left_alone(trace),
+            rest.evaluation_mode(model),
+        ):
+            z = drawn(value).requires_grad_()
+            out = rest.function(model, z.clone(), *pytree.tree_map(drawn, others))
+            logits = [each for each in tensors(out) if each.requires_grad]
+            if not logits:
+                return torch.zeros_like(z)
+            score = torch.stack([(each * drawn(each)).sum() for each in logits]).sum()
+            return torch.autograd.grad(score, z)[0]
+    except Exception:  # a forward that takes no values but real ones: what its operations say is believed
+        return None
+    finally:
+        for each, version, content in kept:
+            if each._version != version:
+                each.detach().copy_(content)
