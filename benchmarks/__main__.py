@@ -185,7 +185,7 @@ def result_tables() -> dict[str, str]:
 
 
 def with_part(document: str, part: str, text: str) -> str:
-    """Return a README with a part written anew between its two marks."""
+    """Return a README with a part written again between its two marks."""
     begin, end = f"<!-- {part}: written by python -m benchmarks readme -->", f"<!-- {part}: end -->"
     if document.count(begin) != 1 or document.count(end) != 1:
         raise ConfigError(f"The README needs one line {begin!r} and, after it, one line {end!r}.")

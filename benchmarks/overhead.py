@@ -94,7 +94,7 @@ class Overhead:
             self.reports = _reports(content)
             self.refused = content["refused"]
         except (ValueError, KeyError, TypeError) as error:
-            raise ConfigError(f"{path} is no file of this benchmark ({error!r}).\nMove it away.") from error
+            raise ConfigError(f"{path} isn't a file of this benchmark ({error!r}).\nMove it away.") from error
         for report in self.reports:
             other = [k for k, v in settings.items() if v is not None and v != getattr(report, k)]
             if other:

@@ -78,7 +78,7 @@ class Zoo:
                 self.environments, known = list(found["environments"]), found["protocol"]
             except (ValueError, KeyError, TypeError) as error:
                 raise ConfigError(
-                    f"{path} is no file of this benchmark ({error!r}).\nMove it away."
+                    f"{path} isn't a file of this benchmark ({error!r}).\nMove it away."
                 ) from error
             if known != PROTOCOL:
                 raise ConfigError(f"{path} is of another protocol: {known}.\nMove it away, or use --out.")

@@ -3,7 +3,7 @@
     python -m tools.stubs --write    # after a change to a method's options
     python -m tools.stubs --check    # fails where __init__.pyi says something else
 
-Methods of other packages take any options there, as they do where the name is no literal.
+Methods of other packages take any options there, as they do where the name isn't a literal.
 """
 
 from __future__ import annotations
@@ -96,7 +96,7 @@ def _written(hint: Any) -> str:
 def main(
     write: Annotated[bool, typer.Option("--write/--check", help="Write, or only compare.")] = False,
 ) -> None:
-    """Write the stub anew, or check that it is up to date."""
+    """Write the stub again, or check that it is up to date."""
     if write:
         write_text(STUB, stub())
     elif STUB.read_text(encoding="utf-8") != stub():

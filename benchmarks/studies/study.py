@@ -56,7 +56,7 @@ class Study:
         options: of `fxgraft.compare`: model, training, what is held out.
         tasks: what is tested.
         folder: of the runs; the study's name without it.
-        unit: of the score, where it is no share of images: "mean IoU".
+        unit: of the score, where it isn't a share of images: "mean IoU".
         closed: why nothing can be added to the runs.
     """
 
@@ -183,7 +183,7 @@ MOST_ROWS = 8
 def evidence_table(studies: Iterable[Study], out: Path = FOLDER) -> str:
     """Write the table "does it help?" in Markdown, from committed runs alone.
 
-    A row for each claim with a verdict; what too few pairs say is no evidence and isn't shown.
+    A row for each claim with a verdict; what too few pairs say isn't evidence and isn't shown.
     """
     table = [list(HEADER), ["---"] * len(HEADER)]
     for study in studies:

@@ -80,7 +80,7 @@ def patch(
             grafts, ``"rsc + selfnorm"``, which are put on all together or not at all (`fxgraft.spec` has the grammar);
             or the patch itself: ``fxgraft.RSC(layer=-1)``.
         preset: settings that the method's authors published, by name; ``fxgraft info METHOD`` lists them. Options
-            given besides win over the preset's. On a network of another structure than the published one it warns.
+            given beside it win over the preset's. On a network of another structure than the published one it warns.
         name: what to call the graft, by default the method's name. Needed to use a method twice.
         dry_run: return the plan instead of carrying it out.
         input_size: (C, H, W) of the images, where the model's own default is not the size it is trained at.

@@ -103,7 +103,7 @@ def candidates(word: str, known: Iterable[str], limit: int = 8) -> str:
 
 
 def no_module(given: object) -> WrappedModelError:
-    """Say that something is no model."""
+    """Say that something isn't a model."""
     return WrappedModelError(
         f"A model is a torch.nn.Module, and this is of type {type(given).__name__}.\n"
         "Pass the model itself, as timm.create_model returns it."

@@ -176,7 +176,7 @@ def diagnostics(model: nn.Module) -> dict[str, float]:
         ``"backbone.rsc.muted"``. Empty before the first training pass; a graft that did nothing has no entries.
 
     Raises:
-        MethodError: what a method returns is no dictionary of numbers.
+        MethodError: what a method returns isn't a dictionary of numbers.
     """
     found: dict[str, float] = {}
     for graft_name, graft in named_grafts(model).items():

@@ -80,7 +80,7 @@ def parse_patch_spec(text: str) -> PatchSpec:
         if key in options:
             raise ConfigError(f"The graft {text!r} gives {key!r} twice.\n{_FORM}.")
         if key in _TAKEN:
-            raise ConfigError(f"{key!r} in the graft {text!r} is no option of a method.\n{_FORM}.")
+            raise ConfigError(f"{key!r} in the graft {text!r} isn't an option of a method.\n{_FORM}.")
         options[key] = _value(value)
     return PatchSpec(written, method, options)
 

@@ -291,7 +291,7 @@ FAILS: dict[str, tuple[dict[str, Any], str]] = {
     "a hidden setting": ({"settings": {"": {"_modules": 4}}}, "entry of the wrong kind"),
     "a setting of another kind": ({"settings": {"": {"drop_rate": {}}}}, "entry of the wrong kind"),
     "no library": ({"library": "keras"}, "entry of the wrong kind"),
-    "a class of transformers that is no model": (
+    "a class of transformers that isn't a model": (
         {"library": "transformers", "name": "Trainer"},
         "has no model",
     ),

@@ -235,7 +235,7 @@ def test_labels_that_have_to_be_given_are_asked_to_have_a_default() -> None:
             return self.head(self.pooled(x), target)
 
     with pytest.raises(
-        fxgraft.StructureError, match=r"Needs needs 'target' besides the images(?s:.*)target=None"
+        fxgraft.StructureError, match=r"Needs needs 'target' beside the images(?s:.*)target=None"
     ):
         fxgraft.patch(Needs(), "selfnorm", input_size=SIZE)
 

@@ -264,7 +264,7 @@ def test_a_failure_after_writing_is_undone(first: bool) -> None:
 
 
 def test_a_failure_keeps_what_an_earlier_probe_knows() -> None:
-    """RSC looks through what acts in evaluation; planning anew looks at the bare model first."""
+    """RSC looks through what acts in evaluation; planning again looks at the bare model first."""
     model = net()
     fxgraft.patch(model, "rsc", layer="stage1", scope="spatial", batch_share=1, input_size=SIZE)
     fxgraft.patch(model, Toy(at=(("stage2", Output()),), factor=-1))

@@ -67,7 +67,7 @@ def test_a_taken_name_is_refused_unless_overridden() -> None:
 
 @pytest.mark.parametrize("thing", [object, Scale, 3])
 def test_only_patches_can_be_registered(thing: Any) -> None:
-    with pytest.raises(ConfigError, match=r"is no subclass of fxgraft\.Patch"):
+    with pytest.raises(ConfigError, match=r"isn't a subclass of fxgraft\.Patch"):
         fxgraft.register("thing")(thing)
 
 
@@ -334,7 +334,7 @@ def test_evaluation_needs_no_labels_and_ignores_them() -> None:
 
 
 def test_compiled_calls_read_labels_from_around_them() -> None:
-    """Other labels do not compile anew."""
+    """Other labels do not compile again."""
     torch.compiler.reset()
     model = fxgraft.patch(
         net(), "rsc", layer="stage2", input_size=(3, 8, 8), scope="spatial", batch_share=1.0

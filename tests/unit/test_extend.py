@@ -161,7 +161,8 @@ def test_what_a_class_must_be_is_said() -> None:
         strength: float = 1.0
 
     with pytest.raises(
-        fxgraft.MethodError, match=r'(?s)NoDataclass is no dataclass.*register\("mine"\)\n@dataclass\(frozen'
+        fxgraft.MethodError,
+        match=r'(?s)NoDataclass isn.t a dataclass.*register\("mine"\)\n@dataclass\(frozen',
     ):
         fxgraft.register("mine")(NoDataclass)
     with pytest.raises(fxgraft.MethodError, match=r"no subclass of fxgraft\.Patch"):

@@ -317,7 +317,7 @@ def _contents(module: nn.Module) -> list[Any]:
 
 
 def _settings(model: nn.Module) -> list[str]:
-    """Names and options of the grafts; networks and functions among the options are told by their names."""
+    """Names and options of the grafts; networks and functions among the options are known by their names."""
     lines = []
     for graft in grafts(model):
         options = {

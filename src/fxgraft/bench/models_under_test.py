@@ -70,7 +70,7 @@ def line_up(
         rival: puts the method on a model in another way, and returns its loss of images and labels.
 
     Raises:
-        ConfigError: the model is no classifier, or does not take such images.
+        ConfigError: the model isn't a classifier, or does not take such images.
     """
     images = torch.randn(batch, 3, size, size, device=device)
     try:

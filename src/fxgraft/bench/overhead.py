@@ -69,7 +69,7 @@ def measure(
             returns its loss of images and labels. Not with ``compiled``.
 
     Raises:
-        ConfigError: an argument out of range, a device that is not there, or a model that is no classifier.
+        ConfigError: an argument out of range, a device that is not there, or a model that isn't a classifier.
     """
     device = _check(batch, size, device, what, rounds, min_run_time, threads)
     if rival is not None and compiled:

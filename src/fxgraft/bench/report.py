@@ -131,7 +131,7 @@ class OverheadReport:
             rows = tuple(_row(row) for row in plain.pop("rows"))
             report = cls(**{**plain, "patches": tuple(plain["patches"])}, rows=rows)
         except (AttributeError, KeyError, TypeError, ValueError) as error:
-            raise ConfigError(f"This is no overhead report: {error}.") from error
+            raise ConfigError(f"This isn't an overhead report: {error}.") from error
         if version != FORMAT:
             raise ConfigError(f"This overhead report has format {version}; this version reads {FORMAT}.")
         return report

@@ -36,7 +36,7 @@ def chosen_grafts(
 
     Raises:
         ConfigError: one of them cannot be read.
-        UnknownGraftError: one of them is no method.
+        UnknownGraftError: one of them isn't a method.
     """
     found: list[PatchSpec] = []
     if file is not None:

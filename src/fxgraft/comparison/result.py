@@ -20,7 +20,7 @@ from fxgraft.comparison.statistics import Verdict, detectable, verdicts
 from fxgraft.comparison.training import LOWER_IS_BETTER
 
 _PLAIN = frozenset({"nll"})
-"""Scores that are no shares, and not written in per cent."""
+"""Scores that aren't shares, and not written in per cent."""
 
 
 @dataclass(kw_only=True)

@@ -48,7 +48,7 @@ def load_backbone(model: M, state_dict: Mapping[str, Any]) -> M:
     """Load a checkpoint of the bare model into a patched one, in place.
 
     Every key of the bare model has to be there, and no other. What the grafts have added stays as it is, but for
-    tensors that are made from the bare model's: MixMo's members from 1 on, and their offsets, start anew from the
+    tensors that are made from the bare model's: MixMo's members from 1 on, and their offsets, start again from the
     loaded weights, as they do when the model is patched (the offsets are drawn from torch's generator). GAM's source
     network is a copy of the loaded weights where its game has not begun, and otherwise stays.
 

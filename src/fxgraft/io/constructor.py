@@ -141,7 +141,7 @@ def given_constructor(given: Mapping[str, Any], model: nn.Module) -> Constructor
         model: bare or patched.
 
     Raises:
-        ConfigError: it is no constructor, cannot be called, or makes another model; lists differences.
+        ConfigError: it isn't a constructor, cannot be called, or makes another model; lists differences.
     """
     form = 'Pass for example build={"library": "timm", "name": "resnet50", "options": {"num_classes": 7}}.'
     if (

@@ -14,7 +14,7 @@ def read_graft_file(path: Path) -> list[PatchSpec]:
     """Read a YAML (or JSON) list of grafts: each a text as on the command line, or ``{method: rsc, layer: layer4}``.
 
     Raises:
-        ConfigError: the file cannot be read, or an entry is no graft.
+        ConfigError: the file cannot be read, or an entry isn't a graft.
     """
     form = "Write one graft a line, as - rsc:layer=layer4, or as - {method: rsc, layer: layer4}."
     try:
@@ -23,7 +23,7 @@ def read_graft_file(path: Path) -> list[PatchSpec]:
         reason = getattr(error, "strerror", None) or str(error)
         raise ConfigError(f"The graft file {str(path)!r} cannot be read: {reason}\n{form}") from error
     if not isinstance(content, list) or not content:
-        raise ConfigError(f"The graft file {str(path)!r} is no list of grafts.\n{form}")
+        raise ConfigError(f"The graft file {str(path)!r} isn't a list of grafts.\n{form}")
     found: list[PatchSpec] = []
     for entry in content:
         if isinstance(entry, str):
@@ -34,7 +34,7 @@ def read_graft_file(path: Path) -> list[PatchSpec]:
             or not isinstance(entry.get("method"), str)
             or not all(isinstance(key, str) and key not in ("model", "dry_run") for key in entry)
         ):
-            raise ConfigError(f"{entry!r} in the graft file {str(path)!r} is no graft.\n{form}")
+            raise ConfigError(f"{entry!r} in the graft file {str(path)!r} isn't a graft.\n{form}")
         options = {key: value for key, value in entry.items() if key != "method"}
         found.append(PatchSpec(describe(entry["method"], options), entry["method"], options))
     return found

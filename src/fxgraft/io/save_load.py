@@ -170,7 +170,7 @@ def save(
     file = file_at(path)
     if file.suffix != ".safetensors" or file.is_dir():
         raise RecipeError(
-            f"{str(path)!r} is no name for a safetensors file.\n"
+            f"{str(path)!r} isn't a name for a safetensors file.\n"
             "Others know what is in a file by its name.\n"
             "Let it end in .safetensors, or pass a folder."
         )
@@ -427,7 +427,7 @@ def read_recipe(file: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
                 )
             recipe = _parsed(text, file)
             HEADER.check(recipe, file)
-            tensors = {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118 - it is no dictionary
+            tensors = {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118 - it isn't a dictionary
     except FileNotFoundError as error:
         raise RecipeError(
             f"There is no recipe at {str(file)!r}: no such file.\nPass the file that fxgraft.save wrote, or its folder."
@@ -487,7 +487,7 @@ def _parsed(text: str, file: Path) -> Any:
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise _damaged(file, f"its recipe is no JSON ({error})") from error
+        raise _damaged(file, f"its recipe isn't JSON ({error})") from error
 
 
 def _damaged(file: Path, what: str) -> RecipeError:
@@ -514,7 +514,7 @@ def check_recipe(recipe: dict[str, Any], file: Path) -> None:
         if not isinstance(entry, dict) or not all(isinstance(entry.get(k), t) for k, t in _ENTRIES.items()):
             raise _damaged(file, "a graft in it is not whole")
         if not _is_size(entry.setdefault("input_size", None)):
-            raise _damaged(file, f"the input_size of {entry['name']!r} is no (C, H, W)")
+            raise _damaged(file, f"the input_size of {entry['name']!r} isn't (C, H, W)")
     names = [entry["name"] for entry in recipe["grafts"]]
     if not names or len(set(names)) < len(names) or not all(name.isidentifier() for name in names):
         raise _damaged(file, "its grafts are not named once each")

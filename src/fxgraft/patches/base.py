@@ -57,7 +57,7 @@ class Patch(Placer):
         presets: settings that its authors published, by name.
 
     Attributes:
-        published_as: the preset that it was made from; None where there is none. It is no option, and not saved.
+        published_as: the preset that it was made from; None where there is none. It isn't an option, and not saved.
     """
 
     published_as: ClassVar[Preset | None] = None
@@ -153,7 +153,7 @@ class Patch(Placer):
     def place(self, backbone: Backbone, make: Make) -> Iterable[Placement | list[Placement]]:
         """Say which units go where on a bare model.
 
-        Called when the patch is made and again whenever the model has to be planned anew; units come from
+        Called when the patch is made and again whenever the model has to be planned again; units come from
         ``make``, so that their parameters survive.
 
         Args:

@@ -49,7 +49,7 @@ def check_known(cls: type, who: str, options: Iterable[str]) -> None:
 def option_hints(cls: type) -> dict[str, Any]:
     """Return the types of a patch class's fields.
 
-    `typing.get_type_hints` gives the same, but in Python 3.10 takes no class that has an `InitVar`, which is no field.
+    `typing.get_type_hints` gives the same, but in Python 3.10 takes no class with an `InitVar`, which isn't a field.
     """
     fields = {f.name for f in dataclasses.fields(cls)}
     hints: dict[str, Any] = {}

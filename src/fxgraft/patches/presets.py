@@ -80,7 +80,7 @@ class Preset:
 
     Attributes:
         name: what to pass as ``preset=``.
-        options: of the method; those that the user gives besides win over them.
+        options: of the method; those that the user gives beside them win over them.
         source: where they are from.
         training: how the result was trained. A patch changes the model alone: this is for whoever trains it.
         needs: options without which the preset means nothing, and that only the user knows.

@@ -32,7 +32,7 @@ def register(name: str, *, override: bool = False) -> Callable[[P], P]:
         override: replace a method of that name instead of raising.
 
     Raises:
-        MethodError: the name is no identifier, or the class is no dataclass that derives from `Patch` and
+        MethodError: the name isn't an identifier, or the class isn't a dataclass that derives from `Patch` and
             implements ``place``; says what to write.
         ConfigError: the name is taken; names both classes.
     """
@@ -62,15 +62,15 @@ def register(name: str, *, override: bool = False) -> Callable[[P], P]:
 def _check_class(name: str, cls: Any) -> None:
     if not (isinstance(cls, type) and issubclass(cls, Patch)):
         raise MethodError(
-            f"{cls!r} is no subclass of fxgraft.Patch.\n"
+            f"{cls!r} isn't a subclass of fxgraft.Patch.\n"
             "A method is a dataclass that derives from it and implements place()."
         )
     declared = [hint for hint in inspect.get_annotations(cls).values() if "ClassVar" not in str(hint)]
     parameters = cls.__dict__.get("__dataclass_params__")
     if (declared and parameters is None) or (parameters is not None and not parameters.frozen):
-        what = "no dataclass" if parameters is None else "a dataclass that can be changed"
+        what = "isn't a dataclass" if parameters is None else "is a dataclass that can be changed"
         raise MethodError(
-            f"{cls.__name__} is {what}, so its options are not what fxgraft.patch takes.\n"
+            f"{cls.__name__} {what}, so its options are not what fxgraft.patch takes.\n"
             "Decorate it twice, in this order:\n"
             f'@fxgraft.register("{name}")\n@dataclass(frozen=True, kw_only=True)\nclass {cls.__name__}(...): ...'
         )

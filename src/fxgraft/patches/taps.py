@@ -48,7 +48,7 @@ class Taps(LayeredPatch):
         copy: record a copy of every value. By default only of those that are written over later in the pass.
 
     Raises:
-        ConfigError: detach or copy is no bool.
+        ConfigError: detach or copy isn't a bool.
         SiteError: no such site, one that holds no tensor, or one that only training or only evaluation reaches.
     """
 

@@ -46,7 +46,7 @@ def read_images(paths: Sequence[Path], size: int) -> Tensor:
     """Read images as squares of one size: (B, 3, size, size), colours in [0, 1].
 
     Raises:
-        ConfigError: no size, or a file that is no image.
+        ConfigError: no size, or a file that isn't an image.
     """
     if size < 1:
         raise ConfigError(f"--size must be at least 1 pixel, got {size}.")

@@ -300,7 +300,7 @@ def test_another_classifier_gets_heads_of_its_own() -> None:
     fxgraft.patch(model, "mixmo", input_size=(3, 64, 64))
     x = torch.randn(4, 3, 64, 64)
     model.reset_classifier(3)
-    with pytest.warns(fxgraft.FxgraftWarning, match="was made anew"):
+    with pytest.warns(fxgraft.FxgraftWarning, match="was made again"):
         assert model(x, target=torch.arange(4) % 3).shape == (2, 4, 3)
     (graft,) = fxgraft.grafts(model)
     assert unit(model, Heads).weight_1.shape == (3, 20)
@@ -318,7 +318,7 @@ def test_another_stem_gets_encoders_of_its_own() -> None:
     model = patched()
     model.layer1[0] = nn.Conv2d(3, 8, 5, 2, 2)
     x, y = batch()
-    with pytest.warns(fxgraft.FxgraftWarning, match="was made anew"):
+    with pytest.warns(fxgraft.FxgraftWarning, match="was made again"):
         assert model(x, target=y).shape == (2, 6, CLASSES)
     assert unit(model, Encoders).weight_1.shape == (8, 3, 5, 5)
 

@@ -112,7 +112,7 @@ def test_evaluation_after_a_new_classifier_moves_no_random_state(name: str, clas
     stock = {key: value for key, value in model.state_dict().items() if "graft_" not in key}
     bare.load_state_dict(stock)
     state = torch.get_rng_state()
-    with pytest.warns(FxgraftWarning, match="was made anew. Lost are "), torch.inference_mode():
+    with pytest.warns(FxgraftWarning, match="was made again. Lost are "), torch.inference_mode():
         out = model(torch.ones(2, *size))
     assert torch.equal(torch.get_rng_state(), state)
     assert torch.equal(out, bare(torch.ones(2, *size)))

@@ -144,7 +144,7 @@ def test_replicas_of_dataparallel_evaluate_and_do_not_train() -> None:
     torch.testing.assert_close(replica(x, members=True), model(x, members=True))
 
 
-# Stems that are no convolutions.
+# Stems that aren't convolutions.
 
 
 class Tokens(nn.Module):

@@ -43,7 +43,7 @@ def test_a_network_of_one_position_is_refused() -> None:
 
 
 def test_stage_numbers_count_what_the_logits_read() -> None:
-    """The last block of a network that reads its class token is no stage to mute, so no number means another's."""
+    """The last block of a network that reads its class token isn't a stage to mute, so no number means another's."""
 
     def where(layers: object) -> list[str]:
         return sites(timm.create_model("test_vit", num_classes=5), layers=layers)

@@ -58,7 +58,7 @@ class Halved(nn.Module):
 
 
 class Odd(nn.Module):
-    """Writes through views and bases, in one mode only, and hands on what is no tensor."""
+    """Writes through views and bases, in one mode only, and hands on what isn't a tensor."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -83,7 +83,7 @@ def test_what_is_written_by_hand_trains(method: str) -> None:
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [("[]", "is no file of this benchmark"), (None, "with other settings: batch, size")],
+    [("[]", "isn't a file of this benchmark"), (None, "with other settings: batch, size")],
 )
 def test_other_files_are_refused(content: str | None, message: str, tmp_path: Path) -> None:
     path = tmp_path / "overhead.json"

@@ -188,8 +188,8 @@ def test_a_run_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("[]", "is no file of this benchmark"),
-        ("{", "is no file of this benchmark"),
+        ("[]", "isn't a file of this benchmark"),
+        ("{", "isn't a file of this benchmark"),
         (
             json.dumps({"protocol": "x", "environments": [], "structures": {}, "tried": {}}),
             "is of another protocol: x",

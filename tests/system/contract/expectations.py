@@ -82,7 +82,7 @@ _HEADS = {
     "timm/deit_tiny_distilled_patch16_224": Refusal("a class token"),
     # it weighs the logits of several stages
     "timm/efficientvim_m1": Refusal("No linear classifier was found"),
-    "timm/naflexvit_base_patch16_gap": Refusal(r"global_pool_naflex\(\), which is no plain average"),
+    "timm/naflexvit_base_patch16_gap": Refusal(r"global_pool_naflex\(\), which isn't a plain average"),
     "timm/pit_ti_224": Refusal("a class token"),
     "timm/test_vit": Refusal("a class token"),
     "timm/tnt_s_patch16_224": Refusal("a class token"),

@@ -68,7 +68,7 @@ def learns(subject: Subject, model: nn.Module, loss: Tensor) -> None:
 @pytest.mark.works_with("`torch.compile(fullgraph=True)`")
 @pytest.mark.usefixtures("_compiler")
 def test_compiled_in_one_graph(subject: Subject) -> None:
-    """Training learns and evaluation is the eager one; schedules and other labels do not compile anew."""
+    """Training learns and evaluation is the eager one; schedules and other labels do not compile again."""
     model = subject.patched()
     x, y = subject.batch()
     compiled: Any = torch.compile(model, fullgraph=True, backend="aot_eager")

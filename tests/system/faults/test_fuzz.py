@@ -174,7 +174,7 @@ def loads_or_refuses(folder: Path) -> bool:
 
 
 def header_of(content: bytes) -> Any:
-    """Return what a safetensors file says of itself; None if that is no JSON."""
+    """Return what a safetensors file says of itself; None if that isn't JSON."""
     try:
         return json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
     except ValueError:

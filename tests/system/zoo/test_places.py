@@ -7,7 +7,7 @@ The tables were decided by reading the networks' sources, and are the reference 
 - joins: how many residual sums there are, by the name of the module whose forward adds, "#" for numbers. "depthwise"
   and "part" are kinds of their own; see `fxgraft.graph.structure.joins`.
 - layouts: of the outputs of some modules, one of the first layers, one inside and one of the last. "" says that a value
-  is no map: attention weights, windows or heads among the images, tables that no image has a part in.
+  isn't a map: attention weights, windows or heads among the images, tables that no image has a part in.
 - stages: with their shapes and layouts, in running order. "blocks.0-11" stands for one of each number. What a function
   makes has the name that torch.fx gives it.
 - pooled: the map whose average a linear classifier reads; null where there is none.

@@ -140,7 +140,7 @@ HEADER = Header("parts", 2, what="list of parts", instead="Name a list.", upgrad
 
 @pytest.mark.parametrize("other", [[], None, {}, {"format": "wholes", "version": 2}])
 def test_a_file_of_another_kind_is_refused(other) -> None:
-    with pytest.raises(RecipeError, match=r"'here' is no list of parts\.\nName a list\."):
+    with pytest.raises(RecipeError, match=r"'here' isn't a list of parts\.\nName a list\."):
         HEADER.check(other, Path("here"))
 
 

@@ -62,7 +62,7 @@ def test_members_start_anew_from_what_was_loaded() -> None:
     fxgraft.load_backbone(model, other())
     fresh = fxgraft.patch(net_with(other()), "mixmo", members=3, input_size=SIZE).state_dict()
     for key, value in grafted(model).items():
-        if "offset" in key:  # drawn anew, at the length that goes with the loaded weights
+        if "offset" in key:  # drawn again, at the length that goes with the loaded weights
             torch.testing.assert_close(value.std(), fresh[key].std(), rtol=0.3, atol=0)
         else:
             assert torch.equal(value, fresh[key]), key

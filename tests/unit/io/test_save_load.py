@@ -321,8 +321,8 @@ REFUSED = {
         lambda file: save_file({"a": torch.ones(2)}, file),
         r"There is no recipe in .*weights alone\.\n.*\n.*load_backbone",
     ),
-    "foreign JSON": (content({"model": "resnet18"}), "is no recipe of fxgraft"),
-    "foreign JSON list": (content([1, 2]), "is no recipe of fxgraft"),
+    "foreign JSON": (content({"model": "resnet18"}), "isn't a recipe of fxgraft"),
+    "foreign JSON list": (content([1, 2]), "isn't a recipe of fxgraft"),
     "gone": (lambda file: file.unlink(), "There is no recipe at .*: no such file"),
     "newer version": (edited(version=3), r"is of version 3; this fxgraft reads version 2.*\n.*\nUpgrade"),
     "no version": (edited(version=...), "is of version None"),
@@ -466,7 +466,7 @@ FORMER_REFUSED = {
     ),
     "half a recipe": (
         lambda folder: (folder / "recipe.json").write_text('{"format'),
-        "its recipe is no JSON",
+        "its recipe isn't JSON",
     ),
 }
 

@@ -96,7 +96,7 @@ def sliced(axis: Axis, start: int, stop: int, step: int = 1) -> Axis:
 
 
 def joined(parts: Sequence[Axis | None], sizes: Sequence[int]) -> Axis:
-    """Concatenate dimensions, None where a part was not made from the image: its tokens are no places."""
+    """Concatenate dimensions, None where a part was not made from the image: its tokens aren't places."""
     kinds = {kind_of(part) for part in parts if part is not None}
     if POSITION in kinds:
         return with_runs(

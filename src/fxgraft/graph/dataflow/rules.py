@@ -32,7 +32,7 @@ from fxgraft.graph.dataflow.axes import (
 )
 
 Known = Callable[[Any], Axes | None]
-"""What is known of an argument's dimensions; None where it is no tensor made from the image."""
+"""What is known of an argument's dimensions; None where it isn't a tensor made from the image."""
 
 
 class Operation:

@@ -164,7 +164,7 @@ class Backbone:
             site: where it starts.
             output: which entry of a structured output holds the logits.
             behind: in `Patch.installed`, the grafts that come before this one: what they do to the site's value is part
-                of it, and what the rest needs besides is recorded already.
+                of it, and what else the rest needs is recorded already.
         """
         acted = None if behind is None else lambda unit: getattr(unit, "graft", None) in behind
         return rest_of_network(self.trace, site, output, acted)

@@ -41,7 +41,7 @@ from fxgraft.graph.tracing.signatures import LABELS, TARGET, Declared
 from fxgraft.graph.tracing.trace import ShallowTracer
 
 ENTRY_POINTS = ("forward_features", "forward_head", "forward_intermediates", "get_intermediate_layers")
-"""Methods through which users run part of a backbone, besides calling it."""
+"""Methods through which users run part of a backbone, apart from calling it."""
 
 
 def _run(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -240,7 +240,7 @@ def grafted_class(base: type[nn.Module], outer: bool) -> type[nn.Module]:
                 raise ConfigError(
                     f"{base.__name__} takes {most} positional argument{'s' * (most != 1)}, and {len(args)} "
                     "were given.\n"
-                    "Labels are no input of the model: they reach its patches by name.\n"
+                    "Labels aren't an input of the model: they reach its patches by name.\n"
                     "Call model(x, target=y)."
                 )
             names = _options(state)

@@ -301,7 +301,7 @@ class ForwardContext:
 
     @contextmanager
     def aside(self) -> Iterator[None]:
-        """Leave what runs in the block out of what taps record and units measure: it is no part of the pass."""
+        """Leave what runs in the block out of what taps record and units measure: it isn't a part of the pass."""
         recording, self.recording = self.recording, None
         try:
             yield

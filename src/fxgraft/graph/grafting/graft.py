@@ -102,7 +102,7 @@ class Graft(Generic[P]):
         It is built again where a whole number among ``args``, such as a width, is another one than it was built with.
 
         Raises:
-            MethodError: what is built is no `Unit`, or the key belongs to a unit of another class.
+            MethodError: what is built isn't a `Unit`, or the key belongs to a unit of another class.
         """
         unit = self.units.get(key)
         sizes = tuple(each for each in args if type(each) is int)
@@ -198,7 +198,7 @@ def checked_placements(graft: Graft, placed: Any) -> list[Placement]:
                 )
             if not isinstance(one.unit, Unit):
                 raise MethodError(
-                    f"{what}.place puts a {type(one.unit).__name__} at {one.key!r}, which is no unit.\n"
+                    f"{what}.place puts a {type(one.unit).__name__} at {one.key!r}, which isn't a unit.\n"
                     f"Derive from fxgraft.extend.Unit: class {type(one.unit).__name__}(Unit)."
                 )
             if one.evaluation and graft.patch.train_only:

@@ -47,7 +47,7 @@ class GraftRegistry:
         context: what their units share during a pass.
         plan: what is written on the model now; None while it is bare.
         owners: the grafted parts of the model, and in which modes (training, evaluation) they run a graft.
-        options: keyword arguments of a call that the grafts read, besides ``target``.
+        options: keyword arguments of a call that the grafts read, apart from ``target``.
         records: the placements that are to be repeated on a copy of the model; on the way to it only.
         left_out: names of the grafts that a copy is to be without; likewise.
         news: what the last plan had to make again, for a warning; '' for nothing.
@@ -353,7 +353,7 @@ def _news(kept: UnitSnapshot, wanted: Sequence[Graft], names: dict[int, str]) ->
     shown = ", ".join(lost[:8]) + (f" and {len(lost) - 8} more" if len(lost) > 8 else "")
     return (
         f"A layer that {', '.join(map(repr, dict.fromkeys(made)))} copied or served was replaced, and what the graft "
-        f"adds to it was made anew{f'. Lost are {shown}' if lost else ''}.\n"
+        f"adds to it was made again{f'. Lost are {shown}' if lost else ''}.\n"
         "An optimiser that was built before does not train that: build it now, or add "
         "fxgraft.grafts(model)[...].parameters() to it.\nBetter replace layers first, then patch."
     )

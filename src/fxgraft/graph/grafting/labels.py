@@ -86,7 +86,7 @@ def check_label_range(
         raise TargetError(
             f"{graft!r} was given one floating-point number per sample as labels of {classes} classes.\n"
             "Class indices are integers (B,), soft targets are floating-point (B, K); a number to predict (regression, "
-            "an ordered level) is no class, and no probability belongs to it.\n"
+            "an ordered level) isn't a class, and no probability belongs to it.\n"
             "Pass y.long() if these are indices, or leave the method out of a regression."
         )
     if target.ndim != spatial + (2 if soft else 1):
@@ -155,7 +155,7 @@ def check_criterion(criterion: Any, classes: int) -> None:
 
 
 def check_soft_labels(graft: str, target: Tensor) -> None:
-    """Raise `TargetError` for soft targets (B, K, ...) that are no distribution over classes.
+    """Raise `TargetError` for soft targets (B, K, ...) that aren't a distribution over classes.
 
     Only where looking costs nothing, as in `check_label_range`.
     """
@@ -164,7 +164,7 @@ def check_soft_labels(graft: str, target: Tensor) -> None:
     total = target.detach().sum(1)
     if bool((target < 0).any()) or bool(((total - 1).abs() > 0.02).any()):
         raise TargetError(
-            f"{graft!r} was given soft targets that are no distribution over the classes: rows sum to "
+            f"{graft!r} was given soft targets that aren't a distribution over the classes: rows sum to "
             f"{float(total.min()):.3g} to {float(total.max()):.3g}, and not to 1.\n"
             "Several labels for an image are one question each; numbers to predict (regression) have no probability.\n"
             'Pass probability="sigmoid" to the method for several labels, or leave it out of a regression.'
@@ -186,7 +186,7 @@ def binary_labels(
         The probability of yes, and 1 where a label counts, else 0; both floating point and shaped as the logits.
 
     Raises:
-        TargetError: labels of another shape, or outside [0, 1], which are no answers to such a question.
+        TargetError: labels of another shape, or outside [0, 1], which aren't answers to such a question.
     """
     if shape[1] == 1 and target.ndim == len(shape) - 1:
         target = target.unsqueeze(1)
@@ -269,7 +269,7 @@ def _has(batch: Any, entry: Any) -> bool:
 
 
 def _entry(value: Any, step: Any, entry: Entry, how: str) -> Any:
-    whole = isinstance(value, (Tensor, str, bytes))  # what these can be indexed by is no entry
+    whole = isinstance(value, (Tensor, str, bytes))  # what these can be indexed by isn't an entry
     try:
         if isinstance(step, str) and not isinstance(value, Mapping) and not whole and hasattr(value, step):
             return getattr(value, step)

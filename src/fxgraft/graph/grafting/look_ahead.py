@@ -17,7 +17,7 @@ def look_ahead(run: PassView, rest: Rest, z: Tensor) -> Tensor:
     """Return the logits for a value at the site that a `Rest` starts from; nothing else notices.
 
     Args:
-        run: the pass, as the graft sees it that captured what the rest needs besides.
+        run: the pass, as the graft sees it that captured what else the rest needs.
         rest: the rest of the network.
         z: the value. Nothing is written to it as long as it is not used elsewhere; pass a clone.
     """

@@ -393,7 +393,7 @@ def with_targets(
         What yields the loader's batches, unchanged, as often as the loader does, and has its length and attributes.
 
     Raises:
-        WrappedModelError: ``model`` is no module.
+        WrappedModelError: ``model`` isn't a module.
         TargetError: (at a batch) it has no such entry.
     """
     if model is not None and not isinstance(model, nn.Module):

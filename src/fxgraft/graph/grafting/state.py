@@ -159,7 +159,7 @@ def state_of(module: nn.Module) -> GraftState | None:
     """Return the graft state of a module, or None for a bare one.
 
     Raises:
-        WrappedModelError: it is no module.
+        WrappedModelError: it isn't a module.
     """
     if not isinstance(module, nn.Module):
         raise no_module(module)

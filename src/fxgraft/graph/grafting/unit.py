@@ -149,7 +149,7 @@ class PassView:
             value: a number, or a tensor of any shape that stands for its mean; it is detached.
         """
         run = self.model_pass
-        if not run.training or run.recording is None:  # a look ahead is no training pass
+        if not run.training or run.recording is None:  # a look ahead isn't a training pass
             return
         if isinstance(value, Tensor):
             if not torch.compiler.is_compiling() and transforms_active():

@@ -496,7 +496,7 @@ def _shape(values: Values, node: Any) -> tuple[int, ...]:
 
 
 def _same_shape(values: Values, first: Any, second: Any) -> bool:
-    """Say whether nothing is broadcast: a sum with a bias, a mask or a pooled value is no join."""
+    """Say whether nothing is broadcast: a sum with a bias, a mask or a pooled value isn't a join."""
     shape = _shape(values, first)
     return len(shape) >= 2 and shape == _shape(values, second) and bool(values(first).is_floating_point())
 

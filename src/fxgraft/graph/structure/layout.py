@@ -82,7 +82,7 @@ def layout_of(
     """Find the layout of a value of the model.
 
     What made the value says what its dimensions are: layers give features, whatever reshapes, permutes, cuts or
-    concatenates keeps track of them, and tokens that were concatenated without coming from the image are no places.
+    concatenates keeps track of them, and tokens that were concatenated without coming from the image aren't places.
     Where that leaves a dimension open, a larger image is tried: places become more, features do not.
 
     Args:
@@ -93,8 +93,8 @@ def layout_of(
         again: how to find the value when the model sees a larger image; by default as the output of ``path``.
 
     Raises:
-        SiteError: the value is no map, row of tokens or vector of each image, or its layout cannot be told: says which
-            argument to pass.
+        SiteError: the value isn't a map, row of tokens or vector of each image, or its layout cannot be known: says
+            which argument to pass.
     """
     mark = mark_of(value)
     axes = unknown(value.shape) if mark is None else mark.axes
@@ -113,7 +113,7 @@ def layout_of(
         )
     if KEY in kinds:
         raise SiteError(
-            f"The value at {what} is no map: it compares places with each other, as attention weights do.\n"
+            f"The value at {what} isn't a map: it compares places with each other, as attention weights do.\n"
             "It has no features that a method could act on.\n"
             "Choose the output of the block around it; fxgraft.sites(model) lists the layouts."
         )
@@ -161,7 +161,7 @@ def _layout(kinds: list[str], axes: Axes) -> Layout | None:
 def _reason(kinds: list[str]) -> str:
     words = {CHANNEL: "features", POSITION: "places", ONE: "one entry", UNKNOWN: "unknown", BATCH: "images"}
     if kinds.count(CHANNEL) == 1 and UNKNOWN not in kinds:
-        return "tokens that are no places stand elsewhere than in front of the others"
+        return "tokens that aren't places stand elsewhere than in front of the others"
     return f"its dimensions are {', '.join(words[kind] for kind in kinds)}"
 
 

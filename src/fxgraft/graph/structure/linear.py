@@ -100,7 +100,7 @@ def apply_layer(module: nn.Module, x: Tensor, weight: Tensor, bias: Tensor | Non
             x = pad_same(x, module.kernel_size, module.stride, module.dilation)  # type: ignore[arg-type]
         return module._conv_forward(x, weight, bias)
     raise StructureError(
-        f"A {type(module).__name__} is no linear layer or plain convolution.\nUnpatch the model, then patch it again."
+        f"A {type(module).__name__} isn't a linear layer or plain convolution.\nUnpatch the model, then patch it again."
     )
 
 

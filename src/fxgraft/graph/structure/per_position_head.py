@@ -174,7 +174,7 @@ class PositionwiseHead:
         side = round(sizes[0] ** 0.5)
         if side * side != sizes[0]:
             raise SiteError(
-                f"{sizes[0]} tokens reach the head, and they are no grid"
+                f"{sizes[0]} tokens reach the head, and they aren't a grid"
                 f"{'' if known is None else f' (the model was looked at with {known[0]}×{known[1]})'}.\n"
                 "A score per position needs the place of every token; patch dropout loses it.\n"
                 "Switch patch dropout off, or pass input_size= of the images you train on."

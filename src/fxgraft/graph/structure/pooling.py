@@ -291,7 +291,7 @@ def _one_vector(node: fx.Node, values: Values) -> list[fx.Node] | None:
 
 
 def is_vector(value: object) -> bool:
-    """Say whether a value has one dimension besides the batch that is no size of one."""
+    """Say whether a value has one dimension beside the batch whose size isn't one."""
     return isinstance(value, Tensor) and value.shape[1:].numel() == max(value.shape[1:], default=0)
 
 
@@ -336,7 +336,7 @@ def _obstacle(node: fx.Node, sources: list[fx.Node], values: Values) -> str | No
     if name in ("flatten", "view", "reshape") and after.ndim == 2 and max(before.shape[1:]) < after.shape[1]:
         return f"a whole map of shape {tuple(before.shape[1:])}, flattened"
     if not is_vector(before) and is_vector(after):
-        return f"the output of {shown}, which is no plain average over positions"
+        return f"the output of {shown}, which isn't a plain average over positions"
     if not is_vector(after):
         return f"the output of {shown}, of shape {tuple(after.shape[1:])}"
     return None
@@ -351,7 +351,7 @@ def _between(classifier: fx.Node, pool: fx.Node, values: Values) -> tuple[fx.Nod
         if node is pool or node in found:
             continue
         if node.op == "placeholder" or (node < pool and node.op != "get_attr"):
-            raise _no_pooling(classifier, f"{describe_node(node, values)} besides the pooled value", values)
+            raise _no_pooling(classifier, f"{describe_node(node, values)} beside the pooled value", values)
         found.add(node)
         waiting += node.all_input_nodes
     return tuple(sorted(found))

@@ -248,7 +248,7 @@ def _operators(trace: ModelTrace, module: nn.Module | None, node: fx.Node, value
             for each in module.modules() if module is not None else ():
                 each.training = False
             result = trace.observation.run(run, value)
-    except Exception:  # what does not run by itself is no activation
+    except Exception:  # what does not run by itself isn't an activation
         return None
     names = [each._schema.name.partition("::")[2] for each in recorder.seen]
     pointwise = (torch.Tag.pointwise in each.tags for each in recorder.seen)
@@ -411,7 +411,7 @@ def _nowhere(trace: ModelTrace, position: str, found: list[Site]) -> StructureEr
     what = "residual join" if position in RESIDUAL else "dense layer" if position in DENSE else position
     what = "dense layer of two convolutions" if position == DENSE[2] and dense else what
     sums = candidate_sums(trace) if position in RESIDUAL else []
-    undecided = f" Sums that are no joins as far as can be seen: {_few(sums)}." if sums else ""
+    undecided = f" Sums that aren't joins as far as can be seen: {_few(sums)}." if sums else ""
     closed = closed_blocks(trace) if position in RESIDUAL else []
     undecided += f" Modules that cannot be looked into: {_few(closed)}." if closed else ""
     named = ", as " + repr((sums or closed)[0]) if sums or closed else ""

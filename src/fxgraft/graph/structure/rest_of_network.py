@@ -403,7 +403,7 @@ def _cut(
     inside: set[fx.Node],
     without: Mapping[fx.Node, fx.Node],
 ) -> tuple[fx.Graph, list[fx.Node], tuple[int, ...]]:
-    """Copy the nodes from ``start`` to ``end`` into a graph of their own; return what it needs besides as well.
+    """Copy the nodes from ``start`` to ``end`` into a graph of their own; return what else it needs as well.
 
     Nodes of ``without`` are left out, and the inputs named there take their places.
     """

@@ -78,12 +78,12 @@ class Site:
 
     @property
     def shape(self) -> tuple[int, ...] | None:
-        """(batch of 2, ...) at the listing's input size; None when the value is no tensor."""
+        """(batch of 2, ...) at the listing's input size; None when the value isn't a tensor."""
         return shape_of(self.value)
 
     @property
     def dtype(self) -> str:
-        """Of the value, without the ``torch.`` prefix; "" when it is no tensor."""
+        """Of the value, without the ``torch.`` prefix; "" when it isn't a tensor."""
         return str(self.value.dtype).removeprefix("torch.") if isinstance(self.value, Tensor) else ""
 
     @property

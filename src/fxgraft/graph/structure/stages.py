@@ -263,7 +263,7 @@ def _logits(trace: ModelTrace) -> Tensor | None:
 def _dense_heads(trace: ModelTrace, logits: Tensor) -> list[str] | None:
     """List the modules that give maps of classes at the end of a dense predictor; None for another model.
 
-    There may be several, an auxiliary one or one at each scale. A dense predictor is told by logits as large as the
+    There may be several, an auxiliary one or one at each scale. A dense predictor is known by logits as large as the
     image; their channels are the classes.
     """
     if logits.ndim != 4 or logits.shape[2:] != trace.image_size[1:]:

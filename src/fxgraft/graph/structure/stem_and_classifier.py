@@ -150,8 +150,8 @@ def _is_stem(trace: ModelTrace, node: fx.Node, values: Values) -> bool:
         if isinstance(module, nn.Conv2d):
             raise _refused(
                 trace,
-                f"{_shown(node, values)} standardises or builds its weight anew in each pass, so that the sum of two "
-                "such layers is no layer of its kind",
+                f"{_shown(node, values)} standardises or builds its weight again in each pass, so that the sum of two "
+                "such layers isn't a layer of its kind",
             )
         if is_primitive(module):
             raise _refused(trace, f"the image first meets {_shown(node, values)}")

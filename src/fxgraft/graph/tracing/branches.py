@@ -42,7 +42,7 @@ def held(condition: Any, taken: bool, where: str) -> None:
         )
 
 
-has_side_effect(held)  # it has no users, and is no dead code
+has_side_effect(held)  # it has no users, and isn't dead code
 
 
 _OF_AUTOGRAD = {"requires_grad", "is_leaf", "grad", "grad_fn", "retains_grad"}
@@ -192,11 +192,11 @@ class _Device(Attribute):
 
 
 class BakedBuffers(TorchFunctionMode):
-    """Finds what a trace computes from tensors of modules, once and for all, where they are no proxies.
+    """Finds what a trace computes from tensors of modules, once and for all, where they aren't proxies.
 
     Args:
         modules: that the trace opens.
-        buffers: whether buffers are no proxies. Other tensors in attributes never are.
+        buffers: whether buffers aren't proxies. Other tensors in attributes never are.
     """
 
     def __init__(self, modules: Iterable[nn.Module], buffers: bool) -> None:

@@ -21,7 +21,7 @@ from fxgraft.graph.tracing.regions import python_code
 _numbers = itertools.count()
 
 MORE = "fxgraft_more"
-"""Stands for whatever keywords a call has besides those that a graph was traced with."""
+"""Stands for whatever keywords a call has apart from those that a graph was traced with."""
 
 
 def _constant(value: Any) -> Callable[..., Any]:

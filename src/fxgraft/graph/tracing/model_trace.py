@@ -138,7 +138,7 @@ class ModelTrace:
         if isinstance(error, TypeError) and len(required) > 1:
             names = [each.name for each in required[1:]]
             raise StructureError(
-                f"{self.name} needs {', '.join(map(repr, names))} besides the images: its forward has no default for "
+                f"{self.name} needs {', '.join(map(repr, names))} beside the images: its forward has no default for "
                 "that.\nSites and shapes are found by passing one batch of fake images through the model, alone.\n"
                 f"Give it one, as def forward(self, {required[0].name}, {names[0]}=None)."
             ) from error

@@ -226,7 +226,7 @@ def observe(
         name = names.get(module)
         if name is not None:
             seen.calls.setdefault(name, []).append(record)
-        # A patched model is looked at as part of a trace: this is no pass, and serves no labels.
+        # A patched model is looked at as part of a trace: this isn't a pass, and serves no labels.
         # By its class: a wrapper may hand unknown attributes on to the model.
         traced = getattr(type(module), "_fxgraft_forward", None)
         run = module.forward if traced is None else partial(traced, module)

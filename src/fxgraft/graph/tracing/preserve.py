@@ -73,7 +73,7 @@ def preserved_data(model: nn.Module) -> Iterator[Callable[[], list[str]]]:
         yield faked
 
 
-# What is registered, and what a graft keeps: no forward pass sets them, and planning anew may.
+# What is registered, and what a graft keeps: no forward pass sets them, and planning again may.
 _LASTING = ("_modules", "_parameters", "_fxgraft")
 
 MISSING: Final = type("_Missing", (), {"__repr__": lambda self: "nothing"})()
@@ -407,7 +407,7 @@ def _putting_back(value: Any, before: Any) -> list[Step]:
 
 @contextlib.contextmanager
 def preserved_globals(modules: Iterable[nn.Module]) -> Iterator[Reachable]:
-    """Put back on exit what the code of modules sets besides attributes of theirs."""
+    """Put back on exit what the code of modules sets apart from their attributes."""
     reachable = Reachable(modules)
     with restoring(reachable.restore):
         yield reachable

@@ -418,7 +418,7 @@ def _region(one: Modes, two: Modes, line: str | None) -> Region:
 
 
 def region_of(node: fx.Node) -> Region:
-    """Return what a node runs under besides its caller's state; empty where there is nothing."""
+    """Return what a node runs under apart from its caller's state; empty where there is nothing."""
     return node.meta.get(REGION, ())
 
 

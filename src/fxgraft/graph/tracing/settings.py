@@ -1,4 +1,4 @@
-"""What decides, besides its class, what a call of a module computes: plain attributes, hooks, a forward of its own."""
+"""What decides, apart from its class, what a call of a module computes: attributes, hooks, a forward of its own."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ def tensor_version(module: nn.Module, name: str) -> Any:
 
 
 def acted_on(module: nn.Module) -> bool:
-    """Say whether something besides the forward of its class has a part in a call of a module.
+    """Say whether something apart from the forward of its class has a part in a call of a module.
 
     That are hooks of the module or of all modules, forward or backward, and a forward or a call of its own. Whether
     they change a value cannot be known; hooks of torch's own tools that never do are left out.

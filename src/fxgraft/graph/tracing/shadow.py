@@ -27,7 +27,7 @@ _LEAVES = (*_PLAIN, Tensor, type, torch.dtype, torch.device, torch.Size, fx.Grap
 """What is shared with the model, whatever is in it."""
 
 _DEPTH = 3
-"""So many objects deep a module of the model is looked for in what is no module."""
+"""So many objects deep a module of the model is looked for in what isn't a module."""
 
 
 class Shadow:

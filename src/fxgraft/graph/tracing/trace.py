@@ -107,7 +107,7 @@ class Traced:
         """Return this trace if its graph may run.
 
         Args:
-            elsewhere: it runs besides the forward, and not in its place: then it need not note what that notes.
+            elsewhere: it runs beside the forward, and not in its place: then it need not note what that notes.
 
         Raises:
             TraceError: the forward acts through more than values.

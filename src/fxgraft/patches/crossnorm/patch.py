@@ -92,7 +92,7 @@ class CrossNorm(BlockPatch):
     Raises:
         ConfigError: an option outside its range, or more active units than there are.
         StructureError: the model has no block with the position; says what it has.
-        SiteError: no such layer, one without maps or tokens, or a crop of what is no map.
+        SiteError: no such layer, one without maps or tokens, or a crop of what isn't a map.
     """
 
     title = "CrossNorm"
@@ -232,7 +232,7 @@ class CrossNorm(BlockPatch):
         return {"consistency": divergence}
 
     def _check_labels(self, graft: Graft, logits: Tensor, target: Any) -> None:
-        """Raise where the labels are no classes or answers: numbers to predict have no probability to compare."""
+        """Raise where the labels aren't classes or answers: numbers to predict have no probability to compare."""
         one = self.probability == "sigmoid" or (self.probability is None and logits.shape[1] == 1)
         if one and isinstance(target, Tensor):
             binary_labels(graft.name, target[: logits.shape[0]], logits.shape)

@@ -132,7 +132,7 @@ def spread_patches(drawn: Tensor, height: int, width: int, patch: int) -> Tensor
 
 
 def suppression_mask(maps: Tensor, draws: Draws, *, patch: int = 3, ties: Ties = "first") -> Tensor:
-    """Say which entries are damped: drawn peaks, and cells of drawn patches that are no peak.
+    """Say which entries are damped: drawn peaks, and cells of drawn patches that aren't peaks.
 
     Args:
         maps: class maps (B, K, H, W).

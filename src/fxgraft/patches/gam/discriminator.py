@@ -82,7 +82,7 @@ def check_discriminator(module: Any, value: Tensor, outputs: int, dim: int, name
         name: of the tap, for messages.
 
     Raises:
-        ConfigError: it is no module, does not run, or returns another shape.
+        ConfigError: it isn't a module, does not run, or returns another shape.
     """
     if not isinstance(module, nn.Module):
         raise ConfigError(f"The discriminator for {name!r} must be a torch.nn.Module, got {module!r}.")

@@ -153,7 +153,7 @@ class Game(Unit):
         Args:
             model: the target network.
             given: the source network; None for the target network as it is.
-            own: the graft that asks, which is no part of the copy.
+            own: the graft that asks, which isn't a part of the copy.
             layers: the taps.
         """
         if given is None and self.born is None and not self.begun:
@@ -277,7 +277,7 @@ def game_of(graft: Graft) -> Game:
 
 
 def _weights(model: nn.Module) -> Born:
-    """Note the weights of a network as they are now; those of grafts are no part of it."""
+    """Note the weights of a network as they are now; those of grafts aren't part of it."""
     return {
         f"{path}.{name}" if path else name: (weakref.ref(module), weakref.ref(p), _version(p))
         for path, module in model.named_modules()
@@ -353,7 +353,7 @@ def channel_dim(layout: Layout) -> int:
 def paired_weights(
     source: nn.Module, target: nn.Module, born: Born | None = None
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """Pair the target's weights that train with the source's, by name; other patches' are no part of it.
+    """Pair the target's weights that train with the source's, by name; other patches' aren't part of it.
 
     Args:
         source: the source network.

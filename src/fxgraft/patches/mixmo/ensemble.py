@@ -63,7 +63,7 @@ def _log_probabilities(member_logits: Tensor, average: Average) -> Tensor:
     wide = _classes(member_logits.to(torch.promote_types(member_logits.dtype, torch.float32)))
     if average == "logits":
         return wide.mean(0).log_softmax(-1)
-    # Rounding can lift the mean of M ones above 1, which is no probability.
+    # Rounding can lift the mean of M ones above 1, which isn't a probability.
     return (wide.log_softmax(-1).logsumexp(0) - math.log(len(wide))).clamp(max=0)
 
 

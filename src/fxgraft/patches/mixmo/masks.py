@@ -138,7 +138,7 @@ def share_out(first: Tensor, kappa: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def shuffle_roles(masks: Tensor, shares: Tensor) -> tuple[Tensor, Tensor]:
-    """Deal masks (M, B, ...) and shares (B, M) to the members anew, the same way for all of the batch.
+    """Deal masks (M, B, ...) and shares (B, M) to the members again, the same way for all of the batch.
 
     As in the release: what a mixing does to member 0 alone falls on every member equally often.
     """

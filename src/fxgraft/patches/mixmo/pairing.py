@@ -28,7 +28,7 @@ class MixMoInput:
         inputs: one tensor (B, C, H, W) per member, all of one shape.
 
     Raises:
-        ConfigError: no inputs, something that is no tensor, or different shapes.
+        ConfigError: no inputs, something that isn't a tensor, or different shapes.
     """
 
     def __init__(self, inputs: Sequence[Tensor]) -> None:
@@ -99,7 +99,7 @@ class Pairing:
             chance: () on the CPU, probability that the batch is mixed so, else linearly.
             alpha: concentration of the ratios.
             r: root that weighs the losses.
-            shuffled: deal the roles in a mixture anew.
+            shuffled: deal the roles in a mixture again.
         """
         device, channels = encoding.device, encoding.shape[1]
         height, width = self.grid(encoding)

@@ -63,7 +63,7 @@ class MixMo(Patch):
         loss = Σ_i w_i · CE(y_i, d_i(l)),    w_i = M · κ_i^{1/r} / Σ_j κ_j^{1/r}.
 
     Evaluation gives every encoder the same image under masks of 1/M and averages the logits. Both ends are linear,
-    so that is one pass of the bare network with the weights Σ_i W_i and mean_i D_i, which it computes anew in every
+    so that is one pass of the bare network with the weights Σ_i W_i and mean_i D_i, which it computes again in every
     pass; `fxgraft.merge` writes them into the stock tensors.
 
     It costs the encoders and the mixing at the stem. It needs capacity: on a network that is narrow for its data the
@@ -125,11 +125,11 @@ class MixMo(Patch):
             member's image augmented by itself, `fxgraft.mixmo.RepeatedBatchSampler` each copy of the batch, which the
             members share.
         kept: share of the rows in which all members get the same image.
-        shuffle_roles: deal in every batch anew whose image is the one that is cut out.
+        shuffle_roles: deal in every batch again whose image is the one that is cut out.
         visible_labels: weigh the two labels of `MixedLabels` (images mixed before, by `fxgraft.mixmo.input_cutmix`) by
             what the mask leaves visible of each, as the authors do, instead of by their share of the image.
         init: "pretrained": evaluation starts as the bare network, bit by bit, and the members a little apart;
-            "random": the members from 1 on are drawn anew, for networks trained from scratch.
+            "random": the members from 1 on are drawn again, for networks trained from scratch.
         spread: how far apart the members start with init="pretrained", as a share of the weights' length; in [0, 1].
             The offsets are drawn from torch's generator.
 

@@ -20,7 +20,7 @@ class RepeatedBatchSampler(BatchSampler):
     """Batches that hold each of their samples `repetitions` times, for ``DataLoader(batch_sampler=...)``.
 
     MixMo and MIMO pair every row of a batch with others. With batch repetition a sample is seen in several
-    pairs by one step of the optimiser, each time loaded, and augmented, anew. Where one copy of the sample is
+    pairs by one step of the optimiser, each time loaded, and augmented, again. Where one copy of the sample is
     enough, the repetitions of the patch cost no loading. Members share the batch; `paired_loader` has an image loaded
     for each of them, as the release does.
 
@@ -179,7 +179,7 @@ def paired_loader(
     (2, 2)
 
     Args:
-        data: gives (image, label) by index: images (C, H, W) as floating-point tensors of one size, augmented anew
+        data: gives (image, label) by index: images (C, H, W) as floating-point tensors of one size, augmented again
             whenever they are asked for; labels as class indices.
         batch_size: rows of a batch, repetitions included.
         members: M of the patch.
@@ -192,7 +192,7 @@ def paired_loader(
         **options: of `torch.utils.data.DataLoader`: num_workers, pin_memory, generator, ...
 
     Raises:
-        ConfigError: repetitions that do not divide the batch, a probability outside [0, 1], images that are no tensors.
+        ConfigError: repetitions that do not divide the batch, a probability outside [0, 1], images that aren't tensors.
     """
     if not alpha > 0:
         raise ConfigError(f"alpha must be above 0, got {alpha!r}.")

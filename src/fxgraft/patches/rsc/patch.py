@@ -87,7 +87,7 @@ class RSC(LayeredPatch):
         channel_drop: share of channels to mute, in [0, 1]; 1/3.2 in the authors' code, 1/3 in the paper.
         vector_drop: share of features to mute where the site is a vector (B, D), as DomainBed does.
         batch_share: share of the batch that stays muted, those whose label loses most probability. The count is
-            rounded, half to even: a third of a batch of one is no sample, of which a warning tells once.
+            rounded, half to even: a third of a batch of one isn't a sample, of which a warning tells once.
         batch_schedule: "constant", or one in place of batch_share: "authors", 0.3 + 0.2·⌊epoch/10⌋ capped at 1, or
             "imagenet", 1/6, 1/5.5, 1/5, 1/4.5 and 1/4 from epochs 0, 19, 39, 59 and 79.
         epochs: length of the training in epochs, which a schedule needs to turn progress into epochs.
@@ -100,7 +100,7 @@ class RSC(LayeredPatch):
 
     Raises:
         ConfigError: an option outside its range.
-        SiteError: no such layer, or one whose value is no feature map.
+        SiteError: no such layer, or one whose value isn't a feature map.
         StructureError: the model, or the part of one, ends in features and not in logits.
     """
 

@@ -375,7 +375,7 @@ def test_answers_of_a_device_come_in_a_later_step() -> None:
     model(images(), target=LABELS)
 
 
-# Labels that are no class, and batches that are too small.
+# Labels that aren't classes, and batches that are too small.
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")  # of dynamo's own looking

@@ -121,7 +121,7 @@ class ByArgument(nn.Module):
 
 
 class Decoys(nn.Module):
-    """Additions that are no residual joins."""
+    """Additions that aren't residual joins."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -120,7 +120,7 @@ def test_operations_keep_track_of_dimensions(
         (lambda m, x: m.scores(m.tokens(x)), "no map: it compares places with each other(?s:.*)Choose"),
         (
             lambda m, x: torch.cat((m.tokens(x), m.token.expand(2, -1, -1)), 1),
-            "tokens that are no places stand elsewhere than in front(?s:.*)Pass layout=",
+            "tokens that aren't places stand elsewhere than in front(?s:.*)Pass layout=",
         ),
         (lambda m, x: x.mean(1), "its dimensions are images, places, places(?s:.*)Pass layout="),
     ],

@@ -112,7 +112,7 @@ NO_STEM = {
         r"first meets conv2d\(\) with the parameter 'conv.weight'",
     ),
     "around": (lambda m, x: m.large(x) + x.mean(1, keepdim=True), r"add\(\) gets the image past all first"),
-    "standardised": (lambda m, x: m.std(x), r"'std' \(StdConv2d\) standardises or builds its weight anew"),
+    "standardised": (lambda m, x: m.std(x), r"'std' \(StdConv2d\) standardises or builds its weight again"),
     "twice": (lambda m, x: m.conv(x) + m.conv(x.flip(3)), r"'conv' \(Conv2d\) is called 2 times"),
     "pieces": (
         lambda m, x: m.tokens(patches(x).flatten(0, 1)).unflatten(0, (-1, 16)).mT,
