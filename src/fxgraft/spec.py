@@ -1,6 +1,6 @@
 """Grafts as text, on command lines, in files and in `fxgraft.patch`: ``rsc:layer=layer4,spatial_drop=0.5 + selfnorm``.
 
-The grammar::
+The grammar:
 
     grafts  = graft { " + " graft }                a plus sign between blanks
     graft   = method [ ":" option { "," option } ]
