@@ -39,6 +39,8 @@ myst_heading_anchors = 3
 html_theme = "furo"
 html_title = "fxgraft"
 html_static_path = ["_static"]
+html_css_files = ["site.css"]
+html_favicon = "_static/icon.svg"
 html_copy_source = False
 html_show_sphinx = False
 copybutton_prompt_text = "$ "
@@ -53,8 +55,8 @@ napoleon_google_docstring = True
 napoleon_numpy_docstring = False
 napoleon_use_ivar = True
 
-# Types in signatures: those of torch and typing have no page here, and those inside fxgraft have none of their own.
-nitpick_ignore_regex = [("py:(class|exc|obj|data|meth|func|attr|mod)", r".*")]
+# Types in signatures: those of torch and typing have no page here, and most of those inside fxgraft have none either.
+nitpick_ignore_regex = [("py:class", r".*")]
 
 
 def as_restructured_text(_app, _what, _name, _object, _options, lines):

@@ -69,7 +69,8 @@ def generate() -> None:
 @app.command(context_settings=PASSED_ON)
 def docs(further: Further = None) -> None:
     """Build the documentation into docs/_build/html, without network; a warning is an error."""
-    _python("-m", "sphinx", "-W", "-n", "--keep-going", "-q", *(further or ()), "docs", "docs/_build/html")
+    options = ("-E", "-W", "-n", "--keep-going", "-q")  # -E: a page that is kept would keep its warnings back
+    _python("-m", "sphinx", *options, *(further or ()), "docs", "docs/_build/html")
 
 
 @app.command(context_settings=PASSED_ON)

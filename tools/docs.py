@@ -207,7 +207,8 @@ def reference_pages() -> dict[str, str]:
     names = [name.removeprefix("reference/").removesuffix(".md") for name in pages]
     pages["reference/index.md"] = page(
         "Reference",
-        "Everything here is generated from the code and from the committed results.",
+        "Everything here is generated from the code and from the committed results. "
+        "{ref}`All names <genindex>` are in an index.",
         toctree(names, hidden=False),
     )
     return pages

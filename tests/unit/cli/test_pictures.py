@@ -170,7 +170,7 @@ def test_the_command_says_what_is_wrong(photo, tmp_path):
         "show", "maps", str(photo), *SIZE, "--graft", "4", code=2
     )
     missing = run("show", "maps", str(photo), *SIZE, "--weights", str(tmp_path / "none.pth"), code=2)
-    assert "no file" in missing
+    assert "No such file" in missing
     assert "at least one class" in run("show", "maps", str(photo), *SIZE, "--top", "0", code=2)
     assert "at least 1 pixel" in run("show", "maps", str(photo), "--size", "0", code=2)
     token = run("show", "maps", str(photo), "--model", "vit_tiny_patch16_224", "--size", "32", code=2)
