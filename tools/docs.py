@@ -8,12 +8,14 @@ committed results of the benchmarks.
 from __future__ import annotations
 
 import ast
+import functools
 import inspect
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import timm
 import typer
 from benchmarks.__main__ import FOLDER as RESULTS
 from benchmarks.__main__ import result_tables
@@ -30,6 +32,15 @@ from tools.readme import citations, method_table, own_methods
 
 FOLDERS = ("methods", "reference", "generated")
 """The folders of docs/ in which everything is generated."""
+
+EXAMPLE_NETWORKS = ("resnet18", "vit_tiny_patch16_224")
+"""The networks on which a card shows where its method goes."""
+
+NEED_LAYERS = ("gam", "taps")
+"""Methods that are given a layer in examples, since they have none by default."""
+
+MOST_LINES = 4
+"""How many places of a plan a card shows."""
 
 SOURCE = Path(fxgraft.__file__).parent
 
@@ -107,7 +118,7 @@ def card_page(name: str, method: Any) -> str:
         ]
     parts += [
         "## Use",
-        fence(f'fxgraft.patch(model, "{name}"{", layers=[-1]" if name in ("gam", "taps") else ""})', "py"),
+        fence(f'fxgraft.patch(model, "{name}"{", layers=[-1]" if name in NEED_LAYERS else ""})', "py"),
     ]
     parts += [
         "## Options",
@@ -116,6 +127,8 @@ def card_page(name: str, method: Any) -> str:
             for option, kind, default, text in option_rows(method)
         ),
     ]
+    parts += ["## On two networks", *examples(name)]
+    parts += found_by_measuring(name)
     if method.presets:
         rows = [
             (
@@ -144,9 +157,54 @@ def card_page(name: str, method: Any) -> str:
     return page(f"{name}: {method.title}", *parts)
 
 
+def examples(name: str) -> list[str]:
+    """Say where a method goes on a network of convolutions and on a transformer: the plans that it makes."""
+    parts = []
+    for model in EXAMPLE_NETWORKS:
+        given: dict[str, Any] = {"layers": [-1]} if name in NEED_LAYERS else {}
+        try:
+            plan = fxgraft.patch(timm.create_model(model), name, dry_run=True, **given)
+            first, *lines = str(plan).splitlines()
+            shown = [*lines[:MOST_LINES], *([f"  … {len(lines)} in all"] if len(lines) > MOST_LINES else [])]
+            said = "\n".join([first, *shown])
+        except fxgraft.FxgraftError as error:
+            said = str(error)
+        parts += [f"On timm's {model}:", fence(said, "text")]
+    return parts
+
+
+@functools.cache
+def results() -> dict[str, str]:
+    """Read the tables of results once."""
+    return result_tables()
+
+
+def found_by_measuring(name: str) -> list[str]:
+    """Write the rows of the tables of results that are a method's."""
+    tables = results()
+    parts = []
+    for heading, table, note in (
+        (
+            "What it costs",
+            "overhead",
+            "Time of a training step as a multiple of the bare network's. [All costs](../reference/costs.md).",
+        ),
+        ("Our evidence", "evidence", "[How to read this](../explanation/measuring.md)."),
+    ):
+        first, rule, *rows = tables[table].splitlines()
+        # The first cell names the patch: the method alone, or with options.
+        own = [row for row in rows if re.search(rf"\b{name}\b", row.split("|")[1])]
+        noise = [row for row in rows if "bare again" in row]
+        text = (
+            "\n".join([first, rule, *noise, *own]) if own else "Nothing is shown yet by enough pairs of runs."
+        )
+        parts += [f"## {heading}", text, note]
+    return parts
+
+
 def reference_pages() -> dict[str, str]:
     """Write the reference: API, command line, grammar, file format, and what was measured."""
-    tables = result_tables()
+    tables = results()
     pages = {
         "reference/api.md": page(
             "API: fxgraft",

@@ -46,10 +46,8 @@ def draw(pictures: dict[str, Path]) -> None:
         for method, path in pictures.items():
             path.parent.mkdir(parents=True, exist_ok=True)
             words = ["show", method, *map(str, photographs()), "--model", MODEL, "--weights", str(weights)]
-            app(
-                [*words, "--size", str(SIZE), "--out", str(path), *OPTIONS.get(method, [])],
-                standalone_mode=False,
-            )
+            words += ["--size", str(SIZE), "--class-names", "imagenet", "--out", str(path)]
+            app([*words, *OPTIONS.get(method, [])], standalone_mode=False)
             with Image.open(path) as drawn:
                 whole = drawn.convert("RGB")
             whole.thumbnail((WIDTH, WIDTH))

@@ -63,6 +63,12 @@ def show(
         str | None, typer.Option(help="With maps: the classifier, where there are several.")
     ] = None,
     seed: Annotated[int, typer.Option(help="Of what a method draws.")] = 0,
+    class_names: Annotated[
+        str | None,
+        typer.Option(
+            help="Names of the classes, for a picture of a method: imagenet, or a file, a name a line."
+        ),
+    ] = None,
 ) -> None:
     """Show what patches change in a model, or what a method does with an image.
 
@@ -76,7 +82,12 @@ def show(
         check_there(path, "The file")
     if images:
         check_method("diversification" if what == MAPS else what)
-        options = {"weights": weights, "classes": classes, "pretrained": pretrained}
+        options = {
+            "weights": weights,
+            "classes": classes,
+            "pretrained": pretrained,
+            "class_names": class_names,
+        }
         texts = [*(spec.text for spec in chosen_grafts((), graft_file)), *(graft or ()), *(patch or ())]
         _show_method(what, images, texts, out, model, size, top, head, seed, **options)
     else:
@@ -131,12 +142,13 @@ def _show_method(
     weights: Path | None,
     classes: int | None,
     pretrained: bool,
+    class_names: str | None,
 ) -> None:
     import fxgraft
     from fxgraft.errors import UnknownGraftError, candidates
     from fxgraft.models import build_model, load_weights
     from fxgraft.spec import parse_patch_spec
-    from fxgraft.viz.pictures import check_picture, picture_of, read_images, save_picture
+    from fxgraft.viz.pictures import check_picture, picture_of, read_class_names, read_images, save_picture
 
     wanted = "diversification" if method == MAPS else method
     if wanted not in fxgraft.methods():
@@ -153,10 +165,11 @@ def _show_method(
         options |= spec.options
     side = 224 if size is None else size
     pixels = read_images(images, side)
+    names = [] if class_names is None else read_class_names(class_names)
     network = build_model(model, classes, pretrained=pretrained, input_size=side).eval()
     if weights is not None:
         load_weights(network, weights)
-    picture = picture_of(network, wanted, pixels, options, top=top, seed=seed)
+    picture = picture_of(network, wanted, pixels, options, top=top, seed=seed, names=names)
     path = Path(f"{method}.png") if out is None else out
     save_picture(picture, path)
     typer.echo(f"{path}: {picture.caption}")

@@ -24,6 +24,7 @@ class View:
         given: how many of the images are the user's.
         top: how many classes to show, for pictures that show some.
         seed: for draws that a generator of their own makes; torch's is seeded with it.
+        names: of the classes, in their order; empty where nobody gave them.
     """
 
     model: nn.Module
@@ -33,6 +34,11 @@ class View:
     given: int = 1
     top: int = 3
     seed: int = 0
+    names: Sequence[str] = ()
+
+    def class_name(self, number: int) -> str:
+        """Return the name of a class, or "class 7" where there are no names."""
+        return self.names[number] if self.names else f"class {number}"
 
 
 @dataclass(frozen=True)

@@ -24,6 +24,10 @@ IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 """Mean and deviation of the colours, for models that do not say what they were trained with."""
 
 
+IMAGENET_NAMES = "imagenet"
+"""What stands for the names of ImageNet's 1000 classes."""
+
+
 def methods_with_pictures() -> list[str]:
     """Name the methods that have a picture."""
     return [name for name, method in fxgraft.methods().items() if method.picture is not fxgraft.Patch.picture]
@@ -53,6 +57,30 @@ def read_images(paths: Sequence[Path], size: int) -> Tensor:
     return squares([read_rgb(path, repr(str(path))) for path in paths], size)
 
 
+def read_class_names(given: str) -> list[str]:
+    """Read names of classes: those of ImageNet, as timm has them, or the lines of a file.
+
+    Args:
+        given: "imagenet", or the path of a text file with a name in each line, in the order of the classes.
+
+    Raises:
+        ConfigError: the file cannot be read.
+    """
+    if given == IMAGENET_NAMES:
+        from timm.data.imagenet_info import ImageNetInfo
+
+        info = ImageNetInfo()
+        words = [info.index_to_description(index) for index in range(info.num_classes())]
+        return [word.partition(",")[0] for word in words]
+    try:
+        return Path(given).read_text(encoding="utf-8").splitlines()
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"The names of classes in {given!r} cannot be read: {getattr(error, 'strerror', None) or error}.\n"
+            f"Give a text file with a name in each line, or {IMAGENET_NAMES!r}."
+        ) from error
+
+
 def squares(images: Sequence[Image.Image], size: int) -> Tensor:
     """Crop images about their centres to squares of one size: (B, 3, size, size), colours in [0, 1]."""
     fitted = [ImageOps.fit(image, (size, size), method=Image.Resampling.BICUBIC) for image in images]
@@ -67,6 +95,7 @@ def picture_of(
     *,
     top: int = 3,
     seed: int = 0,
+    names: Sequence[str] = (),
 ) -> Picture:
     """Patch a model with one method and have it show what it does with images.
 
@@ -77,9 +106,10 @@ def picture_of(
         options: of the method.
         top: how many classes to show, highest score first, where a picture shows some.
         seed: of all draws.
+        names: of the classes, in the order of the model's outputs; numbers stand for them without.
 
     Raises:
-        ConfigError: the method has no picture, or a number is out of range.
+        ConfigError: the method has no picture, a number is out of range, or there are not as many names as classes.
         FxgraftError: the method does not go on the model.
     """
     check_picture(method)
@@ -93,12 +123,18 @@ def picture_of(
     mean, std = (config.get(key) or default for key, default in zip(("mean", "std"), IMAGENET, strict=True))
     inputs = (images - torch.tensor(mean).view(-1, 1, 1)) / torch.tensor(std).view(-1, 1, 1)
     with torch.no_grad():
-        labels = model.eval()(inputs).argmax(1)
+        logits = model.eval()(inputs)
+    labels = logits.argmax(1)
+    if names and len(names) != logits.shape[1]:
+        raise ConfigError(
+            f"There are {len(names)} names of classes, and the model has {logits.shape[1]} classes.\n"
+            "Names are taken in the order of the model's outputs.\nGive one for each, or leave them out."
+        )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         fxgraft.patch(model, method, **{"input_size": size, **(options or {})})
         (graft,) = fxgraft.grafts(model)
-        view = View(model, images, inputs, labels, given=given, top=top, seed=seed)
+        view = View(model, images, inputs, labels, given=given, top=top, seed=seed, names=names)
         return graft.patch.picture(graft, view)
 
 

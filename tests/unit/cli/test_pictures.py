@@ -17,7 +17,13 @@ from fxgraft.cli.commands import app
 from fxgraft.errors import ConfigError
 from fxgraft.patches import registry
 from fxgraft.patches.diversification.patch import maps
-from fxgraft.viz.pictures import methods_with_pictures, picture_of, read_images, save_picture
+from fxgraft.viz.pictures import (
+    methods_with_pictures,
+    picture_of,
+    read_class_names,
+    read_images,
+    save_picture,
+)
 
 SIZE = ("--model", "resnet18", "--classes", "5", "--size", "96")
 
@@ -160,6 +166,31 @@ def test_the_command_writes_a_picture(photo, tmp_path):
     assert re.search(r"class maps of 3×3 for classes \d \(", said)
     with Image.open(out) as picture:
         assert picture.width > 3 * picture.height
+
+
+def test_classes_are_shown_by_their_names(photo, tmp_path):
+    names = ["ant", "bee", "cat", "dog", "eel"]
+    (tmp_path / "names.txt").write_text("\n".join(names))
+    assert read_class_names(str(tmp_path / "names.txt")) == names
+    words = read_class_names("imagenet")
+    assert (len(words), words[698], words[985]) == (1000, "palace", "daisy")
+    image = read_image(photo, 96)[None]
+    numbers, shown = (
+        [panel.title for panel in picture_of(network(), "diversification", image, names=given).rows[0][1:]]
+        for given in ((), names)
+    )
+    known = {f"class {number}": name for number, name in enumerate(names)}
+    assert shown == [
+        title.replace(part, known[part]) for title in numbers for part in [title.partition(":")[0]]
+    ]
+    with pytest.raises(
+        fxgraft.ConfigError, match="There are 4 names of classes, and the model has 5 classes"
+    ):
+        picture_of(network(), "diversification", image, names=names[:4])
+    given = ("--class-names", str(tmp_path / "names.txt"), "--out", str(tmp_path / "maps.png"))
+    assert "class maps of" in run("show", "maps", str(photo), *SIZE, *given)
+    gone = run("show", "maps", str(photo), *SIZE, "--class-names", str(tmp_path / "gone.txt"), code=2)
+    assert "gone.txt' cannot be read: No such file" in gone
 
 
 def test_the_command_says_what_is_wrong(photo, tmp_path):

@@ -37,7 +37,13 @@ def class_map_panels(view: View, options: Any) -> Picture:
     for index, (number, score) in enumerate(zip(best.indices.tolist(), best.values.tolist(), strict=True)):
         row, column = core.peak_mask(chosen)[0, index].nonzero()[0].tolist()
         panels.append(
-            Panel(f"class {number}: {score:.2f}", image, chosen[0, index], damped[index], (row, column))
+            Panel(
+                f"{view.class_name(number)}: {score:.2f}",
+                image,
+                chosen[0, index],
+                damped[index],
+                (row, column),
+            )
         )
     scores = ", ".join(
         f"{n} ({s:.2f})" for n, s in zip(best.indices.tolist(), best.values.tolist(), strict=True)
