@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fxgraft._torch import assert_later
 from fxgraft.errors import ConfigError, MethodError, StructureError, TargetError
 from fxgraft.graph.grafting.forward_context import ARGUMENTS, Context
 from fxgraft.graph.grafting.graft import Graft
@@ -205,7 +206,7 @@ def _compare_compiled(context: Context, path: str, out: Any, y: Any) -> None:
         raise TargetError(_OTHER_LABELS)
     record.check(some, labels if y is record.labels else None)
     if isinstance(wrong, Tensor):
-        torch._assert_async(~wrong, OTHER_LABELS)  # type: ignore[attr-defined]
+        assert_later(~wrong, OTHER_LABELS)
 
 
 _OTHER_LABELS = (

@@ -58,7 +58,9 @@ def test_a_taken_name_is_refused_unless_overridden() -> None:
     class Other(Toy):
         pass
 
-    with pytest.raises(ConfigError, match=r"'toy' is taken by toys\.Toy; .*Other cannot(?s:.*)override=True"):
+    with pytest.raises(
+        ConfigError, match=r"'toy' is taken by models\.toys\.Toy; .*Other cannot(?s:.*)override=True"
+    ):
         fxgraft.register("toy")(Other)
     assert fxgraft.methods()["toy"] is Toy
     fxgraft.register("toy", override=True)(Other)

@@ -122,7 +122,7 @@ class Header:
     def check(self, content: Any, path: Path) -> None:
         """Raise `RecipeError` unless what was read from ``path`` is of this format and version."""
         if not isinstance(content, dict) or content.get("format") != self.format:
-            raise RecipeError(f"{str(path)!r} is no {self.what}.\n{self.instead}")
+            raise RecipeError(f"{str(path)!r} isn't a {self.what}.\n{self.instead}")
         if content.get("version") != self.version:
             raise RecipeError(
                 f"{str(path)!r} is of version {content.get('version')!r}; this fxgraft reads version "

@@ -200,6 +200,7 @@ def save(
     def write(draft: Path) -> None:
         try:
             save_file(tensors, draft, metadata)
+            _sort_metadata(draft)
         except SafetensorError as error:  # its own, also for what the system refuses
             raise OSError(
                 f"{str(file)!r} cannot be written: {error}.\n"
@@ -209,6 +210,18 @@ def save(
 
     write_file(file, write)
     return file
+
+
+def _sort_metadata(file: Path) -> None:
+    """Write the entries of the metadata in order: safetensors hashes them, and the same model makes other bytes."""
+    with file.open("r+b") as opened:
+        size = int.from_bytes(opened.read(8), "little")
+        header = json.loads(opened.read(size))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
+        if len(text) <= size:  # else it is written in another way than today, and as right as it is
+            opened.seek(8)
+            opened.write(text.ljust(size))
 
 
 def _entry(graft: Graft) -> dict[str, Any]:

@@ -144,7 +144,7 @@ SEVERAL = {
     "several labels": (torch.ones(6, 3), r"rows sum to 3 to 3(?s:.*)probability=\"sigmoid\""),
     "regression": (
         torch.randn(6, 3, generator=torch.Generator().manual_seed(0)),
-        r"no distribution over the classes",
+        r"aren.t a distribution over the classes",
     ),
     "a number each": (torch.linspace(0, 9, 6), r"one floating-point number per sample(?s:.*)regression"),
 }

@@ -76,7 +76,9 @@ NO_JOIN = {
 # No average over positions in front of a linear classifier, or of several that share one.
 _HEADS = {
     "timm/cait_xxs24_224": Refusal("a class token"),
-    "timm/coat_tiny": Refusal("no plain average over positions"),  # a convolution joins three class tokens
+    "timm/coat_tiny": Refusal(
+        "isn.t a plain average over positions"
+    ),  # a convolution joins three class tokens
     "timm/convit_tiny": Refusal("a class token"),
     "timm/crossvit_tiny_240": Refusal("a class token"),
     "timm/deit_tiny_distilled_patch16_224": Refusal("a class token"),

@@ -62,7 +62,7 @@ def test_family_is_the_file_of_the_model(backbone: Backbone):
 @pytest.mark.parametrize("library", ["timm", "torchvision"])
 def test_a_model_of_another_version_is_skipped_with_the_reason(library, monkeypatch):
     unknown = Backbone(f"{library}/from_the_future", "future", (3, 32, 32))
-    monkeypatch.setattr("zoo.backbones.BACKBONES", (unknown,))
+    monkeypatch.setattr("models.backbones.BACKBONES", (unknown,))
     (parameter,) = available()
     (mark,) = parameter.marks
     assert mark.name == "skip"

@@ -139,7 +139,10 @@ ERRORS: dict[str, tuple[tuple[object, ...], str]] = {
         ("plain.pt", "--model", NAME, "--graft", "mixmo:members"),
         "METHOD:key=value,.*for example rsc",
     ),
-    "reserved": (("plain.pt", "--model", NAME, "--graft", "mixmo:dry_run=True"), "'dry_run'.*no option"),
+    "reserved": (
+        ("plain.pt", "--model", NAME, "--graft", "mixmo:dry_run=True"),
+        "'dry_run'.*isn.t an option",
+    ),
     "no average": (("plain.pt", "--model", NAME, "--ema"), "no averaged weights"),
     "suffix": (("plain.pt", "--model", NAME, "--out", "stock.pth"), r"must end in \.safetensors"),
     "no place": (

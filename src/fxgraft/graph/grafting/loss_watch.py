@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import unserializable_hook
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from fxgraft._torch import FakeTensor
+from fxgraft._torch import FakeTensor, assert_later
 from fxgraft.errors import FxgraftError, FxgraftWarning
 from fxgraft.graph.grafting.labels import version_of
 from fxgraft.graph.grafting.living import note_change
@@ -161,7 +161,7 @@ def _check_same(sample: Tensor | None, given: Tensor | None, message: str) -> No
         return
     # Compilers may round a value and its sample apart.
     near = (sample - given).abs() <= 2e-2 * (sample.abs() + given.abs())
-    torch._assert_async((near | sample.isnan()).all(), message)  # type: ignore[attr-defined]
+    assert_later((near | sample.isnan()).all(), message)
 
 
 def some_of(value: Any) -> Tensor | None:

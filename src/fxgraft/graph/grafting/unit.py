@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, NoReturn, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -185,6 +185,16 @@ def recomputed() -> bool:
     return not torch.compiler.is_compiling() and graph_task() != -1
 
 
+class _NoPass:
+    """Stands for the pass outside of one. A property that raises would stop tools that list a module's attributes."""
+
+    def __init__(self, unit: Unit) -> None:
+        self._unit = unit
+
+    def __getattr__(self, name: str) -> Any:
+        self._unit.refuse_no_pass()
+
+
 class Unit(nn.Module):
     """What a graft inserts: a module called with the value at its site.
 
@@ -219,17 +229,20 @@ class Unit(nn.Module):
     def run(self) -> PassView:
         """The pass that is running in this thread.
 
-        Raises:
-            SiteError: there is none: a part of the model was called by itself.
-            BypassError: there is none any more: activation checkpointing runs a part of the model again.
+        Outside of one, whatever is asked of it raises: SiteError where a part of the model was called by itself,
+        BypassError where activation checkpointing runs a part of the model again.
         """
-        found = self.current
-        if found is None:
-            self.refuse_recomputation()
-            raise SiteError(
-                f"{self.graft!r} acts inside a pass of its model.\nCall the model, not its parts."
-            )
-        return found
+        return self.current or cast("PassView", _NoPass(self))
+
+    def refuse_no_pass(self) -> NoReturn:
+        """Raise, since a part of the model runs outside of a pass.
+
+        Raises:
+            SiteError: it was called by itself.
+            BypassError: activation checkpointing runs it again; what the unit did in the pass is gone by then.
+        """
+        self.refuse_recomputation()
+        raise SiteError(f"{self.graft!r} acts inside a pass of its model.\nCall the model, not its parts.")
 
     def refuse_recomputation(self) -> None:
         """Raise where activation checkpointing runs a part of the model again, in the backward pass.

@@ -72,7 +72,7 @@ def test_outside_of_a_pass_a_unit_has_none() -> None:
     unit = fxgraft.grafts(model)[0].units["stage1"]
     assert unit.current is None
     with pytest.raises(fxgraft.SiteError, match="'rsc' acts inside a pass of its model"):
-        _ = unit.run
+        _ = unit.run.training
     with pytest.raises(fxgraft.SiteError, match="Call the model, not its parts"):
         model.stage1(torch.randn(4, 8, 8, 8))
     model(images(), target=LABELS)

@@ -486,7 +486,7 @@ def test_where_nothing_is_decided_the_sums_are_shown_and_can_be_named() -> None:
         )
 
     with pytest.raises(
-        fxgraft.StructureError, match=r"no joins as far as can be seen: '1.add'.*\n.*as '1.add'"
+        fxgraft.StructureError, match=r"aren.t joins as far as can be seen: '1.add'.*\n.*as '1.add'"
     ):
         fxgraft.patch(model(Odd()), "crossnorm", position="post", input_size=(3, 8, 8))
     named = fxgraft.patch(model(Odd()), "crossnorm", layers="1.add", input_size=(3, 8, 8))

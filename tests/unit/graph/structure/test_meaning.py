@@ -117,7 +117,7 @@ def test_operations_keep_track_of_dimensions(
     ("function", "message"),
     [
         (lambda m, x: m.windows(x), "is not that of the images: something else was merged(?s:.*)Choose"),
-        (lambda m, x: m.scores(m.tokens(x)), "no map: it compares places with each other(?s:.*)Choose"),
+        (lambda m, x: m.scores(m.tokens(x)), "isn.t a map: it compares places with each other(?s:.*)Choose"),
         (
             lambda m, x: torch.cat((m.tokens(x), m.token.expand(2, -1, -1)), 1),
             "tokens that aren't places stand elsewhere than in front(?s:.*)Pass layout=",

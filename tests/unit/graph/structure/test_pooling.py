@@ -103,7 +103,7 @@ OTHERS = {
     "attention": (
         lambda m, x: m.fc((x.flatten(2) * x.flatten(2).softmax(-1)).sum(-1)),
         6,
-        "no plain average over positions",
+        "isn.t a plain average over positions",
     ),
 }
 

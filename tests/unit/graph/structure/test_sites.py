@@ -18,7 +18,7 @@ from torch import Tensor, fx, nn
 import fxgraft
 from fxgraft.errors import SiteError, StructureError
 from fxgraft.graph.structure.positions import positions
-from fxgraft.graph.structure.site import Edits, edits_of
+from fxgraft.graph.structure.site import Edits, Sites, edits_of
 from fxgraft.graph.structure.sites import SiteSpec, resolve
 from fxgraft.graph.structure.stages import stages
 from fxgraft.graph.tracing.editing import After, Output
@@ -295,7 +295,7 @@ def test_the_listing_is_a_sequence_that_prints_as_a_table() -> None:
     assert set(listed.names) == {f"stage1.0.{n}" for n in ("conv1", "bn", "act", "conv2", "add", "act2")}
     assert len(listed) == 6
     assert listed[0] in listed
-    assert isinstance(listed[1:3], fxgraft.Sites)
+    assert isinstance(listed[1:3], Sites)
     assert len(listed[1:3]) == 2
     lines = repr(listed).splitlines()
     assert lines[0] == "Net, batch of 2"
