@@ -36,6 +36,7 @@ exclude_patterns = ["_build"]
 myst_enable_extensions = ["colon_fence", "deflist", "fieldlist"]
 myst_heading_anchors = 3
 
+smartquotes = False  # quotes belong to code more often than to prose
 html_theme = "furo"
 html_title = "fxgraft"
 html_static_path = ["_static"]
