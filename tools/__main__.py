@@ -5,6 +5,7 @@ Each runs what its name says in this repository and ends with its exit code; fur
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -83,6 +84,25 @@ def bench(further: Further = None) -> None:
 def check() -> None:
     """Run everything that has to pass, as the continuous integration does."""
     _run("bash", ".ci/run")
+
+
+@app.command()
+def release() -> None:
+    """Check everything, build the packages into dist/, and tag the version of pyproject.toml; nothing is published."""
+    (version,) = re.findall(
+        r'^version = "(.+)"$', (ROOT / "pyproject.toml").read_text(encoding="utf-8"), re.MULTILINE
+    )
+    heading = rf"^## {re.escape(version)} - \d{{4}}-\d{{2}}-\d{{2}}$"
+    if not re.search(heading, (ROOT / "CHANGELOG.md").read_text(encoding="utf-8"), re.MULTILINE):
+        typer.echo(
+            f"CHANGELOG.md has no line '## {version} - YYYY-MM-DD': write the date of the release.", err=True
+        )
+        raise typer.Exit(1)
+    _run("git", "diff", "--exit-code", "HEAD")  # what is released is what is committed
+    _run("bash", ".ci/run")
+    _python("-m", "build")
+    _run("git", "tag", "--annotate", f"v{version}", "--message", f"fxgraft {version}")
+    typer.echo(f"Tagged v{version}. Then: git push origin v{version}, and upload dist/.")
 
 
 if __name__ == "__main__":

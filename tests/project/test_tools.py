@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -43,6 +45,27 @@ def test_the_check_is_the_one_of_continuous_integration(ran) -> None:
     assert ran == [("bash", ".ci/run")]
     workflow = (ROOT / ".github/workflows/ci.yml").read_text()
     assert "run: bash .ci/run" in workflow
+
+
+def test_a_release_needs_a_date_and_then_checks_builds_and_tags(
+    ran, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("pyproject.toml", "CHANGELOG.md"):
+        shutil.copy(ROOT / name, tmp_path)
+    monkeypatch.setattr("tools.__main__.ROOT", tmp_path)
+    undated = CliRunner().invoke(app, ["release"])
+    assert undated.exit_code == 1
+    assert "write the date of the release" in undated.output
+    assert ran == []
+    log = tmp_path / "CHANGELOG.md"
+    log.write_text(log.read_text().replace("## 0.1.0 - unreleased", "## 0.1.0 - 2030-01-31"))
+    assert CliRunner().invoke(app, ["release"]).exit_code == 0
+    assert [command[:2] for command in ran] == [
+        ("git", "diff"),
+        ("bash", ".ci/run"),
+        (sys.executable, "-m"),
+        ("git", "tag"),
+    ]
 
 
 def test_the_generated_listing_is_where_it_is_compared() -> None:
