@@ -34,7 +34,7 @@ IN_SHORT: dict[str, tuple[str, str]] = {
     "crossnorm": ("exchanges styles between images", "test images come in other styles"),
     "diversification": ("damps peaks of class maps", "classes differ in small parts"),
     "gam": ("matches activations across domains", "you have unlabelled target images"),
-    "mixmo": ("trains several networks in one", "the network is wide, training long"),
+    "mixmo": ("trains several networks in one", "the network is wide and trains for long"),
     "rsc": ("mutes what the label leans on", "test domains were never seen"),
     "selfnorm": ("learns to recalibrate channel statistics", "styles vary; evaluation may cost a little"),
     "taps": ("records values inside the network", "you want to look, or to add losses"),
@@ -55,7 +55,9 @@ def method_table(methods: Mapping[str, type[fxgraft.Patch]], link: str = "") -> 
     from benchmarks.overhead import FORWARD, TRAINING_STEP, noise_of, ratios_of
 
     steps, calls = (ratios_of(OVERHEAD, "resnet50", what) for what in (TRAINING_STEP, FORWARD))
-    rows = [("*none*", "a second bare network: the noise", "", f"× {noise_of(OVERHEAD, 'resnet50')}", "")]
+    rows = [
+        ("*none*", "a second bare network: shows the noise", "", f"× {noise_of(OVERHEAD, 'resnet50')}", "")
+    ]
     for name, method in methods.items():
         if name not in IN_SHORT:
             raise ConfigError(f"The method {name!r} has no entry in IN_SHORT of tools/readme.py.")
