@@ -206,7 +206,7 @@ def _plan(model: nn.Module, graft: Graft) -> Plan:
 
 @synchronized
 def unpatch(model: M, *names: str | Graft) -> M:
-    """Take grafts off a model, in place: exactly as before those patches.
+    """Take grafts off a model, in place: its class, code and keys are those from before; trained weights stay.
 
     >>> import fxgraft, timm
     >>> model = fxgraft.patch(timm.create_model("test_resnet"), "rsc")

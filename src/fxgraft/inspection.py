@@ -67,8 +67,13 @@ class Summary:
     model: str
     rows: tuple[tuple[str, str, str, str, str], ...]
 
+    @property
+    def _head(self) -> str:
+        count = len(self.rows)
+        return f"{self.model}: {count} graft{'s, in order of action' if count > 1 else ''}"
+
     def __rich__(self) -> Table:
-        table = Table(title=f"{self.model}: {len(self.rows)} graft(s), in order of action")
+        table = Table(title=self._head)
         for column in ("name", "method", "where", "parameters", "notes"):
             table.add_column(column)
         for row in self.rows:
@@ -78,7 +83,7 @@ class Summary:
     def __str__(self) -> str:
         if not self.rows:
             return f"{self.model}: no grafts"
-        lines = [f"{self.model}: {len(self.rows)} graft(s), in order of action"]
+        lines = [self._head]
         for name, method, where, parameters, notes in self.rows:
             lines.append(
                 f"  {name} = {method}: {where}; {parameters} new parameters{f'; {notes}' if notes else ''}"

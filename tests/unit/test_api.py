@@ -299,7 +299,7 @@ def test_the_summary() -> None:
     fxgraft.patch(model, Toy(learned=True, factor=4, modes="training"), name="mine")
     summary = fxgraft.summary(model)
     assert str(summary).splitlines() == [
-        "Net: 2 graft(s), in order of action",
+        "Net: 2 grafts, in order of action",
         "  rsc = rsc: stage2 (NCHW; closed form); 0 new parameters; "
         "needs labels in training, absent in evaluation",
         "  mine = toy: times 4; 1 new parameters",

@@ -125,7 +125,7 @@ def _show_model(name: str, specs: list[PatchSpec], out: Path | None, mode: Mode,
         from fxgraft.viz.graphs import draw_graph
 
         draw_graph(parts, out, f"{name} with {', '.join(spec.text for spec in specs)}, in {mode.value}")
-        typer.echo(f"\n{out}: the graphs of {len(parts)} kinds of grafted modules")
+        typer.echo(f"\n{out}: the graphs of the grafted modules, {len(parts)} of different kinds")
 
 
 def _show_method(

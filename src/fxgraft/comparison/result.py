@@ -166,15 +166,13 @@ class Comparison:
         level = self.level / tests
         if pairs < 2:
             return "One pair has no interval. Take three seeds or more."
-        text = (
-            f"{pairs} pairs show a difference of {detectable(1.0, pairs, level):.1f} of its own standard deviations "
-            "with 80 % power."
-        )
+        least = f"{detectable(1.0, pairs, level):.1f} standard deviations of the pairs' differences"
+        text = f"{pairs} pairs show a true difference with 80 % power if it is at least {least}."
         seen = [each for each in self.verdicts if each.pairs > 1]
         if not seen:
             return text
         parts = ", ".join(f"{each.variant} {self.show(each.detectable)}" for each in seen)
-        return f"{text} With the deviations of these pairs: {parts}."
+        return f"{text} With the deviations seen here that is: {parts}."
 
     @property
     def factor(self) -> float:
