@@ -129,7 +129,7 @@ def _asked(
             )
         return [(options.get("name"), options.get("input_size"), method)]
     if not isinstance(method, str) or not set(method) & set(":+"):
-        specs = [(method, dict(options))]
+        specs = [(method.strip() if isinstance(method, str) else method, dict(options))]
     else:
         parsed = parse_grafts(method)
         shared = options if len(parsed) == 1 else {k: v for k, v in options.items() if k == "input_size"}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -12,12 +13,12 @@ import pytest
 import timm
 import torch
 import torchvision
-from torch import nn
+from torch import Tensor, nn
 
 import fxgraft
 import my_models
 import recipes
-from fxgraft.io.constructor import Constructor, constructor_of
+from fxgraft.io.constructor import Constructor, constructor_of, given_constructor
 from sweeping import some
 
 SIZE = (3, 32, 32)
@@ -236,8 +237,12 @@ def test_an_attribute_that_the_class_reads_is_none_of_them(tmp_path: Path) -> No
     model = fxgraft.patch(my_models.Reads(4), "rsc", layer="layer1", input_size=SIZE)
     build = {"library": "python", "name": "my_models:Reads", "options": {"width": 4}}
     fxgraft.save(model, tmp_path, build=build)
-    model.note = 2.0
+    model._note = 2.0
     fxgraft.save(model, tmp_path, build=build)
+    model.note = 2.0  # under a name that any code may read
+    with pytest.raises(fxgraft.ConfigError, match="differs from it in the attribute 'note'"):
+        fxgraft.save(model, tmp_path, build=build)
+    del model.note
     model.scale = 2.0
     with pytest.raises(fxgraft.ConfigError, match="differs from it in the attribute 'scale'"):
         fxgraft.save(model, tmp_path, build=build)
@@ -323,3 +328,46 @@ def test_a_model_is_looked_at_and_left_alone() -> None:
     assert torch.equal(torch.get_rng_state(), random)
     assert parts == [(name, id(part)) for name, part in [*model.named_modules(), *model.named_parameters()]]
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
+class _Parts(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.first, self.second = nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Tanh()
+        self.fc = nn.Linear(4, 2)
+        self.chosen, self.act = [self.first], self.first.forward
+        self.scale = torch.ones(1)
+        self.register_buffer("shift", torch.zeros(1), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.chosen[0](self.conv(x)) * self.scale + self.shift
+        return self.fc(self.act(x).mean((2, 3))) * getattr(self.fc, "temperature", 1.0)
+
+
+CHANGES: dict[str, Callable[[_Parts], object]] = {
+    "the numbers of scale": lambda m: m.scale.fill_(2.0),
+    "the numbers of shift": lambda m: m.shift.fill_(2.0),
+    "the attribute 'fc.temperature'": lambda m: setattr(m.fc, "temperature", 3.0),
+    "the attribute 'act'": lambda m: setattr(m, "act", m.second.forward),
+    "the attribute 'chosen'": lambda m: m.chosen.__setitem__(0, m.second),
+    "forward_hooks on ''": lambda m: m.register_forward_hook(lambda *_: None),
+}
+
+
+@pytest.mark.parametrize("difference", CHANGES)
+def test_what_a_constructor_does_not_make_is_found(difference: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("my_models.parts", _Parts, raising=False)
+    model = _Parts()
+    assert isinstance(given_constructor({"library": "python", "name": "my_models:parts"}, model), Constructor)
+    CHANGES[difference](model)
+    with pytest.raises(fxgraft.ConfigError, match=f"differs from it in {re.escape(difference)}"):
+        given_constructor({"library": "python", "name": "my_models:parts"}, model)
+
+
+def test_grafts_of_a_part_are_no_business_of_a_recipe(tmp_path: Path) -> None:
+    model = nn.Sequential(fxgraft.patch(timm.create_model("test_resnet", num_classes=4), "selfnorm"))
+    fxgraft.patch(model, "taps", layers=["0.layer1"], input_size=(3, 64, 64))
+    with pytest.raises(
+        fxgraft.RecipeError, match=r"have grafts of their own: '0'(?s:.*)merge the parts first"
+    ):
+        fxgraft.save(model, tmp_path / "run.safetensors")

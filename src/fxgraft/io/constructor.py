@@ -187,6 +187,12 @@ def proved(guess: Constructor, model: nn.Module) -> Constructor:
     if others:
         more = f", and {len(others) - _SHOWN} more" if len(others) > _SHOWN else ""
         raise ConfigError(f"{guess} differs from it in {', '.join(others[:_SHOWN])}{more}.")
+    unsaved = dict(_unsaved(model))
+    if unsaved:  # their values are the constructor's to make, so it has to run with memory
+        made = dict(_unsaved(make(guess)))
+        others = sorted(path for path, value in unsaved.items() if not _same_values(value, made.get(path)))
+        if others:
+            raise ConfigError(f"{guess} differs from it in the numbers of {', '.join(others[:_SHOWN])}.")
     return dataclasses.replace(guess, settings=settings)
 
 
@@ -365,6 +371,24 @@ def _bare_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
                 yield join(path, name), value
 
 
+def _unsaved(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Name the tensors that a state dict leaves out: buffers that aren't saved, and those in plain attributes."""
+    for path, module in _bare_modules(model).items():
+        buffers = {name: module._buffers[name] for name in module._non_persistent_buffers_set}
+        for name, value in {**vars(module), **buffers}.items():
+            if isinstance(value, Tensor):
+                yield join(path, name), value
+
+
+def _same_values(a: Tensor, b: Tensor | None) -> bool:
+    """Say whether two tensors hold the same numbers; the device and the dtype were the user's to choose."""
+    if b is None or a.shape != b.shape:
+        return False
+    return torch.equal(a.detach().cpu().double(), b.detach().cpu().double()) or torch.equal(
+        a.detach().cpu(), b.detach().cpu().to(a.dtype)
+    )
+
+
 def _differences(model: nn.Module, other: nn.Module) -> tuple[dict[str, dict[str, Any]], list[str]]:
     """Compare the bare part of a model with another one.
 
@@ -374,6 +398,7 @@ def _differences(model: nn.Module, other: nn.Module) -> tuple[dict[str, dict[str
     mine, theirs = _bare_modules(model), _bare_modules(other)
     if mine.keys() != theirs.keys():
         return {}, sorted(f"the module {path!r}" for path in mine.keys() ^ theirs.keys())
+    paths = [{id(module): path for path, module in reversed(each.items())} for each in (mine, theirs)]
     settings: dict[str, dict[str, Any]] = {}
     found = [f"the sharing of {path!r}" for path in _differently_shared(mine, theirs)]
     tensors = [dict(_bare_tensors(each)) for each in (model, other)]
@@ -389,7 +414,9 @@ def _differences(model: nn.Module, other: nn.Module) -> tuple[dict[str, dict[str
             found += [f"the tensor {join(path, name)!r}" for name in sorted(names)]
         if module._non_persistent_buffers_set != twin._non_persistent_buffers_set:
             found.append(f"which buffers of {path!r} are saved")
-        hooks = [kind for kind in _HOOKS if _count(module, kind) != _count(twin, kind)]
+        if [name for name, _ in _bare_children(module)] != [name for name, _ in _bare_children(twin)]:
+            found.append(f"the order of what is in {path!r}")
+        hooks = [kind for kind in _HOOKS if not _alike(_hooks(module, kind), _hooks(twin, kind), {}, paths)]
         found += [f"{kind[1:]} on {path!r}" for kind in hooks]
         own = {name: value for name, value in vars(module).items() if name not in _INTERNAL}
         its = {name: value for name, value in vars(twin).items() if name not in _INTERNAL}
@@ -397,9 +424,10 @@ def _differences(model: nn.Module, other: nn.Module) -> tuple[dict[str, dict[str
             own.pop("forward", None)
         for name in (own.keys() | its.keys()) - _MARKS - (_ARGUMENTS if not path else set()):
             both = name in own and name in its
-            if both and _alike(own[name], its[name], {}):
+            if both and _alike(own[name], its[name], {}, paths):
                 continue
-            if name not in its and _is_plain(own[name]) and name not in _names_in(type(twin)):
+            noted = name not in its and name.startswith("_") and _is_plain(own[name])
+            if noted and name not in _names_in(type(twin)):
                 continue  # a note of a trainer, as accelerate's, which the class does not read
             if both and not name.startswith("_") and _is_plain(own[name]) and _is_plain(its[name]):
                 settings.setdefault(path, {})[name] = own[name]
@@ -433,40 +461,53 @@ def _differently_shared(mine: Mapping[str, Any], theirs: Mapping[str, Any]) -> I
     return [path for path in firsts[0] if firsts[1].get(path, firsts[0][path]) != firsts[0][path]]
 
 
-def _count(module: nn.Module, kind: str) -> int:
-    return len(vars(module)[kind] or ())
+def _hooks(module: nn.Module, kind: str) -> list[Any]:
+    return list((vars(module)[kind] or {}).values())
 
 
 def _shape(value: Any) -> Any:
     return tuple(value.shape) if isinstance(value, Tensor) else value
 
 
-def _alike(a: Any, b: Any, seen: dict[int, Any]) -> bool:
-    """Say whether two attributes are the same by what they hold: modules and tensors by class and shape."""
+def _alike(a: Any, b: Any, seen: dict[int, Any], names: list[dict[int, str]]) -> bool:
+    """Say whether two attributes are the same by what they hold.
+
+    Args:
+        a: one of them, of the model.
+        b: the other.
+        seen: what was compared already, by identity.
+        names: of the modules of both models, by identity: a module is the one of the same name.
+    """
     if a is b or seen.get(id(a)) is b:
         return True
     if type(a) is not type(b):
-        return isinstance(a, nn.Module) and state_of(a) is not None and state_of(a).base is type(b)  # type: ignore[union-attr]
+        return (
+            isinstance(a, nn.Module)
+            and isinstance(b, nn.Module)
+            and names[0].get(id(a)) == names[1].get(id(b))
+        )
     seen[id(a)] = b
     if isinstance(a, Tensor):
         return a.shape == b.shape
     if isinstance(a, nn.Module):  # compared where it is a part
-        return True
+        return names[0].get(id(a)) == names[1].get(id(b))
     if isinstance(a, Mapping):
-        return list(a) == list(b) and all(_alike(a[key], b[key], seen) for key in a)
+        return list(a) == list(b) and all(_alike(a[key], b[key], seen, names) for key in a)
     if isinstance(a, (tuple, list)):
-        return len(a) == len(b) and all(_alike(x, y, seen) for x, y in zip(a, b, strict=True))
+        return len(a) == len(b) and all(_alike(x, y, seen, names) for x, y in zip(a, b, strict=True))
     if isinstance(a, functools.partial):
-        return _alike((a.func, a.args, a.keywords), (b.func, b.args, b.keywords), seen)
+        return _alike((a.func, a.args, a.keywords), (b.func, b.args, b.keywords), seen, names)
     if isinstance(a, types.MethodType):
-        return a.__func__ is b.__func__
+        return a.__func__ is b.__func__ and _alike(a.__self__, b.__self__, seen, names)
     if isinstance(a, types.FunctionType):
-        cells = [[c.cell_contents for c in f.__closure__ or ()] for f in (a, b)]
-        return a.__code__ is b.__code__ and _alike(cells[0], cells[1], seen)
+        held = [
+            (f.__defaults__, f.__kwdefaults__, [c.cell_contents for c in f.__closure__ or ()]) for f in (a, b)
+        ]
+        return a.__code__ is b.__code__ and _alike(held[0], held[1], seen, names)
     if hasattr(a, "to_json_string"):  # a configuration of transformers, with entries of its own history
         return _config_data(a) == _config_data(b)
     if type(a).__eq__ is object.__eq__ and hasattr(a, "__dict__"):
-        return _alike(vars(a), vars(b), seen)
+        return _alike(vars(a), vars(b), seen, names)
     return bool(a == b)
 
 

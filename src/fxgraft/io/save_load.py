@@ -37,7 +37,7 @@ from fxgraft.api import check_model
 from fxgraft.errors import FxgraftError, FxgraftWarning, RecipeError
 from fxgraft.graph.grafting.graft import Graft
 from fxgraft.graph.grafting.graft_registry import GraftRegistry
-from fxgraft.graph.grafting.lookup import own_keys, registry_of
+from fxgraft.graph.grafting.lookup import own_keys, patched_parts, registry_of
 from fxgraft.graph.grafting.placement import PlacementRecord
 from fxgraft.graph.grafting.state import state_of
 from fxgraft.graph.tracing.atomic import synchronized
@@ -167,6 +167,13 @@ def save(
                 f"it, fxgraft.unpatch(model, {graft.name!r}), the weights it trained stay, and what it does to the "
                 "values in the model goes."
             )
+    inner = [each for each in patched_parts(model) if each]
+    if inner:
+        raise RecipeError(
+            f"Parts of this {type(model).__name__} have grafts of their own: {', '.join(map(repr, inner))}.\n"
+            "A recipe holds the grafts of one model.\n"
+            "Put all grafts on the whole model, merge the parts first, or save the whole by torch.save(model, ...)."
+        )
     file = file_at(path)
     if file.suffix != ".safetensors" or file.is_dir():
         raise RecipeError(
@@ -240,9 +247,10 @@ def unshared(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     out = {}
     for key, value in tensors.items():
         value = value.detach().contiguous()
-        if value.data_ptr() in seen:
+        memory = value.untyped_storage().data_ptr()
+        if memory in seen:
             value = value.clone()
-        seen.add(value.data_ptr())
+        seen.add(memory)
         out[key] = value
     return out
 

@@ -116,7 +116,9 @@ def _outer_call(
 
     ``options`` are what the call gives for those that grafts read, ``target`` and ``labels`` among them.
     """
-    state: GraftState = self.__dict__[STATE]
+    state = state_of(self)
+    if state is None:  # another thread took the last graft off meanwhile
+        return call(self, *args, **kwargs)
     current = state.context.current
     if current is not None and current.model is self:
         return call(self, *args, **kwargs)
@@ -125,7 +127,10 @@ def _outer_call(
         replicas.localise(self)
     elif not torch.compiler.is_compiling() and state.registry is not None and not state.twin:
         state.registry.check(self)
-    context = self.__dict__[STATE].context
+    state = state_of(self)  # planned again, perhaps, or taken off
+    if state is None:
+        return call(self, *args, **kwargs)
+    context = state.context
     declared: Declared = type(self)._fxgraft_declared  # type: ignore[attr-defined]
     target = options.get(TARGET)
     run = ForwardContext(context, self, target, declared.inputs(args, kwargs), options)
@@ -155,9 +160,9 @@ def _outer_call(
 def _whole_call(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
     """Run the model and make sure that every graft of it was reached."""
     out = _run(self, *args, **kwargs)
-    state: GraftState = self.__dict__[STATE]
-    current = state.context.current
-    if state.registry is not None and current is not None:
+    state = state_of(self)  # none where another thread took the last graft off meanwhile
+    current = None if state is None else state.context.current
+    if state is not None and state.registry is not None and current is not None:
         for path, (training, evaluation) in state.registry.owners.items():
             if (training if self.training else evaluation) and path not in current.visited:
                 # A look at a model around this one goes no further than into the modules that are opened for it.
