@@ -6,6 +6,7 @@ the model, which other threads may run meanwhile.
 
 from __future__ import annotations
 
+import enum
 import functools
 import types
 import weakref
@@ -25,6 +26,9 @@ _CONTAINERS = (list, dict, set, deque, OrderedDict, defaultdict)
 _PLAIN = (bool, int, float, complex, str, bytes, type(None))
 _LEAVES = (*_PLAIN, Tensor, type, torch.dtype, torch.device, torch.Size, fx.Graph, types.ModuleType)
 """What is shared with the model, whatever is in it."""
+
+_FIXED = (enum.Enum, types.BuiltinFunctionType, types.MethodDescriptorType, types.WrapperDescriptorType)
+"""What is told by its identity alone, since nothing in it changes."""
 
 _DEPTH = 3
 """So many objects deep a module of the model is looked for in what isn't a module."""
@@ -96,7 +100,15 @@ def _same_referent(one: weakref.ref[Any], other: weakref.ref[Any]) -> bool:
 
 
 def _same(one: Any, other: Any) -> bool:
-    return one is other or (type(one) is type(other) and isinstance(one, (*_PLAIN, tuple)) and one == other)
+    if one is other:
+        return True
+    # 0.0 and -0.0 are equal, and not the same.
+    return (
+        type(one) is type(other)
+        and isinstance(one, (*_PLAIN, tuple))
+        and one == other
+        and repr(one) == repr(other)
+    )
 
 
 class _Builder:
@@ -158,8 +170,35 @@ class _Builder:
         made = self.other(value, kind, depth)
         self.made[id(value)] = (value, made, number)
         if made is value:
-            self.read.append(value)
+            self.note(value, depth)
         return made
+
+    def note(self, value: Any, depth: int) -> None:
+        """Take down what a value that is shared with the model holds; what cannot be known is never the same again."""
+        self.read.append(value)
+        if isinstance(value, _FIXED) or type(value) is object:
+            return
+        kind = type(value)
+        if kind is types.MethodType:
+            held: list[Any] = [value.__func__, value.__self__]
+        elif kind is functools.partial:
+            held = [value.func, value.args, value.keywords]
+        elif kind is weakref.ref:
+            held = []
+            self.read.append(id(value()))
+        elif kind is types.FunctionType:
+            self.read.append(value.__code__)
+            held = [value.__defaults__, value.__kwdefaults__, *_cells(value), *value.__dict__.values()]
+        elif isinstance(value, tuple):
+            held = list(value)
+        elif type(getattr(value, "__dict__", None)) is dict and not _slotted(kind):
+            held = list(vars(value).items())
+        else:
+            held = [object()]
+        if not depth:
+            held = [object()]
+        for each in held:
+            self.look(each, depth - 1)
 
     def container(self, value: Any, depth: int) -> Any:
         self.read += [type(value), len(value)]
@@ -182,11 +221,13 @@ class _Builder:
                 return value
             return kind(*content) if hasattr(value, "_fields") else kind(content)
         if kind is weakref.ref:
+            self.read.append(self.numbers.get(id(value())))
             known = self.looks.get(id(value()))
             return value if known is None else weakref.ref(known)
         if not depth or not self.reaches(value, depth):
             return value
         if kind is types.MethodType:
+            self.read.append(value.__func__)
             return types.MethodType(value.__func__, self.look(value.__self__, depth - 1))
         if kind is functools.partial:
             args = [self.look(each, depth - 1) for each in value.args]

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import functools
 import sys
+import types
 import weakref
 from collections.abc import Callable
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
+import fxgraft
 from fxgraft.graph.tracing.model_trace import ModelTrace
 from fxgraft.graph.tracing.shadow import Shadow
 from models.toys import Net, assert_same, images, net, state_of_everything
@@ -191,3 +195,65 @@ def test_every_change_shows(change: Callable[[Net], None], monkeypatch: pytest.M
     assert first.same_as(Shadow(model))
     change(model)
     assert not first.same_as(Shadow(model))
+
+
+class Holding(nn.Module):
+    """Holds things that are no modules, and that lead to no module."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two = nn.Linear(3, 3), nn.Linear(3, 3)
+        self.method, self.weak = self.one.forward, weakref.ref(self.one)
+        self.config = types.SimpleNamespace(alpha=1.0, inner=types.SimpleNamespace(beta=[1]))
+        self.slotted = Slotted()
+        self.array = np.zeros(2)
+        self.number = 0.0
+
+
+class Slotted:
+    __slots__ = ("alpha",)
+
+
+HELD: dict[str, Callable[[Holding], object]] = {
+    "another method": lambda m: setattr(m, "method", m.two.forward),
+    "another function of the same layer": lambda m: setattr(m, "method", m.one.extra_repr),
+    "a weak reference": lambda m: setattr(m, "weak", weakref.ref(m.two)),
+    "a namespace": lambda m: setattr(m.config, "alpha", 2.0),
+    "a namespace in one": lambda m: m.config.inner.beta.append(2),
+    "a slot": lambda m: setattr(m.slotted, "alpha", 2.0),
+    "an array": lambda m: m.array.fill(1),
+    "a sign": lambda m: setattr(m, "number", -0.0),
+}
+
+
+@pytest.mark.parametrize("change", HELD)
+def test_what_is_held_beside_modules_shows(change: str) -> None:
+    model = Holding()
+    before = Shadow(model)
+    HELD[change](model)
+    assert not Shadow(model).same_as(before)
+
+
+class Reading(nn.Module):
+    """Reads the mode of a layer that it holds."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.drop, self.fc = nn.Conv2d(3, 4, 3), nn.Dropout(0.5), nn.Linear(4, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv(x)
+        x = torch.relu(x) + functional.dropout(x, self.drop.p, self.drop.training)
+        return self.fc(x.mean((2, 3)))
+
+
+@pytest.mark.parametrize("training", [False, True], ids=["patched in evaluation", "patched in training"])
+@pytest.mark.parametrize("method", ["selfnorm", "taps"])
+def test_the_mode_of_a_layer_is_that_of_the_pass(method: str, training: bool) -> None:
+    options = {"layers": ["conv"]} if method == "taps" else {}
+    model = Reading()
+    x = torch.randn(2, 3, 8, 8)
+    wanted = model.eval()(x)
+    fxgraft.patch(model.train(training), method, input_size=(3, 8, 8), **options)
+    assert torch.equal(model.eval()(x), wanted)
+    assert not torch.equal(model.train()(x), model(x))
