@@ -132,7 +132,8 @@ def save(
 
     The recipe also says how the model was made, where that can be proved: for models of timm, torchvision and
     transformers, also with another classifier or changed rates. `load` then needs the file alone. A crash at any moment
-    leaves the old file or the new one.
+    leaves the old file or the new one. Which parameters are frozen (``requires_grad``) isn't saved, as it isn't in a
+    state dict: freeze them again after `load`.
 
     Args:
         model: a patched model.
