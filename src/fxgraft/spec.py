@@ -129,11 +129,12 @@ def _value(word: str) -> Any:
 
 def _split(text: str, whole: str, separator: str = ",") -> list[str]:
     """Split at the commas outside brackets and quotes, or at another sign where it stands between blanks."""
-    parts, start, quote = [], 0, ""
+    parts, start, quote, escaped = [], 0, "", False
     open_brackets: list[str] = []
     for index, sign in enumerate(text):
         if quote:
-            quote = "" if sign == quote else quote
+            quote = "" if sign == quote and not escaped else quote
+            escaped = sign == "\\" and not escaped  # as in a Python literal
         elif sign in "'\"":
             quote = sign
         elif sign in _BRACKETS.values():

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 import fxgraft
@@ -138,6 +138,8 @@ def test_any_text_is_read_or_refused_in_words(text: str) -> None:
         assert all(spec.method and all(key.isidentifier() for key in spec.options) for spec in found)
 
 
+@example([("rsc", {"layers": {"\"\\'": None}})])
+@example([("rsc", {"layers": {"'\"": None}, "scope": "]'"})])
 @given(GRAFTS)
 def test_what_is_written_is_read_again(grafts: list[tuple[str, dict[str, Any]]]) -> None:
     text = " + ".join(describe(*each) for each in grafts)
