@@ -45,6 +45,8 @@ def pytest_collection_finish() -> None:
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
+    # torch leaves these hooks off where compiled code raises inside of a gradient of torch.func.
+    torch._C._autograd._saved_tensors_hooks_enable()
 
 
 @pytest.fixture

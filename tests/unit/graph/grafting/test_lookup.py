@@ -97,7 +97,7 @@ def test_asking_costs_as_many_calls_in_a_large_network(wrap: str, beside: str) -
             with counting() as calls:
                 ask(whole, out)
             made[size][name] = calls[0]
-        del average
+        del model, average, whole, out
     assert made[10] == made[5000]
     assert all(0 < count < 1000 for count in made[10].values())
 
@@ -114,6 +114,7 @@ def test_a_large_patched_model_costs_no_more_than_a_small_one() -> None:
         with counting() as calls:
             fxgraft.loss(model, out, Y)
         made.append(calls[0])
+        del model, out
     assert made[0] == made[1]
 
 
@@ -286,6 +287,7 @@ def test_modules_that_compiled_code_makes_break_no_graph() -> None:
 def test_a_loss_of_grafts_that_remember_nothing_costs_the_same_for_a_deep_network() -> None:
     made = []
     for depth in (1, 300):
+        gc.collect()
         model = nn.Sequential(nn.Sequential(*(nn.Softplus() for _ in range(depth))), backbone("selfnorm"))
         x = torch.zeros(4, 3, 32, 32, requires_grad=True)
         out = model(x)
@@ -293,6 +295,7 @@ def test_a_loss_of_grafts_that_remember_nothing_costs_the_same_for_a_deep_networ
         with counting() as calls:
             fxgraft.loss(model, out, Y)
         made.append(calls[0])
+        del model, out
     assert made[0] == made[1]
 
 
