@@ -14,14 +14,7 @@ from fxgraft.errors import ConfigError, MethodError, StructureError, TargetError
 from fxgraft.graph.grafting.forward_context import ARGUMENTS, Context
 from fxgraft.graph.grafting.graft import Graft
 from fxgraft.graph.grafting.labels import batch_of, check_criterion, differ, version_of
-from fxgraft.graph.grafting.living import note_change
-from fxgraft.graph.grafting.lookup import (
-    grafts_on,
-    named_grafts,
-    patched_parts,
-    registries_beside,
-    registry_of,
-)
+from fxgraft.graph.grafting.lookup import grafts_on, named_grafts, patched_parts, registry_of
 from fxgraft.graph.grafting.loss_watch import OTHER_LABELS, some_of
 from fxgraft.graph.structure.outputs import take_logits
 from fxgraft.graph.tracing.observe import tensors
@@ -239,13 +232,7 @@ def _trained_parts(model: nn.Module, out: Any) -> dict[str, nn.Module]:
     Gradients may come back to their last pass, and the output is seen to be computed from one of their passes.
     """
     parts = patched_parts(model)
-    if torch.compiler.is_compiling():
-        return parts
-    if any(each.context.outputs.made(out) for each in registries_beside(parts)):
-        # It made this output: it was put into the model where nobody saw it, as `ModuleList.insert` does.
-        note_change()
-        parts = patched_parts(model)
-    if len(parts) == 1:
+    if len(parts) == 1 or torch.compiler.is_compiling():
         return parts
     contexts = {
         path: registry.context for path, part in parts.items() if (registry := registry_of(part)) is not None

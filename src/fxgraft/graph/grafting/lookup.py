@@ -66,13 +66,6 @@ def _all_patched() -> set[int]:
     return {id(model) for model in noted_models() if registry_of(model) is not None}
 
 
-def registries_beside(parts: Mapping[str, nn.Module]) -> list[GraftRegistry]:
-    """Return the registries of the models alive that have grafts and are not among these."""
-    inside = set(map(id, parts.values()))
-    beside = (registry_of(model) for model in noted_models() if id(model) not in inside)
-    return [registry for registry in beside if registry is not None]
-
-
 def _search(root: nn.Module) -> dict[str, nn.Module]:
     return {path: module for path, module in root.named_modules() if registry_of(module) is not None}
 

@@ -245,10 +245,6 @@ class Outputs:
             found = [record for own, record in known if own and any(own.holds(place) for place in places)]
         return list({id(record): record for record in found}.values())
 
-    def made(self, out: Any) -> bool:
-        """Say whether an eager pass made what an output is, or was computed from; passes of compiled code stay open."""
-        return bool(self._tied) and self._recent.first.out is None and bool(self.records(out))
-
     def compiled(self, out: Any) -> PassRecord | None:
         """Find the pass of an output in compiled code, among the last two: it guards on all that is looked at."""
         if self._recent.first.out is out:
