@@ -125,7 +125,7 @@ class Context:
         progress: share of training done, in [0, 1].
         replays: whether a graft runs the model again; then the arguments of training passes outlive them.
         samples: names of some of the model's parameters, by which such a graft sees that others stand in for them.
-        judges: names of the grafts that have a share in the loss.
+        loss_grafts: names of the grafts that have a share in the loss.
         watch: notices that the loss is never asked for.
         doubts: what was to be checked on a device, whose answer is not waited for.
         outputs: which pass an output is of.
@@ -194,7 +194,7 @@ class Context:
 
     @property
     def asked(self) -> Mapping[tuple[str, str], Any]:
-        """What `asking` asks of the passes that this thread makes now."""
+        """What `override` asks of the passes that this thread makes now."""
         return getattr(self._local, "asked", {})
 
     @contextmanager

@@ -20,7 +20,7 @@ from fxgraft.graph.grafting.state import GraftState, Keeper, foreign_forward, st
 from fxgraft.graph.grafting.unit import Unit
 from fxgraft.graph.tracing.atomic import synchronized
 from fxgraft.graph.tracing.model_trace import ModelTrace
-from fxgraft.graph.tracing.names import join
+from fxgraft.graph.tracing.names import STATE, join
 from fxgraft.graph.tracing.shadow import Shadow
 
 
@@ -153,7 +153,7 @@ def bare_shadow(model: nn.Module, written: Plan | None) -> Shadow:
         model: the model.
         written: the plan that is written on it.
     """
-    bases = {each: each.__dict__["_fxgraft"].base for each in parts_without_model(model)}
+    bases = {each: each.__dict__[STATE].base for each in parts_without_model(model)}
     if written is None:
         return Shadow(model, bases)
     bases |= {module: state.base for _, state, module in written.modules()}

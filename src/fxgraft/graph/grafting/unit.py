@@ -128,7 +128,7 @@ class PassView:
         return self.model_pass.shared.get((self.graft, key))
 
     def asked(self, key: str) -> Any:
-        """Return what `Graft.asking` asks of the graft in this pass, or None."""
+        """Return what `Graft.override` asks of the graft in this pass, or None."""
         return self.model_pass.context.asked.get((self.graft, key))
 
     def remember(self, state: Any) -> None:

@@ -176,7 +176,7 @@ class _Builder:
     def note(self, value: Any, depth: int) -> None:
         """Take down what a value that is shared with the model holds; what cannot be known is never the same again."""
         self.read.append(value)
-        if isinstance(value, _FIXED) or type(value) is object:
+        if isinstance(value, (*_FIXED, tuple)) or type(value) is object:  # what a tuple holds is down already
             return
         kind = type(value)
         if kind is types.MethodType:
@@ -189,8 +189,6 @@ class _Builder:
         elif kind is types.FunctionType:
             self.read.append(value.__code__)
             held = [value.__defaults__, value.__kwdefaults__, *_cells(value), *value.__dict__.values()]
-        elif isinstance(value, tuple):
-            held = list(value)
         elif type(getattr(value, "__dict__", None)) is dict and not _slotted(kind):
             held = list(vars(value).items())
         else:

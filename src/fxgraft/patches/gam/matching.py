@@ -34,7 +34,7 @@ class Matching:
 
 
 class SwitchedTap(Tap):
-    """A tap that records only while it is listened to: in passes that ``graft.asking(listen=True)`` is around."""
+    """A tap that records only while it is listened to: in passes that ``graft.override(listen=True)`` is around."""
 
     def forward(self, x: Any) -> Any:
         """Return ``x`` as it is."""
