@@ -181,7 +181,7 @@ def test_thousands_of_times_keep_nothing(loop: Callable[[int], None], count: int
     """In a process of its own: what other tests have left would move the memory of this one."""
     paths = (str(Path(__file__).parents[1]), str(Path(fxgraft.__file__).parents[1]))
     done = subprocess.run(
-        [sys.executable, "-c", f"import system.test_leaks; test_leaks.{loop.__name__}({count})"],
+        [sys.executable, "-c", f"from system import test_leaks; test_leaks.{loop.__name__}({count})"],
         check=False,
         capture_output=True,
         text=True,

@@ -208,7 +208,7 @@ def test_resuming_in_a_new_process_is_as_if_nothing_had_happened(tmp_path: Path)
 
     here = Path(__file__).parents[2]
     code = (
-        "import sys, json, torch; from pathlib import Path; import test_recipe as t; import fxgraft\n"
+        "import sys, json, torch; from pathlib import Path; import fxgraft; from unit.io import test_save_load as t\n"
         "torch.set_num_threads(1)\n"
         "folder = Path(sys.argv[1]); model = t.net(seed=9)\n"
         "fxgraft.load(model, folder / 'run'); optimizer = t.adam(model)\n"
