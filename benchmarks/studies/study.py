@@ -138,7 +138,9 @@ class Study:
             variants = [claim.variant for claim in self.claims if claim.against == against]
             found[against] = Comparison(
                 protocol=protocol,
-                environment={"device": "cpu"},
+                environment={
+                    "device": ", ".join(dict.fromkeys(each.get("device", "CPU") for each in records))
+                },
                 variants=[against, *variants],
                 baseline=against,
                 tasks=list(self.tasks),

@@ -23,7 +23,7 @@ from fxgraft.comparison.records import Folder, Record
 from fxgraft.comparison.result import Comparison
 from fxgraft.comparison.runs import BARE, Job, Setup, Variant, carry_out, parse_variant, settings_of
 from fxgraft.comparison.statistics import LEVEL
-from fxgraft.comparison.training import LOWER_IS_BETTER, SCORES, Training
+from fxgraft.comparison.training import LOWER_IS_BETTER, SCORES, Training, reading_processes
 from fxgraft.environment import checked_device, environment
 from fxgraft.errors import ConfigError
 from fxgraft.io.atomic_write import digest_of
@@ -320,12 +320,13 @@ class _Runner:
         device: torch.device,
         progress: Callable[[Comparison, float], Any] | None,
     ) -> None:
-        self.setup, self.folder, self.result, self.backend = setup, folder, result, backend
+        self.folder, self.result, self.backend = folder, result, backend
         self.devices = [str(device)]
         if str(device) == "cuda":
             self.devices = [f"cuda:{index}" for index in range(torch.cuda.device_count())]
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         self.workers = workers or (cores if device.type == "cpu" else len(self.devices))
+        self.setup = replace(setup, readers=reading_processes(device, self.workers))
         self.progress = progress
 
     def tune(

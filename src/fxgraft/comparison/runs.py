@@ -25,6 +25,7 @@ from fxgraft.comparison.training import (
     transform_of,
     unlabelled_batches,
 )
+from fxgraft.environment import processor
 from fxgraft.errors import ConfigError
 from fxgraft.models import Model, build_model, load_weights
 from fxgraft.spec import describe, parse_patch_spec, split_grafts
@@ -103,6 +104,7 @@ class Setup:
         corrupt: score corrupted test images instead of clean ones.
         adapt_steps: steps of "gam".
         adapt_lr: its learning rate.
+        readers: processes that read images for one run.
     """
 
     model: Model
@@ -117,6 +119,7 @@ class Setup:
     corrupt: bool = False
     adapt_steps: int = 1000
     adapt_lr: float = 2e-4
+    readers: int = 0
 
     def build(self, variant: Variant, seed: int) -> nn.Module:
         """Build the backbone with the weights of a seed, and put the variant's grafts on it."""
@@ -209,10 +212,16 @@ def _carry_out(setup: Setup, job: Job) -> list[Record]:
             "step_seconds": fitted.step_seconds,
             "steps": fitted.steps,
             "diverged": fitted.diverged,
+            "device": processor(torch.device(job.device)),
         }
         if job.tuning is not None:
             scored = evaluate(
-                adapted, job.task.validation, setup.training, size=setup.size, device=job.device
+                adapted,
+                job.task.validation,
+                setup.training,
+                size=setup.size,
+                device=job.device,
+                readers=setup.readers,
             )
             record |= {"tuning": dict(job.tuning), "scores": {name: scored[name] for name in SCORES}}
         else:
@@ -237,6 +246,7 @@ def _fitted(setup: Setup, model: nn.Module, job: Job) -> Fit:
             size=setup.size,
             seed=job.seed,
             device=job.device,
+            readers=setup.readers,
         )
     images = Images(
         task.train, transform_of(model, setup.training, setup.size, training=True), setup.size, job.seed
@@ -264,7 +274,7 @@ def _adapted(setup: Setup, model: nn.Module, variant: Variant, job: Job) -> nn.M
 
 
 def _scored(setup: Setup, model: nn.Module, job: Job) -> Record:
-    options: dict[str, Any] = {"size": setup.size, "device": job.device}
+    options: dict[str, Any] = {"size": setup.size, "device": job.device, "readers": setup.readers}
     if not setup.corrupt:
         found = evaluate(model, job.task.test, setup.training, **options)
         return {**_parts(found), "finite": found["finite"]}

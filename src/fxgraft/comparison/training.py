@@ -227,15 +227,18 @@ def own_randomness(seed: int) -> Iterator[None]:
         torch.set_rng_state(own)
 
 
-def loader_workers(device: str | torch.device) -> int:
-    """Return how many processes read images for one run: none on a CPU, whose cores train; some beside a GPU.
+def reading_processes(device: torch.device, runs: int) -> int:
+    """Return how many processes read images for each of some runs side by side.
 
-    Draws depend on the image alone, so the numbers are the same.
+    None on a CPU, whose cores train; beside GPUs the cores are shared out, as if runs went on all of them. Draws
+    depend on the image alone, so the numbers are the same.
     """
-    if torch.device(device).type == "cpu":
+    if device.type == "cpu":
         return 0
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return min(8, cores // max(1, torch.cuda.device_count()))
+    # With one core for each run, a process of its own would only be started and stopped once an epoch.
+    share = cores // max(runs, torch.cuda.device_count())
+    return min(8, share) if share > 1 else 0
 
 
 def _seed_generators(seed: int) -> None:
@@ -254,6 +257,7 @@ def fit(
     size: int,
     seed: int = 0,
     device: str | torch.device = "cpu",
+    readers: int = 0,
     progress: Callable[[int, int], None] | None = None,
 ) -> Fit:
     """Train a model, bare or patched, and leave it with the weights that are scored.
@@ -266,6 +270,7 @@ def fit(
         size: side of the images in pixels.
         seed: of the batches and the transforms.
         device: where to train.
+        readers: processes that read and transform images; 0 does both in this one.
         progress: called with the steps done and all steps.
 
     Raises:
@@ -287,7 +292,7 @@ def fit(
         shuffle=True,
         drop_last=True,
         generator=order,
-        num_workers=loader_workers(device),
+        num_workers=readers,
     )
     optimizer = create_optimizer_v2(
         model,
@@ -341,7 +346,9 @@ def fit(
             break
         if validation:
             scored = model if ema is None else ema.module
-            accuracy = evaluate(scored, validation, settings, size=size, device=device)["accuracy"]
+            accuracy = evaluate(scored, validation, settings, size=size, device=device, readers=readers)[
+                "accuracy"
+            ]
             found.validation.append(accuracy)
             if settings.select == "best" and (best is None or accuracy > best[0]):
                 best = accuracy, {name: value.clone() for name, value in scored.state_dict().items()}
@@ -360,6 +367,7 @@ def evaluate(
     *,
     size: int,
     device: str | torch.device = "cpu",
+    readers: int = 0,
     prepare: Callable[[Any], Any] | None = None,
 ) -> dict[str, Any]:
     """Score a model on images.
@@ -370,13 +378,16 @@ def evaluate(
         settings: those of training, for batch size and precision.
         size: side of the images in pixels.
         device: where the model is.
+        readers: processes that read images; 0 reads in this one.
         prepare: applied to each decoded image first, as a corruption is; equal ones are taken to do the same.
 
     Returns:
         Each of `SCORES` by name, and "right" and "images", counts by class. Outputs that are not finite are no
         predictions: such an image counts as wrong, and "finite" is then False.
     """
-    logits, labels = predict(model, items, settings, size=size, device=device, prepare=prepare)
+    logits, labels = predict(
+        model, items, settings, size=size, device=device, readers=readers, prepare=prepare
+    )
     classes = logits.shape[1]
     finite = logits.isfinite().all(1)
     right = (logits.argmax(1) == labels) & finite
@@ -423,12 +434,13 @@ def predict(
     *,
     size: int,
     device: str | torch.device = "cpu",
+    readers: int = 0,
     prepare: Callable[[Any], Any] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Return the logits (N, K) in float32 and the labels (N,) of images, on the CPU."""
     transform = transform_of(model, settings, size, training=False)
     images = Images(tuple(items), transform, size, prepare=prepare)
-    loader: Any = DataLoader(images, settings.batch_size, num_workers=loader_workers(device))
+    loader: Any = DataLoader(images, settings.batch_size, num_workers=readers)
     model.eval()
     rows, labels = [], []
     with torch.inference_mode(), _precision(device, settings):

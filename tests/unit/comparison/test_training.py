@@ -12,7 +12,14 @@ from torch import nn
 
 from fxgraft.comparison import training
 from fxgraft.comparison.data import read_data
-from fxgraft.comparison.training import Images, Training, calibration_error, fit, loader_workers, transform_of
+from fxgraft.comparison.training import (
+    Images,
+    Training,
+    calibration_error,
+    fit,
+    reading_processes,
+    transform_of,
+)
 from unit.comparison.images import write_classes
 
 
@@ -66,13 +73,19 @@ def test_processes_that_read_change_no_number(tmp_path, monkeypatch):
     losses = []
     monkeypatch.setattr(training, "_cache", {})
     for count in (2, 0):
-        monkeypatch.setattr(training, "loader_workers", lambda device, count=count: count)
         torch.manual_seed(0)
         model = nn.Sequential(nn.Conv2d(3, 2, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten())
-        losses.append(fit(model, items, items, Training(epochs=2, batch_size=4), size=16).loss)
+        losses.append(fit(model, items, items, Training(epochs=2, batch_size=4), size=16, readers=count).loss)
         assert len(training._cache) == (0 if count else len(items))
     assert losses[0] == losses[1]
-    assert loader_workers("cpu") == 0
+
+
+def test_runs_share_the_cores_beside_a_gpu(monkeypatch):
+    monkeypatch.setattr(training.os, "sched_getaffinity", lambda _: set(range(16)), raising=False)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    gpu = torch.device("cuda")
+    assert [reading_processes(gpu, runs) for runs in (1, 2, 4, 8, 14)] == [8, 8, 4, 2, 0]
+    assert reading_processes(torch.device("cpu"), 1) == 0
 
 
 @pytest.mark.parametrize("classes", [2, 7])
