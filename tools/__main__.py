@@ -53,7 +53,7 @@ def style() -> None:
 
 @app.command()
 def generate() -> None:
-    """Write every generated file: the stub, the listing of public names, the parts of the README."""
+    """Write every generated file: the stub, the public names, parts of the README, what the command line knows."""
     _python("-m", "tools.stubs", "--write")
     listing = subprocess.run(
         [sys.executable, "tests/project/test_public_api.py"],
@@ -64,6 +64,7 @@ def generate() -> None:
     )
     LISTING.write_text(listing.stdout, encoding="utf-8")
     _python("-m", "tools.readme", "--write")
+    _python("-m", "tools.facts", "--write")
     _python("-m", "benchmarks", "readme", "--write")
 
 

@@ -23,7 +23,7 @@ from benchmarks.__main__ import result_tables
 import fxgraft
 from fxgraft import errors, extend, gam, mixmo, spec
 from fxgraft.cli.commands import app
-from fxgraft.cli.method_card import card_sections, option_rows, preset_rows
+from fxgraft.cli.method_facts import card_sections, option_rows, preset_rows
 from fxgraft.io import save_load
 from fxgraft.io.atomic_write import write_text
 from fxgraft.viz.pictures import methods_with_pictures

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+from fxgraft.cli.method_facts import all_facts
+
 
 def complete_method(incomplete: str) -> list[str]:
     """Complete the name of a method."""
-    import fxgraft
-
-    return [name for name in fxgraft.methods() if name.startswith(incomplete)]
+    return [name for name in all_facts() if name.startswith(incomplete)]
 
 
 def complete_model(incomplete: str) -> list[str]:
@@ -21,16 +21,12 @@ def complete_model(incomplete: str) -> list[str]:
 
 def complete_spec(incomplete: str) -> list[str]:
     """Complete a patch: the method, then its options, ``rsc:layer=layer4,sco`` to ``rsc:layer=layer4,scope=``."""
-    import dataclasses
-
-    import fxgraft
-
     method, colon, rest = incomplete.partition(":")
-    known = fxgraft.methods()
+    known = all_facts()
     if not colon or method not in known:
         return complete_method(incomplete)
     done, comma, begun = rest.rpartition(",")
-    options = [field.name for field in dataclasses.fields(known[method]) if field.init]
+    options = [option for option, *_ in known[method]["options"]]
     return [f"{method}:{done}{comma}{option}=" for option in options if option.startswith(begun)]
 
 

@@ -2,23 +2,11 @@
 
 from __future__ import annotations
 
-import re
-import sys
 from importlib import metadata
-from importlib.util import find_spec
 from pathlib import Path
 
+from fxgraft.cli.method_facts import all_facts
 from fxgraft.errors import ConfigError, UnknownGraftError, candidates
-
-_REGISTERS = re.compile(r"""^@register\("(\w+)"\)$""", re.MULTILINE)
-
-
-def own_method_names() -> set[str]:
-    """Read the names of the built-in methods from their source, which is not imported."""
-    package = find_spec("fxgraft")
-    homes = [] if package is None else package.submodule_search_locations or []
-    sources = [file for home in homes for file in Path(home, "patches").rglob("*.py")]
-    return {name for file in sources for name in _REGISTERS.findall(file.read_text(encoding="utf-8"))}
 
 
 def check_method(name: str) -> None:
@@ -29,9 +17,8 @@ def check_method(name: str) -> None:
     """
     if metadata.entry_points(group="fxgraft.patches"):  # may register under any name
         return
-    registry = sys.modules.get("fxgraft.patches.registry")
-    known = sorted(own_method_names() | set(getattr(registry, "_registry", ())))
-    if known and name.replace("-", "_") not in known:
+    known = all_facts()
+    if name.replace("-", "_") not in known:
         raise UnknownGraftError(
             f"There is no method {name!r}. {candidates(name, known)}\nfxgraft info lists them with what they do."
         )

@@ -15,7 +15,7 @@ import fxgraft
 from fxgraft.bench.report import OverheadReport
 from fxgraft.cli import completion
 from fxgraft.cli.commands import app
-from fxgraft.cli.method_card import option_docs
+from fxgraft.cli.method_facts import option_docs
 from fxgraft.errors import ConfigError
 from fxgraft.models import build_model, split_name
 from fxgraft.patches import registry

@@ -1,16 +1,20 @@
-"""What the command line refuses before it imports torch."""
+"""What the command line does without importing torch: cards, and refusing what cannot be right."""
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from tools.facts import facts
+from tools.readme import own_methods
 
 import fxgraft
-from fxgraft.cli.early_checks import own_method_names
+from fxgraft.cli.method_facts import STORED
 
 WITHOUT_TORCH = """
 import sys
@@ -21,9 +25,31 @@ app()
 """
 
 
-def test_the_names_are_those_of_the_registry() -> None:
-    own = {name for name, cls in fxgraft.methods().items() if cls.__module__.startswith("fxgraft.")}
-    assert own_method_names() == own
+def command(words: list[str], folder: Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", WITHOUT_TORCH, *words],
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": str(Path(fxgraft.__file__).parents[1])},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def test_the_stored_facts_are_what_the_methods_say() -> None:
+    live, own = facts(), tuple(f"{name}," for name in own_methods())
+    for each in live.values():  # the tests install methods of another package, which are beside these
+        beside = each["sections"].pop("not beside", "").splitlines()
+        if kept := [line for line in beside if line.startswith(own)]:
+            each["sections"]["not beside"] = "\n".join(kept)
+    assert json.loads(STORED.read_text()) == live, "python -m tools.facts --write"
+
+
+def test_cards_need_no_torch(tmp_path: Path) -> None:
+    listed, shown = (command(words, tmp_path) for words in (["info"], ["info", "rsc"]))
+    assert listed.returncode == shown.returncode == 0, listed.stderr + shown.stderr
+    assert all(name in listed.stdout for name in own_methods())
+    assert all(f"│ {field.name}" in shown.stdout for field in dataclasses.fields(fxgraft.RSC))
 
 
 @pytest.mark.parametrize(
@@ -44,14 +70,7 @@ def test_the_names_are_those_of_the_registry() -> None:
 def test_mistakes_that_need_no_torch(words: str, message: str, tmp_path: Path) -> None:
     (tmp_path / "pyproject.toml").write_text("")
     arguments = [word.strip("'") for word in words.replace("rsc + rcs", "rsc|rcs").split()]
-    done = subprocess.run(
-        [sys.executable, "-c", WITHOUT_TORCH, *(word.replace("|", " + ") for word in arguments)],
-        cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": str(Path(fxgraft.__file__).parents[1])},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    done = command([word.replace("|", " + ") for word in arguments], tmp_path)
     assert done.returncode == 2, done.stderr
     assert message in done.stderr
     assert "Traceback" not in done.stderr
