@@ -41,7 +41,7 @@ except SystemExit as left:
         (["--version"], 0),
         *(
             (([command, "--help"]), 0)
-            for command in ("demo", "compare", "sites", "info", "bench", "merge", "show")
+            for command in ("demo", "compare", "sites", "suggest", "info", "bench", "merge", "show")
         ),
         (["show", "maps", "--help"], 0),
         (["sites", "--no-such-option"], 2),

@@ -1,1 +1,1 @@
-"""The command line: ``fxgraft demo | sites | info | bench | merge | show``."""
+"""The command line: ``fxgraft demo | compare | sites | suggest | info | bench | merge | show``."""

@@ -1,4 +1,4 @@
-"""The command line: ``fxgraft demo | sites | info | bench | merge | show``.
+"""The command line: ``fxgraft demo | compare | sites | suggest | info | bench | merge | show``.
 
 What goes wrong for a reason that fxgraft knows is one plain message on stderr and exit code 2. Commands import what
 they need when they run: torch and the model libraries take seconds, which help and a mistyped option do not need.
@@ -8,20 +8,20 @@ from __future__ import annotations
 
 import os
 import platform
-from enum import Enum
 from importlib import metadata
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 from typer.core import TyperGroup
 
 from fxgraft.cli.compare import compare, demo
-from fxgraft.cli.completion import complete_method, complete_model
+from fxgraft.cli.completion import complete_method
 from fxgraft.cli.early_checks import check_method, check_there
 from fxgraft.cli.graft_options import GraftFileOption, GraftOption, PatchOption, chosen_grafts
 from fxgraft.cli.show import show
+from fxgraft.cli.sites import ModelArgument, sites, suggest
+from fxgraft.cli.sites import show as show_table
 from fxgraft.errors import ConfigError, FxgraftError
 
 
@@ -36,13 +36,6 @@ class _PlainErrors(TyperGroup):
             raise typer.Exit(2) from None
 
 
-class Library(str, Enum):
-    """Where models come from."""
-
-    timm = "timm"
-    torchvision = "torchvision"
-
-
 app = typer.Typer(
     cls=_PlainErrors,
     no_args_is_help=True,
@@ -53,11 +46,9 @@ app = typer.Typer(
 app.command()(show)
 app.command()(compare)
 app.command()(demo)
+app.command()(sites)
+app.command()(suggest)
 
-ModelArgument = Annotated[
-    str,
-    typer.Argument(help="resnet50, timm/resnet50, torchvision/resnet50, …", autocompletion=complete_model),
-]
 DeviceOption = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, …")]
 
 
@@ -83,27 +74,6 @@ def _main(
     ] = False,
 ) -> None:
     pass
-
-
-@app.command()
-def sites(
-    model: ModelArgument,
-    pattern: Annotated[
-        str | None, typer.Argument(help="Only these: a name or a glob; ** crosses dots.")
-    ] = None,
-    input_size: Annotated[
-        int | None, typer.Option(help="Side of the images; the model's own without it.")
-    ] = None,
-    library: Annotated[Library | None, typer.Option(help="Where the model comes from.")] = None,
-) -> None:
-    """List the places in a model where a patch can go."""
-    import fxgraft
-    from fxgraft.models import build_model
-
-    name = model if library is None or model.startswith(f"{library.value}/") else f"{library.value}/{model}"
-    shape = None if input_size is None else (3, input_size, input_size)
-    found = fxgraft.sites(build_model(name, input_size=input_size), pattern, input_size=shape)
-    _show(found, str(found))
 
 
 @app.command()
@@ -145,7 +115,7 @@ def info(
         check_method(method)
     from fxgraft.cli.method_card import card, overview
 
-    _show(overview() if method is None else card(method))
+    show_table(overview() if method is None else card(method))
 
 
 @app.command()
@@ -199,20 +169,9 @@ def bench(
             compiled=compiled,
             progress=progress,
         )
-    _show(report, str(report))
+    show_table(report, str(report))
     if json is not None:
         write_text(json, report.to_json())
-
-
-def _show(table: Any, plain: str | None = None) -> None:
-    console = Console()
-    if console.is_terminal:
-        console.print(table)
-    elif plain is not None:
-        typer.echo(plain.rstrip())
-    else:
-        # Not cut to the 80 columns that rich assumes of a pipe.
-        Console(width=110).print(table)
 
 
 def _open_for_writing(path: Path) -> None:

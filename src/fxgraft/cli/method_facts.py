@@ -36,6 +36,12 @@ def all_facts() -> dict[str, dict[str, Any]]:
     return json.loads(STORED.read_text(encoding="utf-8"))
 
 
+def measured_costs() -> dict[str, dict[str, float]]:
+    """Return what the built-in methods cost on a ResNet-50, as multiples of the bare network's time, by name."""
+    stored = json.loads(STORED.read_text(encoding="utf-8"))
+    return {name: facts["measured"] for name, facts in stored.items()}
+
+
 def facts_of(method: Any) -> dict[str, Any]:
     """Return what a method declares: title, where, cost, the sections of its card, and rows of options and presets."""
     return {

@@ -42,6 +42,8 @@ class Patch(Placer):
         cost: what it costs in training and in evaluation.
         works_with: what it goes together with, and what it does not.
         hurts: when it does harm, or nothing.
+        smallest_map: how many positions a side of the map at its site has to have for it to be advised; 0 for any. It
+            goes on smaller ones as well.
         measures: what each name of `diagnostics` stands for.
         train_only: evaluation is bitwise the bare model's.
         needs_labels: training passes need ``target``.
@@ -72,6 +74,7 @@ class Patch(Placer):
     cost: ClassVar[str] = ""
     works_with: ClassVar[str] = ""
     hurts: ClassVar[str] = ""
+    smallest_map: ClassVar[int] = 0
     measures: ClassVar[Mapping[str, str]] = MappingProxyType({})
     train_only: ClassVar[bool] = False
     needs_labels: ClassVar[bool] = False

@@ -174,6 +174,7 @@ class SelfNorm(BlockPatch):
         'init="authors" on trained weights, which halves the activations of every block at first; where '
         "every millisecond of evaluation counts"
     )
+    smallest_map = 2
     measures = MappingProxyType(
         {
             "gate": "mean of the gates over all units",

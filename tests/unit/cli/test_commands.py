@@ -48,6 +48,59 @@ def test_sites_of_a_model():
     assert err == ""
 
 
+def test_sites_are_grouped_by_stage_and_say_which_methods_go_there():
+    from fxgraft.cli.placing import NOTHING
+
+    small = ("sites", "test_resnet", "--input-size", "64")
+    rows = json.loads(run(*small, "--json")[0])
+    every = json.loads(run(*small, "--all", "--json")[0])
+    assert {row["op"] for row in every} - {row["op"] for row in rows} <= NOTHING
+    assert [row for row in every if row["op"] not in NOTHING] == rows
+    assert [row["name"] for row in every] == fxgraft.sites(
+        build_model("test_resnet"), input_size=(3, 64, 64)
+    ).names
+    stages = list(dict.fromkeys(row["stage"] for row in rows))
+    assert stages[-2:] == ["stage 4, or -1: up to layer4", "behind the stages"]
+    for method in ("rsc", "selfnorm"):
+        graft = fxgraft.patch(build_model("test_resnet"), method, input_size=(3, 64, 64))
+        units = list(fxgraft.grafts(graft)[0].units)
+        assert [row["name"] for row in rows if method in row["default_of"]] == units
+    assert next(row for row in rows if row["name"] == "fc")["default_of"] == ["mixmo"]
+    shown, _ = run(*small)
+    assert re.search(r"\d+ rows that compute nothing are left out; --all shows them", shown)
+    assert re.search(r"layer4 .*2×\d+×2×2.*rsc", shown)
+
+
+def test_what_is_suggested_for_small_images_and_for_large_ones():
+    def suggested(side):
+        out, _ = run("suggest", "test_resnet", "--size", str(side), "--classes", "7", "--json")
+        return {each["method"]: each for each in json.loads(out)}
+
+    small, large = suggested(64), suggested(96)
+    assert small.keys() == fxgraft.methods().keys()
+    assert small["rsc"]["maps"] == [[2, 2]]
+    assert not small["rsc"]["advised"]
+    assert small["rsc"]["reason"] == "maps of 2×2 at layer4; it wants 3×3 or more"
+    assert large["rsc"]["advised"]
+    assert large["rsc"]["reason"] == ""
+    assert "larger than the class maps of 2×2" in small["diversification"]["reason"]
+    assert large["diversification"]["reason"] == "maps of 3×3 at layer4; it wants 7×7 or more"
+    model = build_model("test_resnet", 7)
+    before = sum(p.numel() for p in model.parameters())
+    for method in ("selfnorm", "mixmo"):
+        patched = fxgraft.patch(build_model("test_resnet", 7), method, input_size=(3, 96, 96))
+        assert large[method]["parameters"] == sum(p.numel() for p in patched.parameters()) - before
+    assert large["selfnorm"]["cost"] == "medium"
+    assert "you say where" in large["taps"]["reason"]
+
+
+def test_suggestions_are_one_table():
+    out, _ = run("suggest", "test_vit")
+    assert re.search(r"rsc .* tokens .*yes", out)
+    assert re.search(r"diversification .*no: The", out)
+    assert "low below 1.1" in out
+
+
 @pytest.mark.parametrize(
     "arguments",
     [("torchvision/resnet18", "layer4"), ("resnet18", "layer4", "--library", "torchvision")],

@@ -132,7 +132,8 @@ class Sites(Sequence[Site]):
         """What to pass to ``layer=``, one name per site."""
         return [site.name for site in self._sites]
 
-    def _rows(self) -> list[tuple[str, str, str, str, str]]:
+    def rows(self) -> list[tuple[str, str, str, str, str]]:
+        """Return the cells of the table: site, op, shape, dtype and layout of each."""
         return [
             (
                 s.name or "(the model)",
@@ -148,12 +149,12 @@ class Sites(Sequence[Site]):
         table = Table(title=self.title or None)
         for column in ("site", "op", "shape", "dtype", "layout"):
             table.add_column(column)
-        for row in self._rows():
+        for row in self.rows():
             table.add_row(*row)
         return table
 
     def __repr__(self) -> str:
-        rows = [("site", "op", "shape", "dtype", "layout"), *self._rows()]
+        rows = [("site", "op", "shape", "dtype", "layout"), *self.rows()]
         widths = [max(len(row[i]) for row in rows) for i in range(5)]
         lines = [
             "  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows

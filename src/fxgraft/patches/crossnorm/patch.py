@@ -122,6 +122,7 @@ class CrossNorm(BlockPatch):
         "with. The unit of the last block replaces what global pooling reads: skip_last=True leaves it "
         "out"
     )
+    smallest_map = 2
     measures = MappingProxyType(
         {
             "active": "how many units were on",

@@ -110,6 +110,7 @@ class Diversification(Patch):
         "maps below about 7×7 positions, of which one patch is much; coarse classes, which one place "
         "tells apart"
     )
+    smallest_map = 7
     measures = MappingProxyType(
         {
             "suppressed": "share of the entries of all class maps that were damped",

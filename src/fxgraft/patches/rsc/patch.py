@@ -128,6 +128,7 @@ class RSC(LayeredPatch):
         "maps of less than about 3×3 positions, of which it mutes most; sites behind which a class token alone "
         "is read, where there is nothing to mute"
     )
+    smallest_map = 3
     measures = MappingProxyType(
         {
             "muted": "share of the positions, channels or features that the mask of a sample mutes",
