@@ -14,6 +14,7 @@ import weakref
 from collections.abc import Callable, Sequence
 from contextvars import ContextVar
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import nn
@@ -27,7 +28,7 @@ from fxgraft.graph.grafting.living import note_patched
 from fxgraft.graph.grafting.loss_watch import REFERENCES, ParameterWatch
 from fxgraft.graph.grafting.placement import PlacementRecord
 from fxgraft.graph.grafting.planning import Look, Plan, bare_shadow, plan
-from fxgraft.graph.grafting.state import GraftState, hidden_forward, state_of
+from fxgraft.graph.grafting.state import hidden_forward, state_of
 from fxgraft.graph.grafting.transaction import Transaction, UnitSnapshot
 from fxgraft.graph.tracing.atomic import synchronized
 from fxgraft.graph.tracing.names import class_name, join
@@ -209,12 +210,13 @@ class GraftRegistry:
     def _stale(self, model: nn.Module) -> bool:
         if self.plan is None:
             return False
+        memo: dict[int, Any] = {}
         for path, state in self.plan.states.items():
             try:
                 module = model.get_submodule(path)
             except AttributeError:
                 return True
-            if state_of(module) is not state or (state.settings and _stale_settings(module, state)):
+            if state_of(module) is not state or settings_changed(module, state.settings, memo):
                 return True
         return any(unit.stale(model) for graft in self.grafts for unit in graft.units.values())
 
@@ -357,12 +359,3 @@ def _news(kept: UnitSnapshot, wanted: Sequence[Graft], names: dict[int, str]) ->
         "An optimiser that was built before does not train that: build it now, or add "
         "fxgraft.grafts(model)[...].parameters() to it.\nBetter replace layers first, then patch."
     )
-
-
-def _stale_settings(module: nn.Module, state: GraftState) -> bool:
-    """Say whether an attribute that the graphs were traced under has changed since."""
-    for name, settings in state.settings.items():
-        part = module.get_submodule(name) if name else module
-        if settings_changed(part, settings):
-            return True
-    return False

@@ -265,7 +265,8 @@ def _program(
     skipped = before - _called(traced, state.path)
     for each in traces:
         restore_checkpointing(each)
-        state.settings.update(each.settings)
+        for name, settings in each.settings.items():
+            state.settings.setdefault(name, {}).update(settings)
     mode = "training" if training else "evaluation"
     function = as_forward(traced, f"{type(module).__name__} {state.path!r} in {mode}", labelled, passing)
     return Program(function, units, inputs, skipped)

@@ -114,7 +114,7 @@ class PositionwiseHead:
                 return True
         except AttributeError:
             return True
-        return any(settings_changed(self.identities[name], kept) for name, kept in self.settings.items())
+        return any(settings_changed(self.identities[n], {"": kept}, {}) for n, kept in self.settings.items())
 
     def __call__(self, model: nn.Module, x: Tensor) -> Tensor:
         """Return class scores (B, K, H, W) for the value ``x`` that the head pools.

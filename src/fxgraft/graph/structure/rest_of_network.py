@@ -173,7 +173,7 @@ class Rest:
                 return True
         except AttributeError:
             return True
-        return any(settings_changed(model.get_submodule(n), kept) for n, kept in self.settings.items())
+        return settings_changed(model, self.settings, {})
 
     def evaluate(
         self,

@@ -14,7 +14,7 @@ from torch import nn
 
 from fxgraft._torch import DataDependentOutputException, DynamicOutputShapeException
 from fxgraft.errors import SiteError, StructureError
-from fxgraft.graph.tracing.names import class_name
+from fxgraft.graph.tracing.names import class_name, join
 from fxgraft.graph.tracing.observe import (
     Call,
     DataSetError,
@@ -23,6 +23,7 @@ from fxgraft.graph.tracing.observe import (
     observe,
     tensors,
 )
+from fxgraft.graph.tracing.reads import Code, kept_reads
 from fxgraft.graph.tracing.shadow import Shadow
 from fxgraft.graph.tracing.signatures import forward_signature
 from fxgraft.graph.tracing.trace import Traced, copied, trace
@@ -214,7 +215,22 @@ class ModelTrace:
             batch = tensors(call.args)[0].shape[0]
             fake = self.observation.run(torch.zeros, (batch,), dtype=torch.long)
             call = Call(call.args, {**call.kwargs, **dict.fromkeys(labels, fake)})
-        return trace(self.module(path), call, training, opened, deep, path, self.observation.calls, hooks)
+        calls = self.observation.calls
+        traced = trace(self.module(path), call, training, opened, deep, path, calls, hooks)
+        return self._with_settings(path, traced)
+
+    def _with_settings(self, path: str, traced: Traced) -> Traced:
+        """Keep what a trace has read, of the model's own modules: what look-alikes hold is made for them."""
+        paths = {each: name for name, each in self.module(path).named_modules()}
+        settings = kept_reads(
+            traced.reads, paths, traced.opened, lambda name: self.original(join(path, name)), self._code
+        )
+        for name, special in traced.settings.items():
+            settings[name].update(special)
+        return replace(traced, settings=settings, reads={})
+
+    def _code(self, kind: type[nn.Module]) -> Code:
+        return self.once(("code", kind), lambda _: Code(kind))
 
     def values(self, path: str, traced: Traced | None = None) -> Values:
         """Return the values of a module's evaluation graph, or of another trace of it."""

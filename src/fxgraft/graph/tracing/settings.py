@@ -16,13 +16,14 @@ from fxgraft._torch import (
     GLOBAL_FORWARD_HOOKS_WITH_KWARGS,
     GLOBAL_FORWARD_PRE_HOOKS,
 )
+from fxgraft.graph.tracing.reads import Code, Elsewhere, attribute, same
 
 _ONLY_LOOK = ("torch.utils.", "torch.distributed.fsdp", "torch.distributed._composable")
 """Where hooks are from that change no value: they count, shard, gather or recompute."""
 
 
 def plain_settings(module: nn.Module) -> dict[str, Any]:
-    """Collect the attributes of a module that its Python code may branch on.
+    """Collect the attributes of a module that is not traced which its Python code may branch on.
 
     ``training`` is left out, since there is a graph for each mode, and so is PyTorch's own note on hooks.
     """
@@ -38,18 +39,26 @@ def plain_settings(module: nn.Module) -> dict[str, Any]:
     }
 
 
-def settings_changed(module: nn.Module, kept: Mapping[str, Any]) -> bool:
-    """Say whether a module's `plain_settings` differ from those kept when it was traced.
+def settings_changed(root: nn.Module, kept: Mapping[str, Mapping[str, Any]], memo: dict[int, Any]) -> bool:
+    """Say whether what was read of modules, or what their code can read, is something else by now.
 
-    Attributes added since do not count: the traced code was not written for them. Wrappers add such notes.
+    Args:
+        root: the module whose forward was traced.
+        kept: of each module, by its path from there: what was held by its attributes, or how to compare it.
+        memo: what was compared before, with the same result.
     """
-    now = plain_settings(module)
-    return any(
-        value.changed(module)
-        if isinstance(value, (Baked, OnDevice))
-        else name not in now or now[name] != value
-        for name, value in kept.items()
-    )
+    for path, settings in kept.items():
+        try:
+            module = root.get_submodule(path) if path else root
+        except AttributeError:  # it was removed
+            return True
+        for name, value in settings.items():
+            if isinstance(value, (Baked, OnDevice, Elsewhere, Code)):
+                if value.changed(module, memo):
+                    return True
+            elif not same(value, attribute(module, name), memo):
+                return True
+    return False
 
 
 @dataclass(frozen=True)
@@ -64,7 +73,7 @@ class Baked:
     name: str
     version: Any
 
-    def changed(self, module: nn.Module) -> bool:
+    def changed(self, module: nn.Module, memo: dict[int, Any]) -> bool:
         """Say whether the numbers may be others by now."""
         return tensor_version(module, self.name) != self.version
 
@@ -75,7 +84,7 @@ class OnDevice:
 
     kind: str
 
-    def changed(self, module: nn.Module) -> bool:
+    def changed(self, module: nn.Module, memo: dict[int, Any]) -> bool:
         """Say whether the module is on another by now."""
         tensor = next(itertools.chain(module.parameters(), module.buffers()), None)
         return tensor is not None and tensor.device.type != self.kind

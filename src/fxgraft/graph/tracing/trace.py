@@ -40,6 +40,7 @@ from fxgraft.graph.tracing.preserve import (
     replaced_functions,
     untouched,
 )
+from fxgraft.graph.tracing.reads import noticed_reads
 from fxgraft.graph.tracing.regions import (
     CALLERS,
     Modes,
@@ -57,7 +58,6 @@ from fxgraft.graph.tracing.settings import (
     hooked_output,
     input_hooked,
     output_hooked,
-    plain_settings,
     tensor_version,
 )
 from fxgraft.graph.tracing.signatures import INPUT, bare_forward, bind, forward_signature, leaf_names
@@ -89,7 +89,9 @@ class Traced:
             was traced with.
         signature: the forward's own signature, by which calls are brought to one form.
         constants: tensors that the forward made from nothing, by the name the graph calls them.
-        settings: plain attributes of the opened modules that the trace may have read, by module path.
+        settings: what the trace has read of modules, to be compared by `settings_changed`, by module path.
+        reads: the same as it was noticed: names of attributes by module.
+        opened: paths of the modules whose forwards ran.
         refusal: says what the forward does that the graph would not do again; None where that is nothing.
         beside: whether that is only something that it notes beside what it computes.
     """
@@ -100,6 +102,8 @@ class Traced:
     signature: inspect.Signature
     constants: dict[str, Any] = field(default_factory=dict)
     settings: dict[str, dict[str, Any]] = field(default_factory=dict)
+    reads: dict[nn.Module, dict[str, None]] = field(default_factory=dict)
+    opened: frozenset[str] = frozenset()
     refusal: TraceError | None = None
     beside: bool = False
 
@@ -471,10 +475,8 @@ def trace(
         except Exception as error:
             failure = error
             continue
-        settings = {
-            name: plain_settings(module.get_submodule(name) if name else module)
-            for name in sorted(first.touched)
-        }
+        settings: dict[str, dict[str, Any]] = {name: {} for name in sorted(first.touched)}
+        reads = {each: {**first.reads.get(each, {}), **names} for each, names in second.reads.items()}
         if first.device is not None:
             settings[""]["device it was traced on"] = OnDevice(first.device)
         for name in settings:
@@ -487,7 +489,18 @@ def trace(
         change = first.recorder.change
         refusal = None if change is None else _refused(module, path, change)
         beside = change is not None and change.beside
-        return Traced(first.graph, spec, fixed, signature, first.constants, settings, refusal, beside)
+        return Traced(
+            first.graph,
+            spec,
+            fixed,
+            signature,
+            first.constants,
+            settings,
+            {**first.reads, **reads},
+            frozenset(first.touched),
+            refusal,
+            beside,
+        )
     try:
         raise _trace_error(module, path, failure) from failure
     finally:
@@ -522,6 +535,7 @@ class _Attempt:
     touched: set[str]
     device: str | None
     baked: set[tuple[nn.Module, str]]
+    reads: dict[nn.Module, dict[str, None]]
 
 
 def _attempt(module: nn.Module, tracer: ShallowTracer, training: bool, modes: Modes) -> _Attempt:
@@ -532,6 +546,7 @@ def _attempt(module: nn.Module, tracer: ShallowTracer, training: bool, modes: Mo
     """
     opened = [module, *(m for n, m in module.named_modules() if n and not tracer.is_leaf_module(m, n))]
     proxies = tracer.proxies
+    reads: dict[nn.Module, dict[str, None]] = {}
     try:
         with (
             untouched(opened, training) as written,
@@ -546,7 +561,7 @@ def _attempt(module: nn.Module, tracer: ShallowTracer, training: bool, modes: Mo
             baked = BakedBuffers(opened, not tracer.proxy_buffer_attributes)
             with baked.entered():
                 recorder = tracer.recorder = Recorder(user_line, drawn, baked.depth)
-                with watched_modes(recorder.touched), noticed_prints(recorder):
+                with watched_modes(recorder.touched), noticed_prints(recorder), noticed_reads(reads):
                     graph = tracer.trace(module)
                 recorder.close()
             for name in written():
@@ -560,7 +575,7 @@ def _attempt(module: nn.Module, tracer: ShallowTracer, training: bool, modes: Mo
         touched = tracer.retire()
     for name in kept_values(proxies)[:1]:
         recorder.found(f"keeps a value ({name!r}) outside of the model", beside=True)
-    return _Attempt(graph, constants, recorder, touched, device, baked.sources(constants.values()))
+    return _Attempt(graph, constants, recorder, touched, device, baked.sources(constants.values()), reads)
 
 
 def copied(graph: fx.Graph) -> fx.Graph:

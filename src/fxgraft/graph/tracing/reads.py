@@ -1,0 +1,368 @@
+"""What a traced forward reads of Python's state, so that a graph is made again once that is something else.
+
+A graph holds what came of a branch, a loop or a number, and does not read them again. Tensors and children of modules
+are looked up at every call; all else that was read is compared before every pass: attributes of modules, whatever
+module they are of and whatever they hold, and the class attributes, functions and globals that the code names.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import sys
+import threading
+import types
+import weakref
+from collections import deque
+from collections.abc import Callable, Collection, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fxgraft.graph.tracing.atomic import restoring
+from fxgraft.graph.tracing.names import STATE, UNIT
+from fxgraft.graph.tracing.preserve import MISSING
+
+_TORCH = str(Path(torch.__file__).parent)
+_MODULE = str(Path(_TORCH, "nn", "modules", "module.py"))
+_NOBODY = (str(Path(_TORCH, "fx")), str(Path(__file__).parents[2]))
+"""Folders of the tracer, whose reads are none of the forward's."""
+
+_HERE = type("_Here", (), {"__repr__": lambda self: "a tensor or module"})()
+"""Stands for a tensor or a module, which is looked up at every call."""
+
+_MOST = 2000
+"""So many entries of what one attribute holds are compared, and only the identity of the rest."""
+
+_ALONE = (type, torch.dtype, torch.device, torch.Size, types.BuiltinFunctionType, types.ModuleType)
+"""What is known by itself: nothing in it is compared."""
+
+_OF_PYTHON = ("logging", "threading", "_thread", "multiprocessing", "concurrent", "weakref", "_weakref")
+"""Packages whose objects change by themselves, and say nothing that a forward computes with."""
+
+_TREE = ("_parameters", "_buffers", "_modules")
+
+_EMPTY = frozenset(vars(nn.Module()))
+"""What every module has."""
+
+_PLAIN = (bool, int, float, complex, str, bytes, type(None))
+
+Names = dict[str, None]
+"""Names in the order they were read."""
+
+
+@contextlib.contextmanager
+def noticed_reads(seen: dict[nn.Module, Names]) -> Iterator[None]:
+    """Take down which attributes of which modules are read in the block, in this thread, by other code than a tracer's.
+
+    ``torch.nn.Module.__getattribute__`` is replaced meanwhile. Other threads read through the replacement.
+    """
+    here = threading.get_ident()
+    before = vars(nn.Module).get("__getattribute__")
+    reading: dict[str, bool] = {}
+
+    def note(module: nn.Module, name: str) -> None:
+        frame = sys._getframe(2)
+        file = frame.f_code.co_filename
+        if file == _MODULE:  # such as children(), which whoever calls it reads by
+            if name != "_modules":
+                return
+            while frame is not None and frame.f_code.co_filename == _MODULE:
+                frame = frame.f_back
+            file = "" if frame is None else frame.f_code.co_filename
+        if file not in reading:
+            reading[file] = not file.startswith(_NOBODY)
+        if reading[file]:
+            seen.setdefault(module, {})[name] = None
+
+    def get(module: nn.Module, name: str) -> Any:
+        if threading.get_ident() == here:
+            note(module, name)
+        return super(nn.Module, module).__getattribute__(name)
+
+    def restore() -> None:
+        if vars(nn.Module).get("__getattribute__") is get:
+            if before is None:
+                del nn.Module.__getattribute__
+            else:
+                nn.Module.__getattribute__ = before
+
+    with restoring(restore):
+        nn.Module.__getattribute__ = get  # type: ignore[method-assign]
+        yield
+
+
+def attribute(module: nn.Module, name: str) -> Any:
+    """Return what a forward reads under a name, past hooks on reading; of children their names."""
+    own = module.__dict__
+    if name in _TREE:
+        return tuple(key for key, each in own[name].items() if not getattr(type(each), UNIT, False))
+    if name in own:
+        value = own[name]
+        return _HERE if isinstance(value, (Tensor, nn.Module)) else value
+    for kind in _TREE:
+        if name in own[kind]:
+            return None if own[kind][name] is None else _HERE
+    return getattr(getattr(type(module), "_fxgraft_base", type(module)), name, MISSING)
+
+
+class Held(tuple[Any, ...]):
+    """What a value holds, in a form that is compared with the one of another time."""
+
+    __slots__ = ()
+
+
+def held(value: Any) -> Any:
+    """Return a value that nothing can change, or take down what another one holds."""
+    return _Holding().of(value)
+
+
+class _Holding:
+    def __init__(self) -> None:
+        self._left = _MOST
+        self._seen: dict[int, int] = {}
+
+    def of(self, value: Any) -> Any:
+        if isinstance(value, (*_PLAIN, *_ALONE)) or value is MISSING or value is _HERE:
+            return value
+        if type(value) is tuple and all(isinstance(each, _PLAIN) for each in value):
+            return value
+        if id(value) in self._seen:
+            return Held(("again", self._seen[id(value)]))
+        self._seen[id(value)] = len(self._seen)
+        self._left -= 1
+        kind = type(value)
+        if self._left < 0:
+            return Held((kind, id(value)))
+        if isinstance(value, nn.Module):
+            return Held((kind, weakref.ref(value)))
+        if isinstance(value, Tensor):
+            version = None if value.is_inference() or isinstance(value, nn.Parameter) else value._version
+            return Held((kind, weakref.ref(value), version))
+        if isinstance(value, dict):
+            return Held((kind, *map(self.pair, value.items())))
+        if isinstance(value, (set, frozenset)):
+            return Held((kind, *sorted(map(repr, value))))
+        if isinstance(value, (list, tuple, deque)):
+            return Held((kind, *map(self.typed, value)))
+        return Held((kind, *map(self.typed, self.parts(value, kind))))
+
+    def typed(self, value: Any) -> tuple[type, Any]:
+        return type(value), self.of(value)  # 1 is equal to True
+
+    def pair(self, entry: tuple[Any, Any]) -> tuple[Any, ...]:
+        key, value = entry
+        return (key if isinstance(key, _PLAIN) else repr(key), *self.typed(value))
+
+    def parts(self, value: Any, kind: type) -> Collection[Any]:
+        """List what another object holds."""
+        if kind is types.FunctionType:
+            return value.__code__, value.__defaults__, value.__kwdefaults__, *_cells(value)
+        if kind is types.MethodType:
+            return value.__func__, value.__self__
+        if kind in (staticmethod, classmethod):
+            return (value.__func__,)
+        if kind is property:
+            return value.fget, value.fset
+        if kind is functools.cached_property:
+            return (value.func,)
+        if kind is functools.partial:
+            return value.func, value.args, value.keywords
+        own = getattr(value, "__dict__", None)
+        slots = [name for each in kind.__mro__ for name in _slots(each)]
+        if type(own) is not dict and not slots:
+            return (value.tobytes(),) if hasattr(value, "tobytes") else (id(value),)
+        if _package(kind) in _OF_PYTHON:
+            return (id(value),)
+        return own or {}, *(getattr(value, name, MISSING) for name in slots)
+
+
+def _slots(kind: type) -> Collection[str]:
+    names = vars(kind).get("__slots__", ())
+    return (names,) if isinstance(names, str) else tuple(names)
+
+
+def _cells(function: types.FunctionType) -> list[Any]:
+    try:
+        return [each.cell_contents for each in function.__closure__ or ()]
+    except ValueError:  # one that is not filled yet
+        return []
+
+
+def same(kept: Any, value: Any, memo: dict[int, Any]) -> bool:
+    """Say whether a value is what was kept of it.
+
+    Args:
+        kept: what `held` gave then.
+        value: of now.
+        memo: what values hold now, with them, by identity; of one comparison.
+    """
+    if isinstance(kept, Held):
+        if id(value) not in memo:
+            memo[id(value)] = value, held(value)
+        return kept == memo[id(value)][1]
+    # 0.0 and -0.0 are equal, and not the same.
+    return kept is value or (type(kept) is type(value) and kept == value and repr(kept) == repr(value))
+
+
+class Elsewhere:
+    """Attributes of a module that is not in the tree of the one that was traced.
+
+    Args:
+        module: the module.
+        names: of the attributes.
+    """
+
+    def __init__(self, module: nn.Module, names: Collection[str]) -> None:
+        self._module = weakref.ref(module)
+        self._kept = {name: held(attribute(module, name)) for name in names}
+
+    def changed(self, _: nn.Module, memo: dict[int, Any]) -> bool:
+        """Say whether one of them is another by now; without the module, whatever read them has changed itself."""
+        module = self._module()
+        return module is not None and not all(
+            same(kept, attribute(module, name), memo) for name, kept in self._kept.items()
+        )
+
+
+class Code:
+    """The class attributes, functions and globals that the code of a class can read on the way from its forward.
+
+    Args:
+        kind: the class.
+    """
+
+    def __init__(self, kind: type[nn.Module]) -> None:
+        self._packages = {_package(each) for each in kind.__mro__} - {"torch", "builtins", "fxgraft"}
+        self._owners = [each for each in kind.__mro__ if _package(each) in self._packages]
+        self._found: dict[tuple[int, str], tuple[Mapping[str, Any], str, Any]] = {}
+        self._walked: set[types.CodeType] = set()
+        for each in self._owners:
+            if "forward" in vars(each):
+                self._note(vars(each), "forward")
+                break
+
+    def walk(self, value: Any) -> None:
+        """Follow a function, and what it calls, through the packages of the class."""
+        inner = (
+            getattr(value, "__func__", None) or getattr(value, "fget", None) or getattr(value, "func", None)
+        )
+        if inner is not None:
+            self.walk(inner)
+        if not isinstance(value, types.FunctionType) or value.__code__ in self._walked:
+            return
+        if str(value.__module__).partition(".")[0] not in self._packages:
+            return
+        self._walked.add(value.__code__)
+        for each in _cells(value):
+            self.walk(each)
+        for name in dict.fromkeys(_names(value.__code__)):
+            owner = next((each for each in self._owners if name in vars(each)), None)
+            if owner is not None:
+                self._note(vars(owner), name)
+            if name in value.__globals__:
+                self._note(value.__globals__, name)
+                whole = value.__globals__[name]
+                if isinstance(whole, (type, types.ModuleType)) and _package(whole) in self._packages:
+                    for inside in _names(value.__code__):
+                        if inside in vars(whole):
+                            self._note(vars(whole), inside)
+
+    def _note(self, holder: Mapping[str, Any], name: str) -> None:
+        value = holder[name]
+        plain = isinstance(value, (*_PLAIN, list, tuple, set, frozenset))
+        function = callable(value) or isinstance(value, (property, classmethod, staticmethod))
+        known = plain or function or isinstance(value, dict) or _package(type(value)) in self._packages
+        if not known:
+            return
+        if (id(holder), name) not in self._found:
+            self._found[id(holder), name] = (holder, name, _entries(value))
+            self.walk(value)
+
+    def changed(self, _: nn.Module, memo: dict[int, Any]) -> bool:
+        """Say whether one of them is another by now."""
+        if id(self) in memo:
+            return False
+        memo[id(self)] = self
+        for holder, name, kept in self._found.values():
+            value = holder.get(name, MISSING)
+            if isinstance(kept, _Entries):
+                if not (isinstance(value, dict) and kept.same_in(value, memo)):
+                    return True
+            elif not same(kept, value, memo):
+                return True
+        return False
+
+
+class _Entries(dict[Any, Any]):
+    """The entries of a dictionary that belongs to code; those that are added are a cache."""
+
+    def same_in(self, value: dict[Any, Any], memo: dict[int, Any]) -> bool:
+        return all(same(kept, value.get(key, MISSING), memo) for key, kept in self.items())
+
+
+def _entries(value: Any) -> Any:
+    if isinstance(value, dict) and len(value) <= _MOST:
+        return _Entries({key: held(each) for key, each in value.items()})
+    return held(value)
+
+
+def _package(value: Any) -> str:
+    name = value.__name__ if isinstance(value, types.ModuleType) else getattr(value, "__module__", "")
+    return str(name).partition(".")[0]
+
+
+def _names(code: types.CodeType) -> Iterator[str]:
+    yield from code.co_names
+    for each in code.co_consts:
+        if isinstance(each, types.CodeType):
+            yield from _names(each)
+
+
+def kept_reads(
+    seen: Mapping[nn.Module, Names],
+    paths: Mapping[nn.Module, str],
+    opened: Collection[str],
+    original: Callable[[str], nn.Module],
+    code: Callable[[type[nn.Module]], Code],
+) -> dict[str, dict[str, Any]]:
+    """Keep what was read, to be compared by `settings.settings_changed`, by path from the module that was traced.
+
+    Args:
+        seen: what `noticed_reads` took down.
+        paths: of the modules that were looked at, which may be look-alikes.
+        opened: paths of the modules whose forwards ran.
+        original: gives the model's own module of a path.
+        code: gives what the code of a class can read.
+    """
+    kept: dict[str, dict[str, Any]] = {path: {} for path in sorted(opened)}
+    for module, names in seen.items():
+        read = [name for name in names if name != "training" and not _special(name)]
+        path = paths.get(module)
+        if path is None:
+            kept[""][f"attributes of {type(module).__name__} {id(module)}"] = Elsewhere(module, read)
+            continue
+        own = original(path)
+        if "__dict__" in names:
+            read += [name for name in own.__dict__ if name not in _EMPTY]
+        values = {name: attribute(own, name) for name in dict.fromkeys(read) if not _special(name)}
+        read_there = {name: held(value) for name, value in values.items() if not _of_torch(value)}
+        if read_there:
+            kept.setdefault(path, {}).update(read_there)
+    for path in opened:
+        own = original(path)
+        if path and STATE not in own.__dict__:
+            kept[path]["forward"] = held(attribute(own, "forward"))
+        kept[path]["code"] = code(getattr(type(own), "_fxgraft_base", type(own)))
+    return kept
+
+
+def _special(name: str) -> bool:
+    return name in ("training", STATE) or (name.startswith("__") and name.endswith("__"))
+
+
+def _of_torch(value: Any) -> bool:
+    """Say whether a value is a method of torch.nn.Module."""
+    return isinstance(value, types.FunctionType) and vars(nn.Module).get(value.__name__) is value
