@@ -217,13 +217,18 @@ class ModelTrace:
             call = Call(call.args, {**call.kwargs, **dict.fromkeys(labels, fake)})
         calls = self.observation.calls
         traced = trace(self.module(path), call, training, opened, deep, path, calls, hooks)
-        return self._with_settings(path, traced)
+        return self._with_settings(path, traced, training)
 
-    def _with_settings(self, path: str, traced: Traced) -> Traced:
+    def _with_settings(self, path: str, traced: Traced, training: bool) -> Traced:
         """Keep what a trace has read, of the model's own modules: what look-alikes hold is made for them."""
         paths = {each: name for name, each in self.module(path).named_modules()}
         settings = kept_reads(
-            traced.reads, paths, traced.opened, lambda name: self.original(join(path, name)), self._code
+            traced.reads,
+            paths,
+            traced.opened,
+            lambda name: self.original(join(path, name)),
+            self._code,
+            training,
         )
         for name, special in traced.settings.items():
             settings[name].update(special)

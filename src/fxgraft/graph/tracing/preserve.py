@@ -306,12 +306,14 @@ def replaced_functions(
 def untouched(opened: Sequence[nn.Module], training: bool) -> Iterator[Callable[[], list[str]]]:
     """Set the mode of the opened modules and all in them, and put back the tensors that the user's code writes to.
 
-    A forward may read the mode of a layer that it holds, as ``F.dropout(x, 0.5, self.drop.training)``.
+    A forward may read the mode of a layer that it holds, as ``F.dropout(x, 0.5, self.drop.training)``. Where the first
+    module has the mode that is wanted, its layers keep theirs: some are frozen.
 
     Yields:
         A function that names the tensors that were written to so far.
     """
     flags = [(each, each.training) for whole in opened for each in whole.modules()]
+    keeps = opened[0].training is training
     own = [(k, v) for each in opened for k, v in (*each._buffers.items(), *vars(each).items())]
     tensors = [
         (k, v, v._version, v.clone()) for k, v in own if isinstance(v, Tensor) and not v.is_inference()
@@ -330,8 +332,8 @@ def untouched(opened: Sequence[nn.Module], training: bool) -> Iterator[Callable[
             tensor.detach().copy_(before)
 
     with restoring(restore), preserved_random_state():
-        for each, _ in flags:
-            each.training = training
+        for each, flag in flags:
+            each.training = flag if keeps else training
         yield lambda: [name for name, _, _ in written()]
 
 

@@ -219,12 +219,28 @@ class Elsewhere:
         self._module = weakref.ref(module)
         self._kept = {name: held(attribute(module, name)) for name in names}
 
-    def changed(self, _: nn.Module, memo: dict[int, Any]) -> bool:
+    def changed(self, _: nn.Module, __: nn.Module, memo: dict[int, Any]) -> bool:
         """Say whether one of them is another by now; without the module, whatever read them has changed itself."""
         module = self._module()
         return module is not None and not all(
             same(kept, attribute(module, name), memo) for name, kept in self._kept.items()
         )
+
+
+class Mode:
+    """The mode of a part, as a forward read it that ran in one of both modes.
+
+    Args:
+        whole: mode of the module that was traced.
+        part: mode of the part then; of a frozen one it is another.
+    """
+
+    def __init__(self, whole: bool, part: bool) -> None:
+        self._whole, self._part = whole, part
+
+    def changed(self, module: nn.Module, root: nn.Module, memo: dict[int, Any]) -> bool:
+        """Say whether the part has another mode where the module that was traced runs in this one."""
+        return root.training is self._whole and module.training is not self._part
 
 
 class Code:
@@ -281,7 +297,7 @@ class Code:
             self._found[id(holder), name] = (holder, name, _entries(value))
             self.walk(value)
 
-    def changed(self, _: nn.Module, memo: dict[int, Any]) -> bool:
+    def changed(self, _: nn.Module, __: nn.Module, memo: dict[int, Any]) -> bool:
         """Say whether one of them is another by now."""
         if id(self) in memo:
             return False
@@ -327,6 +343,7 @@ def kept_reads(
     opened: Collection[str],
     original: Callable[[str], nn.Module],
     code: Callable[[type[nn.Module]], Code],
+    training: bool,
 ) -> dict[str, dict[str, Any]]:
     """Keep what was read, to be compared by `settings.settings_changed`, by path from the module that was traced.
 
@@ -336,7 +353,9 @@ def kept_reads(
         opened: paths of the modules whose forwards ran.
         original: gives the model's own module of a path.
         code: gives what the code of a class can read.
+        training: the mode that was traced for.
     """
+    modes = {path: module.training for module, path in paths.items()}
     kept: dict[str, dict[str, Any]] = {path: {} for path in sorted(opened)}
     for module, names in seen.items():
         read = [name for name in names if name != "training" and not _special(name)]
@@ -349,6 +368,9 @@ def kept_reads(
             read += [name for name in own.__dict__ if name not in _EMPTY]
         values = {name: attribute(own, name) for name in dict.fromkeys(read) if not _special(name)}
         read_there = {name: held(value) for name, value in values.items() if not _of_torch(value)}
+        if path and "training" in names:
+            flag = modes[path] if modes[""] is training else training
+            read_there[f"mode in {'training' if training else 'evaluation'}"] = Mode(training, flag)
         if read_there:
             kept.setdefault(path, {}).update(read_there)
     for path in opened:

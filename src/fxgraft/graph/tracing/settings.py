@@ -16,7 +16,7 @@ from fxgraft._torch import (
     GLOBAL_FORWARD_HOOKS_WITH_KWARGS,
     GLOBAL_FORWARD_PRE_HOOKS,
 )
-from fxgraft.graph.tracing.reads import Code, Elsewhere, attribute, same
+from fxgraft.graph.tracing.reads import Code, Elsewhere, Mode, attribute, same
 
 _ONLY_LOOK = ("torch.utils.", "torch.distributed.fsdp", "torch.distributed._composable")
 """Where hooks are from that change no value: they count, shard, gather or recompute."""
@@ -53,8 +53,8 @@ def settings_changed(root: nn.Module, kept: Mapping[str, Mapping[str, Any]], mem
         except AttributeError:  # it was removed
             return True
         for name, value in settings.items():
-            if isinstance(value, (Baked, OnDevice, Elsewhere, Code)):
-                if value.changed(module, memo):
+            if isinstance(value, (Baked, OnDevice, Elsewhere, Mode, Code)):
+                if value.changed(module, root, memo):
                     return True
             elif not same(value, attribute(module, name), memo):
                 return True
@@ -73,7 +73,7 @@ class Baked:
     name: str
     version: Any
 
-    def changed(self, module: nn.Module, memo: dict[int, Any]) -> bool:
+    def changed(self, module: nn.Module, root: nn.Module, memo: dict[int, Any]) -> bool:
         """Say whether the numbers may be others by now."""
         return tensor_version(module, self.name) != self.version
 
@@ -84,7 +84,7 @@ class OnDevice:
 
     kind: str
 
-    def changed(self, module: nn.Module, memo: dict[int, Any]) -> bool:
+    def changed(self, module: nn.Module, root: nn.Module, memo: dict[int, Any]) -> bool:
         """Say whether the module is on another by now."""
         tensor = next(itertools.chain(module.parameters(), module.buffers()), None)
         return tensor is not None and tensor.device.type != self.kind

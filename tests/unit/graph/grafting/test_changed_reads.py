@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fxgraft
@@ -190,3 +191,38 @@ def test_a_copy_sees_its_own_changes() -> None:
         each.listed[0] = 2.0
     assert torch.equal(twin(images()), bare_twin(images()))
     assert torch.equal(model(images()), bare(images()))
+
+
+class Functional(nn.Module):
+    """Its forward reads the modes of layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.norm, self.drop = nn.Conv2d(3, 6, 1), nn.BatchNorm2d(6), nn.Dropout()
+        self.fc = nn.Linear(6, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        norm = self.norm
+        x = F.batch_norm(
+            self.stem(x), norm.running_mean, norm.running_var, norm.weight, norm.bias, norm.training
+        )
+        return self.fc(F.dropout(x, 0.5, self.drop.training).mean((2, 3)))
+
+
+@pytest.mark.parametrize("planned_in_training", [True, False])
+def test_frozen_layers_whose_mode_the_forward_reads(planned_in_training: bool) -> None:
+    torch.manual_seed(0)
+    model = Functional().train(planned_in_training)
+    bare = copy.deepcopy(model)
+    fxgraft.patch(model, Toy(at=(("", After("stem")),), factor=3), input_size=(3, 4, 4))
+    bare.stem.register_forward_hook(lambda _m, _a, out: out * 3)
+    for training, frozen in [(True, ()), (True, ("norm",)), (True, ("norm", "drop")), (False, ("drop",))]:
+        out = []
+        for each in (model, bare):
+            each.train(training)
+            for name in frozen:  # and dropout that goes on in evaluation
+                getattr(each, name).train(not training)
+            torch.manual_seed(3)
+            out.append(each(images()))
+        assert torch.equal(*out)
+    assert torch.equal(model.norm.running_mean, bare.norm.running_mean)
