@@ -8,6 +8,7 @@ import torch
 from fxgraft.errors import BypassError as BypassError
 from fxgraft.errors import ConfigError as ConfigError
 from fxgraft.patches.crossnorm.patch import CrossNorm as CrossNorm
+from fxgraft.patches.dsu import DSU as DSU
 from fxgraft.patches.diversification.patch import Diversification as Diversification
 from fxgraft.errors import FxgraftError as FxgraftError
 from fxgraft.errors import FxgraftWarning as FxgraftWarning
@@ -17,6 +18,7 @@ from fxgraft.graph.grafting.graft import Graft as Graft
 from fxgraft.errors import MergeError as MergeError
 from fxgraft.errors import MethodError as MethodError
 from fxgraft.patches.mixmo.patch import MixMo as MixMo
+from fxgraft.patches.mixstyle import MixStyle as MixStyle
 from fxgraft.patches.base import Patch as Patch
 from fxgraft.inspection import Plan as Plan
 from fxgraft.patches.rsc.patch import RSC as RSC
@@ -112,6 +114,20 @@ def patch(
 @overload
 def patch(
     model: _M,
+    method: Literal["dsu"],
+    *,
+    name: str | None = ...,
+    dry_run: Literal[False] = ...,
+    input_size: tuple[int, int, int] | None = ...,
+    preset: Literal["pacs", "office_home"] | None = ...,
+    layers: str | int | collections.abc.Sequence[str | int] | None = ...,
+    p: float = ...,
+    factor: float = ...,
+    layer: str | int | collections.abc.Sequence[str | int] | None = ...,
+) -> _M: ...
+@overload
+def patch(
+    model: _M,
     method: Literal["gam"],
     *,
     name: str | None = ...,
@@ -160,6 +176,23 @@ def patch(
     visible_labels: bool = ...,
     init: Literal["pretrained", "random"] = ...,
     spread: float = ...,
+) -> _M: ...
+@overload
+def patch(
+    model: _M,
+    method: Literal["mixstyle"],
+    *,
+    name: str | None = ...,
+    dry_run: Literal[False] = ...,
+    input_size: tuple[int, int, int] | None = ...,
+    preset: Literal["pacs", "pacs_domains", "office_home", "office_home_domains", "reid", "efdmix_pacs", "efdmix_pacs_single"] | None = ...,
+    layers: str | int | collections.abc.Sequence[str | int] | None = ...,
+    p: float = ...,
+    stages: int = ...,
+    alpha: float = ...,
+    mix: Literal["random", "crossdomain"] = ...,
+    match: Literal["moments", "histogram"] = ...,
+    layer: str | int | collections.abc.Sequence[str | int] | None = ...,
 ) -> _M: ...
 @overload
 def patch(

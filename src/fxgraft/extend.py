@@ -11,51 +11,47 @@ The words, each used for one thing:
 - A **member** is one of the networks of an ensemble that share most of their weights, as in MixMo.
 - A **bare** model has no graft on it: what it was before the first, and is again after the last comes off.
 
-A method's author imports torch, `fxgraft` and `fxgraft.extend`. A whole one, MixStyle (Zhou, Yang, Qiao, Xiang:
-Domain Generalization with MixStyle, ICLR 2021), which mixes the channel statistics of the images of a batch:
+A method's author imports torch, `fxgraft` and `fxgraft.extend`. A whole one, after Permuted AdaIN (Nuriel, Benaim,
+Wolf, CVPR 2021), which swaps the channel statistics of the images of a batch:
 
     from dataclasses import dataclass
 
-    import torch
     import fxgraft
     from fxgraft import extend
 
-    @fxgraft.register("mixstyle")
+    @fxgraft.register("style_swap")
     @dataclass(frozen=True, kw_only=True)
-    class MixStyle(extend.LayeredPatch):
-        """MixStyle: mix channel means and deviations within the batch, in training.
+    class StyleSwap(extend.LayeredPatch):
+        """Swap channel means and deviations within the batch, in training.
 
         Args:
-            p: probability that a pass is mixed.
-            alpha: of the Beta distribution of the mixing ratio.
+            p: probability that a pass is swapped.
         """
 
-        title = "MixStyle"
-        paper = "Zhou, Yang, Qiao, Xiang: Domain Generalization with MixStyle. ICLR 2021"
-        url = "https://arxiv.org/abs/2104.02008"
+        title = "Permuted AdaIN"
+        paper = "Nuriel, Benaim, Wolf: Permuted AdaIN. CVPR 2021"
+        url = "https://arxiv.org/abs/2010.05785"
         where = "behind the first stages"
         cost = "training: one pass over each map; evaluation: none"
         train_only = True
 
         layers: extend.SiteSpec | None = (0, 1)
-        p: float = 0.5
-        alpha: float = 0.1
+        p: float = 0.01
 
         def __post_init__(self, layer):
             super().__post_init__(layer)
             extend.check_share(self, "p")
-            extend.check_positive(self, "alpha")
 
         def place(self, backbone, make):
             for site in backbone.sites(self.layers):
-                unit = make(site.name, MixStyleUnit, self)
+                unit = make(site.name, StyleSwapUnit, self)
                 unit.bind(layout=backbone.layout(site))
                 yield backbone.place(site, unit, evaluation=False)
 
         def describe(self, graft):
-            return f"mixes styles at {', '.join(graft.units)} with probability {self.p:g}"
+            return f"swaps styles at {', '.join(graft.units)} with probability {self.p:g}"
 
-    class MixStyleUnit(extend.Unit):
+    class StyleSwapUnit(extend.Unit):
         layout: extend.Layout
 
         def __init__(self, config):
@@ -67,24 +63,23 @@ Domain Generalization with MixStyle, ICLR 2021), which mixes the channel statist
             if run is None:
                 return x
             on = run.shared("on", lambda: extend.draws.coin(self.config.p, x.device))
-            return extend.draws.choose(on, lambda: self.mixed(x), x)
+            return extend.draws.choose(on, lambda: self.swapped(x), x)
 
-        def mixed(self, x):
+        def swapped(self, x):
             z = self.layout.canonical(x)  # (B, C, *positions), whatever the network's layout
             dims = tuple(range(2, z.ndim))
-            mean = z.mean(dims, keepdim=True).detach()
-            std = (z.var(dims, keepdim=True, correction=0) + 1e-6).sqrt().detach()
+            mean = z.mean(dims, keepdim=True)
+            std = (z.var(dims, keepdim=True, correction=0) + 1e-5).sqrt()
             order = extend.draws.permutation(len(z), z.device)
-            a = torch.full((len(z),) + (1,) * (z.ndim - 1), self.config.alpha, device=z.device)
-            ratio = torch.distributions.Beta(a, a).sample().to(z.dtype)
-            new_mean = ratio * mean + (1 - ratio) * mean[order]
-            new_std = ratio * std + (1 - ratio) * std[order]
-            return self.layout.restore(x, (z - mean) / std * new_std + new_mean)
+            return self.layout.restore(x, (z - mean) / std * std[order] + mean[order])
+
+A method like this one, which changes maps by the other images of the batch, is shorter with `MapPatch` as its base,
+which brings the unit; the built-in MixStyle and DSU are written so.
 
 What a method can do beyond this:
 
-- Ask the `Backbone`: ``sites``, ``positions`` inside blocks, ``layout``, ``joins``, ``head``, ``stems``,
-  ``classifiers``, ``rest`` (the network after a site, as a function), ``absorber`` (who can take in a scale).
+- Ask the `Backbone`: ``sites``, ``positions`` inside blocks, ``main_stages``, ``layout``, ``joins``, ``head``,
+  ``stems``, ``classifiers``, ``rest`` (the network after a site, as a function), ``absorber`` (who takes in a scale).
   A `Site` is one value of the forward pass: it knows its ``name``, its ``owner`` (the module whose forward holds it)
   and its fake ``value``. A backbone looks at a shadow of the model, ``backbone.model``, so that nothing of it shows on
   the model; a layer that a unit keeps is the model's own, ``backbone.module(path)``. The same model and options give
@@ -113,7 +108,7 @@ What a method can do beyond this:
 
 The method is found by name once its module is imported. Without that, on the command line too, it is found through an
 entry point in the metadata of its package: in ``pyproject.toml``, under
-``[project.entry-points."fxgraft.patches"]``, the line ``mixstyle = "my_package.mixstyle:MixStyle"``.
+``[project.entry-points."fxgraft.patches"]``, the line ``style_swap = "my_package.styles:StyleSwap"``.
 '''
 
 from fxgraft.errors import (
@@ -131,6 +126,7 @@ from fxgraft.errors import (
     because,
     candidates,
 )
+from fxgraft.functional.modulation import modulated
 from fxgraft.graph.grafting.backbone import Backbone
 from fxgraft.graph.grafting.copies import add_graft, copy_with
 from fxgraft.graph.grafting.forward_context import Arguments, Context
@@ -167,6 +163,7 @@ from fxgraft.graph.tracing.settings import acted_on
 from fxgraft.patches import draws
 from fxgraft.patches.base import LayeredPatch, Patch, recording
 from fxgraft.patches.blocks import BlockPatch
+from fxgraft.patches.maps import MapPatch
 from fxgraft.patches.options import check_count, check_positive, check_share, is_count, is_number
 from fxgraft.patches.pictures import Panel, Picture, View
 from fxgraft.patches.presets import Preset, Structure, Training, presets_by_name
@@ -189,6 +186,7 @@ __all__ = [
     "LayeredPatch",
     "Layout",
     "Make",
+    "MapPatch",
     "MergeError",
     "MethodError",
     "Panel",
@@ -238,6 +236,7 @@ __all__ = [
     "layer_tensors",
     "look_ahead",
     "made_by_hooks",
+    "modulated",
     "position_scores",
     "preserved_modes",
     "presets_by_name",

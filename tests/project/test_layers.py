@@ -41,6 +41,7 @@ LAYERS: list[tuple[str, ...]] = [
         "patches/blocks.py",
         "patches/options.py",
         "patches/draws.py",
+        "patches/maps.py",
         "patches/registry.py",
         "patches/presets.py",
         "patches/pictures.py",

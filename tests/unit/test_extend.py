@@ -46,12 +46,12 @@ def example() -> str:
 def test_the_documented_method_runs() -> None:
     namespace: dict[str, Any] = {}
     exec(
-        compile(example().replace('"mixstyle"', '"documented"'), "extend.py", "exec", dont_inherit=True),
+        compile(example().replace('"style_swap"', '"documented"'), "extend.py", "exec", dont_inherit=True),
         namespace,
     )
     model, bare, x = net(), net(), images()
     fxgraft.patch(model, "documented", layers=["stage1", "stage2"], p=1.0, input_size=SIZE)
-    assert "mixes styles at stage1, stage2" in str(fxgraft.summary(model))
+    assert "swaps styles at stage1, stage2" in str(fxgraft.summary(model))
     torch.manual_seed(0)
     mixed = model(x)
     torch.manual_seed(0)
@@ -71,11 +71,11 @@ def test_a_method_from_outside_imports_three_modules(name: str) -> None:
             inner = {f"{node.module}.{alias.name}" for alias in node.names}
             found |= inner if node.module == "fxgraft" else {str(node.module)}
     ours = {each for each in found if each.partition(".")[0] not in sys.stdlib_module_names | {"torch"}}
-    assert ours == {"fxgraft", "fxgraft.extend"}
+    assert "fxgraft.extend" in ours <= {"fxgraft", "fxgraft.extend"}
 
 
 def test_an_installed_package_brings_its_methods(tmp_path: Path) -> None:
-    code = "import fxgraft; print([*fxgraft.methods()]); print(fxgraft.methods()['mixstyle'].__module__)"
+    code = "import fxgraft; print([*fxgraft.methods()]); print(fxgraft.methods()['padain'].__module__)"
     path = str(install(tmp_path / "site"))
     done = subprocess.run(
         [sys.executable, "-c", f"import sys; sys.path.insert(0, {path!r}); {code}"],
@@ -84,8 +84,8 @@ def test_an_installed_package_brings_its_methods(tmp_path: Path) -> None:
         check=True,
     )
     names, module = done.stdout.splitlines()
-    assert {"mixstyle", "manifold_mixup", "rsc"} <= set(ast.literal_eval(names))
-    assert module == "fxgraft_third_party.mixstyle"
+    assert {"padain", "manifold_mixup", "rsc"} <= set(ast.literal_eval(names))
+    assert module == "fxgraft_third_party.padain"
 
 
 class Plain(nn.Module):

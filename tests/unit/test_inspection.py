@@ -254,10 +254,10 @@ def test_a_method_of_somebody_else_measures_and_computes() -> None:
 
 
 def test_the_methods_of_another_package_say_what_their_cards_explain() -> None:
-    model = patched("mixstyle", layers="stage1", p=1.0)
+    model = patched("padain", layers="stage1", p=1.0)
     model(images())
     (name,) = fxgraft.diagnostics(model)
-    assert name == f"mixstyle.{next(iter(fxgraft.methods()['mixstyle'].measures))}"
+    assert name == f"padain.{next(iter(fxgraft.methods()['padain'].measures))}"
 
 
 @pytest.mark.usefixtures("_registry")

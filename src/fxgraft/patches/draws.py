@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from fxgraft._torch import vmapped
+from fxgraft._torch import sample_dirichlet, vmapped
 from fxgraft.graph.tracing.recorders import recorded
 
 Decision = bool | Tensor
@@ -79,6 +79,11 @@ def numbers(draw: Callable[[torch.device], Tensor], device: torch.device) -> Seq
 def permutation(count: int, device: torch.device) -> Tensor:
     """Permute ``count`` things, on the device: (count,) int64."""
     return torch.randperm(count, device=device)
+
+
+def ratios(count: int, alpha: float, device: torch.device) -> Tensor:
+    """Draw ratios of mixtures from Beta(alpha, alpha): (count,) float32."""
+    return sample_dirichlet(torch.full((count, 2), float(alpha), device=device))[:, 0]
 
 
 def choose(decision: Decision, yes: Callable[[], Tensor], no: Tensor) -> Tensor:

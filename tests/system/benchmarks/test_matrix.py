@@ -82,7 +82,7 @@ def test_nothing_is_written_with_a_failure(tmp_path: Path) -> None:
     [
         ({"kind": "ddp", "name": "crossnorm, consistency"}, "crossnorm"),
         ({"cell": SimpleNamespace(method="rsc")}, "rsc"),
-        ({"method": "mixstyle", "n": 3}, None),
+        ({"method": "padain", "n": 3}, None),
     ],
 )
 def test_the_method_of_a_test(parameters: dict[str, Any], method: str | None) -> None:

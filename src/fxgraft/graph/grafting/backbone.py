@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import nn
 
+from fxgraft.errors import SiteError
 from fxgraft.graph.grafting.placement import Placement
 from fxgraft.graph.grafting.unit import Unit
 from fxgraft.graph.structure.affine_fold import Absorber, absorber_of
@@ -20,7 +21,7 @@ from fxgraft.graph.structure.positions import positions
 from fxgraft.graph.structure.rest_of_network import Rest, reads_places, rest_of_network, span_to_output
 from fxgraft.graph.structure.site import Site, edits_of, layout_at
 from fxgraft.graph.structure.sites import SiteSpec, list_sites, named_sites, resolve
-from fxgraft.graph.structure.stages import blocks_before, stages
+from fxgraft.graph.structure.stages import blocks_before, main_stages, stages, stem_output
 from fxgraft.graph.structure.stem_and_classifier import Stem, check_classified, find_classifiers, find_stems
 from fxgraft.graph.tracing.editing import Input, Instead, Output
 from fxgraft.graph.tracing.model_trace import ModelTrace
@@ -84,6 +85,14 @@ class Backbone:
         """List the stages, in running order; a stage number is an index into them."""
         return stages(self.trace)
 
+    def main_stages(self) -> list[Site]:
+        """List the last four stages, as those of a ResNet behind its stem; four shares of the blocks of a plain ViT."""
+        return main_stages(self.trace)
+
+    def stem_output(self) -> Site | None:
+        """Find what the first of the `main_stages` takes in; None where that is the image."""
+        return stem_output(self.trace)
+
     def module_outputs(self) -> list[Site]:
         """List the outputs of modules that compute something, in running order."""
         passing = (nn.Identity, nn.Dropout, nn.Dropout2d)
@@ -107,17 +116,24 @@ class Backbone:
         """List the blocks that run before a site and give as many channels, the nearest first."""
         return blocks_before(self.trace, site)
 
-    def layout(self, site: Site, name: str | None = None) -> Layout:
+    def layout(self, site: Site, name: str | None = None, *, places: bool = False) -> Layout:
         """Tell which dimension of a site's value holds channels, or check what the user says of it.
 
         Args:
             site: one that holds one tensor.
             name: the layout that the user names: "NCHW", "NHWC", "NLC", "NCL" or "NC".
+            places: whether vectors are refused, as statistics over the positions of a map have no meaning there.
 
         Raises:
-            SiteError: no tensor, a layout that cannot be told, or one that does not fit the value.
+            SiteError: no tensor, a layout that cannot be told, one that does not fit the value, or vectors.
         """
-        return layout_at(self.trace, site, name)
+        found = layout_at(self.trace, site, name)
+        if places and found.name == "NC":
+            raise SiteError(
+                f"{site.name!r} has no positions: its value is of shape {site.shape}.\n"
+                "What is asked for are maps or tokens.\nChoose an earlier layer; fxgraft.sites(model) lists them."
+            )
+        return found
 
     def joins(self) -> list[Join]:
         """Find the residual joins, in running order."""

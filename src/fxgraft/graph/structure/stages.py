@@ -68,6 +68,42 @@ def stages(trace: ModelTrace) -> list[Site]:
     return found
 
 
+def main_stages(trace: ModelTrace, count: int = 4) -> list[Site]:
+    """List the last stages of a backbone, as the four of a ResNet behind its stem, in running order.
+
+    One for each number of places where these become fewer at least ``count`` times; else every stage, or of more than
+    ``count`` those that end equal shares of them, such as every third of twelve blocks.
+
+    Raises:
+        StructureError: there is none.
+    """
+    found = stages(trace)
+    shrinking = list({places_in(site.value): site for site in found}.values())
+    if len(shrinking) >= count or len(found) <= count:
+        return (shrinking if len(shrinking) >= count else found)[-count:]
+    return [found[len(found) * (number + 1) // count - 1] for number in range(count)]
+
+
+def stem_output(trace: ModelTrace) -> Site | None:
+    """Find the output of the last module before the first of the `main_stages`; None where that takes in the image."""
+    calls, sources = trace.observation.calls, trace.observation.flow.sources
+    places = places_in(main_stages(trace)[0].value)
+    first = next(site for site in stages(trace) if places_in(site.value) == places)
+    stage = first.path or first.owner
+    made = {
+        each[0].made[0]: path  # of several that hand one value on the outermost, whose call begins first
+        for path, each in reversed(calls.items())
+        if len(each) == 1 and isinstance(each[0].output, Tensor) and path and not inside(path, stage)
+    }
+    marks = (
+        trace.observation.flow.settled(value) for value in tensors(calls[stage][0].args) if places_in(value)
+    )
+    number = next((mark.number for mark in marks if mark is not None), 0)
+    while number and number not in made and len(sources[number]) == 1:
+        (number,) = sources[number]
+    return module_site(trace, made[number]) if number in made else None
+
+
 def _declared(trace: ModelTrace, name: str, channels: int | None = None) -> Site | None:
     """Find the map of a stage that ``feature_info`` names; None where that module gives none.
 

@@ -1,0 +1,88 @@
+"""The base of methods that change whole maps in training, each of their units with a probability."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Iterator
+from types import MappingProxyType
+from typing import Any, ClassVar
+
+from torch import Tensor
+
+from fxgraft.graph.grafting.backbone import Backbone
+from fxgraft.graph.grafting.graft import Graft, Make
+from fxgraft.graph.grafting.placement import Placement
+from fxgraft.graph.grafting.unit import PassView, Unit
+from fxgraft.graph.structure.layout import Layout
+from fxgraft.graph.structure.site import Site
+from fxgraft.graph.structure.sites import SiteSpec
+from fxgraft.patches import draws
+from fxgraft.patches.base import LayeredPatch
+from fxgraft.patches.options import check_share
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MapPatch(LayeredPatch):
+    """Base of methods that change maps by those of the other images of the batch, in training.
+
+    A method implements ``change`` and, for a default of its own, ``default_sites``. A batch of one, and at probability
+    0 every batch, stays as it is and nothing is drawn; so does a part of the model that is called by itself.
+
+    Args:
+        layers: where, by name, glob or stage number. Default: where the method was published with units.
+        layer: the same, for one.
+        p: probability that a unit changes the maps of a pass; each draws for itself.
+    """
+
+    measures = MappingProxyType({"on": "share of the units that acted"})
+    train_only: ClassVar[bool] = True
+
+    p: float = 0.5
+
+    def __post_init__(self, layer: SiteSpec | None) -> None:
+        super().__post_init__(layer)
+        check_share(self, "p")
+
+    def default_sites(self, backbone: Backbone) -> Iterable[Site]:
+        """Return where units go without ``layers``; by default behind the last four stages."""
+        return backbone.main_stages()
+
+    def change(self, x: Tensor, run: PassView) -> Tensor:
+        """Return maps (B, C, *positions) changed, B at least 2, shaped and typed as they are."""
+        raise NotImplementedError
+
+    def place(self, backbone: Backbone, make: Make) -> Iterator[list[Placement]]:
+        """Put a unit at every site, for training alone."""
+        for site in self.default_sites(backbone) if self.layers is None else backbone.sites(self.layers):
+            unit = make(site.name, MapUnit, self)
+            unit.bind(layout=backbone.layout(site, places=True))
+            yield backbone.place(site, unit, evaluation=False)
+
+    def describe(self, graft: Graft) -> str:
+        """Say where the units are and how often they act."""
+        return f"at {', '.join(graft.units)}, each with probability {self.p:g}"
+
+
+class MapUnit(Unit):
+    """Lets a `MapPatch` change the maps at one site. Holds no parameters and no buffers."""
+
+    layout: Layout
+
+    def __init__(self, config: MapPatch) -> None:
+        super().__init__()
+        self.config = config
+
+    def forward(self, x: Tensor) -> Any:
+        """Return ``x``, shaped as it is, changed if the unit is on in this pass."""
+        config, layout, run = self.config, self.layout, self.current
+        if run is None:
+            self.refuse_recomputation()
+            return x
+        if not config.p or x.shape[0] < 2:
+            return x
+        run.check_images_alone(
+            "Statistics of channels would count positions that are padding.", all_positions=True
+        )
+        on = draws.coin(config.p, x.device)
+        run.measure("on", on)
+        return draws.choose(on, lambda: layout.restore(x, config.change(layout.canonical(x), run)), x)
