@@ -119,6 +119,7 @@ EXPECTED: dict[str, Expectation] = {
         folds=True,
         refusals=_HEADS,
     ),
+    "dsu": Expectation(options={"p": 1.0}, neutral={"p": 0.0}, acts=True, folds=True),
     "gam": Expectation(
         options={"layers": -1, "hidden": 8},
         acts=False,
@@ -131,6 +132,7 @@ EXPECTED: dict[str, Expectation] = {
     "mixmo": Expectation(
         options={"p": 1.0}, neutral={"members": 1}, acts=True, starts_as_bare=True, folds=True, refusals=_ENDS
     ),
+    "mixstyle": Expectation(options={"p": 1.0}, neutral={"p": 0.0}, acts=True, folds=True),
     "rsc": Expectation(
         options={"batch_share": 1.0},
         neutral={"start": 1.0},
