@@ -243,6 +243,9 @@ def reference_pages() -> dict[str, str]:
             "## Compiled",
             "Under `torch.compile(fullgraph=True)`, against the compiled bare network.",
             tables["compiled"],
+            "## On a GPU",
+            "An H200, batches of 64 images of 224 pixels in float32.",
+            tables["cuda"],
             "## Beside code by hand",
             "In parentheses stands the same method written by hand with forward hooks (`benchmarks/by_hand.py`). "
             "There, looking ahead is another pass of the whole network.",

@@ -49,7 +49,11 @@ GROCERY: dict[str, Any] = {
     "needs": tuple(f"grocery128_{name}.tar" for name in ("train", "val", "test")),
     "data": lambda data, _: data / "grocery128_*.tar",
     "claims": (
-        Claim(variant="diversification:preset=paper", paper="fine-grained, block and loss: 85.5 → 87.7 %"),
+        Claim(
+            variant="diversification:preset=paper",
+            paper="fine-grained, block and loss: 85.5 → 87.7 %",
+            headline=True,
+        ),
         Claim(variant="diversification:preset=block", paper="fine-grained, the block alone: 85.5 → 86.3 %"),
         # alpha=1 damps nothing: this trains the plain head with the other loss.
         Claim(
@@ -85,7 +89,11 @@ _ALL = (
         name="digits_adabn",
         about="MNIST and USPS, trained on the one and tested on the other, LeNet with BatchNorm",
         claims=(
-            Claim(variant="adapt_batchnorm", paper="adapts without labels; digits are not in the paper"),
+            Claim(
+                variant="adapt_batchnorm",
+                paper="adapts without labels; digits are not in the paper",
+                headline=True,
+            ),
         ),
         seeds=10,
         deviation=0.075,
@@ -105,7 +113,7 @@ _ALL = (
     Study(
         name="digits_gam",
         about="MNIST and USPS, trained on the one and adapted to the other for 10 000 steps, LeNet",
-        claims=(Claim(variant=GAM, paper=GAM_PAPER),),
+        claims=(Claim(variant=GAM, paper=GAM_PAPER, headline=True),),
         seeds=3,
         deviation=0.027,
         gain=0.05,
@@ -192,7 +200,13 @@ _ALL = (
     ),
     Study(
         name="pacs_rsc",
-        claims=(Claim(variant=RSC, paper="PACS, ResNet-18, mean of four unseen domains: 79.9 → 85.2 %"),),
+        claims=(
+            Claim(
+                variant=RSC,
+                paper="PACS, ResNet-18, mean of four unseen domains: 79.9 → 85.2 %",
+                headline=True,
+            ),
+        ),
         seeds=8,
         deviation=0.049,
         gain=0.0265,  # half of the paper's
@@ -202,7 +216,11 @@ _ALL = (
     Study(
         name="pacs_styles",
         claims=(
-            Claim(variant=IMAGE_STYLES, paper="helps under distribution shift; PACS is not in the paper"),
+            Claim(
+                variant=IMAGE_STYLES,
+                paper="helps under distribution shift; PACS is not in the paper",
+                headline=True,
+            ),
         ),
         seeds=5,
         deviation=0.035,
@@ -214,7 +232,9 @@ _ALL = (
         name="pacs_neighbours",
         claims=(
             Claim(
-                variant="mixstyle:preset=pacs", paper="PACS, ResNet-18: 79.5 → 82.8 %, without domain labels"
+                variant="mixstyle:preset=pacs",
+                paper="PACS, ResNet-18: 79.5 → 82.8 %, without domain labels",
+                headline=True,
             ),
             Claim(
                 variant="mixstyle:preset=pacs,match=histogram",
@@ -295,7 +315,11 @@ _ALL = (
         name="mixmo_pretrained",
         about=f"CIFAR-10, 2000 images, 8 epochs, {LITE0}",
         claims=(
-            Claim(variant="mixmo:mixing=cut", paper="CIFAR-100, WRN-28-10 from scratch: 81.8 → 85.5 %"),
+            Claim(
+                variant="mixmo:mixing=cut",
+                paper="CIFAR-100, WRN-28-10 from scratch: 81.8 → 85.5 %",
+                headline=True,
+            ),
             Claim(variant="mixmo:mixing=linear", paper="CIFAR-100, WRN-28-10 from scratch: 81.8 → 83.0 %"),
             Claim(variant="mixmo:mixing=sum", paper="MIMO, CIFAR-100, WRN-28-10 from scratch: 81.8 → 82.9 %"),
         ),

@@ -31,11 +31,13 @@ class Claim:
         variant: as the study writes it.
         paper: the claim, with the figure reported.
         against: what the variant is compared with; a variant of the study, or "bare".
+        headline: whether the README shows it, whatever the runs say; chosen before the first run.
     """
 
     variant: str
     paper: str
     against: str = "bare"
+    headline: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -169,33 +171,41 @@ def progress_line(study: Study) -> Callable[[Comparison, float], None]:
     return said
 
 
+PAPER = "the paper says"
 HEADER = (
     "patched",
-    "the paper says",
+    PAPER,
     "tried on",
     "from → to",
     "gain (95 % interval)",
     "pairs",
-    "seen from",
+    "smallest gain it could show",
     "verdict",
 )
 MOST_ROWS = 8
 
 
-def evidence_table(studies: Iterable[Study], out: Path = FOLDER) -> str:
+def evidence_table(studies: Iterable[Study], out: Path = FOLDER, *, headlines: bool = False) -> str:
     """Write the table "does it help?" in Markdown, from committed runs alone.
 
     A row for each claim with a verdict; what too few pairs say isn't evidence and isn't shown.
+
+    Args:
+        studies: in the order of the rows.
+        out: folder of the studies.
+        headlines: the claims that the README shows, without what the papers say.
     """
-    table = [list(HEADER), ["---"] * len(HEADER)]
+    header = [name for name in HEADER if not headlines or name != PAPER]
+    table = [header, ["---"] * len(header)]
     for study in studies:
         for against, result in study.read(out).items():
-            papers = {claim.variant: claim.paper for claim in study.claims if claim.against == against}
-            table += [
-                _row(study, against, result, verdict, papers[verdict.variant])
-                for verdict in result.verdicts
-                if verdict.word != "too few pairs"
-            ]
+            claims = {claim.variant: claim for claim in study.claims if claim.against == against}
+            for verdict in result.verdicts:
+                claim = claims[verdict.variant]
+                if verdict.word == "too few pairs" or (headlines and not claim.headline):
+                    continue
+                row = _row(study, against, result, verdict, claim.paper)
+                table.append([cell for name, cell in zip(HEADER, row, strict=True) if name in header])
     return "\n".join("| " + " | ".join(row) + " |" for row in table)
 
 
