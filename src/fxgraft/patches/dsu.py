@@ -104,7 +104,7 @@ class DSU(MapPatch):
     )
     where = "behind the first layer, in front of the first of the last four stages, and behind each of these"
     cost = "training: one pass over a map for its statistics and one to change it, at each site; evaluation: none"
-    works_with = "any backbone with maps or tokens, all other methods. Not inside activation checkpointing"
+    works_with = "any backbone with maps or tokens; all other methods; activation checkpointing"
     hurts = "where the style tells the classes apart; small batches, whose spread says little; batches of one"
     presets = presets_by_name(_release("pacs", "PACS"), _release("office_home", "Office-Home"))
 

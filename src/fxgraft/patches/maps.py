@@ -12,7 +12,7 @@ from torch import Tensor
 from fxgraft.graph.grafting.backbone import Backbone
 from fxgraft.graph.grafting.graft import Graft, Make
 from fxgraft.graph.grafting.placement import Placement
-from fxgraft.graph.grafting.unit import PassView, Unit
+from fxgraft.graph.grafting.unit import PassView, Unit, recomputed
 from fxgraft.graph.structure.layout import Layout
 from fxgraft.graph.structure.site import Site
 from fxgraft.graph.structure.sites import SiteSpec
@@ -75,14 +75,11 @@ class MapUnit(Unit):
     def forward(self, x: Tensor) -> Any:
         """Return ``x``, shaped as it is, changed if the unit is on in this pass."""
         config, layout, run = self.config, self.layout, self.current
-        if run is None:
-            self.refuse_recomputation()
+        alone = run is None and not recomputed()  # a part of the model that is called by itself
+        if alone or not config.p or x.shape[0] < 2:
             return x
-        if not config.p or x.shape[0] < 2:
-            return x
-        run.check_images_alone(
-            "Statistics of channels would count positions that are padding.", all_positions=True
-        )
         on = draws.coin(config.p, x.device)
-        run.measure("on", on)
-        return draws.choose(on, lambda: layout.restore(x, config.change(layout.canonical(x), run)), x)
+        if run is not None:  # checkpointing, which runs a part of it again, draws the same again
+            run.check_images_alone("Statistics of channels would count padding.", all_positions=True)
+            run.measure("on", on)
+        return draws.choose(on, lambda: layout.restore(x, config.change(layout.canonical(x), self.run)), x)

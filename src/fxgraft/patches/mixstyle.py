@@ -120,7 +120,7 @@ class MixStyle(MapPatch):
     equation = "y = σ_mix · (x − μ) / σ + μ_mix, with σ_mix = λσ + (1 − λ)σ', μ_mix alike, λ ~ Beta(α, α)"
     where = "behind the first two of the last four stages; of a ViT, behind a quarter and half of its blocks"
     cost = "training: one pass over a map for its statistics and one to change it (a sort for EFDMix); evaluation: none"
-    works_with = "any backbone with maps or tokens, all other methods. Not inside activation checkpointing"
+    works_with = "any backbone with maps or tokens; all other methods; checkpointing, but for domains"
     hurts = "where the style tells the classes apart; behind the last stage; batches of one"
     call_options = ("domains",)
     presets = presets_by_name(

@@ -19,21 +19,19 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from tools.readme import own_methods
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import fxgraft
 from system.contract.cases import SMALL
+from system.contract.expectations import expectation
 
-METHODS: dict[str, dict[str, Any]] = {
-    "crossnorm": {"p": 1.0, "active": None, "consistency": True},
-    "diversification": {"patch": 1, "p_peak": 1.0, "loss": "gradient_boosting"},
-    "gam": {"layers": -1, "hidden": 8},
-    "mixmo": {"p": 1.0},
-    "rsc": {"batch_share": 1.0},
-    "selfnorm": {},
-    "taps": {"layers": -1},
+LOSSES: dict[str, dict[str, Any]] = {
+    "crossnorm": {"consistency": True},
+    "diversification": {"loss": "gradient_boosting"},
 }
+METHODS = {name: {**expectation(name).options, **LOSSES.get(name, {})} for name in own_methods()}
 STEPS, BATCH, CLASSES = 3, 4, 4
 IMAGES = torch.randn(STEPS * BATCH, *SMALL.input_size, generator=torch.Generator().manual_seed(0))
 LABELS = (torch.arange(STEPS * BATCH) * 7 // 3) % CLASSES

@@ -90,7 +90,7 @@ class Backbone:
         return main_stages(self.trace)
 
     def stem_output(self) -> Site | None:
-        """Find what the first of the `main_stages` takes in; None where that is the image."""
+        """Find what the first of the `main_stages` takes in; None where that is the image, or cannot be told."""
         return stem_output(self.trace)
 
     def module_outputs(self) -> list[Site]:

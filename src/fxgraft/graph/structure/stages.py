@@ -85,11 +85,16 @@ def main_stages(trace: ModelTrace, count: int = 4) -> list[Site]:
 
 
 def stem_output(trace: ModelTrace) -> Site | None:
-    """Find the output of the last module before the first of the `main_stages`; None where that takes in the image."""
+    """Find the output of the last module before the first of the `main_stages`.
+
+    None where that stage takes in the image, or is known by its last layer alone.
+    """
     calls, sources = trace.observation.calls, trace.observation.flow.sources
     places = places_in(main_stages(trace)[0].value)
     first = next(site for site in stages(trace) if places_in(site.value) == places)
     stage = first.path or first.owner
+    if not _is_composite(trace, stage):
+        return None
     made = {
         each[0].made[0]: path  # of several that hand one value on the outermost, whose call begins first
         for path, each in reversed(calls.items())
