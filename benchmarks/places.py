@@ -7,10 +7,13 @@ a default of RSC that mutes nothing, class maps of other logits: each shows ther
 from __future__ import annotations
 
 import warnings
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 import fxgraft
 from benchmarks.coverage import SIZES, Record, random_network
@@ -23,6 +26,7 @@ from fxgraft.graph.tracing.model_trace import ModelTrace
 from fxgraft.graph.tracing.observe import default_input_size
 
 IMAGES = 4
+_DROPOUTS = (F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout, F.feature_alpha_dropout)
 _NORMS = nn.modules.batchnorm._NormBase
 
 
@@ -63,13 +67,26 @@ def _warm(model: nn.Module, x: Tensor) -> None:
     momenta = [each.momentum for each in norms]
     for each in norms:
         each.momentum = 1.0
-    _training(model, frozen=False)(x)
+    _logits(model, x, frozen=False)
     for each, momentum in zip(norms, momenta, strict=True):
         each.momentum = momentum
 
 
-def _training(model: nn.Module, frozen: bool = True, live: Collection[nn.Module] = ()) -> nn.Module:
-    """Switch a network to training without what is drawn at random, and with BatchNorm as in evaluation if frozen.
+class _WithoutDropout(TorchFunctionMode):
+    """Dropout that a forward calls as a function is left out: it follows the network's mode, not a layer's."""
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func in _DROPOUTS:
+            return args[0] if args else (kwargs or {})["input"]
+        return func(*args, **(kwargs or {}))
+
+
+def _logits(
+    model: nn.Module, x: Tensor, frozen: bool = True, live: Collection[nn.Module] = (), **options: Any
+) -> Tensor:
+    """Train on a batch without what the network draws at random, and with BatchNorm as in evaluation if frozen.
 
     So that what one image does changes no other image's logits. A layer that carries a graft is ``live``: it acts in
     training alone.
@@ -78,7 +95,8 @@ def _training(model: nn.Module, frozen: bool = True, live: Collection[nn.Module]
     for each in model.modules():
         if is_drop(each) or (frozen and isinstance(each, _NORMS) and each not in live):
             each.eval()
-    return model
+    with _WithoutDropout():
+        return take_logits(model(x, **options))
 
 
 def _grafted(model: nn.Module) -> set[nn.Module]:
@@ -116,7 +134,7 @@ def _gates(model: nn.Module, x: Tensor) -> Iterator[str]:
     except FxgraftError:
         return
     (graft,) = fxgraft.grafts(model)
-    logits = take_logits(_training(model, frozen=False)(x))
+    logits = _logits(model, x, frozen=False)
     (logits * torch.randn_like(logits)).sum().backward()
     for key, unit in graft.units.items():
         gradients = [each.grad for each in unit.parameters()]
@@ -128,7 +146,7 @@ def _gates(model: nn.Module, x: Tensor) -> Iterator[str]:
 
 def _muted(model: nn.Module, x: Tensor) -> Iterator[str]:
     """Each image's logits change when RSC mutes all positions."""
-    shape = take_logits(_training(model)(x)).shape
+    shape = _logits(model, x).shape
     try:
         fxgraft.patch(
             model, "rsc", scope="spatial", spatial_drop=1.0, batch_share=1.0, input_size=tuple(x.shape[1:])
@@ -137,9 +155,9 @@ def _muted(model: nn.Module, x: Tensor) -> Iterator[str]:
         return
     labels = torch.arange(IMAGES) % shape[1] if len(shape) == 2 else torch.zeros(IMAGES, *shape[2:]).long()
     live = _grafted(model)
-    muted = take_logits(_training(model, live=live)(x, target=labels)).detach()
+    muted = _logits(model, x, live=live, target=labels).detach()
     fxgraft.unpatch(model, "rsc")
-    bare = take_logits(_training(model, live=live)(x)).detach()
+    bare = _logits(model, x, live=live).detach()
     same = int((muted == bare).flatten(1).all(1).sum())
     if same:
         yield f"RSC mutes everything, and the logits of {same} of {IMAGES} images are the same"
@@ -153,9 +171,9 @@ def _class_maps(model: nn.Module, x: Tensor) -> Iterator[str]:
         return
     (graft,) = fxgraft.grafts(model)
     live = _grafted(model)
-    mapped = take_logits(_training(model, live=live)(x)).detach()
+    mapped = _logits(model, x, live=live).detach()
     exact = not graft.patch.inexact(graft)
     fxgraft.unpatch(model, "diversification")
-    bare = take_logits(_training(model, live=live)(x)).detach()
+    bare = _logits(model, x, live=live).detach()
     if exact and not torch.allclose(mapped, bare, rtol=1e-3, atol=1e-3 * float(bare.abs().max())):
         yield f"class maps average to other logits, {float((mapped - bare).abs().max()):.2g} apart"

@@ -26,9 +26,8 @@ def write(file: Path, recipe: Any, tensors: dict[str, Tensor], *, signed: bool =
     """Write a file, by default with the digest that its content has."""
     if signed and isinstance(recipe, dict):
         recipe = {**recipe, "sha256": recipes._digest(recipe, tensors)}
-    save_file(
-        {key: value.contiguous() for key, value in tensors.items()}, file, {"fxgraft": json.dumps(recipe)}
-    )
+    metadata = {"format": "pt", "fxgraft": json.dumps(recipe)}
+    save_file({key: value.contiguous() for key, value in tensors.items()}, file, metadata)
 
 
 def rewrite(file: Path, *, signed: bool = True, **changes: Any) -> None:

@@ -56,6 +56,7 @@ SCHEME = "hf-hub:"
 """What the address of a repository of the hub starts with."""
 
 _ENTRY = "fxgraft"
+_FORMAT = {"format": "pt"}  # what readers of safetensors files expect beside it
 _UPGRADE = "Upgrade fxgraft, or load it with the release that wrote it."
 HEADER = Header(
     "fxgraft-recipe",
@@ -203,7 +204,7 @@ def save(
             f"A graft has an option that JSON cannot hold: {error}.\nUse plain values."
         ) from error
     tensors = unshared({k: v for k, v in model.state_dict().items() if weights or k in own})
-    metadata = {"format": "pt", _ENTRY: json.dumps({**recipe, "sha256": _digest(recipe, tensors)})}
+    metadata = {**_FORMAT, _ENTRY: json.dumps({**recipe, "sha256": _digest(recipe, tensors)})}
 
     def write(draft: Path) -> None:
         try:
@@ -440,7 +441,8 @@ def read_recipe(file: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         return _read_former(former)
     try:
         with safe_open(file, framework="pt") as opened:  # once, so that a save in between changes nothing
-            text = (opened.metadata() or {}).get(_ENTRY)
+            metadata = opened.metadata() or {}
+            text = metadata.get(_ENTRY)
             if text is None:
                 raise RecipeError(
                     f"There is no recipe in {str(file)!r}: it is a safetensors file of weights alone.\n"
@@ -461,6 +463,8 @@ def read_recipe(file: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
             f"{str(file)!r} cannot be read: {error}.\n"
             "It is damaged, cut short, or no safetensors file.\nSave the model again, or restore the file."
         ) from error
+    if metadata != {**_FORMAT, _ENTRY: text}:
+        raise _damaged(file, "its metadata holds something other than the format and the recipe")
     if recipe.pop("sha256", None) != _digest(recipe, tensors):
         raise _damaged(file, "its digest is missing, or that of another content")
     check_recipe(recipe, file)

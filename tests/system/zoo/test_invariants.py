@@ -5,7 +5,9 @@ from __future__ import annotations
 import pytest
 import timm
 import torch
+import torch.nn.functional as F
 from benchmarks.places import wrong_places
+from torch import Tensor, nn
 
 from models.backbones import Backbone, available
 
@@ -27,3 +29,21 @@ def test_what_no_logit_reads_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     assert [text.partition(" at ")[0] for text in wrong_places(model, (3, 32, 32))] == [
         "no logit reads SelfNorm's gate"
     ] * 2
+
+
+class CalledDropout(nn.Module):
+    """A network that drops by a function before its classifier, as timm's older ones do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 8, 3)
+        self.classifier = nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        pooled = self.conv(x).relu().mean((2, 3))
+        return self.classifier(F.dropout(pooled, 0.5, self.training))
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_what_is_dropped_at_random_is_not_wrong() -> None:
+    assert wrong_places(CalledDropout(), (3, 16, 16)) == []

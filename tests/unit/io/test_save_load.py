@@ -326,6 +326,10 @@ REFUSED = {
     "gone": (lambda file: file.unlink(), "There is no recipe at .*: no such file"),
     "newer version": (edited(version=3), r"is of version 3; this fxgraft reads version 2.*\n.*\nUpgrade"),
     "no version": (edited(version=...), "is of version None"),
+    "a bit flipped in its metadata": (
+        lambda file: file.write_bytes(file.read_bytes().replace(b'"format":"pt"', b'"format":"qt"', 1)),
+        "its metadata holds something other than the format and the recipe",
+    ),
     "no digest": (lambda file: recipes.rewrite(file, sha256=..., signed=False), "its digest is missing"),
     "another recipe": (
         lambda file: recipes.rewrite(file, progress=0.6, signed=False),
