@@ -80,6 +80,7 @@ system/contract/test_empty.py::test_an_empty_batch_passes
 system/contract/test_exporters.py::test_onnxruntime_computes_the_same
 system/contract/test_loops.py::test_a_loop
 system/contract/test_tools.py::test_activation_checkpointing
+system/contract/test_tools.py::test_autocast
 system/contract/test_tools.py::test_channels_last
 system/contract/test_tools.py::test_compiled_in_one_graph
 system/contract/test_tools.py::test_exported

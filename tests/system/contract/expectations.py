@@ -37,6 +37,7 @@ class Expectation:
         acts: whether its training passes differ from the bare model's; None where that is not known.
         starts_as_bare: evaluation is the bare model's, bit by bit, until parameters of the method are trained.
         folds: whether `fxgraft.merge` can fold what it has trained.
+        replaces: it replaces layers, so that what folds differs from backbone to backbone.
         judged_apart: its own parameters learn from a loss of their own, not from `fxgraft.loss`.
         refusals: by backbone.
     """
@@ -46,6 +47,7 @@ class Expectation:
     acts: bool | None = None
     starts_as_bare: bool = False
     folds: bool | None = None
+    replaces: bool = False
     judged_apart: bool = False
     refusals: Mapping[str, Refusal] = field(default_factory=dict)
 
@@ -130,7 +132,13 @@ EXPECTED: dict[str, Expectation] = {
         refusals={"timm/pit_ti_224": Refusal(r"does not depend on 'transformers\.2\.reshape'")},
     ),
     "mixmo": Expectation(
-        options={"p": 1.0}, neutral={"members": 1}, acts=True, starts_as_bare=True, folds=True, refusals=_ENDS
+        options={"p": 1.0},
+        neutral={"members": 1},
+        acts=True,
+        starts_as_bare=True,
+        folds=True,
+        replaces=True,
+        refusals=_ENDS,
     ),
     "mixstyle": Expectation(options={"p": 1.0}, neutral={"p": 0.0}, acts=True, folds=True),
     "rsc": Expectation(

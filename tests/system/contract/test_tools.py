@@ -18,7 +18,7 @@ from torch import Tensor, nn
 import fxgraft
 from fxgraft import extend
 from models.backbones import NUM_CLASSES
-from system.contract.cases import METHODS, SMALL, Cell, bare, batch, cells, evaluated
+from system.contract.cases import ELSEWHERE, METHODS, SMALL, Cell, bare, batch, cells, evaluated
 
 
 class Subject:
@@ -37,9 +37,28 @@ class Subject:
         return batch(self.cell.backbone)
 
 
-@pytest.fixture(
-    params=cells(backbones=("small", "timm/resnet18", "timm/test_vit"), representative=("small",))
+LARGER = ("timm/resnet18", "timm/test_vit")
+SUBJECTS = cells(
+    lambda cell: cell.works and (cell.backbone is SMALL or cell.method not in ELSEWHERE),
+    representative=("small",),
+    backbones=("small", *LARGER),
 )
+
+
+def in_types(*dtypes: torch.dtype) -> Any:
+    """Every cell in every type on the small network, in the first of them on the larger ones."""
+    return pytest.mark.parametrize(
+        ("subject", "dtype"),
+        [
+            pytest.param(each.values[0], dtype, marks=each.marks, id=f"{each.id}-{dtype}")
+            for each in SUBJECTS
+            for dtype in (dtypes if each.values[0].backbone is SMALL else dtypes[:1])
+        ],
+        indirect=["subject"],
+    )
+
+
+@pytest.fixture(params=SUBJECTS)
 def subject(request: pytest.FixtureRequest) -> Subject:
     return Subject(request.param)
 
@@ -127,9 +146,7 @@ def test_onnx_is_that_of_the_bare_model(tmp_path: Path) -> None:
 
 @pytest.mark.works_with("autocast bf16", where={"dtype": torch.bfloat16})
 @pytest.mark.works_with("autocast fp16", where={"dtype": torch.float16})
-@pytest.mark.parametrize(
-    "dtype", [torch.bfloat16, pytest.param(torch.float16, marks=pytest.mark.sweep)], ids=str
-)
+@in_types(torch.bfloat16, torch.float16)
 def test_autocast(subject: Subject, dtype: torch.dtype) -> None:
     model, plain = subject.patched(), subject.bare()
     x, y = subject.batch()
@@ -147,7 +164,7 @@ def test_autocast(subject: Subject, dtype: torch.dtype) -> None:
 
 @pytest.mark.works_with("bfloat16 weights", where={"dtype": torch.bfloat16})
 @pytest.mark.works_with("float16 weights", where={"dtype": torch.float16})
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)
+@in_types(torch.bfloat16, torch.float16, torch.float64)
 def test_models_of_another_precision(subject: Subject, dtype: torch.dtype) -> None:
     """Patched in that precision, or brought to it afterwards."""
     x, y = subject.batch()

@@ -95,7 +95,7 @@ def test_an_interruption_at_some_lines(act: str) -> None:
 # What is raised in a finaliser goes nowhere: Python reports it and goes on.
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.sweep
-@pytest.mark.parametrize(("kind", "count"), [(KeyboardInterrupt, 30), (MemoryError, 10), (OSError, 10)])
+@pytest.mark.parametrize(("kind", "count"), [(KeyboardInterrupt, 12), (MemoryError, 4), (OSError, 4)])
 @pytest.mark.parametrize("act", ACTS)
 def test_an_interruption_at_more_lines(act: str, kind: type[BaseException], count: int) -> None:
     interrupt(act, kind, count)

@@ -249,7 +249,7 @@ def chosen() -> Callable[[Callable[..., None]], Callable[..., None]]:
         if name in ("save", "load", "pass", "adapt"):
             cells.append(pytest.param(name, KINDS[index % 3], 2, id=f"{name}-few"))
         for kind in KINDS:
-            many = pytest.param(name, kind, 10, id=f"{name}-{kind.__name__}", marks=pytest.mark.sweep)
+            many = pytest.param(name, kind, 4, id=f"{name}-{kind.__name__}", marks=pytest.mark.sweep)
             cells.append(many)
     return pytest.mark.parametrize(("name", "kind", "count"), cells)
 
