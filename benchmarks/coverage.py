@@ -24,10 +24,13 @@ from torch.utils import _pytree as pytree
 import fxgraft
 from fxgraft.graph.grafting.graft import Graft
 from fxgraft.graph.grafting.graft_registry import GraftRegistry
-from fxgraft.graph.tracing.observe import default_input_size
+from fxgraft.graph.tracing.observe import default_input_size, observe
 
 CLASSES = 10
 STACK = ("taps", "rsc", "crossnorm", "selfnorm", "diversification")
+SMALL = (96, 128, 112)
+"""Sides of images that the strides and windows of most networks divide."""
+
 SIZES = {"torchvision/inception_v3": (3, 299, 299)}
 """Where a network does not say itself what images it wants."""
 
@@ -57,17 +60,39 @@ def build(name: str) -> nn.Module:
         return _built(name).to("meta")
 
 
-def _built(name: str) -> nn.Module:
+def _built(name: str, **given: int) -> nn.Module:
     library, _, model = name.partition("/")
     if library == "timm":
-        return timm.create_model(model, num_classes=CLASSES)
+        return timm.create_model(model, num_classes=CLASSES, **given)
     options = {"weights_backbone": None} if hasattr(torchvision.models.segmentation, model) else {}
-    return torchvision.models.get_model(model, weights=None, num_classes=CLASSES, **options)
+    return torchvision.models.get_model(model, weights=None, num_classes=CLASSES, **options, **given)
 
 
 def random_network(name: str) -> nn.Module:
     """Build an architecture with random weights, for `CLASSES` classes."""
     return _built(name)
+
+
+def small_network(name: str) -> tuple[nn.Module, tuple[int, ...]] | None:
+    """Build an architecture for small images, with random weights; None where it takes none.
+
+    Returns:
+        The network, and (C, H, W) of the images.
+    """
+    library = name.partition("/")[0]
+    for side in SMALL:
+        options = {"img_size": side} if library == "timm" else {"image_size": side}
+        for given in (options, {}):
+            try:
+                with torch.device("meta"):
+                    network = _built(name, **given)
+                if given and default_input_size(network)[1] != side:
+                    continue
+                observe(network, (3, side, side))
+            except Exception:  # whatever it raises that is not built for such images
+                continue
+            return _built(name, **given), (3, side, side)
+    return None
 
 
 def structure(name: str) -> Record:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 import fxgraft
-from benchmarks.coverage import SIZES, Record, random_network
+from benchmarks.coverage import SIZES, Record, random_network, small_network
 from fxgraft.errors import FxgraftError
 from fxgraft.graph.dataflow.steps import is_drop
 from fxgraft.graph.structure.outputs import take_logits
@@ -34,13 +34,16 @@ def check_places(name: str) -> Record:
     """Check one architecture of the zoo.
 
     Returns:
-        "wrong": what does not hold, a sentence each; an empty list where all of it does. Or "failed", an error.
+        "wrong": what does not hold, a sentence each; an empty list where all of it does. "size": (C, H, W) of the
+        images, small where the network takes such. Or "failed", an error.
     """
     warnings.simplefilter("ignore")
     torch.manual_seed(0)
     try:
-        model = random_network(name)
-        return {"wrong": wrong_places(model, SIZES.get(name) or default_input_size(model))}
+        small = small_network(name)
+        model, size = small or (random_network(name), SIZES.get(name))
+        size = size or default_input_size(model)
+        return {"wrong": wrong_places(model, size), "size": [*size]}
     except Exception as error:  # as without methods: some want more than images
         return {"failed": f"{type(error).__name__}: {error}".splitlines()[0][:200]}
 

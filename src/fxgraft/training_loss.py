@@ -218,12 +218,19 @@ _OTHER_LABELS = (
 
 
 def _terms(model: nn.Module, out: Any, y: Any, criterion: Criterion) -> dict[str, Tensor]:
-    return {
-        ".".join(filter(None, (path, graft.name, term))): value
-        for path, part in _trained_parts(model, out).items()
-        for graft in grafts_on(part)
-        for term, value in _checked(graft, graft.patch.losses(graft, out, y, criterion)).items()
-    }
+    registries = [registry for part in patched_parts(model).values() if (registry := registry_of(part))]
+    for each in registries:
+        each.context.watch.unasked = None  # what a graft runs for its loss is no pass of the training
+    try:
+        return {
+            ".".join(filter(None, (path, graft.name, term))): value
+            for path, part in _trained_parts(model, out).items()
+            for graft in grafts_on(part)
+            for term, value in _checked(graft, graft.patch.losses(graft, out, y, criterion)).items()
+        }
+    finally:
+        for each in registries:
+            each.context.watch.unasked = 0
 
 
 def _trained_parts(model: nn.Module, out: Any) -> dict[str, nn.Module]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 import weakref
 from collections.abc import Mapping
 from typing import NamedTuple
@@ -9,6 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
+from fxgraft.errors import FxgraftWarning
 from fxgraft.graph.grafting.graft import Graft
 from fxgraft.graph.grafting.graft_registry import GraftRegistry
 from fxgraft.graph.grafting.living import last_change, noted_models
@@ -56,6 +58,7 @@ def patched_parts(model: nn.Module) -> dict[str, nn.Module]:
         change = last_change()
         elsewhere = _all_patched()
         parts = _search(root)
+        _tell_of_new(root, parts)
         elsewhere -= set(map(id, parts.values()))
         _keep(root, parts, elsewhere, change)
     return parts
@@ -68,6 +71,27 @@ def _all_patched() -> set[int]:
 
 def _search(root: nn.Module) -> dict[str, nn.Module]:
     return {path: module for path, module in root.named_modules() if registry_of(module) is not None}
+
+
+def _tell_of_new(root: nn.Module, parts: Mapping[str, nn.Module]) -> None:
+    """Warn of parts that were trained in a model before they were found in it.
+
+    `torch.nn.ModuleList.insert` and `torch.nn.Sequential.insert` write past torch's hook for what is registered.
+    """
+    before = _found.get(id(root))
+    if before is None or before.root() is not root:
+        return
+    for path, part in parts.items():
+        registry = registry_of(part)
+        missed = 0 if registry is None else registry.context.watch.unasked or 0
+        if missed > 1 and path not in before.places and part.training:
+            warnings.warn(
+                f"{path!r} is newly found in this {root._get_name()}, and its last {missed} training passes had no "
+                "share in a loss.\nPut into the model by insert, or past register_module, it is not seen at once.\n"
+                "Use append or an attribute, or put parts in before the training begins.",
+                FxgraftWarning,
+                stacklevel=4,
+            )
 
 
 class _Found(NamedTuple):

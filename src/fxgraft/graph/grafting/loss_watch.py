@@ -59,10 +59,13 @@ class LossWatch:
 
     Attributes:
         asked: whether the loss was ever asked for, in any thread, or the warning was given.
+        unasked: how many training passes there were since; None while the loss is computed.
     """
 
     def __init__(self) -> None:
         self.asked = False
+        self.unasked: int | None = 0
+        self._most = 0
         self._passes = 0
         self._warned = False
         self._trained: set[int] = set()
@@ -78,6 +81,11 @@ class LossWatch:
         Warns:
             FxgraftWarning: gradients came back to two passes before this one, and nobody asked for the loss.
         """
+        if self.unasked is not None:
+            self.unasked += 1
+            if self.unasked >= 2 * max(self._most, 1):  # ever more seldom: some steps are of several passes
+                self._most = self.unasked
+                note_change()  # perhaps it was put into another model where nobody saw it
         if self.asked:
             return
         if len(self._trained) < STEPS:

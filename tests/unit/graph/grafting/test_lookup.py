@@ -297,3 +297,29 @@ def test_a_loss_of_grafts_that_remember_nothing_costs_the_same_for_a_deep_networ
         made.append(calls[0])
         del model, out
     assert made[0] == made[1]
+
+
+@pytest.mark.parametrize("container", [nn.ModuleList, nn.Sequential])
+def test_a_part_that_is_inserted_is_told_and_found(container: type[Any]) -> None:
+    """`insert` writes past torch's own hook for what is registered."""
+
+    class Ensemble(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.members = container()
+            self.members.append(timm.create_model("test_resnet", num_classes=4))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return sum(member(x) for member in self.members)  # type: ignore[return-value]
+
+    part = timm.create_model("test_resnet", num_classes=4)
+    fxgraft.patch(part, "crossnorm", consistency=True, p=1.0)
+    fxgraft.loss(part, part(X), Y).backward()
+    whole = Ensemble()
+    fxgraft.loss(whole, whole(X), Y).backward()
+    whole.members.insert(1, part)
+    fxgraft.losses(whole, whole(X), Y)  # this one lacks it
+    with pytest.warns(fxgraft.FxgraftWarning, match=r"'members\.1' is newly found.* last 2 training passes"):
+        assert "members.1.crossnorm.consistency" in fxgraft.losses(whole, whole(X), Y)
+    assert "members.1.crossnorm.consistency" in fxgraft.losses(whole, whole(X), Y)
+    assert names(whole) == ["members.1"]
