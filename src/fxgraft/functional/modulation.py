@@ -99,10 +99,11 @@ class _Moments(torch.autograd.Function):
         if scale is None:
             out = _affine(x, slope, offset)
             return (out if dy is None else out + dy), None
-        out = _scaled(x, slope, offset)
+        wide = torch.empty_like(x, dtype=torch.promote_types(x.dtype, torch.float32))
+        out = _scaled(x, slope, offset, wide)
         if dy is not None:
-            out.addcmul_(dy, _over(scale, dy))
-        return out, None
+            out.addcmul_(dy.to(out.dtype), _over(scale, out))
+        return out.to(x.dtype), None
 
 
 class _Affine(torch.autograd.Function):
@@ -131,28 +132,34 @@ class _Affine(torch.autograd.Function):
 
 
 def _over(value: Tensor, x: Tensor) -> Tensor:
-    """Bring (B, C) to the dimensions and dtype of `x`."""
-    return value.to(x.dtype).reshape(*value.shape, *[1] * (x.ndim - 2))
+    """Bring (B, C) to the dimensions of `x` and to its dtype, or to float32 where that is narrower.
+
+    Of a channel that hardly varies scale and shift are large and cancel: what they lose in half precision would be
+    larger than the values.
+    """
+    wide = torch.promote_types(x.dtype, torch.float32)
+    return value.to(wide).reshape(*value.shape, *[1] * (x.ndim - 2))
 
 
 def _affine(x: Tensor, scale: Tensor, shift: Tensor | None) -> Tensor:
-    if shift is None:
-        return x * _over(scale, x)
-    return torch.addcmul(_over(shift, x), x, _over(scale, x))
+    out = x * _over(scale, x) if shift is None else torch.addcmul(_over(shift, x), x, _over(scale, x))
+    return out.to(x.dtype)
 
 
-def _scaled(x: Tensor, scale: Tensor, shift: Tensor | None) -> Tensor:
-    """What `_affine` gives, in vector instructions on the CPU; not differentiable.
+def _scaled(x: Tensor, scale: Tensor, shift: Tensor | None, out: Tensor | None = None) -> Tensor:
+    """What `_affine` gives, in vector instructions on the CPU, and rounded once; not differentiable.
 
     The kernel of addcmul falls back to single numbers where a factor stays the same along a row. The one of
     batch normalisation, which with mean 0 and deviation 1 is this very arithmetic, does not.
     """
-    if shift is None or not (_fast(x) and x.is_contiguous()):
-        return _affine(x, scale, shift)
+    # Into a tensor of its own: a view of another may not leave a custom function for in-place operators.
+    out = torch.empty_like(x) if out is None else out
+    if shift is None:
+        return torch.mul(x, _over(scale, x), out=out)
+    if not (_fast(x) and x.is_contiguous()):
+        return torch.addcmul(_over(shift, x), x, _over(scale, x), out=out)
     scale, shift = (each.to(x.dtype).reshape(-1) for each in (scale, shift))
     zeros, ones = torch.zeros_like(scale), torch.ones_like(scale)
-    # Into a tensor of its own: a view of another may not leave a custom function for in-place operators.
-    out = torch.empty_like(x)
     rows = (1, scale.numel(), 1, -1)
     torch.ops.aten.native_batch_norm.out(
         x.view(rows),
@@ -198,7 +205,7 @@ def _plain_sums(dy: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
     """What `_sums` gives; differentiable."""
     dims = tuple(range(2, x.ndim))
     wide = torch.promote_types(x.dtype, torch.float32)
-    return dy.sum(dims, dtype=wide), (dy * x).sum(dims, dtype=wide)
+    return dy.sum(dims, dtype=wide), (dy.to(wide) * x).sum(dims)
 
 
 def _fast(x: Tensor) -> bool:

@@ -133,6 +133,25 @@ def test_memory_order_and_dtype_are_kept(layout: str):
     torch.testing.assert_close(half.float(), y, rtol=0.1, atol=0.05)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_half_precision_where_a_channel_hardly_varies(dtype: torch.dtype) -> None:
+    """Scale and shift are then large and cancel; rounded to half precision they gave values of 12 in place of 0."""
+    g = torch.Generator().manual_seed(0)
+    x = torch.randn(4, 3, 8, 8, generator=g)
+    x[0, 0], x[1, 1] = 5, 5 + x[1, 1] / 100
+    x = x.to(dtype)
+    results = []
+    for leaf in (x.clone().requires_grad_(), x.double().requires_grad_()):
+        y = crossnorm(leaf, torch.tensor([1, 2, 3, 0]))
+        y.double().square().sum().backward()
+        results.append((y.detach().double(), leaf.grad.double()))  # type: ignore[union-attr]
+    (y, grad), (wanted, wanted_grad) = results
+    digits = 2 * torch.finfo(dtype).eps
+    torch.testing.assert_close(y, wanted, rtol=digits, atol=digits)
+    scale = wanted_grad.abs().amax((2, 3), keepdim=True).clamp(min=1)
+    torch.testing.assert_close(grad / scale, wanted_grad / scale, rtol=0, atol=0.1)
+
+
 @pytest.mark.parametrize("channels_last", [False, True])
 @pytest.mark.parametrize("mean", [0.0, 3.0, 50.0, 3000.0])
 def test_statistics_survive_a_mean_far_from_zero(mean: float, channels_last: bool):
