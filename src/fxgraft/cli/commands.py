@@ -43,7 +43,7 @@ app = typer.Typer(
     help="Graft published training methods onto timm and torchvision backbones.",
 )
 
-app.command()(show)
+app.add_typer(show, name="show")
 app.command()(compare)
 app.command()(demo)
 app.command()(sites)

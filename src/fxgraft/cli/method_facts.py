@@ -62,7 +62,7 @@ def card_sections(method: Any) -> dict[str, str]:
     acts = "in training only" if method.train_only else "in training and in evaluation"
     labels = "needs labels in training" if method.needs_labels else "needs no labels"
     own = "adds parameters" if method.adds_parameters else "adds no parameters"
-    shown = "" if method.picture is Patch.picture else f"fxgraft show {method.method} IMAGE"
+    shown = "" if method.picture is Patch.picture else f"fxgraft show effect {method.method} IMAGE"
     found = {
         "idea": method.idea or _description(method),
         "equation": method.equation,

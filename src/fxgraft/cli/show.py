@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from enum import Enum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from typer.core import TyperGroup
 
-from fxgraft.cli.completion import complete_model, complete_shown
+from fxgraft.cli.completion import complete_method, complete_model, complete_shown
 from fxgraft.cli.early_checks import check_method, check_there
 from fxgraft.cli.graft_options import GraftFileOption, GraftOption, PatchOption, chosen_grafts
+from fxgraft.cli.method_facts import all_facts
 from fxgraft.errors import ConfigError
 from fxgraft.spec import PatchSpec
 
@@ -26,88 +28,140 @@ class Mode(str, Enum):
     evaluation = "evaluation"
 
 
-def show(
-    what: Annotated[
-        str,
-        typer.Argument(
-            help="A model (resnet50, torchvision/resnet50, …), a method, or maps.",
-            autocompletion=complete_shown,
-        ),
+class _Show(TyperGroup):
+    """Takes ``fxgraft show resnet50 ...`` and ``fxgraft show rsc photo.jpg ...`` too, as before there were two."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        if args and args[0] not in self.commands and args[0] != "--help":
+            args = ["either", *args]
+        return super().parse_args(ctx, args)
+
+
+show = typer.Typer(cls=_Show, no_args_is_help=True, help="Show what patches change, and what methods do.")
+
+OutOption = Annotated[Path | None, typer.Option(help="The picture to write: .svg, .html, .png, .pdf.")]
+ModeOption = Annotated[Mode, typer.Option(help="Whose graph to show.")]
+ImagesArgument = Annotated[list[Path], typer.Argument(metavar="IMAGE...", help="What to look at.")]
+NetworkOption = Annotated[
+    str | None,
+    typer.Option(
+        "--model",
+        help="The model it is shown on.",
+        show_default="tf_efficientnet_lite0 if its weights are installed, else resnet50",
+        autocompletion=complete_model,
+    ),
+]
+PretrainedOption = Annotated[
+    bool, typer.Option("--pretrained", help="Download the library's weights; else they are random.")
+]
+WeightsOption = Annotated[Path | None, typer.Option(help="Weights of your own: a saved state_dict.")]
+ClassesOption = Annotated[int | None, typer.Option(help="Number of classes of those weights.")]
+SizeOption = Annotated[int | None, typer.Option(help="Side of the images; the model's own without it.")]
+TopOption = Annotated[int, typer.Option(help="How many classes to draw, where a picture has some.")]
+HeadOption = Annotated[str | None, typer.Option(help="The classifier, where there are several.")]
+SeedOption = Annotated[int, typer.Option(help="Of what a method draws.")]
+NamesOption = Annotated[
+    str | None,
+    typer.Option(help="Names of the classes: imagenet, or a file, a name a line; ImageNet's are known."),
+]
+
+
+@show.command()
+def graph(
+    model: Annotated[
+        str, typer.Argument(help="resnet50, torchvision/resnet50, …", autocompletion=complete_model)
     ],
-    images: Annotated[
-        list[Path] | None, typer.Argument(metavar="[IMAGE]...", help="With a method: what to look at.")
-    ] = None,
+    graft: GraftOption = None,
+    graft_file: GraftFileOption = None,
+    out: OutOption = None,
+    mode: ModeOption = Mode.training,
+    size: SizeOption = None,
+) -> None:
+    """Show which lines of a model's code grafts change, and draw the graphs of these modules.
+
+    fxgraft show graph resnet50 --graft rsc:layer=layer4 --out graph.svg
+    """
+    _show_model(model, chosen_grafts(graft, graft_file), out, mode, size)
+
+
+@show.command()
+def effect(
+    method: Annotated[str, typer.Argument(help="A method, or maps.", autocompletion=complete_method)],
+    images: ImagesArgument,
+    graft: GraftOption = None,
+    graft_file: GraftFileOption = None,
+    out: OutOption = None,
+    model: NetworkOption = None,
+    pretrained: PretrainedOption = False,
+    weights: WeightsOption = None,
+    classes: ClassesOption = None,
+    size: SizeOption = None,
+    top: TopOption = 3,
+    head: HeadOption = None,
+    seed: SeedOption = 0,
+    class_names: NamesOption = None,
+) -> None:
+    """Draw what a method does with images: METHOD.png, or what --out says.
+
+    fxgraft show effect rsc photo.jpg --model resnet50 --pretrained
+    """
+    for path in (*images, *([] if weights is None else [weights])):
+        check_there(path, "The file")
+    check_method("diversification" if method == MAPS else method)
+    texts = [*(spec.text for spec in chosen_grafts((), graft_file)), *(graft or ())]
+    _show_method(
+        method, images, texts, out, model=model, size=size, top=top, head=head, seed=seed, weights=weights,
+        classes=classes, pretrained=pretrained, class_names=class_names,
+    )  # fmt: skip
+
+
+@show.command(hidden=True)
+def either(
+    what: Annotated[str, typer.Argument(autocompletion=complete_shown)],
+    images: Annotated[list[Path] | None, typer.Argument()] = None,
     graft: GraftOption = None,
     graft_file: GraftFileOption = None,
     patch: PatchOption = None,
-    out: Annotated[
-        Path | None,
-        typer.Option(
-            help="The picture to write: .svg, .html, .png, .pdf. With a method, METHOD.png without it."
-        ),
-    ] = None,
-    mode: Annotated[Mode, typer.Option(help="With a model: whose graph to show.")] = Mode.training,
-    model: Annotated[
-        str, typer.Option(help="With a method: the model it is shown on.", autocompletion=complete_model)
-    ] = "resnet50",
-    pretrained: Annotated[
-        bool, typer.Option("--pretrained", help="Download the library's weights; else they are random.")
-    ] = False,
-    weights: Annotated[Path | None, typer.Option(help="Weights of your own: a saved state_dict.")] = None,
-    classes: Annotated[int | None, typer.Option(help="Number of classes of those weights.")] = None,
-    size: Annotated[
-        int | None, typer.Option(help="Side of the images; with a method, 224 without it.")
-    ] = None,
-    top: Annotated[int, typer.Option(help="With maps: how many classes to draw.")] = 3,
-    head: Annotated[
-        str | None, typer.Option(help="With maps: the classifier, where there are several.")
-    ] = None,
-    seed: Annotated[int, typer.Option(help="Of what a method draws.")] = 0,
-    class_names: Annotated[
-        str | None,
-        typer.Option(
-            help="Names of the classes, for a picture of a method: imagenet, or a file, a name a line."
-        ),
-    ] = None,
+    out: OutOption = None,
+    mode: ModeOption = Mode.training,
+    model: NetworkOption = None,
+    pretrained: PretrainedOption = False,
+    weights: WeightsOption = None,
+    classes: ClassesOption = None,
+    size: SizeOption = None,
+    top: TopOption = 3,
+    head: HeadOption = None,
+    seed: SeedOption = 0,
+    class_names: NamesOption = None,
 ) -> None:
-    """Show what patches change in a model, or what a method does with an image.
-
-    fxgraft show resnet50 --graft rsc:layer=layer4 --out graph.svg
-
-    fxgraft show rsc photo.jpg --model resnet50 --pretrained
-
-    fxgraft show maps photo.jpg
-    """
-    for path in (*(images or ()), *([] if weights is None else [weights])):
-        check_there(path, "The file")
-    if images:
-        check_method("diversification" if what == MAPS else what)
-        options = {
-            "weights": weights,
-            "classes": classes,
-            "pretrained": pretrained,
-            "class_names": class_names,
-        }
-        texts = [*(spec.text for spec in chosen_grafts((), graft_file)), *(graft or ()), *(patch or ())]
-        _show_method(what, images, texts, out, model, size, top, head, seed, **options)
+    """Show a model's graph, or a method's effect where there are images."""
+    grafts = [*(graft or ()), *(patch or ())]
+    if not images:
+        graph(what, grafts, graft_file, out, mode, size)
     else:
-        _show_model(what, chosen_grafts(graft, graft_file, patch), out, mode, size)
+        effect(
+            what, images, grafts, graft_file, out, model, pretrained, weights, classes, size, top, head, seed,
+            class_names,
+        )  # fmt: skip
 
 
 def _show_model(name: str, specs: list[PatchSpec], out: Path | None, mode: Mode, size: int | None) -> None:
+    if name in (*all_facts(), MAPS):
+        raise ConfigError(
+            f"{name!r} is a method, and there is no image to show it on.\n"
+            f"Give one: fxgraft show effect {name} photo.jpg. What it changes in a model: "
+            f"fxgraft show graph resnet50 --graft {name if name != MAPS else 'diversification'}."
+        )
+    if not specs:
+        raise ConfigError("Nothing to show: give at least one --graft, for example --graft rsc:layer=layer4.")
     import fxgraft
     from fxgraft.graph.grafting.views import view_grafts
     from fxgraft.models import build_model
     from fxgraft.viz.code_difference import differences
+    from fxgraft.viz.drawing import check_ending
 
-    if name in (*fxgraft.methods(), MAPS):
-        raise ConfigError(
-            f"{name!r} is a method, and there is no image to show it on.\n"
-            f"Give one: fxgraft show {name} photo.jpg. What it changes in a model: "
-            f"fxgraft show resnet50 --graft {name if name != MAPS else 'diversification'}."
-        )
-    if not specs:
-        raise ConfigError("Nothing to show: give at least one --graft, for example --graft rsc:layer=layer4.")
+    if out is not None:
+        check_ending(out)
     network = build_model(name, input_size=size)
     for spec in specs:
         shape = {} if size is None else {"input_size": (3, size, size)}
@@ -131,45 +185,43 @@ def _show_model(name: str, specs: list[PatchSpec], out: Path | None, mode: Mode,
 def _show_method(
     method: str,
     images: list[Path],
-    patches: list[str],
+    grafts: list[str],
     out: Path | None,
-    model: str,
+    *,
+    model: str | None,
     size: int | None,
     top: int,
     head: str | None,
     seed: int,
-    *,
     weights: Path | None,
     classes: int | None,
     pretrained: bool,
     class_names: str | None,
 ) -> None:
-    import fxgraft
-    from fxgraft.errors import UnknownGraftError, candidates
-    from fxgraft.models import build_model, load_weights
-    from fxgraft.spec import parse_patch_spec
-    from fxgraft.viz.pictures import check_picture, picture_of, read_class_names, read_images, save_picture
+    from fxgraft.cli.shown_model import shown_model
+    from fxgraft.spec import parse_grafts
+    from fxgraft.viz.drawing import check_ending, save_picture
+    from fxgraft.viz.pictures import check_picture, picture_of, read_class_names, read_images, size_and_crop
 
-    wanted = "diversification" if method == MAPS else method
-    if wanted not in fxgraft.methods():
-        raise UnknownGraftError(f"There is no method {method!r}.\n{candidates(method, fxgraft.methods())}")
+    path = Path(f"{method}.png") if out is None else out
+    check_ending(path)
+    wanted = "diversification" if method == MAPS else method.replace("-", "_")
     check_picture(wanted)
     options: dict[str, object] = {} if head is None else {"head": head}
-    for text in patches:
+    for text in grafts:
         if text.isdigit():
             options["patch"] = int(text)
             continue
-        spec = parse_patch_spec(text)
-        if spec.method != wanted:
-            raise ConfigError(f"--graft {text!r} is for {spec.method!r}, and {wanted!r} is shown.")
-        options |= spec.options
-    side = 224 if size is None else size
-    pixels = read_images(images, side)
-    names = [] if class_names is None else read_class_names(class_names)
-    network = build_model(model, classes, pretrained=pretrained, input_size=side).eval()
-    if weights is not None:
-        load_weights(network, weights)
-    picture = picture_of(network, wanted, pixels, options, top=top, seed=seed, names=names)
-    path = Path(f"{method}.png") if out is None else out
+        for spec in parse_grafts(text):
+            if spec.method != wanted:
+                raise ConfigError(f"--graft {text!r} is for {spec.method!r}, and {wanted!r} is shown.")
+            options |= spec.options
+    shown = shown_model(model, classes, pretrained, weights, size, seed)
+    own, crop = size_and_crop(shown.network)
+    pixels = read_images(images, own if size is None else size, crop)
+    names = shown.names if class_names is None else read_class_names(class_names)
+    picture = picture_of(
+        shown.network, wanted, pixels, options, top=top, seed=seed, names=names, trained=shown.trained
+    )
     save_picture(picture, path)
-    typer.echo(f"{path}: {picture.caption}")
+    typer.echo(f"{path}: {picture.caption}" + (f"\n{picture.note}" if picture.note else ""))

@@ -273,18 +273,20 @@ def method_pictures(setup: Setup, variants: Sequence[Variant], images: Sequence[
         variants: whose methods are drawn, once each.
         images: decoded, two or more.
     """
-    from fxgraft.viz.pictures import methods_with_pictures, picture_of, save_picture, squares
+    from fxgraft.viz.drawing import save_picture
+    from fxgraft.viz.pictures import methods_with_pictures, picture_of, squares
 
     known = methods_with_pictures()
     batch = squares(images, setup.size)
-    start = "pretrained weights" if setup.pretrained or setup.weights else "untrained weights"
+    trained = bool(setup.pretrained or setup.weights)
+    start = "pretrained weights" if trained else "untrained weights"
     found: dict[str, Photo] = {}
     for variant in variants:
         for method, options in variant.grafts:
             if method not in known or method in found:
                 continue
             model = setup.build(type(variant)("bare"), 0)
-            picture = picture_of(model, method, batch, options)
+            picture = picture_of(model, method, batch, options, trained=trained)
             with tempfile.TemporaryDirectory() as folder:
                 file = Path(folder, "picture.png")
                 save_picture(picture, file)

@@ -220,7 +220,7 @@ class Patch(Placer):
         return {name: mean_of(values) for name, values in graft.measured().items()}
 
     def picture(self, graft: Graft, view: View) -> Picture:
-        """Show what the method does with images, for ``fxgraft show METHOD IMAGE``; not every method has a picture.
+        """Show what the method does with images, for ``fxgraft show effect``; not every method has a picture.
 
         Args:
             graft: of ``view.model``.

@@ -5,7 +5,7 @@ A method returns a `Picture` of `Panel` objects from `Patch.picture`; the comman
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from torch import Tensor, nn
@@ -25,6 +25,8 @@ class View:
         top: how many classes to show, for pictures that show some.
         seed: for draws that a generator of their own makes; torch's is seeded with it.
         names: of the classes, in their order; empty where nobody gave them.
+        layouts: returns the layouts of the bare model's sites by their names, as words ("NCHW", "NLC, 1 prefix"); ''
+            where one is not seen at once.
     """
 
     model: nn.Module
@@ -35,10 +37,19 @@ class View:
     top: int = 3
     seed: int = 0
     names: Sequence[str] = ()
+    layouts: Callable[[], Mapping[str, str]] = dict
 
     def class_name(self, number: int) -> str:
         """Return the name of a class, or "class 7" where there are no names."""
         return self.names[number] if self.names else f"class {number}"
+
+    @staticmethod
+    def grid(values: Tensor) -> Tensor:
+        """Arrange positions, of a map (h, w) or tokens (L,), in rows and columns: as near to a square as can be."""
+        if values.ndim == 2:
+            return values
+        rows = max(n for n in range(1, int(len(values) ** 0.5) + 1) if len(values) % n == 0)
+        return values.view(rows, -1)
 
 
 @dataclass(frozen=True)
@@ -52,6 +63,10 @@ class Panel:
         hatched: bool (h, w), cells to hatch.
         cross: (row, column) of a cell to mark, of ``hatched`` or ``heat``.
         curves: values by name, (n,) each, where there is no image.
+        unit: what the numbers of ``heat`` or ``curves`` are, for the colour bar and the axis.
+        along: what ``curves`` run along.
+        hatched_as: what hatching means, for the legend.
+        cross_as: what the cross means, for the legend.
     """
 
     title: str
@@ -60,6 +75,10 @@ class Panel:
     hatched: Tensor | None = None
     cross: tuple[int, int] | None = None
     curves: Mapping[str, Tensor] = field(default_factory=dict)
+    unit: str = ""
+    along: str = "channel"
+    hatched_as: str = "acted on"
+    cross_as: str = "peak"
 
 
 @dataclass(frozen=True)
@@ -69,7 +88,9 @@ class Picture:
     Attributes:
         rows: panels, row by row, of any lengths.
         caption: one line on what it shows.
+        note: what has to be known to read it, above it; '' for nothing.
     """
 
     rows: Sequence[Sequence[Panel]]
     caption: str
+    note: str = ""

@@ -28,12 +28,15 @@ from fxgraft.extend import (
     Graft,
     Layout,
     Make,
+    Panel,
     PassView,
+    Picture,
     Placement,
     Preset,
     Structure,
     Training,
     Unit,
+    View,
     acted_on,
     preserved_modes,
     presets_by_name,
@@ -211,6 +214,48 @@ class SelfNorm(BlockPatch):
         """Warn where weights that were trained have come to the network since it was patched, or still are there."""
         if self._halves(graft, model):
             _warn(model._get_name())
+
+    def picture(self, graft: Graft, view: View) -> Picture:
+        """Show how far the gates open for each image: on the mean of each unit, and channel by channel."""
+        units = graft.units_of(SelfNormUnit)
+        images = {f"image {index + 1}": image for index, image in enumerate(view.images[: view.given])}
+        opened: dict[str, list[Tensor]] = {}
+        hooks = [
+            gate.register_forward_hook(lambda _, args, out, key=key: opened.setdefault(key, []).append(out))
+            for key in ("g", "f")
+            for unit in units
+            if (gate := getattr(unit, key)) is not None
+        ]
+        with torch.no_grad():
+            view.model.eval()(view.inputs[: view.given])
+        for hook in hooks:
+            hook.remove()
+        named = {key: f"gate {key}" if len(opened) > 1 else "gate" for key in opened}
+        depth = {
+            f"{named[key]}, {name}": torch.stack([gate[row].mean() for gate in gates])
+            for key, gates in opened.items()
+            for row, name in enumerate(images)
+        }
+        rows = [
+            [Panel(name, image) for name, image in images.items()],
+            [Panel("mean gate of each unit", curves=depth, unit="mean gate", along="unit, in running order")],
+        ]
+        shown = sorted({0, len(units) // 2, len(units) - 1})
+        for key, gates in opened.items():
+            order = [gates[index][0].argsort() for index in shown]
+            rows.append(
+                [
+                    Panel(
+                        f"{named[key]} at {units[index].key}",
+                        curves={name: gates[index][row][by] for row, name in enumerate(images)},
+                        unit="gate",
+                        along="channel, sorted by the first's",
+                    )
+                    for index, by in zip(shown, order, strict=True)
+                ]
+            )
+        fresh = "untrained gates, which change nothing yet" if all(unit.fresh for unit in units) else ""
+        return Picture(rows, f"{', '.join(named.values())} of {len(units)} units", fresh)
 
     def describe(self, graft: Graft) -> str:
         """Say how many units there are, where, and how their gates start; on trained weights, what that does."""

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from fxgraft.extend import (
     Backbone,
@@ -14,11 +15,15 @@ from fxgraft.extend import (
     ConfigError,
     Graft,
     LayeredPatch,
+    Layout,
     Make,
+    Panel,
+    Picture,
     Placement,
     SiteSpec,
     Unit,
     UnknownGraftError,
+    View,
     candidates,
     grafts_in,
     register,
@@ -26,6 +31,9 @@ from fxgraft.extend import (
     tap_placements,
     unwrapped,
 )
+
+_USUAL = {4: "NCHW", 3: "NLC", 2: "NC"}
+"""Layouts to draw values by, where a listing of sites does not say their own."""
 
 
 @register("taps")
@@ -88,6 +96,25 @@ class Taps(LayeredPatch):
         """Name the sites."""
         how = "detached" if self.detach else "gradients flow"
         return f"records {', '.join(graft.units)} ({how})"
+
+    def picture(self, graft: Graft, view: View) -> Picture:
+        """Show what is recorded: the mean of the channels over each image, and vectors as curves."""
+        with torch.no_grad():
+            _, found = tapped(view.model.eval(), view.inputs[: view.given])
+        layouts = view.layouts()
+        rows = [[Panel("image", image)] for image in view.images[: view.given]]
+        for key, value in found.items():
+            if not isinstance(value, Tensor) or value.ndim not in _USUAL:
+                continue
+            name, _, prefix = (layouts.get(key) or _USUAL[value.ndim]).partition(", ")
+            values = Layout(name, int(prefix.partition(" ")[0] or 0)).canonical(value)
+            for row, each in zip(rows, values, strict=True):
+                if each.ndim == 1:
+                    row.append(Panel(key, curves={"value": each}, unit="value"))
+                else:
+                    heat = view.grid(each.mean(0))
+                    row.append(Panel(key, row[0].image, heat, unit="mean of the channels"))
+        return Picture(rows, f"values at {', '.join(found)}")
 
     def merge(self, graft: Graft, model: nn.Module) -> None:
         """Leave the stock weights as they are: taps change nothing."""

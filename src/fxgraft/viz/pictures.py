@@ -1,31 +1,31 @@
-"""Pictures of what a method does with an image: ``fxgraft show METHOD IMAGE``, drawn with matplotlib."""
+"""Pictures of what methods do with images: ``fxgraft show effect METHOD IMAGE``, and those that a training logs."""
 
 from __future__ import annotations
 
-import io
-from collections.abc import Mapping, Sequence
-from html import escape
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from PIL import Image, ImageOps
 from torch import Tensor, nn
 from torchvision.transforms.v2.functional import pil_to_tensor
 
 import fxgraft
-from fxgraft.errors import ConfigError
-from fxgraft.io.atomic_write import write_text
+from fxgraft.errors import ConfigError, FxgraftError, UnknownGraftError, candidates
+from fxgraft.graph.grafting.lookup import grafts_on, patched_parts
 from fxgraft.io.images import read_rgb
-from fxgraft.patches.pictures import Panel, Picture, View
+from fxgraft.patches.pictures import Picture, View
 
 IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 """Mean and deviation of the colours, for models that do not say what they were trained with."""
 
-
 IMAGENET_NAMES = "imagenet"
 """What stands for the names of ImageNet's 1000 classes."""
+
+UNTRAINED = "untrained weights: what is seen here is chance"
 
 
 def methods_with_pictures() -> list[str]:
@@ -37,24 +37,49 @@ def check_picture(method: str) -> None:
     """Raise unless a method has a picture.
 
     Raises:
+        UnknownGraftError: there is no such method.
         ConfigError: it has none; lists those that have one.
     """
+    if method not in fxgraft.methods():
+        raise UnknownGraftError(f"There is no method {method!r}.\n{candidates(method, fxgraft.methods())}")
     if method not in (known := methods_with_pictures()):
         raise ConfigError(
             f"{method!r} has no picture.\nThere are pictures of {', '.join(map(repr, known))}.\n"
-            f"What it changes in a model: fxgraft show MODEL --graft {method}."
+            f"What it changes in a model: fxgraft show graph MODEL --graft {method}."
         )
 
 
-def read_images(paths: Sequence[Path], size: int) -> Tensor:
+def read_images(paths: Sequence[Path], size: int, crop: float = 1.0) -> Tensor:
     """Read images as squares of one size: (B, 3, size, size), colours in [0, 1].
+
+    Args:
+        paths: of the files.
+        size: side of the squares.
+        crop: share of the shorter side that is kept, around the centre.
 
     Raises:
         ConfigError: no size, or a file that isn't an image.
     """
     if size < 1:
         raise ConfigError(f"--size must be at least 1 pixel, got {size}.")
-    return squares([read_rgb(path, repr(str(path))) for path in paths], size)
+    return squares([read_rgb(path, repr(str(path))) for path in paths], size, crop)
+
+
+def squares(images: Sequence[Image.Image], size: int, crop: float = 1.0) -> Tensor:
+    """Crop images about their centres to squares of one size: (B, 3, size, size), colours in [0, 1]."""
+    side = round(size / crop)
+    border = (side - size) // 2
+    box = (border, border, border + size, border + size)
+    fitted = [
+        ImageOps.fit(image, (side, side), method=Image.Resampling.BICUBIC).crop(box) for image in images
+    ]
+    return torch.stack([pil_to_tensor(image) for image in fitted]).float() / 255
+
+
+def size_and_crop(model: nn.Module) -> tuple[int, float]:
+    """Return the side of the images that a model was made for, and the share of an image that it sees of them."""
+    config: Any = getattr(model, "pretrained_cfg", None) or {}
+    return int((config.get("input_size") or (3, 224, 224))[-1]), float(config.get("crop_pct") or 0.875)
 
 
 def read_class_names(given: str) -> list[str]:
@@ -81,12 +106,6 @@ def read_class_names(given: str) -> list[str]:
         ) from error
 
 
-def squares(images: Sequence[Image.Image], size: int) -> Tensor:
-    """Crop images about their centres to squares of one size: (B, 3, size, size), colours in [0, 1]."""
-    fitted = [ImageOps.fit(image, (size, size), method=Image.Resampling.BICUBIC) for image in images]
-    return torch.stack([pil_to_tensor(image) for image in fitted]).float() / 255
-
-
 def picture_of(
     model: nn.Module,
     method: str,
@@ -96,6 +115,7 @@ def picture_of(
     top: int = 3,
     seed: int = 0,
     names: Sequence[str] = (),
+    trained: bool = True,
 ) -> Picture:
     """Patch a model with one method and have it show what it does with images.
 
@@ -107,6 +127,7 @@ def picture_of(
         top: how many classes to show, highest score first, where a picture shows some.
         seed: of all draws.
         names: of the classes, in the order of the model's outputs; numbers stand for them without.
+        trained: whether the model's weights are; the picture says so where they are not.
 
     Raises:
         ConfigError: the method has no picture, a number is out of range, or there are not as many names as classes.
@@ -115,16 +136,12 @@ def picture_of(
     check_picture(method)
     if top < 1:
         raise ConfigError(f"There must be at least one class to draw, got top={top}.")
-    size = (3, *images.shape[-2:])
-    given = len(images)
-    if given < 2:  # methods that exchange something between images need a second one
-        images = torch.cat((images, 1 - images.flip(-1)))
     config: Any = getattr(model, "pretrained_cfg", None) or {}
     mean, std = (config.get(key) or default for key, default in zip(("mean", "std"), IMAGENET, strict=True))
+    given, images = len(images), _at_least_two(images)
     inputs = (images - torch.tensor(mean).view(-1, 1, 1)) / torch.tensor(std).view(-1, 1, 1)
     with torch.no_grad():
         logits = model.eval()(inputs)
-    labels = logits.argmax(1)
     if names and len(names) != logits.shape[1]:
         raise ConfigError(
             f"There are {len(names)} names of classes, and the model has {logits.shape[1]} classes.\n"
@@ -132,102 +149,62 @@ def picture_of(
         )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        fxgraft.patch(model, method, **{"input_size": size, **(options or {})})
+        fxgraft.patch(model, method, **{"input_size": (3, *images.shape[-2:]), **(options or {})})
         (graft,) = fxgraft.grafts(model)
-        view = View(model, images, inputs, labels, given=given, top=top, seed=seed, names=names)
-        return graft.patch.picture(graft, view)
+        layouts = _layouts(model, images)
+        view = View(model, images, inputs, logits.argmax(1), given, top, seed, names, layouts)
+        found = graft.patch.picture(graft, view)
+    notes = [] if trained else [UNTRAINED]
+    return replace(found, note="; ".join([*notes, *([found.note] if found.note else [])]))
 
 
-def save_picture(picture: Picture, path: Path) -> None:
-    """Draw a picture: heat over images, cells hatched, a cross at a peak, and curves.
+def pictures_of_grafts(model: nn.Module, inputs: Tensor, seed: int = 0) -> dict[str, Picture]:
+    """Have the grafts of a model show what they do with images, with the weights that it has now.
 
-    Raises:
-        ConfigError: matplotlib is not installed, or the file cannot be written.
-    """
-    rows = [row for row in picture.rows if row]
-    columns = max(map(len, rows))
-    figure = matplotlib_figure(figsize=(3 * columns, 3.4 * len(rows)), layout="constrained")
-    grid = figure.add_gridspec(len(rows), columns)
-    for index, row in enumerate(rows):
-        # A row of curves alone is stretched over the width.
-        wide = len(row) < columns and all(panel.image is None for panel in row)
-        edges = [round(i * columns / len(row)) if wide else i for i in range(len(row) + 1)]
-        for panel, start, end in zip(row, edges, edges[1:], strict=False):
-            _draw(figure.add_subplot(grid[index, start:end]), panel)
-    write_picture(figure, path)
-
-
-def matplotlib_figure(**options: Any) -> Any:
-    """Return an empty figure of matplotlib, which no window shows.
-
-    Raises:
-        ConfigError: matplotlib is not installed.
-    """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ConfigError(
-            'Pictures need matplotlib, which is not installed.\nInstall it with: pip install "fxgraft[viz]".'
-        ) from error
-    return Figure(**options)
-
-
-def write_picture(figure: Any, path: Path, title: str = "") -> None:
-    """Write a figure in the format that the file's name asks for.
+    The model is left as it is: a copy of each patched part, on the CPU, is used up. Grafts without a picture, and
+    those that cannot draw one of these images, are left out.
 
     Args:
-        figure: of matplotlib.
-        path: the file: ``.svg``, ``.png`` or ``.pdf``, or ``.html`` with the picture in it.
-        title: of the page, for ``.html``.
+        model: patched, or with patched parts that take images and return logits.
+        inputs: (B, 3, S, S), as the model takes them; two are drawn, their colours stretched to [0, 1].
+        seed: of all draws.
 
-    Raises:
-        ConfigError: it cannot be written.
+    Returns:
+        Pictures by the names of the grafts, with the part's name before it where it is on a part.
     """
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if path.suffix != ".html":
-            figure.savefig(path, dpi=120)
-            return
-        held = io.StringIO()
-        figure.savefig(held, format="svg")
-        svg = held.getvalue()
-        page = f'<!doctype html>\n<meta charset="utf-8">\n<title>{escape(title)}</title>\n'
-        write_text(path, page + svg[svg.index("<svg") :])
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"Cannot write the picture {str(path)!r}: {error}.") from error
+    shown = inputs[:2].detach().cpu().float()
+    low, high = (getattr(shown.flatten(1), which)(1).values.view(-1, 1, 1, 1) for which in ("min", "max"))
+    colours, given = _at_least_two((shown - low) / (high - low).clamp(min=1e-6)), len(shown)
+    shown = shown if given > 1 else torch.cat((shown, -shown.flip(-1)))
+    found: dict[str, Picture] = {}
+    for path, part in patched_parts(model).items():
+        for graft in grafts_on(part):
+            if type(graft.patch).picture is fxgraft.Patch.picture:
+                continue
+            alone = copy.deepcopy(part).cpu().float().eval()
+            others = [each.name for each in grafts_on(alone) if each.name != graft.name]
+            if others:
+                fxgraft.unpatch(alone, *others)
+            (own,) = grafts_on(alone)
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(seed)
+                try:
+                    with torch.no_grad():
+                        labels = alone(shown).argmax(1)
+                    layouts = _layouts(alone, shown)
+                    view = View(alone, colours, shown, labels, given, seed=seed, layouts=layouts)
+                    found[".".join(filter(None, (path, graft.name)))] = own.patch.picture(own, view)
+                except (FxgraftError, AttributeError, RuntimeError, ValueError):
+                    continue  # a part whose output isn't logits, a site without positions
+    return found
 
 
-def _draw(axis: Any, panel: Panel) -> None:
-    axis.set_title(panel.title, fontsize=9, wrap=True)
-    if panel.image is None:
-        for (name, values), style in zip(panel.curves.items(), ("-", "-", "--", ":") * 4, strict=False):
-            axis.plot(values.detach().numpy(), style, label=name, linewidth=1.2)
-        axis.set_xlabel("channel")
-        axis.legend(fontsize=8)
-        return
-    side = panel.image.shape[-1]
-    axis.imshow(panel.image.permute(1, 2, 0).numpy())
-    if panel.heat is not None:
-        smooth = F.interpolate(
-            panel.heat.detach()[None, None], size=(side, side), mode="bilinear", align_corners=False
-        )
-        axis.imshow(smooth[0, 0].numpy(), cmap="viridis", alpha=0.6)
-    if panel.hatched is not None:
-        _hatch(axis, panel.hatched, side)
-    if panel.cross is not None:
-        cells = panel.hatched if panel.hatched is not None else panel.heat
-        height, width = cells.shape if cells is not None else (side, side)
-        row, column = panel.cross
-        axis.plot((column + 0.5) * side / width - 0.5, (row + 0.5) * side / height - 0.5, "rx", markersize=10)
-    axis.set_axis_off()
+def _layouts(model: nn.Module, images: Tensor) -> Callable[[], dict[str, str]]:
+    """Return what lists the layouts of a model's sites, by name, when it is asked."""
+    size: Any = tuple(images.shape[1:])
+    return lambda: {site.name: site.layout for site in fxgraft.sites(model, input_size=size)}
 
 
-def _hatch(axis: Any, cells: Tensor, side: int) -> None:
-    from matplotlib.patches import Rectangle
-
-    height, width = cells.shape
-    for row, column in cells.nonzero().tolist():
-        corner = (column * side / width - 0.5, row * side / height - 0.5)
-        cell = Rectangle(corner, side / width, side / height, fill=False, hatch="////", linewidth=0)
-        cell.set_edgecolor("white")
-        axis.add_patch(cell)
+def _at_least_two(images: Tensor) -> Tensor:
+    """Add to a single image its negative, mirrored: methods that exchange something need a second one."""
+    return images if len(images) > 1 else torch.cat((images, 1 - images.flip(-1)))

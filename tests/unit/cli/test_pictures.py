@@ -5,10 +5,12 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
+import numpy as np
 import pytest
 import timm
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
+from tools.readme import own_methods
 from typer.testing import CliRunner
 
 import fxgraft
@@ -17,12 +19,13 @@ from fxgraft.cli.commands import app
 from fxgraft.errors import ConfigError
 from fxgraft.patches import registry
 from fxgraft.patches.diversification.patch import maps
+from fxgraft.viz.drawing import pixels, save_picture
 from fxgraft.viz.pictures import (
     methods_with_pictures,
     picture_of,
+    pictures_of_grafts,
     read_class_names,
     read_images,
-    save_picture,
 )
 
 SIZE = ("--model", "resnet18", "--classes", "5", "--size", "96")
@@ -126,6 +129,67 @@ def test_gam_shows_the_statistics_at_its_taps(photo):
         torch.testing.assert_close(panel.curves["target, matched"], panel.curves["source"])
 
 
+def test_untrained_weights_are_written_into_the_picture_and_signs_are_explained(photo, tmp_path):
+    args = ("show", "effect", "maps", str(photo), *SIZE, "--out", str(tmp_path / "maps.svg"))
+    assert "untrained weights" in run(*args)
+    first = (tmp_path / "maps.svg").read_bytes()
+    for words in (
+        "untrained weights",
+        "hatched: damped in this pass",
+        "cross: peak",
+        "score of the class, as a logit",
+    ):
+        assert f"<!-- {words}".encode() in first
+    run(*args)
+    assert (tmp_path / "maps.svg").read_bytes() == first, "the same bytes each time"
+    picture = picture_of(network(), "rsc", read_image(photo, 96)[None])
+    assert picture.note == ""
+    assert picture.rows[0][0].title.startswith("image, taken for class ")
+
+
+def test_the_models_own_size_and_crop(photo):
+    from fxgraft.cli.shown_model import shown_model
+    from fxgraft.viz.pictures import size_and_crop
+
+    assert size_and_crop(timm.create_model("test_resnet")) == (160, 0.95)
+    assert size_and_crop(torch.nn.Identity()) == (224, 0.875)
+    with Image.open(photo) as whole:
+        side = round(96 / 0.875)
+        resized = ImageOps.fit(whole.convert("RGB"), (side, side), Image.Resampling.BICUBIC)
+    cropped = read_images([photo], 96, 0.875)[0]
+    border = (side - 96) // 2
+    expected = torch.from_numpy(np.array(resized)).permute(2, 0, 1)[
+        :, border : border + 96, border : border + 96
+    ]
+    assert torch.equal((cropped * 255).round().byte(), expected)
+    usual = shown_model(None, None, False, None, None)
+    assert usual.trained
+    assert usual.names[985] == "daisy"
+    other = shown_model("test_resnet", 5, False, None, None)
+    assert (other.trained, other.names) == (False, [])
+
+
+def test_pictures_of_a_model_in_training(photo):
+    """The model is left as it is, and pictures are of the weights that it has."""
+    model = timm.create_model("test_resnet", num_classes=5)
+    fxgraft.patch(model, "selfnorm + rsc", input_size=(3, 64, 64)).train()
+    with torch.no_grad():
+        for unit in fxgraft.grafts(model)[0].units.values():
+            unit.g.norm.bias.fill_(3.0)
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    state = torch.get_rng_state()
+    found = pictures_of_grafts(torch.nn.Sequential(model), read_image(photo, 64)[None] * 4 - 2)
+    assert list(found) == ["0.selfnorm", "0.rsc"]
+    gates = next(iter(found["0.selfnorm"].rows[1][0].curves.values()))
+    torch.testing.assert_close(gates, torch.full_like(gates, 2 * torch.tensor(3.0).sigmoid().item()))
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    assert model.training
+    assert len(fxgraft.grafts(model)) == 2
+    assert pixels(found["0.rsc"]).shape[2] == 3
+    assert pictures_of_grafts(model, torch.randn(2, 4, 9, 9)) == {}, "not images that the part takes"
+
+
 def test_panels_of_every_kind_are_drawn(photo, tmp_path):
     images = read_image(photo, 96)[None]
     for method in ("crossnorm", "diversification"):  # curves; heat, cells and a cross
@@ -134,9 +198,38 @@ def test_panels_of_every_kind_are_drawn(photo, tmp_path):
 
 
 def test_a_method_without_a_picture_names_those_that_have_one(photo):
-    with pytest.raises(ConfigError, match=r"'selfnorm' has no picture(?s:.*)'crossnorm', 'diversification'"):
-        picture_of(network(), "selfnorm", read_image(photo, 96)[None])
-    assert "'selfnorm' has no picture" in run("show", "selfnorm", str(photo), code=2)
+    with pytest.raises(ConfigError, match=r"'mixstyle' has no picture(?s:.*)'crossnorm', 'diversification'"):
+        picture_of(network(), "mixstyle", read_image(photo, 96)[None])
+    assert "'mixstyle' has no picture" in run("show", "mixstyle", str(photo), code=2)
+
+
+def test_every_method_of_this_package_has_a_picture(photo):
+    assert set(own_methods()) <= set(methods_with_pictures())
+
+
+def test_selfnorm_shows_its_gates(photo):
+    images = torch.cat([read_image(photo, 96)[None], read_image(photo, 96)[None].flip(-1) ** 2])
+    fresh = picture_of(network(), "selfnorm", images, {"gates": 2})
+    assert fresh.note == "untrained gates, which change nothing yet"
+    assert [len(row) for row in fresh.rows] == [2, 1, 3, 3]
+    assert all((curve == 1).all() for curve in fresh.rows[1][0].curves.values())
+    released = picture_of(network(), "selfnorm", images, {"init": "authors"})
+    assert released.rows[2][2].title == "gate at layer4.1.add"
+    assert [len(curve) for curve in released.rows[2][2].curves.values()] == [8, 8]
+    assert all(0 < gate < 1 for curve in released.rows[2][2].curves.values() for gate in curve.tolist())
+
+
+def test_taps_show_what_is_recorded(photo):
+    image = read_image(photo, 96)[None]
+    (row,) = picture_of(network(), "taps", image, {"layers": ["layer2", "global_pool"]}).rows
+    model = fxgraft.patch(network(), "taps", layers=["layer2", "global_pool"], input_size=(3, 96, 96))
+    mean, std = (torch.tensor(model.pretrained_cfg[key]).view(3, 1, 1) for key in ("mean", "std"))
+    _, values = fxgraft.tapped(model.eval(), (image - mean) / std)
+    torch.testing.assert_close(row[1].heat, values["layer2"][0].mean(0))
+    torch.testing.assert_close(row[2].curves["value"], values["global_pool"][0])
+    tokens = timm.create_model("test_vit", num_classes=5).eval()
+    (row,) = picture_of(tokens, "taps", read_image(photo, 160)[None], {"layers": "blocks.0"}).rows
+    assert row[1].heat.shape == (10, 10), "without the class token"
 
 
 def test_a_method_of_somebody_else_can_have_a_picture(photo, monkeypatch):
@@ -163,7 +256,7 @@ def test_the_command_writes_a_picture(photo, tmp_path):
     torch.save(timm.create_model("resnet18", num_classes=5).state_dict(), weights)
     out = tmp_path / "new" / "maps.png"
     said = run("show", "maps", str(photo), *SIZE, "--weights", str(weights), "--out", str(out))
-    assert re.search(r"class maps of 3×3 for classes \d \(", said)
+    assert re.search(r"class maps of 3×3 of class \d \(", said)
     with Image.open(out) as picture:
         assert picture.width > 3 * picture.height
 
@@ -188,7 +281,9 @@ def test_classes_are_shown_by_their_names(photo, tmp_path):
     ):
         picture_of(network(), "diversification", image, names=names[:4])
     given = ("--class-names", str(tmp_path / "names.txt"), "--out", str(tmp_path / "maps.png"))
-    assert "class maps of" in run("show", "maps", str(photo), *SIZE, *given)
+    assert re.search(
+        r"class maps of 3×3 of (ant|bee|cat|dog|eel) \(", run("show", "maps", str(photo), *SIZE, *given)
+    )
     gone = run("show", "maps", str(photo), *SIZE, "--class-names", str(tmp_path / "gone.txt"), code=2)
     assert "gone.txt' cannot be read: No such file" in gone
 
@@ -200,6 +295,8 @@ def test_the_command_says_what_is_wrong(photo, tmp_path):
     assert "larger than the class maps of 3×3" in run(
         "show", "maps", str(photo), *SIZE, "--graft", "4", code=2
     )
+    ending = run("show", "effect", "maps", str(photo), "--out", str(tmp_path / "maps.bmp"), code=2)
+    assert "is written to .svg, .html, .png, .pdf" in ending
     missing = run("show", "maps", str(photo), *SIZE, "--weights", str(tmp_path / "none.pth"), code=2)
     assert "No such file" in missing
     assert "at least one class" in run("show", "maps", str(photo), *SIZE, "--top", "0", code=2)

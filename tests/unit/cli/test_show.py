@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 
 import pytest
 import timm
@@ -14,6 +15,7 @@ from typer.testing import CliRunner
 import fxgraft
 from fxgraft.cli.commands import app
 from fxgraft.graph.grafting.views import view_grafts
+from fxgraft.viz import graphs
 from fxgraft.viz.code_difference import difference, differences
 from fxgraft.viz.graphs import draw_graph
 from models.toys import net
@@ -23,6 +25,7 @@ SIZE = (3, 8, 8)
 
 
 def run(*arguments: str, code: int = 0) -> str:
+    """The words that there were before ``show graph``, which mean the same."""
     result = CliRunner().invoke(app, ["show", *arguments])
     assert result.exit_code == code, result.output
     return result.output
@@ -113,9 +116,39 @@ def test_the_graph_is_drawn(ending: str, tmp_path) -> None:
     assert (ending == "html") == text.startswith("<!doctype html>")
 
 
+def test_edges_are_clear_of_boxes(monkeypatch) -> None:
+    figures: list = []
+    monkeypatch.setattr(graphs, "write_picture", lambda figure, *_: figures.append(figure))
+    model = fxgraft.patch(timm.create_model("test_vit"), "mixmo + selfnorm", input_size=(3, 160, 160))
+    draw_graph(view_grafts(model), Path("graph.png"), "graph")
+    (figure,) = figures
+    figure.draw_without_rendering()
+    shortcuts = 0
+    for axis in figure.axes:
+        texts = [text for text in axis.texts if not hasattr(text, "arrow_patch") and text.zorder == 3]
+        boxes = [text.get_bbox_patch().get_window_extent() for text in texts]
+        for line in axis.lines:
+            shortcuts += 1
+            points = axis.transData.transform(line.get_xydata())
+            (x, top), (_, bottom) = points[-2:]
+            for box in boxes:
+                assert not (box.x0 < x < box.x1 and bottom < box.y1 and box.y0 < top)
+        for arrow in (each.arrow_patch for each in axis.texts if hasattr(each, "arrow_patch")):
+            inner = [box.padded(-1) for box in boxes]
+            assert not any(box.contains(*point) for box in inner for point in arrow.get_path().vertices[-4:])
+    assert shortcuts >= 5
+
+
+def test_a_graph_is_the_same_file_each_time(tmp_path) -> None:
+    model = fxgraft.patch(net(), "selfnorm", input_size=SIZE)
+    for name in ("one.svg", "two.svg"):
+        draw_graph(view_grafts(model), tmp_path / name, "graph")
+    assert (tmp_path / "one.svg").read_bytes() == (tmp_path / "two.svg").read_bytes()
+
+
 def test_the_command(tmp_path) -> None:
     out = tmp_path / "graph.svg"
-    said = run("test_resnet", "--graft", "rsc:layer=-1", "--size", "32", "--out", str(out))
+    said = run("graph", "test_resnet", "--graft", "rsc:layer=-1", "--size", "32", "--out", str(out))
     assert "rsc = rsc:" in said
     assert re.search(r"^\+     graft_rsc = self.graft_rsc\(", said, re.MULTILINE)
     assert out.exists()
@@ -126,4 +159,5 @@ def test_the_command(tmp_path) -> None:
 def test_the_command_says_what_is_wrong() -> None:
     assert "at least one --graft" in run("test_resnet", code=2)
     assert "'rsc' is a method, and there is no image" in run("rsc", code=2)
+    assert "is written to .svg" in run("graph", "test_resnet", "--graft", "rsc", "--out", "graph.bmp", code=2)
     assert "timm has no model 'resnet5o'" in run("resnet5o", "--graft", "rsc", code=2)

@@ -45,7 +45,12 @@ def style_panels(view: View, units: Sequence[Any], box: Any) -> Picture:
         "second": means[0][1],
         "first, restyled": means[1][0],
     }
-    inside = Panel("channel means at the first unit, sorted by the first's", curves=_sorted(curves))
+    inside = Panel(
+        "channel means at the first unit",
+        curves=_sorted(curves),
+        unit="mean",
+        along="channel, sorted by the first's",
+    )
     return Picture([images, [inside]], "styles exchanged in the image and at the first unit in the network")
 
 

@@ -43,10 +43,14 @@ def class_map_panels(view: View, options: Any) -> Picture:
                 chosen[0, index],
                 damped[index],
                 (row, column),
+                unit="score of the class, as a logit",
+                hatched_as="damped in this pass",
+                cross_as="peak of the map",
             )
         )
     scores = ", ".join(
-        f"{n} ({s:.2f})" for n, s in zip(best.indices.tolist(), best.values.tolist(), strict=True)
+        f"{view.class_name(n)} ({s:.2f})"
+        for n, s in zip(best.indices.tolist(), best.values.tolist(), strict=True)
     )
     height, width = found.shape[-2:]
-    return Picture([panels], f"class maps of {height}×{width} for classes {scores}")
+    return Picture([panels], f"class maps of {height}×{width} of {scores}")

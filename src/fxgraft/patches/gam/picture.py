@@ -33,6 +33,10 @@ def tap_panels(view: View, graft: Graft) -> Picture:
         order = means[0].argsort()
         names = ("source", "target", "target, matched")
         curves: dict[str, Tensor] = {n: m[order] for n, m in zip(names, means, strict=True)}
-        panels.append(Panel(f"channel means at {key}", curves=curves))
+        panels.append(
+            Panel(
+                f"channel means at {key}", curves=curves, unit="mean", along="channel, sorted by the source's"
+            )
+        )
     images = [Panel("source", view.images[0]), Panel("target", view.images[1])]
     return Picture([images, panels], f"channel means at {', '.join(game.layouts)}")

@@ -29,19 +29,25 @@ def mute_panels(view: View, units: Sequence[Any], options: Any) -> Picture:
             "RSC acts on vectors here, and a picture needs positions.\n"
             "Pass a layer with maps or tokens: --graft rsc:layer=layer4."
         )
-    rows = [[Panel("image", image)] for image in view.images[: view.given]]
+    rows = [
+        [Panel(f"image, taken for {view.class_name(label)}", image)]
+        for image, label in zip(view.images[: view.given], view.labels.tolist(), strict=False)
+    ]
     for unit in units:
         for scope in ("spatial", "channel") if options.scope == "both" else (options.scope,):
             values, record = _one_pass(view, unit, scope)
             for index, row in enumerate(rows):
                 mask, value = record.mask[index] == 0, values[index]
-                heat = _grid(value.mean(0) if scope == "spatial" else value[mask.flatten()].mean(0))
-                muted = _grid(mask[0]) if scope == "spatial" else None
+                heat = view.grid(value.mean(0) if scope == "spatial" else value[mask.flatten()].mean(0))
+                muted = view.grid(mask[0]) if scope == "spatial" else None
                 share = f"{mask.double().mean():.0%}"
                 what = f"{share} of positions" if scope == "spatial" else f"the muted {share} of channels"
-                row.append(Panel(f"{unit.site.name}: {what}", view.images[index], heat, muted))
+                unit_of = "mean activation" if scope == "spatial" else "mean activation of those channels"
+                title = f"{unit.site.name}: {what}"
+                row.append(Panel(title, view.images[index], heat, muted, unit=unit_of, hatched_as="muted"))
     sites = ", ".join(unit.site.name for unit in units)
-    return Picture(rows, f"what RSC mutes at {sites} for the classes {view.labels[: view.given].tolist()}")
+    classes = ", ".join(map(view.class_name, view.labels[: view.given].tolist()))
+    return Picture(rows, f"what RSC mutes at {sites} for {classes}")
 
 
 def _one_pass(view: View, unit: Any, scope: str) -> tuple[Tensor, Any]:
@@ -55,11 +61,3 @@ def _one_pass(view: View, unit: Any, scope: str) -> tuple[Tensor, Any]:
         view.model.train()(view.inputs, target=view.labels)
     handle.remove()
     return seen[-1].detach(), unit.records[-1]
-
-
-def _grid(values: Tensor) -> Tensor:
-    """Arrange positions in rows and columns: tokens as near to a square as they can be."""
-    if values.ndim == 2:
-        return values
-    rows = max(n for n in range(1, int(len(values) ** 0.5) + 1) if len(values) % n == 0)
-    return values.view(rows, -1)
