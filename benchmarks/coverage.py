@@ -128,8 +128,12 @@ def _digest(module: nn.Module) -> str:
     return hashlib.sha256(repr((kind, switches, own, children)).encode()).hexdigest()[:16]
 
 
-def examine(name: str) -> Record:
+def examine(name: str, known: Record | None = None) -> Record:
     """Try every method that comes with fxgraft on one architecture, and all that go together.
+
+    Args:
+        name: of the architecture.
+        known: its record from when there were fewer methods: those that it lacks are tried.
 
     Returns:
         "family"; "build" in seconds; "bare", None or how it fails by itself; "methods" and "stack", each with "plan"
@@ -137,24 +141,32 @@ def examine(name: str) -> Record:
         an evaluation fails. "inexact" beside it says what makes a training pass differ where the method does nothing.
     """
     warnings.simplefilter("ignore")
-    record: Record = {"family": family(name)}
+    record: Record = {**known} if known else {"family": family(name)}
     began = time.process_time()
     model = build(name)
-    record["build"] = _since(began)
     size = SIZES.get(name) or default_input_size(model)
-    record["bare"] = steps(model, size)
-    record["methods"] = {}
-    for method in own_methods():
+    if known is None:
+        record["build"] = _since(began)
+        record["bare"] = steps(model, size)
+    record["methods"] = dict(record.get("methods", {}))
+    for method in lacking(record):
         tried = record["methods"][method] = graft(model, [method], size)
         if "refused" not in tried and "failed" not in tried:
             tried |= inexact(model)
             tried["steps"] = record["bare"] or steps(model, size)
             fxgraft.unpatch(model)
+    if known is not None:
+        return record
     goes_on = [m for m in STACK if not {"refused", "failed"} & record["methods"][m].keys()]
     stack = record["stack"] = {"of": goes_on, **graft(model, goes_on, size)}
     if "refused" not in stack and "failed" not in stack:
         stack["steps"] = record["bare"] or steps(model, size)
     return record
+
+
+def lacking(record: Record) -> list[str]:
+    """List the methods that a record says nothing of."""
+    return [method for method in own_methods() if method not in record["methods"]]
 
 
 def inexact(model: nn.Module) -> Record:

@@ -18,7 +18,7 @@ import os
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Executor, Future, ProcessPoolExecutor, wait
 from pathlib import Path
 from typing import Any
@@ -34,7 +34,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from benchmarks.coverage import Record, architectures, examine, meta_dirichlet, structure
+from benchmarks.coverage import Record, architectures, examine, lacking, meta_dirichlet, structure
 from benchmarks.places import check_places
 from fxgraft.environment import environment
 from fxgraft.errors import ConfigError
@@ -103,6 +103,15 @@ class Zoo:
         order += [name for names in common for name in names]
         return [name for name in dict.fromkeys(order) if name not in self.records]
 
+    def incomplete(self, pattern: str = "*") -> list[str]:
+        """Return the architectures that were tried when there were fewer methods, the smallest first."""
+        names = [
+            name
+            for name, record in self.records.items()
+            if lacking(record) and fnmatch.fnmatch(name, pattern)
+        ]
+        return sorted(names, key=lambda name: self.structures[name]["modules"])
+
     def unchecked(self, pattern: str = "*") -> list[str]:
         """Return the architectures whose places were not checked yet, one of each structure, the smallest first."""
         known = {self.structures[name].get("structure") for name in self.places if name in self.structures}
@@ -157,6 +166,7 @@ def run(
     written = time.monotonic()
     stages = (
         ("structures", structure, zoo.unseen, zoo.structures),
+        ("new methods", examine, zoo.incomplete, zoo.records),
         ("architectures", examine, zoo.missing, zoo.records),
         *([("places", check_places, zoo.unchecked, zoo.places)] if places else []),
     )
@@ -164,7 +174,8 @@ def run(
         for title, task, todo, found in stages:
             names = todo(pattern)
             line = bar.add_task(title, total=len(names))
-            for name, result in _results(pool, workers, task, names, deadline):
+            known = zoo.records if title == "new methods" else {}
+            for name, result in _results(pool, workers, task, names, known, deadline):
                 found[name] = result
                 bar.advance(line)
                 if time.monotonic() - written > WRITE_EVERY:
@@ -174,14 +185,19 @@ def run(
 
 
 def _results(
-    pool: Executor, workers: int, task: Callable[[str], Record], names: list[str], deadline: float | None
+    pool: Executor,
+    workers: int,
+    task: Callable[..., Record],
+    names: list[str],
+    known: Mapping[str, Record],
+    deadline: float | None,
 ) -> Iterator[tuple[str, Record]]:
-    """Yield (name, result) as they come; nothing is begun after the deadline."""
+    """Yield (name, result) as they come; a task gets what is known of its name. None begins after the deadline."""
     waiting: dict[Future[Record], str] = {}
     left = iter(names)
     while True:
         for name in left if deadline is None or time.monotonic() < deadline else ():
-            waiting[pool.submit(task, name)] = name
+            waiting[pool.submit(task, name, *([known[name]] if name in known else []))] = name
             if len(waiting) > workers:
                 break
         if not waiting:

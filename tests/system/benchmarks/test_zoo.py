@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from benchmarks import coverage
 from benchmarks import zoo as benchmark
-from benchmarks.coverage import architectures, category, examine, family, meta_dirichlet, structure
+from benchmarks.coverage import architectures, category, examine, family, lacking, meta_dirichlet, structure
 from benchmarks.zoo import Zoo, run
 from benchmarks.zoo_tables import plot, shares, summary
 from rich.console import Console
@@ -160,10 +160,14 @@ def test_places_are_counted_by_themselves(tmp_path: Path) -> None:
 
 def test_a_run_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tried: list[str] = []
+    complete = {
+        **RECORDS["timm/a"],
+        "methods": dict.fromkeys(own_methods(), RECORDS["timm/a"]["methods"]["rsc"]),
+    }
 
-    def examined(name: str) -> dict[str, Any]:
-        tried.append(name)
-        return RECORDS["timm/a"]
+    def examined(name: str, known: dict[str, Any] | None = None) -> dict[str, Any]:
+        tried.append(name if known is None else f"{name} without {', '.join(lacking(known))}")
+        return complete
 
     monkeypatch.setattr(benchmark, "ProcessPoolExecutor", lambda count, **_: ThreadPoolExecutor(count))
     monkeypatch.setattr(benchmark, "examine", examined)
@@ -181,6 +185,14 @@ def test_a_run_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert sorted(tried[1:]) == sorted(wanted)
     assert found.unseen(pattern) == found.missing(pattern) == []
     assert len(found.environments) == 1
+    found.records["timm/test_resnet"] = {
+        **complete, "methods": {name: each for name, each in complete["methods"].items() if name != "dsu"}
+    }  # fmt: skip
+    found.write()
+    assert Zoo(path).incomplete() == ["timm/test_resnet"]
+    run(Zoo(path), Console(quiet=True), pattern, 2, minutes=None)
+    assert tried[-1] == "timm/test_resnet without dsu"
+    assert Zoo(path).incomplete() == []
     run(Zoo(path), Console(quiet=True), "timm/test_resnet", 2, minutes=None, places=True)
     assert Zoo(path).places == {"timm/test_resnet": {"wrong": []}}
 
