@@ -62,7 +62,10 @@ def wrong_places(model: nn.Module, size: tuple[int, ...]) -> list[str]:
 
 @torch.no_grad()
 def _warm(model: nn.Module, x: Tensor) -> None:
-    """Leave no weight at its start, and let BatchNorm know its values."""
+    """Leave no weight at its start, no dropout that forwards do themselves, and let BatchNorm know its values."""
+    for each in model.modules():
+        if isinstance(getattr(each, "drop_rate", None), float):
+            each.drop_rate = 0.0
     for parameter in model.parameters():
         if parameter.is_floating_point():
             parameter.add_(0.02 * torch.randn_like(parameter))

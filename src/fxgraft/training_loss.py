@@ -149,8 +149,14 @@ def _ask(model: nn.Module, out: Any, y: Any) -> None:
                 _compare_labels(registry.context, path, out, y)
 
 
+@torch.compiler.disable(
+    reason="fxgraft.loss compares labels with those of the pass, which compiled code finds by the output as the model "
+    "returned it, of its last two passes. Give it that, and convert outputs in the criterion."
+)
 def _compare_labels(context: Context, path: str, out: Any, y: Any) -> None:
     """Raise where a loss is given other labels than the pass that it is for took.
+
+    Outside of compiled code, which cannot tell which pass an output is of that was converted.
 
     Raises:
         TargetError: it is; on an accelerator it may come in one of the next steps, since the device is not waited for.
@@ -197,14 +203,21 @@ def _compare_compiled(context: Context, path: str, out: Any, y: Any) -> None:
     # Looked at before the pass is: what is the same tensor is then read from where it is given.
     some, labels = some_of(out), some_of(y)
     record = context.outputs.compiled(out)
-    if record is None or record.labels is None or path:  # behind a part there may be a task of its own
+    if path:  # behind a part there may be a task of its own
         if record is not None:
             record.check(some, None)
+        return
+    if record is None:
+        if context.outputs.compiled_labels():
+            _compare_labels(context, path, out, y)
+        return
+    if record.labels is None:
+        record.check(some, None)
         return
     wrong = differ(record.labels, y)
     if wrong is True:
         raise TargetError(_OTHER_LABELS)
-    record.check(some, labels if y is record.labels else None)
+    record.check(some, labels if y is record.labels else some_of(record.labels))
     if isinstance(wrong, Tensor):
         assert_later(~wrong, OTHER_LABELS)
 
@@ -218,19 +231,26 @@ _OTHER_LABELS = (
 
 
 def _terms(model: nn.Module, out: Any, y: Any, criterion: Criterion) -> dict[str, Tensor]:
-    registries = [registry for part in patched_parts(model).values() if (registry := registry_of(part))]
-    for each in registries:
-        each.context.watch.unasked = None  # what a graft runs for its loss is no pass of the training
+    if torch.compiler.is_compiling():
+        return _collected(model, out, y, criterion)
+    registries = [registry_of(part) for part in patched_parts(model).values()]
+    watches = [each.context.watch for each in registries if each is not None]
+    for each in watches:
+        each.unasked = None  # what a graft runs for its loss is no pass of the training
     try:
-        return {
-            ".".join(filter(None, (path, graft.name, term))): value
-            for path, part in _trained_parts(model, out).items()
-            for graft in grafts_on(part)
-            for term, value in _checked(graft, graft.patch.losses(graft, out, y, criterion)).items()
-        }
+        return _collected(model, out, y, criterion)
     finally:
-        for each in registries:
-            each.context.watch.unasked = 0
+        for each in watches:
+            each.unasked = 0
+
+
+def _collected(model: nn.Module, out: Any, y: Any, criterion: Criterion) -> dict[str, Tensor]:
+    return {
+        ".".join(filter(None, (path, graft.name, term))): value
+        for path, part in _trained_parts(model, out).items()
+        for graft in grafts_on(part)
+        for term, value in _checked(graft, graft.patch.losses(graft, out, y, criterion)).items()
+    }
 
 
 def _trained_parts(model: nn.Module, out: Any) -> dict[str, nn.Module]:

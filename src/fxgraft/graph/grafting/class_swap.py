@@ -232,6 +232,7 @@ def grafted_class(base: type[nn.Module], outer: bool) -> type[nn.Module]:
         "qconfig": _quantized(base),
     }
     if outer:
+        body["train"] = _train
         most = sys.maxsize if arguments.any_positional else len(arguments.positional)
 
         def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -324,6 +325,14 @@ def _set_grad_checkpointing(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
     if state is not None and state.registry is not None:
         state.registry.renew(self)
     return out
+
+
+def _train(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    """Switch the mode as the model does, and look back at what was trained in compiled code until then."""
+    state = state_of(self)
+    if state is not None and not torch.compiler.is_compiling():
+        state.context.watch.look_back(self, state.context.loss_grafts, state.context.outputs)
+    return _base(self).train(self, *args, **kwargs)
 
 
 def _extra_repr(self: nn.Module) -> str:

@@ -96,13 +96,27 @@ class LossWatch:
                 if each.requires_grad:
                     each.register_hook(partial(self._seen, self._passes))
             return
+        self._warn_of_none(model, grafts)
+
+    def look_back(self, model: nn.Module, grafts: Sequence[str], outputs: Outputs) -> None:
+        """Do so where a training was in compiled code, whose passes nobody sees.
+
+        Args:
+            model: that made them.
+            grafts: names of those with a share in the loss.
+            outputs: of the model.
+        """
+        if grafts and not self.asked and outputs.trained():
+            self._warn_of_none(model, grafts)
+
+    def _warn_of_none(self, model: nn.Module, grafts: Sequence[str]) -> None:
         self.asked = True
         warnings.warn(
             f"{', '.join(map(repr, grafts))} on this {model._get_name()} has a share in the loss, and the model is "
             "trained without it: fxgraft.loss, losses and extra_loss were never called.\n"
             "Take fxgraft.loss(model, out, y) for the loss, or add fxgraft.extra_loss(model, out, y) to your own.",
             FxgraftWarning,
-            stacklevel=2,
+            stacklevel=4,
         )
 
     def warn_of_no_gradients(self, model: nn.Module) -> None:
@@ -172,10 +186,14 @@ def _check_same(sample: Tensor | None, given: Tensor | None, message: str) -> No
     assert_later((near | sample.isnan()).all(), message)
 
 
+SOME = 4096
+"""So many numbers of outputs and of labels are compared in compiled code."""
+
+
 def some_of(value: Any) -> Tensor | None:
     """Copy a few numbers of an output or of labels; None where there are none."""
     first = next((each for each in tensors(value) if each.numel()), None)
-    return None if first is None else first.detach().flatten()[:64].float().clone()
+    return None if first is None else first.detach().flatten()[:SOME].float().clone()
 
 
 class Recent:
@@ -258,6 +276,14 @@ class Outputs:
         if self._recent.first.out is out:
             return self._recent.first
         return self._recent.second if self._recent.second.out is out else None
+
+    def compiled_labels(self) -> bool:
+        """Say whether the last pass in compiled code, of which nobody has asked for the loss, read labels."""
+        return self._recent.first.out is not None and self._recent.first.labels is not None
+
+    def trained(self) -> bool:
+        """Say whether the last four passes were in compiled code, with gradients, and nobody has asked for the loss."""
+        return all(any(part.requires_grad for part in tensors(each.out)) for each in self._recent.all())
 
     def _tie_recent(self) -> None:
         recent = self._recent

@@ -481,6 +481,54 @@ def test_a_compiled_step_compares_labels_as_it_runs(method: str) -> None:
         step(x, y, y.roll(1))
 
 
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")  # of dynamo's own looking
+@pytest.mark.parametrize("how", ["converted", "three passes"])
+def test_compiled_code_leaves_the_comparison_to_python_where_it_cannot_tell_the_pass(how: str) -> None:
+    torch.compiler.reset()
+    model = fxgraft.patch(net(), "rsc", layer="stage2", input_size=SIZE)
+
+    def step(x: Tensor, y: Tensor, given: Tensor) -> Tensor:
+        if how == "converted":
+            return fxgraft.loss(model, model(x, target=y).double(), given)
+        outs = [model(x, target=y), model(x, target=y.flip(0)), model(x, target=y.flip(0))]
+        return fxgraft.loss(model, outs[0], given)
+
+    compiled: Any = torch.compile(step, backend="eager")
+    compiled(images(), LABELS, LABELS)
+    with pytest.raises(TargetError, match="other labels than the pass of this output took"):
+        compiled(images(), LABELS, LABELS.roll(1))
+    torch.compiler.reset()
+    whole: Any = torch.compile(step, backend="eager", fullgraph=True)
+    with pytest.raises(Exception, match="Give it that, and convert outputs in the criterion"):
+        whole(images(), LABELS, LABELS)
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")
+def test_labels_that_a_compiled_step_writes_to_are_compared() -> None:
+    torch.compiler.reset()
+    model = fxgraft.patch(net(), "rsc", layer="stage2", input_size=SIZE)
+
+    @torch.compile(fullgraph=True, backend="eager")
+    def step(x: Tensor, y: Tensor) -> Tensor:
+        out = model(x, target=y)
+        y[1] = (y[1] + 1) % CLASSES
+        return fxgraft.loss(model, out, y.clone())
+
+    with pytest.raises(RuntimeError, match="other labels than the pass of this output took"):
+        step(images(), LABELS.clone())
+
+
+def test_a_compiled_training_without_the_loss_is_told_when_the_mode_changes() -> None:
+    torch.compiler.reset()
+    model = fxgraft.patch(net(), "mixmo", input_size=(3, 16, 16))
+    compiled: Any = torch.compile(model, backend="eager")
+    for _ in range(4):
+        compiled(images(size=16), target=LABELS).sum().backward()
+    with pytest.warns(fxgraft.FxgraftWarning, match="model is trained without it"):
+        model.eval()
+    model.train()
+
+
 MODEL: Any = None
 """Found through a global name, as in scripts: compiled code does not compare it with its arguments again."""
 
