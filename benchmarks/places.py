@@ -19,7 +19,7 @@ import fxgraft
 from benchmarks.coverage import SIZES, Record, random_network, small_network
 from fxgraft.errors import FxgraftError
 from fxgraft.graph.dataflow.steps import is_drop
-from fxgraft.graph.structure.outputs import take_logits
+from fxgraft.graph.structure.heads.outputs import take_logits
 from fxgraft.graph.structure.positions import positions
 from fxgraft.graph.structure.site import layout_at
 from fxgraft.graph.tracing.model_trace import ModelTrace

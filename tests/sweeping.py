@@ -41,7 +41,7 @@ system/faults/test_acts.py::test_an_interruption_at_some_lines
 system/faults/test_damaged.py::test_a_load_that_fails_half_way_in
 system/faults/test_damaged.py::test_looking_draws_nothing_and_fires_no_hook
 system/faults/test_work.py::test_an_interruption
-unit/graph/structure/test_classified.py::test_features_are_refused
+unit/graph/structure/heads/test_classified.py::test_features_are_refused
 unit/graph/structure/test_dense.py::test_selfnorm_replaces_what_all_later_layers_see
 unit/graph/structure/test_joins.py::test_joins_of_well_known_models
 unit/graph/structure/test_positions.py::test_the_usual_position_is_that_of_the_networks_blocks
@@ -61,16 +61,16 @@ methods/test_presets.py::test_a_network_of_another_structure_is_named
 unit/io/test_backbone_weights.py::test_what_the_readme_says_of_strict_loading
 unit/test_training_loss.py::test_a_teacher_in_training_mode_has_no_share_in_the_loss
 system/test_threads.py::test_threads_evaluate_one_model
-unit/graph/grafting/test_loss_watch.py::test_what_follows_no_schedule
+unit/graph/runtime/test_loss_watch.py::test_what_follows_no_schedule
 system/trainers/test_transformers.py::test_a_classifier_in_the_stock_trainer
 system/trainers/test_transformers.py::test_keywords_that_a_layer_does_not_use
 methods/mixmo/test_training_parity.py::test_five_steps_of_the_release
 methods/test_preset_places.py::test_a_preset_is_what_was_published
 """
 _FOURTH = """
-unit/graph/structure/test_tail_layer.py::test_linear_tails
+unit/graph/structure/heads/test_tail_layer.py::test_linear_tails
 unit/io/test_save_load.py::test_a_damaged_file_leaves_the_model_alone
-unit/graph/grafting/test_labels.py::test_a_compiled_loss_of_an_output_that_it_was_not_compiled_for
+unit/graph/runtime/test_labels.py::test_a_compiled_loss_of_an_output_that_it_was_not_compiled_for
 unit/adaptation/test_checkpoint.py::test_a_checkpoint_that_is_not_whole_changes_nothing
 unit/adaptation/test_streams.py::test_a_stream_is_found_again
 system/contract/test_alone.py::test_training
@@ -91,7 +91,7 @@ system/faults/test_disk.py::test_a_checkpoint_on_a_full_disk
 system/faults/test_disk.py::test_a_save_to_a_full_disk
 unit/graph/structure/test_dense.py::test_layers_of_every_form
 unit/graph/structure/test_onward.py::test_every_gate_reaches_the_logits_and_no_more_are_left_out
-unit/graph/structure/test_pooling.py::test_the_pooled_map_is_the_last_before_the_average
+unit/graph/structure/heads/test_pooling.py::test_the_pooled_map_is_the_last_before_the_average
 unit/graph/structure/test_rest_of_network.py::test_the_rest_computes_what_the_network_does
 unit/graph/tracing/test_editing.py::test_checkpointing_switched_on_before_or_after
 unit/graph/tracing/test_regions.py::test_a_patched_forward_sets_what_the_bare_one_sets
@@ -108,10 +108,10 @@ methods/rsc/test_patch.py::test_layouts_agree
 methods/test_hooks.py::test_rsc_looks_ahead_through_hooks
 methods/test_signals.py::test_a_signal_is_a_map_of_height_one
 system/test_adapters.py::test_copies_of_a_patched_model_with_adapters_have_its_placements
-unit/graph/grafting/test_labels.py::test_compiled_code_refuses_what_is_no_class
+unit/graph/runtime/test_labels.py::test_compiled_code_refuses_what_is_no_class
 system/test_leaks.py::test_a_deleted_model_is_freed_at_once
 unit/io/test_backbone_weights.py::test_stock_weights_are_taken_up_and_own_ones_stay
-unit/graph/grafting/test_loss_watch.py::test_an_optimiser_from_before_the_patch
+unit/graph/runtime/test_loss_watch.py::test_an_optimiser_from_before_the_patch
 system/trainers/test_dense.py::test_dense_predictors
 system/trainers/test_timm.py::test_labels_progress_loss_and_optimiser
 system/trainers/test_transformers.py::test_a_classifier_that_computes_its_own_loss
@@ -121,6 +121,6 @@ _SHARES = {
     **dict.fromkeys(_THIRD.split(), 3),
     **dict.fromkeys(_FOURTH.split(), 4),
     "unit/comparison/test_demo.py::test_the_surgery_holds_and_the_pairs_are_compared": 0,
-    "unit/graph/grafting/test_labels.py::test_compiled_passes_refuse_where_the_loop_is_ahead": 0,
+    "unit/graph/runtime/test_labels.py::test_compiled_passes_refuse_where_the_loop_is_ahead": 0,
 }
 """Of which tests one case in so many is tried in every run, the first among them; 0 is none."""

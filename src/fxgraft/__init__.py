@@ -32,7 +32,7 @@ _PUBLIC = {
         "WrappedModelError",
     ),
     "graph.grafting.graft": ("Graft",),
-    "graph.grafting.published": ("targets", "with_targets"),
+    "graph.runtime.published": ("targets", "with_targets"),
     "graph.structure.site": ("Site",),
     "inspection": ("Plan", "Summary", "diagnostics"),
     "io.backbone_weights": ("load_backbone",),

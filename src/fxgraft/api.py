@@ -21,6 +21,7 @@ from fxgraft.errors import (
     candidates,
     no_module,
 )
+from fxgraft.graph.atomic import synchronized
 from fxgraft.graph.grafting.graft import Graft
 from fxgraft.graph.grafting.graft_registry import GraftRegistry
 from fxgraft.graph.grafting.lookup import (
@@ -34,7 +35,6 @@ from fxgraft.graph.grafting.lookup import (
 from fxgraft.graph.structure.positions import position_sites
 from fxgraft.graph.structure.site import Sites
 from fxgraft.graph.structure.sites import list_sites
-from fxgraft.graph.tracing.atomic import synchronized
 from fxgraft.graph.tracing.names import class_name
 from fxgraft.graph.tracing.preserve import preserved_random_state
 from fxgraft.inspection import Plan, Summary, plan_of, summary_of

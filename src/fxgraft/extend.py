@@ -128,20 +128,16 @@ from fxgraft.errors import (
 )
 from fxgraft.functional.modulation import modulated
 from fxgraft.graph.grafting.backbone import Backbone
-from fxgraft.graph.grafting.copies import add_graft, copy_with
-from fxgraft.graph.grafting.forward_context import Arguments, Context
 from fxgraft.graph.grafting.graft import Graft, Make
-from fxgraft.graph.grafting.labels import binary_labels, check_criterion, check_label_range, check_soft_labels
-from fxgraft.graph.grafting.look_ahead import look_ahead
-from fxgraft.graph.grafting.lookup import grafts_in, grafts_on, unwrapped
+from fxgraft.graph.grafting.lookup import add_graft, copy_with, grafts_in, grafts_on, unwrapped
 from fxgraft.graph.grafting.placement import Placement
 from fxgraft.graph.grafting.taps import Tap, take, tap_placements
-from fxgraft.graph.grafting.unit import Capture, PassView, Unit, recomputed
+from fxgraft.graph.grafting.unit import Capture, PassView, Unit, look_ahead, recomputed
+from fxgraft.graph.runtime.forward_context import Arguments, Context
+from fxgraft.graph.runtime.labels import binary_labels, check_criterion, check_label_range, check_soft_labels
 from fxgraft.graph.structure.affine_fold import Absorber
-from fxgraft.graph.structure.head import Head
-from fxgraft.graph.structure.joins import Join
-from fxgraft.graph.structure.layout import DIMENSIONS, Layout
-from fxgraft.graph.structure.linear import (
+from fxgraft.graph.structure.heads.head import Head
+from fxgraft.graph.structure.heads.linear import (
     apply_layer,
     effective,
     is_derived,
@@ -150,12 +146,14 @@ from fxgraft.graph.structure.linear import (
     sharers,
     write_effective,
 )
-from fxgraft.graph.structure.outputs import take_logits
-from fxgraft.graph.structure.per_position_head import PositionwiseHead, gathered, position_scores
+from fxgraft.graph.structure.heads.outputs import take_logits
+from fxgraft.graph.structure.heads.per_position_head import PositionwiseHead, gathered, position_scores
+from fxgraft.graph.structure.heads.stem_and_classifier import Stem
+from fxgraft.graph.structure.joins import Join
+from fxgraft.graph.structure.layout import DIMENSIONS, Layout
 from fxgraft.graph.structure.rest_of_network import Rest, tail_layer
 from fxgraft.graph.structure.site import Site
 from fxgraft.graph.structure.sites import SiteSpec
-from fxgraft.graph.structure.stem_and_classifier import Stem
 from fxgraft.graph.tracing.names import is_graft_key
 from fxgraft.graph.tracing.observe import tensors
 from fxgraft.graph.tracing.preserve import preserved_modes

@@ -11,12 +11,12 @@ from torch import Tensor, nn
 
 from fxgraft._torch import assert_later
 from fxgraft.errors import ConfigError, MethodError, StructureError, TargetError
-from fxgraft.graph.grafting.forward_context import ARGUMENTS, Context
 from fxgraft.graph.grafting.graft import Graft
-from fxgraft.graph.grafting.labels import batch_of, check_criterion, differ, version_of
 from fxgraft.graph.grafting.lookup import grafts_on, named_grafts, patched_parts, registry_of
-from fxgraft.graph.grafting.loss_watch import OTHER_LABELS, some_of
-from fxgraft.graph.structure.outputs import take_logits
+from fxgraft.graph.runtime.forward_context import ARGUMENTS, Context
+from fxgraft.graph.runtime.labels import batch_of, check_criterion, differ, version_of
+from fxgraft.graph.runtime.loss_watch import OTHER_LABELS, some_of
+from fxgraft.graph.structure.heads.outputs import take_logits
 from fxgraft.graph.tracing.observe import tensors
 
 Criterion = Callable[..., Tensor]

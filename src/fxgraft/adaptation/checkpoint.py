@@ -16,8 +16,8 @@ from torch.optim import Optimizer
 from fxgraft.adaptation.streams import Endless
 from fxgraft.api import grafts
 from fxgraft.errors import ConfigError, RecipeError
+from fxgraft.graph.atomic import Step, apply_atomically, refilling
 from fxgraft.graph.grafting.state import state_of
-from fxgraft.graph.tracing.atomic import Step, apply_atomically, refilling
 from fxgraft.io.atomic_write import Header, clear_drafts, write_file
 from fxgraft.io.save_load import content_digest
 

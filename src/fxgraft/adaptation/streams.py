@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from fxgraft.errors import ConfigError, RecipeError
-from fxgraft.graph.tracing.atomic import Step, restoring
+from fxgraft.graph.atomic import Step, restoring
 
 IMAGE_KEYS = ("pixel_values", "image", "images", "x", "input", "inputs")
 _END = object()

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fxgraft.graph.tracing.recorders import recorded, transformed
+from fxgraft.graph.runtime.recorders import recorded, transformed
 
 _FAR = 4.0
 """How many deviations from zero a mean may lie before the variance is measured around it."""

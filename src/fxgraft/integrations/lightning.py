@@ -11,9 +11,9 @@ from typing import Any
 
 from fxgraft.api import set_progress
 from fxgraft.errors import FxgraftWarning, UnknownGraftError
-from fxgraft.graph.grafting.labels import Entry
 from fxgraft.graph.grafting.lookup import named_grafts, patched_parts
-from fxgraft.graph.grafting.published import batch_targets
+from fxgraft.graph.runtime.labels import Entry
+from fxgraft.graph.runtime.published import batch_targets
 
 try:
     from lightning.pytorch import Callback, LightningModule, Trainer

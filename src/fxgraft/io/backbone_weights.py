@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from fxgraft.errors import RecipeError
+from fxgraft.graph.atomic import synchronized
 from fxgraft.graph.grafting.lookup import grafts_on, own_keys, patched_parts, unwrapped
-from fxgraft.graph.tracing.atomic import synchronized
 from fxgraft.graph.tracing.names import is_graft_key
 
 M = TypeVar("M", bound=nn.Module)

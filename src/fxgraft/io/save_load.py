@@ -35,12 +35,12 @@ from torch import Tensor, nn
 
 from fxgraft.api import check_model
 from fxgraft.errors import FxgraftError, FxgraftWarning, RecipeError
+from fxgraft.graph.atomic import synchronized
 from fxgraft.graph.grafting.graft import Graft
 from fxgraft.graph.grafting.graft_registry import GraftRegistry
 from fxgraft.graph.grafting.lookup import own_keys, patched_parts, registry_of
 from fxgraft.graph.grafting.placement import PlacementRecord
 from fxgraft.graph.grafting.state import state_of
-from fxgraft.graph.tracing.atomic import synchronized
 from fxgraft.graph.tracing.preserve import preserved_random_state
 from fxgraft.io.atomic_write import Header, digest_of, write_file
 from fxgraft.io.backbone_weights import Weights

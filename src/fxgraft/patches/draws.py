@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from fxgraft._torch import sample_dirichlet, vmapped
-from fxgraft.graph.tracing.recorders import recorded
+from fxgraft.graph.runtime.recorders import recorded
 
 Decision = bool | Tensor
 """A decision: True or False in eager mode, () bool on the device where it is data."""

@@ -14,8 +14,8 @@ import torch.utils.checkpoint
 from torch import nn
 
 import fxgraft
-from fxgraft.graph.grafting import forward_context as passes
-from fxgraft.graph.tracing import atomic as whole
+from fxgraft.graph import atomic as whole
+from fxgraft.graph.runtime import forward_context as passes
 from fxgraft.graph.tracing.editing import After, Output
 from models.toys import Toy, net
 

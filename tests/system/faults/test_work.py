@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 import fxgraft
-from fxgraft.graph.grafting import published
+from fxgraft.graph.runtime import published
 from fxgraft.patches.gam import step as gam
 from models.toys import LABELS, images, net
 from system.contract.cases import same

@@ -34,12 +34,12 @@ from benchmarks.zoo_tables import decided
 from torch import nn
 
 from fxgraft.errors import StructureError
-from fxgraft.graph.structure.head import find_head, pooled_map
+from fxgraft.graph.structure.heads.head import find_head, pooled_map
+from fxgraft.graph.structure.heads.per_position_head import positionwise
+from fxgraft.graph.structure.heads.stem_and_classifier import find_classifiers, find_stems
 from fxgraft.graph.structure.joins import residual_joins
 from fxgraft.graph.structure.layout import layout_of
-from fxgraft.graph.structure.per_position_head import positionwise
 from fxgraft.graph.structure.stages import stages
-from fxgraft.graph.structure.stem_and_classifier import find_classifiers, find_stems
 from fxgraft.graph.tracing.model_trace import ModelTrace
 
 TABLES = sorted((Path(__file__).parent / "places").glob("*.yaml"))

@@ -12,17 +12,22 @@ from fxgraft.errors import SiteError
 from fxgraft.graph.grafting.placement import Placement
 from fxgraft.graph.grafting.unit import Unit
 from fxgraft.graph.structure.affine_fold import Absorber, absorber_of
-from fxgraft.graph.structure.head import Head, find_head, pooled_map
+from fxgraft.graph.structure.heads.head import Head, find_head, pooled_map
+from fxgraft.graph.structure.heads.per_position_head import PositionwiseHead, positionwise
+from fxgraft.graph.structure.heads.stem_and_classifier import (
+    Stem,
+    check_classified,
+    find_classifiers,
+    find_stems,
+)
 from fxgraft.graph.structure.joins import Join, residual_joins
 from fxgraft.graph.structure.layout import Layout
 from fxgraft.graph.structure.onward import without_idle
-from fxgraft.graph.structure.per_position_head import PositionwiseHead, positionwise
 from fxgraft.graph.structure.positions import positions
 from fxgraft.graph.structure.rest_of_network import Rest, reads_places, rest_of_network, span_to_output
 from fxgraft.graph.structure.site import Site, edits_of, layout_at
 from fxgraft.graph.structure.sites import SiteSpec, list_sites, named_sites, resolve
 from fxgraft.graph.structure.stages import blocks_before, main_stages, stages, stem_output
-from fxgraft.graph.structure.stem_and_classifier import Stem, check_classified, find_classifiers, find_stems
 from fxgraft.graph.tracing.editing import Input, Instead, Output
 from fxgraft.graph.tracing.model_trace import ModelTrace
 

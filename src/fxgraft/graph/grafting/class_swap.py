@@ -22,19 +22,19 @@ import torch
 from torch import fx, nn
 
 from fxgraft.errors import BypassError, ConfigError, WrappedModelError
-from fxgraft.graph.grafting import replicas
-from fxgraft.graph.grafting.forward_context import Arguments, Context, ForwardContext
+from fxgraft.graph.atomic import restoring
 from fxgraft.graph.grafting.forwards import nests
-from fxgraft.graph.grafting.living import note_patched
 from fxgraft.graph.grafting.state import (
     GraftState,
     Keeper,
     foreign_forward,
     hidden_forward,
+    localise,
     state_of,
 )
 from fxgraft.graph.grafting.unit import Unit
-from fxgraft.graph.tracing.atomic import restoring
+from fxgraft.graph.runtime.forward_context import Arguments, Context, ForwardContext
+from fxgraft.graph.runtime.living import note_patched
 from fxgraft.graph.tracing.names import STATE
 from fxgraft.graph.tracing.settings import output_hooked
 from fxgraft.graph.tracing.signatures import LABELS, TARGET, Declared
@@ -124,7 +124,7 @@ def _outer_call(
         return call(self, *args, **kwargs)
     replica = getattr(self, "_is_replica", False)
     if replica:
-        replicas.localise(self)
+        localise(self)
     elif not torch.compiler.is_compiling() and state.registry is not None and not state.twin:
         state.registry.check(self)
     state = state_of(self)  # planned again, perhaps, or taken off

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from fxgraft.errors import FxgraftError, MethodError
 from fxgraft.graph.grafting.backbone import Backbone
-from fxgraft.graph.grafting.forward_context import ARGUMENTS, Arguments, Context
 from fxgraft.graph.grafting.placement import Placement
 from fxgraft.graph.grafting.unit import Unit
+from fxgraft.graph.runtime.forward_context import ARGUMENTS, Arguments, Context
 
 U = TypeVar("U", bound=Unit)
 

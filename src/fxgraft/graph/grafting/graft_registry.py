@@ -21,16 +21,16 @@ from torch import nn
 
 from fxgraft._torch import transforms_active
 from fxgraft.errors import FxgraftWarning, WrappedModelError
+from fxgraft.graph.atomic import synchronized
 from fxgraft.graph.grafting.backbone import Backbone
-from fxgraft.graph.grafting.forward_context import Context
 from fxgraft.graph.grafting.graft import Graft, Placer
-from fxgraft.graph.grafting.living import note_patched
-from fxgraft.graph.grafting.loss_watch import REFERENCES, ParameterWatch
 from fxgraft.graph.grafting.placement import PlacementRecord
 from fxgraft.graph.grafting.planning import Look, Plan, bare_shadow, plan
 from fxgraft.graph.grafting.state import hidden_forward, state_of
 from fxgraft.graph.grafting.transaction import Transaction, UnitSnapshot
-from fxgraft.graph.tracing.atomic import synchronized
+from fxgraft.graph.runtime.forward_context import Context
+from fxgraft.graph.runtime.living import note_patched
+from fxgraft.graph.runtime.loss_watch import REFERENCES, ParameterWatch
 from fxgraft.graph.tracing.names import class_name, join
 from fxgraft.graph.tracing.preserve import own_random_state, preserved_random_state
 from fxgraft.graph.tracing.settings import settings_changed

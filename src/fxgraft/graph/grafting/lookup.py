@@ -1,22 +1,26 @@
-"""From a model to its grafts."""
+"""From a model to its grafts, and to copies of it with some of them."""
 
 from __future__ import annotations
 
+import copy
 import warnings
 import weakref
-from collections.abc import Mapping
-from typing import NamedTuple
+from collections.abc import Callable, Mapping
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import nn
 
 from fxgraft.errors import FxgraftWarning
+from fxgraft.graph.atomic import synchronized
 from fxgraft.graph.grafting.graft import Graft
-from fxgraft.graph.grafting.graft_registry import GraftRegistry
-from fxgraft.graph.grafting.living import last_change, noted_models
+from fxgraft.graph.grafting.graft_registry import KEPT, GraftRegistry
 from fxgraft.graph.grafting.state import state_of
 from fxgraft.graph.grafting.unit import Unit
+from fxgraft.graph.runtime.living import last_change, noted_models
 from fxgraft.graph.tracing.names import join
+
+M = TypeVar("M", bound=nn.Module)
 
 
 def registry_of(model: nn.Module) -> GraftRegistry | None:
@@ -180,3 +184,28 @@ def counterparts(model: nn.Module) -> dict[str, str]:
         if registry is not None
         for own, stock in registry.counterparts().items()
     }
+
+
+@synchronized
+def copy_with(model: M, keep: Callable[[Graft], bool]) -> M:
+    """Copy a model with only some of its grafts.
+
+    Args:
+        model: bare or patched; it is left as it was.
+        keep: says which grafts the copy has.
+    """
+    registry = registry_of(model)
+    if registry is None:
+        return copy.deepcopy(model)
+    token = KEPT.set((registry, keep))
+    try:
+        return copy.deepcopy(model)
+    finally:
+        KEPT.reset(token)
+
+
+@synchronized
+def add_graft(model: nn.Module, graft: Graft) -> None:
+    """Put one more graft on a model, in place."""
+    registry = registry_of(model) or GraftRegistry()
+    registry.install(model, [*registry.grafts, graft])

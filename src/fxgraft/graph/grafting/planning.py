@@ -10,15 +10,15 @@ from typing import Any, cast
 from torch import nn
 
 from fxgraft.errors import StructureError
+from fxgraft.graph.atomic import synchronized
 from fxgraft.graph.grafting.backbone import Backbone
 from fxgraft.graph.grafting.class_swap import grafted_class
-from fxgraft.graph.grafting.forward_context import Context
 from fxgraft.graph.grafting.graft import Graft, Make, Placer, U, checked_placements
 from fxgraft.graph.grafting.placement import Placement, PlacementRecord
 from fxgraft.graph.grafting.programs import Part, Placed, compile_placements
 from fxgraft.graph.grafting.state import GraftState, Keeper, foreign_forward, state_of
 from fxgraft.graph.grafting.unit import Unit
-from fxgraft.graph.tracing.atomic import synchronized
+from fxgraft.graph.runtime.forward_context import Context
 from fxgraft.graph.tracing.model_trace import ModelTrace
 from fxgraft.graph.tracing.names import STATE, join
 from fxgraft.graph.tracing.shadow import Shadow

@@ -15,16 +15,16 @@ from typing import Any
 from torch import fx, nn
 
 from fxgraft.errors import FxgraftError, SiteError, TraceError, WrappedModelError
-from fxgraft.graph.grafting.forward_context import Context
+from fxgraft.graph.atomic import restoring
+from fxgraft.graph.dataflow.graph_utils import downstream_of, placeholders
 from fxgraft.graph.grafting.forwards import Passing, as_forward, restore_checkpointing
 from fxgraft.graph.grafting.graft import Graft
 from fxgraft.graph.grafting.placement import Placement
 from fxgraft.graph.grafting.state import GraftState, Program, foreign_forward, state_of
 from fxgraft.graph.grafting.unit import Unit
-from fxgraft.graph.tracing.atomic import restoring
+from fxgraft.graph.runtime.forward_context import Context
 from fxgraft.graph.tracing.compile import MORE
 from fxgraft.graph.tracing.editing import Edge, Edit, Editor, Input, Instead, Output
-from fxgraft.graph.tracing.graph_utils import downstream_of, placeholders
 from fxgraft.graph.tracing.model_trace import ModelTrace
 from fxgraft.graph.tracing.names import PREFIX, STATE, inside, join
 from fxgraft.graph.tracing.signatures import Declared

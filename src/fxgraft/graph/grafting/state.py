@@ -10,8 +10,8 @@ from typing import Any, Protocol
 from torch import nn
 
 from fxgraft.errors import no_module
-from fxgraft.graph.grafting.forward_context import Context
 from fxgraft.graph.grafting.unit import Unit
+from fxgraft.graph.runtime.forward_context import Context
 from fxgraft.graph.tracing.names import STATE
 
 
@@ -164,3 +164,23 @@ def state_of(module: nn.Module) -> GraftState | None:
     if not isinstance(module, nn.Module):
         raise no_module(module)
     return module.__dict__.get(STATE)
+
+
+def localise(model: nn.Module) -> None:
+    """Let a replica of DataParallel, which runs in a thread, run its own copies of the units that hold tensors.
+
+    What a pass shares needs no copy: it belongs to the thread.
+    """
+    state = state_of(model)
+    if state is None or state.registry is None:
+        return
+    twins: dict[int, Unit] = {}
+    owned = [model.get_submodule(path) for path in state.registry.paths()]
+    for module in owned:
+        registered = module.__dict__[STATE].registered
+        for name, child in module._modules.items():
+            if isinstance(child, Unit) and name in registered:
+                twins[id(registered[name])] = child
+    for module in owned:
+        state = module.__dict__[STATE]
+        module.__dict__[STATE] = state.with_units(lambda unit: twins.get(id(unit), unit))

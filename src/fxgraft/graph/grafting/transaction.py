@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from fxgraft.graph.atomic import Step, apply_atomically, refilling, setting
 from fxgraft.graph.grafting.class_swap import grafted_class
 from fxgraft.graph.grafting.graft import Graft
 from fxgraft.graph.grafting.planning import Plan, parts_without_model
 from fxgraft.graph.grafting.state import GraftState, foreign_forward, state_of
-from fxgraft.graph.tracing.atomic import Step, apply_atomically, refilling, setting
 from fxgraft.graph.tracing.names import STATE
 
 if TYPE_CHECKING:

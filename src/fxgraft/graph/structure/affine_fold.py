@@ -16,18 +16,18 @@ from torch import Tensor, fx, nn
 from torchvision.models.convnext import LayerNorm2d
 
 from fxgraft.errors import SiteError, StructureError, TraceError
-from fxgraft.graph.structure.layout import Layout
-from fxgraft.graph.structure.linear import sharers
-from fxgraft.graph.structure.pooling import (
+from fxgraft.graph.dataflow.graph_utils import modules_in
+from fxgraft.graph.structure.heads.linear import sharers
+from fxgraft.graph.structure.heads.pooling import (
     DROPOUTS,
     SHAPES,
     is_classifier,
     opened_head,
     pooling_of,
 )
+from fxgraft.graph.structure.layout import Layout
 from fxgraft.graph.structure.rest_of_network import passes
 from fxgraft.graph.structure.site import Site
-from fxgraft.graph.tracing.graph_utils import modules_in
 from fxgraft.graph.tracing.model_trace import ModelTrace
 from fxgraft.graph.tracing.names import ancestors, join
 from fxgraft.graph.tracing.settings import acted_on, output_hooked

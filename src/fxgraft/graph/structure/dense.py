@@ -15,9 +15,9 @@ import torch
 from torch import fx, nn
 
 from fxgraft.errors import SiteError, StructureError, TraceError
+from fxgraft.graph.dataflow.graph_utils import downstream_of, placeholders, upstream_of
 from fxgraft.graph.structure.site import Edits, Site, edits_of, module_site
 from fxgraft.graph.tracing.editing import After, Edge
-from fxgraft.graph.tracing.graph_utils import downstream_of, placeholders, upstream_of
 from fxgraft.graph.tracing.model_trace import ModelTrace
 from fxgraft.graph.tracing.names import join, relative
 from fxgraft.graph.tracing.trace import is_primitive

@@ -30,6 +30,7 @@ from typing import Any, Literal
 from torch import Tensor, fx, nn
 
 from fxgraft.errors import FxgraftError
+from fxgraft.graph.dataflow.graph_utils import downstream_of, placeholders
 from fxgraft.graph.dataflow.steps import (
     JOINING,
     PROJECTIONS,
@@ -44,7 +45,6 @@ from fxgraft.graph.structure.layout import layout_of
 from fxgraft.graph.structure.onward import goes_on
 from fxgraft.graph.structure.site import Edits, Site
 from fxgraft.graph.tracing.editing import After, Edge
-from fxgraft.graph.tracing.graph_utils import downstream_of, placeholders
 from fxgraft.graph.tracing.model_trace import ModelTrace
 from fxgraft.graph.tracing.names import inside, join, relative
 from fxgraft.graph.tracing.observe import tensors

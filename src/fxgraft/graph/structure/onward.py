@@ -18,6 +18,7 @@ from torch import Size, Tensor, fx, nn
 
 from fxgraft._torch import DropoutNd, pytree
 from fxgraft.errors import FxgraftError, SiteError
+from fxgraft.graph.dataflow.graph_utils import placeholders
 from fxgraft.graph.dataflow.steps import (
     ENTRY_BY_ENTRY,
     JOINING,
@@ -31,7 +32,6 @@ from fxgraft.graph.dataflow.steps import (
 )
 from fxgraft.graph.structure.site import Site, edits_of, layout_at
 from fxgraft.graph.tracing.editing import After, Edge, Output
-from fxgraft.graph.tracing.graph_utils import placeholders
 from fxgraft.graph.tracing.model_trace import ModelTrace
 from fxgraft.graph.tracing.names import join, relative
 from fxgraft.graph.tracing.signatures import INPUT, bind

@@ -14,10 +14,18 @@ from torch import Tensor, fx, nn
 
 from fxgraft._torch import FakeTensor, NormBase, pytree
 from fxgraft.errors import SiteError, StructureError, TraceError
+from fxgraft.graph.dataflow.graph_utils import (
+    cut,
+    downstream_of,
+    modules_in,
+    placeholders,
+    scope_of,
+    upstream_of,
+)
 from fxgraft.graph.dataflow.reach import Reach
-from fxgraft.graph.structure.outputs import check_logits, logits_node, take_logits
-from fxgraft.graph.structure.pooling import head_in, is_classifier, logits_before
-from fxgraft.graph.structure.probabilities import squashed_end, squashing
+from fxgraft.graph.structure.heads.outputs import check_logits, logits_node, take_logits
+from fxgraft.graph.structure.heads.pooling import head_in, is_classifier, logits_before
+from fxgraft.graph.structure.heads.probabilities import squashed_end, squashing
 from fxgraft.graph.structure.site import (
     Edits,
     Site,
@@ -31,14 +39,6 @@ from fxgraft.graph.structure.site import (
 from fxgraft.graph.tracing.branches import held
 from fxgraft.graph.tracing.compile import compile_graph
 from fxgraft.graph.tracing.editing import After, is_unit
-from fxgraft.graph.tracing.graph_utils import (
-    cut,
-    downstream_of,
-    modules_in,
-    placeholders,
-    scope_of,
-    upstream_of,
-)
 from fxgraft.graph.tracing.model_trace import ModelTrace
 from fxgraft.graph.tracing.names import ancestors
 from fxgraft.graph.tracing.observe import bare_calls, tensors

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from fxgraft._torch import FakeTensor, FakeTensorMode, TorchDispatchMode, pytree
 from fxgraft.errors import ConfigError
+from fxgraft.graph.atomic import restoring, synchronized, within
 from fxgraft.graph.dataflow.flow import Flow
-from fxgraft.graph.tracing.atomic import restoring, synchronized, within
 from fxgraft.graph.tracing.preserve import (
     preserved_attributes,
     preserved_data,

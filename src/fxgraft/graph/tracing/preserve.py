@@ -27,9 +27,9 @@ import torch.utils.checkpoint
 from torch import Tensor, fx, nn
 
 from fxgraft._torch import pytree
-from fxgraft.graph.tracing.atomic import Step, apply_atomically, restoring
+from fxgraft.graph.atomic import Step, apply_atomically, restoring
+from fxgraft.graph.dataflow.graph_utils import upstream_of
 from fxgraft.graph.tracing.branches import iadd, imul, isub, itruediv
-from fxgraft.graph.tracing.graph_utils import upstream_of
 from fxgraft.graph.tracing.regions import Recorder
 
 

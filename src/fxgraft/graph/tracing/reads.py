@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fxgraft.graph.tracing.atomic import restoring
+from fxgraft.graph.atomic import restoring
 from fxgraft.graph.tracing.names import STATE, UNIT
 from fxgraft.graph.tracing.preserve import MISSING
 

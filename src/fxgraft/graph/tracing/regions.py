@@ -30,7 +30,7 @@ from fxgraft._torch import (
     pytree,
     top_saved_tensors_hooks,
 )
-from fxgraft.graph.tracing.atomic import restoring
+from fxgraft.graph.atomic import restoring
 
 REGION = "fxgraft_region"
 """Key in ``node.meta`` of what a node runs under: a tuple of `Setting`; empty where its caller's state holds."""

@@ -24,7 +24,7 @@ from torch.fx import proxy as fx_proxy
 
 from fxgraft._torch import NormBase, pytree
 from fxgraft.errors import TraceError
-from fxgraft.graph.tracing.atomic import apply_atomically, refilling, synchronized
+from fxgraft.graph.atomic import apply_atomically, refilling, synchronized
 from fxgraft.graph.tracing.branches import BakedBuffers, InPlaceProxy, Known, held, user_line
 from fxgraft.graph.tracing.names import UNIT, join
 from fxgraft.graph.tracing.observe import Call

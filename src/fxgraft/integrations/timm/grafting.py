@@ -30,7 +30,7 @@ from torch import nn
 import fxgraft
 from fxgraft.errors import ConfigError, FxgraftWarning, WrappedModelError
 from fxgraft.graph.grafting.lookup import counterparts, unwrapped
-from fxgraft.graph.grafting.published import relabel
+from fxgraft.graph.runtime.published import relabel
 from fxgraft.spec import parse_grafts
 
 _logger = logging.getLogger(__name__)

@@ -15,7 +15,7 @@ from timm.models.xcit import Xcit
 from torch import Tensor, nn
 
 import fxgraft
-from fxgraft.graph.structure.outputs import take_logits
+from fxgraft.graph.structure.heads.outputs import take_logits
 
 SIZE = {"img_size": 32, "patch_size": 8, "embed_dim": 16, "num_heads": 2, "num_classes": 4}
 

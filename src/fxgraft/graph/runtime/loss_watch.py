@@ -20,11 +20,11 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from fxgraft._torch import FakeTensor, assert_later
 from fxgraft.errors import FxgraftError, FxgraftWarning
-from fxgraft.graph.grafting.labels import version_of
-from fxgraft.graph.grafting.living import note_change
-from fxgraft.graph.grafting.published import place_of
+from fxgraft.graph.runtime.labels import version_of
+from fxgraft.graph.runtime.living import note_change
+from fxgraft.graph.runtime.published import place_of
+from fxgraft.graph.runtime.recorders import recorded, values_of
 from fxgraft.graph.tracing.observe import tensors
-from fxgraft.graph.tracing.recorders import recorded, values_of
 
 STEPS = 2
 """So many backward passes of losses of somebody else are a training; one may be somebody looking at gradients."""

@@ -13,9 +13,9 @@ from timm.layers.linear import Linear as TimmLinear
 from torch import Tensor, fx, nn
 
 from fxgraft.errors import StructureError, candidates
-from fxgraft.graph.structure.outputs import logits_node
-from fxgraft.graph.structure.progressive_trace import OpaqueError, opening
-from fxgraft.graph.tracing.graph_utils import scope_of, upstream_of
+from fxgraft.graph.dataflow.graph_utils import scope_of, upstream_of
+from fxgraft.graph.structure.heads.outputs import logits_node
+from fxgraft.graph.structure.heads.progressive_trace import OpaqueError, opening
 from fxgraft.graph.tracing.model_trace import ModelTrace
 from fxgraft.graph.tracing.names import ancestors, class_name, join
 from fxgraft.graph.tracing.trace import Traced, is_primitive

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.utils import spectral_norm
 
 from fxgraft.errors import StructureError
-from fxgraft.graph.structure.stem_and_classifier import find_classifiers, find_stems
+from fxgraft.graph.structure.heads.stem_and_classifier import find_classifiers, find_stems
 from fxgraft.graph.tracing.model_trace import ModelTrace
 
 SIZE = (3, 16, 16)

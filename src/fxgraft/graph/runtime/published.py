@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from fxgraft.errors import TargetError, no_module
-from fxgraft.graph.grafting.labels import Entry, checked_labels, take_from, tensors_in
+from fxgraft.graph.runtime.labels import Entry, checked_labels, take_from, tensors_in
 
 Batch = TypeVar("Batch")
 Doubt = Literal["loaders", "batches", "other part"]

@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from torch import Tensor, fx, nn
 
 from fxgraft.errors import SiteError, StructureError, TraceError
-from fxgraft.graph.structure.linear import made_by_hooks
-from fxgraft.graph.structure.outputs import logits_node
-from fxgraft.graph.structure.pooling import (
+from fxgraft.graph.dataflow.graph_utils import scope_of
+from fxgraft.graph.structure.heads.linear import made_by_hooks
+from fxgraft.graph.structure.heads.outputs import logits_node
+from fxgraft.graph.structure.heads.pooling import (
     DROPOUTS,
     SHAPES,
     HeadTrace,
@@ -19,7 +20,6 @@ from fxgraft.graph.structure.pooling import (
 )
 from fxgraft.graph.structure.site import Site, module_site, node_sites, own_nodes
 from fxgraft.graph.tracing.editing import Span
-from fxgraft.graph.tracing.graph_utils import scope_of
 from fxgraft.graph.tracing.model_trace import ModelTrace
 from fxgraft.graph.tracing.names import ancestors, inside, join, relative
 from fxgraft.graph.tracing.trace import Traced

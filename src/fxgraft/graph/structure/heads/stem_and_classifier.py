@@ -15,10 +15,10 @@ from torch import Tensor, fx, nn
 
 from fxgraft._torch import ConvNd, NormBase
 from fxgraft.errors import StructureError, TraceError
-from fxgraft.graph.structure.layout import Layout
-from fxgraft.graph.structure.linear import is_derived, is_linear
-from fxgraft.graph.structure.outputs import logits_node, take_logits
-from fxgraft.graph.structure.pooling import (
+from fxgraft.graph.dataflow.graph_utils import cut, downstream_of, placeholders
+from fxgraft.graph.structure.heads.linear import is_derived, is_linear
+from fxgraft.graph.structure.heads.outputs import logits_node, take_logits
+from fxgraft.graph.structure.heads.pooling import (
     DROPOUTS,
     SCALES,
     SHAPES,
@@ -26,10 +26,10 @@ from fxgraft.graph.structure.pooling import (
     is_classifier,
     pooling_of,
 )
-from fxgraft.graph.structure.probabilities import squashed_end
-from fxgraft.graph.structure.progressive_trace import OpaqueError, opening
+from fxgraft.graph.structure.heads.probabilities import squashed_end
+from fxgraft.graph.structure.heads.progressive_trace import OpaqueError, opening
+from fxgraft.graph.structure.layout import Layout
 from fxgraft.graph.tracing.compile import compile_graph
-from fxgraft.graph.tracing.graph_utils import cut, downstream_of, placeholders
 from fxgraft.graph.tracing.model_trace import ModelTrace
 from fxgraft.graph.tracing.names import ancestors
 from fxgraft.graph.tracing.observe import tensors

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from fxgraft._torch import assert_later
 from fxgraft.errors import ConfigError, TargetError
-from fxgraft.graph.tracing.recorders import recorded, transformed, values_of
+from fxgraft.graph.runtime.recorders import recorded, transformed, values_of
 
 Entry = int | str | tuple[int | str, ...]
 """Where the labels are in a batch: a position, a key, an attribute, or a path of these."""

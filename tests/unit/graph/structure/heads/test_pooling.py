@@ -15,7 +15,7 @@ import fxgraft
 from fxgraft.errors import SiteError, StructureError
 from fxgraft.graph.grafting.backbone import Backbone
 from fxgraft.graph.grafting.unit import Unit
-from fxgraft.graph.structure.head import Head, find_head
+from fxgraft.graph.structure.heads.head import Head, find_head
 from fxgraft.graph.tracing.compile import compile_graph
 from fxgraft.graph.tracing.editing import After, Editor, Replace, Span
 from fxgraft.graph.tracing.model_trace import ModelTrace

@@ -27,7 +27,7 @@ from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
 from fxgraft.errors import StructureError
-from fxgraft.graph.structure.pooling import is_classifier
+from fxgraft.graph.structure.heads.pooling import is_classifier
 
 _SCALED = (ScaledStdConv2d, ScaledStdConv2dSame)
 _FORWARDS = tuple(kind.forward for kind in (nn.Conv2d, Conv2dSame, *_SCALED))

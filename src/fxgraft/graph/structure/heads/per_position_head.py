@@ -23,10 +23,11 @@ from torch import Tensor, fx, nn
 
 from fxgraft._torch import NormBase
 from fxgraft.errors import BypassError, SiteError, StructureError
-from fxgraft.graph.structure import pooled_vectors
-from fxgraft.graph.structure.head import Head, token_grid
-from fxgraft.graph.structure.linear import made_by_hooks
-from fxgraft.graph.structure.pooling import (
+from fxgraft.graph.dataflow.graph_utils import cut, modules_in, placeholders, upstream_of
+from fxgraft.graph.structure.heads import pooled_vectors
+from fxgraft.graph.structure.heads.head import Head, token_grid
+from fxgraft.graph.structure.heads.linear import made_by_hooks
+from fxgraft.graph.structure.heads.pooling import (
     DROPOUTS,
     SCALES,
     SHAPES,
@@ -37,7 +38,6 @@ from fxgraft.graph.structure.pooling import (
     opened_head,
 )
 from fxgraft.graph.tracing.compile import compile_graph
-from fxgraft.graph.tracing.graph_utils import cut, modules_in, placeholders, upstream_of
 from fxgraft.graph.tracing.model_trace import ModelTrace
 from fxgraft.graph.tracing.names import class_name, join
 from fxgraft.graph.tracing.preserve import preserved_modes

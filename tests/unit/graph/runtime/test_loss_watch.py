@@ -14,8 +14,8 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fxgraft
-from fxgraft.graph.grafting import loss_watch
-from fxgraft.graph.grafting.loss_watch import MOVES, PASSES, ROUNDS
+from fxgraft.graph.runtime import loss_watch
+from fxgraft.graph.runtime.loss_watch import MOVES, PASSES, ROUNDS
 from models.toys import LABELS, images, net
 
 SIZE = (3, 16, 16)

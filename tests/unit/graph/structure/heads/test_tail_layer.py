@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import fxgraft
 from fxgraft.errors import StructureError
-from fxgraft.graph.structure.pooling import logits_node
+from fxgraft.graph.structure.heads.pooling import logits_node
 from fxgraft.graph.structure.rest_of_network import tail_layer
 from fxgraft.graph.tracing.model_trace import ModelTrace
 from models.toys import LABELS, assert_same, evaluate, images, net, rest, state_of_everything, value_at

@@ -11,7 +11,7 @@ from timm.layers.std_conv import ScaledStdConv2d, ScaledStdConv2dSame, StdConv2d
 from torch import Tensor, nn
 
 from fxgraft.errors import StructureError
-from fxgraft.graph.structure.linear import apply_layer, effective, is_linear, write_effective
+from fxgraft.graph.structure.heads.linear import apply_layer, effective, is_linear, write_effective
 
 LAYERS: dict[str, tuple[Any, tuple[int, ...]]] = {
     "linear": (lambda: nn.Linear(6, 4), (2, 5, 6)),
