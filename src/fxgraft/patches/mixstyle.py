@@ -36,18 +36,17 @@ from fxgraft.extend import (
 )
 
 
-def mix_moments(x: Tensor, partner: Tensor, ratio: Tensor, eps: float = 1e-6) -> Tensor:
+def mix_moments(x: Tensor, partner: Tensor, ratio: Tensor) -> Tensor:
     """Mix the channel means and deviations of maps with their partners', both as constants.
 
     Args:
         x: (B, C, *S), floating point.
         partner: (B,) the number of the image that each takes statistics of.
         ratio: (B,) share of an image's own statistics.
-        eps: added to the unbiased variance under the root.
     """
 
     def coefficients(mean: Tensor, var: Tensor) -> tuple[Tensor, Tensor]:
-        mean, std = mean.detach(), (var.detach() + eps).sqrt()
+        mean, std = mean.detach(), (var.detach() + 1e-6).sqrt()
         own = ratio.to(mean.dtype).unsqueeze(1)
         scale = own + (1 - own) * std[partner] / std
         return scale, own * mean + (1 - own) * mean[partner] - mean * scale
@@ -65,8 +64,7 @@ def mix_histograms(x: Tensor, partner: Tensor, ratio: Tensor) -> Tensor:
     """
     values, order = x.flatten(2).sort(stable=True, dim=-1)  # equal values keep their order, on every device
     matched = torch.zeros_like(values).scatter(-1, order, values[partner]).view(x.shape)
-    others = (1 - ratio.to(x.dtype)).view(-1, *(1,) * (x.ndim - 1))
-    return x + (matched - x.detach()) * others
+    return x + (matched - x.detach()) * (1 - ratio.to(x.dtype)).view(-1, *(1,) * (x.ndim - 1))
 
 
 PACS = {"network": "ResNet-18, ImageNet weights", "data": "PACS, 224 px", "optimiser": "SGD 0.001, cosine"}
@@ -90,11 +88,10 @@ PRESETS: tuple[tuple[str, str, dict[str, Any], dict[str, Any]], ...] = (
 class MixStyle(MapPatch):
     """MixStyle and EFDMix: mix the channel statistics of maps within the batch.
 
-    Zhou, Yang, Qiao, Xiang: "Domain Generalization with MixStyle", ICLR 2021; with ``match="histogram"`` EFDMix of
-    Zhang, Li, Li, Jia, Zhang: "Exact Feature Distribution Matching for Arbitrary Style Transfer and Domain
-    Generalization", CVPR 2022. In training, each unit with probability ``p`` mixes the style of every image with that
-    of another one; labels stay. Evaluation is the bare model's. Without ``layers`` the units are behind the first of
-    the last four stages (``layer1`` and ``layer2`` of a ResNet), or of four shares of the blocks of a plain ViT.
+    Zhou, Yang, Qiao, Xiang, ICLR 2021; with ``match="histogram"`` EFDMix of Zhang, Li, Li, Jia, Zhang, CVPR 2022. In
+    training, each unit with probability ``p`` mixes the style of every image with that of another one; labels stay.
+    Evaluation is the bare model's. Without ``layers`` the units are behind the first of the last four stages
+    (``layer1`` and ``layer2`` of a ResNet), or of four shares of the blocks of a plain ViT.
 
     ``mix="crossdomain"`` reads the domain of each image from the call, ``model(x, target=y, domains=d)``: partners are
     drawn evenly from the images of other domains. An image without any stays as it is, and so does a batch of one.
@@ -112,13 +109,16 @@ class MixStyle(MapPatch):
     """
 
     title, url = "MixStyle", "https://arxiv.org/abs/2104.02008"
-    paper = "Zhou, Yang, Qiao, Xiang: Domain Generalization with MixStyle. ICLR 2021"
-    idea = (
-        "Styles of two images are mixed inside the first stages in training, so that the network meets styles that no "
-        'training domain has. match="histogram" mixes all values of a channel by rank (EFDMix).'
+    paper = (
+        "Zhou, Yang, Qiao, Xiang: Domain Generalization with MixStyle. ICLR 2021; EFDMix: Zhang, Li, Li, Jia, Zhang: "
+        "Exact Feature Distribution Matching for Arbitrary Style Transfer and Domain Generalization. CVPR 2022"
     )
-    equation = "y = σ_mix · (x − μ) / σ + μ_mix, with σ_mix = λσ + (1 − λ)σ', μ_mix alike, λ ~ Beta(α, α)"
-    where = "behind the first two of the last four stages; of a ViT, behind a quarter and half of its blocks"
+    idea = "In training, early maps take on styles between two images', so that the network meets styles of no domain."
+    equation = (
+        "y = σ_mix · (x − μ) / σ + μ_mix, with σ_mix = λσ + (1 − λ)σ', μ_mix alike, λ ~ Beta(α, α); "
+        "EFDMix: y = x + (1 − λ) · (the partner's value of the same rank − x)"
+    )
+    where = "behind the first two of the last four stages; behind a quarter and half of the blocks of a ViT"
     cost = "training: one pass over a map for its statistics and one to change it (a sort for EFDMix); evaluation: none"
     works_with = "any backbone with maps or tokens; all other methods; checkpointing, but for domains"
     hurts = "where the style tells the classes apart; behind the last stage; batches of one"
