@@ -32,9 +32,10 @@ def main() -> None:
     model, optimizer, loader = accelerator.prepare(
         model, optimizer, DataLoader(data, batch_size=8, shuffle=True)
     )
+    steps = epochs * len(loader)
     for epoch in range(epochs):
-        fxgraft.set_progress(model, epoch / epochs)
-        for x, y in loader:
+        for number, (x, y) in enumerate(loader):
+            fxgraft.set_progress(model, (epoch * len(loader) + number) / steps)
             loss = fxgraft.loss(model, model(x, target=y), y)
             optimizer.zero_grad()
             accelerator.backward(loss)

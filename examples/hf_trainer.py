@@ -1,4 +1,4 @@
-"""Train a classifier of transformers with a graft: fxgraft's Trainer in place of transformers'.
+"""Train a classifier of transformers with a graft: one callback in transformers' Trainer.
 
 python examples/hf_trainer.py --quick
 """
@@ -8,10 +8,10 @@ import tempfile
 
 import torch
 from torch.utils.data import Dataset
-from transformers import ResNetConfig, ResNetForImageClassification, TrainingArguments
+from transformers import ResNetConfig, ResNetForImageClassification, Trainer, TrainingArguments
 
 import fxgraft
-from fxgraft.integrations.transformers import Trainer
+from fxgraft.integrations.transformers import Grafts
 
 
 class RandomImages(Dataset):
@@ -47,9 +47,13 @@ def main() -> None:
             save_strategy="no",
             use_cpu=quick,
             disable_tqdm=True,
+            logging_steps=2,
+            remove_unused_columns=False,
         )
-        trainer = Trainer(model, arguments, train_dataset=RandomImages(32 if quick else 512, size))
-        print(f"loss {trainer.train().training_loss:.3f}, {fxgraft.diagnostics(model)}")
+        data = RandomImages(32 if quick else 512, size)
+        trainer = Trainer(model, arguments, train_dataset=data, callbacks=[Grafts()])
+        trainer.train()
+        print(trainer.state.log_history)
 
 
 if __name__ == "__main__":

@@ -4,10 +4,12 @@ python examples/lightning_module.py --quick
 """
 
 import argparse
+import tempfile
 
 import lightning
 import timm
 import torch
+from lightning.pytorch.loggers import CSVLogger
 from torch.utils.data import DataLoader, TensorDataset
 
 import fxgraft
@@ -24,7 +26,6 @@ class Classifier(lightning.LightningModule):
         x, y = batch
         loss = fxgraft.loss(self.model, self.model(x), y)  # the callback hands the labels over
         self.log("train_loss", loss)
-        self.log_dict(fxgraft.diagnostics(self.model))
         return loss
 
     def validation_step(self, batch, _index):
@@ -42,13 +43,15 @@ def main() -> None:
     name, size, images = ("test_resnet", 32, 32) if quick else ("resnet50", 224, 512)
     data = TensorDataset(torch.randn(images, 3, size, size), torch.randint(7, (images,)))
     loader = DataLoader(data, batch_size=16, num_workers=0)
+    folder = tempfile.mkdtemp() if quick else "logs"
     trainer = lightning.Trainer(
         max_epochs=1 if quick else 10,
-        callbacks=[Grafts(labels=1)],
+        callbacks=[Grafts(labels=1, log=True)],  # pictures=500: also pictures, every 500 steps
         accelerator="cpu" if quick else "auto",
-        logger=False,
+        logger=CSVLogger(folder),
         enable_checkpointing=False,
         enable_progress_bar=False,
+        log_every_n_steps=2,
     )
     trainer.fit(Classifier(name, 7, size), loader, loader)
     print({key: round(float(value), 4) for key, value in trainer.callback_metrics.items()})

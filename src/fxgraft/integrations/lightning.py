@@ -10,10 +10,12 @@ from contextlib import ExitStack
 from typing import Any
 
 from fxgraft.api import set_progress
-from fxgraft.errors import FxgraftWarning, UnknownGraftError
+from fxgraft.errors import ConfigError, FxgraftWarning, UnknownGraftError
 from fxgraft.graph.grafting.lookup import named_grafts, patched_parts
 from fxgraft.graph.runtime.labels import Entry
 from fxgraft.graph.runtime.published import batch_targets
+from fxgraft.graph.tracing.observe import tensors
+from fxgraft.inspection import diagnostics
 
 try:
     from lightning.pytorch import Callback, LightningModule, Trainer
@@ -41,17 +43,26 @@ class Grafts(Callback):
             as ``("labelled", 1)`` for the batches of a ``CombinedLoader``; None where the step hands them over itself,
             as ``self.model(x, target=y)``. They are those of the first input that a patch reads them for, as often
             as it passes; other inputs of the step need labels of their own.
+        log: log `fxgraft.diagnostics` through the Trainer's loggers, every ``log_every_n_steps`` steps.
+        pictures: log what the grafts do with the first images of a batch, every so many steps, through those loggers
+            that take pictures (TensorBoard, and any with ``log_image``, such as Weights & Biases); 0 for never. Needs
+            matplotlib, and makes a copy of the model on the CPU each time.
 
     Raises:
         UnknownGraftError: (when the training starts) nothing in the module is patched.
         TargetError: (at a training step) the batch has no such entry.
 
     Warns:
-        FxgraftWarning: (when the training starts) options of grafts follow the progress of a training without an end.
+        FxgraftWarning: (when the training starts) options of grafts follow the progress of a training without an end,
+            or there is no logger for what is to be logged.
     """
 
-    def __init__(self, labels: Entry | None = 1) -> None:
-        self.labels = labels
+    def __init__(self, labels: Entry | None = 1, *, log: bool = False, pictures: int = 0) -> None:
+        if pictures < 0:
+            raise ConfigError(f"Grafts: pictures is a number of steps, or 0 for none; got {pictures!r}.")
+        # Not as `log`: the Trainer gives callbacks a method of that name.
+        self.labels, self.logs, self.pictures = labels, log, pictures
+        self._logged = 0
         self._published = ExitStack()
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -73,6 +84,16 @@ class Grafts(Callback):
                 FxgraftWarning,
                 stacklevel=2,
             )
+        missing = [] if trainer.loggers or not self.logs else ["diagnostics"]
+        if self.pictures and not any(map(_takes_pictures, trainer.loggers)):
+            missing.append("pictures")
+        if missing:
+            warnings.warn(
+                f"No {' and '.join(missing)} will be logged: this Trainer has no logger for it.\n"
+                "Pass Trainer(logger=TensorBoardLogger(...)) or another one.",
+                FxgraftWarning,
+                stacklevel=2,
+            )
 
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
@@ -84,9 +105,20 @@ class Grafts(Callback):
             return
         self._published.enter_context(batch_targets(batch, self.labels, _HOW))
 
-    def on_train_batch_end(self, *args: Any, **kwargs: Any) -> None:
-        """Take the labels back."""
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Take the labels back, and log what is due."""
         self._published.close()
+        step, before = trainer.global_step, self._logged
+        self._logged = step
+        if step == before or not trainer.is_global_zero:  # gradients of this step are still accumulated
+            return
+        if self.logs and step % trainer.log_every_n_steps == 0 and (found := diagnostics(pl_module)):
+            for logger in trainer.loggers:
+                logger.log_metrics(found, step)
+        if self.pictures and step % self.pictures == 0:
+            _log_pictures(trainer, pl_module, batch, step)
 
     def on_train_epoch_end(self, *args: Any, **kwargs: Any) -> None:
         """Take the labels back where the last step was skipped."""
@@ -95,6 +127,28 @@ class Grafts(Callback):
     def on_exception(self, *args: Any, **kwargs: Any) -> None:
         """Take the labels back where the step failed."""
         self._published.close()
+
+
+def _takes_pictures(logger: Any) -> bool:
+    return hasattr(logger, "log_image") or hasattr(logger.experiment, "add_image")
+
+
+def _log_pictures(trainer: Trainer, pl_module: LightningModule, batch: Any, step: int) -> None:
+    """Hand pictures of the first images of a batch to the loggers that take them."""
+    from fxgraft.viz.drawing import pixels
+    from fxgraft.viz.pictures import pictures_of_grafts
+
+    images = next((each for each in tensors(batch) if each.ndim == 4 and each.is_floating_point()), None)
+    loggers = [logger for logger in trainer.loggers if _takes_pictures(logger)]
+    if images is None or not loggers:
+        return
+    for name, picture in pictures_of_grafts(pl_module, images).items():
+        drawn = pixels(picture)
+        for logger in loggers:
+            if hasattr(logger, "log_image"):
+                logger.log_image(key=f"grafts/{name}", images=[drawn], step=step, caption=[picture.caption])
+            else:
+                logger.experiment.add_image(f"grafts/{name}", drawn, step, dataformats="HWC")
 
 
 def progress(trainer: Trainer, batch: int) -> float:

@@ -1,7 +1,7 @@
-"""transformers: a Trainer that hands labels and progress to the patched models in a model, and takes their loss.
+"""transformers: a callback for its Trainer around a patched model of transformers, and a Trainer for any other model.
 
 Needs ``pip install transformers accelerate``, and is loaded by its name alone:
-``from fxgraft.integrations.transformers import Trainer``.
+``from fxgraft.integrations.transformers import Grafts, Trainer``.
 """
 
 from __future__ import annotations
@@ -13,19 +13,120 @@ from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from fxgraft.api import set_progress
-from fxgraft.errors import ConfigError, TargetError
-from fxgraft.graph.grafting.lookup import unwrapped
-from fxgraft.training_loss import loss
+from fxgraft.errors import ConfigError, TargetError, UnknownGraftError
+from fxgraft.graph.grafting.lookup import named_grafts, patched_parts, unwrapped
+from fxgraft.inspection import diagnostics
+from fxgraft.training_loss import extra_loss, loss
 
 try:
     import transformers
 except ImportError as error:
     raise ImportError(
-        "fxgraft.integrations.transformers is a Trainer of transformers, which is not installed.\n"
+        "fxgraft.integrations.transformers works with the Trainer of transformers, which is not installed.\n"
         "Install it with: pip install transformers accelerate."
     ) from error
+
+
+class Grafts(transformers.TrainerCallback):
+    """Adds what grafts contribute to the loss that a model of transformers computes, in the stock Trainer.
+
+        trainer = transformers.Trainer(model, args, train_dataset=data, callbacks=[Grafts()])
+
+    The model takes ``labels`` and returns its loss, as all of transformers' for images do; the grafts find the labels
+    in the call. While the Trainer trains, a forward hook adds `fxgraft.extra_loss` to that loss. Where a graft stands
+    in for the criterion, the loss is `fxgraft.loss` with cross-entropy. With gradient accumulation every micro-batch
+    counts by its labels. Schedules are told the share of steps that is done.
+
+    Args:
+        log: add `fxgraft.diagnostics` to what the Trainer logs. Reporters see what callbacks before them in the list
+            have added, so give theirs behind this one: ``report_to="none"`` and
+            ``callbacks=[Grafts(), TensorBoardCallback()]``. The history of the Trainer has it in any case.
+
+    Raises:
+        UnknownGraftError: (when the training starts) nothing in the model is patched.
+        ConfigError: (when the training starts) the model takes no ``labels``, so that it computes no loss; (at a step)
+            it returns a tuple.
+        TargetError: (at a step) the Trainer keeps the labels from the model, as with ``label_smoothing_factor``.
+    """
+
+    def __init__(self, log: bool = True) -> None:
+        self.log = log
+        self._hook: RemovableHandle | None = None
+        self._inside = False
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        """Hook into the loss."""
+        inner = unwrapped(model)
+        if not patched_parts(inner):
+            raise UnknownGraftError(
+                f"No part of this {type(inner).__name__} is patched.\n"
+                "The callback would have nobody to tell of the progress, and nothing to add to the loss.\n"
+                "Call fxgraft.patch(model, ...) before the Trainer is made, or leave the callback out."
+            )
+        if "labels" not in inspect.signature(inner.forward).parameters:
+            raise ConfigError(
+                f"This {type(inner).__name__} takes no labels, so it computes no loss for the Trainer.\n"
+                "The callback adds to the loss that a model of transformers returns.\n"
+                "Use fxgraft.integrations.transformers.Trainer in place of transformers.Trainer, without the callback."
+            )
+        self._unhook()
+        self._hook = inner.register_forward_hook(self._add, with_kwargs=True)
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        """Tell the schedules of the grafts what share of the steps is done."""
+        set_progress(model, min(state.global_step / max(state.max_steps, 1), 1.0))
+
+    def on_log(
+        self, args: Any, state: Any, control: Any, model: Any = None, logs: Any = None, **kwargs: Any
+    ) -> None:
+        """Add what the grafts did in the last training pass, to what is logged of the training."""
+        if self.log and logs is not None and "loss" in logs:
+            found = diagnostics(model)
+            logs.update(found)
+            state.log_history[-1].update(found)
+
+    def on_train_end(self, *args: Any, **kwargs: Any) -> None:
+        """Leave the loss as the model has it."""
+        self._unhook()
+
+    def _unhook(self) -> None:
+        if self._hook is not None:
+            self._hook.remove()
+            self._hook = None
+
+    def _add(self, model: nn.Module, args: Any, kwargs: Mapping[str, Any], out: Any) -> Any:
+        """Return what the model did, with the loss of the grafts in its loss."""
+        if not model.training or self._inside:  # a pass that a method makes for its own loss
+            return out
+        labels = inspect.signature(model.forward).bind(*args, **kwargs).arguments.get("labels")
+        if labels is None:
+            raise TargetError(
+                "The Trainer called the model without labels.\n"
+                "It keeps them where label_smoothing_factor or compute_loss_func is set, or where the batch has none; "
+                "neither the grafts nor the callback see them then.\n"
+                "Leave these settings out, or use fxgraft.integrations.transformers.Trainer, without the callback."
+            )
+        if not isinstance(out, dict):
+            raise ConfigError(
+                f"This {type(model).__name__} returns a {type(out).__name__}, in which the loss has no name.\n"
+                "The callback changes the loss alone.\nSet model.config.return_dict = True."
+            )
+        if out.get("loss") is None:  # logits that a method looks ahead to
+            return out
+        counted = kwargs.get("num_items_in_batch")
+        share: Any = 1.0 if counted is None else labels.ne(-100).sum() / counted
+        self._inside = True
+        try:
+            if any(graft.patch.replaces_criterion() for graft in named_grafts(model).values()):
+                total = loss(model, out, labels) * share
+            else:
+                total = out["loss"] + extra_loss(model, out, labels) * share
+        finally:
+            self._inside = False
+        return type(out)(**{**out, "loss": total})
 
 
 class Trainer(transformers.Trainer):
@@ -107,4 +208,4 @@ class Trainer(transformers.Trainer):
         return share / max(self.args.n_gpu, 1)
 
 
-__all__ = ["Trainer"]
+__all__ = ["Grafts", "Trainer"]

@@ -9,9 +9,12 @@ from typing import Any
 
 import lightning
 import pytest
+import timm
 import torch
 import torch.nn.functional as F
+from lightning.pytorch.loggers import Logger, TensorBoardLogger
 from lightning.pytorch.utilities import CombinedLoader
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
@@ -51,12 +54,11 @@ def trainer(folder: Path, *callbacks: Any, **options: Any) -> lightning.Trainer:
     return lightning.Trainer(
         callbacks=list(callbacks),
         accelerator="cpu",
-        logger=False,
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
         default_root_dir=folder,
-        **{"max_epochs": 1, **options},
+        **{"max_epochs": 1, "logger": False, **options},
     )
 
 
@@ -232,6 +234,59 @@ def test_without_the_callback(way: str, tmp_path: Path) -> None:
     module = ByHand(patched())
     trainer(tmp_path).fit(module, loader(), loader())
     assert_trained(module.model.state_dict(), expected())
+
+
+class Held(Logger):
+    """Keeps what it is given, and takes pictures as the logger of Weights & Biases does."""
+
+    name, version = "held", "0"
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.metrics: list[tuple[int | None, dict[str, float]]] = []
+        self.images: list[tuple[int, str, Any, str]] = []
+
+    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+        self.metrics.append((step, {k: v for k, v in metrics.items() if k != "epoch"}))
+
+    def log_hyperparams(self, *args: Any, **kwargs: Any) -> None:
+        pass
+
+    def log_image(self, key: str, images: list[Any], step: int, caption: list[str]) -> None:
+        self.images += [(step, key, image, text) for image, text in zip(images, caption, strict=True)]
+
+
+def test_diagnostics_and_pictures_are_logged(tmp_path: Path) -> None:
+    held, board = Held(), TensorBoardLogger(tmp_path)
+    model = fxgraft.patch(timm.create_model("test_resnet", num_classes=2), "rsc", input_size=(3, 32, 32))
+    told: list[dict[str, float]] = []
+
+    class Watch(lightning.Callback):
+        def on_train_batch_end(self, *_: Any) -> None:
+            told.append(fxgraft.diagnostics(model))
+
+    data = DataLoader([(torch.randn(3, 32, 32), torch.tensor(i % 2)) for i in range(16)], batch_size=4)  # type: ignore[arg-type]
+    grafts = Grafts(log=True, pictures=4)
+    trainer(tmp_path, grafts, Watch(), logger=[held, board], log_every_n_steps=2).fit(Module(model), data)
+    assert held.metrics == [
+        (step, {f"model.{name}": value for name, value in told[step - 1].items()}) for step in (2, 4)
+    ]
+    ((step, key, image, caption),) = held.images
+    assert (step, key) == (4, "grafts/model.rsc")
+    assert caption.startswith("what RSC mutes at layer3 for class ")
+    assert image.ndim == 3
+    events = EventAccumulator(board.log_dir, size_guidance={"images": 0}).Reload()
+    assert [each.step for each in events.Images("grafts/model.rsc")] == [4]
+    assert [each.step for each in events.Scalars("model.rsc.muted")] == [2, 4]
+
+
+def test_logging_without_a_logger_is_told(tmp_path: Path) -> None:
+    with pytest.warns(
+        fxgraft.FxgraftWarning, match=r"No diagnostics and pictures will be logged(.|\n)*TensorBoardLogger"
+    ):
+        trainer(tmp_path, Grafts(log=True, pictures=5)).fit(Module(patched()), loader())
+    with pytest.raises(fxgraft.ConfigError, match="number of steps, or 0 for none; got -1"):
+        Grafts(pictures=-1)
 
 
 def test_without_lightning_the_error_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import csv
 import os
 import re
 import runpy
@@ -16,6 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 import timm
+import timm.utils
 import torch
 from PIL import Image
 from torch import Tensor, nn
@@ -128,6 +130,23 @@ def test_labels_progress_loss_and_optimiser(way: str, images: Path, tmp_path: Pa
     weights = torch.load(tmp_path / "weights-0.pt")
     (scale,) = (value for key, value in weights.items() if key.endswith("scale"))
     assert scale != 1
+
+
+def test_the_summary_holds_the_diagnostics(images: Path, tmp_path: Path) -> None:
+    """Every row has the columns of the first, whatever its last pass has measured."""
+    run(images, tmp_path, grafts=("rsc:layer=layer3", "selfnorm"))
+    with (tmp_path / "summary.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [row["epoch"] for row in rows] == ["0", "1"]
+    columns = {f"train_rsc.{name}" for name in fxgraft.RSC.measures} | {
+        "train_selfnorm.gate",
+        "train_selfnorm.mean_gate",
+    }
+    assert set(rows[0]) == columns | {"epoch", "train_loss", "eval_loss", "lr"}
+    assert all(
+        0 < float(row["train_rsc.muted"]) < 1 and float(row["train_selfnorm.gate"]) > 0 for row in rows
+    )
+    assert [row["train_selfnorm.mean_gate"] for row in rows] == ["nan", "nan"], "it has one gate"
 
 
 @pytest.mark.parametrize("way", ["plain", "hard labels", "mixed by the loop"])
@@ -286,6 +305,7 @@ def test_afterwards_timm_is_as_it_was() -> None:
         timm.scheduler.scheduler.Scheduler,
         timm.loss.SoftTargetCrossEntropy,
         nn.CrossEntropyLoss,
+        timm.utils,
     )
     before = [dict(vars(place)) for place in places]
     with Grafting(["witness"]):

@@ -13,9 +13,11 @@ import torch.nn.functional as F
 import transformers
 from torch import Tensor, nn
 from torch.utils.data import Dataset
+from transformers.modeling_outputs import ImageClassifierOutput
 
 import fxgraft
 import fxgraft.integrations.transformers
+from fxgraft.integrations.transformers import Grafts
 from fxgraft.patches.rsc import record
 from models.tiny import assert_trained, by_hand, dataset, patched
 from sweeping import some
@@ -203,6 +205,106 @@ def test_accumulated_gradients_are_those_of_one_batch(
         results[0]["fc.weight" if not isinstance(network, str) else "classifier.weight"], 0 * y
     )
     torch.testing.assert_close(results[1], results[0], rtol=0, atol=1e-6)
+
+
+class Stock(InOrder, transformers.Trainer):
+    """transformers' own Trainer; the callback is all that knows of fxgraft."""
+
+    def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
+        torch.manual_seed(1 + self.state.global_step)
+        return super().compute_loss(*args, **kwargs)
+
+
+class Seeded(InOrder, OwnLoss):
+    def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
+        torch.manual_seed(1 + self.state.global_step)
+        return super().compute_loss(*args, **kwargs)
+
+
+@pytest.mark.parametrize("name", some(["convnext", "vit"], 1))
+@pytest.mark.parametrize(
+    ("method", "options"), [("crossnorm", {"p": 1.0, "consistency": True}), ("rsc", {"batch_share": 1.0})]
+)
+def test_the_callback_trains_as_a_loss_by_hand(
+    name: str, method: str, options: dict[str, Any], tmp_path: Path
+) -> None:
+    data, results = Items(list(zip(*batch(), strict=True))), []
+    for kind, callbacks in ((Seeded, []), (Stock, [Grafts()])):
+        model = fxgraft.patch(classifier(name), method, input_size=(3, SIDE, SIDE), **options)
+        args = arguments(
+            tmp_path, per_device_train_batch_size=2, gradient_accumulation_steps=2, num_train_epochs=2
+        )
+        trainer = kind(model=model, args=args, train_dataset=data, eval_dataset=data, callbacks=callbacks)
+        trainer.train()
+        results.append((model.state_dict(), trainer.evaluate()["eval_loss"]))
+        assert not model._forward_hooks
+    assert_trained(results[1][0], results[0][0])
+    assert results[1][1] == results[0][1]
+
+
+class WithLoss(Plain):
+    """Computes its loss as models of transformers do."""
+
+    def forward(self, pixel_values: Tensor, labels: Tensor | None = None) -> ImageClassifierOutput:
+        logits = super().forward(pixel_values)
+        found = None if labels is None else F.cross_entropy(logits, labels)
+        return ImageClassifierOutput(loss=found, logits=logits)
+
+
+def test_the_callback_where_a_graft_stands_in_for_the_criterion(tmp_path: Path) -> None:
+    x, y = batch()
+    options = {"p_peak": 0.0, "p_patch": 0.0, "patch": 1, "loss": "gradient_boosting", "loss_k": 2}
+    model = fxgraft.patch(WithLoss(), "diversification", input_size=(3, SIDE, SIDE), **options)
+    out = model(x, labels=y, target=y)
+    expected = fxgraft.gradient_boosting_cross_entropy(out.logits, y, k=2)
+    assert not torch.isclose(expected, out.loss)
+    args = arguments(tmp_path, logging_steps=1, learning_rate=0.0)
+    data = Items(list(zip(x, y, strict=True)))
+    trainer = Stock(model=model, args=args, train_dataset=data, callbacks=[Grafts()])
+    trainer.train()
+    assert trainer.state.log_history[0]["loss"] == pytest.approx(expected.item(), abs=1e-4)
+
+
+def test_reporters_behind_the_callback_see_the_diagnostics(tmp_path: Path) -> None:
+    seen: list[dict[str, Any]] = []
+
+    class Reporter(transformers.TrainerCallback):
+        def on_log(self, *args: Any, logs: Any = None, **kwargs: Any) -> None:
+            seen.append(dict(logs))
+
+    model = fxgraft.patch(classifier("convnext"), "rsc", input_size=(3, SIDE, SIDE))
+    data = Items(list(zip(*batch(), strict=True)))
+    args = arguments(tmp_path, logging_steps=1)
+    trainer = Stock(model=model, args=args, train_dataset=data, callbacks=[Grafts(), Reporter()])
+    trainer.train()
+    assert {"loss", "rsc.muted", "rsc.samples"} <= seen[0].keys()
+    assert seen[0]["rsc.muted"] == trainer.state.log_history[0]["rsc.muted"]
+    assert "rsc.muted" not in seen[-1], "what is logged at the end is of the whole training"
+
+
+def test_the_callback_says_what_it_cannot_do(tmp_path: Path) -> None:
+    data = Items(list(zip(*batch(), strict=True)))
+    args = arguments(tmp_path)
+    for model, error, message in (
+        (
+            classifier("convnext"),
+            fxgraft.UnknownGraftError,
+            "No part of this ConvNextForImageClassification is patched",
+        ),
+        (patched(), fxgraft.ConfigError, r"takes no labels(.|\n)*transformers.Trainer, without the callback"),
+    ):
+        with pytest.raises(error, match=message):
+            Stock(model=model, args=args, train_dataset=data, callbacks=[Grafts()]).train()
+    model = fxgraft.patch(classifier("convnext"), "selfnorm", input_size=(3, SIDE, SIDE))
+    callback = Grafts()
+    callback.on_train_begin(None, None, None, model=model)
+    with pytest.raises(fxgraft.ConfigError, match="returns a tuple, in which the loss has no name"):
+        model(batch()[0], labels=batch()[1], return_dict=False)
+    callback.on_train_end()
+    assert isinstance(model(batch()[0], labels=batch()[1], return_dict=False), tuple)
+    smooth = arguments(tmp_path, label_smoothing_factor=0.1)
+    with pytest.raises(fxgraft.TargetError, match=r"without labels(.|\n)*label_smoothing_factor"):
+        Stock(model=model, args=smooth, train_dataset=data, callbacks=[Grafts()]).train()
 
 
 def test_the_ready_trainer_says_what_it_cannot_do(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from timm.models import create_model, load_checkpoint, resume_checkpoint
 from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
-from timm.utils import CheckpointSaver, ModelEmaV3, random_seed
+from timm.utils import CheckpointSaver, ModelEmaV3, random_seed, update_summary
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import Dataset
@@ -137,6 +137,8 @@ def train(model, args):
         _, losses = evaluate(trained, args)
         schedule.step(epoch + 1, losses.mean().item())
         if args.rank == 0:
+            summary = f"{args.output}/summary.csv"
+            update_summary(epoch, {"loss": steps[-1][1]}, {"loss": losses.mean().item()}, summary, lr=0.05)
             saver.save_checkpoint(epoch, metric=-losses.mean().item())
     torch.save(steps, f"{args.output}/steps-{args.rank}.pt")
     torch.save(model.state_dict(), f"{args.output}/weights-{args.rank}.pt")

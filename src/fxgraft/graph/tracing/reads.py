@@ -316,12 +316,13 @@ class _Entries(dict[Any, Any]):
     """The entries of a dictionary that belongs to code; those that are added are a cache."""
 
     def same_in(self, value: dict[Any, Any], memo: dict[int, Any]) -> bool:
-        return all(same(kept, value.get(key, MISSING), memo) for key, kept in self.items())
+        # As a plain dictionary: transformers has one whose get() takes something else.
+        return all(same(kept, dict.get(value, key, MISSING), memo) for key, kept in self.items())
 
 
 def _entries(value: Any) -> Any:
     if isinstance(value, dict) and len(value) <= _MOST:
-        return _Entries({key: held(each) for key, each in value.items()})
+        return _Entries({key: held(each) for key, each in dict.items(value)})
     return held(value)
 
 

@@ -7,6 +7,7 @@ import gc
 import importlib
 import inspect
 import logging
+import math
 import os
 import sys
 import warnings
@@ -20,6 +21,7 @@ import timm.data
 import timm.loss
 import timm.models
 import timm.scheduler
+import timm.utils
 import torch
 from timm.data.mixup import Mixup
 from timm.loss.cross_entropy import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
@@ -68,6 +70,7 @@ class Grafting:
     - Losses, called on what the model in training has returned, are `fxgraft.loss`, with themselves as the criterion.
     - ``model_parameters``, and what tasks give to gradient clipping, know the head with what grafts have beside it.
     - Steps of a schedule of ``create_scheduler`` and ``create_scheduler_v2`` set the progress of the training.
+    - ``update_summary`` writes `fxgraft.diagnostics` of the epoch's last pass into the summary, and to wandb.
 
     Args:
         grafts: what to put on the model, in order, as `parse_grafts` reads it.
@@ -103,6 +106,7 @@ class Grafting:
             for loss in _classes(timm.loss, nn.Module) | {nn.CrossEntropyLoss, nn.BCEWithLogitsLoss}:
                 for name in {"forward", "__call__"} & vars(loss).keys():
                     self._replace(loss, name, self._judge)
+            self._replace(timm.utils, "update_summary", self._update_summary)
             for schedule in _classes(timm.scheduler, Scheduler) | {Scheduler}:
                 for name, wrapper in (("step", self._step), ("step_update", self._step_update)):
                     if name in vars(schedule):
@@ -242,6 +246,21 @@ class Grafting:
     ) -> None:
         step(schedule, num_updates, *args, **kwargs)
         self._set_progress(num_updates, self._epochs * self._updates)
+
+    def _update_summary(self, update: Callable[..., None], epoch: int, *args: Any, **kwargs: Any) -> None:
+        given = inspect.signature(update).bind(epoch, *args, **kwargs)
+        if self.model is not None:
+            found = fxgraft.diagnostics(self.model)
+            # The file has the columns of its first row: all that there may be, whatever a pass has measured.
+            names = [
+                f"{graft.name}.{name}"
+                for graft in fxgraft.grafts(self.model)
+                for name in graft.patch.measures
+                if "<" not in name  # one of each site
+            ]
+            measured = {name: found.get(name, math.nan) for name in names}
+            given.arguments["train_metrics"] = {**given.arguments["train_metrics"], **measured}
+        update(*given.args, **given.kwargs)
 
     def _set_progress(self, done: int, total: int) -> None:
         if self.model is not None and total:
