@@ -16,7 +16,7 @@ import weakref
 from collections import deque
 from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -281,20 +281,20 @@ class Code:
             if name in value.__globals__:
                 self._note(value.__globals__, name)
                 whole = value.__globals__[name]
-                if isinstance(whole, (type, types.ModuleType)) and _package(whole) in self._packages:
+                known = isinstance(whole, type) and _package(whole) in self._packages
+                if known or isinstance(whole, types.ModuleType):
                     for inside in _names(value.__code__):
-                        if inside in vars(whole):
+                        if inside in vars(whole) and not isinstance(vars(whole)[inside], types.ModuleType):
                             self._note(vars(whole), inside)
 
     def _note(self, holder: Mapping[str, Any], name: str) -> None:
         value = holder[name]
-        plain = isinstance(value, (*_PLAIN, list, tuple, set, frozenset))
         function = callable(value) or isinstance(value, (property, classmethod, staticmethod))
-        known = plain or function or isinstance(value, dict) or _package(type(value)) in self._packages
-        if not known:
+        held_here = isinstance(value, (*_PLAIN, list, tuple, set, frozenset, dict))
+        if not (function or held_here or _package(type(value)) in self._packages):
             return
         if (id(holder), name) not in self._found:
-            self._found[id(holder), name] = (holder, name, _entries(value))
+            self._found[id(holder), name] = (holder, name, _Itself(value) if function else _entries(value))
             self.walk(value)
 
     def changed(self, _: nn.Module, __: nn.Module, memo: dict[int, Any]) -> bool:
@@ -304,12 +304,21 @@ class Code:
         memo[id(self)] = self
         for holder, name, kept in self._found.values():
             value = holder.get(name, MISSING)
-            if isinstance(kept, _Entries):
+            if isinstance(kept, _Itself):
+                if value is not kept.value:
+                    return True
+            elif isinstance(kept, _Entries):
                 if not (isinstance(value, dict) and kept.same_in(value, memo)):
                     return True
             elif not same(kept, value, memo):
                 return True
         return False
+
+
+class _Itself(NamedTuple):
+    """A function or a class, which is replaced and not changed."""
+
+    value: Any
 
 
 class _Entries(dict[Any, Any]):

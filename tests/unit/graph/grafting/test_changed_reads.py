@@ -79,7 +79,7 @@ class Reader(nn.Module):
             x = self.optional(x)
         if hasattr(self, "extra"):
             x = x * self.extra
-        return self.fc(self.plain(x).mean((2, 3)))
+        return self.fc(F.relu(self.plain(x)).mean((2, 3)))
 
 
 CHANGES: dict[str, Callable[[Reader], Any]] = {
@@ -107,6 +107,7 @@ SHARED: dict[str, tuple[Any, str, Any]] = {
     "list of a class": (Reader, "steps", [2.0]),
     "method of a class": (Reader, "scaled", lambda self, x: x * 3),
     "constant of another class": (Constants, "SHIFT", 1.0),
+    "function of torch": (F, "relu", lambda x: x * 2),
 }
 
 
