@@ -3,6 +3,7 @@
     python -m benchmarks study NAME --data DIR
     python -m benchmarks studies
     python -m benchmarks zoo --minutes 60
+    python -m benchmarks beyond
     python -m benchmarks overhead
     python -m benchmarks engine
     python -m benchmarks readme --write
@@ -20,6 +21,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from benchmarks.beyond import run as run_beyond
 from benchmarks.engine import measure
 from benchmarks.matrix import matrix_table
 from benchmarks.overhead import (
@@ -118,6 +120,15 @@ def zoo(
     write_text(out / "zoo.md", summary(found))
     plot_zoo(found, out / "zoo.png")
     console.print(coverage(found), markup=False)
+
+
+@app.command()
+def beyond(
+    pattern: Annotated[str, typer.Option("--filter", help="Try these again, as torchvision/*.")] = "*",
+    out: Out = FOLDER,
+) -> None:
+    """Try every method on transformers' image classifiers, and on networks of clips and volumes."""
+    run_beyond(out / "beyond.json", pattern, typer.echo)
 
 
 @app.command()

@@ -174,10 +174,19 @@ def inexact(model: nn.Module) -> Record:
     return {"inexact": "; ".join(filter(None, (g.patch.inexact(g) for g in fxgraft.grafts(model))))}
 
 
-def graft(model: nn.Module, methods: list[str], size: tuple[int, ...]) -> Record:
-    """Put methods on, planned together; return how long that took, and what came of it."""
+def graft(
+    model: nn.Module, methods: list[str], size: tuple[int, ...], options: dict[str, Any] | None = None
+) -> Record:
+    """Put methods on, planned together; return how long that took, and what came of it.
+
+    Args:
+        model: the network.
+        methods: by name.
+        size: of its input.
+        options: of the methods, beside those of their examples.
+    """
     chosen = [own_methods()[method] for method in methods]
-    grafts = [Graft(each.method, each(**each.example), input_size=size) for each in chosen]
+    grafts = [Graft(each.method, each(**each.example, **options or {}), input_size=size) for each in chosen]
     began = time.process_time()
     try:
         GraftRegistry().install(model, grafts)

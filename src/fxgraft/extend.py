@@ -146,11 +146,11 @@ from fxgraft.graph.structure.heads.linear import (
     sharers,
     write_effective,
 )
-from fxgraft.graph.structure.heads.outputs import take_logits
+from fxgraft.graph.structure.heads.outputs import take_logits, with_logits
 from fxgraft.graph.structure.heads.per_position_head import PositionwiseHead, gathered, position_scores
 from fxgraft.graph.structure.heads.stem_and_classifier import Stem
 from fxgraft.graph.structure.joins import Join
-from fxgraft.graph.structure.layout import DIMENSIONS, Layout
+from fxgraft.graph.structure.layout import DIMENSIONS, Layout, LayoutName
 from fxgraft.graph.structure.rest_of_network import Rest, tail_layer
 from fxgraft.graph.structure.site import Site
 from fxgraft.graph.structure.sites import SiteSpec
@@ -183,6 +183,7 @@ __all__ = [
     "Join",
     "LayeredPatch",
     "Layout",
+    "LayoutName",
     "Make",
     "MapPatch",
     "MergeError",
@@ -248,5 +249,6 @@ __all__ = [
     "tap_placements",
     "tensors",
     "unwrapped",
+    "with_logits",
     "write_effective",
 ]

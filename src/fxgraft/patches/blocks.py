@@ -55,7 +55,7 @@ class BlockPatch(LayeredPatch):
             ``fxgraft.sites(model, "residual")``; a name without such a block stands for its own output, and
             "input" for the image. Default: every block.
         layer: the same, for one.
-        layout: meaning of the dimensions at the sites, one of NCHW, NHWC, NLC, NCL; found if left out.
+        layout: meaning of the dimensions at the sites, one of NCHW, NHWC, NLC, NCL, NCDHW and NDHWC; found if left out.
     """
 
     where = (
@@ -64,7 +64,7 @@ class BlockPatch(LayeredPatch):
     )
 
     position: Position | None = None
-    layout: Literal["NCHW", "NHWC", "NLC", "NCL"] | None = None
+    layout: Literal["NCHW", "NHWC", "NLC", "NCL", "NCDHW", "NDHWC"] | None = None
 
     def put(
         self, backbone: Backbone, make: Make, site: Site, unit: Unit, *, evaluation: bool = True
@@ -134,13 +134,13 @@ def _block(backbone: Backbone, site: Site) -> Structure:
     if not kind or not site.block:
         return Structure(blocks=kind or f"{site.position or 'named'} sites", units=1)
     modules = list(backbone.trace.module(site.block).modules())
-    convs = [each for each in modules if isinstance(each, nn.Conv2d)]
+    convs = [each for each in modules if isinstance(each, (nn.Conv2d, nn.Conv3d))]
     return Structure(
         blocks=kind,
         units=1,
         convolutions=len(convs),
         groups=max((each.groups for each in convs), default=1),
-        instance_norm=any(isinstance(each, nn.InstanceNorm2d) for each in modules),
+        instance_norm=any(isinstance(each, (nn.InstanceNorm2d, nn.InstanceNorm3d)) for each in modules),
     )
 
 

@@ -293,7 +293,7 @@ def _warn(name: str) -> None:
 def _trained(model: nn.Module) -> bool:
     """Say whether a network has seen images: one look at a BatchNorm, whose mean starts at zero."""
     for module in model.modules():
-        mean = module.running_mean if isinstance(module, nn.BatchNorm2d) else None
+        mean = module.running_mean if isinstance(module, (nn.BatchNorm2d, nn.BatchNorm3d)) else None
         if mean is not None:
             return _holds_other_than_zero(mean)
     return False

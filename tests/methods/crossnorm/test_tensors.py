@@ -237,7 +237,7 @@ def test_a_lam_of_one_changes_nothing(sizes: tuple[int, ...]):
 @settings(max_examples=80, deadline=None)
 def test_a_box_lies_in_the_map_and_is_large_enough(height, width, beta, threshold, seed):
     torch.manual_seed(seed)
-    top, left, bottom, right = draw_box(height, width, beta, threshold).tolist()
+    top, left, bottom, right = draw_box(height, width, beta=beta, threshold=threshold).tolist()
     assert 0 <= top < bottom <= height
     assert 0 <= left < right <= width
     area = (bottom - top) * (right - left)

@@ -81,9 +81,9 @@ class TestMask:
         mask = suppression_mask(maps, draws, patch=patch)
         best = maps.flatten(2).argmax(2, keepdim=True)
         assert not mask.flatten(2).gather(2, best).any()
-        rows, columns = patch_grid(*size[2:], patch, border)
+        rows, columns = patch_grid(size[2:], patch, border)
         covered = min(rows * patch, size[2]) * min(columns * patch, size[3])
-        inside = spread_patches(torch.ones(*size[:2], rows, columns, dtype=torch.bool), *size[2:], patch)
+        inside = spread_patches(torch.ones(*size[:2], rows, columns, dtype=torch.bool), size[2:], patch)
         assert int(inside[0, 0].sum()) == covered
         assert torch.equal(mask, inside & (maps < maps.amax((2, 3), keepdim=True)))
 
@@ -192,7 +192,7 @@ class TestDamping:
     ],
 )
 def test_patch_grid(height, width, patch, border, expected):
-    assert patch_grid(height, width, patch, border) == expected
+    assert patch_grid((height, width), patch, border) == expected
 
 
 @pytest.mark.parametrize(("size", "patch"), [((2, 7), 3), ((7, 2), 3), ((1, 1), 2)])
@@ -203,4 +203,4 @@ def test_a_patch_larger_than_the_map_is_refused(size, patch):
 
 def test_a_patch_without_cells_is_refused():
     with pytest.raises(ConfigError, match="at least one cell"):
-        patch_grid(7, 7, 0)
+        patch_grid((7, 7), 0)

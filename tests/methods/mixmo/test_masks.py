@@ -162,7 +162,7 @@ def covered_by_patches(rate: float, height: int, width: int, block: int) -> floa
 @pytest.mark.parametrize("share", [0.35, 0.9])
 def test_patches_cover_what_their_rate_says(share: float):
     _, hard = draw_masks("patchup_hard", two(share, 3000), 4, 16, 16)
-    expected = covered_by_patches(patch_rate(torch.tensor(share), 16, 16, 7).item(), 16, 16, 7)
+    expected = covered_by_patches(patch_rate(torch.tensor(share), 16, 16, block=7).item(), 16, 16, 7)
     assert hard[:, 0].mean().item() == pytest.approx(expected, abs=0.02)
     _, soft = draw_masks("patchup_soft", two(share, 3000), 4, 16, 16)
     assert soft[:, 0].mean().item() == pytest.approx(expected + (1 - expected) * share, abs=0.02)
@@ -172,7 +172,10 @@ def test_patches_cover_what_their_rate_says(share: float):
 def test_patches_cover_as_much_of_a_turned_map(height: int, width: int, release: float):
     """The authors take the width for the height, so that what they cover depends on how the map lies."""
     half = torch.tensor(0.5)
-    ours, theirs = patch_rate(half, height, width, 7).item(), patch_rate(half, width, width, 7).item()
+    ours, theirs = (
+        patch_rate(half, height, width, block=7).item(),
+        patch_rate(half, width, width, block=7).item(),
+    )
     assert ours == pytest.approx(0.5 * height * width / (49 * (height - 6) * (width - 6)))
     assert theirs == pytest.approx(0.5 * width**2 / (49 * (width - 6) ** 2))
     assert covered_by_patches(ours, height, width, 7) == pytest.approx(0.56, abs=0.005)
@@ -200,7 +203,7 @@ def test_soft_patches_mix_linearly_outside():
 )
 def test_patches_fit_small_maps(height: int, width: int, block: int):
     assert patch_size(height, width) == block
-    assert 0 < patch_rate(torch.tensor(1.0), height, width, block) <= 1
+    assert 0 < patch_rate(torch.tensor(1.0), height, width, block=block) <= 1
     masks, _ = draw_masks("patchup_hard", two(0.5, 8), 4, height, width)
     assert masks.shape[-2:] == (height, width)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib
 import sys
 from pathlib import Path
@@ -389,7 +390,7 @@ def test_where_rsc_goes_by_default() -> None:
     assert where == {
         "resnet": "resnet.encoder.stages.1 (NCHW",
         "vit": "vit.layers.0 (NLC, 1 prefix",
-        "swin": "swin.layernorm (NLC",
+        "swin": "swin.transpose (NCL",
         "convnext": "convnext.encoder.stages.2 (NCHW",  # the last has a single position
     }
 
@@ -412,24 +413,88 @@ def test_saved_under_the_name_of_its_own_class(name: str, tmp_path: Path) -> Non
         assert torch.equal(again(batch()[0]).logits, model(batch()[0]).logits)
 
 
-def test_logits_alone_for_methods_that_fold_classifiers() -> None:
-    """MixMo wants one tensor of logits, which a wrapper of three lines takes out of what the model returns."""
-
-    class Logits(nn.Module):
-        def __init__(self, model: nn.Module) -> None:
-            super().__init__()
-            self.model = model
-
-        def forward(self, pixel_values: Tensor) -> Tensor:
-            return self.model(pixel_values).logits
-
-    with pytest.raises(fxgraft.StructureError, match="returns several values, and not one tensor of logits"):
-        fxgraft.patch(classifier("resnet"), "mixmo", input_size=(3, SIDE, SIDE))
-    model = fxgraft.patch(Logits(classifier("resnet")), "mixmo", input_size=(3, SIDE, SIDE))
+@pytest.mark.parametrize("name", ["resnet", "vit"])
+def test_members_in_an_output_that_keeps_its_class(name: str) -> None:
+    model = classifier(name).eval()
     x, y = batch()
+    expected = model(x)
+    fxgraft.patch(model, "mixmo", input_size=(3, SIDE, SIDE))
+    assert torch.equal(model(x).logits, expected.logits)
+    assert model(x, members=True).logits.shape == (2, 4, 5)
+    assert fxgraft.mixmo.member_logits(model, x).logits.shape == (2, 4, 5)
+    for call in (model.train(), torch.compile(model, fullgraph=True, backend="aot_eager")):
+        out = (
+            call(pixel_values=x, target=y, output_hidden_states=True) if call is model else call(x, target=y)
+        )
+        assert type(out) is type(expected)
+        assert out.logits.shape == (2, 4, 5)
+        assert call is not model or len(out.hidden_states) > 1
+        fxgraft.loss(model, out, y).backward()
+    with pytest.raises(fxgraft.TargetError, match="the model's own forward was given the labels"):
+        model(pixel_values=x, labels=y)
+
+
+def test_members_in_the_entry_that_is_named() -> None:
+    class Pair(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = classifier("resnet")
+
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            out = self.model(x).logits
+            return out.detach().mean(1), out
+
+    x, y = batch()
+    with pytest.raises(fxgraft.StructureError, match="Say which one holds the logits, as output="):
+        fxgraft.patch(Pair(), "mixmo", input_size=(3, SIDE, SIDE))
+    model = fxgraft.patch(Pair(), "mixmo", output=1, input_size=(3, SIDE, SIDE)).train()
     out = model(x, target=y)
-    assert out.shape == (2, 4, 5)
+    assert [tuple(each.shape) for each in out] == [(8,), (2, 4, 5)]
     fxgraft.loss(model, out, y).backward()
+
+
+@pytest.mark.parametrize("name", ["resnet", "swin", "convnext"])
+def test_class_maps_where_a_module_holds_map_and_pooling(name: str) -> None:
+    torch.manual_seed(0)
+    bare = classifier(name)
+    bare.config = copy.deepcopy(bare.config)  # which all models of the kind share here
+    bare.config.problem_type = "single_label_classification"
+    model = copy.deepcopy(bare)
+    fxgraft.patch(model, "diversification", alpha=1.0, patch=1, input_size=(3, SIDE, SIDE))
+    x, y = batch()
+    torch.manual_seed(1)
+    expected = bare(x, labels=y)
+    torch.manual_seed(1)
+    out = model(pixel_values=x, labels=y)
+    assert type(out) is type(expected)
+    torch.testing.assert_close(out.logits, expected.logits)
+    torch.testing.assert_close(out.loss, expected.loss)
+    out.loss.backward()
+    expected.loss.backward()
+    for mine, own in zip(model.parameters(), bare.parameters(), strict=True):
+        torch.testing.assert_close(mine.grad, own.grad)
+    torch.compile(model, fullgraph=True, backend="aot_eager")(x, target=y)
+    bare.load_state_dict(model.state_dict())
+    assert torch.equal(model.eval()(x).logits, bare.eval()(x).logits)
+
+
+def test_class_maps_of_a_body_that_is_frozen_in_evaluation() -> None:
+    model = fxgraft.patch(classifier("resnet"), "diversification", patch=1, input_size=(3, SIDE, SIDE))
+    x, y = batch()
+    model.resnet.eval()
+    with pytest.raises(fxgraft.StructureError, match="saw no map in this training pass"):
+        model(x, target=y)
+
+
+def test_a_loss_of_its_own_that_the_graph_does_not_hold() -> None:
+    """The kind of loss is chosen in the forward by the labels, unless the configuration names it."""
+    model = classifier("resnet")
+    model.config = copy.deepcopy(model.config)  # which all models of the kind share here
+    model.config.problem_type = None
+    fxgraft.patch(model, "diversification", patch=1, input_size=(3, SIDE, SIDE))
+    x, y = batch()
+    with pytest.raises(fxgraft.BypassError, match=r"fxgraft.loss\(model, out, y\)"):
+        model(pixel_values=x, labels=y)
 
 
 def test_the_class_of_a_patched_model_makes_and_loads_bare_ones(tmp_path: Path) -> None:

@@ -126,7 +126,7 @@ class Backbone:
 
         Args:
             site: one that holds one tensor.
-            name: the layout that the user names: "NCHW", "NHWC", "NLC", "NCL" or "NC".
+            name: the layout that the user names, a `LayoutName`.
             places: whether vectors are refused, as statistics over the positions of a map have no meaning there.
 
         Raises:
@@ -169,9 +169,13 @@ class Backbone:
         """Find the linear layers that all of the image goes through first."""
         return find_stems(self.trace)
 
-    def classifiers(self) -> tuple[str, ...]:
-        """Find the linear layers whose outputs make up the logits, by qualified name."""
-        return find_classifiers(self.trace)
+    def classifiers(self, output: str | int | None = None) -> tuple[str, ...]:
+        """Find the linear layers whose outputs make up the logits, by qualified name.
+
+        Args:
+            output: which entry of a structured output holds the logits; None for the usual names.
+        """
+        return find_classifiers(self.trace, output)
 
     def rest(
         self,

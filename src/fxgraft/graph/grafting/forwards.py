@@ -15,7 +15,7 @@ from fxgraft.graph.tracing.editing import (
     is_unit,
 )
 from fxgraft.graph.tracing.regions import REGION, region_of
-from fxgraft.graph.tracing.signatures import INPUT, bind
+from fxgraft.graph.tracing.signatures import INPUT, Declared, bind
 from fxgraft.graph.tracing.trace import CHECKPOINT_REGION, Traced
 
 
@@ -152,6 +152,13 @@ def as_forward(
         leaf = leaves[index]
         shown = f"a tensor of shape {tuple(leaf.shape)}" if isinstance(leaf, Tensor) else repr(leaf)
         name = names[index] if usual.simple and index < len(names) else f"argument {index}"
+        if name in Declared.of(signature).labels:
+            raise BypassError(
+                f"{label} was called with {name}={shown}, and what it does with them could not be made a graph.\n"
+                "The graph that the patch acts in was traced without, and gives no loss.\n"
+                "Call model(x, target=y) and fxgraft.loss(model, out, y), or say before patching which loss the model "
+                "computes (transformers: model.config.problem_type)."
+            )
         raise BypassError(
             f"{label} was called with {name}={shown}, but its graph was traced with {usual.fixed[index]!r}.\n"
             "Running the original code instead would bypass the patch in silence.\n"

@@ -35,7 +35,8 @@ from fxgraft.graph.tracing.trace import Traced, is_primitive
 from fxgraft.graph.tracing.values import node_name
 
 LAYERS = (
-    *(nn.BatchNorm1d, nn.BatchNorm2d, nn.GroupNorm, nn.LayerNorm, nn.Linear, nn.Conv1d, nn.Conv2d),
+    *(nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.GroupNorm, nn.LayerNorm),
+    *(nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d),
     *(timm_norm.LayerNorm, timm_norm.LayerNorm2d, timm_norm.GroupNorm, timm_norm.GroupNorm1, LayerNorm2d),
 )
 """Whose forward ends in a weight and a bias per channel; other subclasses may do more."""
@@ -172,7 +173,7 @@ def _reader(trace: ModelTrace, site: Site, layout: Layout, channels: int) -> str
             path = str(user.target)
             width = trace.module(path).get_parameter("weight").shape[1]
             # Cells stay with their channel where the channels come first and all the rest is flattened.
-            whole = not width % channels and layout.name in ("NCHW", "NCL") and not pooled
+            whole = not width % channels and not layout.channels_last and layout.name != "NC" and not pooled
             return path if width == channels or whole else None
         average = pooling_of(user, values)
         name = node_name(user, trace.model)

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from fxgraft._torch import ConvNd
 from fxgraft.errors import SiteError, StructureError, TraceError
 from fxgraft.graph.dataflow.graph_utils import downstream_of, placeholders, upstream_of
 from fxgraft.graph.structure.site import Edits, Site, edits_of, module_site
@@ -73,7 +74,7 @@ def _position(
 ) -> Site | None:
     if position != "conv1_pre" and not evaluation.convs:
         inside = [path for path in trace.in_order() if path.startswith(owner + ".")]
-        convs = [path for path in inside if isinstance(trace.module(path), nn.Conv2d)]
+        convs = [path for path in inside if isinstance(trace.module(path), ConvNd)]
         number = 0 if position == "conv1_post" else 1
         if number >= len(convs):
             return None
@@ -101,7 +102,7 @@ def _could_be_dense(trace: ModelTrace, owner: str) -> bool:
     closed = is_primitive(module) and not any(True for _ in module.children())
     if closed or type(module) is nn.Sequential:
         return False
-    return any(isinstance(each, nn.Conv2d) for each in module.modules() if each is not module)
+    return any(isinstance(each, ConvNd) for each in module.modules() if each is not module)
 
 
 def _layer(trace: ModelTrace, owner: str, training: bool) -> _Layer | None:
@@ -120,7 +121,7 @@ def _layer(trace: ModelTrace, owner: str, training: bool) -> _Layer | None:
     modules = {
         node: trace.module(join(owner, str(node.target))) for node in between if node.op == "call_module"
     }
-    convs = sorted(node for node, module in modules.items() if isinstance(module, nn.Conv2d))
+    convs = sorted(node for node, module in modules.items() if isinstance(module, ConvNd))
     if any(not _follows(a, b) for a, b in itertools.pairwise(convs)):
         return None
     if not any(_convolves(trace, owner, node) for node in between):
@@ -161,7 +162,7 @@ def _base(trace: ModelTrace, owner: str, returned: fx.Node) -> fx.Node | None:
 def _convolves(trace: ModelTrace, owner: str, node: fx.Node) -> bool:
     if node.op != "call_module":
         return False
-    return any(isinstance(each, nn.Conv2d) for each in trace.module(join(owner, str(node.target))).modules())
+    return any(isinstance(each, ConvNd) for each in trace.module(join(owner, str(node.target))).modules())
 
 
 def _joined_onward(trace: ModelTrace, owner: str) -> bool:

@@ -549,7 +549,7 @@ def _one_of_several(total: fx.Node) -> bool:
 def _channel(trace: ModelTrace, values: Values, node: fx.Node) -> int:
     value = values(node)
     layout = layout_of(trace, value, "", strict=False) if value.ndim > 2 else None
-    return value.ndim - 1 if layout is not None and layout.name in ("NHWC", "NLC") else 1
+    return value.ndim - 1 if layout is not None and layout.channels_last else 1
 
 
 def _unlike(one: tuple[int, ...], other: tuple[int, ...]) -> list[int]:

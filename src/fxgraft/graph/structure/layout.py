@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -25,7 +25,10 @@ from fxgraft.graph.dataflow.axes import (
 from fxgraft.graph.dataflow.flow import mark_of
 from fxgraft.graph.tracing.model_trace import ModelTrace
 
-DIMENSIONS = {"NCHW": 4, "NHWC": 4, "NLC": 3, "NCL": 3, "NC": 2}
+LayoutName = Literal["NCHW", "NHWC", "NLC", "NCL", "NC", "NCDHW", "NDHWC"]
+"""The layouts: maps, tokens, signals, vectors, and volumes, whose depth is time in a clip."""
+
+DIMENSIONS: dict[LayoutName, int] = {each: len(each) for each in get_args(LayoutName)}
 """The layouts by name, with their number of dimensions."""
 
 NAMES = tuple(DIMENSIONS)
@@ -36,7 +39,7 @@ class Layout:
     """The meaning of a value's dimensions.
 
     Attributes:
-        name: "NCHW", "NHWC", "NLC" (tokens), "NCL" or "NC" (vectors).
+        name: "NCHW", "NHWC", "NLC" (tokens), "NCL", "NC" (vectors), "NCDHW" or "NDHWC" (volumes and clips).
         prefix: how many leading tokens are class or register tokens, no positions ("NLC" only).
     """
 
@@ -46,23 +49,33 @@ class Layout:
     def __str__(self) -> str:
         return f"{self.name}, {self.prefix} prefix" if self.prefix else self.name
 
+    @property
+    def channels_last(self) -> bool:
+        """Whether channels are the last dimension, behind the positions."""
+        return len(self.name) > 2 and self.name[-1] == "C"
+
+    @property
+    def is_map(self) -> bool:
+        """Whether positions have rows and columns of their own, in a map or a volume."""
+        return len(self.name) > 3
+
     def canonical(self, x: Tensor) -> Tensor:
         """View ``x`` as (B, C, *positions), without a copy and without its prefix tokens."""
-        if self.name in ("NHWC", "NLC"):
+        if self.channels_last:
             x = x[:, self.prefix :] if self.prefix else x
             return x.movedim(-1, 1)
         return x
 
     def restore(self, x: Tensor, canonical: Tensor) -> Tensor:
         """Bring a new value of ``canonical(x)`` back to the dimensions of ``x``, whose prefix tokens it keeps."""
-        if self.name in ("NHWC", "NLC"):
+        if self.channels_last:
             new = canonical.movedim(1, -1)
             return torch.cat((x[:, : self.prefix], new), dim=1) if self.prefix else new
         return canonical
 
     def multiply(self, x: Tensor, mask: Tensor) -> Tensor:
         """Multiply ``x`` by a canonical mask (B, C or 1, *positions or ones); prefix tokens pass unchanged."""
-        if self.name in ("NHWC", "NLC"):
+        if self.channels_last:
             mask = mask.movedim(1, -1)
         if self.prefix:
             rows = mask.expand(-1, x.shape[1] - self.prefix, -1)
@@ -149,13 +162,16 @@ def _layout(kinds: list[str], axes: Axes) -> Layout | None:
     if len(channels) != 1 or any(kind not in (CHANNEL, POSITION, ONE) for kind in rest):
         return None
     runs = [run for dim in range(1, len(axes)) if kinds[dim] == POSITION for run in runs_of(axes[dim])]
-    name = {(3, 1): "NCL", (3, 2): "NLC", (4, 1): "NCHW", (4, 3): "NHWC"}.get((len(kinds), channels[0]))
+    name = _BY_CHANNEL.get((len(kinds), channels[0]))
     if name is None or all(places for _, places in runs):
         return None if name is None else Layout(name)
     leading = 0 if runs[0][1] else runs[0][0]
     if name != "NLC" or not all(places for _, places in runs[bool(leading) :]):
         return None
     return Layout(name, leading)
+
+
+_BY_CHANNEL = {(len(name), name.index("C")): name for name in NAMES}
 
 
 def _reason(kinds: list[str]) -> str:
@@ -192,8 +208,9 @@ def _seen_larger(
 def _too_many(what: str, value: Tensor) -> str:
     return (
         f"The value at {what} has {value.ndim} dimensions, and no layout has as many.\n"
-        "Methods act on maps (B, C, H, W), on tokens or signals, and on vectors, and not on volumes or videos.\n"
-        "Choose another layer, whose output has two to four dimensions; fxgraft.sites(model) lists the shapes."
+        "Methods act on maps (B, C, H, W), on volumes and clips (B, C, D, H, W), on tokens or signals, and on "
+        "vectors.\n"
+        "Choose another layer, whose output has two to five dimensions; fxgraft.sites(model) lists the shapes."
     )
 
 

@@ -29,7 +29,7 @@ from fxgraft.graph.structure.heads.probabilities import squashed_end, squashing
 from fxgraft.graph.structure.site import (
     Edits,
     Site,
-    alike,
+    counterpart,
     edits_of,
     locate,
     module_site,
@@ -79,12 +79,12 @@ def linear_tail(
 ) -> LinearTail | None:
     """Recognise global average pooling, flattening, dropout and one linear layer, and nothing else."""
     closed = tuple(name for name in children if not is_primitive(trace.module(name)))
-    if len(children) > 8 or site.layout not in ("NCHW", "NHWC"):
+    if len(children) > 8 or site.layout not in ("NCHW", "NHWC", "NCDHW", "NDHWC"):
         return None
     try:
         traced = trace.graph("", training=False, opened=opened, deep=closed)
         start = locate(trace, site, traced)
-        logits = logits_before(logits_node(traced.graph, output, ""), trace.values("", traced))
+        logits = logits_before(logits_node(trace.values("", traced), output, ""), trace.values("", traced))
         head = head_in(trace, "", traced, logits)
     except (TraceError, StructureError, SiteError):
         return None
@@ -287,7 +287,7 @@ def span_to_output(
         ) from error
     model = trace.name
     start = locate(trace, site, traced)
-    logits = logits_node(traced.graph, output, model)
+    logits = logits_node(trace.values("", traced), output, model)
     if logits is not start and logits not in downstream_of(start):
         raise SiteError(
             f"The output of {model} does not depend on {site.name!r}.\n"
@@ -447,14 +447,14 @@ def _captured(trace: ModelTrace, node: fx.Node, name: str) -> Site:
         site = module_site(trace, path)
         return replace(site, name=name, edits=edits_of(trace, site))
     scope = scope_of(node)
-    index = own_nodes(node.graph, scope).index(node)
     local = own_nodes(trace.graph(scope, training=False).graph, None)
-    if not alike(local, index, node):
+    found = counterpart(node, own_nodes(node.graph, scope), local)
+    if found is None:
         raise SiteError(
             f"{node.name!r} in {scope or 'the model'!r} is needed after the site, and cannot be found in that module's "
             "own trace.\nIts forward takes other branches there.\nChoose a site that is the output of a whole module."
         )
-    own = local[index].name
+    own = found.name
     edits = Edits(scope, After(own, last=True), After(training_name(trace, scope, own), last=True))
     return Site(name, scope, own, value=trace.values(scope).get(own), edits=edits)
 

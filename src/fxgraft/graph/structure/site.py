@@ -347,11 +347,29 @@ def own_nodes(graph: fx.Graph, scope: str | None) -> list[fx.Node]:
     ]
 
 
-def alike(nodes: list[fx.Node], index: int, node: fx.Node) -> bool:
-    """Say whether the node at a place of another trace does what ``node`` does; traces may differ in branches."""
-    if index >= len(nodes) or nodes[index].op != node.op:
-        return False
-    return node.op == "call_module" or nodes[index].target == node.target
+def counterpart(node: fx.Node, own: list[fx.Node], others: list[fx.Node]) -> fx.Node | None:
+    """Find the node of another trace of a forward that does what ``node`` does there; None where that cannot be told.
+
+    Traces differ in what they read out of a module's result, which only a closed module has, and in branches.
+
+    Args:
+        node: one of ``own``.
+        own: the computing nodes of the forward (`own_nodes`).
+        others: those of the other trace.
+    """
+
+    def same(nodes: list[fx.Node]) -> list[fx.Node]:
+        if node.op != "call_module":
+            return [each for each in nodes if each.op == node.op and each.target == node.target]
+        return [each for each in nodes if each.op == node.op and _child(each) == _child(node)]
+
+    mine, theirs = same(own), same(others)
+    return theirs[mine.index(node)] if len(mine) == len(theirs) else None
+
+
+def _child(node: fx.Node) -> str:
+    """Name the called module as the forward around it does."""
+    return relative(str(node.target), scope_of(node))
 
 
 def locate(trace: ModelTrace, site: Site, traced: Traced) -> fx.Node:
@@ -367,10 +385,9 @@ def locate(trace: ModelTrace, site: Site, traced: Traced) -> fx.Node:
         if node.name == site.node or (not site.node and node.target == relative(site.path, site.owner))
     ]
     if local:
-        index = own_nodes(owner.graph, None).index(local[0])
-        matching = own_nodes(traced.graph, site.owner)
-        if alike(matching, index, local[0]):
-            return matching[index]
+        node = counterpart(local[0], own_nodes(owner.graph, None), own_nodes(traced.graph, site.owner))
+        if node is not None:
+            return node
     raise SiteError(
         f"{site.name!r} is not part of the model's forward pass in evaluation mode.\n"
         "The rest of the network after it cannot be evaluated.\nfxgraft.sites(model) lists what is."

@@ -307,12 +307,12 @@ def _dense_heads(trace: ModelTrace, logits: Tensor) -> list[str] | None:
     There may be several, an auxiliary one or one at each scale. A dense predictor is known by logits as large as the
     image; their channels are the classes.
     """
-    if logits.ndim != 4 or logits.shape[2:] != trace.image_size[1:]:
+    if logits.ndim not in (4, 5) or logits.shape[2:] != trace.image_size[1:]:
         return None
     heads: list[str] = []
     for path in (each for each in reversed(trace.in_order()[:-1]) if trace.caller(each) == ""):
         value = trace.observation.output(path)
-        if not isinstance(value, Tensor) or value.ndim != 4 or value.shape[1] != logits.shape[1]:
+        if not isinstance(value, Tensor) or value.ndim != logits.ndim or value.shape[1] != logits.shape[1]:
             break
         heads.append(path)
     return heads

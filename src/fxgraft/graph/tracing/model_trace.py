@@ -20,6 +20,7 @@ from fxgraft.graph.tracing.observe import (
     DataSetError,
     Observation,
     default_input_size,
+    first_convolution,
     observe,
     tensors,
 )
@@ -43,7 +44,7 @@ class ModelTrace:
 
     Args:
         model: the model, whose grafts are then part of it; or a shadow of it without them.
-        input_size: (C, H, W) to propagate shapes with; the model's own by default.
+        input_size: (C, H, W), of clips and volumes (C, T, H, W), to propagate shapes with; the model's own by default.
 
     Attributes:
         shadow: what is looked at.
@@ -77,12 +78,15 @@ class ModelTrace:
 
     @functools.cached_property
     def image_size(self) -> tuple[int, ...]:
-        """(C, H, W) of the images that shapes are propagated with."""
+        """(C, H, W), or (C, T, H, W), of what shapes are propagated with."""
         return self.input_size or default_input_size(self.model)
 
     @property
     def enlarged(self) -> ModelTrace:
-        """The same model at images of twice the height and three times the width, or signals of three times the length.
+        """The same model at a larger input, every dimension by a factor of its own.
+
+        Images have twice the height and three times the width, signals three times the length; of clips and volumes
+        the depth is doubled, the height times three and the width times four.
 
         Raises:
             StructureError: the input has no places that could be more.
@@ -93,7 +97,7 @@ class ModelTrace:
                 raise StructureError(
                     f"{self.name} takes vectors.\nThey have no positions.\nPass layout= where it is asked for."
                 )
-            factors = range(4 - len(sizes), 4)
+            factors = (3,) if len(sizes) == 1 else range(2, 2 + len(sizes))
             larger = (size * factor for size, factor in zip(sizes, factors, strict=True))
             self._enlarged = ModelTrace(self.shadow, (channels, *larger))
         return self._enlarged
@@ -128,9 +132,19 @@ class ModelTrace:
                     f"{self.name} does not run on a batch of shape {(2, *self.image_size)}: "
                     f"{type(error).__name__}: {error}\n"
                     "Sites and shapes are found by passing one batch of fake images through the model.\n"
-                    "Pass input_size=(C, H, W) of the images you train on."
+                    f"{self._wanted()}"
                 ) from error
         return self._observation
+
+    def _wanted(self) -> str:
+        """Say which size to pass: that of images, or of clips where the first convolution is a 3-D one."""
+        first, given = first_convolution(self.model), len(self.image_size)
+        if isinstance(first, nn.Conv3d):
+            why = "Its first convolution is a Conv3d, which takes clips or volumes, and not images.\n"
+            size, what = "(C, T, H, W)", "clips or volumes"
+            return f"{why if given < 4 else ''}Pass input_size={size} of the {what} you train on."
+        why = "Its first convolution is a Conv2d, which takes images, and not clips or volumes.\n"
+        return f"{why if given > 3 and first is not None else ''}Pass input_size=(C, H, W) of the images you train on."
 
     def _check_arguments(self, error: Exception) -> None:
         """Raise where the forward cannot be called with images alone, which explains why it did not run."""

@@ -123,8 +123,20 @@ class _Converting(TorchDispatchMode):
         return tensor if isinstance(tensor, FakeTensor) else self.mode.from_tensor(tensor)
 
 
-def default_input_size(model: nn.Module) -> tuple[int, int, int]:
+CLIPS = ((16, 224, 224), (32, 224, 224), (8, 224, 224), (16, 112, 112), (64, 64, 64), (96, 96, 96))
+"""Sizes that are tried in turn for a network of clips or volumes, until it runs: frames or depth, height, width."""
+
+
+def first_convolution(model: nn.Module) -> nn.Module | None:
+    """Return the first 2-D or 3-D convolution that a model has, by the order of its modules."""
+    return next((each for each in model.modules() if isinstance(each, (nn.Conv2d, nn.Conv3d))), None)
+
+
+def default_input_size(model: nn.Module) -> tuple[int, ...]:
     """Find the (C, H, W) a backbone expects: its fixed image size, timm's configuration, or 3×224×224.
+
+    One whose first convolution is a `torch.nn.Conv3d` takes clips or volumes (C, T, H, W): of its fixed size, or of
+    the first of `CLIPS` that it runs on.
 
     The channels come from the first convolution or patch projection when there is one; timm's configuration
     lists none where the images are first transformed by hand. Where the two disagree, the network was built for
@@ -135,6 +147,12 @@ def default_input_size(model: nn.Module) -> tuple[int, int, int]:
     size = config.get("input_size") if isinstance(config, dict) else getattr(config, "input_size", None)
     channels, height, width = size or (3, 224, 224)
     configured = channels
+    first = first_convolution(model)
+    if isinstance(first, nn.Conv3d):
+        fixed = getattr(model, "img_size", None)
+        own = tuple(fixed) if isinstance(fixed, (tuple, list)) and len(fixed) == 3 else CLIPS[0]
+        sizes = [(first.in_channels, *each) for each in dict.fromkeys((own, *CLIPS))]
+        return next((each for each in sizes if _runs(model, each)), sizes[0])
     for holder in (getattr(model, "patch_embed", None), model):
         fixed = getattr(holder, "img_size", None) or getattr(holder, "image_size", None)
         if isinstance(fixed, int):
@@ -156,7 +174,7 @@ def default_input_size(model: nn.Module) -> tuple[int, int, int]:
     return channels, height, width
 
 
-def _runs(model: nn.Module, input_size: tuple[int, int, int]) -> bool:
+def _runs(model: nn.Module, input_size: tuple[int, ...]) -> bool:
     try:
         observe(model, input_size)
     except Exception:  # whatever a model raises on images that are not its own
@@ -177,7 +195,9 @@ def fake_inputs(
 ) -> tuple[Tensor]:
     """Make the fake image batch for ``model`` on its own device and dtype."""
     if input_size is not None and (not input_size or any(n < 1 for n in input_size)):
-        raise ConfigError(f"input_size must be positive, as (C, H, W); got {tuple(input_size)}.")
+        raise ConfigError(
+            f"input_size must be positive, as (C, H, W), of clips and volumes (C, T, H, W); got {tuple(input_size)}."
+        )
     reference = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
     size = input_size or default_input_size(model)
     return (within(mode, torch.empty, (batch, *size), dtype=reference.dtype, device=reference.device),)
@@ -199,7 +219,8 @@ def observe(
 
     Args:
         model: any module that takes one tensor.
-        input_size: (C, H, W) of the input; by default what `default_input_size` finds.
+        input_size: (C, H, W) of the input, of clips and volumes (C, T, H, W); by default what `default_input_size`
+            finds.
         batch: batch size of the fake input.
         training: the mode that every module is in for this pass.
 

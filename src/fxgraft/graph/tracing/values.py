@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor, fx, nn
 
 from fxgraft._torch import pytree
@@ -132,9 +133,8 @@ def tensor_inputs(node: fx.Node, values: Values) -> list[fx.Node]:
     found = []
     for each in node.all_input_nodes:
         value = None if each.op == "get_attr" else values(each)
-        if isinstance(value, (tuple, list, dict)) or (
-            isinstance(value, Tensor) and value.is_floating_point()
-        ):
+        nest = isinstance(value, (tuple, list, dict)) and not isinstance(value, torch.Size)
+        if nest or (isinstance(value, Tensor) and value.is_floating_point()):
             found.append(each)
     return found
 

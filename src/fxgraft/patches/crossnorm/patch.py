@@ -174,7 +174,7 @@ class CrossNorm(BlockPatch):
         self._check_active(found)
         for index, site in enumerate(found):
             layout = backbone.layout(site, self.layout)
-            if self.crop != "neither" and layout.name not in ("NCHW", "NHWC"):
+            if self.crop != "neither" and not layout.is_map:
                 raise SiteError(
                     f"CrossNorm: crop={self.crop!r} needs maps, and {site.name!r} holds {layout}.\n"
                     'A box needs rows and columns.\nPass crop="neither", or layers= with maps.'
@@ -345,7 +345,8 @@ class CrossNormUnit(Unit):
 
 
 def draw_box(config: CrossNorm, x: Tensor) -> core.Box:
-    """Draw a box of a map (B, C, H, W)."""
-    height, width = x.shape[-2:]
-    beta, threshold = config.beta, config.threshold
-    return draws.numbers(lambda device: core.draw_box(height, width, beta, threshold, device), x.device)
+    """Draw a box of a map (B, C, H, W), or of a clip or volume (B, C, T, H, W)."""
+    sizes, beta, threshold = x.shape[2:], config.beta, config.threshold
+    return draws.numbers(
+        lambda device: core.draw_box(*sizes, beta=beta, threshold=threshold, device=device), x.device
+    )

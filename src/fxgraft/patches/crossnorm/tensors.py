@@ -13,7 +13,9 @@ Draws are separate from arithmetic: `draw_box` draws, `crossnorm` computes. Only
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,7 +24,9 @@ from fxgraft._torch import sample_dirichlet
 from fxgraft.functional.modulation import instance_moments, modulated
 
 Box = Sequence[int] | Tensor
-"""Row start, column start, row end, column end; as a tensor (4,) where the numbers must stay on the device."""
+"""Row start, column start, row end, column end; of clips and volumes the frame or depth before the row, in both.
+
+A tensor (4,) or (6,) where the numbers must stay on the device."""
 
 EPS = 1e-5
 TRIES = 64
@@ -42,7 +46,7 @@ def crossnorm(
     """Give every map the statistics of its partner.
 
     Args:
-        x: (B, C, *S), floating point; (B, C, H, W) with boxes.
+        x: (B, C, *S), floating point; (B, C, H, W) or (B, C, T, H, W) with boxes.
         permutation: (B,) indices: the partner of instance i is instance permutation[i]; None for itself.
         channels: (C,) indices: channel c takes the statistics of the partner's channel channels[c]; None
             for the same channel.
@@ -75,12 +79,18 @@ def crossnorm(
     if isinstance(content_box, Tensor):
         inside = _inside(x, content_box)
         scale, shift = coefficients(*_masked_moments(x, inside))
-        restyled = torch.addcmul(shift[..., None, None].to(x.dtype), x, scale[..., None, None].to(x.dtype))
-        return torch.where(inside, restyled, x)
-    top, left, bottom, right = content_box
+        scale, shift = (each.to(x.dtype).reshape(*each.shape, *[1] * (x.ndim - 2)) for each in (scale, shift))
+        return torch.where(inside, torch.addcmul(shift, x, scale), x)
+    cells = _cells(content_box)
     out = x.clone()
-    out[..., top:bottom, left:right] = modulated(x[..., top:bottom, left:right], coefficients)
+    out[cells] = modulated(x[cells], coefficients)
     return out
+
+
+def _cells(box: Sequence[int]) -> tuple[Any, ...]:
+    """Return the index of a box in a map."""
+    half = len(box) // 2
+    return (..., *(slice(*ends) for ends in zip(box[:half], box[half:], strict=True)))
 
 
 def _partner(values: Tensor, permutation: Tensor | None, channels: Tensor | None) -> Tensor:
@@ -93,57 +103,68 @@ def _box_moments(x: Tensor, box: Box | None) -> tuple[Tensor, Tensor]:
         return instance_moments(x)
     if isinstance(box, Tensor):
         return _masked_moments(x, _inside(x, box))
-    top, left, bottom, right = box
-    return instance_moments(x[..., top:bottom, left:right])
+    return instance_moments(x[_cells(box)])
 
 
 def _inside(x: Tensor, box: Tensor) -> Tensor:
-    """Mark the cells of a box, (H, W) bool, without reading it on the host."""
-    rows = torch.arange(x.shape[-2], device=x.device)
-    columns = torch.arange(x.shape[-1], device=x.device)
-    top, left, bottom, right = box.unbind()
-    return ((rows >= top) & (rows < bottom)).unsqueeze(1) & ((columns >= left) & (columns < right))
+    """Mark the cells of a box, bool (*S), without reading it on the host."""
+    starts, ends = box.chunk(2)
+    inside = torch.ones((), dtype=torch.bool, device=x.device)
+    for size, start, end in zip(x.shape[2:], starts.unbind(), ends.unbind(), strict=True):
+        places = torch.arange(size, device=x.device)
+        inside = inside.unsqueeze(-1) & ((places >= start) & (places < end))
+    return inside
 
 
 def _masked_moments(x: Tensor, inside: Tensor) -> tuple[Tensor, Tensor]:
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
     weight = inside.to(wide.dtype)
     count = weight.sum()
-    mean = (wide * weight).sum((2, 3)) / count
-    centred = (wide - mean[..., None, None]) * weight
-    return mean, (centred * centred).sum((2, 3)) / (count - 1).clamp(min=1)
+    dims = tuple(range(2, x.ndim))
+    mean = (wide * weight).sum(dims, keepdim=True) / count
+    centred = (wide - mean) * weight
+    return mean.flatten(1), (centred * centred).sum(dims) / (count - 1).clamp(min=1)
 
 
 def draw_box(
-    height: int,
-    width: int,
+    *sizes: int,
     beta: float = 1.0,
     threshold: float = 0.1,
     device: torch.device | str = "cpu",
 ) -> Tensor:
-    """Draw a box whose area share follows Beta(beta, beta), from those that exceed the threshold.
+    """Draw a box whose share of the map follows Beta(beta, beta), from those that exceed the threshold.
 
-    The sides are those of the map times the root of the share, the centre is uniform, and what sticks out is
-    cut off, as in the authors' code. Their loop repeats until the area is large enough, which on the smallest
-    maps it never is; here the box is the whole map when no draw of 64 is accepted. A box has at least two
-    cells, since the variance of one is undefined.
+    The sides are those of the map times the root of the share (the third root in a clip or volume), the centre is
+    uniform, and what sticks out is cut off, as in the authors' code. Their loop repeats until the box is large enough,
+    which on the smallest maps it never is; here the box is the whole map when no draw of 64 is accepted. A box
+    has at least two cells, since the variance of one is undefined.
+
+    Args:
+        *sizes: (H, W) of the map, or (T, H, W); a volume of depth one is the map that it is.
+        beta: both parameters of the Beta distribution.
+        threshold: smallest share that is accepted.
+        device: where to draw.
 
     Returns:
-        (4,) int64: row start, column start, row end, column end.
+        (4,) or (6,) int64: the starts, then the ends, in the order of the sizes.
     """
+    if len(sizes) > 2 and sizes[0] == 1:
+        starts, ends = draw_box(*sizes[1:], beta=beta, threshold=threshold, device=device).chunk(2)
+        return torch.cat((starts.new_zeros(1), starts, ends.new_ones(1), ends))
     if beta == 1:
         share = torch.rand(TRIES, device=device)
     else:
         parts = torch.full((TRIES, 2), float(beta), device=device)
         share = sample_dirichlet(parts)[:, 0]
-    sizes = torch.tensor([height, width], device=device)
-    halves = (sizes * share.sqrt().unsqueeze(1)).long() // 2
-    centres = (torch.rand(TRIES, 2, device=device) * sizes).long()
+    sides = torch.tensor(sizes, device=device)
+    side = share.sqrt() if len(sizes) == 2 else share ** (1 / len(sizes))
+    halves = (sides * side.unsqueeze(1)).long() // 2
+    centres = (torch.rand(TRIES, len(sizes), device=device) * sides).long()
     start = (centres - halves).clamp(min=0)
-    end = torch.minimum(centres + halves, sizes)
+    end = torch.minimum(centres + halves, sides)
     area = (end - start).prod(1)
-    accepted = (area > threshold * height * width) & (area > 1)
-    whole = torch.tensor([0, 0, height, width], device=device)
+    accepted = (area > threshold * math.prod(sizes)) & (area > 1)
+    whole = torch.tensor([0] * len(sizes) + list(sizes), device=device)
     # Indexing by a tensor would read it on the host under torch.compile; index_select does not.
     first = accepted.long().argmax().unsqueeze(0)
     return torch.where(accepted.any(), torch.cat((start, end), 1).index_select(0, first).squeeze(0), whole)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from fxgraft.extend import (
     Backbone,
+    Capture,
     ConfigError,
     Graft,
     Head,
@@ -29,6 +30,7 @@ from fxgraft.extend import (
     check_count,
     check_share,
     grafts_in,
+    is_count,
     recording,
     register,
 )
@@ -38,7 +40,7 @@ from fxgraft.patches.diversification.loss import GradientBoostingCrossEntropy, g
 from fxgraft.patches.diversification.picture import class_map_panels
 from fxgraft.patches.diversification.presets import PRESETS
 
-HEAD, RETURN = "head", "maps"
+HEAD, MAP, RETURN = "head", "map", "maps"
 
 
 @register("diversification")
@@ -66,7 +68,8 @@ class Diversification(Patch):
         alpha: what damped entries are multiplied by, in [0, 1]; 1 damps nothing.
         p_peak: probability, per image and class, that the peak of the map is damped.
         p_patch: probability that a patch is damped; the peak belongs to none.
-        patch: side G of the square patches, in positions of the map.
+        patch: side G of the square patches, in positions of the map; of clips and volumes of the cubes, or a side for
+            each dimension, (T, H, W).
         border: positions that no whole patch covers are damped as peaks only ("skip", as in the reference
             code) or belong to smaller patches ("partial").
         ties: of several largest entries the "first" is the peak, or "all" are, each with its own draw, as in
@@ -79,7 +82,8 @@ class Diversification(Patch):
             ``preset="block"``).
         loss_k: how many wrong classes that loss counts, at least 1.
         loss_start: share of training before which cross-entropy stays; read from `fxgraft.set_progress`.
-        return_maps: training passes return ``(logits, maps)``, the class maps (B, K, H, W) before damping.
+        return_maps: training passes return ``(logits, maps)``, the class maps (B, K, H, W), or (B, K, T, H, W), before
+            damping.
 
     Raises:
         ConfigError: an option outside its range, or patches larger than the map.
@@ -122,7 +126,7 @@ class Diversification(Patch):
     alpha: float = 0.1
     p_peak: float = 0.5
     p_patch: float = 0.5
-    patch: int = 3
+    patch: core.Patch = 3
     border: core.Border = "skip"
     ties: core.Ties = "first"
     head: str | None = None
@@ -135,7 +139,15 @@ class Diversification(Patch):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_share(self, "alpha", "p_peak", "p_patch", "loss_start")
-        check_count(self, "patch", "loss_k")
+        check_count(self, "loss_k")
+        sides = self.patch if isinstance(self.patch, (tuple, list)) else (self.patch,)
+        if not sides or not all(map(is_count, sides)):
+            raise ConfigError(
+                "Diversification: patch must be a whole number of cells above 0, or one for each dimension; got "
+                f"{self.patch!r}."
+            )
+        if isinstance(self.patch, list):  # as JSON holds it
+            object.__setattr__(self, "patch", tuple(self.patch))
 
     def place(self, backbone: Backbone, make: Make) -> Iterator[Placement]:
         """Replace the head in the training graph of the smallest module that holds it."""
@@ -147,7 +159,9 @@ class Diversification(Patch):
             found = backbone.head(self.head, self.output)
         unit = make(HEAD, DiversificationUnit, self)
         unit.bind(head=found, class_maps=backbone.positionwise(found))
-        core.patch_grid(*unit.grid, self.patch, self.border)
+        core.patch_grid(unit.grid, self.patch, self.border)
+        if found.source is not None:
+            yield from backbone.place(found.source, make(MAP, Capture, MAP), evaluation=False, key=MAP)
         yield backbone.replace_head(found, unit, HEAD)
         if self.return_maps:
             if not isinstance(backbone.output, Tensor):
@@ -160,9 +174,10 @@ class Diversification(Patch):
     def describe(self, graft: Graft) -> str:
         """Name the head, the size of its maps, and whether training and evaluation heads differ."""
         (unit,) = graft.units_of(DiversificationUnit)
-        height, width = unit.grid
+        sides = core.patch_sides(self.patch, unit.grid)
+        maps, patches = ("×".join(map(str, each)) for each in (unit.grid, sides))
         where = " + ".join(unit.head.classifiers) or unit.head.owner
-        parts = [f"{where} (class maps of {height}×{width}, patches of {self.patch}×{self.patch})"]
+        parts = [f"{where} (class maps of {maps}, patches of {patches})"]
         inexact = self.inexact(graft)
         if inexact:
             parts.append(f"not exact: {inexact}")
@@ -231,7 +246,7 @@ class WithMaps(NamedTuple):
 
     Attributes:
         logits: what the model returns otherwise.
-        maps: the class maps (B, K, H, W), before damping.
+        maps: the class maps (B, K, *S), before damping.
     """
 
     logits: Tensor
@@ -243,8 +258,8 @@ class DiversificationRecord:
     """What one training pass damped.
 
     Attributes:
-        maps: class maps (B, K, H, W) before damping.
-        mask: bool (B, K, H, W), what was damped; None where nothing can be.
+        maps: class maps (B, K, *S) before damping.
+        mask: bool (B, K, *S), what was damped; None where nothing can be.
     """
 
     maps: Tensor
@@ -264,11 +279,11 @@ class DiversificationUnit(Unit):
         self.set_progress(0.0)
 
     @property
-    def grid(self) -> tuple[int, int]:
-        """Size (H, W) of the class maps as the model was looked at."""
+    def grid(self) -> tuple[int, ...]:
+        """Size (H, W) or (T, H, W) of the class maps as the model was looked at."""
         shape = [n for d, n in enumerate(self.head.shape) if d not in (0, self.head.training.pooling.channel)]
-        if len(shape) == 2:
-            return shape[0], shape[1]
+        if len(shape) > 1:
+            return tuple(shape)
         return self.head.grid or (1, shape[0])
 
     def set_progress(self, fraction: float) -> None:
@@ -280,12 +295,17 @@ class DiversificationUnit(Unit):
         return self.class_maps.stale(model)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return logits, shaped as the head's own, from the map (B, C, H, W), (B, H, W, C) or (B, N, C)."""
+        """Return logits, shaped as the head's own, from a map or volume, channels first or last, or (B, N, C).
+
+        Where the map lies in a module of its own, ``x`` is what that module pools of it.
+        """
         config = self.config
         run = self.run
         run.check_images_alone(
             "Class maps of positions that are padding would be damped and averaged.", all_positions=True
         )
+        if self.head.source is not None:
+            x = self._map()
         found = self.class_maps(run.model, x)
         mask = None
         if config.alpha < 1 and (config.p_peak > 0 or config.p_patch > 0):
@@ -306,8 +326,19 @@ class DiversificationUnit(Unit):
         if config.return_maps:
             run.put("maps", found)
         kept = found if mask is None else core.damp(found, mask, config.alpha)
-        logits = kept.mean((2, 3))
+        logits = kept.mean(tuple(range(2, kept.ndim)))
         return logits.reshape(*logits.shape, *[1] * (self.head.ndim - 2))
+
+    def _map(self) -> Tensor:
+        """Return the map where the module that pools it is not the one around the classifier."""
+        found = self.run.get(MAP)
+        if found is None:
+            raise StructureError(
+                f"{self.graft!r} saw no map in this training pass: the module that holds the pooling is in evaluation "
+                "mode.\nClass maps are made of that map.\n"
+                "Call model.train(); to freeze these layers, use requires_grad_(False)."
+            )
+        return found  # type: ignore[no-any-return]
 
 
 class WithMapsUnit(Unit):

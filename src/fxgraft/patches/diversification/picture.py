@@ -19,7 +19,7 @@ def class_map_panels(view: View, options: Any) -> Picture:
     """
     with torch.no_grad():
         found = position_scores(view.model, view.inputs[:1], options.head)
-    logits = found.mean((2, 3))[0]
+    logits = found.flatten(2).mean(2)[0]
     best = logits.topk(min(view.top, len(logits)))
     chosen = found[:, best.indices]
     generator = torch.Generator().manual_seed(view.seed)

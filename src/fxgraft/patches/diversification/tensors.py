@@ -1,12 +1,14 @@
 """Tensor functions of the diversification block (Sun, Cholakkal, Khan, Khan, Shao, AAAI 2020).
 
 A network that sees the same telling part of every image learns little from the rest. On class maps M of
-shape (B, K, H, W), one map per image and class, the block damps two kinds of entries, drawn in each pass:
+shape (B, K, *S), one map per image and class with S = (H, W), or (T, H, W) of clips and volumes, the block damps two
+kinds of entries, drawn in each pass:
 
 - the peak, with probability ``p_peak`` per map;
-- patches of G×G cells, each with probability ``p_patch``; the peak does not belong to any patch.
+- patches of G×G cells (G×G×G, or of a side for each dimension), each with probability ``p_patch``; the peak does not
+  belong to any patch.
 
-Damped entries are multiplied by α, all others pass: logits = mean over H, W of M · (α if damped, else 1).
+Damped entries are multiplied by α, all others pass: logits = mean over S of M · (α if damped, else 1).
 Masks come out of comparisons, so no gradient passes through them, and no input is written to. Damping is
 scaling whatever the sign, as in the reference code: a damped negative entry rises towards zero.
 
@@ -15,6 +17,7 @@ scaling whatever the sign, as in the reference code: a damped negative entry ris
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -26,6 +29,8 @@ from fxgraft.errors import ConfigError
 
 Border = Literal["skip", "partial"]
 Ties = Literal["first", "all"]
+Patch = int | tuple[int, ...]
+"""Side of the patches in every dimension, or one for each: (T, H, W) in a clip or volume."""
 
 
 @dataclass(frozen=True)
@@ -33,37 +38,59 @@ class Draws:
     """The random part of one pass; None where nothing can be drawn (probability 0).
 
     Attributes:
-        peak: bool (B, K), or (B, K, H, W) with one draw per entry; whether a peak is damped.
-        patch: bool (B, K, rows, columns); whether a patch is damped.
+        peak: bool (B, K), or (B, K, *S) with one draw per entry; whether a peak is damped.
+        patch: bool (B, K, *patches); whether a patch is damped.
     """
 
     peak: Tensor | None
     patch: Tensor | None
 
 
-def patch_grid(height: int, width: int, patch: int, border: Border = "skip") -> tuple[int, int]:
-    """Count the patches (rows, columns) that an H×W map has.
+def patch_sides(patch: Patch, sizes: Sequence[int]) -> tuple[int, ...]:
+    """Return the sides of a patch, one for each dimension of a map of these sizes.
+
+    Raises:
+        ConfigError: they were given for another number of dimensions.
+    """
+    sides = (patch,) * len(sizes) if isinstance(patch, int) else tuple(patch)
+    if len(sides) != len(sizes):
+        raise ConfigError(
+            f"patch={sides} has {len(sides)} sides, and the class maps have {len(sizes)} dimensions, {_by(sizes)}.\n"
+            "A patch has one side for each dimension.\n"
+            f"Pass patch={tuple(min(3, size) for size in sizes)}, or one number for all."
+        )
+    return sides
+
+
+def _by(sizes: Sequence[int]) -> str:
+    return "×".join(map(str, sizes))
+
+
+def patch_grid(sizes: Sequence[int], patch: Patch, border: Border = "skip") -> tuple[int, ...]:
+    """Count the patches that a map has along each dimension.
 
     Args:
-        height: of the map, in cells.
-        width: of the map, in cells.
-        patch: side G of a patch.
+        sizes: of the map, (H, W) or (T, H, W), in cells.
+        patch: side G of a patch, or a side for each dimension.
         border: "skip" counts whole patches only; "partial" also the smaller ones at the far borders.
 
     Raises:
         ConfigError: the patch is larger than the map, or smaller than one cell.
     """
-    if patch < 1:
+    sides = patch_sides(patch, sizes)
+    if min(sides) < 1:
         raise ConfigError(f"A patch has at least one cell on a side, got patch={patch}.")
-    if patch > height or patch > width:
+    if any(side > size for side, size in zip(sides, sizes, strict=True)):
+        fits = tuple(min(side, size) for side, size in zip(sides, sizes, strict=True))
+        each = f", or patch={fits}" if len(sizes) > 2 else ""
         raise ConfigError(
-            f"Patches of {patch}×{patch} cells are larger than the class maps of {height}×{width}.\n"
+            f"Patches of {_by(sides)} cells are larger than the class maps of {_by(sizes)}.\n"
             "No patch would fit, and only peaks could be damped.\n"
-            f"Use patch={min(height, width)} or less, or larger images."
+            f"Use patch={min(sizes)} or less{each}, or larger images."
         )
     if border == "partial":
-        return -(-height // patch), -(-width // patch)
-    return height // patch, width // patch
+        return tuple(-(-size // side) for side, size in zip(sides, sizes, strict=True))
+    return tuple(size // side for side, size in zip(sides, sizes, strict=True))
 
 
 def draw(
@@ -71,7 +98,7 @@ def draw(
     *,
     p_peak: float = 0.5,
     p_patch: float = 0.5,
-    patch: int = 3,
+    patch: Patch = 3,
     border: Border = "skip",
     ties: Ties = "first",
     generator: torch.Generator | None = None,
@@ -79,10 +106,10 @@ def draw(
     """Draw which peaks and patches to damp: one call of the generator for each kind, none at probability 0.
 
     Args:
-        maps: class maps (B, K, H, W); their shape and device count.
+        maps: class maps (B, K, *S); their shape and device count.
         p_peak: probability that a map's peak is damped.
         p_patch: probability that a patch is damped.
-        patch: side G of a patch, in cells.
+        patch: side G of a patch, or a side for each dimension, in cells.
         border: see `patch_grid`.
         ties: with "all", every entry gets its own draw, since every one may be a peak.
         generator: of the device of the maps; torch's global one if None.
@@ -90,9 +117,8 @@ def draw(
     Raises:
         ConfigError: the patch does not fit the maps.
     """
-    batch, classes, height, width = maps.shape
-    rows, columns = patch_grid(height, width, patch, border)
-    peaks = (batch, classes, height, width) if ties == "all" else (batch, classes)
+    patches = patch_grid(maps.shape[2:], patch, border)
+    peaks = tuple(maps.shape) if ties == "all" else tuple(maps.shape[:2])
 
     def bernoulli(shape: tuple[int, ...], p: float) -> Tensor | None:
         if p <= 0:
@@ -101,11 +127,11 @@ def draw(
         source: dict[str, Any] = {} if generator is None else {"generator": generator}
         return torch.rand(shape, device=maps.device, **source) < p
 
-    return Draws(bernoulli(peaks, p_peak), bernoulli((batch, classes, rows, columns), p_patch))
+    return Draws(bernoulli(peaks, p_peak), bernoulli((*maps.shape[:2], *patches), p_patch))
 
 
 def peak_mask(maps: Tensor, ties: Ties = "first") -> Tensor:
-    """Mark the largest entry of each map (B, K, H, W); bool, of the same shape.
+    """Mark the largest entry of each map (B, K, *S); bool, of the same shape.
 
     Args:
         maps: class maps.
@@ -119,43 +145,45 @@ def peak_mask(maps: Tensor, ties: Ties = "first") -> Tensor:
     return (cells == flat.argmax(2, keepdim=True)).view(maps.shape)
 
 
-def spread_patches(drawn: Tensor, height: int, width: int, patch: int) -> Tensor:
-    """Spread one value per patch (B, K, rows, columns) over the cells (B, K, H, W).
+def spread_patches(drawn: Tensor, sizes: Sequence[int], patch: Patch) -> Tensor:
+    """Spread one value per patch (B, K, *patches) over the cells (B, K, *sizes).
 
     Cells that no patch covers are False; what a patch has beyond the border is cut off.
     """
-    batch, classes, rows, columns = drawn.shape
-    tiled = drawn[:, :, :, None, :, None].expand(-1, -1, -1, patch, -1, patch)
-    cells = tiled.reshape(batch, classes, rows * patch, columns * patch)[:, :, :height, :width]
-    missing = height - cells.shape[2], width - cells.shape[3]
-    return F.pad(cells, (0, missing[1], 0, missing[0])) if any(missing) else cells
+    counts, sides = drawn.shape[2:], patch_sides(patch, sizes)
+    pairs = [*zip(counts, sides, strict=True)]
+    tiled = drawn.reshape(*drawn.shape[:2], *(n for count in counts for n in (count, 1)))
+    tiled = tiled.expand(-1, -1, *(n for _, side in pairs for n in (-1, side)))
+    cells = tiled.reshape(*drawn.shape[:2], *(count * side for count, side in pairs))
+    cells = cells[(..., *map(slice, sizes))]
+    missing = [n for have, size in zip(cells.shape[2:], sizes, strict=True) for n in (size - have, 0)]
+    return F.pad(cells, missing[::-1]) if any(missing) else cells
 
 
-def suppression_mask(maps: Tensor, draws: Draws, *, patch: int = 3, ties: Ties = "first") -> Tensor:
+def suppression_mask(maps: Tensor, draws: Draws, *, patch: Patch = 3, ties: Ties = "first") -> Tensor:
     """Say which entries are damped: drawn peaks, and cells of drawn patches that aren't peaks.
 
     Args:
-        maps: class maps (B, K, H, W).
+        maps: class maps (B, K, *S).
         draws: as `draw` makes them, for the same maps and patch; numbers count as drawn where they are not 0.
-        patch: side G of a patch, in cells.
+        patch: side G of a patch, or a side for each dimension, in cells.
         ties: see `peak_mask`.
 
     Returns:
-        bool (B, K, H, W).
+        bool (B, K, *S).
     """
-    height, width = maps.shape[2:]
     peaks = peak_mask(maps, ties)
     mask = torch.zeros_like(peaks)
     if draws.patch is not None:
-        mask = spread_patches(draws.patch.bool(), height, width, patch) & ~peaks
+        mask = spread_patches(draws.patch.bool(), maps.shape[2:], patch) & ~peaks
     if draws.peak is not None:
         drawn = draws.peak.bool()
-        mask = mask | (peaks & (drawn if drawn.ndim == 4 else drawn[:, :, None, None]))
+        mask = mask | (peaks & drawn.reshape(*drawn.shape, *[1] * (maps.ndim - drawn.ndim)))
     return mask
 
 
 def damp(maps: Tensor, mask: Tensor, alpha: float = 0.1) -> Tensor:
-    """Multiply the masked entries of the maps (B, K, H, W) by α in one multiplication; the gradient alike."""
+    """Multiply the masked entries of the maps (B, K, *S) by α in one multiplication; the gradient alike."""
     return maps * torch.ones_like(maps, requires_grad=False).masked_fill(mask, alpha)
 
 
@@ -165,20 +193,20 @@ def diversify(
     alpha: float = 0.1,
     p_peak: float = 0.5,
     p_patch: float = 0.5,
-    patch: int = 3,
+    patch: Patch = 3,
     border: Border = "skip",
     ties: Ties = "first",
     generator: torch.Generator | None = None,
 ) -> Tensor:
-    """Draw masks for class maps (B, K, H, W), damp them and average: logits (B, K).
+    """Draw masks for class maps (B, K, *S), damp them and average: logits (B, K).
 
     At α = 1, or with both probabilities 0, nothing is drawn and the logits are the plain averages. Arguments
     as `draw` and `damp`.
     """
     if alpha == 1 or (p_peak <= 0 and p_patch <= 0):
-        return maps.mean((2, 3))
+        return maps.mean(tuple(range(2, maps.ndim)))
     draws = draw(
         maps, p_peak=p_peak, p_patch=p_patch, patch=patch, border=border, ties=ties, generator=generator
     )
     mask = suppression_mask(maps, draws, patch=patch, ties=ties)
-    return damp(maps, mask, alpha).mean((2, 3))
+    return damp(maps, mask, alpha).mean(tuple(range(2, maps.ndim)))

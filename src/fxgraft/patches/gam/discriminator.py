@@ -24,8 +24,9 @@ class Discriminator(nn.Module):
     Args:
         channels: of the activation.
         outputs: numbers per decision.
-        positions: how many dimensions follow the channels where these are dimension 1: 2 for (B, C, H, W), 1
-            for (B, C, L); 0 where channels are the last dimension, as in vectors, tokens and (B, H, W, C).
+        positions: how many dimensions follow the channels where these are dimension 1: 3 for (B, C, D, H, W), 2
+            for (B, C, H, W), 1 for (B, C, L); 0 where channels are the last dimension, as in vectors, tokens and
+            (B, H, W, C).
         hidden: width of the hidden layers.
         layers: how many of them.
         activation: "relu", as the authors' scripts ask for, or "leaky" (slope 0.1), their code's default.
@@ -49,7 +50,7 @@ class Discriminator(nn.Module):
             if positions == 0:
                 made.append(nn.Linear(inner, outer))
             else:
-                made.append((nn.Conv1d if positions == 1 else nn.Conv2d)(inner, outer, 1))
+                made.append((nn.Conv1d, nn.Conv2d, nn.Conv3d)[positions - 1](inner, outer, 1))
         self.layers = nn.ModuleList(made)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -347,7 +347,7 @@ def _moments(key: str) -> str:
 
 def channel_dim(layout: Layout) -> int:
     """Say which dimension holds the channels: 1, or -1 for the last."""
-    return 1 if layout.name in ("NCHW", "NCL", "NC") else -1
+    return -1 if layout.channels_last else 1
 
 
 def paired_weights(

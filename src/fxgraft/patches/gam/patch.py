@@ -18,6 +18,7 @@ from fxgraft.extend import (
     Graft,
     LayeredPatch,
     Layout,
+    LayoutName,
     Make,
     MergeError,
     Picture,
@@ -93,7 +94,8 @@ class GAM(LayeredPatch):
             ``hidden`` over the channels, one decision per position or token (class tokens included).
         hidden: width of the two hidden layers.
         activation: of the hidden layers, "relu" (the release's scripts) or "leaky" (slope 0.1).
-        layout: of the taps with as many dimensions as it names: NCHW, NHWC, NLC, NCL or NC; found if left out.
+        layout: of the taps with as many dimensions as it names: NCHW, NHWC, NLC, NCL, NC, NCDHW or NDHWC; found if
+            left out.
         output: which entry of a structured output holds the logits (a key, an attribute or a position).
 
     Raises:
@@ -155,7 +157,7 @@ class GAM(LayeredPatch):
     discriminator: Callable[[tuple[int, ...]], nn.Module] | None = None
     hidden: int = 500
     activation: Literal["relu", "leaky"] = "relu"
-    layout: Literal["NCHW", "NHWC", "NLC", "NCL", "NC"] | None = None
+    layout: LayoutName | None = None
     output: str | int | None = None
 
     def __post_init__(self, layer: SiteSpec | None) -> None:
@@ -316,7 +318,7 @@ def _sites(backbone: Backbone, layers: SiteSpec, network: str) -> dict[str, Site
 def _value(site: Site, network: str) -> Tensor:
     """Return the fake tensor at a site, batch of 2."""
     value = site.value
-    if not isinstance(value, Tensor) or not value.is_floating_point() or value.ndim not in (2, 3, 4):
+    if not isinstance(value, Tensor) or not value.is_floating_point() or not 2 <= value.ndim <= 5:
         found = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
         raise SiteError(
             f"GAM needs vectors, tokens or maps at {site.name!r}, and the {network} network has {found} there.\n"

@@ -1,7 +1,8 @@
 """Mixing masks of MixMo (Ramé, Sun, Cord, ICCV 2021): who is seen where, drawn for a whole batch at once.
 
-From the ratios κ (B, M) of `fxgraft.patches.mixmo.tensors.dirichlet` to masks (M, B, 1 or C, H or 1, W or 1) that sum
-to 1 over the members at every position, and the shares (B, M) of the map that each member really has.
+From the ratios κ (B, M) of `fxgraft.patches.mixmo.tensors.dirichlet` to masks (M, B, 1 or C, H or 1, W or 1), of
+clips and volumes with T or 1 before H, that sum to 1 over the members at every position, and the shares (B, M) of the
+map that each member really has.
 
 Linear masks are κ itself. The others give member 0 a mask of its own and its complement to member 1. The
 authors define all but the cut for two members only. With more, what they do for the cut is done for all:
@@ -30,6 +31,7 @@ Mixing = Literal[
     "linear",
     "sum",
     "cut",
+    "tube",
     "cow",
     "patchup_hard",
     "patchup_soft",
@@ -44,21 +46,22 @@ Mixing = Literal[
 MIXINGS: tuple[Mixing, ...] = get_args(Mixing)
 WITHOUT_POSITIONS: tuple[Mixing, ...] = ("linear", "sum", "channel", "stack_channel")
 BY_CHANNEL: tuple[Mixing, ...] = ("channel", "stack_channel")
+_IN_FRAMES: tuple[Mixing, ...] = ("tube", "horizontal", "vertical")
+"""What is drawn in rows and columns alone, and holds for every frame of a clip or slice of a volume."""
 
 PATCHUP_BLOCK = 7
 COW_PROPORTION = (0.2, 0.8)
 COW_SIGMA = (4.0, 16.0)
 
 
-def draw_masks(
-    mixing: Mixing, kappa: Tensor, channels: int, height: int, width: int
-) -> tuple[Tensor, Tensor]:
+def draw_masks(mixing: Mixing, kappa: Tensor, channels: int, *sizes: int) -> tuple[Tensor, Tensor]:
     """Draw the masks of a batch, and measure what each member has of the map.
 
     - "linear": mask_i = κ_i everywhere. "sum": 1/M (MIMO).
-    - "cut": a box for member 0, see `box_mask`.
+    - "cut": a box for member 0, see `box_mask`; in a clip or volume a cuboid.
+    - "tube": a box of rows and columns for member 0, the same in every frame.
     - "cow": blobs for member 0, see `cow_mask`; their share does not depend on κ, as in the release.
-    - "patchup_hard": square patches for member 0, see `patches_mask`. "patchup_soft": the same patches, and
+    - "patchup_hard": square patches (cubes) for member 0, see `patches_mask`. "patchup_soft": the same patches, and
       the linear mixture outside them.
     - "horizontal", "vertical": a band of rows or of columns for member 0, see `band_mask`.
     - "channel": each channel goes to member 0 with probability κ_0; a mask per channel, constant over space.
@@ -69,12 +72,12 @@ def draw_masks(
         mixing: one of the above.
         kappa: (B, M) ratios that sum to 1 over M, floating point.
         channels: C of the encodings.
-        height: H of the encodings.
-        width: W of the encodings.
+        *sizes: of the encodings, (H, W) or (T, H, W). A volume of depth one is mixed as the map that it is.
 
     Returns:
         Masks (M, B, ...): (1, 1, 1) for "linear" and "sum", (C, 1, 1) for "channel" and "stack_channel", (1, H, 1)
-        for "horizontal", (1, 1, W) for "vertical", (1, H, W) for the rest. And shares (B, M), the mean of each mask.
+        for "horizontal", (1, 1, W) for "vertical", (1, H, W) for the rest; of volumes with T, or 1, before H.
+        And shares (B, M), the mean of each mask.
         Both in the dtype and on the device of `kappa`. A single member has everything, whatever the mixing.
 
     Raises:
@@ -85,37 +88,44 @@ def draw_masks(
     members = kappa.shape[1]
     if mixing == "sum" or members == 1:
         shares = torch.full_like(kappa, 1 / members)
-        return shares.t()[..., None, None, None], shares
+        return _over(shares.t(), 1 + len(sizes)), shares
     if mixing == "linear":
-        return kappa.t()[..., None, None, None], kappa
-    return share_out(_first_mask(mixing, kappa[:, 0], channels, height, width), kappa)
+        return _over(kappa.t(), 1 + len(sizes)), kappa
+    return share_out(_first_mask(mixing, kappa[:, 0], channels, *sizes), kappa)
 
 
-def _first_mask(mixing: Mixing, share: Tensor, channels: int, height: int, width: int) -> Tensor:
-    """Draw the mask of member 0, (B, 1 or C, H or 1, W or 1), from its share (B,)."""
+def _over(values: Tensor, dims: int) -> Tensor:
+    return values.reshape(*values.shape, *[1] * dims)
+
+
+def _first_mask(mixing: Mixing, share: Tensor, channels: int, *sizes: int) -> Tensor:
+    """Draw the mask of member 0, (B, 1 or C, T or 1, H or 1, W or 1), from its share (B,)."""
+    *_, height, width = sizes
+    if len(sizes) > 2 and (sizes[0] == 1 or mixing in _IN_FRAMES):
+        return _first_mask(mixing, share, channels, height, width).unsqueeze(2)
 
     def uniform(*shape: int) -> Tensor:
         return torch.rand(share.shape[0], *shape, dtype=share.dtype, device=share.device)
 
-    if mixing == "cut":
-        return box_mask(share, draw_centres(share.shape[0], height, width, share.device), height, width)
+    if mixing in ("cut", "tube"):
+        return box_mask(share, draw_centres(share.shape[0], *sizes, device=share.device), *sizes)
     if mixing == "cow":
         (low, high), (narrow, wide) = COW_PROPORTION, COW_SIGMA
         proportion, sigma = low + (high - low) * uniform(), narrow * (wide / narrow) ** uniform()
-        noise = torch.randn(share.shape[0], 1, height, width, dtype=share.dtype, device=share.device)
+        noise = torch.randn(share.shape[0], 1, *sizes, dtype=share.dtype, device=share.device)
         return cow_mask(proportion, sigma, noise)
     if mixing == "horizontal":
         return band_mask(share, uniform() < 0.5, height)[:, None, :, None]
     if mixing == "vertical":
         return band_mask(share, uniform() < 0.5, width)[:, None, None, :]
     if mixing == "channel":
-        return (uniform(channels) < share.unsqueeze(1)).to(share.dtype)[..., None, None]
+        return _over((uniform(channels) < share.unsqueeze(1)).to(share.dtype), len(sizes))
     if mixing == "stack_channel":
-        return band_mask(share, uniform() < 0.5, channels)[..., None, None]
+        return _over(band_mask(share, uniform() < 0.5, channels), len(sizes))
     if mixing == "noise":
-        return noise_mask(share, uniform(1, height, width))
-    block, share = patch_size(height, width), share[:, None, None, None]
-    centres = uniform(1, height, width) < patch_rate(share, height, width, block)
+        return noise_mask(share, uniform(1, *sizes))
+    block, share = patch_size(*sizes), _over(share, 1 + len(sizes))
+    centres = uniform(1, *sizes) < patch_rate(share, *sizes, block=block)
     patches = patches_mask(centres.to(share.dtype), block)
     return patches if mixing == "patchup_hard" else torch.where(patches > 0, patches, share)
 
@@ -146,36 +156,40 @@ def shuffle_roles(masks: Tensor, shares: Tensor) -> tuple[Tensor, Tensor]:
     return masks.index_select(0, order), shares.index_select(1, order)
 
 
-def draw_centres(batch: int, height: int, width: int, device: torch.device | str = "cpu") -> Tensor:
-    """Draw a cell of the map for every sample, (B, 2) row and column, uniformly."""
-    rows, columns = torch.rand(2, batch, device=device).unbind()
-    return torch.stack(((rows * height).long(), (columns * width).long()), 1)
+def draw_centres(batch: int, *sizes: int, device: torch.device | str = "cpu") -> Tensor:
+    """Draw a cell of a map of these sizes for every sample, uniformly: (B, 2) row and column, or (B, 3)."""
+    drawn = torch.rand(len(sizes), batch, device=device).unbind()
+    return torch.stack([(each * size).long() for each, size in zip(drawn, sizes, strict=True)], 1)
 
 
-def box_mask(share: Tensor, centres: Tensor, height: int, width: int) -> Tensor:
+def box_mask(share: Tensor, centres: Tensor, *sizes: int) -> Tensor:
     """CutMix's boxes: 1 inside a box of the sides √share · H and √share · W, clipped at the border.
+
+    In a clip or volume the sides of the cuboid are ∛share · T, ∛share · H and ∛share · W.
 
     Sides and half sides are cut to whole cells, as in the release, so a box has less than `share` of the map: on
     8×8 a share of 1/2 gives about 1/5. Measure it.
 
     Args:
         share: (B,), in [0, 1].
-        centres: (B, 2) row and column, whole numbers.
-        height: of the map.
-        width: of the map.
+        centres: (B, 2) row and column, or (B, 3) with the frame before them, whole numbers.
+        *sizes: (H, W) of the map, or (T, H, W).
 
     Returns:
-        (B, 1, H, W) of zeros and ones in the dtype of `share`.
+        (B, 1, *sizes) of zeros and ones in the dtype of `share`.
     """
-    side = share.sqrt()
+    side = share.sqrt() if len(sizes) == 2 else share ** (1 / len(sizes))
 
     def inside(centre: Tensor, size: int) -> Tensor:
         half = ((side * size).long() // 2).unsqueeze(1)
         distance = torch.arange(size, device=share.device) - centre.unsqueeze(1)
         return (distance >= -half) & (distance < half)
 
-    rows, columns = inside(centres[:, 0], height), inside(centres[:, 1], width)
-    return (rows[:, None, :, None] & columns[:, None, None, :]).to(share.dtype)
+    found = torch.ones(share.shape[0], 1, dtype=torch.bool, device=share.device)
+    for centre, size in zip(centres.unbind(1), sizes, strict=True):
+        along = inside(centre, size)
+        found = found.unsqueeze(-1) & along.reshape(len(along), *[1] * (found.ndim - 1), size)
+    return found.to(share.dtype)
 
 
 def band_mask(share: Tensor, at_end: Tensor, size: int) -> Tensor:
@@ -197,12 +211,12 @@ def noise_mask(share: Tensor, noise: Tensor) -> Tensor:
 
     Args:
         share: (B,), in [0, 1].
-        noise: (B, 1, H, W), uniform from 0 to 1.
+        noise: (B, 1, *S), uniform from 0 to 1.
 
     Returns:
-        (B, 1, H, W) in [0, 1], in the dtype of `noise`.
+        (B, 1, *S) in [0, 1], in the dtype of `noise`.
     """
-    share, centred = share[:, None, None, None], 2 * noise - 1
+    share, centred = _over(share, noise.ndim - 1), 2 * noise - 1
     return share + torch.where(centred < 0, share, 1 - share) * centred
 
 
@@ -212,19 +226,23 @@ def cow_mask(proportion: Tensor, sigma: Tensor, noise: Tensor) -> Tensor:
     Args:
         proportion: (B,) of the map that is 1 on average over draws.
         sigma: (B,) width of the Gaussian blur in cells; the release draws it log-uniformly from 4 to 16.
-        noise: (B, 1, H, W), standard normal.
+        noise: (B, 1, *S), standard normal.
 
     Returns:
-        (B, 1, H, W) of zeros and ones in the dtype of `noise`.
+        (B, 1, *S) of zeros and ones in the dtype of `noise`.
     """
     rows, columns = _blur(sigma, noise.shape[-2]), _blur(sigma, noise.shape[-1])
     # The meta device has no autocast to switch off.
     full = nullcontext() if noise.is_meta else torch.autocast(noise.device.type, enabled=False)
     with full:
-        blurred = rows @ noise @ columns
-    cells = noise.shape[-2] * noise.shape[-1]
-    std, mean = torch.std_mean(blurred, dim=(2, 3), keepdim=True, correction=min(1, cells - 1))
-    height = math.sqrt(2) * torch.erfinv(2 * proportion - 1).reshape(-1, 1, 1, 1)
+        if noise.ndim == 4:
+            blurred = rows @ noise @ columns
+        else:
+            blurred = rows.unsqueeze(2) @ noise @ columns.unsqueeze(2)
+            blurred = (_blur(sigma, noise.shape[2]) @ blurred.flatten(3)).view(noise.shape)
+    dims, cells = tuple(range(2, noise.ndim)), noise.shape[2:].numel()
+    std, mean = torch.std_mean(blurred, dim=dims, keepdim=True, correction=min(1, cells - 1))
+    height = math.sqrt(2) * _over(torch.erfinv(2 * proportion - 1), noise.ndim - 1)
     return (blurred <= mean + height * std).to(noise.dtype)
 
 
@@ -239,28 +257,30 @@ def _blur(sigma: Tensor, size: int) -> Tensor:
     return weights * (distance.abs() <= 3 * COW_SIGMA[1])
 
 
-def patch_size(height: int, width: int, block: int = PATCHUP_BLOCK) -> int:
-    """Side of PatchUp's patches: `block`, or the largest odd number of cells that the map holds."""
-    return min(block, (min(height, width) - 1) // 2 * 2 + 1)
+def patch_size(*sizes: int, block: int = PATCHUP_BLOCK) -> int:
+    """Side of PatchUp's patches: `block`, or the largest odd number of cells that the map holds each way."""
+    return min(block, (min(sizes) - 1) // 2 * 2 + 1)
 
 
-def patch_rate(share: Tensor, height: int, width: int, block: int) -> Tensor:
+def patch_rate(share: Tensor, *sizes: int, block: int) -> Tensor:
     """Probability of a cell to be the centre of a patch, shaped as `share`, as in DropBlock and the authors' release.
 
     share · H · W / (block² · (H − block + 1) · (W − block + 1)). The patches that come of it overlap, and on small
     maps there are many: with a block of 7, a share of 0.9 covers 0.7 of a 32×32 map, one of 0.35 half of 16×16.
 
     On maps that are not square the release takes the width for the height, W² for H · W, and
-    (W − block + 1)² likewise: its rate is ``patch_rate(share, width, width, block)``. Here DropBlock's rate is kept,
-    as what a mask covers should not depend on which way an image lies: of 16×32 cells a share of 0.5 covers 0.56,
-    turned or not, and at the release's rate 0.47, turned 0.66.
+    (W − block + 1)² likewise: its rate is ``patch_rate(share, width, width, block=block)``. Here DropBlock's rate
+    is kept, as what a mask covers should not depend on which way an image lies: of 16×32 cells a share of 0.5 covers
+    0.56, turned or not, and at the release's rate 0.47, turned 0.66.
     """
-    return share * (height * width / (block**2 * (height - block + 1) * (width - block + 1)))
+    within = math.prod([size - block + 1 for size in sizes])
+    return share * (math.prod(sizes) / (block ** len(sizes) * within))
 
 
 def patches_mask(centres: Tensor, block: int) -> Tensor:
-    """PatchUp's patches: 1 on the squares of an odd side `block` around the ones of `centres` (B, 1, H, W).
+    """PatchUp's patches: 1 on the squares of an odd side `block` around the ones of `centres` (B, 1, *S).
 
     One mask for all channels, as the release mixes, though it draws one per channel.
     """
-    return F.max_pool2d(centres, block, 1, block // 2)
+    pool = F.max_pool2d if centres.ndim == 4 else F.max_pool3d
+    return pool(centres, block, 1, block // 2)

@@ -3,11 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from fxgraft.extend import SiteError, StructureError, Unit, grafts_on, preserved_modes
+from fxgraft.extend import (
+    SiteError,
+    StructureError,
+    Unit,
+    grafts_on,
+    preserved_modes,
+    take_logits,
+    with_logits,
+)
 from fxgraft.patches.mixmo.ensemble import disagreement, ensemble_entropy
 from fxgraft.patches.mixmo.pairing import PAIRING, Pairing
 
@@ -47,7 +56,9 @@ def member_logits(model: nn.Module, x: Tensor) -> MemberLogits:
             'Call fxgraft.patch(model, "mixmo") first; what came out of fxgraft.merge is one network.'
         )
     with preserved_modes(model):
-        logits = model.eval()(x, members=True)
+        out = model.eval()(x, members=True)
+    names = [getattr(graft.patch, "output", None) for graft in grafts_on(model)]
+    logits = take_logits(out, names)
     return MemberLogits(logits, logits.mean(0), disagreement(logits), ensemble_entropy(logits))
 
 
@@ -56,29 +67,36 @@ class Members(Unit):
 
     Args:
         members: M.
+        output: which entry of a structured output holds the logits.
     """
 
     optional = True
 
-    def __init__(self, members: int) -> None:
+    def __init__(self, members: int, output: str | int | None = None) -> None:
         super().__init__()
-        self.members = members
+        self.members, self.output = members, output
 
-    def forward(self, out: Tensor) -> Tensor:
-        """Return (M, B, K) in training and where the call asks for it, else ``out`` (B, K) as it is."""
+    def forward(self, out: Any) -> Any:
+        """Return ``out`` with logits (M, B, K) in training and where the call asks for it, else as it is."""
         run, members = self.current, self.members
         if run is None or not run.training:
             asked = run is not None and run.options.get("members")
-            return torch.stack(out.chunk(members)) if asked else out
+            return self._stacked(out, take_logits(out, (self.output,))) if asked else out
         pairing: Pairing = run.get(PAIRING)
-        if out.shape[0] != members * pairing.rows or (members > 1 and pairing.masks is None):
+        rows = take_logits(out, (self.output,))
+        if rows.shape[0] != members * pairing.rows or (members > 1 and pairing.masks is None):
             raise StructureError(
-                f"A training pass of {run.model._get_name()} gave {out.shape[0]} rows of logits for {members} members "
+                f"A training pass of {run.model._get_name()} gave {rows.shape[0]} rows of logits for {members} members "
                 f"and {pairing.rows} mixtures.\nThe stem or the classifier was not in training mode, another "
                 "patch acts in its place, or what follows the classifier does not treat every row by itself.\n"
                 "Call model.train(); to freeze these layers, use requires_grad_(False)."
             )
         run.remember(pairing)
-        logits = torch.stack(out.chunk(members))  # a copy, since FSDP warns of outputs that are views
-        run.measure("agreement", logits)  # counted where somebody asks: `MixMo.diagnostics`
-        return logits
+        stacked = self._stacked(out, rows)
+        # Counted where somebody asks: `MixMo.diagnostics`.
+        run.measure("agreement", take_logits(stacked, (self.output,)))
+        return stacked
+
+    def _stacked(self, out: Any, rows: Tensor) -> Any:
+        # A copy, since FSDP warns of outputs that are views.
+        return with_logits(out, torch.stack(rows.chunk(self.members)), self.output)

@@ -58,7 +58,7 @@ class Pairing:
     Attributes:
         members: M.
         rows: how many mixtures the pass has: repetitions times the batch, B'.
-        size: (H, W) of the images.
+        size: (H, W) of the images, (T, H, W) of clips and volumes.
         classes: K.
         permutations: (M, B') indices into the batch; none of them where the user paired the inputs.
         inputs: the user's M batches, or none.
@@ -71,7 +71,7 @@ class Pairing:
 
     members: int
     rows: int
-    size: tuple[int, int]
+    size: tuple[int, ...]
     classes: int
     permutations: tuple[Tensor, ...]
     inputs: tuple[Tensor, ...]
@@ -102,18 +102,18 @@ class Pairing:
             shuffled: deal the roles in a mixture again.
         """
         device, channels = encoding.device, encoding.shape[1]
-        height, width = self.grid(encoding)
+        grid = self.grid(encoding)
         # As exact as the network, and never coarser than float32.
         dtype = torch.promote_types(encoding.dtype, torch.float32)
         kappa = dirichlet(alpha, self.rows, self.members, device, dtype)
         if mixing == "sum":
-            self.masks, self.shares = draw_masks(mixing, kappa, channels, height, width)
+            self.masks, self.shares = draw_masks(mixing, kappa, channels, *grid)
             self.weights, self.even = torch.ones_like(self.shares), True
             return
-        masks, shares = draw_masks("linear", kappa, channels, height, width)
+        masks, shares = draw_masks("linear", kappa, channels, *grid)
         on = False if mixing == "linear" else draws.coin(chance, device)
         if on is not False:
-            drawn = draw_masks(mixing, kappa, channels, height, width)
+            drawn = draw_masks(mixing, kappa, channels, *grid)
             drawn = shuffle_roles(*drawn) if shuffled else drawn
             pairs = zip(drawn, (masks, shares), strict=True)
             masks, shares = drawn if on is True else [torch.where(on, *pair) for pair in pairs]
@@ -129,26 +129,34 @@ class Pairing:
         masks = self.masks
         if masks is None:
             raise ConfigError("The masks of a pass are drawn before they are used.\nCall draw first.")
-        grid, missing = self.grid(encoding), 4 - encoding.ndim
-        size = [1 if own == 1 else wanted for own, wanted in zip(masks.shape[-2:], grid, strict=True)]
-        if list(masks.shape[-2:]) != size:
+        grid = self.grid(encoding)
+        missing = 2 + len(grid) - encoding.ndim
+        own = masks.shape[3:]
+        size = [1 if each == 1 else wanted for each, wanted in zip(own, grid, strict=True)]
+        if list(own) != size:
             rows = F.interpolate(masks.flatten(0, 1), size, mode="nearest-exact")
             masks = rows.unflatten(0, masks.shape[:2])
         if missing == 0:
             return masks
-        if masks.shape[-2:] != (1, 1):
+        if masks.shape[3:].numel() != 1:
             masks = masks.expand(*masks.shape[:3], *grid)
-        return masks.flatten(-2) if missing == 1 else masks.flatten(2)
+        return masks.flatten(2) if encoding.ndim == 2 else masks.flatten(3)
 
-    def grid(self, encoding: Tensor) -> tuple[int, int]:
-        """Return rows and columns of a map; tokens are arranged as near to the shape of the image as they can be."""
-        positions = tuple(encoding.shape[2:]) or (1, 1)
-        if len(positions) == 2:
-            return positions[0], positions[1]
+    def grid(self, encoding: Tensor) -> tuple[int, ...]:
+        """Return the sizes of a map, of a clip or volume with its frames before rows and columns.
+
+        Tokens are arranged as near to the shape of the image as they can be.
+        """
+        positions = tuple(encoding.shape[2:]) or (1,) * len(self.size)
+        if len(positions) > 1:
+            return positions
         tokens = positions[0]
-        height, width = self.size
-        rows = [n for n in range(1, tokens + 1) if tokens % n == 0]
-        best = min(rows, key=lambda n: abs(n * n * width - tokens * height))
+        *frames, height, width = self.size
+        if frames:  # of a clip: those factors whose shares in the clip's own sizes are the most alike
+            pairs = [(t, h) for t in _divisors(tokens) for h in _divisors(tokens // t)]
+            grids = [(t, h, tokens // t // h) for t, h in pairs]
+            return min(grids, key=lambda each: _spread(each, self.size))
+        best = min(_divisors(tokens), key=lambda n: abs(n * n * width - tokens * height))
         return best, tokens // best
 
     def member_labels(self, y: Any) -> list[Any]:
@@ -204,6 +212,15 @@ class Pairing:
                 "Which sample each member saw is known for all rows of the pass together.\n"
                 "Call fxgraft.loss with the whole output and the labels of its batch."
             )
+
+
+def _divisors(number: int) -> list[int]:
+    return [n for n in range(1, number + 1) if number % n == 0]
+
+
+def _spread(grid: Sequence[int], size: Sequence[int]) -> float:
+    shares = [math.log(cells / whole) for cells, whole in zip(grid, size, strict=True)]
+    return max(shares) - min(shares)
 
 
 def check_pairs(graft: str, members: int, own: Sequence[Tensor], labels: Any) -> None:

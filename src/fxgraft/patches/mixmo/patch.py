@@ -73,7 +73,8 @@ class MixMo(Patch):
     a warning tells once.
 
     A training pass returns one row of logits per member, (M, B, K), and `fxgraft.loss` gives their weighted sum.
-    An evaluation pass returns (B, K), with ``members=True`` in the call (M, B, K).
+    An evaluation pass returns (B, K), with ``members=True`` in the call (M, B, K). In a structured output that is the
+    entry with the logits.
 
     The stock stem and classifier stay where they are and are member 0; the tensors of the others sit beside them,
     as ``<layer>.graft_mixmo.weight_1`` and so on. How they stand to the paper's W_i depends on ``init``:
@@ -111,7 +112,8 @@ class MixMo(Patch):
 
     Args:
         members: M, at least 1. One member trains as the bare model.
-        mixing: "cut" (a box of one image in the other), "linear", "sum" (MIMO, equal parts), "cow",
+        mixing: "cut" (a box of one image in the other, of clips and volumes a cuboid), "tube" (a box in every frame of
+            a clip), "linear", "sum" (MIMO, equal parts), "cow",
             "patchup_hard", "patchup_soft", "horizontal", "vertical", "channel", "stack_channel" or "noise"; with more
             than two members those beyond the first share what it leaves, linearly.
         p: probability of that mixing in a batch, else it is linear; in [0, 1].
@@ -132,6 +134,8 @@ class MixMo(Patch):
             "random": the members from 1 on are drawn again, for networks trained from scratch.
         spread: how far apart the members start with init="pretrained", as a share of the weights' length; in [0, 1].
             The offsets are drawn from torch's generator.
+        output: which entry of a structured output holds the logits (a key, an attribute or a position). The model's
+            output keeps its class and its other entries, which are of the mixtures.
 
     Raises:
         ConfigError: an option outside its range, or a mixing that the stem has no positions for.
@@ -182,6 +186,7 @@ class MixMo(Patch):
     visible_labels: bool = True
     init: Literal["pretrained", "random"] = "pretrained"
     spread: float = 0.1
+    output: str | int | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -205,12 +210,12 @@ class MixMo(Patch):
             "Several stems and classifiers fold into one only where the image enters through linear layers and the "
             "logits, one row per image, are linear in the classifiers' weights."
         ):
-            stems, heads = backbone.stems(), backbone.classifiers()
+            stems, heads = backbone.stems(), backbone.classifiers(self.output)
         self._check_stems(stems)
         inputs = make(INPUTS, Inputs, self)
         inputs.bind(classifier=heads[0])
         yield backbone.before(inputs, INPUTS)
-        yield backbone.after(make(RETURN, Members, self.members), RETURN)
+        yield backbone.after(make(RETURN, Members, self.members, self.output), RETURN)
         for stem in stems:
             unit = self._member_unit(backbone, make, stem.path, Encoders)
             unit.bind(stem=stem)
@@ -295,7 +300,7 @@ class Inputs(Unit):
         self.config = config
 
     def forward(self, x: Any) -> Tensor:
-        """Return the images that go through the model as member 0's, (repetitions · B, C, H, W)."""
+        """Return the images that go through the model as member 0's, (repetitions · B, C, *S)."""
         run, config = self.current, self.config
         if run is None or not run.training:
             if isinstance(x, MixMoInput):
@@ -331,7 +336,7 @@ class Inputs(Unit):
         )
         if repetitions > 1:
             images = torch.cat([images] * repetitions)
-        size = (images.shape[-2], images.shape[-1]) if images.ndim == 4 else (1, 1)
+        size = tuple(images.shape[2:]) if images.ndim > 3 else (1, 1)
         pairing = Pairing(config.members, images.shape[0], size, classes, orders, own, run.target)
         run.put(PAIRING, pairing)
         return images

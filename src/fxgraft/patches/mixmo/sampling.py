@@ -136,7 +136,7 @@ class PairedDataset(Dataset[Any]):
         other, second = self._load(int(torch.randint(len(self.data), ())))
         height, width = image.shape[-2:]
         share = dirichlet(self.alpha, 1, 2)[:, 0]
-        mask = box_mask(share, draw_centres(1, height, width, image.device), height, width)[0]
+        mask = box_mask(share, draw_centres(1, height, width, device=image.device), height, width)[0]
         mask = 1 - mask if mask.mean() < 0.5 else mask  # the first of the two is the one with the larger part
         return torch.where(mask > 0, image, other), label, second, mask
 

@@ -457,7 +457,7 @@ def input_cutmix(
         )
     share = dirichlet(alpha, x.shape[0], 2, x.device)[:, 0]
     height, width = x.shape[-2:]
-    box = box_mask(share, draw_centres(x.shape[0], height, width, x.device), height, width)
+    box = box_mask(share, draw_centres(x.shape[0], height, width, device=x.device), height, width)
     part = box.mean((1, 2, 3)) if visible is None else visible_shares(box, visible)
     mask = torch.where(part[:, None, None, None] < 0.5, 1 - box, box)
     if p < 1:

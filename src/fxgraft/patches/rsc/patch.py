@@ -21,6 +21,7 @@ from fxgraft.extend import (
     Graft,
     LayeredPatch,
     Layout,
+    LayoutName,
     Make,
     Picture,
     Placement,
@@ -92,7 +93,8 @@ class RSC(LayeredPatch):
             "imagenet", 1/6, 1/5.5, 1/5, 1/4.5 and 1/4 from epochs 0, 19, 39, 59 and 79.
         epochs: length of the training in epochs, which a schedule needs to turn progress into epochs.
         start: share of training before which nothing is muted; read from `fxgraft.set_progress`.
-        layout: meaning of the dimensions at the site, one of NCHW, NHWC, NLC, NCL, NC; found if left out.
+        layout: meaning of the dimensions at the site, one of NCHW, NHWC, NLC, NCL, NC, NCDHW and NDHWC; found
+            if left out.
         output: which entry of a structured output holds the logits (a key, an attribute or a position).
         ignore_index: class index of pixels to leave out, for dense predictions (B, K, H, W).
         probability: how logits become probabilities: the "softmax" over classes, or the "sigmoid" of each logit, for
@@ -150,7 +152,7 @@ class RSC(LayeredPatch):
     batch_schedule: Literal["constant", "authors", "imagenet"] = "constant"
     epochs: int | None = None
     start: float = 0.0
-    layout: Literal["NCHW", "NHWC", "NLC", "NCL", "NC"] | None = None
+    layout: LayoutName | None = None
     output: str | int | None = None
     ignore_index: int = -100
     probability: Literal["softmax", "sigmoid"] | None = None

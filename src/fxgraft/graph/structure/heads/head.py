@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from torch import Tensor, fx, nn
 
 from fxgraft.errors import SiteError, StructureError, TraceError
-from fxgraft.graph.dataflow.graph_utils import scope_of
+from fxgraft.graph.dataflow.graph_utils import downstream_of, scope_of, upstream_of
 from fxgraft.graph.structure.heads.linear import made_by_hooks
 from fxgraft.graph.structure.heads.outputs import logits_node
 from fxgraft.graph.structure.heads.pooling import (
@@ -18,7 +18,8 @@ from fxgraft.graph.structure.heads.pooling import (
     logits_before,
     opened_head,
 )
-from fxgraft.graph.structure.site import Site, module_site, node_sites, own_nodes
+from fxgraft.graph.structure.layout import layout_of_value
+from fxgraft.graph.structure.site import Site, counterpart, module_site, node_sites, own_nodes
 from fxgraft.graph.tracing.editing import Span
 from fxgraft.graph.tracing.model_trace import ModelTrace
 from fxgraft.graph.tracing.names import ancestors, inside, join, relative
@@ -37,9 +38,13 @@ class Head:
         training, evaluation: the head in the owner's training trace, and in the model's evaluation trace.
         traced: the owner's training trace, with the head opened.
         whole: the model's evaluation trace, with the head opened.
-        grid: (H, W) of a map of tokens as the model was observed, None for a map with dimensions of its own.
+        grid: (H, W) or (T, H, W) of a map of tokens as the model was observed, None for a map with dimensions of its
+            own.
         shape: of the map, batch first, as observed.
         ndim: number of dimensions of what the span gives back.
+        source: where the map is, if a module of its own holds it and the pooling, as the body of a network of
+            transformers does; the span then starts at what that module gives the classifier. None where the span
+            starts at the map.
     """
 
     owner: str
@@ -49,9 +54,10 @@ class Head:
     evaluation: HeadTrace
     traced: Traced
     whole: Traced
-    grid: tuple[int, int] | None
+    grid: tuple[int, ...] | None
     shape: tuple[int, ...]
     ndim: int
+    source: Site | None = None
 
     @property
     def classifier(self) -> str:
@@ -94,14 +100,17 @@ def find_head(trace: ModelTrace, head: str | None = None, output: str | int | No
             )
         end = calls[0]
     else:
-        end = logits_node(traced.graph, None if owner else output, owner or trace.name)
-        end = logits_before(end, trace.values(owner, traced))
+        inner = trace.values(owner, traced)
+        end = logits_before(logits_node(inner, None if owner else output, owner or trace.name), inner)
     training = head_in(trace, owner, traced, end)
     values = trace.values(owner, traced)
-    span, ndim = _span(trace, owner, traced, training, values)
+    span, ndim, apart = _span(trace, owner, traced, training, values)
+    source = _map_site(trace, head, output) if apart else None
+    if apart and source is None:
+        raise _out_of_reach(trace, training.pool)
     shape = tuple(values(training.maps).shape)
     grid = token_grid(trace, traced, training.maps, training.pooling.channel, owner)
-    return Head(owner, classifiers, span, training, evaluation, traced, whole, grid, shape, ndim)
+    return Head(owner, classifiers, span, training, evaluation, traced, whole, grid, shape, ndim, source)
 
 
 def pooled_map(trace: ModelTrace, output: str | int | None = None) -> Site | None:
@@ -115,8 +124,15 @@ def pooled_map(trace: ModelTrace, output: str | int | None = None) -> Site | Non
         Where the value is; None where the network has no such head (it reads a class token, a maximum, attention,
         or maps that hold classes already), or where the value cannot be named or its layout told.
     """
+    site = _map_site(trace, None, output)
+    return site if site is not None and site.layout else None
+
+
+def _map_site(trace: ModelTrace, classifier: str | None, output: str | int | None) -> Site | None:
+    """Name the value that a head pools, by the module or the forward that gives it; None where it cannot be named."""
+    calls = trace.observation.calls
     try:
-        traced, head, _ = opened_head(trace, output=output, entries=True)
+        traced, head, _ = opened_head(trace, classifier, output, entries=True)
         node = head.maps
         while _is_identity(
             trace, node
@@ -124,17 +140,17 @@ def pooled_map(trace: ModelTrace, output: str | int | None = None) -> Site | Non
             (node,) = node.all_input_nodes
         if not head.classifiers or node.op in ("placeholder", "get_attr"):
             return None
-        path = str(node.target)
-        if node.op == "call_module" and len(trace.observation.calls.get(path, [])) == 1:
-            site = module_site(trace, path)
-        else:
-            scope = scope_of(node)
-            index = own_nodes(traced.graph, scope).index(node)
-            name = own_nodes(trace.graph(scope, training=False).graph, None)[index].name
-            site = next(each for each in node_sites(trace, scope) if each.node == name)
-    except (StructureError, TraceError, SiteError, StopIteration):
+        path, scope = str(node.target), scope_of(node)
+        if node.op == "call_module" and len(calls.get(path, [])) == 1:
+            return module_site(trace, path)
+        if len(calls.get(scope, [])) != 1:
+            return None
+        closed = own_nodes(trace.graph(scope, training=False).graph, None)
+        own = counterpart(node, own_nodes(traced.graph, scope), closed)
+        sites = [] if own is None else node_sites(trace, scope)
+    except (StructureError, TraceError, SiteError):
         return None
-    return site if site.layout else None
+    return next((each for each in sites if own is not None and each.node == own.name), None)
 
 
 def _is_identity(trace: ModelTrace, node: fx.Node) -> bool:
@@ -155,25 +171,57 @@ def _owner(trace: ModelTrace, head: HeadTrace) -> str:
     return ".".join(shared)
 
 
-def _span(trace: ModelTrace, owner: str, opened: Traced, head: HeadTrace, values: Values) -> tuple[Span, int]:
-    """Translate a head in an opened trace to the closed trace that edits are made in."""
+def _span(
+    trace: ModelTrace, owner: str, opened: Traced, head: HeadTrace, values: Values
+) -> tuple[Span, int, bool]:
+    """Translate a head in an opened trace to the closed trace that edits are made in.
+
+    Returns:
+        The span; the number of dimensions of its end; whether it starts behind a module that holds map and pooling.
+    """
     closed = trace.graph(owner, training=True)
     pool = _closed(opened, closed, head.pool)
     last = head.end
     end = _closed(opened, closed, last)
     (start, *others) = [node for node in pool.all_input_nodes if node.op != "get_attr"]
-    inside = _top(head.maps) == _top(head.pool) != ""
-    if others or inside:
-        raise StructureError(
-            f"{str(pool.target)!r} of {trace.name} holds the head's pooling and layers before it.\n"
-            "The map in between is not in reach of the module around the classifier.\n"
-            "Replace it by a module that pools and nothing else."
-        )
+    apart = bool(others) or _top(head.maps) == _top(head.pool) != ""
+    if apart:
+        start = _pooled_output(trace, owner, closed, pool, end)
+        again = [node for node in head.between if _top(node) == _top(head.pool) and node.op == "call_module"]
+        # What stands between in that module runs there and at every position, and would count a batch twice.
+        if any(True for node in again for _ in values.owner.get_submodule(str(node.target)).buffers()):
+            raise _out_of_reach(trace, head.pool)
     ndim = values(last).ndim
     if end.op == "call_module" and _top(last):
         ndim = _shape(trace, owner, end)
         _check_after(trace, owner, last, values)
-    return Span(start.name, end.name), ndim
+    return Span(start.name, end.name), ndim, apart
+
+
+def _out_of_reach(trace: ModelTrace, pool: fx.Node) -> StructureError:
+    return StructureError(
+        f"{_top(pool)!r} of {trace.name} holds the head's pooling and layers around it.\n"
+        "The map in between is not in reach of the module around the classifier.\n"
+        "Replace it by a module that pools and nothing else."
+    )
+
+
+def _pooled_output(trace: ModelTrace, owner: str, closed: Traced, pool: fx.Node, end: fx.Node) -> fx.Node:
+    """Find the tensor through which the classifier sees what a module around the pooling returns.
+
+    Raises:
+        StructureError: there are several.
+    """
+    values = trace.values(owner, closed)
+    way = {pool, *downstream_of(pool)} & {end, *upstream_of(end)}
+    start = min(node for node in way if isinstance(values(node), Tensor))
+    if not way <= {start, *upstream_of(start), *downstream_of(start)}:
+        raise StructureError(
+            f"The classifier of {trace.name} sees several values of {str(pool.target)!r}, which holds the pooling.\n"
+            "What takes the head's place in training gets one.\n"
+            "Replace it by a module that pools and nothing else."
+        )
+    return start
 
 
 def _shape(trace: ModelTrace, owner: str, end: fx.Node) -> int:
@@ -218,13 +266,13 @@ def _closed(opened: Traced, closed: Traced, node: fx.Node) -> fx.Node:
 
 def token_grid(
     trace: ModelTrace, traced: Traced, node: fx.Node, channel: int, path: str = ""
-) -> tuple[int, int] | None:
+) -> tuple[int, ...] | None:
     """Find the grid that the tokens of a value came from: the last map with as many cells, or a square.
 
     Args:
         trace: of the model.
         traced: the trace of the module ``path``.
-        node: the value; one with two spatial dimensions has no need of a grid.
+        node: the value; one with two or three spatial dimensions has no need of a grid.
         channel: its channel dimension.
         path: the module that was traced.
     """
@@ -236,9 +284,9 @@ def token_grid(
         return 1, tokens
     recorded = [call for calls in trace.observation.calls.values() for call in calls]
     for value in (call.output for call in sorted(recorded, key=lambda call: -call.order)):
-        if isinstance(value, Tensor) and value.ndim == 4:
-            for height, width in (tuple(value.shape[2:]), tuple(value.shape[1:3])):
-                if height * width == tokens:
-                    return height, width
+        layout = layout_of_value(value) if isinstance(value, Tensor) else None
+        grid = layout.canonical(value).shape[2:] if layout is not None and layout.is_map else None
+        if grid is not None and grid.numel() == tokens:
+            return tuple(grid)
     side = round(tokens**0.5)
-    return (side, side) if side * side == tokens else None
+    return (side, side) if side * side == tokens and len(trace.image_size) == 3 else None

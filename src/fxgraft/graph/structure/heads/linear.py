@@ -1,6 +1,6 @@
 """Linear layers with other tensors than their own: what they compute, and the layer that computes the same.
 
-Linear layers and 2-D convolutions act with their weight. A convolution with scaled weight standardisation (Brock, De,
+Linear layers and convolutions act with their weight. A convolution with scaled weight standardisation (Brock, De,
 Smith: Characterizing Signal Propagation to Close the Performance Gap in Unnormalized ResNets, ICLR 2021) acts with
 
     gain · scale · (weight − mean) / sqrt(var + eps)
@@ -26,17 +26,18 @@ from torch.nn.utils.prune import BasePruningMethod
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
+from fxgraft._torch import ConvNd
 from fxgraft.errors import StructureError
 from fxgraft.graph.structure.heads.pooling import is_classifier
 
 _SCALED = (ScaledStdConv2d, ScaledStdConv2dSame)
-_FORWARDS = tuple(kind.forward for kind in (nn.Conv2d, Conv2dSame, *_SCALED))
+_FORWARDS = tuple(kind.forward for kind in (nn.Conv1d, nn.Conv2d, nn.Conv3d, Conv2dSame, *_SCALED))
 _HOOKS = (BasePruningMethod, SpectralNorm, WeightNorm)
 
 
 def is_linear(module: nn.Module) -> bool:
     """Say whether a module of a bare model is one of the layers that this file is about."""
-    if isinstance(module, nn.Conv2d):
+    if isinstance(module, ConvNd):
         return type(module).forward in _FORWARDS
     return isinstance(module, nn.Linear) and is_classifier(module)
 
@@ -95,7 +96,7 @@ def apply_layer(module: nn.Module, x: Tensor, weight: Tensor, bias: Tensor | Non
         return conv2d_same(
             x, weight, bias, module.stride, module.padding, module.dilation, module.groups  # type: ignore[arg-type]
         )  # fmt: skip
-    if isinstance(module, nn.Conv2d):
+    if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
         if isinstance(module, ScaledStdConv2dSame) and module.same_pad:
             x = pad_same(x, module.kernel_size, module.stride, module.dilation)  # type: ignore[arg-type]
         return module._conv_forward(x, weight, bias)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections import OrderedDict
 from collections.abc import Iterable
 from typing import Any
@@ -9,24 +10,27 @@ from typing import Any
 from torch import Tensor, fx
 
 from fxgraft.errors import StructureError
+from fxgraft.graph.tracing.values import Values
 
 LOGITS_KEYS = ("out", "logits")
-"""Keys under which segmentation models and transformers return their logits."""
+"""Keys under which segmentation models and transformers return their logits.
+
+A structured output with none of these holds them in its only entry, where that is one row for each image."""
 
 
-def logits_node(graph: fx.Graph, output: str | int | None, model: str) -> fx.Node:
+def logits_node(values: Values, output: str | int | None, model: str) -> fx.Node:
     """Find the node that holds the logits: the output itself, or one named entry of it.
 
     Args:
-        graph: of the whole model.
+        values: of a trace of the model.
         output: key, attribute or position of the logits in a structured output; None for a plain tensor, or
-            for the usual names ("out", "logits").
+            for the usual names ("out", "logits"), or the only entry.
         model: name for messages.
 
     Raises:
         StructureError: the output has no such entry; lists those it has.
     """
-    value = next(node for node in graph.nodes if node.op == "output").args[0]
+    value = next(node for node in values.traced.graph.nodes if node.op == "output").args[0]
     if isinstance(value, fx.Node) and value.op == "call_function" and isinstance(value.target, type):
         value = dict(value.args[0]) if value.target is OrderedDict else dict(value.kwargs) or list(value.args)  # type: ignore[arg-type]
     elif isinstance(value, fx.Node):
@@ -39,6 +43,10 @@ def logits_node(graph: fx.Graph, output: str | int | None, model: str) -> fx.Nod
     wanted = output
     if wanted is None:
         wanted = next((key for key in LOGITS_KEYS if key in entries), None)
+    if wanted is None and output is None:
+        given = {key: values(node) for key, node in entries.items() if isinstance(node, fx.Node)}
+        alone = [key for key, found in given.items() if found is not None]
+        wanted = alone[0] if len(alone) == 1 and _rows(given[alone[0]]) else None
     if wanted not in entries or not isinstance(entries[wanted], fx.Node):
         raise _no_entry(model, wanted, [key for key, node in entries.items() if isinstance(node, fx.Node)])
     return entries[wanted]
@@ -72,11 +80,52 @@ def take_logits(out: Any, names: Iterable[str | int | None] = ()) -> Any:
             return getattr(out, key)
         if isinstance(key, int) and isinstance(out, (tuple, list)):
             return out[key]
+    alone = _only_entry(out)
+    if isinstance(alone, Tensor) and alone.ndim in (2, 3):  # in training perhaps several for each image
+        return alone
     raise StructureError(
         f"The model returned a {type(out).__name__}, and it is not clear what in it are the logits.\n"
         "Pass the logits themselves to fxgraft.loss, or set output= on the patch. Where a model around the patched "
         "part computes them, patch that whole model."
     )
+
+
+def _rows(value: Any) -> bool:
+    """Say whether a value is one row for each image, as logits are."""
+    return isinstance(value, Tensor) and value.ndim == 2
+
+
+def _only_entry(out: Any) -> Any:
+    """Return what a structured output holds if that is one value, beside entries that were left out; else None."""
+    values: Any = out.values() if isinstance(out, dict) else out if isinstance(out, (tuple, list)) else ()
+    if not isinstance(out, dict) and dataclasses.is_dataclass(out):
+        values = (getattr(out, each.name) for each in dataclasses.fields(out))
+    found = [value for value in values if value is not None]
+    return found[0] if len(found) == 1 else None
+
+
+def with_logits(out: Any, logits: Any, name: str | int | None = None) -> Any:
+    """Put other logits into what a model returned: an output of the same class, with its other entries.
+
+    Args:
+        out: a tensor, dictionary, dataclass or tuple, as for `take_logits`; it is left as it is.
+        logits: what takes their place.
+        name: key, attribute or position of the logits; None for the usual names.
+
+    Raises:
+        StructureError: they are not there.
+    """
+    if isinstance(out, Tensor):
+        return logits
+    old = take_logits(out, (name,))
+    if dataclasses.is_dataclass(out) and not isinstance(out, type):
+        fields = {each.name: getattr(out, each.name) for each in dataclasses.fields(out)}
+        return type(out)(**{key: logits if value is old else value for key, value in fields.items()})
+    if isinstance(out, dict):
+        new = {key: logits if value is old else value for key, value in out.items()}
+        return new if type(out) is dict else type(out)(new)
+    values = [logits if value is old else value for value in out]
+    return type(out)(*values) if hasattr(out, "_fields") else type(out)(values)
 
 
 def check_logits(out: Any, output: str | int | None, model: str) -> None:
@@ -92,10 +141,11 @@ def check_logits(out: Any, output: str | int | None, model: str) -> None:
     """
     if output is not None:
         return
+    named = any((isinstance(out, dict) and key in out) or hasattr(out, key) for key in LOGITS_KEYS)
     try:
         found = take_logits(out)
     except StructureError:
         found = None
-    if not isinstance(found, Tensor):
+    if not isinstance(found, Tensor) or (found is _only_entry(out) and not named and not _rows(found)):
         count = len(out) if isinstance(out, (tuple, list)) else 0
         raise _no_entry(model, None, out if isinstance(out, dict) else range(count))

@@ -10,6 +10,7 @@ activation does not: it acts on every position, and the average is another numbe
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -76,7 +77,7 @@ class PositionwiseHead:
         path: the module in whose trace the head was found.
         head: the head there.
         traced: the trace.
-        grid: (H, W) of a map of tokens.
+        grid: (H, W) or (T, H, W) of a map of tokens.
         trace: of the model.
 
     Attributes:
@@ -85,7 +86,7 @@ class PositionwiseHead:
     """
 
     def __init__(
-        self, path: str, head: HeadTrace, traced: Traced, grid: tuple[int, int] | None, trace: ModelTrace
+        self, path: str, head: HeadTrace, traced: Traced, grid: tuple[int, ...] | None, trace: ModelTrace
     ) -> None:
         self.path = path
         self.head = head
@@ -117,11 +118,11 @@ class PositionwiseHead:
         return any(settings_changed(self.identities[n], {"": kept}, {}) for n, kept in self.settings.items())
 
     def __call__(self, model: nn.Module, x: Tensor) -> Tensor:
-        """Return class scores (B, K, H, W) for the value ``x`` that the head pools.
+        """Return class scores (B, K, H, W), of clips and volumes (B, K, T, H, W), for what the head pools.
 
         Args:
             model: the model, whose layers are looked up by name.
-            x: in the layout of the head, (B, C, H, W), (B, H, W, C) or tokens (B, N, C).
+            x: in the layout of the head: a map or volume, channels first or last, or tokens (B, N, C).
         """
         space, positions = self._space(x)
         owner = model.get_submodule(self.path)
@@ -129,10 +130,11 @@ class PositionwiseHead:
         pooling = self.head.pooling
         if not self.classifiers:
             return x if pooling.channel == 1 else x.movedim(pooling.channel, 1)
-        if self.between is None and pooling.channel == 1 and x.ndim == 4:
+        if self.between is None and pooling.channel == 1 and x.ndim > 3:
             weight, bias = self._matrix(owner)
             # Faster than a matrix product, which would have to bring channels to the end first.
-            return F.conv2d(x, weight[:, :, None, None] if weight.ndim == 2 else weight, bias)
+            convolve = F.conv2d if x.ndim == 4 else F.conv3d
+            return convolve(x, weight.view(*weight.shape[:2], *[1] * (x.ndim - 2)), bias)
         rows = x.movedim(pooling.channel, -1).flatten(0, -2)
         if self.between is not None:
             if pooling.keeps:
@@ -162,20 +164,20 @@ class PositionwiseHead:
         layer: Any = owner.get_submodule(self.classifiers[0])
         return gathered(layer.weight), None if layer.bias is None else gathered(layer.bias)
 
-    def _space(self, x: Tensor) -> tuple[tuple[int, int], int]:
+    def _space(self, x: Tensor) -> tuple[tuple[int, ...], int]:
         sizes = [size for d, size in enumerate(x.shape) if d not in (0, self.head.pooling.channel)]
-        if len(sizes) == 2:
-            return (sizes[0], sizes[1]), sizes[0] * sizes[1]
+        if len(sizes) > 1:
+            return tuple(sizes), math.prod(sizes)
         known = self.grid
-        if known is not None and known[0] * known[1] == sizes[0]:
+        if known is not None and math.prod(known) == sizes[0]:
             return known, sizes[0]
         if known is not None and known[0] == 1:  # a row, as of a signal, of another length
             return (1, sizes[0]), sizes[0]
         side = round(sizes[0] ** 0.5)
-        if side * side != sizes[0]:
+        if side * side != sizes[0] or (known is not None and len(known) > 2):
+            seen = "" if known is None else f" (the model was looked at with {'×'.join(map(str, known))})"
             raise SiteError(
-                f"{sizes[0]} tokens reach the head, and they aren't a grid"
-                f"{'' if known is None else f' (the model was looked at with {known[0]}×{known[1]})'}.\n"
+                f"{sizes[0]} tokens reach the head, and they aren't a grid{seen}.\n"
                 "A score per position needs the place of every token; patch dropout loses it.\n"
                 "Switch patch dropout off, or pass input_size= of the images you train on."
             )
@@ -388,7 +390,7 @@ def _special(node: fx.Node, owner: nn.Module) -> Pairwise | None:
         return None
     module = owner.get_submodule(str(node.target))
     forward = type(module).forward
-    if forward in (nn.Dropout.forward, nn.Dropout1d.forward, nn.Dropout2d.forward):
+    if forward in (nn.Dropout.forward, nn.Dropout1d.forward, nn.Dropout2d.forward, nn.Dropout3d.forward):
         return _shared_dropout
     if forward in _BATCH_NORMS:
         return _batch_norm
@@ -448,7 +450,12 @@ def _batch_norm(layer: Any, pooled: Tensor, rows: Tensor, positions: int) -> tup
 
 
 def _dropped(drop: nn.Module, middle: Tensor, out: Tensor, positions: int) -> tuple[Tensor, Tensor]:
-    if type(drop).forward in (nn.Dropout.forward, nn.Dropout1d.forward, nn.Dropout2d.forward):
+    if type(drop).forward in (
+        nn.Dropout.forward,
+        nn.Dropout1d.forward,
+        nn.Dropout2d.forward,
+        nn.Dropout3d.forward,
+    ):
         return _shared_dropout(drop, middle, out, positions)  # type: ignore[return-value]
     return drop(middle), drop(out)
 
@@ -484,12 +491,12 @@ def position_scores(
 
     Args:
         model: bare or patched; grafts that act in evaluation act here.
-        x: images (B, C, H, W). Gradients pass.
+        x: images (B, C, H, W), clips or volumes (B, C, T, H, W). Gradients pass.
         head: qualified name of the classifier, where the model has several.
         output: which entry of a structured output holds the logits.
 
     Returns:
-        (B, K, H, W), at the resolution of the last feature map.
+        (B, K, H, W), at the resolution of the last feature map; (B, K, T, H, W) for clips and volumes.
 
     Raises:
         StructureError: the model has no average-pooled linear head.

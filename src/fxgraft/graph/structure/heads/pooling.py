@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from timm.layers.linear import Linear as TimmLinear
 from torch import Tensor, fx, nn
 
+from fxgraft._torch import AdaptiveAvgPoolNd, AvgPoolNd, ConvNd
 from fxgraft.errors import StructureError, candidates
 from fxgraft.graph.dataflow.graph_utils import scope_of, upstream_of
 from fxgraft.graph.structure.heads.outputs import logits_node
@@ -23,10 +24,11 @@ from fxgraft.graph.tracing.values import Values, describe_node, node_name, tenso
 
 # timm's own Linear differs under TorchScript only.
 _LINEAR_FORWARDS = (nn.Linear.forward, TimmLinear.forward)
-_AVERAGES = (nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AvgPool2d)
+_CONVOLUTION_FORWARDS = tuple(kind.forward for kind in (nn.Conv1d, nn.Conv2d, nn.Conv3d))
+_AVERAGES = (AdaptiveAvgPoolNd, AvgPoolNd)
 SHAPES = {"flatten", "squeeze", "unsqueeze", "reshape", "view", "permute", "transpose", "contiguous"}
 SHAPES |= {"getattr", "size", "getitem", "identity"}
-DROPOUTS = {"dropout", "dropout1d", "dropout2d"}
+DROPOUTS = {"dropout", "dropout1d", "dropout2d", "dropout3d"}
 SCALES = {"mul", "imul", "div", "truediv", "itruediv", "neg"}
 SQUASHING = {
     "sigmoid",
@@ -41,6 +43,7 @@ SQUASHING = {
 """What makes probabilities of logits, or their logarithms."""
 SUMS = {"add", "iadd", "stack", "mean", "sum"}
 _MAXIMA = {"amax", "max", "adaptive_max_pool2d", "adaptivemaxpool2d", "max_pool2d", "maxpool2d", "maximum"}
+_MAXIMA |= {"adaptive_max_pool3d", "adaptivemaxpool3d", "max_pool3d", "maxpool3d"}
 _ATTENTION = {"softmax", "scaled_dot_product_attention", "multiheadattention"}
 _REMEDY = "Build the backbone with global_pool='avg' where it can be, or name another classifier, as head=..."
 
@@ -90,15 +93,14 @@ class HeadTrace:
 
 
 def is_classifier(module: nn.Module) -> bool:
-    """Say whether a module is one matrix applied to channels: a plain linear layer or 1×1 convolution."""
+    """Say whether a module is one matrix applied to channels: a plain linear layer or convolution of one position."""
     if isinstance(module, nn.Linear):
         return type(module).forward in _LINEAR_FORWARDS
     return (
-        isinstance(module, nn.Conv2d)
-        and type(module).forward is nn.Conv2d.forward
-        and module.kernel_size == (1, 1)
-        and module.stride == (1, 1)
-        and module.padding == (0, 0)
+        isinstance(module, ConvNd)
+        and type(module).forward in _CONVOLUTION_FORWARDS
+        and {*module.kernel_size, *module.stride} == {1}
+        and set(module.padding) == {0}
         and module.groups == 1
     )
 
@@ -109,13 +111,13 @@ def pooling_of(node: fx.Node, values: Values) -> Pooling | None:
     if len(sources) != 1:
         return None
     value, result = values(sources[0]), values(node)
-    if not isinstance(value, Tensor) or not isinstance(result, Tensor) or value.ndim not in (3, 4):
+    if not isinstance(value, Tensor) or not isinstance(result, Tensor) or value.ndim not in (3, 4, 5):
         return None
     owner = values.owner
     name = node_name(node, owner)
     if node.op == "call_module" and isinstance(owner.get_submodule(str(node.target)), _AVERAGES):
         name = "avg_pool"
-    if name in ("avg_pool", "adaptive_avg_pool2d", "adaptive_avg_pool1d", "avg_pool2d"):
+    if name == "avg_pool" or name[:-2] in ("adaptive_avg_pool", "avg_pool"):
         # The kernel of an average over windows covers the map when one value per channel is left.
         whole = result.ndim == value.ndim and all(size == 1 for size in result.shape[2:])
         return Pooling(1, True) if whole else None
@@ -209,8 +211,8 @@ def _classifiers(end: fx.Node, values: Values) -> Iterator[fx.Node]:
         sources = tensor_inputs(node, values)
         if not sources or name not in SHAPES | DROPOUTS | SCALES | SUMS | {"float", "to"}:
             return
-        if pooling_of(node, values) is not None:
-            return
+        if pooling_of(node, values) is not None and not is_vector(values(sources[0])):
+            return  # an average over one position changes the shape alone
         waiting += sources
     yield from found
 
@@ -234,7 +236,7 @@ def _class_maps(end: fx.Node, values: Values) -> HeadTrace:
     if module is not None and not is_primitive(module) and getattr(values.model, "num_classes", 1):
         raise OpaqueError(str(node.target))
     declared = getattr(values.model, "num_classes", None)
-    fits = isinstance(module, nn.Conv2d) and declared in (None, module.out_channels)
+    fits = isinstance(module, ConvNd) and declared in (None, module.out_channels)
     if pool is None or module is None or not (fits and is_classifier(module)):
         raise _no_classifier(end, values)
     return HeadTrace(maps, pool, pooling, (), (), pool, True, True)
@@ -379,7 +381,9 @@ def opened_head(
 
     def search(traced: Traced) -> HeadTrace:
         if head is None:
-            end = logits_before(logits_node(traced.graph, output, trace.name), trace.values("", traced))
+            end = logits_before(
+                logits_node(trace.values("", traced), output, trace.name), trace.values("", traced)
+            )
         else:
             end = next(n for n in traced.graph.nodes if n.op == "call_module" and n.target == head)
         found = head_in(trace, "", traced, end)

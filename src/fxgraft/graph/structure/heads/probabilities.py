@@ -49,7 +49,8 @@ def squashed_end(trace: ModelTrace, output: str | int | None, training: bool) ->
     """
 
     def search(traced: Traced) -> list[fx.Node]:
-        return _squashing(trace, logits_node(traced.graph, output, trace.name), trace.values("", traced))
+        values = trace.values("", traced)
+        return _squashing(trace, logits_node(values, output, trace.name), values)
 
     try:
         traced, found, _ = opening(trace, training, search, alike=True)
@@ -62,7 +63,7 @@ def squashed_end(trace: ModelTrace, output: str | int | None, training: bool) ->
         str(node.target).rpartition(".")[0] if node.op == "call_module" else scope_of(node) for node in found
     ]
     opened = tuple(sorted({each for scope in scopes for each in (*ancestors(scope), scope) if each}))
-    straight = squashing(logits_node(traced.graph, output, trace.name), values) is not None
+    straight = squashing(logits_node(values, output, trace.name), values) is not None
     return Squashed(describe_node(found[0], values), opened, straight)
 
 

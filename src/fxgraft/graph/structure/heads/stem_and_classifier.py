@@ -28,7 +28,7 @@ from fxgraft.graph.structure.heads.pooling import (
 )
 from fxgraft.graph.structure.heads.probabilities import squashed_end
 from fxgraft.graph.structure.heads.progressive_trace import OpaqueError, opening
-from fxgraft.graph.structure.layout import Layout
+from fxgraft.graph.structure.layout import Layout, LayoutName
 from fxgraft.graph.tracing.compile import compile_graph
 from fxgraft.graph.tracing.model_trace import ModelTrace
 from fxgraft.graph.tracing.names import ancestors
@@ -37,7 +37,8 @@ from fxgraft.graph.tracing.settings import input_hooked
 from fxgraft.graph.tracing.trace import Traced, is_primitive
 from fxgraft.graph.tracing.values import Values, describe_node, node_name, tensor_inputs
 
-_LAYOUTS = {2: "NC", 3: "NLC", 4: "NHWC"}
+_LINEAR: dict[int, LayoutName] = {2: "NC", 3: "NLC", 4: "NHWC", 5: "NDHWC"}
+_CONVOLVED: dict[int, LayoutName] = {3: "NCL", 4: "NCHW", 5: "NCDHW"}
 _SIZES_ONLY = {"zeros_like", "ones_like", "empty_like", "full_like", "rand_like", "randn_like"}
 _SIZES_ONLY |= {"new_zeros", "new_ones", "new_empty", "new_full", "new_tensor"}
 
@@ -70,8 +71,8 @@ class Stem:
 def find_stems(trace: ModelTrace) -> tuple[Stem, ...]:
     """Find the layers through which everything that the model knows of the image goes.
 
-    Supported are 2-D convolutions, plain or with scaled weight standardisation and padding of any kind, and linear
-    layers.
+    Supported are convolutions over one to three dimensions, plain or with scaled weight standardisation and padding of
+    any kind, and linear layers.
 
     Args:
         trace: of the bare model.
@@ -86,19 +87,24 @@ def find_stems(trace: ModelTrace) -> tuple[Stem, ...]:
     return tuple(_stem(trace, traced, node, values) for node in found)
 
 
-def find_classifiers(trace: ModelTrace) -> tuple[str, ...]:
+def find_classifiers(trace: ModelTrace, output: str | int | None = None) -> tuple[str, ...]:
     """Find the linear layers and 1×1 convolutions whose outputs make up the logits, by qualified name.
 
     Where there are several, their outputs are added, averaged or scaled into the logits.
 
     Args:
-        trace: of the bare model, whose output must be one tensor (B, K).
+        trace: of the bare model.
+        output: which entry of a structured output holds the logits (B, K); None for the usual names.
 
     Raises:
         StructureError: the logits are made in another way; says what stands in the place.
     """
-    _, found, _ = opening(trace, True, lambda traced: _last_layers(trace, traced), alike=True)
-    _, evaluated, _ = opening(trace, False, lambda traced: _last_layers(trace, traced), alike=True)
+
+    def search(traced: Traced) -> list[str]:
+        return _last_layers(trace, traced, output)
+
+    _, found, _ = opening(trace, True, search, alike=True)
+    _, evaluated, _ = opening(trace, False, search, alike=True)
     _check_same(trace, "classifiers", found, evaluated)
     return tuple(found)
 
@@ -147,7 +153,7 @@ def _is_stem(trace: ModelTrace, node: fx.Node, values: Values) -> bool:
     if next(module.parameters(), None) is None and not isinstance(module, NormBase):
         return False
     if not is_linear(module):
-        if isinstance(module, nn.Conv2d):
+        if isinstance(module, ConvNd):
             raise _refused(
                 trace,
                 f"{_shown(node, values)} standardises or builds its weight again in each pass, so that the sum of two "
@@ -199,7 +205,7 @@ def _refused(trace: ModelTrace, reason: str) -> StructureError:
 def _stem(trace: ModelTrace, traced: Traced, node: fx.Node, values: Values) -> Stem:
     shape = tuple(values(node).shape)
     linear = isinstance(trace.module(_path(node)), nn.Linear)
-    name = _LAYOUTS.get(len(shape)) if linear else "NCHW"
+    name = (_LINEAR if linear else _CONVOLVED).get(len(shape))
     if name is None:
         raise _refused(trace, f"{_shown(node, values)} gives {len(shape)} dimensions")
     (source,) = node.all_input_nodes
@@ -213,12 +219,12 @@ def _function(trace: ModelTrace, traced: Traced, end: fx.Node) -> Callable[..., 
     return compile_graph(graph, traced.runnable(elsewhere=True).constants, f"{trace.name} before its stem")
 
 
-def _last_layers(trace: ModelTrace, traced: Traced) -> list[str]:
+def _last_layers(trace: ModelTrace, traced: Traced, output: str | int | None) -> list[str]:
     """Follow the logits back to the layers that give them."""
     values = trace.values("", traced)
-    end = next(node for node in traced.graph.nodes if node.op == "output").args[0]
-    out = values(end) if isinstance(end, fx.Node) else None
-    if not isinstance(end, fx.Node) or not isinstance(out, Tensor) or out.ndim != 2:
+    end = logits_node(values, output, trace.name)
+    out = values(end)
+    if not isinstance(out, Tensor) or out.ndim != 2:
         shape = f"a value of shape {tuple(out.shape)}" if isinstance(out, Tensor) else "several values"
         advice = "Build the model as a classifier, without auxiliary or distillation outputs."
         if isinstance(out, Tensor) and out.shape.numel() == out.shape[0]:
@@ -276,6 +282,7 @@ _PASSING = (
     SHAPES | DROPOUTS | SCALES | SUMS | {"float", "to", "interpolate", "upsample", "softmax", "sigmoid"}
 )
 _PASSING |= {"log_softmax", "adaptiveavgpool2d", "adaptiveavgpool1d", "avgpool2d", "adaptive_avg_pool2d"}
+_PASSING |= {"adaptiveavgpool3d", "avgpool3d", "adaptive_avg_pool3d"}
 
 
 def check_classified(trace: ModelTrace, output: str | int | None = None, returned: bool = False) -> None:
@@ -336,7 +343,7 @@ def _declared(trace: ModelTrace) -> Any:
 def _features(trace: ModelTrace, traced: Traced) -> str | None:
     """Describe the activation or norm that the output comes from, on any of its ways; None where there is none."""
     values = trace.values("", traced)
-    waiting = [logits_node(traced.graph, None, trace.name)]
+    waiting = [logits_node(values, None, trace.name)]
     seen = set(waiting)
     while waiting:
         node = waiting.pop()

@@ -192,12 +192,20 @@ def test_classifiers(name: str) -> None:
     assert find_classifiers(ModelTrace(End(end), SIZE)) == expected
 
 
+def test_classifiers_behind_an_entry_of_the_output() -> None:
+    two = End(lambda m, x: {"logits": m.fc(mean(x)), "aux": m.aux(mean(x))})
+    assert find_classifiers(ModelTrace(two, SIZE)) == ("fc",)
+    assert find_classifiers(ModelTrace(two, SIZE), "aux") == ("aux",)
+    one = End(lambda m, x: {"classes": m.fc(mean(x)), "hidden": None})
+    assert find_classifiers(ModelTrace(one, SIZE)) == ("fc",)
+
+
 NO_CLASSIFIER = {
     "an activation after it": (lambda m, x: m.fc(mean(x)).relu(), r"relu\(\) has a part in them"),
     "features": (lambda m, x: mean(x), r"'conv' \(Conv2d\) has a part in them"),
     "a product": (lambda m, x: m.fc(mean(x)) * m.aux(mean(x)).sigmoid(), r"sigmoid\(\) has a part in them"),
     "several": (lambda m, x: (m.fc(mean(x)), m.aux(mean(x))), "returns several values"),
-    "a dictionary": (lambda m, x: {"out": m.fc(mean(x))}, "returns several values"),
+    "a dictionary": (lambda m, x: {"a": m.fc(mean(x)), "b": x}, "returns several values"),
     "maps": (lambda m, x: m.conv_fc(x), r"a value of shape \(2, 4, 8, 8\)"),
     "another in training": (
         lambda m, x: m.fc(mean(x)) if m.training else m.aux(mean(x)),
