@@ -18,7 +18,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 
 import fxgraft
 from fxgraft.patches import draws
-from system.contract.cases import REPRESENTATIVE, Cell, bare, batch, cells
+from system.contract.cases import REPRESENTATIVE, SMALL, Cell, bare, batch, cells
 
 ON_THE_CPU = ("coin", "choice", "subset", "numbers")
 """Draws that are numbers of the CPU's generator in eager mode, and stall no device."""
@@ -65,8 +65,15 @@ def on_a_gpu(model: nn.Module) -> nn.Module:
 
 
 @pytest.mark.works_with("fake CUDA tensors: one device, no waiting for it")
-@pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
-@pytest.mark.parametrize("cell", cells(representative=("small",), backbones=REPRESENTATIVE))
+@pytest.mark.parametrize(
+    ("cell", "training"),
+    [
+        pytest.param(*each.values, training, marks=each.marks, id=f"{each.id}-{mode}")
+        for each in cells(representative=("small",), backbones=REPRESENTATIVE)
+        for training, mode in ((True, "training"), (False, "evaluation"))
+        if training or each.values[0].backbone is SMALL
+    ],
+)
 def test_nothing_mixes_devices_or_waits_for_one(
     cell: Cell, training: bool, request: pytest.FixtureRequest
 ) -> None:

@@ -1,4 +1,4 @@
-"""Taps on every module of every backbone of the zoo: what they record, what they copy, and that nothing changes."""
+"""Taps on every module of every third backbone: what they record, what they copy, and that nothing changes."""
 
 from __future__ import annotations
 
@@ -81,7 +81,10 @@ def shares(actual: Any, expected: Any) -> bool:
     return all(a.data_ptr() == b.data_ptr() for a, b in pairs)
 
 
-@pytest.mark.parametrize("backbone", available(FEW))
+@pytest.mark.parametrize(
+    "backbone",
+    [each for index, each in enumerate(available(FEW)) if index % 3 == 0 or each.id in (*FEW, *OWN_FORWARD)],
+)
 def test_taps(backbone: Backbone) -> None:
     plain, model = copy.deepcopy(bare(backbone)), copy.deepcopy(bare(backbone))
     names = called_once(backbone)

@@ -45,14 +45,14 @@ SUBJECTS = cells(
 )
 
 
-def in_types(*dtypes: torch.dtype) -> Any:
-    """Every cell in every type on the small network, in the first of them on the larger ones."""
+def over(name: str, *values: Any) -> Any:
+    """Every cell with all values of a parameter on the small network, with the first of them on the larger ones."""
     return pytest.mark.parametrize(
-        ("subject", "dtype"),
+        ("subject", name),
         [
-            pytest.param(each.values[0], dtype, marks=each.marks, id=f"{each.id}-{dtype}")
+            pytest.param(each.values[0], value, marks=each.marks, id=f"{each.id}-{value}")
             for each in SUBJECTS
-            for dtype in (dtypes if each.values[0].backbone is SMALL else dtypes[:1])
+            for value in (values if each.values[0].backbone is SMALL else values[:1])
         ],
         indirect=["subject"],
     )
@@ -146,7 +146,7 @@ def test_onnx_is_that_of_the_bare_model(tmp_path: Path) -> None:
 
 @pytest.mark.works_with("autocast bf16", where={"dtype": torch.bfloat16})
 @pytest.mark.works_with("autocast fp16", where={"dtype": torch.float16})
-@in_types(torch.bfloat16, torch.float16)
+@over("dtype", torch.bfloat16, torch.float16)
 def test_autocast(subject: Subject, dtype: torch.dtype) -> None:
     model, plain = subject.patched(), subject.bare()
     x, y = subject.batch()
@@ -164,7 +164,7 @@ def test_autocast(subject: Subject, dtype: torch.dtype) -> None:
 
 @pytest.mark.works_with("bfloat16 weights", where={"dtype": torch.bfloat16})
 @pytest.mark.works_with("float16 weights", where={"dtype": torch.float16})
-@in_types(torch.bfloat16, torch.float16, torch.float64)
+@over("dtype", torch.bfloat16, torch.float16, torch.float64)
 def test_models_of_another_precision(subject: Subject, dtype: torch.dtype) -> None:
     """Patched in that precision, or brought to it afterwards."""
     x, y = subject.batch()
@@ -177,7 +177,7 @@ def test_models_of_another_precision(subject: Subject, dtype: torch.dtype) -> No
 
 
 @pytest.mark.works_with("channels_last")
-@pytest.mark.parametrize("when", ["before", "after"])
+@over("when", "before", "after")
 def test_channels_last(subject: Subject, when: str) -> None:
     """Weights and maps keep the format, and it changes no result."""
     x, y = subject.batch()

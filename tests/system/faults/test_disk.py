@@ -96,7 +96,7 @@ def test_a_checkpoint_on_a_full_disk(
     assert same(adapted(tmp_path, 3), adapted(tmp_path / "straight", 3))
 
 
-@pytest.mark.parametrize("count", [2, pytest.param(40, marks=pytest.mark.sweep)])
+@pytest.mark.parametrize("count", [2, pytest.param(12, marks=pytest.mark.sweep)])
 @pytest.mark.parametrize("what", some(["save", "adapt"], 1))
 def test_a_killed_process(tmp_path: Path, what: str, count: int) -> None:
     tests, source = Path(__file__).parents[2], Path(fxgraft.__file__).parents[1]
@@ -112,4 +112,4 @@ def test_a_killed_process(tmp_path: Path, what: str, count: int) -> None:
         },
     )
     assert done.returncode == 0, done.stderr
-    assert int(done.stdout) >= min(count, 40)
+    assert int(done.stdout) >= count
