@@ -23,9 +23,12 @@ def checked_device(device: str | torch.device) -> torch.device:
         found = torch.device(device)
         torch.empty(0, device=found)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
+        known = ["cpu", *(f"cuda:{index}" for index in range(torch.cuda.device_count()))]
         raise ConfigError(
-            f"This machine has no device {str(device)!r}: {str(error).splitlines()[0]}"
-        ) from None
+            f"This machine has no device {str(device)!r}, as far as torch can see.\n"
+            f"It sees {', '.join(known)}; an accelerator needs its driver, and a torch that was built for it.\n"
+            "Name one of these, or leave the device out."
+        ) from error
     if found.type == "meta":
         raise ConfigError("The 'meta' device computes nothing, so nothing can be measured on it.")
     return found

@@ -49,7 +49,7 @@ Wolf, CVPR 2021), which swaps the channel statistics of the images of a batch:
                 yield backbone.place(site, unit, evaluation=False)
 
         def describe(self, graft):
-            return f"swaps styles at {', '.join(graft.units)} with probability {self.p:g}"
+            return f"swaps styles at {graft.where()} with probability {self.p:g}"
 
     class StyleSwapUnit(extend.Unit):
         layout: extend.Layout

@@ -61,15 +61,61 @@ def _action(placement: Placement) -> tuple[str, str, str]:
 
 
 @dataclass(frozen=True)
+class GraftSummary:
+    """What one graft of a model is.
+
+    Attributes:
+        name: of the graft, with the part's name before it where it is on a part.
+        method: its name.
+        options: those that are not at their defaults.
+        where: what it does and where, in a line; of many units the first and the last are named.
+        units: all of them.
+        parameters: how many it has added.
+        notes: what to look out for.
+    """
+
+    name: str
+    method: str
+    options: Mapping[str, Any]
+    where: str
+    units: tuple[str, ...]
+    parameters: int
+    notes: tuple[str, ...]
+
+
+@dataclass(frozen=True)
 class Summary:
-    """The grafts of a model, one row each: name, method, what it does, new parameters, notes."""
+    """The grafts of a model, which print as a list or, in rich, as a table.
+
+    Attributes:
+        model: the class of the model.
+        grafts: in the order in which they act.
+    """
 
     model: str
-    rows: tuple[tuple[str, str, str, str, str], ...]
+    grafts: tuple[GraftSummary, ...]
+
+    @property
+    def rows(self) -> tuple[tuple[str, str, str, str, str], ...]:
+        """The cells of the table: name, method, what it does, new parameters, notes."""
+        return tuple(
+            (each.name, each.method, each.where, f"{each.parameters:,}", ", ".join(each.notes))
+            for each in self.grafts
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return it as plain dictionaries, lists, words and numbers, as JSON and YAML hold them."""
+        return {
+            "model": self.model,
+            "grafts": [
+                {**vars(each), "options": dict(each.options), "units": [*each.units], "notes": [*each.notes]}
+                for each in self.grafts
+            ],
+        }
 
     @property
     def _head(self) -> str:
-        count = len(self.rows)
+        count = len(self.grafts)
         return f"{self.model}: {count} graft{'s, in order of action' if count > 1 else ''}"
 
     def __rich__(self) -> Table:
@@ -81,7 +127,7 @@ class Summary:
         return table
 
     def __str__(self) -> str:
-        if not self.rows:
+        if not self.grafts:
             return f"{self.model}: no grafts"
         lines = [self._head]
         for name, method, where, parameters, notes in self.rows:
@@ -102,7 +148,7 @@ def summary_of(model: nn.Module, grafts: Mapping[str, Graft], optimizers: Sequen
         optimizers: with ``param_groups``; which parameters of grafts they do not hold is noted. None: no notes.
     """
     held = _held(model, optimizers)
-    rows = []
+    found = []
     for name, graft in grafts.items():
         notes = []
         if graft.patch.needs_labels:
@@ -122,9 +168,12 @@ def summary_of(model: nn.Module, grafts: Mapping[str, Graft], optimizers: Sequen
             notes.append(
                 f"{which} of it are not in the optimizer: build it after the patch, or add them to it"
             )
-        count = f"{sum(p.numel() for p in own):,}"
-        rows.append((name, graft.patch.method, graft.patch.describe(graft), count, ", ".join(notes)))
-    return Summary(class_name(model), tuple(rows))
+        options = {key: value for key, value in graft.patch.to_dict().items() if key != "method"}
+        count = sum(p.numel() for p in own)
+        where = graft.patch.describe(graft)
+        made = GraftSummary(name, graft.patch.method, options, where, tuple(graft.units), count, tuple(notes))
+        found.append(made)
+    return Summary(class_name(model), tuple(found))
 
 
 def _held(model: nn.Module, optimizers: Sequence[Any]) -> set[int] | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 from typing import Any
 
 import pytest
@@ -306,6 +307,21 @@ def test_the_summary() -> None:
     ]
     assert repr(summary) == str(summary)
     assert summary.__rich__().row_count == 2
+    first, second = json.loads(json.dumps(summary.to_dict()))["grafts"]
+    assert first == {
+        "name": "rsc", "method": "rsc", "options": {"layers": "stage2"}, "where": "stage2 (NCHW; closed form)",
+        "units": ["stage2"], "parameters": 0, "notes": ["needs labels in training", "absent in evaluation"],
+    }  # fmt: skip
+    assert (second["name"], second["parameters"]) == ("mine", 1)
+
+
+def test_a_graft_of_many_units_is_summarised_in_short() -> None:
+    model = fxgraft.patch(net(), "taps", layers="**.conv*", input_size=SIZE)
+    (graft,) = fxgraft.summary(model).grafts
+    assert len(graft.units) == 8
+    first, second, *_, last = graft.units
+    assert graft.where == f"records {first}, {second}, … {last} (8 units) (gradients flow)"
+    assert fxgraft.grafts(model)[0].where(most=8) == ", ".join(graft.units)
 
 
 @pytest.mark.parametrize("kind", ["before", "after", "added", "another", "frozen"])

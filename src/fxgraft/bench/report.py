@@ -150,13 +150,14 @@ class OverheadReport:
             f"Training step: {self.training_step}.\nMemory: {self.memory_kind}.",
             caption_justify="left",
         )
-        for heading in ("call", "network"):
-            table.add_column(heading)
+        table.add_column("network")
         for heading in ("ms", "quartiles", "ratio", "quartiles", "peak MB"):
-            table.add_column(heading, justify="right")
+            table.add_column(heading, justify="right", no_wrap=True)
         for index, row in enumerate(self.rows):
-            last = index + 1 == len(self.rows) or self.rows[index + 1].what != row.what
-            table.add_row(row.what, row.network, *_cells(row), end_section=last)
+            if index == 0 or self.rows[index - 1].what != row.what:
+                table.add_section()
+                table.add_row(Text(row.what, style="bold"))
+            table.add_row(row.network, *_cells(row))
         return table
 
     def __str__(self) -> str:
@@ -170,9 +171,9 @@ def _cells(row: Row) -> list[str]:
     seconds, ratio = row.seconds, row.ratio
     return [
         f"{seconds.median * 1e3:.2f}",
-        f"{seconds.low * 1e3:.2f} to {seconds.high * 1e3:.2f}",
+        f"{seconds.low * 1e3:.2f}–{seconds.high * 1e3:.2f}",
         f"{ratio.median:.3f}" if ratio else "1",
-        f"{ratio.low:.3f} to {ratio.high:.3f}" if ratio else "",
+        f"{ratio.low:.3f}–{ratio.high:.3f}" if ratio else "",
         "" if row.peak_bytes is None else f"{row.peak_bytes / 1e6:.1f}",
     ]
 

@@ -6,6 +6,7 @@ they need when they run: torch and the model libraries take seconds, which help 
 
 from __future__ import annotations
 
+import logging
 import os
 import platform
 from importlib import metadata
@@ -139,7 +140,8 @@ def bench(
     ] = False,
     threads: Annotated[int | None, typer.Option(help="CPU threads of torch.")] = None,
     compiled: Annotated[bool, typer.Option("--compile", help="Through torch.compile, all of them.")] = False,
-    json: Annotated[Path | None, typer.Option(help="Also write the numbers to this file.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Also write the numbers to this file, .json.")] = None,
+    json: Annotated[Path | None, typer.Option(hidden=True)] = None,  # what --out was called
 ) -> None:
     """Measure what patches cost: time and memory against the bare model, in turns."""
     specs = chosen_grafts(graft, graft_file, patch)
@@ -147,11 +149,15 @@ def bench(
         raise ConfigError(
             "Nothing to measure: give at least one --graft, for example --graft rsc:layer=layer4."
         )
-    if json is not None:
+    out = out or json
+    if out is not None:
         # Before the measurement: a file that cannot be written should not cost minutes first.
-        _open_for_writing(json)
+        if out.suffix != ".json":
+            raise ConfigError(f"The numbers are written as JSON, and {str(out)!r} does not end in .json.")
+        _open_for_writing(out)
     # torch's profiler, which reads the memory, logs its start and stop to stderr unless told otherwise.
     os.environ.setdefault("KINETO_LOG_LEVEL", "6")
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # warns where there is no GPU
     from fxgraft.bench.overhead import measure
     from fxgraft.cli.progress import progress_of
     from fxgraft.io.atomic_write import write_text
@@ -170,8 +176,8 @@ def bench(
             progress=progress,
         )
     show_table(report, str(report))
-    if json is not None:
-        write_text(json, report.to_json())
+    if out is not None:
+        write_text(out, report.to_json())
 
 
 def _open_for_writing(path: Path) -> None:

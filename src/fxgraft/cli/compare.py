@@ -13,7 +13,9 @@ from rich.live import Live
 from rich.text import Text
 
 from fxgraft.cli.completion import complete_model, complete_spec
+from fxgraft.cli.early_checks import check_method, check_there
 from fxgraft.errors import ConfigError
+from fxgraft.spec import parse_grafts
 
 
 def compare(
@@ -40,6 +42,12 @@ def compare(
             metavar="SPEC",
             help="METHOD:key=value,…, or several as A + B (adapt_batchnorm or gam last); again for another variant.",
             autocompletion=complete_spec,
+        ),
+    ] = None,
+    graft_file: Annotated[
+        Path | None,
+        typer.Option(
+            "--graft-file", metavar="FILE", help="A YAML list of variants, before those of --graft."
         ),
     ] = None,
     baseline: Annotated[str, typer.Option(help="What the variants are compared with.")] = "bare",
@@ -94,6 +102,9 @@ def compare(
     DATA is domain/class/image, or train|val|test/class/image, or class/image, or tars of these. The same command goes
     on where it was interrupted; more --graft or --seeds add only what is missing.
     """
+    variants = _variants(graft, graft_file)
+    if weights is not None:
+        check_there(weights, "The checkpoint")
     from fxgraft.comparison.experiment import compare as run
 
     given = {
@@ -107,7 +118,7 @@ def compare(
         result = run(
             data,
             model=model,
-            grafts=graft or (),
+            grafts=variants,
             hold_out=held,
             test=test,
             target=target,
@@ -204,6 +215,21 @@ def _duration(seconds: float) -> str:
     if seconds < 100:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
+
+
+def _variants(grafts: list[str] | None, file: Path | None) -> list[str]:
+    """List the variants that the options say, and refuse methods that nobody has before torch is imported."""
+    found: list[str] = []
+    if file is not None:
+        from fxgraft.io.graft_file import read_entries
+
+        found += [" + ".join(spec.text for spec in entry) for entry in read_entries(file)]
+    found += grafts or ()
+    for text in found:
+        for spec in parse_grafts(text):
+            if spec.method not in ("bare", "adapt_batchnorm"):
+                check_method(spec.method)
+    return found
 
 
 def _seeds(text: str) -> int | list[int]:

@@ -16,6 +16,11 @@ def read_graft_file(path: Path) -> list[PatchSpec]:
     Raises:
         ConfigError: the file cannot be read, or an entry isn't a graft.
     """
+    return [spec for entry in read_entries(path) for spec in entry]
+
+
+def read_entries(path: Path) -> list[list[PatchSpec]]:
+    """Do the same, entry by entry: a text may hold several grafts, "rsc + selfnorm"."""
     form = "Write one graft a line, as - rsc:layer=layer4, or as - {method: rsc, layer: layer4}."
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
@@ -24,10 +29,10 @@ def read_graft_file(path: Path) -> list[PatchSpec]:
         raise ConfigError(f"The graft file {str(path)!r} cannot be read: {reason}\n{form}") from error
     if not isinstance(content, list) or not content:
         raise ConfigError(f"The graft file {str(path)!r} isn't a list of grafts.\n{form}")
-    found: list[PatchSpec] = []
+    found: list[list[PatchSpec]] = []
     for entry in content:
         if isinstance(entry, str):
-            found += parse_grafts(entry)
+            found.append(parse_grafts(entry))
             continue
         if (
             not isinstance(entry, dict)
@@ -36,5 +41,5 @@ def read_graft_file(path: Path) -> list[PatchSpec]:
         ):
             raise ConfigError(f"{entry!r} in the graft file {str(path)!r} isn't a graft.\n{form}")
         options = {key: value for key, value in entry.items() if key != "method"}
-        found.append(PatchSpec(describe(entry["method"], options), entry["method"], options))
+        found.append([PatchSpec(describe(entry["method"], options), entry["method"], options)])
     return found

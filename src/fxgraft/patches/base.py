@@ -171,7 +171,7 @@ class Patch(Placer):
 
     def describe(self, graft: Graft) -> str:
         """Say what the graft does on its model, in one line, for `fxgraft.summary`; by default where its units are."""
-        return ", ".join(graft.units)
+        return graft.where()
 
     def built(self, graft: Graft) -> Structure | None:
         """Say what the network of a graft is built of, for a preset that was published for another one."""

@@ -34,6 +34,7 @@ class MapPatch(LayeredPatch):
         p: probability that a unit changes the maps of a pass; each draws for itself.
     """
 
+    smallest_map: ClassVar[int] = 2
     measures = MappingProxyType({"on": "share of the units that acted"})
     train_only: ClassVar[bool] = True
 
@@ -60,7 +61,7 @@ class MapPatch(LayeredPatch):
 
     def describe(self, graft: Graft) -> str:
         """Say where the units are and how often they act."""
-        return f"at {', '.join(graft.units)}, each with probability {self.p:g}"
+        return f"at {graft.where()}, each with probability {self.p:g}"
 
 
 class MapUnit(Unit):

@@ -95,7 +95,7 @@ class Taps(LayeredPatch):
     def describe(self, graft: Graft) -> str:
         """Name the sites."""
         how = "detached" if self.detach else "gradients flow"
-        return f"records {', '.join(graft.units)} ({how})"
+        return f"records {graft.where()} ({how})"
 
     def picture(self, graft: Graft, view: View) -> Picture:
         """Show what is recorded: the mean of the channels over each image, and vectors as curves."""

@@ -141,6 +141,9 @@ def test_bench_refuses_a_file_it_cannot_write(tmp_path):
     blocker.touch()
     _, err = run(*BENCH, "--graft", "rsc", "--json", str(blocker / "inside.json"), code=2)
     assert "Cannot write" in err
+    _, err = run(*BENCH, "--graft", "rsc", "--out", str(tmp_path / "numbers.csv"), code=2)
+    assert "does not end in .json" in err
+    assert not (tmp_path / "numbers.csv").exists()
 
 
 def test_errors_of_use_are_typers_own():
@@ -271,7 +274,7 @@ def test_bench_prints_a_table_and_writes_the_same_numbers(tmp_path):
     file = tmp_path / "deep" / "bench.json"
     grafts = tmp_path / "grafts.yaml"
     grafts.write_text("- {method: rsc, layer: layer4}")
-    out, _ = run(*BENCH, "--graft-file", str(grafts), "--json", str(file))
+    out, _ = run(*BENCH, "--graft-file", str(grafts), "--out", str(file))
     report = OverheadReport.from_json(file.read_text())
     assert report.patches == ("rsc:layer=layer4",)
     assert json.loads(file.read_text())["batch"] == 2

@@ -59,6 +59,12 @@ def test_cards_need_no_torch(tmp_path: Path) -> None:
         ("bench resnet18 --graft rcs", "There is no method 'rcs'"),
         ("bench resnet18 --graft rsc:layer", "is not key=value"),
         ("bench resnet18 --graft-file nowhere.yaml", "No such file"),
+        ("bench resnet18 --graft-file unknown.yaml", "There is no method 'rcs'"),
+        ("bench resnet18 --graft rsc:layer=[4", "leaves a '[' open"),
+        ("bench resnet18 --graft rsc --out numbers.csv", "does not end in .json"),
+        ("compare images --graft-file unknown.yaml", "There is no method 'rcs'"),
+        ("compare images --graft rsc:layer=4] --graft selfnorm", "closes a ']' that was never opened"),
+        ("compare images --graft rsc --weights nowhere.pt", "'nowhere.pt' cannot be read: No such file"),
         ("show resnet18 --graft selfnrom", "Close matches: 'selfnorm'"),
         ("show rsc nowhere.jpg", "'nowhere.jpg' cannot be read: No such file"),
         ("show rcs pyproject.toml", "There is no method 'rcs'"),
@@ -69,8 +75,10 @@ def test_cards_need_no_torch(tmp_path: Path) -> None:
 )
 def test_mistakes_that_need_no_torch(words: str, message: str, tmp_path: Path) -> None:
     (tmp_path / "pyproject.toml").write_text("")
+    (tmp_path / "unknown.yaml").write_text("- selfnorm\n- {method: rcs, layer: layer4}\n")
     arguments = [word.strip("'") for word in words.replace("rsc + rcs", "rsc|rcs").split()]
     done = command([word.replace("|", " + ") for word in arguments], tmp_path)
     assert done.returncode == 2, done.stderr
     assert message in done.stderr
     assert "Traceback" not in done.stderr
+    assert len(list(tmp_path.iterdir())) == 2, "nothing was written"

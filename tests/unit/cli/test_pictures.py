@@ -198,9 +198,11 @@ def test_panels_of_every_kind_are_drawn(photo, tmp_path):
 
 
 def test_a_method_without_a_picture_names_those_that_have_one(photo):
-    with pytest.raises(ConfigError, match=r"'mixstyle' has no picture(?s:.*)'crossnorm', 'diversification'"):
-        picture_of(network(), "mixstyle", read_image(photo, 96)[None])
-    assert "'mixstyle' has no picture" in run("show", "mixstyle", str(photo), code=2)
+    with pytest.raises(
+        ConfigError, match=r"'manifold_mixup' has no picture(?s:.*)'crossnorm', 'diversification'"
+    ):
+        picture_of(network(), "manifold_mixup", read_image(photo, 96)[None])
+    assert "'manifold_mixup' has no picture" in run("show", "manifold_mixup", str(photo), code=2)
 
 
 def test_every_method_of_this_package_has_a_picture(photo):

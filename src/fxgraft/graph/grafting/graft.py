@@ -92,6 +92,17 @@ class Graft(Generic[P]):
         """List the parameters that the graft added, for an optimiser."""
         return [p for unit in self.units.values() for p in unit.parameters()]
 
+    def where(self, most: int = 6) -> str:
+        """Name the units, mostly called like their sites: of many the first two and the last, with the number.
+
+        Args:
+            most: how many are all named.
+        """
+        names = list(self.units)
+        if len(names) <= most:
+            return ", ".join(names)
+        return f"{names[0]}, {names[1]}, … {names[-1]} ({len(names)} units)"
+
     def units_of(self, kind: type[U]) -> list[U]:
         """List the units of one class."""
         return [unit for unit in self.units.values() if isinstance(unit, kind)]
