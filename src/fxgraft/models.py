@@ -10,12 +10,14 @@ from __future__ import annotations
 import importlib
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
 from fxgraft.errors import ConfigError, RecipeError, candidates
+from fxgraft.io.reachable import offline_where_unreachable
 
 Model = str | Callable[..., nn.Module]
 
@@ -59,19 +61,22 @@ def build_model(
     if num_classes is not None and num_classes < 0:
         raise ConfigError(f"num_classes must be 0 or more, got {num_classes}.")
     build = _build_timm if library == "timm" else _build_torchvision
+    remote = pretrained or name.startswith(_TIMM_SCHEMES)
     try:
-        return build(model, num_classes, pretrained, input_size, options)
+        with offline_where_unreachable() if remote else nullcontext():
+            return build(model, num_classes, pretrained, input_size, options)
     except ConfigError:
         raise
     except (AssertionError, TypeError, ValueError, RuntimeError) as error:
         raise ConfigError(f"{library} could not build {model!r}: {error}") from error
     except Exception as error:  # whatever a hub's client raises where it does not get through
-        if not (pretrained or name.startswith(_TIMM_SCHEMES)):
+        if not remote:
             raise
         raise ConfigError(
             f"{library} could not fetch {model!r}: {type(error).__name__}: {str(error).partition(chr(10))[0]}\n"
             "Weights of a library and models of a hub come over the network, and are then kept on disk.\n"
-            "Check the connection and the name; or build it without pretrained weights, and load a file: weights=FILE."
+            "Check the connection and the name; or leave pretrained weights out and load a file: --weights FILE on the "
+            "command line, in Python weights=FILE of fxgraft.compare, or fxgraft.models.load_weights(model, FILE)."
         ) from error
 
 

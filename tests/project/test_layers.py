@@ -31,6 +31,7 @@ LAYERS: list[tuple[str, ...]] = [
         "io/__init__.py",
         "io/graft_file.py",
         "io/packaged_weights.py",
+        "io/reachable.py",
         "models.py",
         "spec.py",
     ),

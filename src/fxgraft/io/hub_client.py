@@ -16,6 +16,7 @@ from huggingface_hub.errors import (
 )
 
 from fxgraft.errors import RecipeError
+from fxgraft.io.reachable import offline_where_unreachable
 
 FILE = "fxgraft.safetensors"
 """Name of the file in a repository."""
@@ -32,7 +33,8 @@ def fetch(address: str) -> Path:
     """
     repo, _, revision = address.removeprefix("hf-hub:").partition("@")
     try:
-        return Path(huggingface_hub.hf_hub_download(repo, FILE, revision=revision or None))
+        with offline_where_unreachable():
+            return Path(huggingface_hub.hf_hub_download(repo, FILE, revision=revision or None))
     except Exception as error:  # of the client, its HTTP library and the system
         raise RecipeError(problem_of(error, f"The recipe {address!r} cannot be fetched", repo)) from error
 

@@ -6,6 +6,7 @@ import base64
 import hashlib
 import json
 import os
+import socket
 import subprocess
 import sys
 import threading
@@ -16,9 +17,11 @@ from typing import Any
 
 import pytest
 import timm
+from huggingface_hub import constants
 
 import fxgraft
 from fxgraft.io import hub
+from fxgraft.models import build_model
 
 COMMIT = "a" * 40
 REPO = "owner/model"
@@ -217,3 +220,28 @@ def test_a_template_that_leaves_something_out(template: str, message: str) -> No
     model = fxgraft.patch(timm.create_model("test_resnet", num_classes=3), "rsc")
     with pytest.raises(fxgraft.ConfigError, match=message):
         fxgraft.push_to_hub(model, REPO, template=template)
+
+
+def test_without_a_network_what_is_not_on_disk_is_told_at_once(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def no_address(*_: object) -> None:
+        raise OSError("Name or service not known")
+
+    for name in ("http_proxy", "https_proxy", "all_proxy", "HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(socket, "getaddrinfo", no_address)
+    monkeypatch.setattr("time.sleep", lambda *_: pytest.fail("tried again"))
+    with pytest.raises(
+        fxgraft.ConfigError, match=r"could not fetch 'resnet10t'(.|\n)*--weights FILE on the command"
+    ):
+        build_model("resnet10t", pretrained=True)
+    with pytest.raises(fxgraft.ConfigError, match="could not fetch 'hf-hub:timm/gone'"):
+        build_model("hf-hub:timm/gone")
+    with pytest.raises(
+        fxgraft.RecipeError, match="the hub is not reached, and there is no copy on this machine"
+    ):
+        fxgraft.load("hf-hub:owner/model")
+    assert not constants.HF_HUB_OFFLINE
+    assert build_model("resnet10t", 3) is not None, "what needs no network works"
