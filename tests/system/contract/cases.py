@@ -119,9 +119,10 @@ def cells(
 def rare(backbone: Backbone) -> tuple[str, ...]:
     """Name the methods that are tried on two of the representative backbones in every run, on the rest in the sweep.
 
-    GAM copies the whole network, and the two of `tests/third_party` go through the same door as RSC.
+    GAM copies the whole network, DSU is placed as MixStyle is, and the two of `tests/third_party` go through the same
+    door as RSC.
     """
-    return () if backbone.name in ("small", "timm/resnet18") else ("gam", "padain", "manifold_mixup")
+    return () if backbone.name in ("small", "timm/resnet18") else ("gam", "dsu", "padain", "manifold_mixup")
 
 
 def named(name: str) -> Backbone:
