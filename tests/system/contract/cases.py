@@ -33,7 +33,7 @@ REPRESENTATIVE = (
 
 # On the other backbones the two of `third_party_package` go through the same door as RSC, and taps have a sweep of
 # their own (test_taps.py).
-ELSEWHERE = ("manifold_mixup", "mixstyle", "taps")
+ELSEWHERE = ("manifold_mixup", "padain", "taps")
 
 
 class Small(Backbone):
