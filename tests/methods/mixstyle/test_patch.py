@@ -135,6 +135,12 @@ def test_domains_are_gone_when_checkpointing_runs_a_part_again() -> None:
         model(x, domains=torch.arange(4)).sum().backward()
 
 
+def test_a_loss_that_runs_the_batch_again_gives_the_domains_again() -> None:
+    model, (x, y) = patched(mix="crossdomain", p=1.0), batch(0, 6, 64, 5)
+    fxgraft.patch(model, "crossnorm", consistency=True, p=1.0, input_size=SMALL)
+    assert fxgraft.losses(model, model(x, domains=DOMAINS), y)["crossnorm.consistency"] > 0
+
+
 @pytest.mark.parametrize("rows", [0, 1])
 def test_a_batch_without_another_image_draws_nothing(rows: int) -> None:
     model, x = patched(p=1.0).train(), torch.randn(rows, *SMALL, dtype=torch.float64)

@@ -148,7 +148,8 @@ def _outer_call(
                 run.labels.served()
             if not replica:  # what a replica leaves, nobody could tell from what the others leave
                 takes = declared.takes(TARGET)
-                again = Arguments(args, kwargs, takes and target is not None, takes)
+                given = {name: options[name] for name in options if name not in (TARGET, LABELS, *kwargs)}
+                again = Arguments(args, kwargs, takes and target is not None, takes, options=given)
                 context.leave(run, out, again)  # of a pass that came through only
             return out
         finally:

@@ -41,6 +41,7 @@ class Arguments:
         labelled: whether the call's ``target`` is among them.
         takes_labels: whether the model itself gets a ``target`` that a call gives.
         weights: tensors that stood in for parameters of the model, by name.
+        options: what the call gave its grafts beside labels.
     """
 
     def __init__(
@@ -50,9 +51,11 @@ class Arguments:
         labelled: bool = False,
         takes_labels: bool = False,
         weights: Mapping[str, Tensor] = MappingProxyType({}),
+        options: Mapping[str, Any] = MappingProxyType({}),
     ) -> None:
         self.args = args
         self.kwargs = kwargs
+        self.options = options
         self.labelled = labelled
         self.takes_labels = takes_labels
         self.weights = weights
@@ -63,8 +66,11 @@ class Arguments:
         def cut(value: Any) -> Any:
             return value[:rows] if isinstance(value, Tensor) and value.shape[:1] == (size,) else value
 
-        kwargs = {name: cut(value) for name, value in self.kwargs.items()}
-        return Arguments(tuple(map(cut, self.args)), kwargs, self.labelled, self.takes_labels, self.weights)
+        kwargs, options = (
+            {name: cut(value) for name, value in each.items()} for each in (self.kwargs, self.options)
+        )
+        args = tuple(map(cut, self.args))
+        return Arguments(args, kwargs, self.labelled, self.takes_labels, self.weights, options)
 
     def repeat(self, model: nn.Module, target: Any) -> Any:
         """Call the model with them again, with labels for its grafts that the model itself gets only if it got them.
@@ -82,12 +88,12 @@ class Arguments:
                 "model and returns fxgraft.loss(model, out, y)."
             )
         if self.labelled:
-            return model(*self.args, **self.kwargs)
+            return model(*self.args, **self.kwargs, **self.options)
         if target is not None and not self.takes_labels:  # compiled code can enter no block
-            return model(*self.args, target=target, **self.kwargs)
+            return model(*self.args, target=target, **self.kwargs, **self.options)
         labels: Any = target
         with targets(labels):
-            return model(*self.args, **self.kwargs)
+            return model(*self.args, **self.kwargs, **self.options)
 
 
 def _standing_in(model: nn.Module, names: Iterable[str]) -> dict[str, Tensor]:
