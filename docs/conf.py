@@ -27,12 +27,13 @@ extensions = [
     "myst_parser",
     "sphinx.ext.autodoc",
     "sphinx.ext.napoleon",
+    "sphinx_gallery.gen_gallery",
     "sphinx_copybutton",
     "sphinx_design",
 ]
 
-source_suffix = {".md": "markdown"}
-exclude_patterns = ["_build"]
+source_suffix = {".md": "markdown", ".rst": "restructuredtext"}
+exclude_patterns = ["_build", "tutorials"]  # the gallery writes pages from the latter
 myst_enable_extensions = ["colon_fence", "deflist", "fieldlist"]
 myst_heading_anchors = 3
 
@@ -45,6 +46,21 @@ html_favicon = "_static/icon.svg"
 html_copy_source = False
 html_show_sphinx = False
 copybutton_prompt_text = "$ "
+
+# The tutorials are scripts. They are run here, one after another, and those that changed alone are run again.
+sphinx_gallery_conf = {
+    "examples_dirs": "tutorials",
+    "gallery_dirs": "generated/tutorials",
+    "filename_pattern": r"\.py",
+    "within_subsection_order": "tools.docs.tutorial_order",
+    "capture_repr": (),  # what is printed, and pictures
+    "image_srcset": ["2x"],
+    "notebook_extensions": set(),
+    "download_all_examples": False,
+    "show_signature": False,
+    "write_computation_times": False,
+    "min_reported_time": 3600,
+}
 
 # Docstrings write names of code between single backticks. Not all of them are public, and have a page.
 default_role = "literal"

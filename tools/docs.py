@@ -44,6 +44,9 @@ MOST_LINES = 4
 
 SOURCE = Path(fxgraft.__file__).parent
 
+TUTORIALS = ("first_graft", "held_out_domain", "adapt", "does_it_help", "own_method")
+"""The scripts of ``docs/tutorials``, in the order in which they are read."""
+
 
 def write_pages(docs: Path) -> None:
     """Write every generated page, and the pictures that are missing; a page that is up to date is left alone."""
@@ -57,6 +60,11 @@ def write_pages(docs: Path) -> None:
     wanted = {name: docs / f"methods/{name}.png" for name in shown_methods()}
     if lacking := {name: path for name, path in wanted.items() if not path.is_file()}:
         draw(lacking)
+
+
+def tutorial_order(script: str | Path) -> int:
+    """Return where a script of ``docs/tutorials`` stands in their list; the gallery sorts them by it."""
+    return TUTORIALS.index(Path(script).stem)
 
 
 def shown_methods() -> list[str]:

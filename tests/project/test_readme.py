@@ -12,7 +12,7 @@ import pytest
 import torch
 import typer
 from tools import readme
-from tools.docs import method_pages, other_pages, reference_pages
+from tools.docs import TUTORIALS, method_pages, other_pages, reference_pages
 from tools.readme import own_methods, regenerated
 from torch.utils.data import DataLoader
 from typer.testing import CliRunner
@@ -86,7 +86,12 @@ def test_the_readme_is_one_page():
 
 @functools.cache
 def generated() -> dict[str, str]:
-    return {**method_pages(), **reference_pages(), **other_pages()}
+    scripts = {f"generated/tutorials/{name}.rst": tutorial(name) for name in TUTORIALS}
+    return {**method_pages(), **reference_pages(), **other_pages(), **scripts}
+
+
+def tutorial(name: str) -> str:
+    return (ROOT / f"docs/tutorials/{name}.py").read_text()
 
 
 @pytest.mark.parametrize("name", PAGES)
@@ -94,6 +99,27 @@ def test_links_lead_somewhere(name):
     for link in LINK.findall(PAGES[name]):
         path = ((ROOT / name).parent / link).resolve()
         assert path.exists() or str(path.relative_to(ROOT / "docs")) in generated(), link
+
+
+def test_every_tutorial_is_in_the_list_that_orders_them():
+    assert sorted(TUTORIALS) == sorted(path.stem for path in (ROOT / "docs/tutorials").glob("*.py"))
+
+
+@pytest.mark.parametrize("name", TUTORIALS)
+def test_a_tutorial_runs_without_network_and_says_which_weights_a_picture_is_of(name):
+    text = tutorial(name)
+    compile(text, name, "exec")
+    assert "pretrained=True" not in text.replace("``pretrained=True``", "")
+    figures = re.findall(r"^figure.*? = plt\..*?plt\.show\(\)", text, re.MULTILINE | re.DOTALL)
+    assert len(figures) == text.count("plt.show()") > 0
+    assert "weights" in text
+    assert [figure for figure in figures if "figure.supxlabel(" not in figure] == []
+    for link in re.findall(r":doc:`[^`]*?<?([\w/-]+)>?`", text):
+        page = link.lstrip("/") if link.startswith("/") else f"generated/tutorials/{link}"
+        assert any(
+            f"{page}{kind}" in generated() or (ROOT / f"docs/{page}{kind}").is_file()
+            for kind in (".md", ".rst")
+        )
 
 
 @pytest.mark.parametrize(("name", "method"), own_methods().items())
