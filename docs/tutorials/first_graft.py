@@ -76,9 +76,10 @@ plt.show()
 # RSC is for networks that will meet images unlike those they were trained on. In training it hides the
 # features that the score of the true class leans on most. The network then has to find other evidence.
 #
-# What would it hide in these photographs? ``picture_of`` patches the model that it is given, so we give it a
-# copy. The colours show where the score leans on the features. In the middle RSC hides the hatched positions.
-# On the right it hides whole channels; the colours show where these are active.
+# What would it hide in these photographs? ``picture_of`` patches the model that it is given and asks it, so we
+# give it a copy. The colours show how active the last feature map is. In the middle RSC hides the hatched
+# positions. On the right it hides whole channels, and the colours are those of these channels. Channels are the
+# maps that a layer puts out, here 1280.
 
 from fxgraft.viz.drawing import pixels
 from fxgraft.viz.pictures import picture_of
