@@ -13,6 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 import fxgraft
 from fxgraft.graph.tracing.editing import After
@@ -227,3 +228,27 @@ def test_frozen_layers_whose_mode_the_forward_reads(planned_in_training: bool) -
             out.append(each(images()))
         assert torch.equal(*out)
     assert torch.equal(model.norm.running_mean, bare.norm.running_mean)
+
+
+class Checkpointing(nn.Conv2d):
+    """Decides when it is called, as layers of transformers do."""
+
+    gradient_checkpointing = False
+
+    def __call__(self, *args: Any) -> Any:
+        if self.gradient_checkpointing:
+            return checkpoint(super().__call__, *args, use_reentrant=False)
+        return super().__call__(*args)
+
+
+def test_what_a_call_reads_is_read_again_by_the_graph() -> None:
+    model = Functional().train()
+    model.stem, model.norm.momentum = Checkpointing(3, 6, 1), 0.0
+    fxgraft.patch(model, Toy(at=(("", After("stem")),), factor=3), input_size=(3, 4, 4))
+    outs = []
+    for flag in (False, True):
+        model.stem.gradient_checkpointing = flag
+        torch.manual_seed(0)
+        outs.append(model(images()))
+    assert torch.equal(*outs)
+    assert model._fxgraft.registry.renewals == 0
