@@ -66,8 +66,8 @@ def noticed_reads(seen: dict[nn.Module, Names]) -> Iterator[None]:
     def note(module: nn.Module, name: str) -> None:
         frame = sys._getframe(2)
         file = frame.f_code.co_filename
-        # A __call__ runs again where the graph calls the module. Layers of transformers checkpoint in their forwards, by
-        # a function that no trace sees into: it changes no value.
+        # A __call__ runs again where the graph calls the module. Layers of transformers checkpoint in their forwards,
+        # by a function that no trace sees into: it changes no value.
         if frame.f_code.co_name == "__call__" or name == "gradient_checkpointing":
             return
         if file == _MODULE:  # such as children(), which whoever calls it reads by
