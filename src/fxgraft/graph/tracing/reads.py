@@ -49,6 +49,8 @@ _EMPTY = frozenset(vars(nn.Module()))
 
 _PLAIN = (bool, int, float, complex, str, bytes, type(None))
 
+_KINDS = frozenset(_PLAIN)
+
 Names = dict[str, None]
 """Names in the order they were read."""
 
@@ -129,15 +131,17 @@ class _Holding:
         self._seen: dict[int, int] = {}
 
     def of(self, value: Any) -> Any:
-        if isinstance(value, (*_PLAIN, *_ALONE)) or value is MISSING or value is _HERE:
+        kind = type(value)
+        if kind in _KINDS or isinstance(value, (*_PLAIN, *_ALONE)) or value is MISSING or value is _HERE:
             return value
-        if type(value) is tuple and all(isinstance(each, _PLAIN) for each in value):
+        if kind is types.FunctionType and value.__closure__ is None:
+            return value
+        if kind is tuple and _KINDS.issuperset(map(type, value)):
             return value
         if id(value) in self._seen:
             return Held(("again", self._seen[id(value)]))
         self._seen[id(value)] = len(self._seen)
         self._left -= 1
-        kind = type(value)
         if self._left < 0:
             return Held((kind, id(value)))
         if isinstance(value, nn.Module):
@@ -145,6 +149,8 @@ class _Holding:
         if isinstance(value, Tensor):
             version = None if value.is_inference() or isinstance(value, nn.Parameter) else value._version
             return Held((kind, weakref.ref(value), version))
+        if kind in (dict, list) and _KINDS.issuperset(map(type, value.values() if kind is dict else value)):
+            return Held((kind, value.copy()))  # long ones, such as names of classes, at the speed of C
         if isinstance(value, dict):
             return Held((kind, *map(self.pair, value.items())))
         if isinstance(value, (set, frozenset)):
@@ -207,8 +213,12 @@ def same(kept: Any, value: Any, memo: dict[int, Any]) -> bool:
         if id(value) not in memo:
             memo[id(value)] = value, held(value)
         return kept == memo[id(value)][1]
+    if kept is value:
+        return True
     # 0.0 and -0.0 are equal, and not the same.
-    return kept is value or (type(kept) is type(value) and kept == value and repr(kept) == repr(value))
+    return (
+        type(kept) is type(value) and kept == value and (type(kept) is not float or repr(kept) == repr(value))
+    )
 
 
 class Elsewhere:
