@@ -47,7 +47,9 @@ class Block(nn.Module):
         self.norm = batch_norm(width) if norm else nn.Identity()
         self.conv2 = conv(width, width, 1)
         self.act = nn.ReLU()
+        self.drop = nn.Dropout(0.0)
         self.calls = 0
+        self.steps, self.options = [1.0], {"gain": 1.0}
         self.scale = nn.Parameter(torch.full((), 0.5))
         if kind == "buffer":
             self.register_buffer("seen", torch.zeros(()))
@@ -62,6 +64,7 @@ class Block(nn.Module):
         return self.conv2(self.act(self.norm(self.conv1(x))))
 
     def forward(self, x: Tensor, scale: float = 1.0) -> Tensor:
+        scale = scale * self.steps[0] * self.options["gain"] * (1 - self.drop.p)
         return self.act(x + getattr(self, f"_{self.kind}")(x) * scale)
 
     def _plain(self, x: Tensor) -> Tensor:
@@ -169,6 +172,8 @@ class Odd:
         hook_kind: "forward", "pre" or "replaced", a forward of the instance's own.
         hook_first: whether it is there before the graft.
         replaced: the layer that is replaced after the graft by one of the same shapes: "", "stem", "conv" or "fc".
+        changed: what is set otherwise after the graft: "", "kind", "list", "entry", "closed" (of a layer that forwards
+            read), "appended" or "frozen".
         images: inputs in a batch.
         norm: whether blocks have batch normalisation, which acts differently in evaluation.
     """
@@ -185,6 +190,7 @@ class Odd:
     hook_kind: str = "forward"
     hook_first: bool = True
     replaced: str = ""
+    changed: str = ""
     images: int = 4
     norm: bool = True
 
@@ -216,6 +222,7 @@ class Odd:
         """Do what is done to a model after it was patched."""
         if self.hook and not self.hook_first:
             self.add_hook(model)
+        self.change(model)
         if not self.replaced:
             return
         holder: Any = model.blocks[0] if self.replaced == "conv" else model
@@ -231,6 +238,24 @@ class Odd:
                 else own(old.in_channels, old.out_channels, old.kernel_size, old.stride, old.padding)
             )
         setattr(holder, name, new)
+
+    def change(self, model: Net) -> None:
+        """Set something otherwise that forwards read."""
+        block = model.blocks[0]
+        if self.changed == "kind":
+            block.kind = "branch"
+        elif self.changed == "list":
+            block.steps[0] = 0.5
+        elif self.changed == "entry":
+            block.options["gain"] = 0.5
+        elif self.changed == "closed":
+            block.drop.p = 0.5
+        elif self.changed == "frozen":
+            block.requires_grad_(False)
+        elif self.changed == "appended":
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(8)
+                model.blocks.append(Block("plain", self.width, self.dims, self.norm).train(model.training))
 
     def batch(self, seed: int = 0) -> tuple[Any, Tensor]:
         """Return inputs and labels."""
@@ -326,5 +351,6 @@ def odds(draw: st.DrawFn) -> Odd:
         hook_kind=draw(few(("forward", "pre", "replaced"))),
         hook_first=draw(st.booleans()),
         replaced=draw(few(("", "", "", "", "stem", "conv", "fc"))),
+        changed=draw(few(("", "", "", "kind", "list", "entry", "closed", "appended", "frozen"))),
         images=draw(few((4, 4, 3, 2, 1, 0))),
     )

@@ -321,6 +321,10 @@ KEPT: list[tuple[Any, ...]] = [
         Odd(blocks=("detach", "branch"), classes=1, hook="pool", hook_kind="replaced", images=3),
         "spatial",
     ),
+    (check_neutral, Odd(changed="list"), "selfnorm", {"position": "residual"}),
+    (check_neutral, Odd(blocks=("helper",), changed="entry"), "crossnorm", {"p": 0.0}),
+    (check_neutral, Odd(changed="appended"), "rsc", {"start": 1.0, "layer": "blocks.0"}),
+    (check_rsc, Odd(blocks=("plain", "branch"), changed="closed"), "channel"),
 ]
 
 
