@@ -188,26 +188,44 @@ def results() -> dict[str, str]:
 
 
 def found_by_measuring(name: str) -> list[str]:
-    """Write the rows of the tables of results that are a method's."""
-    tables = results()
-    parts = []
-    for heading, table, note in (
-        (
-            "What it costs",
-            "overhead",
-            "Time of a training step as a multiple of the bare network's. [All costs](../reference/costs.md).",
-        ),
-        ("Our evidence", "evidence", "[How to read this](../explanation/measuring.md)."),
+    """Write what the tables of results say of a method: its costs by network, and a paragraph for each verdict."""
+    heading, *rows = map(cells, results()["overhead"].splitlines())
+    columns = [heading, *(row for row in rows if "bare again" in row[0]), *rows_of(name, rows)]
+    costs = "Not measured yet."
+    if len(columns) > 2:
+        first, *networks = zip(*columns, strict=True)
+        costs = "\n".join(f"| {' | '.join(row)} |" for row in (first, ("---",) * len(first), *networks))
+    evidence = []
+    for graft, paper, data, scores, gain, pairs, seen, verdict in rows_of(
+        name, map(cells, results()["evidence"].splitlines())
     ):
-        first, rule, *rows = tables[table].splitlines()
-        # The first cell names the patch: the method alone, or with options.
-        own = [row for row in rows if re.search(rf"\b{name}\b", row.split("|")[1])]
-        noise = [row for row in rows if "bare again" in row]
-        text = (
-            "\n".join([first, rule, *noise, *own]) if own else "Nothing is shown yet by enough pairs of runs."
+        beside = (
+            "Beside " if scores.startswith("`") else ""
+        )  # what it was compared with, where that isn't bare
+        said = (
+            f"{beside}{scores}. {pairs} pairs of runs, which would show a gain of {seen} points. On {data}."
         )
-        parts += [f"## {heading}", text, note]
-    return parts
+        evidence.append(
+            (f"{graft}: **{verdict}**, {gain} points", f"{said}\n\nThe paper says: {paper}."),
+        )
+    return [
+        "## Cost, measured",
+        costs,
+        "Time of a training step as a multiple of the bare network's. [All costs](../reference/costs.md).",
+        "## Our evidence",
+        definitions(evidence) or "Nothing is shown yet by enough pairs of runs.",
+        "[How to read this](../explanation/measuring.md).",
+    ]
+
+
+def cells(row: str) -> list[str]:
+    """Split a row of a table in Markdown."""
+    return [cell.strip() for cell in row.strip("|").split(" | ")]
+
+
+def rows_of(name: str, rows: Iterable[list[str]]) -> list[list[str]]:
+    """Choose the rows of a method: the first cell names it, alone or with options."""
+    return [row for row in rows if re.search(rf"\b{name}\b", row[0])]
 
 
 def reference_pages() -> dict[str, str]:
@@ -440,9 +458,10 @@ def definitions(rows: Iterable[tuple[str, str]]) -> str:
 
 
 def sentence(text: str) -> str:
-    """Begin with a capital and end with a stop."""
+    """Begin with a capital, unless code stands first, and end with a stop."""
     text = roles(text.strip())
-    return text[:1].upper() + text[1:] + ("" if text.endswith((".", "?", "…")) or not text else ".")
+    first = text[:1] if re.match(r"\w+=", text) else text[:1].upper()
+    return first + text[1:] + ("" if text.endswith((".", "?", "…")) or not text else ".")
 
 
 def roles(text: str) -> str:

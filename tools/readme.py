@@ -32,12 +32,12 @@ def own_methods() -> dict[str, type[fxgraft.Patch]]:
 
 IN_SHORT: dict[str, tuple[str, str]] = {
     "crossnorm": ("exchanges styles between images", "test images come in other styles"),
-    "diversification": ("damps peaks of class maps", "classes differ in small parts"),
-    "dsu": ("draws styles around an image's own", "test domains were never seen"),
+    "diversification": ("damps a class's strongest evidence", "classes differ in small parts"),
+    "dsu": ("varies the style of images", "test domains were never seen"),
     "gam": ("matches activations across domains", "you have unlabelled target images"),
     "mixmo": ("trains several networks in one", "the network is wide and trains for long"),
     "mixstyle": ("mixes styles of two images", "training images come from several domains"),
-    "rsc": ("mutes what the label leans on", "test domains were never seen"),
+    "rsc": ("hides what the prediction leans on", "test domains were never seen"),
     "selfnorm": ("learns to recalibrate channel statistics", "styles vary; evaluation may cost a little"),
     "taps": ("records values inside the network", "you want to look, or to add losses"),
 }

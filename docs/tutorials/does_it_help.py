@@ -11,16 +11,15 @@ batches. It repeats this pair for each seed and each domain that is held out for
    pip install -e ".[demo]"
    fxgraft compare DATA --model resnet50 --pretrained --graft rsc --hold-out all --seeds 5 --out report
 
-``DATA`` is a folder, or tars of one. The images lie in it as ``domain/class/image``,
+``DATA`` is a folder, or tar files of one. The images lie in it as ``domain/class/image``,
 ``train|val|test/class/image`` or ``class/image``. ``--hold-out`` is for the first of these.
 """
 
 # %%
 # A small comparison
 # ------------------
-# In Python the command is a function. It takes about a minute for each run on a GPU with real images; here a
-# tiny network learns scikit-learn's digits. It trains on plain ones, and is tested on ``thick`` ones, which
-# are turned and coloured.
+# In Python the command is a function. To be quick, this page trains a tiny network on scikit-learn's digits. It
+# learns plain ones, and is tested on ``thick`` ones, which are also turned and coloured.
 #
 # We ask about two things. ``mixstyle`` mixes the styles of images in training. ``adapt_batchnorm`` measures
 # the statistics of the trained network's BatchNorm layers again, on the test images without their labels.

@@ -76,10 +76,10 @@ plt.show()
 # RSC is for networks that will meet images unlike those they were trained on. In training it hides the
 # features that the score of the true class leans on most. The network then has to find other evidence.
 #
-# What would it hide in these photographs? ``picture_of`` patches the model that it is given and asks it, so we
-# give it a copy. The colours show how active the last feature map is. In the middle RSC hides the hatched
-# positions. On the right it hides whole channels, and the colours are those of these channels. Channels are the
-# maps that a layer puts out, here 1280.
+# What would it hide in these photographs, if the predicted class were the true one? ``picture_of`` puts the
+# method on the model that it is given, so we give it a copy. The colours show where the last feature map is
+# active. In the middle RSC hides the hatched positions. On the right it hides whole channels, and the colours
+# are those of the hidden channels alone.
 
 from fxgraft.viz.drawing import pixels
 from fxgraft.viz.pictures import picture_of
@@ -103,8 +103,11 @@ fxgraft.patch(model, "rsc")
 print(fxgraft.summary(model))
 
 # %%
-# ``patch`` changes the model in place. It keeps its class, its weights and the names in its ``state_dict``.
-# The summary lists the grafts, their sites and what they need. RSC needs the labels of every training pass.
+# The first line counts the grafts. The second is the graft: its name and its method, then its site. ``bn2`` is
+# the last layer that puts out a feature map. *Closed form* says that RSC needs no second backward pass there
+# (:doc:`why </explanation/rsc-closed-form>`). RSC needs the labels of every training pass.
+#
+# ``patch`` changes the model in place. It keeps its class, its weights and the names in its ``state_dict``:
 
 print(type(model).__name__, list(model.state_dict()) == before)
 

@@ -7,8 +7,8 @@ A method is a class with its options and a function of feature maps. All that it
 ones.
 
 This page builds Permuted AdaIN, which isn't built in. It gives every image of a batch the style of another
-one. The style of a feature map are the mean and the standard deviation of each channel. (Nuriel, Benaim,
-Wolf: Permuted AdaIN, CVPR 2021.)
+one. The *style* of a feature map is the mean and the standard deviation of each of its channels. (Nuriel,
+Benaim, Wolf: Permuted AdaIN, CVPR 2021.)
 """
 
 # %%
@@ -60,9 +60,9 @@ plt.show()
 # and ``p=``, the probability that a batch is changed. A method on it says where it goes by default, and what
 # it does there.
 #
-# ``change`` is given maps of shape (images, channels, positions …), whatever the layout of the network. Draw
-# random numbers with ``extend.draws``: then they stay the same where a pass is computed twice, as with
-# checkpointing.
+# ``change`` is given maps of shape (images, channels, positions …), whatever the layout of the network, and
+# ``run``, the pass that runs, which knows for example the labels. Random decisions of ``extend.draws`` also work
+# in compiled and exported models.
 
 from dataclasses import dataclass
 
@@ -79,6 +79,7 @@ class StyleSwap(extend.MapPatch):
         stages: number of stages that have a unit, where ``layers`` doesn't say it.
     """
 
+    # What its card says, in ``fxgraft info style_swap``.
     title = "Permuted AdaIN"
     paper = "Nuriel, Benaim, Wolf: Permuted AdaIN. CVPR 2021"
     url = "https://arxiv.org/abs/2010.05785"
@@ -87,7 +88,7 @@ class StyleSwap(extend.MapPatch):
 
     stages: int = 2
 
-    def __post_init__(self, layer):
+    def __post_init__(self, layer):  # the base class turns layer= into layers=
         super().__post_init__(layer)
         extend.check_count(self, "stages")
 

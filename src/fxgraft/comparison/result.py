@@ -221,7 +221,7 @@ class Comparison:
         return [
             "variant",
             *domains,
-            "mean" if domains else self.tasks[0],
+            "mean" if domains else self.tasks[0] or "test",  # the one task of `test` has no name
             f"difference ({share})",
             "pairs",
             "verdict",
