@@ -54,7 +54,9 @@ NetworkOption = Annotated[
 PretrainedOption = Annotated[
     bool, typer.Option("--pretrained", help="Download the library's weights; else they are random.")
 ]
-WeightsOption = Annotated[Path | None, typer.Option(help="Weights of your own: a saved state_dict.")]
+WeightsOption = Annotated[
+    Path | None, typer.Option(help="Your own weights: a state_dict, or a file of fxgraft.save.")
+]
 ClassesOption = Annotated[int | None, typer.Option(help="Number of classes of those weights.")]
 SizeOption = Annotated[int | None, typer.Option(help="Side of the images; the model's own without it.")]
 TopOption = Annotated[int, typer.Option(help="How many classes to draw, where a picture has some.")]

@@ -8,7 +8,9 @@ from pathlib import Path
 import torch
 from torch import nn
 
+import fxgraft
 from fxgraft.io import packaged_weights
+from fxgraft.io.save_load import is_recipe
 from fxgraft.models import build_model, load_weights, split_name
 from fxgraft.viz.pictures import IMAGENET_NAMES, read_class_names
 
@@ -44,7 +46,7 @@ def shown_model(
         name: of the model, as `build_model` takes it; None for a usual one.
         classes: number of classes; None for the model's own.
         pretrained: take the library's weights.
-        weights: a file to load.
+        weights: a file to load: of weights, or of `fxgraft.save`, which brings its model and its grafts.
         size: side of the images; None for the model's own.
         seed: of weights that are not loaded.
 
@@ -56,6 +58,9 @@ def shown_model(
     plain = split_name(chosen) == ("timm", packaged_weights.MODEL)
     if plain and classes is None and not pretrained and weights is None and packaged_weights.installed():
         return Shown(packaged_weights.packaged_model().eval(), True, read_class_names(IMAGENET_NAMES))
+    if weights is not None and is_recipe(weights):
+        bare = None if name is None else build_model(name, classes, input_size=size)
+        return Shown(fxgraft.load(weights, bare).eval(), True, [])
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         network = build_model(chosen, classes, pretrained=pretrained, input_size=size).eval()

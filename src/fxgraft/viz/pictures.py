@@ -120,7 +120,8 @@ def picture_of(
     """Patch a model with one method and have it show what it does with images.
 
     Args:
-        model: bare; it is patched, and used up.
+        model: it is used up. On a bare one the method is put; of a patched one a graft of that method is shown as it
+            is, and where there is none, or options are given, all of its grafts are taken off first.
         method: name of the method.
         images: (B, 3, S, S), colours in [0, 1].
         options: of the method.
@@ -149,7 +150,12 @@ def picture_of(
         )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        fxgraft.patch(model, method, **{"input_size": (3, *images.shape[-2:]), **(options or {})})
+        present = fxgraft.grafts(model)
+        own = [] if options else [graft for graft in present if graft.patch.method == method][:1]
+        if len(present) > len(own):
+            fxgraft.unpatch(model, *(graft for graft in present if graft not in own))
+        if not own:
+            fxgraft.patch(model, method, **{"input_size": (3, *images.shape[-2:]), **(options or {})})
         (graft,) = fxgraft.grafts(model)
         layouts = _layouts(model, images)
         view = View(model, images, inputs, logits.argmax(1), given, top, seed, names, layouts)

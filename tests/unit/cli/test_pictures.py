@@ -221,6 +221,28 @@ def test_selfnorm_shows_its_gates(photo):
     assert all(0 < gate < 1 for curve in released.rows[2][2].curves.values() for gate in curve.tolist())
 
 
+def test_trained_gates_are_shown_from_a_saved_model(photo, tmp_path):
+    model = fxgraft.patch(
+        timm.create_model("test_resnet", num_classes=5), "rsc + selfnorm", input_size=(3, 64, 64)
+    )
+    for unit in fxgraft.grafts(model)[1].units.values():
+        unit.g.norm.num_batches_tracked += 1  # as if it had been trained
+    fxgraft.save(model, tmp_path / "run.safetensors")
+    given = (
+        "--weights",
+        str(tmp_path / "run.safetensors"),
+        "--size",
+        "64",
+        "--out",
+        str(tmp_path / "gates.png"),
+    )
+    assert "untrained" not in run("show", "effect", "selfnorm", str(photo), *given)
+    image = read_image(photo, 64)[None]
+    assert "untrained gates" in picture_of(model, "selfnorm", image, {"gates": 2}).note
+    assert [graft.name for graft in fxgraft.grafts(model)] == ["selfnorm"]
+    assert "styles exchanged" in picture_of(model, "crossnorm", image).caption, "in place of the other"
+
+
 def test_taps_show_what_is_recorded(photo):
     image = read_image(photo, 96)[None]
     (row,) = picture_of(network(), "taps", image, {"layers": ["layer2", "global_pool"]}).rows
