@@ -68,8 +68,8 @@ def tutorial_order(script: str | Path) -> int:
 
 
 def shown_methods() -> list[str]:
-    """Name the methods of this package that have a picture."""
-    return [name for name in methods_with_pictures() if name in own_methods()]
+    """Name the methods of this package that have a picture; that of SelfNorm is of gates, which have to be trained."""
+    return [name for name in methods_with_pictures() if name in own_methods() and name != "selfnorm"]
 
 
 def method_pages() -> dict[str, str]:

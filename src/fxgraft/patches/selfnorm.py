@@ -254,7 +254,8 @@ class SelfNorm(BlockPatch):
                     for index, by in zip(shown, order, strict=True)
                 ]
             )
-        fresh = "untrained gates, which change nothing yet" if all(unit.fresh for unit in units) else ""
+        start = "change nothing yet" if self.init == "identity" else "start around 0.5"
+        fresh = f"untrained gates, which {start}" if all(unit.fresh for unit in units) else ""
         return Picture(rows, f"{', '.join(named.values())} of {len(units)} units", fresh)
 
     def describe(self, graft: Graft) -> str:

@@ -69,7 +69,7 @@ def _lay_out(nodes: Sequence[NodeView]) -> _Plan:
     beside: dict[int, list[str]] = {}
     for name, row in rows.items():
         beside.setdefault(row, []).append(name)
-    places = {
+    places: dict[str, Place] = {
         name: (BESIDE * (index - (len(names) - 1) / 2), -row)
         for row, names in beside.items()
         for index, name in enumerate(names)

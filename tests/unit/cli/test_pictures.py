@@ -216,6 +216,7 @@ def test_selfnorm_shows_its_gates(photo):
     assert [len(row) for row in fresh.rows] == [2, 1, 3, 3]
     assert all((curve == 1).all() for curve in fresh.rows[1][0].curves.values())
     released = picture_of(network(), "selfnorm", images, {"init": "authors"})
+    assert released.note == "untrained gates, which start around 0.5"
     assert released.rows[2][2].title == "gate at layer4.1.add"
     assert [len(curve) for curve in released.rows[2][2].curves.values()] == [8, 8]
     assert all(0 < gate < 1 for curve in released.rows[2][2].curves.values() for gate in curve.tolist())
