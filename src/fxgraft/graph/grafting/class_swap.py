@@ -125,8 +125,11 @@ def _outer_call(
     replica = getattr(self, "_is_replica", False)
     if replica:
         localise(self)
-    elif not torch.compiler.is_compiling() and state.registry is not None and not state.twin:
-        state.registry.check(self)
+    elif state.registry is not None and not state.twin:
+        if not torch.compiler.is_compiling():
+            state.registry.check(self)
+        elif state.registry.changed_for_compiler(self):
+            _renew_outside(self)
     state = state_of(self)  # planned again, perhaps, or taken off
     if state is None:
         return call(self, *args, **kwargs)
@@ -156,6 +159,17 @@ def _outer_call(
             run.exit()
     finally:
         run.exit()  # once more, where an interruption hit that; written out, for torch.compile to follow
+
+
+@torch.compiler.disable(
+    reason="what the forwards of a patched model read was changed since, and compiled code cannot plan its grafts "
+    "again. Call the model once without torch.compile after such a change."
+)
+def _renew_outside(model: nn.Module) -> None:
+    """Plan the grafts of a model again outside of compiled code."""
+    state = state_of(model)
+    if state is not None and state.registry is not None:
+        state.registry.renew_stale(model)
 
 
 def _whole_call(self: nn.Module, *args: Any, **kwargs: Any) -> Any:

@@ -33,6 +33,7 @@ from fxgraft.graph.runtime.living import note_patched
 from fxgraft.graph.runtime.loss_watch import REFERENCES, ParameterWatch
 from fxgraft.graph.tracing.names import class_name, join
 from fxgraft.graph.tracing.preserve import own_random_state, preserved_random_state
+from fxgraft.graph.tracing.reads import plain_value
 from fxgraft.graph.tracing.settings import settings_changed
 from fxgraft.graph.tracing.shadow import Shadow
 
@@ -54,6 +55,8 @@ class GraftRegistry:
         news: what the last plan had to make again, for a warning; '' for nothing.
         renewals: how often the grafts were planned again; what is drawn for that has a seed of its own each time.
         schedules: options that follow the progress of the training, by graft.
+        plain: numbers, texts and lists that traced forwards have read, which compiled code guards on: the path of a
+            module, the name of its attribute, and the value.
     """
 
     records: tuple[PlacementRecord, ...] = ()
@@ -68,6 +71,7 @@ class GraftRegistry:
         self.news = ""
         self.renewals = 0
         self.schedules: dict[str, tuple[str, ...]] = {}
+        self.plain: tuple[tuple[tuple[str, ...], str, Any], ...] = ()
         self._watched = False
 
     def look(self, model: nn.Module, again: bool = False) -> tuple[Look, Plan | None]:
@@ -173,6 +177,16 @@ class GraftRegistry:
             self._watch(model)
         elif self.schedules:
             self.context.progress_watch.evaluated()
+
+    def changed_for_compiler(self, model: nn.Module) -> bool:
+        """Say, where a pass is compiled, whether what is `plain` is something else by now. What is read is guarded."""
+        for path, name, kept in self.plain:
+            part = model
+            for child in path:
+                part = part._modules.get(child, part)
+            if getattr(part, name, None) != kept:
+                return True
+        return False
 
     def watch_asked(self, model: nn.Module) -> None:
         """Do so where the loss of a training pass is asked for that ran in compiled code, so that none saw it."""
@@ -304,6 +318,13 @@ def connect(model: nn.Module, registry: GraftRegistry, plan: Plan) -> None:
         runs = (state.training.acts, state.evaluation.acts)
         if path and any(runs):
             registry.owners[path] = runs
+    registry.plain = tuple(
+        (tuple(filter(None, join(path, inner).split("."))), name, value)
+        for path, state in plan.states.items()
+        for inner, settings in state.settings.items()
+        for name, kept in settings.items()
+        for value in plain_value(kept)
+    )
     registry.options = tuple(dict.fromkeys(option for graft in grafts for option in graft.patch.call_options))
     registry.schedules = {graft.name: own for graft in grafts if (own := graft.patch.schedules())}
     context.replays = any(bool(graft.patch.replays()) for graft in grafts)

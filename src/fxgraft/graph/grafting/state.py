@@ -56,6 +56,10 @@ class Keeper(Protocol):
         """Plan all grafts again where the model has changed since in what they depend on."""
         ...
 
+    def changed_for_compiler(self, model: nn.Module) -> bool:
+        """Say, where a pass is compiled, whether what forwards have read is something else by now."""
+        ...
+
     def renew(self, model: nn.Module) -> None:
         """Plan all grafts again on the model as it is now."""
         ...

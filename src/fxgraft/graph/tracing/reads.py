@@ -201,6 +201,14 @@ def _cells(function: types.FunctionType) -> list[Any]:
         return []
 
 
+def plain_value(kept: Any) -> Iterator[Any]:
+    """Yield the number, the text or the list of those that was kept; nothing where it is anything else."""
+    if isinstance(kept, (bool, int, float, str)):
+        yield kept
+    elif isinstance(kept, Held) and kept[0] is list and isinstance(kept[1], list):
+        yield kept[1]
+
+
 def same(kept: Any, value: Any, memo: dict[int, Any]) -> bool:
     """Say whether a value is what was kept of it.
 

@@ -252,3 +252,21 @@ def test_what_a_call_reads_is_read_again_by_the_graph() -> None:
         outs.append(model(images()))
     assert torch.equal(*outs)
     assert model._fxgraft.registry.renewals == 0
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")  # of dynamo's own looking
+def test_compiled_code_sees_numbers_texts_and_lists() -> None:
+    torch.compiler.reset()
+    model, bare = pair()
+    compiled: Any = torch.compile(model, backend="eager")
+    compiled(images())
+    for name in ("list", "closed layer", "a name made up"):
+        for each in (model, bare):
+            CHANGES[name](each)
+        assert torch.equal(compiled(images()), bare(images()))
+    torch.compiler.reset()
+    whole: Any = torch.compile(model, backend="eager", fullgraph=True)
+    whole(images())
+    model.listed[0] = 5.0
+    with pytest.raises(Exception, match=r"Call the model once without torch\.compile"):
+        whole(images())
