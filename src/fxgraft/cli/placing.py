@@ -139,9 +139,11 @@ class Placing:
             ends = []
         found: dict[str, list[Site]] = {}
         for site in chosen:
-            at = order.get(site.name, 0)
-            number = next((index for index, (end, _) in enumerate(ends) if at <= end), len(ends))
-            if number < len(ends):
+            at = order.get(site.name)
+            number = next((i for i, (end, _) in enumerate(ends) if at is not None and at <= end), len(ends))
+            if at is None:  # a position of a block, which isn't listed by itself
+                heading = ""
+            elif number < len(ends):
                 stage = ends[number][1]
                 heading = f"stage {number}, or {number - len(ends)}: up to {stage.name}"
             else:

@@ -66,6 +66,8 @@ def test_sites_are_grouped_by_stage_and_say_which_methods_go_there():
         units = list(fxgraft.grafts(graft)[0].units)
         assert [row["name"] for row in rows if method in row["default_of"]] == units
     assert next(row for row in rows if row["name"] == "fc")["default_of"] == ["mixmo"]
+    joins = json.loads(run(*small[:2], "residual", "--json")[0])
+    assert {row["stage"] for row in joins} == {""}, "positions of blocks are not listed among the stages"
     shown, _ = run(*small)
     assert re.search(r"\d+ rows that compute nothing are left out; --all shows them", shown)
     assert re.search(r"layer4 .*2×\d+×2×2.*rsc", shown)
