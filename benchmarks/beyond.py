@@ -82,21 +82,37 @@ def _clips() -> dict[str, Entry]:
 
 
 def _volumes() -> dict[str, Entry]:
+    """Build MONAI's; the U-Net's sum of a convolution and an activation looks like features, so it says its classes."""
     try:
         from monai.networks import nets
     except ImportError:
         return {}
     classes = {"spatial_dims": 3, "in_channels": 1, "out_channels": CLASSES}
     plain = {"spatial_dims": 3, "n_input_channels": 1, "num_classes": CLASSES}
+    logits = {"classification": True, "num_classes": CLASSES, "post_activation": None}
     found: dict[str, Callable[[], nn.Module]] = {
         "DenseNet121": partial(nets.DenseNet121, **classes),
         "resnet18": partial(nets.resnet18, **plain),
         "SEResNet50": partial(nets.SEResNet50, spatial_dims=3, in_channels=1, num_classes=CLASSES),
-        "ViT": partial(nets.ViT, 1, (64, 64, 64), (16, 16, 16), classification=True, num_classes=CLASSES),
-        "UNet": partial(nets.UNet, **classes, channels=(16, 32, 64), strides=(2, 2), num_res_units=2),
-        "SwinUNETR": partial(nets.SwinUNETR, in_channels=1, out_channels=CLASSES, feature_size=12),
+        "ViT": partial(nets.ViT, 1, (64, 64, 64), (16, 16, 16), **logits),
+        "UNet": lambda: declared(
+            nets.UNet(**classes, channels=(16, 32, 64), strides=(2, 2), num_res_units=2)
+        ),
+        "SwinUNETR": lambda: unchecked(nets.SwinUNETR(1, CLASSES, feature_size=12)),
     }
     return {f"monai/{name}": (build, (1, 64, 64, 64)) for name, build in found.items()}
+
+
+def declared(model: nn.Module) -> nn.Module:
+    """Have a model say how many classes it has."""
+    model.num_classes = CLASSES  # type: ignore[assignment]
+    return model
+
+
+def unchecked(model: nn.Module) -> nn.Module:
+    """Leave out a check of the input's size, which hands it to numpy: that cannot be traced."""
+    model._check_input_size = lambda spatial_shape: None  # type: ignore[assignment]
+    return model
 
 
 def examine(build: Callable[[], nn.Module], size: tuple[int, ...] | None) -> Record:

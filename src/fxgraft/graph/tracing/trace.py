@@ -390,8 +390,12 @@ def _trace_error(module: nn.Module, path: str, error: BaseException) -> TraceErr
     name = f"{path!r} ({type(module).__name__})" if path else type(module).__name__
     branches = isinstance(error, fx_proxy.TraceError)
     usually = ", usually control flow that depends on a tensor's values" if branches else ""
+    try:
+        said = str(error)
+    except Exception:  # of a library that was handed a stand-in for a tensor, and cannot show it any more
+        said = "it was handed something that stands for a tensor while the forward is traced"
     return TraceError(
-        f"torch.fx cannot trace {name}: {type(error).__name__}: {error}\n"
+        f"torch.fx cannot trace {name}: {type(error).__name__}: {said}\n"
         f"It stopped at {where}{usually}.\n"
         "Choose the output of a whole module as the site (its inside then need not be opened), or move that line into "
         "a module of its own, which stays closed, or into a function registered with "

@@ -15,7 +15,7 @@ from fxgraft.graph.tracing.values import Values
 LOGITS_KEYS = ("out", "logits")
 """Keys under which segmentation models and transformers return their logits.
 
-A structured output with none of these holds them in its only entry, where that is one row for each image."""
+A structured output with none of these holds them in its only tensor, where that is one row for each image."""
 
 
 def logits_node(values: Values, output: str | int | None, model: str) -> fx.Node:
@@ -24,7 +24,7 @@ def logits_node(values: Values, output: str | int | None, model: str) -> fx.Node
     Args:
         values: of a trace of the model.
         output: key, attribute or position of the logits in a structured output; None for a plain tensor, or
-            for the usual names ("out", "logits"), or the only entry.
+            for the usual names ("out", "logits"), or the only tensor.
         model: name for messages.
 
     Raises:
@@ -45,7 +45,7 @@ def logits_node(values: Values, output: str | int | None, model: str) -> fx.Node
         wanted = next((key for key in LOGITS_KEYS if key in entries), None)
     if wanted is None and output is None:
         given = {key: values(node) for key, node in entries.items() if isinstance(node, fx.Node)}
-        alone = [key for key, found in given.items() if found is not None]
+        alone = [key for key, found in given.items() if isinstance(found, Tensor)]
         wanted = alone[0] if len(alone) == 1 and _rows(given[alone[0]]) else None
     if wanted not in entries or not isinstance(entries[wanted], fx.Node):
         raise _no_entry(model, wanted, [key for key, node in entries.items() if isinstance(node, fx.Node)])
@@ -80,7 +80,7 @@ def take_logits(out: Any, names: Iterable[str | int | None] = ()) -> Any:
             return getattr(out, key)
         if isinstance(key, int) and isinstance(out, (tuple, list)):
             return out[key]
-    alone = _only_entry(out)
+    alone = _only_tensor(out)
     if isinstance(alone, Tensor) and alone.ndim in (2, 3):  # in training perhaps several for each image
         return alone
     raise StructureError(
@@ -95,12 +95,12 @@ def _rows(value: Any) -> bool:
     return isinstance(value, Tensor) and value.ndim == 2
 
 
-def _only_entry(out: Any) -> Any:
-    """Return what a structured output holds if that is one value, beside entries that were left out; else None."""
+def _only_tensor(out: Any) -> Any:
+    """Return the tensor that a structured output holds if that is one, beside lists and entries left out; else None."""
     values: Any = out.values() if isinstance(out, dict) else out if isinstance(out, (tuple, list)) else ()
     if not isinstance(out, dict) and dataclasses.is_dataclass(out):
         values = (getattr(out, each.name) for each in dataclasses.fields(out))
-    found = [value for value in values if value is not None]
+    found = [value for value in values if isinstance(value, Tensor)]
     return found[0] if len(found) == 1 else None
 
 
@@ -146,6 +146,6 @@ def check_logits(out: Any, output: str | int | None, model: str) -> None:
         found = take_logits(out)
     except StructureError:
         found = None
-    if not isinstance(found, Tensor) or (found is _only_entry(out) and not named and not _rows(found)):
+    if not isinstance(found, Tensor) or (found is _only_tensor(out) and not named and not _rows(found)):
         count = len(out) if isinstance(out, (tuple, list)) else 0
         raise _no_entry(model, None, out if isinstance(out, dict) else range(count))
