@@ -15,6 +15,7 @@ from torch import Tensor, nn
 import fxgraft
 from fxgraft.extend import take_logits
 
+pytestmark = pytest.mark.sweep
 CLASSES = 5
 METHODS: dict[str, dict[str, Any]] = {
     "rsc": {"batch_share": 1.0},
@@ -79,10 +80,6 @@ NETWORKS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
         lambda: monai("UNet", 3, 1, CLASSES, channels=(8, 16, 24), strides=(2, 2), num_res_units=1),
         VOLUME,
     ),
-    "monai/SwinUNETR": (
-        lambda: monai("SwinUNETR", 1, CLASSES, feature_size=12, depths=(1, 1, 1, 1)),
-        (1, 64, 64, 64),
-    ),
     **{
         f"smp/{name}, {encoder}": ((lambda n, e: lambda: smp(n, e))(name, encoder), (3, 64, 64))
         for name in ("Unet", "FPN", "DeepLabV3Plus")
@@ -92,13 +89,10 @@ NETWORKS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "open_clip/ModifiedResNet": (lambda: tower("ModifiedResNet"), (3, 64, 64)),
     "open_clip/TimmModel": (lambda: tower("TimmModel"), (3, 64, 64)),
 }
-CHEAP = ("monai/UNet", "open_clip/ViT")
 
 
 @pytest.mark.filterwarnings("ignore")  # of the libraries themselves
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=() if name in CHEAP else pytest.mark.sweep) for name in NETWORKS]
-)
+@pytest.mark.parametrize("name", NETWORKS)
 def test_networks_of_other_libraries(name: str) -> None:
     """A training step with finite gradients, evaluation to the bit, and removal, with every method."""
     torch.manual_seed(0)
@@ -108,8 +102,6 @@ def test_networks_of_other_libraries(name: str) -> None:
         model.num_classes = (
             CLASSES  # its logits are a sum of a convolution and of an activation, as features are
         )
-    if name == "monai/SwinUNETR":  # a check that hands the size to numpy, which cannot be traced
-        model._check_input_size = lambda spatial_shape: None
     x = torch.randn(2, *size)
     expected, before = take_logits(model(x)), copy.deepcopy(model.state_dict())
     y = torch.zeros(2, *expected.shape[2:], dtype=torch.long)
