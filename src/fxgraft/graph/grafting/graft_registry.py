@@ -181,7 +181,7 @@ class GraftRegistry:
     def changed_for_compiler(self, model: nn.Module) -> bool:
         """Say, where a pass is compiled, whether what is `plain` is something else by now. What is read is guarded."""
         for path, name, kept in self.plain:
-            part = model
+            part: Any = model
             for child in path:
                 part = part._modules.get(child, part)
             if getattr(part, name, None) != kept:
