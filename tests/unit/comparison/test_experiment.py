@@ -364,6 +364,8 @@ def test_splits_and_another_test_set(run, tmp_path):
         write_classes(tmp_path / "split" / name, count=8)
     found = run(data=tmp_path / "split", hold_out=None, seeds=1, out=tmp_path / "split-out")
     assert (found.tasks, found.protocol["kind"]) == (["test"], "splits")
+    found.tasks = [""]  # images given as test= have no name
+    assert found.header[:2] == ["variant", "test"]
 
 
 def test_variants_are_read():
