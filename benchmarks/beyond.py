@@ -215,7 +215,8 @@ def table(records: dict[str, Record]) -> str:
     left_out = [(f"transformers/{name}", why) for name, why in NO_IMAGES.items()]
     left_out += [(name, r["bare"]) for name, r in sorted(records.items()) if r["bare"] is not None]
     parts = (
-        f"Networks beyond the image architectures of timm and torchvision: {PROTOCOL}.",
+        f"Networks beyond the image architectures of timm and torchvision, {len(records)} tried of {len(networks())}: "
+        f"{PROTOCOL}.",
         markdown_table(("library", *methods), shares),
         markdown_table(("network", "input", *methods), rows),
         "What does not go, with the text as the user sees it:",
