@@ -30,6 +30,10 @@ def thin(items: Iterable[pytest.Item]) -> None:
 
 
 _THIRD = """
+system/contract/test_alone.py::test_evaluation
+system/contract/test_alone.py::test_taking_it_off
+system/contract/test_alone.py::test_training
+system/contract/test_alone.py::test_what_it_leaves_alone
 unit/cli/test_merging.py::test_a_run_of_timms_script
 system/contract/test_copies.py::test_a_stack_copied_in_other_ways
 system/contract/test_heads.py::test_head_rewrite
@@ -73,8 +77,6 @@ unit/io/test_save_load.py::test_a_damaged_file_leaves_the_model_alone
 unit/graph/runtime/test_labels.py::test_a_compiled_loss_of_an_output_that_it_was_not_compiled_for
 unit/adaptation/test_checkpoint.py::test_a_checkpoint_that_is_not_whole_changes_nothing
 unit/adaptation/test_streams.py::test_a_stream_is_found_again
-system/contract/test_alone.py::test_training
-system/contract/test_alone.py::test_what_it_leaves_alone
 system/contract/test_devices.py::test_nothing_mixes_devices_or_waits_for_one
 system/contract/test_empty.py::test_an_empty_batch_passes
 system/contract/test_exporters.py::test_onnxruntime_computes_the_same
@@ -117,10 +119,57 @@ system/trainers/test_timm.py::test_labels_progress_loss_and_optimiser
 system/trainers/test_transformers.py::test_a_classifier_that_computes_its_own_loss
 system/trainers/test_transformers.py::test_accumulated_gradients_are_those_of_one_batch
 """
+_NONE = """
+methods/crossnorm/test_losses.py::test_a_step_compares_with_probability_p
+methods/crossnorm/test_patch.py::test_a_crop_of_tokens
+methods/crossnorm/test_patch.py::test_copies_act_alike_and_apart
+methods/crossnorm/test_patch.py::test_exactly_the_active_number_is_on_with_probability_p
+methods/crossnorm/test_patch.py::test_layers_narrow_and_override
+methods/crossnorm/test_training_parity.py::test_five_steps_with_consistency
+methods/gam/test_networks.py::test_dense_prediction
+methods/mixmo/test_criteria.py::test_a_model_and_its_loss_compile_in_one_graph
+methods/mixmo/test_input.py::test_own_pairs_compile
+methods/mixmo/test_masks.py::test_drawing_and_mixing_compile_in_one_graph
+methods/mixmo/test_runs.py::test_others_see_the_labels_of_the_mixtures_in_one_graph
+methods/rsc/test_scope.py::test_more_classes_than_channels_compile
+methods/selfnorm/test_patch.py::test_a_block_behind_which_a_class_token_alone_is_read_is_refused
+methods/selfnorm/test_patch.py::test_the_authors_start_warns_on_a_trained_network_once
+methods/taps/test_everywhere.py::test_compiled_passes_that_nobody_fetches_from_do_not_recompile
+project/test_examples.py::test_an_example_runs
+system/benchmarks/test_overhead.py::test_a_measurement_goes_on_and_is_not_repeated
+system/benchmarks/test_overhead.py::test_beside_hooks_by_hand
+system/benchmarks/test_studies.py::test_the_engine_is_measured_beside_a_bare_loop
+system/contract/test_rsc_runs.py::test_start_recompiles_once_and_then_mutes
+system/faults/test_disk.py::test_a_killed_process
+system/faults/test_names.py::test_layers_that_are_called_as_grafts_are_stay
+system/test_threads.py::test_another_thread_runs_models_while_one_patches
+system/trainers/test_dense.py::test_the_backbone_of_a_detector
+system/trainers/test_dense.py::test_what_a_detector_refuses
+system/trainers/test_timm.py::test_from_training_over_merging_to_validation
+system/trainers/test_transformers.py::test_where_rsc_goes_by_default
+system/zoo/test_invariants.py::test_what_no_logit_reads_is_seen
+unit/cli/test_commands.py::test_bench_says_how_far_it_is_and_how_long_it_takes_where_no_bar_can_be_drawn
+unit/cli/test_commands.py::test_what_is_suggested_for_small_images_and_for_large_ones
+unit/cli/test_pictures.py::test_classes_are_shown_by_their_names
+unit/cli/test_pictures.py::test_selfnorm_shows_its_gates
+unit/comparison/test_demo.py::test_a_line_that_does_not_hold_is_marked
+unit/comparison/test_demo.py::test_the_surgery_holds_and_the_pairs_are_compared
+unit/comparison/test_experiment.py::test_corruptions_are_the_same_for_both_of_a_pair
+unit/graph/grafting/test_lookup.py::test_a_large_patched_model_costs_no_more_than_a_small_one
+unit/graph/grafting/test_planning.py::test_two_grafts_in_dense_blocks_call_every_unit_once
+unit/graph/runtime/test_labels.py::test_a_compiled_step_compares_labels_as_it_runs
+unit/graph/runtime/test_labels.py::test_compiled_passes_refuse_where_the_loop_is_ahead
+unit/graph/runtime/test_labels.py::test_compiled_passes_remember_their_labels
+unit/graph/structure/test_dense.py::test_both_together_in_either_order_and_taken_off
+unit/graph/structure/test_joins.py::test_an_adapter_is_no_join
+unit/graph/structure/test_sites.py::test_every_second_tensor_that_is_listed_can_be_patched
+unit/graph/tracing/test_compile.py::test_attention_biases_of_timm_are_computed_anew
+unit/io/test_hub.py::test_without_a_network
+unit/test_training_loss.py::test_a_segmentation_model_with_an_auxiliary_head
+"""
 _SHARES = {
     **dict.fromkeys(_THIRD.split(), 3),
     **dict.fromkeys(_FOURTH.split(), 4),
-    "unit/comparison/test_demo.py::test_the_surgery_holds_and_the_pairs_are_compared": 0,
-    "unit/graph/runtime/test_labels.py::test_compiled_passes_refuse_where_the_loop_is_ahead": 0,
+    **dict.fromkeys(_NONE.split(), 0),
 }
 """Of which tests one case in so many is tried in every run, the first among them; 0 is none."""

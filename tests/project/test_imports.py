@@ -25,37 +25,38 @@ def loaded_after(code: str) -> set[str]:
     return set(done.stdout.splitlines()[-1].split()[1:])
 
 
-COMMAND = """
+COMMANDS = """
+import sys
 from fxgraft.cli.commands import app
-try:
-    app({arguments!r})
-except SystemExit as left:
-    assert left.code == {code}, left.code
+for arguments, code in {calls!r}:
+    try:
+        app(arguments)
+    except SystemExit as left:
+        assert left.code == code, (arguments, left.code)
+    assert not [name for name in {heavy!r} if name in sys.modules], arguments
 """
 
 
-@pytest.mark.parametrize(
-    ("arguments", "code"),
-    [
+def test_help_and_mistakes_load_nothing() -> None:
+    """All in one process, since starting it is most of the time."""
+    helps = ("demo", "compare", "sites", "suggest", "info", "bench", "merge", "show")
+    calls = [
         (["--help"], 0),
         (["--version"], 0),
-        *(
-            (([command, "--help"]), 0)
-            for command in ("demo", "compare", "sites", "suggest", "info", "bench", "merge", "show")
-        ),
+        *(([command, "--help"], 0) for command in helps),
         (["show", "maps", "--help"], 0),
         (["sites", "--no-such-option"], 2),
         (["no-such-command"], 2),
-    ],
-)
-def test_help_and_mistakes_load_nothing(arguments: list[str], code: int) -> None:
-    assert loaded_after(COMMAND.format(arguments=arguments, code=code)) == set()
+    ]
+    assert loaded_after(COMMANDS.format(calls=calls, heavy=HEAVY)) == set()
 
 
 def test_the_package_is_empty_until_it_is_asked() -> None:
-    assert loaded_after("import fxgraft; assert fxgraft.__version__") == set()
-    assert loaded_after("import fxgraft.errors; from fxgraft import errors; errors.ConfigError") == set()
-    assert loaded_after("import fxgraft; hasattr(fxgraft, '__wrapped__')") == set()
+    light = "import fxgraft; assert fxgraft.__version__; hasattr(fxgraft, '__wrapped__')"
+    assert (
+        loaded_after(f"{light}; import fxgraft.errors; from fxgraft import errors; errors.ConfigError")
+        == set()
+    )
     loaded = loaded_after("import fxgraft; fxgraft.patch")
     assert loaded >= {"torch", "timm", "fxgraft.api"}
     assert not {"lightning", "sklearn", "matplotlib"} & loaded

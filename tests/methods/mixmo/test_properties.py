@@ -32,7 +32,7 @@ def patched(recipe: Recipe, given_options: dict[str, Any]) -> nn.Module:
     return fxgraft.patch(recipe.build(), "mixmo", input_size=(3, *recipe.size), **given_options)
 
 
-@profiles(10, 25, recipes(timm_share=6), options(*BINARY, members=2), st.integers(0, 1000))
+@profiles(4, 25, recipes(timm_share=6), options(*BINARY, members=2), st.integers(0, 1000))
 def test_an_encoder_is_reached_from_its_own_region_only(
     recipe: Recipe, chosen: dict[str, Any], seed: int
 ) -> None:
@@ -79,7 +79,7 @@ def _windows(stem: Any, x: Tensor, cells: Tensor) -> Tensor:
     return torch.autograd.grad(counting(pixels), pixels, cells.to(x.dtype))[0]
 
 
-@profiles(8, 25, recipes(), options(), st.integers(0, 1000))
+@profiles(4, 25, recipes(), options(), st.integers(0, 1000))
 def test_starts_as_the_bare_network_folds_and_comes_off(
     recipe: Recipe, chosen: dict[str, Any], seed: int
 ) -> None:

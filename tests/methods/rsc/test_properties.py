@@ -23,7 +23,7 @@ def _format(x: Tensor) -> tuple[Any, ...]:
     return x.shape, x.dtype, strides
 
 
-@profiles(6, 25, cases())
+@profiles(3, 25, cases())
 def test_evaluation_is_the_bare_models_and_sites_keep_their_format(case: Case) -> None:
     """Everything behind a graft sees the strides that it would see without it."""
     recipe, stack = case
@@ -42,7 +42,7 @@ def test_evaluation_is_the_bare_models_and_sites_keep_their_format(case: Case) -
     assert formats[0] == formats[1]
 
 
-@profiles(8, 25, cases())
+@profiles(3, 25, cases())
 def test_every_parameter_trains_and_muted_entries_pass_nothing(case: Case) -> None:
     recipe, stack = case
     model = recipe.build()
@@ -88,7 +88,7 @@ def _keep(module: nn.Module) -> None:
     module.__class__ = Keeping
 
 
-@profiles(6, 20, cases(), st.sampled_from(["spatial", "channel"]))
+@profiles(3, 20, cases(), st.sampled_from(["spatial", "channel"]))
 def test_the_probe_leaves_no_trace(case: Case, scope: str) -> None:
     """With fixed scopes and ranks by gradient a patched pass draws what the bare one draws, and stores nothing."""
     recipe, stack = case

@@ -13,7 +13,7 @@ from system.contract.cases import seeded
 from system.properties.profiles import profiles
 
 
-@profiles(10, 30, recipes(), st.data())
+@profiles(4, 30, recipes(), st.data())
 def test_taps(recipe: Recipe, data: st.DataObject) -> None:
     layers = data.draw(st.lists(st.sampled_from(recipe.sites), min_size=1, unique=True))
     detach = data.draw(st.booleans())

@@ -181,7 +181,7 @@ def header_of(content: bytes) -> Any:
         return None
 
 
-@profiles(20, 90, st.sampled_from(DAMAGES), st.randoms())
+@profiles(10, 90, st.sampled_from(DAMAGES), st.randoms())
 def test_damaged_bytes_of_a_save(damage: Change, chance: random.Random) -> None:
     with tempfile.TemporaryDirectory() as where:
         file = Path(where) / "run.safetensors"
@@ -192,7 +192,7 @@ def test_damaged_bytes_of_a_save(damage: Change, chance: random.Random) -> None:
         assert loads_or_refuses(file) == whole
 
 
-@profiles(10, 40, st.booleans(), st.booleans(), st.randoms())
+@profiles(5, 40, st.booleans(), st.booleans(), st.randoms())
 def test_other_contents_of_a_save(in_recipe: bool, in_weights: bool, chance: random.Random) -> None:
     """Changed on purpose, that is with the digest of the new content: nothing but the contents tells."""
     with tempfile.TemporaryDirectory() as where:
@@ -242,7 +242,7 @@ def resumed(file: Path) -> list[Tensor] | None:
     return None
 
 
-@profiles(8, 30, st.sampled_from(DAMAGES), st.randoms())
+@profiles(4, 30, st.sampled_from(DAMAGES), st.randoms())
 def test_damaged_bytes_of_a_checkpoint(damage: Change, chance: random.Random) -> None:
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "run.pt"
@@ -252,7 +252,7 @@ def test_damaged_bytes_of_a_checkpoint(damage: Change, chance: random.Random) ->
         assert found is None or same(found, wanted)  # what is not read may be anything
 
 
-@profiles(8, 30, st.sampled_from(["entries", "model", "discriminators"]), st.randoms())
+@profiles(4, 30, st.sampled_from(["entries", "model", "discriminators"]), st.randoms())
 def test_other_contents_of_a_checkpoint(what: str, chance: random.Random) -> None:
     """Changed on purpose, that is with the digest of the new content."""
     with tempfile.TemporaryDirectory() as folder:

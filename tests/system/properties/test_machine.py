@@ -348,7 +348,7 @@ def evaluation(model: nn.Module) -> Iterator[None]:
 
 @pytest.mark.parametrize(
     ("examples", "steps"),
-    [pytest.param(6, 12, id="few"), pytest.param(12, 20, id="many", marks=pytest.mark.sweep)],
+    [pytest.param(3, 10, id="few"), pytest.param(12, 20, id="many", marks=pytest.mark.sweep)],
 )
 def test_machine(examples: int, steps: int) -> None:
     run_state_machine_as_test(

@@ -267,17 +267,17 @@ def check_rsc(odd: Odd, scope: str) -> None:
     assert wrong == [], wrong
 
 
-@profiles(12, 120, cases(NEUTRAL))
+@profiles(5, 120, cases(NEUTRAL))
 def test_nothing_is_changed_by_a_method_that_does_nothing(case: tuple[Odd, str, dict[str, Any]]) -> None:
     check_neutral(*case)
 
 
-@profiles(6, 60, cases(ACTIVE))
+@profiles(3, 60, cases(ACTIVE))
 def test_evaluation_is_the_untouched_networks(case: tuple[Odd, str, dict[str, Any]]) -> None:
     check_active(*case)
 
 
-@profiles(8, 90, odds(), st.sampled_from(["spatial", "channel"]))
+@profiles(4, 90, odds(), st.sampled_from(["spatial", "channel"]))
 def test_rsc_is_the_formula(odd: Odd, scope: str) -> None:
     check_rsc(odd, scope)
 

@@ -185,7 +185,7 @@ class Sequences(RuleBasedStateMachine):
 
 @pytest.mark.parametrize(
     ("examples", "steps"),
-    [pytest.param(12, 12, id="few"), pytest.param(25, 20, id="many", marks=pytest.mark.sweep)],
+    [pytest.param(4, 10, id="few"), pytest.param(25, 20, id="many", marks=pytest.mark.sweep)],
 )
 def test_sequences(examples: int, steps: int) -> None:
     run_state_machine_as_test(

@@ -48,7 +48,7 @@ def put_on(model: nn.Module, recipe: Recipe, stack: Stack) -> Stack:
     return there
 
 
-@profiles(8, 20, cases())
+@profiles(3, 20, cases())
 def test_evaluation_and_training(case: tuple[Recipe, Stack]) -> None:
     """Evaluation is the bare model's, everything that trained trains, and the same seed gives the same step."""
     recipe, stack = case
@@ -68,7 +68,7 @@ def test_evaluation_and_training(case: tuple[Recipe, Stack]) -> None:
     assert seeded(model, *recipe.batch(4), True).differences(actual) == []
 
 
-@profiles(5, 12, cases(), st.randoms(use_true_random=False))
+@profiles(2, 12, cases(), st.randoms(use_true_random=False))
 def test_taken_off_in_any_order(case: tuple[Recipe, Stack], chance: Any) -> None:
     """What is left acts as if it had come alone; in the end the model is what it was. Copies come off alike."""
     recipe, stack = case
