@@ -72,6 +72,8 @@ methods/mixmo/test_training_parity.py::test_five_steps_of_the_release
 methods/test_preset_places.py::test_a_preset_is_what_was_published
 """
 _FOURTH = """
+project/test_imports.py::test_names_are_found_in_every_way
+methods/mixmo/test_runs.py::test_compiles_once_in_both_modes
 unit/graph/structure/heads/test_tail_layer.py::test_linear_tails
 unit/io/test_save_load.py::test_a_damaged_file_leaves_the_model_alone
 unit/graph/runtime/test_labels.py::test_a_compiled_loss_of_an_output_that_it_was_not_compiled_for
@@ -121,6 +123,7 @@ system/trainers/test_transformers.py::test_accumulated_gradients_are_those_of_on
 """
 _NONE = """
 methods/crossnorm/test_losses.py::test_a_step_compares_with_probability_p
+methods/crossnorm/test_losses.py::test_without_the_last_unit_the_pooled_features_keep_their_own_statistics
 methods/crossnorm/test_patch.py::test_a_crop_of_tokens
 methods/crossnorm/test_patch.py::test_copies_act_alike_and_apart
 methods/crossnorm/test_patch.py::test_exactly_the_active_number_is_on_with_probability_p
@@ -131,6 +134,7 @@ methods/mixmo/test_criteria.py::test_a_model_and_its_loss_compile_in_one_graph
 methods/mixmo/test_input.py::test_own_pairs_compile
 methods/mixmo/test_masks.py::test_drawing_and_mixing_compile_in_one_graph
 methods/mixmo/test_runs.py::test_others_see_the_labels_of_the_mixtures_in_one_graph
+methods/rsc/test_default.py::test_stage_numbers_count_what_the_logits_read
 methods/rsc/test_scope.py::test_more_classes_than_channels_compile
 methods/selfnorm/test_patch.py::test_a_block_behind_which_a_class_token_alone_is_read_is_refused
 methods/selfnorm/test_patch.py::test_the_authors_start_warns_on_a_trained_network_once
@@ -139,18 +143,25 @@ project/test_examples.py::test_an_example_runs
 system/benchmarks/test_overhead.py::test_a_measurement_goes_on_and_is_not_repeated
 system/benchmarks/test_overhead.py::test_beside_hooks_by_hand
 system/benchmarks/test_studies.py::test_the_engine_is_measured_beside_a_bare_loop
+system/benchmarks/test_zoo.py::test_an_architecture
 system/contract/test_rsc_runs.py::test_start_recompiles_once_and_then_mutes
+system/contract/test_tools.py::test_onnx_is_that_of_the_bare_model
 system/faults/test_disk.py::test_a_killed_process
 system/faults/test_names.py::test_layers_that_are_called_as_grafts_are_stay
+system/properties/test_odd.py::test_most_cases_are_compared
 system/test_threads.py::test_another_thread_runs_models_while_one_patches
 system/trainers/test_dense.py::test_the_backbone_of_a_detector
 system/trainers/test_dense.py::test_what_a_detector_refuses
 system/trainers/test_timm.py::test_from_training_over_merging_to_validation
 system/trainers/test_transformers.py::test_where_rsc_goes_by_default
 system/zoo/test_invariants.py::test_what_no_logit_reads_is_seen
+unit/bench/test_overhead.py::test_compiled_networks_are_all_compiled
+unit/bench/test_overhead.py::test_measures_another_way_to_the_same
 unit/cli/test_commands.py::test_bench_says_how_far_it_is_and_how_long_it_takes_where_no_bar_can_be_drawn
 unit/cli/test_commands.py::test_what_is_suggested_for_small_images_and_for_large_ones
+unit/cli/test_merging.py::test_a_wrapped_runs_averaged_weights
 unit/cli/test_pictures.py::test_classes_are_shown_by_their_names
+unit/cli/test_pictures.py::test_pictures_of_a_model_in_training
 unit/cli/test_pictures.py::test_selfnorm_shows_its_gates
 unit/comparison/test_demo.py::test_a_line_that_does_not_hold_is_marked
 unit/comparison/test_demo.py::test_the_surgery_holds_and_the_pairs_are_compared
@@ -158,13 +169,16 @@ unit/comparison/test_experiment.py::test_corruptions_are_the_same_for_both_of_a_
 unit/graph/grafting/test_lookup.py::test_a_large_patched_model_costs_no_more_than_a_small_one
 unit/graph/grafting/test_planning.py::test_two_grafts_in_dense_blocks_call_every_unit_once
 unit/graph/runtime/test_labels.py::test_a_compiled_step_compares_labels_as_it_runs
+unit/graph/runtime/test_labels.py::test_compiled_code_leaves_the_comparison_to_python_where_it_cannot_tell_the_pass
 unit/graph/runtime/test_labels.py::test_compiled_passes_refuse_where_the_loop_is_ahead
 unit/graph/runtime/test_labels.py::test_compiled_passes_remember_their_labels
+unit/graph/runtime/test_labels.py::test_labels_that_a_compiled_step_writes_to_are_compared
 unit/graph/structure/test_dense.py::test_both_together_in_either_order_and_taken_off
 unit/graph/structure/test_joins.py::test_an_adapter_is_no_join
 unit/graph/structure/test_sites.py::test_every_second_tensor_that_is_listed_can_be_patched
 unit/graph/tracing/test_compile.py::test_attention_biases_of_timm_are_computed_anew
 unit/io/test_hub.py::test_without_a_network
+unit/test_extend.py::test_an_installed_package_brings_its_methods
 unit/test_training_loss.py::test_a_segmentation_model_with_an_auxiliary_head
 """
 _SHARES = {

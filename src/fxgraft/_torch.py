@@ -151,7 +151,7 @@ def vmapped() -> bool:
 def top_saved_tensors_hooks() -> Any:
     """Return the innermost hooks on saved tensors of this thread, as activation checkpointing sets them, or None.
 
-    Without a way to ask there are some, of which nothing is known: whoever asks wraps them in a pair that does nothing.
+    Without a way to ask there are some, of which nothing is known: the caller wraps them in a pair that does nothing.
     """
     top = getattr(getattr(_C, "_autograd", None), "_top_saved_tensors_default_hooks", None)
     return () if top is None else top(True)

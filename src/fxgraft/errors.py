@@ -83,6 +83,19 @@ def because(why: str) -> Iterator[None]:
         raise kind(f"{error}\n{why}") from error
 
 
+def no_method(name: str, known: Iterable[str]) -> UnknownGraftError:
+    """Say that there is no method of a name.
+
+    Args:
+        name: what was asked for.
+        known: the names of all methods.
+    """
+    return UnknownGraftError(
+        f"There is no method {name!r}. {candidates(name, known)}\n"
+        "fxgraft info and fxgraft.methods() list them; your own are added with @fxgraft.register."
+    )
+
+
 def candidates(word: str, known: Iterable[str], limit: int = 8) -> str:
     """Format what the user may have meant: close matches first, otherwise the first few that exist.
 

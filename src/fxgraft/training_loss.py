@@ -236,7 +236,7 @@ def _terms(model: nn.Module, out: Any, y: Any, criterion: Criterion) -> dict[str
     registries = [registry_of(part) for part in patched_parts(model).values()]
     watches = [each.context.watch for each in registries if each is not None]
     for each in watches:
-        each.unasked = None  # what a graft runs for its loss is no pass of the training
+        each.unasked = None  # passes that a graft runs for its loss do not count as the training's
     try:
         return _collected(model, out, y, criterion)
     finally:

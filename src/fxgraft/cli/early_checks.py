@@ -6,7 +6,7 @@ from importlib import metadata
 from pathlib import Path
 
 from fxgraft.cli.method_facts import all_facts
-from fxgraft.errors import ConfigError, UnknownGraftError, candidates
+from fxgraft.errors import ConfigError, no_method
 
 
 def check_method(name: str) -> None:
@@ -19,9 +19,7 @@ def check_method(name: str) -> None:
         return
     known = all_facts()
     if name.replace("-", "_") not in known:
-        raise UnknownGraftError(
-            f"There is no method {name!r}. {candidates(name, known)}\nfxgraft info lists them with what they do."
-        )
+        raise no_method(name, known)
 
 
 def check_there(path: Path, what: str) -> None:

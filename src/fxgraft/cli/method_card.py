@@ -10,7 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from fxgraft.cli.method_facts import all_facts
-from fxgraft.errors import UnknownGraftError, candidates
+from fxgraft.errors import no_method
 
 
 def overview() -> Table:
@@ -30,7 +30,7 @@ def card(name: str) -> Group:
     """
     methods = all_facts()
     if name not in methods:
-        raise UnknownGraftError(f"There is no method {name!r}. {candidates(name, methods)}")
+        raise no_method(name, methods)
     method = methods[name]
     facts = Table.grid(padding=(0, 2))
     for label, fact in method["sections"].items():

@@ -47,7 +47,7 @@ class Verdict:
         interest: the smallest difference that is asked for.
         lower_is_better: whether small scores are good.
         diverged: patched runs whose loss or outputs stopped being finite.
-        bare_diverged: bare runs, likewise.
+        bare_diverged: bare runs whose loss or outputs stopped being finite.
     """
 
     variant: str

@@ -82,7 +82,7 @@ class Preset:
         name: what to pass as ``preset=``.
         options: of the method; those that the user gives beside them win over them.
         source: where they are from.
-        training: how the result was trained. A patch changes the model alone: this is for whoever trains it.
+        training: how the result was trained. A patch changes the model alone, so the training loop has to follow this.
         needs: options without which the preset means nothing, and that only the user knows.
         structure: of the network that it was published for; on one that is built otherwise `fxgraft.patch` warns.
     """

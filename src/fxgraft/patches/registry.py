@@ -12,7 +12,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, TypeVar
 
-from fxgraft.errors import ConfigError, MethodError, UnknownGraftError, candidates
+from fxgraft.errors import ConfigError, MethodError, no_method
 from fxgraft.graph.grafting.graft import Graft
 from fxgraft.patches.base import Patch
 from fxgraft.patches.options import check_known
@@ -159,11 +159,7 @@ def build(method: str, options: Mapping[str, Any]) -> Patch:
         )
     cls = _found(method)
     if cls is None:
-        known = methods()
-        raise UnknownGraftError(
-            f"There is no method {method!r}.\n{candidates(method, known)}\n"
-            "fxgraft.methods() lists them; your own are added with @fxgraft.register."
-        )
+        raise no_method(method, methods())
     given_options = dict(options)
     preset = given_options.pop("preset", None)
     check_known(cls, method, given_options)

@@ -182,8 +182,8 @@ class SelfNorm(BlockPatch):
         {
             "gate": "mean of the gates over all units",
             "gate.<site>": "mean of the gates at one site",
-            "mean_gate": "likewise of the second gate, that of the mean",
-            "mean_gate.<site>": "likewise at one site",
+            "mean_gate": "mean of the second gate, which scales the mean",
+            "mean_gate.<site>": "mean of the second gate at one site",
         }
     )
     adds_parameters = True

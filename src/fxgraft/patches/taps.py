@@ -148,7 +148,7 @@ def tapped(model: nn.Module, *args: Any, **kwargs: Any) -> tuple[Any, dict[str, 
     Args:
         model: a model with taps.
         *args: arguments of the model's own call.
-        **kwargs: likewise, ``target=`` included.
+        **kwargs: keyword arguments of that call, ``target=`` included.
 
     Returns:
         What the model returns, and the values as `activations` gives them.

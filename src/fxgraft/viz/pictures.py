@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torchvision.transforms.v2.functional import pil_to_tensor
 
 import fxgraft
-from fxgraft.errors import ConfigError, FxgraftError, UnknownGraftError, candidates
+from fxgraft.errors import ConfigError, FxgraftError, no_method
 from fxgraft.graph.grafting.lookup import grafts_on, patched_parts
 from fxgraft.io.images import read_rgb
 from fxgraft.patches.pictures import Picture, View
@@ -41,7 +41,7 @@ def check_picture(method: str) -> None:
         ConfigError: it has none; lists those that have one.
     """
     if method not in fxgraft.methods():
-        raise UnknownGraftError(f"There is no method {method!r}.\n{candidates(method, fxgraft.methods())}")
+        raise no_method(method, fxgraft.methods())
     if method not in (known := methods_with_pictures()):
         raise ConfigError(
             f"{method!r} has no picture.\nThere are pictures of {', '.join(map(repr, known))}.\n"

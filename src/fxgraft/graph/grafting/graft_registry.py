@@ -51,7 +51,7 @@ class GraftRegistry:
         owners: the grafted parts of the model, and in which modes (training, evaluation) they run a graft.
         options: keyword arguments of a call that the grafts read, apart from ``target``.
         records: the placements that are to be repeated on a copy of the model; on the way to it only.
-        left_out: names of the grafts that a copy is to be without; likewise.
+        left_out: names of the grafts that a copy is to be without; on the way to it only.
         news: what the last plan had to make again, for a warning; '' for nothing.
         renewals: how often the grafts were planned again; what is drawn for that has a seed of its own each time.
         schedules: options that follow the progress of the training, by graft.

@@ -94,7 +94,7 @@ class Plan:
 
     @property
     def model(self) -> nn.Module:
-        """The model, which whoever works with its plan holds."""
+        """The model, which the caller that works with its plan holds."""
         return cast(nn.Module, self._model())
 
     def modules(self) -> Iterator[tuple[str, GraftState, nn.Module]]:

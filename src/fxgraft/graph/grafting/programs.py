@@ -203,7 +203,7 @@ def _place_unit(
         while _runs_children(model.get_submodule(holder_path)) and holder_path:
             holder_path, _, outer = holder_path.rpartition(".")
             own = f"{outer}_{own}"
-        if _runs_children(model.get_submodule(holder_path)):  # there is no beside: the model itself is one
+        if _runs_children(model.get_submodule(holder_path)):  # the model itself goes through its children
             inner = (path for path, each in model.named_modules() if not _runs_children(each))
             holder_path = next(inner, holder_path)
         full = f"{name}_{own}".rstrip("_")

@@ -38,7 +38,7 @@ class Program:
 
 
 class Keeper(Protocol):
-    """What a patched model asks of whoever keeps its grafts.
+    """What a patched model asks of the registry that keeps its grafts.
 
     Attributes:
         owners: the grafted parts of the model, and in which modes (training, evaluation) they run a graft.

@@ -95,7 +95,7 @@ class _Parts:
     end: tuple[fx.Node, tuple[fx.Node, ...]] | None
     """The end of the branch, and which of its users see it there; None with several branches."""
     taken: tuple[fx.Node, tuple[fx.Node, ...]]
-    """The end of the shortcut, likewise."""
+    """The end of the shortcut, and which of its users see it there."""
     kind: Kind = "block"
     linear: bool = False
     projected: bool = False

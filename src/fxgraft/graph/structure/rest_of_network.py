@@ -189,7 +189,7 @@ class Rest:
             model: the model.
             z: value at the site. Nothing is written to it as long as it is not used elsewhere; pass a clone.
             captured: the values of ``captured``, in its order. They are copied and cut off the graph.
-            inputs: the inputs of ``inputs``, likewise.
+            inputs: the inputs of ``inputs``, in the same order.
             calls: arguments that modules with hooks were called with, by qualified name; hooks look at those.
         """
         others = [_detached(each) for each in (*captured, *inputs)]
@@ -488,7 +488,7 @@ def reads_places(trace: ModelTrace, rest: Rest, prefix: int, compute: bool = Fal
         if not any(reach.reads(each) for each in tensors(out)):
             return False
     found = _gradient(trace, rest, value, others) if compute and rest.tail is None else None
-    # A gradient of nought everywhere says nothing: a classifier that starts at nought passes none.
+    # A gradient that is zero everywhere says nothing: a classifier whose weights start at zero passes none.
     return found is None or not found.any() or bool(found[:, prefix:].any())
 
 

@@ -28,7 +28,7 @@ _LEAVES = (*_PLAIN, Tensor, type, torch.dtype, torch.device, torch.Size, fx.Grap
 """What is shared with the model, whatever is in it."""
 
 _FIXED = (enum.Enum, types.BuiltinFunctionType, types.MethodDescriptorType, types.WrapperDescriptorType)
-"""What is told by its identity alone, since nothing in it changes."""
+"""What is compared by identity alone, since nothing in it changes."""
 
 _DEPTH = 3
 """So many objects deep a module of the model is looked for in what isn't a module."""

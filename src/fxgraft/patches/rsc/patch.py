@@ -175,7 +175,7 @@ class RSC(LayeredPatch):
         return tuple(option for option, on in follows.items() if on)
 
     def place(self, backbone: Backbone, make: Make) -> Iterator[list[Placement]]:
-        """Put one unit on each site, and record what the rest of the network needs besides."""
+        """Put one unit on each site, and record what else the rest of the network needs."""
         backbone.check_logits(self.output)
         for site, layout, rest in found_sites(backbone, self.layers, self.output, self.layout):
             unit = make(site.name, RSCUnit, self)
