@@ -89,7 +89,7 @@ MISTAKES: dict[str, tuple[Act, type[Exception], str]] = {
         UnknownGraftError,
         r"no method 'rcs'(?s:.*)Close matches: 'rsc'",
     ),
-    "method far off": (lambda m: fxgraft.patch(m, "zzz"), UnknownGraftError, r"There are: .*'rsc'"),
+    "method far off": (lambda m: fxgraft.patch(m, "zzz"), UnknownGraftError, r"There are: 'crossnorm'"),
     "method class": (lambda m: fxgraft.patch(m, fxgraft.RSC), ConfigError, r"fxgraft\.RSC\(\.\.\.\)"),  # type: ignore[arg-type]
     "method of no kind": (lambda m: fxgraft.patch(m, 3), ConfigError, r"a method's name or a patch, got 3"),  # type: ignore[arg-type]
     "option": (rsc(layrs="stage2"), ConfigError, r"'rsc' has no option 'layrs'(?s:.*)'layers'"),
