@@ -67,9 +67,9 @@ def mix_histograms(x: Tensor, partner: Tensor, ratio: Tensor) -> Tensor:
     return x + (matched - x.detach()) * (1 - ratio.to(x.dtype)).view(-1, *(1,) * (x.ndim - 1))
 
 
-PACS = {"network": "ResNet-18, ImageNet weights", "data": "PACS, 224 px", "optimiser": "SGD 0.001, cosine"}
-OFFICE = {**PACS, "data": "Office-Home, 224 px", "note": "the script names both stages=2 and stages=3"}
-REID = {"network": "ResNet-50, ImageNet weights", "data": "Market-1501", "schedule": "×0.1 at epoch 20"}
+PACS = dict[str, Any](network="ResNet-18 from ImageNet", data="PACS, 224 px", optimiser="SGD 0.001, cosine")
+OFFICE = dict[str, Any](PACS, data="Office-Home, 224 px", note="the script names both stages=2 and stages=3")
+REID = dict[str, Any](network="ResNet-50 from ImageNet", data="Market-1501", schedule="×0.1 at epoch 20")
 ACROSS, EXACT = {"mix": "crossdomain"}, {"match": "histogram"}
 ZHOU, ZHANG = "KaiyangZhou/mixstyle-release", "YBZh/EFDM, DomainGeneralization"
 PRESETS: tuple[tuple[str, str, dict[str, Any], dict[str, Any]], ...] = (

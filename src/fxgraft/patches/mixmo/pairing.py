@@ -147,10 +147,10 @@ class Pairing:
 
         Tokens are arranged as near to the shape of the image as they can be.
         """
-        positions = tuple(encoding.shape[2:]) or (1,) * len(self.size)
+        positions: tuple[int, ...] = tuple(encoding.shape[2:]) or (1,) * len(self.size)
         if len(positions) > 1:
             return positions
-        tokens = positions[0]
+        tokens = math.prod(positions)
         *frames, height, width = self.size
         if frames:  # of a clip: those factors whose shares in the clip's own sizes are the most alike
             pairs = [(t, h) for t in _divisors(tokens) for h in _divisors(tokens // t)]

@@ -118,7 +118,7 @@ def with_logits(out: Any, logits: Any, name: str | int | None = None) -> Any:
     if isinstance(out, Tensor):
         return logits
     old = take_logits(out, (name,))
-    if dataclasses.is_dataclass(out) and not isinstance(out, type):
+    if dataclasses.is_dataclass(type(out)):
         fields = {each.name: getattr(out, each.name) for each in dataclasses.fields(out)}
         return type(out)(**{key: logits if value is old else value for key, value in fields.items()})
     if isinstance(out, dict):
