@@ -124,9 +124,15 @@ class Volume(Crops):
         return self.fc(self.volume(self.stem(x).unsqueeze(1)).mean((1, 3, 4)))
 
 
-@pytest.mark.parametrize("layout", [None, "NCHW"])
-def test_volumes_are_refused_with_or_without_a_layout(layout: str | None) -> None:
-    with pytest.raises(
-        SiteError, match=r"'volume', of shape .*, has 5 dimensions, .*\n.*\nChoose another layer"
-    ):
+@pytest.mark.parametrize(
+    ("layout", "message"),
+    [
+        (None, r"layout of 'volume', of shape .*, cannot be told(?s:.*)Pass layout=, one of .*NCDHW"),
+        ("NCHW", r"'volume' was said to be NCHW, but its shape is .*\n.*pass one of .*NCDHW"),
+    ],
+)
+def test_a_volume_made_of_channels_asks_for_its_layout(layout: str | None, message: str) -> None:
+    with pytest.raises(SiteError, match=message):
         fxgraft.patch(Volume(), "rsc", layer="volume", layout=layout, input_size=(3, 8, 8))
+    fxgraft.patch(model := Volume(), "rsc", layer="volume", layout="NCDHW", input_size=(3, 8, 8))
+    assert "NCDHW" in str(fxgraft.summary(model))

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import fxgraft
 from fxgraft.errors import StructureError
-from fxgraft.graph.structure.heads.pooling import logits_node
+from fxgraft.graph.structure.heads.outputs import logits_node
 from fxgraft.graph.structure.rest_of_network import tail_layer
 from fxgraft.graph.tracing.model_trace import ModelTrace
 from models.toys import LABELS, assert_same, evaluate, images, net, rest, state_of_everything, value_at
@@ -165,8 +165,8 @@ STRUCTURED: dict[str, tuple[Any, list[Any]]] = {
 @pytest.mark.parametrize(("kind", "output"), [(k, o) for k, (_, all_) in STRUCTURED.items() for o in all_])
 def test_the_logits_of_structured_outputs(kind: str, output: Any) -> None:
     model = Returns(STRUCTURED[kind][0])
-    traced = ModelTrace(model, (3, 8, 8)).graph("", training=False)
-    node = logits_node(traced.graph, output, "Returns")
+    trace = ModelTrace(model, (3, 8, 8))
+    node = logits_node(trace.values("", trace.graph("", training=False)), output, "Returns")
     assert (node.op, node.target) == ("call_module", "fc")
 
 
@@ -185,8 +185,9 @@ def test_the_logits_of_structured_outputs(kind: str, output: Any) -> None:
 def test_errors_of_structured_outputs(kind: str, output: Any, message: str) -> None:
     model = Returns(STRUCTURED[kind][0])
     before = state_of_everything(model)
+    trace = ModelTrace(model, (3, 8, 8))
     with pytest.raises(StructureError, match=message):
-        logits_node(ModelTrace(model, (3, 8, 8)).graph("", training=False).graph, output, "Returns")
+        logits_node(trace.values("", trace.graph("", training=False)), output, "Returns")
     with pytest.raises(StructureError, match=message):
         fxgraft.patch(model, "rsc", layer="conv", output=output, input_size=(3, 8, 8))
     assert_same(before, state_of_everything(model))
