@@ -25,6 +25,7 @@ from fxgraft.extend import (
     SiteError,
     SiteSpec,
     StructureError,
+    TraceError,
     Training,
     View,
     check_positive,
@@ -118,7 +119,7 @@ class DSU(MapPatch):
         """Find the places of the paper, those that hold maps or tokens of one image each."""
         try:
             found = [site for stem in backbone.stems() for site in backbone.sites(stem.path)]
-        except StructureError:
+        except (StructureError, TraceError):  # no first layer that is known: the other places stay
             found = []
         stem = backbone.stem_output()
         found += [*([] if stem is None else [stem]), *backbone.main_stages()]
