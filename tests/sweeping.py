@@ -30,6 +30,11 @@ def thin(items: Iterable[pytest.Item]) -> None:
 
 
 _THIRD = """
+system/test_constructor.py::test_a_saved_model_is_made_again
+methods/test_probabilities.py::test_rsc_looks_at_what_stands_before
+system/trainers/test_transformers.py::test_class_maps_where_a_module_holds_map_and_pooling
+system/trainers/test_transformers.py::test_members_in_an_output_that_keeps_its_class
+unit/graph/runtime/test_labels.py::test_compiled_code_refuses_what_is_no_class
 system/contract/test_alone.py::test_evaluation
 system/contract/test_alone.py::test_taking_it_off
 system/contract/test_alone.py::test_training
