@@ -13,11 +13,11 @@ from benchmarks.studies.measures import member_scores
 from benchmarks.studies.study import Claim, Study
 
 NETWORKS = "benchmarks.studies.networks"
-LITE0 = "EfficientNet-Lite0 from ImageNet weights, 96 px"
+LITE0 = "ImageNet EfficientNet-Lite0, 96 px"
 
 PACS_DOMAINS = ("art_painting", "cartoon", "photo", "sketch")
 PACS: dict[str, Any] = {
-    "about": f"PACS, each domain held out, 950 training images, {LITE0}",
+    "about": f"PACS, each domain held out, 950 images, {LITE0}",
     "needs": tuple(f"pacs96_{name}.tar" for name in PACS_DOMAINS),
     "data": lambda data, _: data / "pacs96_*.tar",
     "folder": "pacs",
@@ -159,7 +159,7 @@ _ALL = (
     ),
     Study(
         name="grocery_head",
-        about="Grocery Store, 81 classes that look alike, the classifier on frozen maps of EfficientNet-Lite0, 96 px",
+        about="Grocery Store, 81 look-alike classes, the classifier on frozen maps of EfficientNet-Lite0, 96 px",
         seeds=20,
         deviation=0.014,
         gain=0.011,
@@ -174,7 +174,7 @@ _ALL = (
     ),
     Study(
         name="grocery",
-        about=f"Grocery Store, 81 classes that look alike, 24 epochs, stride 16, {LITE0}",
+        about=f"Grocery Store, 81 look-alike classes, 24 epochs, stride 16, {LITE0}",
         seeds=12,
         deviation=0.02,
         gain=0.022,

@@ -176,7 +176,7 @@ HEADER = (
     "patched",
     PAPER,
     "tried on",
-    "from → to",
+    "accuracy, from → to",
     "gain (95 % interval)",
     "pairs",
     "smallest gain it could show",
@@ -211,13 +211,14 @@ def evidence_table(studies: Iterable[Study], out: Path = FOLDER, *, headlines: b
 
 def _row(study: Study, against: str, result: Comparison, verdict: Verdict, paper: str) -> list[str]:
     start = "" if against == "bare" else f"`{against}` "
+    unit = "" if study.unit == "accuracy" else f" {study.unit}"
     interval = f"{result.show(verdict.low, True)} to {result.show(verdict.high, True)}"
     whole = verdict.pairs == study.pairs
     return [
         f"`{verdict.variant}`",
         paper,
         study.about,
-        f"{start}{result.show(verdict.bare)} → {result.show(verdict.patched)} % {study.unit}",
+        f"{start}{result.show(verdict.bare)} → {result.show(verdict.patched)} %" + unit,
         f"{result.show(verdict.difference, True)} ({interval})",
         f"{verdict.pairs}" if whole else f"{verdict.pairs} of {study.pairs}",
         result.show(verdict.detectable),
