@@ -31,7 +31,7 @@ class Claim:
         variant: as the study writes it.
         paper: the claim, with the figure reported.
         against: what the variant is compared with; a variant of the study, or "bare".
-        headline: whether the README shows it, whatever the runs say; chosen before the first run.
+        headline: whether the README shows it, whatever its runs say: one claim of each method that was tried.
     """
 
     variant: str
