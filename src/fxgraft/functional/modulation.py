@@ -55,7 +55,7 @@ def modulated(x: Tensor, coefficients: Coefficients) -> Tensor:
     """
     if recorded() or transformed():
         mean, var = instance_moments(x)  # a compiler fuses this by itself, and TorchScript knows nothing else
-        return _affine(x, *coefficients(mean, var))
+        return affine(x, *coefficients(mean, var))
     if not torch.is_grad_enabled():
         return _scaled(x, *coefficients(*_moments(x)))
     link = _Link()
@@ -97,7 +97,7 @@ class _Moments(torch.autograd.Function):
         if dmean is not None:
             offset = offset + dmean / count
         if scale is None:
-            out = _affine(x, slope, offset)
+            out = affine(x, slope, offset)
             return (out if dy is None else out + dy), None
         wide = torch.empty_like(x, dtype=torch.promote_types(x.dtype, torch.float32))
         out = _scaled(x, slope, offset, wide)
@@ -128,7 +128,7 @@ class _Affine(torch.autograd.Function):
             total, dot = _plain_sums(dy, x) if again else _sums(dy, x)
             dscale = dot.to(ctx.dtypes[0]) if for_scale else None
             dshift = total.to(ctx.dtypes[1]) if for_shift else None
-        return (_affine(dy, scale, None) if again else dy), dscale, dshift, None
+        return (affine(dy, scale, None) if again else dy), dscale, dshift, None
 
 
 def _over(value: Tensor, x: Tensor) -> Tensor:
@@ -141,13 +141,14 @@ def _over(value: Tensor, x: Tensor) -> Tensor:
     return value.to(wide).reshape(*value.shape, *[1] * (x.ndim - 2))
 
 
-def _affine(x: Tensor, scale: Tensor, shift: Tensor | None) -> Tensor:
+def affine(x: Tensor, scale: Tensor, shift: Tensor | None) -> Tensor:
+    """Return x · scale + shift in the dtype of `x`, from (B, C) each, by plain operations; see `_over`."""
     out = x * _over(scale, x) if shift is None else torch.addcmul(_over(shift, x), x, _over(scale, x))
     return out.to(x.dtype)
 
 
 def _scaled(x: Tensor, scale: Tensor, shift: Tensor | None, out: Tensor | None = None) -> Tensor:
-    """What `_affine` gives, in vector instructions on the CPU, and rounded once; not differentiable.
+    """What `affine` gives, in vector instructions on the CPU, and rounded once; not differentiable.
 
     The kernel of addcmul falls back to single numbers where a factor stays the same along a row. The one of
     batch normalisation, which with mean 0 and deviation 1 is this very arithmetic, does not.

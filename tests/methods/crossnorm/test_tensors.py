@@ -133,8 +133,9 @@ def test_memory_order_and_dtype_are_kept(layout: str):
     torch.testing.assert_close(half.float(), y, rtol=0.1, atol=0.05)
 
 
+@pytest.mark.parametrize("box", [None, torch.tensor([0, 0, 8, 8])], ids=["whole", "box on the device"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_half_precision_where_a_channel_hardly_varies(dtype: torch.dtype) -> None:
+def test_half_precision_where_a_channel_hardly_varies(dtype: torch.dtype, box: torch.Tensor | None) -> None:
     """Scale and shift are then large and cancel; rounded to half precision they gave values of 12 in place of 0."""
     g = torch.Generator().manual_seed(0)
     x = torch.randn(4, 3, 8, 8, generator=g)
@@ -142,7 +143,7 @@ def test_half_precision_where_a_channel_hardly_varies(dtype: torch.dtype) -> Non
     x = x.to(dtype)
     results = []
     for leaf in (x.clone().requires_grad_(), x.double().requires_grad_()):
-        y = crossnorm(leaf, torch.tensor([1, 2, 3, 0]))
+        y = crossnorm(leaf, torch.tensor([1, 2, 3, 0]), content_box=box)
         y.double().square().sum().backward()
         results.append((y.detach().double(), leaf.grad.double()))  # type: ignore[union-attr]
     (y, grad), (wanted, wanted_grad) = results

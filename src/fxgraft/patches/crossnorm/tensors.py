@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from fxgraft._torch import sample_dirichlet
-from fxgraft.functional.modulation import instance_moments, modulated
+from fxgraft.functional.modulation import affine, instance_moments, modulated
 
 Box = Sequence[int] | Tensor
 """Row start, column start, row end, column end; of clips and volumes the frame or depth before the row, in both.
@@ -78,9 +78,7 @@ def crossnorm(
         return modulated(x, coefficients)
     if isinstance(content_box, Tensor):
         inside = _inside(x, content_box)
-        scale, shift = coefficients(*_masked_moments(x, inside))
-        scale, shift = (each.to(x.dtype).reshape(*each.shape, *[1] * (x.ndim - 2)) for each in (scale, shift))
-        return torch.where(inside, torch.addcmul(shift, x, scale), x)
+        return torch.where(inside, affine(x, *coefficients(*_masked_moments(x, inside))), x)
     cells = _cells(content_box)
     out = x.clone()
     out[cells] = modulated(x[cells], coefficients)
