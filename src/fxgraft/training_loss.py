@@ -203,15 +203,11 @@ def _compare_compiled(context: Context, path: str, out: Any, y: Any) -> None:
     # Looked at before the pass is: what is the same tensor is then read from where it is given.
     some, labels = some_of(out), some_of(y)
     record = context.outputs.compiled(out)
-    if path:  # behind a part there may be a task of its own
-        if record is not None:
-            record.check(some, None)
-        return
     if record is None:
-        if context.outputs.compiled_labels():
+        if not path and context.outputs.compiled_labels():
             _compare_labels(context, path, out, y)
         return
-    if record.labels is None:
+    if path or record.labels is None:  # behind a part there may be a task of its own
         record.check(some, None)
         return
     wrong = differ(record.labels, y)
