@@ -78,7 +78,7 @@ class Placing:
 
     def __init__(self, model: nn.Module, input_size: tuple[int, int, int] | None = None) -> None:
         self.model, self.input_size = model, input_size
-        self._registry = GraftRegistry()
+        self._registry, self._costs = GraftRegistry(), measured_costs()
         self._look, _ = self._registry.look(model)
         self.trace: ModelTrace = self._look.trace(input_size)
         with preserved_random_state():
@@ -93,7 +93,7 @@ class Placing:
         """Return what one method would be on the model."""
         method = methods()[name]
         graft = Graft(name, build(name, method.example), input_size=self.input_size)
-        measured = measured_costs().get(name, {})
+        measured = self._costs.get(name, {})
         worst = max(measured.values(), default=0.0)
         cost = "low" if worst < LOW else "medium" if worst < MEDIUM else "high"
         price: dict[str, Any] = {"cost": cost if measured else "not measured", "measured": measured}

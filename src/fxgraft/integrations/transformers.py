@@ -55,6 +55,7 @@ class Grafts(transformers.TrainerCallback):
     def __init__(self, log: bool = True) -> None:
         self.log = log
         self._hook: RemovableHandle | None = None
+        self._signature = inspect.Signature()
         self._inside = False
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
@@ -66,13 +67,15 @@ class Grafts(transformers.TrainerCallback):
                 "The callback would have nobody to tell of the progress, and nothing to add to the loss.\n"
                 "Call fxgraft.patch(model, ...) before the Trainer is made, or leave the callback out."
             )
-        if "labels" not in inspect.signature(inner.forward).parameters:
+        signature = inspect.signature(inner.forward)
+        if "labels" not in signature.parameters:
             raise ConfigError(
                 f"This {type(inner).__name__} takes no labels, so it computes no loss for the Trainer.\n"
                 "The callback adds to the loss that a model of transformers returns.\n"
                 "Use fxgraft.integrations.transformers.Trainer in place of transformers.Trainer, without the callback."
             )
         self._unhook()
+        self._signature = signature
         self._hook = inner.register_forward_hook(self._add, with_kwargs=True)
 
     def on_step_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
@@ -101,7 +104,7 @@ class Grafts(transformers.TrainerCallback):
         """Return what the model did, with the loss of the grafts in its loss."""
         if not model.training or self._inside:  # a pass that a method makes for its own loss
             return out
-        labels = inspect.signature(model.forward).bind(*args, **kwargs).arguments.get("labels")
+        labels = self._signature.bind(*args, **kwargs).arguments.get("labels")
         if labels is None:
             raise TargetError(
                 "The Trainer called the model without labels.\n"
