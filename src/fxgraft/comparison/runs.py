@@ -215,14 +215,7 @@ def _carry_out(setup: Setup, job: Job) -> list[Record]:
             "device": processor(torch.device(job.device)),
         }
         if job.tuning is not None:
-            scored = evaluate(
-                adapted,
-                job.task.validation,
-                setup.training,
-                size=setup.size,
-                device=job.device,
-                readers=setup.readers,
-            )
+            scored = evaluate(adapted, job.task.validation, setup.training, **_loading(setup, job))
             record |= {"tuning": dict(job.tuning), "scores": {name: scored[name] for name in SCORES}}
         else:
             record |= _scored(setup, adapted, job)
@@ -235,6 +228,11 @@ def _carry_out(setup: Setup, job: Job) -> list[Record]:
     return records
 
 
+def _loading(setup: Setup, job: Job) -> dict[str, Any]:
+    """Return how images are read and where they go, as `fit` and `evaluate` take it."""
+    return {"size": setup.size, "device": job.device, "readers": setup.readers}
+
+
 def _fitted(setup: Setup, model: nn.Module, job: Job) -> Fit:
     task = job.task
     if setup.train is None:
@@ -243,10 +241,8 @@ def _fitted(setup: Setup, model: nn.Module, job: Job) -> Fit:
             task.train,
             task.validation,
             setup.training,
-            size=setup.size,
             seed=job.seed,
-            device=job.device,
-            readers=setup.readers,
+            **_loading(setup, job),
         )
     images = Images(
         task.train, transform_of(model, setup.training, setup.size, training=True), setup.size, job.seed
@@ -274,7 +270,7 @@ def _adapted(setup: Setup, model: nn.Module, variant: Variant, job: Job) -> nn.M
 
 
 def _scored(setup: Setup, model: nn.Module, job: Job) -> Record:
-    options: dict[str, Any] = {"size": setup.size, "device": job.device, "readers": setup.readers}
+    options = _loading(setup, job)
     if not setup.corrupt:
         found = evaluate(model, job.task.test, setup.training, **options)
         return {**_parts(found), "finite": found["finite"]}
