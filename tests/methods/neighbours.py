@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from golden_data import GOLDEN
-from methods.releases import Typed
+from methods.releases import TOLERANCE, Step, Typed, batch, deviation, stepping
 
 CASES = {"mixstyle": 1e-6, "efdmix": 1e-6, "dsu": 1e-5}
 """Tolerance of each file in float32."""
@@ -63,3 +63,26 @@ class Release(Typed):
         for index in range(4):
             x = self.act(index + 2, F.relu(getattr(self, f"layer{index + 1}")[0](x)))
         return x
+
+
+def check_training(model: nn.Module, ours: Step, reference: Release, sizes: tuple[int, int, int]) -> None:
+    """Compare five steps of training with the release's; in them a change was drawn, and none was.
+
+    Args:
+        model: patched.
+        ours: its step.
+        reference: the release's network.
+        sizes: of the batches, see `batch`.
+    """
+
+    def theirs(step: int) -> Tensor:
+        x, y = batch(step, *sizes)
+        return F.cross_entropy(reference(x), y)
+
+    found = deviation(
+        stepping(ours, torch.optim.SGD(model.parameters(), 0.01, 0.9)),
+        stepping(theirs, torch.optim.SGD(reference.parameters(), 0.01, 0.9)),
+        (model.state_dict, reference.state_dict),
+    )
+    assert found < TOLERANCE
+    assert set(reference.changed) == {True, False}

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 import fxgraft
 from fxgraft.patches.dsu import perturb_moments
-from methods.neighbours import CASES, Release, arrays, check
-from methods.releases import TOLERANCE, batch, deviation, stepping, stock
+from methods.neighbours import CASES, Release, arrays, check, check_training
+from methods.releases import batch, stock
 
 CLASSES, SIZE, PIXELS = 5, 6, 64
 
@@ -42,14 +41,4 @@ def test_five_steps_of_training_with_six_places() -> None:
         x, y = batch(step, SIZE, PIXELS, CLASSES)
         return fxgraft.loss(model, model(x), y)
 
-    def theirs(step: int) -> Tensor:
-        x, y = batch(step, SIZE, PIXELS, CLASSES)
-        return F.cross_entropy(reference(x), y)
-
-    found = deviation(
-        stepping(ours, torch.optim.SGD(model.parameters(), 0.01, 0.9)),
-        stepping(theirs, torch.optim.SGD(reference.parameters(), 0.01, 0.9)),
-        (model.state_dict, reference.state_dict),
-    )
-    assert found < TOLERANCE
-    assert set(reference.changed) == {True, False}
+    check_training(model, ours, reference, (SIZE, PIXELS, CLASSES))

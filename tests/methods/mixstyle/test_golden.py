@@ -6,13 +6,12 @@ from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 import fxgraft
 from fxgraft.patches.mixstyle import mix_histograms, mix_moments
-from methods.neighbours import CASES, Release, arrays, check
-from methods.releases import TOLERANCE, batch, deviation, stepping, stock
+from methods.neighbours import CASES, Release, arrays, check, check_training
+from methods.releases import batch, stock
 
 CLASSES, SIZE, PIXELS = 5, 6, 64
 
@@ -75,14 +74,4 @@ def test_five_steps_of_training(match: str, mix: str) -> None:
         out = model(x, domains=domains) if mix == "crossdomain" else model(x)
         return fxgraft.loss(model, out, y)
 
-    def theirs(step: int) -> Tensor:
-        x, y = batch(step, SIZE, PIXELS, CLASSES)
-        return F.cross_entropy(reference(x), y)
-
-    found = deviation(
-        stepping(ours, torch.optim.SGD(model.parameters(), 0.01, 0.9)),
-        stepping(theirs, torch.optim.SGD(reference.parameters(), 0.01, 0.9)),
-        (model.state_dict, reference.state_dict),
-    )
-    assert found < TOLERANCE
-    assert set(reference.changed) == {True, False}
+    check_training(model, ours, reference, (SIZE, PIXELS, CLASSES))

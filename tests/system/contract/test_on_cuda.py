@@ -16,8 +16,8 @@ CELLS = cells(representative=REPRESENTATIVE, backbones=REPRESENTATIVE)
 
 
 @pytest.mark.parametrize("cell", CELLS)
-def test_the_bare_bits_in_evaluation_and_after_undo(cell: Cell) -> None:
-    torch.backends.cudnn.deterministic = True
+def test_the_bare_bits_in_evaluation_and_after_undo(cell: Cell, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
     model = copy.deepcopy(bare(cell.backbone)).eval().cuda()
     x = batch(cell.backbone)[0].cuda()
     expected = model(x)
