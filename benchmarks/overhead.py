@@ -149,7 +149,11 @@ def quiet_profiler() -> None:
 def markdown(reports: Sequence[OverheadReport], refused: Sequence[dict[str, str]]) -> str:
     """Return the ratios as a Markdown table, with the conditions above it."""
     first = reports[0]
-    versions = ", ".join(f"{name} {version}" for name, version in first.versions.items())
+    # Rows may be of several dates: what they were measured with is all told.
+    versions = ", ".join(
+        f"{name} {' and '.join(dict.fromkeys(report.versions[name] for report in reports))}"
+        for name in first.versions
+    )
     allocator = "".join(f", {name}={value}" for name, value in first.allocator.items())
     rows = [_cells(report) for report in reports]
     kept = [
