@@ -69,24 +69,24 @@ class Flow:
         if name.endswith("_like") or name.startswith("aten::new_"):
             return
         used: list[Mark] = []
-        for each in (*args, *kwargs.values()) if kwargs else args:
-            for value in each if isinstance(each, (list, tuple)) else (each,):
+        for argument in (*args, *kwargs.values()) if kwargs else args:
+            for value in argument if isinstance(argument, (list, tuple)) else (argument,):
                 mark = self._mark(value) if isinstance(value, Tensor) else None
                 if mark is not None:
                     used.append(mark)
         if not used:
             return
-        outs = [out] if isinstance(out, Tensor) else [each for each in out or () if isinstance(each, Tensor)]
+        outs = [out] if isinstance(out, Tensor) else [item for item in out or () if isinstance(item, Tensor)]
         axes = [
-            axes_after(Operation(func, args, kwargs, self._known, each, index, outs), name)
-            for index, each in enumerate(outs)
+            axes_after(Operation(func, args, kwargs, self._known, tensor, index, outs), name)
+            for index, tensor in enumerate(outs)
         ]
         if name == "aten::cat" and not any(_is_place(axis) for axis in axes[0]):
             self.vectors.add(len(self.sources))
         self._put(outs, axes, tuple(sorted({mark.number for mark in used})))
         if func._schema.is_mutable:
-            for each in outs:
-                self._written[_storage(each)] = getattr(each, self.mark), each
+            for tensor in outs:
+                self._written[_storage(tensor)] = getattr(tensor, self.mark), tensor
 
     def settled(self, value: Tensor) -> Mark | None:
         """Return what is known of a value, and note on it what was written to it through a view."""
@@ -107,8 +107,8 @@ class Flow:
     def _put(self, outs: list[Tensor], axes: list[Axes], used: tuple[int, ...]) -> None:
         number = len(self.sources)
         self.sources.append(used)
-        for each, known in zip(outs, axes, strict=True):
-            object.__setattr__(each, self.mark, Mark(known, number))
+        for tensor, known in zip(outs, axes, strict=True):
+            object.__setattr__(tensor, self.mark, Mark(known, number))
 
     def _known(self, value: Any) -> Axes | None:
         mark = self._mark(value) if isinstance(value, Tensor) else None
@@ -145,16 +145,16 @@ def passed_by_all(sources: list[tuple[int, ...]], end: int) -> set[int]:
     """
     needed, waiting = {end}, [end]
     while waiting:
-        for each in sources[waiting.pop()]:
-            if each not in needed:
-                needed.add(each)
-                waiting.append(each)
+        for source in sources[waiting.pop()]:
+            if source not in needed:
+                needed.add(source)
+                waiting.append(source)
     # A value that something goes around stands between two that are connected.
     reach, found = 0, set[int]()
     users: dict[int, int] = {}
     for number in needed:
-        for each in sources[number]:
-            users[each] = max(users.get(each, 0), number)
+        for source in sources[number]:
+            users[source] = max(users.get(source, 0), number)
     for number in sorted(needed):
         if reach <= number:
             found.add(number)

@@ -9,19 +9,19 @@ from torch import fx
 
 def downstream_of(node: fx.Node) -> set[fx.Node]:
     """Collect every node that a node's value reaches, without the node."""
-    return _reached(node, lambda each: each.users)
+    return _reached(node, lambda step: step.users)
 
 
 def upstream_of(node: fx.Node) -> set[fx.Node]:
     """Collect every node that a node's value is made from, without the node."""
-    return _reached(node, lambda each: each.all_input_nodes)
+    return _reached(node, lambda step: step.all_input_nodes)
 
 
 def _reached(node: fx.Node, following: Callable[[fx.Node], Iterable[fx.Node]]) -> set[fx.Node]:
     found: set[fx.Node] = set()
     waiting = [node]
     while waiting:
-        new = [each for each in following(waiting.pop()) if each not in found]
+        new = [reached for reached in following(waiting.pop()) if reached not in found]
         found.update(new)
         waiting += new
     return found

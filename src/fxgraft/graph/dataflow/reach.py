@@ -57,14 +57,14 @@ class Reach(Flow):
 
     def note(self, func: Any, args: Any, kwargs: Any, out: Any) -> None:
         """Take down an operation, and what of its output depends on places."""
-        used = [each for each in _tensors((*args, *kwargs.values())) if self._known(each) is not None]
-        states = {getattr(each, _STATE, _ALL) for each in used}
+        used = [tensor for tensor in _tensors((*args, *kwargs.values())) if self._known(tensor) is not None]
+        states = {getattr(tensor, _STATE, _ALL) for tensor in used}
         super().note(func, args, kwargs, out)
         if not used:
             return
-        for each in _tensors((out,)):
-            state = _CLEAN if states == {_CLEAN} else self._state(func, args, kwargs, each, states)
-            object.__setattr__(each, _STATE, state)
+        for tensor in _tensors((out,)):
+            state = _CLEAN if states == {_CLEAN} else self._state(func, args, kwargs, tensor, states)
+            object.__setattr__(tensor, _STATE, state)
 
     def reads(self, value: Tensor) -> bool:
         """Say whether a value depends on any place."""
@@ -78,11 +78,11 @@ class Reach(Flow):
             dim = (args[1] if len(args) > 1 else kwargs.get("dim", 0)) % out.ndim
             if kind_of(axes[dim]) != POSITION and _ALL in states:
                 return _ALL
-            for each in args[0]:
-                known = self._known(each)
+            for part in args[0]:
+                known = self._known(part)
                 if (
                     known is not None
-                    and getattr(each, _STATE, _ALL) == _ALL
+                    and getattr(part, _STATE, _ALL) == _ALL
                     and kind_of(known[dim]) != POSITION
                 ):
                     return _ALL
@@ -138,7 +138,7 @@ def _entry(axis: Axis, index: int) -> bool:
 
 
 def _tensors(values: Iterable[Any]) -> Iterator[Tensor]:
-    for each in values:
-        for value in each if isinstance(each, (list, tuple)) else (each,):
+    for item in values:
+        for value in item if isinstance(item, (list, tuple)) else (item,):
             if isinstance(value, Tensor):
                 yield value

@@ -97,8 +97,8 @@ def axes_after(operation: Operation, name: str) -> Axes:
 
 def _tensors(operation: Operation) -> list[tuple[Tensor, Axes]]:
     found = []
-    for each in (*operation.args, *operation.kwargs.values()):
-        for value in each if isinstance(each, (list, tuple)) else (each,):
+    for argument in (*operation.args, *operation.kwargs.values()):
+        for value in argument if isinstance(argument, (list, tuple)) else (argument,):
             axes = operation.known(value) if isinstance(value, Tensor) else None
             if axes is not None:
                 found.append((value, axes))
@@ -205,21 +205,21 @@ def _slice(operation: Operation) -> Axes:
 def _split(operation: Operation) -> Axes:
     axes = list(operation.axes(0))
     dim = (operation.get("dim") or 0) % len(axes)
-    start = sum(each.shape[dim] for each in operation.others[: operation.index])
+    start = sum(other.shape[dim] for other in operation.others[: operation.index])
     axes[dim] = sliced(axes[dim], start, start + operation.shape[dim])
     return tuple(axes)
 
 
 def _cat(operation: Operation) -> Axes:
-    values = [each for each in operation.args[0] if each.ndim == len(operation.shape)]
+    values = [part for part in operation.args[0] if part.ndim == len(operation.shape)]
     dim = (operation.get("dim") or 0) % len(operation.shape)
-    known = [operation.known(each) for each in values]
+    known = [operation.known(value) for value in values]
     found = []
     for place, size in enumerate(operation.shape):
         said = [axes[place] for axes in known if axes is not None]
         if place == dim:
             parts = [None if axes is None else axes[place] for axes in known]
-            found.append(joined(parts, [each.shape[dim] for each in values]))
+            found.append(joined(parts, [value.shape[dim] for value in values]))
         else:
             found.append(best(said, size))
     return tuple(found)
@@ -227,7 +227,7 @@ def _cat(operation: Operation) -> Axes:
 
 def _stack(operation: Operation) -> Axes:
     dim = (operation.get("dim") or 0) % len(operation.shape)
-    known = [axes for each in operation.args[0] if (axes := operation.known(each)) is not None]
+    known = [axes for part in operation.args[0] if (axes := operation.known(part)) is not None]
     axes = [best(said, 0) for said in zip(*known, strict=True)]
     axes.insert(dim, (Factor(UNKNOWN, operation.shape[dim]),))
     return tuple(axes)
@@ -247,7 +247,7 @@ def _repeat(operation: Operation) -> Axes:
 
 def _index(operation: Operation) -> Axes | None:
     axes = operation.known(operation.args[0])
-    picked = [dim for dim, each in enumerate(operation.args[1]) if each is not None]
+    picked = [dim for dim, entry in enumerate(operation.args[1]) if entry is not None]
     if axes is None or len(picked) != 1 or operation.args[1][picked[0]].ndim != 1:
         return unknown(operation.shape)
     (dim,) = picked

@@ -171,12 +171,12 @@ def is_size(node: fx.Node) -> bool:
         return node.args[1] in ("shape", "ndim", "device", "dtype")
     if called(node).endswith("_like"):
         return True
-    return bool(node.all_input_nodes) and all(is_size(each) for each in node.all_input_nodes)
+    return bool(node.all_input_nodes) and all(is_size(source) for source in node.all_input_nodes)
 
 
 def sources_of(node: fx.Node) -> list[fx.Node]:
     """List what a value is computed from; what only the size is read of does not count."""
-    return [each for each in node.all_input_nodes if not is_size(each)]
+    return [source for source in node.all_input_nodes if not is_size(source)]
 
 
 def computed_from(ends: Iterable[fx.Node], around: fx.Node | None = None) -> set[fx.Node]:
@@ -214,7 +214,7 @@ class Steps:
                     value = values.get(node.name)
                     if isinstance(value, (Tensor, list, tuple, dict, type(None))):
                         found.add(node)
-                elif node.op != "output" and any(each in found for each in sources_of(node)):
+                elif node.op != "output" and any(source in found for source in sources_of(node)):
                     found.add(node)
             self._data[graph] = found
         return self._data[graph]
@@ -225,7 +225,7 @@ class Steps:
             return self.module(join(owner, str(node.target)))
         if node.op not in ("call_function", "call_method"):
             return _NONE
-        inputs = [each for each in sources_of(node) if each in self.data(owner, node.graph)]
+        inputs = [source for source in sources_of(node) if source in self.data(owner, node.graph)]
         name = called(node)
         if not inputs:
             return _NONE
@@ -238,7 +238,7 @@ class Steps:
         if name in _PRODUCTS:
             if len(inputs) > 1:
                 return frozenset({"gate"})
-            others = [each for each in node.all_input_nodes if each not in inputs]
+            others = [source for source in node.all_input_nodes if source not in inputs]
             return frozenset({"drop" if any(map(_is_noise, others)) else "scale"})
         if name in _LAYERS or name.startswith("conv"):
             return frozenset({"project", "dense"} if len(inputs) == 1 else {"mix"})
@@ -261,13 +261,13 @@ class Steps:
             return found
         projections = {node for node in nodes if "project" in words[node]}
         behind = (computed_from([node]) for node in nodes if "act" in words[node])
-        return found | {"deep"} if any(each & projections for each in behind) else found
+        return found | {"deep"} if any(branch & projections for branch in behind) else found
 
     def depth(self, owner: str, nodes: Iterable[fx.Node]) -> int:
         """Count the projections in the longest chain of some nodes of a graph."""
         counted: dict[fx.Node, int] = {}
         for node in sorted(nodes):
-            before = max((counted.get(each, 0) for each in node.all_input_nodes), default=0)
+            before = max((counted.get(source, 0) for source in node.all_input_nodes), default=0)
             counted[node] = before + ("project" in self.of(owner, node) and self._depth(owner, node))
         return max(counted.values(), default=0)
 
@@ -279,14 +279,14 @@ class Steps:
             graph = self._anatomy.graph(path, training=False).graph
         except FxgraftError:
             return 1
-        return self.depth(path, (each for each in graph.nodes if each.op != "output"))
+        return self.depth(path, (step for step in graph.nodes if step.op != "output"))
 
     def widths(self, owner: str, nodes: Iterable[fx.Node]) -> set[int]:
         """Collect how many channels the projections in some nodes of a graph give."""
         paths = (join(owner, str(node.target)) for node in nodes if node.op == "call_module")
-        layers = (each for path in paths for each in self._anatomy.module(path).modules())
+        layers = (layer for path in paths for layer in self._anatomy.module(path).modules())
         found = (
-            getattr(each, "out_channels", None) or getattr(each, "out_features", None) for each in layers
+            getattr(layer, "out_channels", None) or getattr(layer, "out_features", None) for layer in layers
         )
         return {width for width in found if isinstance(width, int)}
 
@@ -371,10 +371,10 @@ def _forward_squashes(trace: ModelTrace, path: str) -> bool:
         graph = trace.graph(path, training=False).graph
     except FxgraftError:
         return False
-    return any(squashes(trace, path, each) for each in graph.nodes if each.op != "call_module")
+    return any(squashes(trace, path, step) for step in graph.nodes if step.op != "call_module")
 
 
 def _is_noise(node: fx.Node) -> bool:
     """Say whether a value is drawn at random."""
     drawn = {node} | computed_from([node])
-    return any(called(each).startswith(("bernoulli", "rand", "uniform", "normal")) for each in drawn)
+    return any(called(draw).startswith(("bernoulli", "rand", "uniform", "normal")) for draw in drawn)

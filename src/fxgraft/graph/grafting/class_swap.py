@@ -181,7 +181,7 @@ def _whole_call(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         for path, (training, evaluation) in state.registry.owners.items():
             if (training if self.training else evaluation) and path not in current.visited:
                 # A look at a model around this one goes no further than into the modules that are opened for it.
-                if any(isinstance(each, fx.Proxy) for each in (*args, *kwargs.values())):
+                if any(isinstance(argument, fx.Proxy) for argument in (*args, *kwargs.values())):
                     break
                 raise BypassError(
                     f"The forward pass did not reach the graft on {path!r}.\n"
@@ -329,7 +329,9 @@ def _no_weight_decay(self: nn.Module) -> Any:
     state = state_of(self)
     listed = _base(self).no_weight_decay(self)  # type: ignore[attr-defined]
     pairs = {} if state is None or state.registry is None else state.registry.counterparts()
-    beside = {own for own, stock in pairs.items() if any(fnmatch.fnmatch(stock, each) for each in listed)}
+    beside = {
+        own for own, stock in pairs.items() if any(fnmatch.fnmatch(stock, pattern) for pattern in listed)
+    }
     return {*listed, *beside} if beside else listed
 
 
@@ -376,7 +378,7 @@ def _refuse_scripting(self: nn.Module) -> nn.Module:
 def _refuse_tracing(base: type[nn.Module], args: Any) -> None:
     """Say that a tracer of somebody else's would follow a single pass in a single mode."""
     # Traced by itself, a forward with *args gets one proxy for all of them.
-    proxies = [args] if isinstance(args, fx.Proxy) else [each for each in args if isinstance(each, fx.Proxy)]
+    proxies = [args] if isinstance(args, fx.Proxy) else [arg for arg in args if isinstance(arg, fx.Proxy)]
     if proxies and not isinstance(proxies[0].tracer, ShallowTracer):
         raise BypassError(
             f"torch.fx is tracing a patched {base.__name__} (symbolic_trace, create_feature_extractor, prepare_fx).\n"

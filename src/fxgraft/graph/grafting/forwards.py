@@ -101,7 +101,7 @@ def _shown(spec: pytree.TreeSpec) -> str:
 
 def nests(args: tuple[Any, ...]) -> bool:
     """Say whether an argument holds others."""
-    return any(isinstance(each, (list, tuple, dict)) for each in args)
+    return any(isinstance(arg, (list, tuple, dict)) for arg in args)
 
 
 def as_forward(
@@ -121,7 +121,7 @@ def as_forward(
         BypassError: (when called) a non-tensor argument differs from the one the graph was traced with.
     """
     usual = _Form(traced, label)
-    forms = [usual, *(_Form(each, f"{label} with labels") for each in labelled)]
+    forms = [usual, *(_Form(keywords, f"{label} with labels") for keywords in labelled)]
     signature, names = traced.signature, list(traced.signature.parameters)
     handed_on = None if passing is None else _Form(passing.traced, f"{label} with other keywords")
     known = frozenset() if passing is None else passing.known.union(names, usual.keywords)

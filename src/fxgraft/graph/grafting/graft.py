@@ -116,7 +116,7 @@ class Graft(Generic[P]):
             MethodError: what is built isn't a `Unit`, or the key belongs to a unit of another class.
         """
         unit = self.units.get(key)
-        sizes = tuple(each for each in args if type(each) is int)
+        sizes = tuple(arg for arg in args if type(arg) is int)
         if unit is None or unit.built_with not in (None, sizes):
             unit = kind(*args, **kwargs)
             if not isinstance(unit, Unit):
@@ -200,8 +200,8 @@ def checked_placements(graft: Graft, placed: Any) -> list[Placement]:
         given = "nothing" if placed is None else f"a {type(placed).__name__}"
         raise MethodError(f"{what}.place returned {given}.\n{how}")
     found: list[Placement] = []
-    for each in placed:
-        inner = each if isinstance(each, list) else [each]
+    for placement in placed:
+        inner = placement if isinstance(placement, list) else [placement]
         for one in inner:
             if not isinstance(one, Placement):
                 raise MethodError(

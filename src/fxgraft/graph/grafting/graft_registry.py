@@ -134,7 +134,7 @@ class GraftRegistry:
     def trial(self, model: nn.Module, graft: Graft) -> Plan:
         """Plan one more graft, and leave the model and the grafts that it has as they are."""
         look, known = self.look(model)
-        present = self.grafts if known is not None else [_draft(each) for each in self.grafts]
+        present = self.grafts if known is not None else [_draft(present) for present in self.grafts]
         with preserved_random_state():  # units are built, and draw what they start from
             return plan(model, [*present, graft], look, self, self.context, known)
 
@@ -290,7 +290,7 @@ class GraftRegistry:
             for name in [name for name, child in module._modules.items() if id(child) in own]:
                 del module._modules[name]
         self.grafts = [graft for graft in self.grafts if graft.name not in self.left_out]
-        records = [each for each in self.records if each.graft not in self.left_out]
+        records = [record for record in self.records if record.graft not in self.left_out]
         self.records = self.left_out = ()
         with preserved_random_state():  # units that are not repeated are built and dropped
             self.install(model, records=records)
@@ -349,8 +349,8 @@ def connect(model: nn.Module, registry: GraftRegistry, plan: Plan) -> None:
 
 def _draft(graft: Graft) -> Graft:
     """Copy a graft with units of its own, which share their tensors with its units."""
-    tensors = [each for unit in graft.units.values() for each in (*unit.parameters(), *unit.buffers())]
-    units = copy.deepcopy(graft.units, {id(each): each for each in tensors})
+    tensors = [tensor for unit in graft.units.values() for tensor in (*unit.parameters(), *unit.buffers())]
+    units = copy.deepcopy(graft.units, {id(tensor): tensor for tensor in tensors})
     return Graft(graft.name, graft.patch, units, graft.input_size)
 
 
@@ -369,7 +369,7 @@ def _news(kept: UnitSnapshot, wanted: Sequence[Graft], names: dict[int, str]) ->
                 lost += [f"{where}.{name}" for name in unit.state_dict()]
                 made += [graft.name] if unit.registered else []
         known = {id(unit) for unit in before.values()}
-        fresh = (unit for each, unit in units.items() if each not in known)
+        fresh = (unit for key, unit in units.items() if key not in known)
         made += [graft.name for unit in fresh if any(True for _ in unit.parameters())]
     if not made:
         return ""

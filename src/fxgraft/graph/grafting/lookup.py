@@ -171,7 +171,7 @@ def grafts_in(model: nn.Module) -> list[Graft]:
 
 def own_keys(model: nn.Module) -> set[str]:
     """Return the ``state_dict`` keys of a model that its grafts have added."""
-    units = [name for name, each in model.named_modules(remove_duplicate=False) if isinstance(each, Unit)]
+    units = [name for name, module in model.named_modules(remove_duplicate=False) if isinstance(module, Unit)]
     return {key for key in model.state_dict() if any(key.startswith(f"{name}.") for name in units)}
 
 

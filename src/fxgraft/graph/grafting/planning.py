@@ -76,8 +76,8 @@ class Plan:
             # The model's state holds the registry, and that this plan: with the model, the circle goes.
             left = own()
             if left is not None:
-                for each in (left.parts, left.states):
-                    each.clear()
+                for table in (left.parts, left.states):
+                    table.clear()
 
         self._model = weakref.ref(model, forget)
         self.look = look
@@ -153,7 +153,7 @@ def bare_shadow(model: nn.Module, written: Plan | None) -> Shadow:
         model: the model.
         written: the plan that is written on it.
     """
-    bases = {each: each.__dict__[STATE].base for each in parts_without_model(model)}
+    bases = {part: part.__dict__[STATE].base for part in parts_without_model(model)}
     if written is None:
         return Shadow(model, bases)
     bases |= {module: state.base for _, state, module in written.modules()}
@@ -188,12 +188,12 @@ def plan(
     before = {id(unit) for graft in grafts for unit in graft.units.values()}
     placements: Placed = []
     for graft in grafts:
-        if known is not None and any(graft is each for each in known.grafts):
+        if known is not None and any(graft is other for other in known.grafts):
             placed = known.placed(graft)
         else:
             backbone = Backbone(traces[graft.input_size])
             placed = _place(
-                graft, backbone, [each for each in records if each.graft == graft.name], bool(records)
+                graft, backbone, [record for record in records if record.graft == graft.name], bool(records)
             )
         placements += [(graft, placement) for placement in placed]
     parts = compile_placements(look.shadow.model, placements, traces, context, known.parts if known else {})
@@ -250,11 +250,12 @@ def _repeated(
         StructureError: a unit that was placed is not found on the model any more.
     """
     keys = {id(unit): key for key, unit in graft.units.items()}
-    if [PlacementRecord.of(graft.name, each, keys) for each in placed] == list(records):
+    if [PlacementRecord.of(graft.name, placement, keys) for placement in placed] == list(records):
         return placed
-    repeated = {each.unit: each for each in records}
+    repeated = {record.unit: record for record in records}
     lost = next(
-        (k for k, each in repeated.items() if k not in asked and not (each.whole and k in graft.units)), None
+        (k for k, record in repeated.items() if k not in asked and not (record.whole and k in graft.units)),
+        None,
     )
     if lost is not None:
         raise StructureError(
@@ -264,6 +265,6 @@ def _repeated(
         )
     asked.clear()
     asked.update(repeated)
-    for key, each in repeated.items():
-        graft.units[key].bind(**each.bound)
-    return [each.placement(graft.units[each.unit]) for each in records]
+    for key, record in repeated.items():
+        graft.units[key].bind(**record.bound)
+    return [record.placement(graft.units[record.unit]) for record in records]

@@ -116,8 +116,8 @@ def by_rank(placed: Placed) -> None:
             groups.setdefault((placement.edit, graft.patch.order[0]), []).append(index)
     for slots in groups.values():
         ranked = sorted((placed[i] for i in slots), key=_rank)
-        for slot, each in zip(slots, ranked, strict=True):
-            placed[slot] = each
+        for slot, edit in zip(slots, ranked, strict=True):
+            placed[slot] = edit
 
 
 def by_edge(placed: Placed) -> Placed:
@@ -141,7 +141,7 @@ def by_edge(placed: Placed) -> Placed:
             graft, placement = placed[index]
             edges.setdefault(graft.name, []).append(placement.edit)
         first, *others = edges.values()
-        if not others or any(each != first for each in others):
+        if not others or any(other != first for other in others):
             continue
         number = {edit: index for index, edit in reversed(list(enumerate(first)))}
         ranked = sorted(slots, key=lambda index: number[placed[index][1].edit])
@@ -204,7 +204,7 @@ def _place_unit(
             holder_path, _, outer = holder_path.rpartition(".")
             own = f"{outer}_{own}"
         if _runs_children(model.get_submodule(holder_path)):  # the model itself goes through its children
-            inner = (path for path, each in model.named_modules() if not _runs_children(each))
+            inner = (path for path, part in model.named_modules() if not _runs_children(part))
             holder_path = next(inner, holder_path)
         full = f"{name}_{own}".rstrip("_")
         _check_free(model.get_submodule(holder_path), full, graft)
@@ -258,14 +258,14 @@ def _program(
     passing = None if state.outer else _passing(trace, traced, state.path, training)
     before = _called(traced, state.path)
     traces = [traced, *labelled, *([passing.traced] if passing is not None else [])]
-    for each in traces:
-        editor = Editor(each)
+    for module_trace in traces:
+        editor = Editor(module_trace)
         for placement, name in inner:
             editor.apply(placement.edit, name)
     skipped = before - _called(traced, state.path)
-    for each in traces:
-        restore_checkpointing(each)
-        for name, settings in each.settings.items():
+    for module_trace in traces:
+        restore_checkpointing(module_trace)
+        for name, settings in module_trace.settings.items():
             state.settings.setdefault(name, {}).update(settings)
     mode = "training" if training else "evaluation"
     function = as_forward(traced, f"{type(module).__name__} {state.path!r} in {mode}", labelled, passing)
@@ -310,11 +310,11 @@ def _passing(trace: ModelTrace, traced: Traced, path: str, training: bool) -> Pa
         for mine, theirs in pairs
     )
     handed_on = all(
-        node.kwargs.get(MORE) is each
-        and each not in node.args
-        and list(node.kwargs.values()).count(each) == 1
-        for each in more
-        for node in each.users
+        node.kwargs.get(MORE) is program
+        and program not in node.args
+        and list(node.kwargs.values()).count(program) == 1
+        for program in more
+        for node in program.users
     )
     if not (alike and handed_on and len(more) == 1):
         return None
@@ -341,19 +341,19 @@ def _names(code: CodeType, run: set[int]) -> Iterator[str]:
     """List the arguments of a function, and the texts on lines that ran: keys of its keywords may be among them."""
     yield from code.co_varnames[: code.co_argcount + code.co_kwonlyargcount]
     line = code.co_firstlineno
-    for each in dis.get_instructions(code):
-        positions = getattr(each, "positions", None)  # from Python 3.11 on, where a line may come back
-        line = (positions.lineno if positions is not None else each.starts_line) or line
-        if line in run and isinstance(each.argval, str) and "CONST" in each.opname:
-            yield each.argval
-        elif line in run and isinstance(each.argval, (tuple, frozenset)):
-            yield from (name for name in each.argval if isinstance(name, str))
+    for instruction in dis.get_instructions(code):
+        positions = getattr(instruction, "positions", None)  # from Python 3.11 on, where a line may come back
+        line = (positions.lineno if positions is not None else instruction.starts_line) or line
+        if line in run and isinstance(instruction.argval, str) and "CONST" in instruction.opname:
+            yield instruction.argval
+        elif line in run and isinstance(instruction.argval, (tuple, frozenset)):
+            yield from (name for name in instruction.argval if isinstance(name, str))
 
 
 def _edited(edit: Edit) -> Iterator[str]:
     """Name the nodes that an edit is about."""
-    for each in fields(edit):
-        value = getattr(edit, each.name)
+    for field in fields(edit):
+        value = getattr(edit, field.name)
         yield from value if isinstance(value, tuple) else [value] if isinstance(value, str) else []
 
 

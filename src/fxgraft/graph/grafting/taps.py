@@ -61,7 +61,7 @@ class _Witness(Unit):
     def fate(self) -> Fate:
         """Say what has become of what was seen, and forget it."""
         seen, self.seen = self.seen, []
-        written = any(tensor._version != version for _, each in seen for tensor, version in each)
+        written = any(tensor._version != version for _, versions in seen for tensor, version in versions)
         return Fate(seen[-1][0] if seen else None, bool(seen), written)
 
 
@@ -158,7 +158,7 @@ class Tap(Unit):
 
 def _versions(value: Any) -> tuple[int | None, ...]:
     """Count the writes to every tensor of a value; those made in inference mode are not counted."""
-    return tuple(None if each.is_inference() else each._version for each in tensors(value))
+    return tuple(None if tensor.is_inference() else tensor._version for tensor in tensors(value))
 
 
 def tap_placements(
@@ -234,7 +234,7 @@ def take(units: Iterable[Unit]) -> dict[str, Any]:
                 "Call the model first; a pass that failed, of a DataParallel replica or of torch.export leaves nothing."
             )
         if tap.slot not in recorded:
-            missing = [each.key for each in taps if each.slot not in recorded]
+            missing = [wanted.key for wanted in taps if wanted.slot not in recorded]
             raise BypassError(
                 f"There is no value of {', '.join(map(repr, missing))}: the last pass did not reach it, or it was "
                 "fetched already.\nA part of the model does not come by every site.\n"

@@ -59,7 +59,7 @@ class Transaction:
             *refilling(registry.__dict__),
             partial(context.update, dict(context)),
             *self.units.restoring(),
-            *(step for each in self._orphans for step in _orphaning(each)),
+            *(step for orphan in self._orphans for step in _orphaning(orphan)),
             partial(torch.set_rng_state, torch.get_rng_state()),  # new units draw their weights
         ]
 
@@ -79,7 +79,7 @@ class Transaction:
         apply_atomically(
             [
                 *(_erasing(self._before) if self._before is not None else ()),
-                *(step for each in self._orphans for step in _releasing(each)),
+                *(step for orphan in self._orphans for step in _releasing(orphan)),
                 *(_writing(plan, self._before) if plan is not None else ()),
                 partial(self.registry.__dict__.update, books),
             ]

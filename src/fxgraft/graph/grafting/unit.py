@@ -88,11 +88,15 @@ class PassView:
         labels = self.model_pass.labels.given
         found = [
             name
-            for name, each in self.model_pass.beside.items()
-            if each is not labels
+            for name, labels_beside in self.model_pass.beside.items()
+            if labels_beside is not labels
             and (
                 not all_positions
-                or (isinstance(each, Tensor) and each.ndim > 1 and each.shape[1:].numel() > 1)
+                or (
+                    isinstance(labels_beside, Tensor)
+                    and labels_beside.ndim > 1
+                    and labels_beside.shape[1:].numel() > 1
+                )
             )
         ]
         if found:
@@ -326,7 +330,7 @@ def look_ahead(run: PassView, rest: Rest, z: Tensor) -> Tensor:
         rest: the rest of the network.
         z: the value. Nothing is written to it as long as it is not used elsewhere; pass a clone.
     """
-    captured = [run.get(each.name) for each in rest.captured]
+    captured = [run.get(capture.name) for capture in rest.captured]
     inputs = [run.inputs[index] for index in rest.inputs]
     with run.model_pass.aside(), _outside_sharded_step(run.model, rest.children):
         return rest.evaluate(run.model, z, captured, inputs, run.model_pass.calls)

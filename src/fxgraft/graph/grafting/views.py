@@ -88,7 +88,7 @@ def view_grafts(model: nn.Module, training: bool = True) -> list[PartView]:
             by_rank(placed)
             trace = look.trace(placed[0][0].input_size)
             view = _view(trace, registry.plan.states[path], by_edge(placed), training)
-            same = next((i for i, each in enumerate(found) if _alike(each, view)), None)
+            same = next((i for i, other in enumerate(found) if _alike(other, view)), None)
             if same is None:
                 found.append(view)
             else:
@@ -130,7 +130,7 @@ def _view(trace: ModelTrace, state: GraftState, placed: Placed, training: bool) 
             node.name,
             labels[node.name],
             grafts.get(node.name, ""),
-            tuple(each.name for each in node.all_input_nodes),
+            tuple(source.name for source in node.all_input_nodes),
             shapes.get(node.name),
         )
         for node in graph.nodes

@@ -67,7 +67,7 @@ class Arguments:
             return value[:rows] if isinstance(value, Tensor) and value.shape[:1] == (size,) else value
 
         kwargs, options = (
-            {name: cut(value) for name, value in each.items()} for each in (self.kwargs, self.options)
+            {name: cut(value) for name, value in keywords.items()} for keywords in (self.kwargs, self.options)
         )
         args = tuple(map(cut, self.args))
         return Arguments(args, kwargs, self.labelled, self.takes_labels, self.weights, options)
@@ -166,9 +166,9 @@ class Context:
     @property
     def current(self) -> ForwardContext | None:
         """The pass of this model that this thread is in; None outside of one."""
-        for each in getattr(_running, "stack", ())[::-1]:
-            if each.context is self:
-                return each
+        for running in getattr(_running, "stack", ())[::-1]:
+            if running.context is self:
+                return running
         return None
 
     @property
@@ -193,8 +193,8 @@ class Context:
         self._local.left = LastPass(run.notes, run.recording)
         self.outputs.note(out, run.notes, run.labels.given if run.labels.read else None)
         if self.loss_grafts and not torch.compiler.is_compiling():
-            self._local.left.shapes = [tuple(each.shape) for each in tensors(out)]
-            self._local.left.learns = any(each.requires_grad for each in tensors(out))
+            self._local.left.shapes = [tuple(tensor.shape) for tensor in tensors(out)]
+            self._local.left.learns = any(tensor.requires_grad for tensor in tensors(out))
             if run.training and torch.is_grad_enabled():
                 self.watch.note(run.model, self.loss_grafts, out)
 
@@ -303,7 +303,7 @@ class ForwardContext:
 
     def exit(self) -> None:
         """Go back to the pass around this one, if there is one."""
-        _running.stack = tuple(each for each in getattr(_running, "stack", ()) if each is not self)
+        _running.stack = tuple(running for running in getattr(_running, "stack", ()) if running is not self)
 
     @contextmanager
     def aside(self) -> Iterator[None]:

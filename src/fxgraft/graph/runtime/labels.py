@@ -124,7 +124,7 @@ def check_label_range(
         return target.clamp(0, classes - 1)
     lowest, highest = (int(values.min()), int(values.max())) if values.numel() else (0, 0)
     if not 0 <= lowest <= highest < classes:
-        mark = next((each for each in (highest, lowest) if each in LEFT_OUT), None)
+        mark = next((value for value in (highest, lowest) if value in LEFT_OUT), None)
         hint = (
             ""
             if mark is None
@@ -236,8 +236,8 @@ def tensors_in(value: Any, depth: int = 4) -> Iterator[Tensor]:
         else:
             names = (*getattr(type(value), "__slots__", ()), *getattr(value, "__dict__", ()))
             parts = (getattr(value, name, None) for name in names)
-        for each in parts:
-            yield from tensors_in(each, depth - 1)
+        for part in parts:
+            yield from tensors_in(part, depth - 1)
 
 
 def take_from(batch: Any, entry: Entry, how: str) -> tuple[Any, Any]:
@@ -296,14 +296,14 @@ def _entry(value: Any, step: Any, entry: Entry, how: str) -> Any:
 
 def batch_of(labels: Any) -> int | None:
     """Return the number of samples that labels are of; None if that is not clear."""
-    sizes = {len(each) for each in tensors_in(labels) if each.ndim}
+    sizes = {len(tensor) for tensor in tensors_in(labels) if tensor.ndim}
     return sizes.pop() if len(sizes) == 1 else None
 
 
 def version_of(labels: Any) -> int | None:
     """Say how often labels were written to; None where that is not known."""
     try:
-        return sum(each._version for each in tensors_in(labels))
+        return sum(tensor._version for tensor in tensors_in(labels))
     except RuntimeError:  # tensors made in inference mode do not count
         return None
 
@@ -328,8 +328,8 @@ def differ(taken: Any, given: Any) -> Tensor | bool | None:
     if isinstance(taken, Tensor):
         if isinstance(given, Tensor):
             return _differ(taken, given)
-        alike = [_differ(taken, each) for each in parts if _comparable(taken, each)]
-        if not alike or any(each is False or each is None for each in alike):
+        alike = [_differ(taken, part) for part in parts if _comparable(taken, part)]
+        if not alike or any(answer is False or answer is None for answer in alike):
             return None if not alike else False
         return _joined(alike, all)
     own = list(tensors_in(taken))
@@ -341,13 +341,13 @@ def differ(taken: Any, given: Any) -> Tensor | bool | None:
 
 
 def _joined(answers: list[Tensor | bool | None], how: Any) -> Tensor | bool:
-    if any(isinstance(each, Tensor) for each in answers):
-        device = next(each.device for each in answers if isinstance(each, Tensor))
+    if any(isinstance(answer, Tensor) for answer in answers):
+        device = next(answer.device for answer in answers if isinstance(answer, Tensor))
         flags = torch.stack(
-            [torch.as_tensor(bool(each) if each is None else each).to(device) for each in answers]
+            [torch.as_tensor(bool(answer) if answer is None else answer).to(device) for answer in answers]
         )
         return flags.any() if how is any else flags.all()
-    return how(bool(each) for each in answers)
+    return how(bool(answer) for answer in answers)
 
 
 def _comparable(taken: Tensor, given: Tensor) -> bool:
@@ -371,7 +371,7 @@ def _differ(taken: Tensor, given: Tensor) -> Tensor | bool | None:
         return True
     elif not soft.is_floating_point():
         return (soft != hard.reshape(soft.shape)).any()
-    half = any(each.dtype in (torch.float16, torch.bfloat16) for each in (soft, hard))
+    half = any(labels.dtype in (torch.float16, torch.bfloat16) for labels in (soft, hard))
     hard = hard.reshape(soft.shape)
     if soft.ndim < 2 or soft.shape[1] == 1 or not hard.is_floating_point():
         pair = (soft.float(), hard.float())

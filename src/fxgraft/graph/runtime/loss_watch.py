@@ -92,9 +92,9 @@ class LossWatch:
             self._passes += 1
             if self._passes <= PASSES:
                 note_change()  # perhaps it was put into another model where nobody saw it
-            for each in tensors(out):
-                if each.requires_grad:
-                    each.register_hook(partial(self._seen, self._passes))
+            for tensor in tensors(out):
+                if tensor.requires_grad:
+                    tensor.register_hook(partial(self._seen, self._passes))
             return
         self._warn_of_none(model, grafts)
 
@@ -192,7 +192,7 @@ SOME = 4096
 
 def some_of(value: Any) -> Tensor | None:
     """Copy a few numbers of an output or of labels; None where there are none."""
-    first = next((each for each in tensors(value) if each.numel()), None)
+    first = next((tensor for tensor in tensors(value) if tensor.numel()), None)
     return None if first is None else first.detach().flatten()[:SOME].float().clone()
 
 
@@ -256,18 +256,18 @@ class Outputs:
         recent = self._recent
         if torch.compiler.is_compiling():
             found = next(
-                (each for each in recent.all() if each.out is out), None
+                (record for record in recent.all() if record.out is out), None
             )  # guards on what is looked at
             return [] if found is None else [found]
         self._tie_recent()
         if not self._tied:  # no pass is known, and the graph of autograd is long
             return []
         given = tensors(out)
-        found = [self._records[each] for each in given if each in self._records]
-        found = found or [record for each in given for record in self._behind(each)]
+        found = [self._records[tensor] for tensor in given if tensor in self._records]
+        found = found or [record for tensor in given for record in self._behind(tensor)]
         if not found:
-            places = [place for each in given if (place := place_of(each)) is not None]
-            known = [(place_of(each), record) for each, record in self._records.items()]
+            places = [place for tensor in given if (place := place_of(tensor)) is not None]
+            known = [(place_of(tensor), record) for tensor, record in self._records.items()]
             found = [record for own, record in known if own and any(own.holds(place) for place in places)]
         return list({id(record): record for record in found}.values())
 
@@ -283,7 +283,7 @@ class Outputs:
 
     def trained(self) -> bool:
         """Say whether the last four passes were in compiled code, with gradients, and nobody has asked for the loss."""
-        return all(any(part.requires_grad for part in tensors(each.out)) for each in self._recent.all())
+        return all(any(part.requires_grad for part in tensors(record.out)) for record in self._recent.all())
 
     def _tie_recent(self) -> None:
         recent = self._recent
@@ -303,10 +303,10 @@ class Outputs:
         if any(name not in self._noting for name in record.notes):
             self._noting = tuple({*self._noting, *record.notes})
         self._tied = True
-        for each in tensors(out):
-            record.shapes.append(tuple(each.shape))
-            self._records[each] = record
-            node: Any = each.grad_fn
+        for tensor in tensors(out):
+            record.shapes.append(tuple(tensor.shape))
+            self._records[tensor] = record
+            node: Any = tensor.grad_fn
             if node is not None:
                 node.metadata[self] = record
 
@@ -323,7 +323,9 @@ class Outputs:
                 left = left if found else min(left, BEYOND)
                 found.append(record)
                 continue
-            following = [each for each, _ in node.next_functions if each is not None and each not in seen]
+            following = [
+                source for source, _ in node.next_functions if source is not None and source not in seen
+            ]
             seen.update(following)
             waiting.extend(following)
         return found
@@ -516,8 +518,8 @@ class ParameterWatch:
     def _begin(self, model: nn.Module, parameters: Mapping[str, Sequence[nn.Parameter]]) -> None:
         own = {
             (name, index): p
-            for name, each in parameters.items()
-            for index, p in enumerate(each)
+            for name, parameter in parameters.items()
+            for index, p in enumerate(parameter)
             if p.requires_grad and not p.is_inference()
         }
         self._begun = True
@@ -561,7 +563,7 @@ class ParameterWatch:
             same = [(p == self._kept[key]).all() for key, p in still.items() if key in self._kept]
             self._kept = {key: value for key, value in self._kept.items() if key in still}
             if same:
-                self._answer = _read_later(torch.stack([each.detach() for each in same]))
+                self._answer = _read_later(torch.stack([flag.detach() for flag in same]))
                 self._compare(model)
         else:
             self._kept = {key: p.detach().clone() for key, p in still.items()}

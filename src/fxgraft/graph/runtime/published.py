@@ -84,11 +84,11 @@ class Labels:
         self.serves = serves
         self.used = self.passed = False
         self._first: list[Place] | None = None
-        own = {id(each) for each in tensors_in(value)}
-        beside = [each for each in tensors_in(around) if id(each) not in own]
+        own = {id(tensor) for tensor in tensors_in(value)}
+        beside = [tensor for tensor in tensors_in(around) if id(tensor) not in own]
         own.update(map(id, beside))
         self._inputs = _places(beside)
-        self._others = _places(each for each in tensors_in(batch) if id(each) not in own)
+        self._others = _places(tensor for tensor in tensors_in(batch) if id(tensor) not in own)
 
     def of(self, inputs: list[Place]) -> int:
         """Say whether inputs are seen to be of the batch: the same tensor (2), or the same memory (1)."""
@@ -101,7 +101,7 @@ class Labels:
     @property
     def gone(self) -> bool:
         """Whether no input can be seen to be of the batch any more."""
-        return all(each.storage.expired() for each in self._inputs)
+        return all(place.storage.expired() for place in self._inputs)
 
     def spent(self, inputs: list[Place]) -> bool:
         """Say whether they have served already what they may serve."""
@@ -117,8 +117,8 @@ class Labels:
 
 
 def _places(tensors: Iterable[Tensor]) -> list[Place]:
-    found = (place_of(each) for each in tensors)
-    return [each for each in found if each is not None]
+    found = (place_of(tensor) for tensor in tensors)
+    return [place for place in found if place is not None]
 
 
 def _match(known: list[Place], given: list[Place]) -> int:
@@ -152,8 +152,8 @@ class LabelSource:
 
     def publish(self, labels: Labels) -> None:
         """Set the labels of the next batch."""
-        waiting = [each for each in self.known if not each.passed]
-        kept = [each for each in waiting if not each.gone][-MOST:]
+        waiting = [batch for batch in self.known if not batch.passed]
+        kept = [batch for batch in waiting if not batch.gone][-MOST:]
         # Only compiled code has passes that nobody could see the inputs of.
         self._lost = self._lost or len(kept) < len(waiting)
         self._earlier, self.last = kept, labels
@@ -164,7 +164,7 @@ class LabelSource:
         labels.passed = True
         if seen:  # a loop whose inputs can be told left the lost ones out
             self._lost = False
-        self._earlier = [each for each in self._earlier if not each.passed and not each.gone]
+        self._earlier = [batch for batch in self._earlier if not batch.passed and not batch.gone]
         self.ahead = self._lost or bool(self._earlier)
 
 
@@ -179,7 +179,7 @@ def _publishing(source: LabelSource) -> Iterator[None]:
         yield
     finally:
         # Not reset by a token: a generator may be closed in another context than it was started in.
-        _published.set(tuple(each for each in _published.get() if each is not source))
+        _published.set(tuple(other for other in _published.get() if other is not source))
 
 
 class Offer(NamedTuple):
@@ -210,13 +210,13 @@ def published(model: nn.Module, inputs: Any) -> Offer:
         model: that makes the pass.
         inputs: the arguments of the call.
     """
-    sources = [each for each in _published.get() if each.serves(model)]
+    sources = [known for known in _published.get() if known.serves(model)]
     if not sources:
         return Offer()
     last: Any = sources[-1].last
     if last.serves == "block":  # a block around the call says it all
         return Offer(last, sources[-1])
-    sources = [each for each in sources if each.last is not None and each.last.serves != "block"]
+    sources = [known for known in sources if known.last is not None and known.last.serves != "block"]
     if not torch.compiler.is_compiling():
         places = _places(tensors_in(inputs))
         offer = _recognised(sources, places)
@@ -224,7 +224,7 @@ def published(model: nn.Module, inputs: Any) -> Offer:
             return offer
     else:
         places = []
-    chosen = [each for each in sources if each.model is not None] or sources
+    chosen = [known for known in sources if known.model is not None] or sources
     source = chosen[-1]
     doubt: Doubt | None = "loaders" if len(chosen) > 1 else "batches" if source.ahead else None
     return Offer(source.last, source, places, False, doubt)
@@ -242,7 +242,7 @@ def _recognised(sources: list[LabelSource], places: list[Place]) -> Offer | None
     bound = [pair for pair in found if pair[0].model is not None] or found
     source, labels = bound[-1]
     doubt: Doubt | None = None
-    if any(other is not source and each.value is not labels.value for other, each in bound):
+    if any(other is not source and bound_labels.value is not labels.value for other, bound_labels in bound):
         doubt = "loaders"
     elif best == 1 and len(bound) > 1:
         doubt = (
@@ -297,7 +297,7 @@ def relabel(y: Any, batch: Any) -> None:
         y: the labels from now on.
         batch: tensors that a call may get, by which it is seen to be of the batch.
     """
-    source = next((each for each in _published.get()[::-1] if each.last is not None), None)
+    source = next((candidate for candidate in _published.get()[::-1] if candidate.last is not None), None)
     if source is not None and source.last is not None and source.last.serves == "pass":
         source.last = Labels(y, "pass", batch, batch)
 

@@ -72,7 +72,7 @@ class Absorber:
             return
         # A flattened map has the cells of its channels one after the other.
         times = weight.shape[1] // len(scale)
-        scale, shift = (each.repeat_interleave(times) for each in (scale, shift))
+        scale, shift = (vector.repeat_interleave(times) for vector in (scale, shift))
         across = (1, -1, *[1] * (weight.ndim - 2))
         bias.add_((wide * shift.view(across)).flatten(1).sum(1))
         weight.copy_(wide * scale.view(across))
@@ -110,7 +110,7 @@ def _last_of(trace: ModelTrace, path: str) -> str:
             return path
         (node,) = next(node for node in graph.nodes if node.op == "output").args
         while isinstance(node, fx.Node) and len(node.users) == 1 and passes(trace.module(path), node):
-            if any(acted_on(trace.module(join(path, each))) for each in modules_in([node])):
+            if any(acted_on(trace.module(join(path, name))) for name in modules_in([node])):
                 return ""
             node = node.all_input_nodes[0]
         # Where more than the module's output is made of the layer's, that would change as well.
@@ -141,7 +141,7 @@ def _owned(trace: ModelTrace, absorber: Absorber) -> Absorber | None:
 
 def _node_of(trace: ModelTrace, site: Site) -> tuple[Traced, fx.Node] | None:
     """Find a site's node, with the head opened or what is around it: whichever trace holds exactly that node."""
-    outer = tuple(each for each in ancestors(site.path) if each)
+    outer = tuple(ancestor for ancestor in ancestors(site.path) if ancestor)
     for tracing in (lambda: opened_head(trace)[0], lambda: trace.graph("", training=False, opened=outer)):
         with suppress(StructureError, TraceError, SiteError):
             traced = tracing()
@@ -160,13 +160,13 @@ def _reader(trace: ModelTrace, site: Site, layout: Layout, channels: int) -> str
     traced, node = found
     values = trace.values("", traced)
     around = {site.path or site.owner, *ancestors(site.path or site.owner)} - {""}
-    if any(output_hooked(trace.module(each)) for each in around):
+    if any(output_hooked(trace.module(outer_path)) for outer_path in around):
         return None
     pooled = False
     while len(node.users) == 1:
         (user,) = node.users
         if user.op == "output" or any(
-            acted_on(trace.module(each)) for each in modules_in([user]) if each not in around
+            acted_on(trace.module(callee)) for callee in modules_in([user]) if callee not in around
         ):
             return None
         if user.op == "call_module" and is_classifier(trace.module(str(user.target))):

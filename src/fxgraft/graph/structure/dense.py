@@ -102,7 +102,7 @@ def _could_be_dense(trace: ModelTrace, owner: str) -> bool:
     closed = is_primitive(module) and not any(True for _ in module.children())
     if closed or type(module) is nn.Sequential:
         return False
-    return any(isinstance(each, ConvNd) for each in module.modules() if each is not module)
+    return any(isinstance(inner, ConvNd) for inner in module.modules() if inner is not module)
 
 
 def _layer(trace: ModelTrace, owner: str, training: bool) -> _Layer | None:
@@ -162,7 +162,7 @@ def _base(trace: ModelTrace, owner: str, returned: fx.Node) -> fx.Node | None:
 def _convolves(trace: ModelTrace, owner: str, node: fx.Node) -> bool:
     if node.op != "call_module":
         return False
-    return any(isinstance(each, ConvNd) for each in trace.module(join(owner, str(node.target))).modules())
+    return any(isinstance(inner, ConvNd) for inner in trace.module(join(owner, str(node.target))).modules())
 
 
 def _joined_onward(trace: ModelTrace, owner: str) -> bool:
@@ -220,7 +220,7 @@ def _edges(trace: ModelTrace, owner: str, block: str, mode: bool) -> list[Edge]:
         )
     layer = _layer(trace, owner, mode)
     joined = [] if layer is None else layer.joined.all_input_nodes
-    sources = [given[inputs.index(each)] for each in joined]
+    sources = [given[inputs.index(node)] for node in joined]
     return [Edge(x.name, tuple(user.name for user in sorted(x.users) if calls[0] < user)) for x in sources]
 
 

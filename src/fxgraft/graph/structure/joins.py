@@ -147,7 +147,7 @@ def closed_blocks(trace: ModelTrace) -> list[str]:
     """List the modules whose forwards cannot be traced, innermost ones alone, by name."""
     found: list[str] = []
     for owner in _openable(trace):
-        if owner and not any(inside(each, owner) for each in found) and not _can_be_traced(trace, owner):
+        if owner and not any(inside(path, owner) for path in found) and not _can_be_traced(trace, owner):
             found.append(owner)
     return found
 
@@ -163,8 +163,8 @@ def _can_be_traced(trace: ModelTrace, owner: str) -> bool:
 def share_in_branches(trace: ModelTrace) -> float:
     """Return which share of a model's convolutions and linear layers is in the branches of its joins."""
     layers = {path for path in trace.in_order() if isinstance(trace.module(path), PROJECTIONS)}
-    joined = {path for each in residual_joins(trace) for path in each.branch}
-    held = {path for path in layers if any(inside(path, each) for each in joined)}
+    joined = {path for residual in residual_joins(trace) for path in residual.branch}
+    held = {path for path in layers if any(inside(path, path_inside) for path_inside in joined)}
     return len(held) / max(len(layers), 1)
 
 
@@ -191,7 +191,7 @@ class _Search:
         self.found: dict[str, list[_Parts]] = {}
 
     def joins(self) -> list[Join]:
-        return [each for path in _openable(self.trace) for each in self._joins_in(path)]
+        return [residual for path in _openable(self.trace) for residual in self._joins_in(path)]
 
     def _joins_in(self, owner: str) -> list[Join]:
         try:
@@ -209,7 +209,7 @@ class _Search:
                 parts = self._before_drops(owner, parts, training.scales)
                 name = join(owner, parts.adds_to.name)
                 calls = (str(node.target) for node in sorted(parts.between) if node.op == "call_module")
-                branch = tuple(join(owner, each) for each in calls)
+                branch = tuple(join(owner, call) for call in calls)
                 found.append(Join(name, owner, self._sites(owner, name, parts, training), parts.kind, branch))
         return found
 
@@ -259,7 +259,7 @@ class _Search:
         except FxgraftError:
             return False
         target = relative(owner, caller)
-        calls = [each for each in graph.nodes if each.op == "call_module" and each.target == target]
+        calls = [call for call in graph.nodes if call.op == "call_module" and call.target == target]
         return any(self._within_branch(caller, call) for call in calls[:1])
 
     def _in_training(self, owner: str, evaluation: list[_Parts]) -> list[_Parts | None]:
@@ -270,9 +270,9 @@ class _Search:
         found = self._find(owner, traced.graph, self.trace.values(owner, traced))
         known = self._parts_in(owner)
         if len(found) == len(known):
-            return [found[known.index(each)] for each in evaluation]
-        named = {each.adds_to.name: each for each in found}
-        return [named.get(each.adds_to.name) for each in evaluation]
+            return [found[known.index(residual)] for residual in evaluation]
+        named = {residual.adds_to.name: residual for residual in found}
+        return [named.get(residual.adds_to.name) for residual in evaluation]
 
     def _find(self, owner: str, graph: fx.Graph, values: Values) -> list[_Parts]:
         found: list[_Parts] = []
@@ -323,13 +323,13 @@ class _Search:
         both = computed_from([branch], around=fork) & behind & self.steps.data(owner, fork.graph)
         # Attention may count windows or heads among the images: its own batch is another than that of its input.
         batches = {_shape(values, fork)[:1], (self.images,)}
-        return not any(_shape(values, each)[:1] in batches for each in both)
+        return not any(_shape(values, operand)[:1] in batches for operand in both)
 
     def _with_more_branches(self, owner: str, values: Values, parts: _Parts) -> _Parts:
         """Follow a sum to which further branches of the same fork are added."""
         while len(parts.total.users) == 1:
             (user,) = parts.total.users
-            others = [each for each in user.all_input_nodes if each is not parts.total]
+            others = [source for source in user.all_input_nodes if source is not parts.total]
             if (
                 not is_addition(user)
                 or len(others) != 1
@@ -362,12 +362,12 @@ class _Search:
 
     def _whole(self, owner: str, values: Values, parts: _Parts) -> _Parts:
         """Take the whole value of a block that adds on some of its channels, or note that it is a part."""
-        ends = [_channels_of(self.trace, values, each) for each in (parts.branch, parts.identity)]
+        ends = [_channels_of(self.trace, values, side) for side in (parts.branch, parts.identity)]
         joint = next(iter(parts.total.users)) if len(parts.total.users) == 1 else None
         if joint is None or called(joint) not in JOINING or not self._on_channels(values, parts.total, joint):
             return replace(parts, kind="part") if any(ends) else parts
-        rest = [each for each in joint.all_input_nodes if each is not parts.total]
-        if not all(set(each.all_input_nodes) & {*filter(None, ends), *parts.between} for each in rest):
+        rest = [source for source in joint.all_input_nodes if source is not parts.total]
+        if not all(set(source.all_input_nodes) & {*filter(None, ends), *parts.between} for source in rest):
             return replace(parts, kind="part")
         branch, identity = (None if end is None else (end, _slices(end)) for end in ends)
         return replace(
@@ -407,7 +407,7 @@ class _Search:
         scales = passed = 0
         while node in parts.between:
             words = self.steps.of(owner, node)
-            inputs = [each for each in sources_of(node) if each in data]
+            inputs = [source for source in sources_of(node) if source in data]
             if not words <= {"drop", "scale"} or len(inputs) != 1 or inputs[0] is parts.fork:
                 break
             users, node = (node,), inputs[0]
@@ -484,7 +484,7 @@ def _listing(graph: fx.Graph) -> list[tuple[Any, ...]]:
 
 
 def _are_nodes(operands: tuple[Any, ...]) -> bool:
-    return len(operands) == 2 and all(isinstance(each, fx.Node) for each in operands)
+    return len(operands) == 2 and all(isinstance(operand, fx.Node) for operand in operands)
 
 
 def _shape(values: Values, node: Any) -> tuple[int, ...]:
@@ -518,7 +518,7 @@ def _back_to(start: fx.Node, known: set[fx.Node], data: set[fx.Node]) -> tuple[l
             met.add(node)
         elif node not in way:
             way.append(node)
-            waiting += [each for each in sources_of(node) if each in data]
+            waiting += [source for source in sources_of(node) if source in data]
             elsewhere = elsewhere or node.op == "placeholder"
     return way, set() if elsewhere else met
 
@@ -540,7 +540,7 @@ def _one_of_several(total: fx.Node) -> bool:
     for user in total.users:
         if called(user) not in JOINING:
             continue
-        others = {each for each in user.all_input_nodes if each is not total and is_addition(each)}
+        others = {source for source in user.all_input_nodes if source is not total and is_addition(source)}
         if others - computed_from([total]) - downstream_of(total):
             return True
     return False
@@ -561,7 +561,7 @@ def _channels_of(trace: ModelTrace, values: Values, node: fx.Node) -> fx.Node | 
     if node.target is not operator.getitem or not isinstance(node.args[0], fx.Node):
         return None
     entries = node.args[1] if isinstance(node.args[1], tuple) else (node.args[1],)
-    if any(isinstance(each, slice) and each.step is not None for each in entries):
+    if any(isinstance(entry, slice) and entry.step is not None for entry in entries):
         return None
     small, large = _shape(values, node), _shape(values, node.args[0])
     if len(small) != len(large) or _unlike(small, large) != [_channel(trace, values, node.args[0])]:

@@ -28,7 +28,7 @@ from fxgraft.graph.tracing.model_trace import ModelTrace
 LayoutName = Literal["NCHW", "NHWC", "NLC", "NCL", "NC", "NCDHW", "NDHWC"]
 """The layouts: maps, tokens, signals, vectors, and volumes, whose depth is time in a clip."""
 
-DIMENSIONS: dict[str, int] = {each: len(each) for each in get_args(LayoutName)}
+DIMENSIONS: dict[str, int] = {layout: len(layout) for layout in get_args(LayoutName)}
 """The layouts by name, with their number of dimensions."""
 
 NAMES = tuple(DIMENSIONS)

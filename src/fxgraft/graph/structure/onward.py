@@ -195,13 +195,15 @@ class _Follower:
                 return _nest(node.args[0], held)
             if node.name in carried:
                 held[node] = carried[node.name]
-            elif any(held.get(each) is not None for each in node.all_input_nodes) and not is_size(node):
+            elif any(held.get(source) is not None for source in node.all_input_nodes) and not is_size(node):
                 held[node] = self._step(owner, values, node, held)
         return None
 
     def _step(self, owner: str, values: Values, node: fx.Node, held: Mapping[fx.Node, Carried]) -> Carried:
         """Follow values through one node."""
-        carrying = {each: found for each in sources_of(node) if (found := _merged(_flows(held.get(each))))}
+        carrying = {
+            source: found for source in sources_of(node) if (found := _merged(_flows(held.get(source))))
+        }
         merged = _merged(list(carrying.values()))
         if merged is None:
             return None
@@ -223,7 +225,7 @@ class _Follower:
         words = self.steps.of(owner, node)
         if "gate" in words:
             role = min(
-                (_factor(values, node, each, flow) for each, flow in carrying.items()), key=_ROLES.index
+                (_factor(values, node, source, flow) for source, flow in carrying.items()), key=_ROLES.index
             )
         else:
             role = self._bounded(owner, node, role, words)
@@ -246,7 +248,7 @@ class _Follower:
         try:
             traced = self.trace.graph(path, training=False)
             given = fx.map_arg(
-                (node.args, dict(node.kwargs)), lambda each: _spread(values(each), held.get(each))
+                (node.args, dict(node.kwargs)), lambda source: _spread(values(source), held.get(source))
             )
             leaves = pytree.tree_leaves(bind(traced.signature, *given))  # type: ignore[misc]
             flows = [leaf.carried if isinstance(leaf, _Held) else None for leaf in leaves]
@@ -280,26 +282,26 @@ class _Follower:
 def _flows(carried: Carried) -> list[Flow]:
     if isinstance(carried, Flow):
         return [carried]
-    return [] if carried is None else [flow for _, each in carried.named for flow in _flows(each)]
+    return [] if carried is None else [flow for _, part in carried.named for flow in _flows(part)]
 
 
 def _merged(flows: list[Flow]) -> Flow | None:
     """Return what a value carries that is made of several, entry by entry."""
     if not flows:
         return None
-    role = min((each.role for each in flows), key=_ROLES.index)
-    if any(each.dim != flows[0].dim for each in flows):
+    role = min((flow.role for flow in flows), key=_ROLES.index)
+    if any(flow.dim != flows[0].dim for flow in flows):
         return Flow(role=role)
-    return Flow(min(each.first for each in flows), flows[0].dim, role)
+    return Flow(min(flow.first for flow in flows), flows[0].dim, role)
 
 
 def _nest(value: Any, held: Mapping[fx.Node, Carried]) -> Carried:
     if isinstance(value, fx.Node):
         return held.get(value)
     if isinstance(value, (tuple, list)):
-        return _entries((name, _nest(each, held)) for name, each in zip(_names(value), value, strict=True))
+        return _entries((name, _nest(part, held)) for name, part in zip(_names(value), value, strict=True))
     return (
-        _entries((key, _nest(each, held)) for key, each in value.items()) if isinstance(value, dict) else None
+        _entries((key, _nest(part, held)) for key, part in value.items()) if isinstance(value, dict) else None
     )
 
 
@@ -313,13 +315,13 @@ class _Held:
 def _spread(value: Any, carried: Carried) -> Any:
     """Put what is followed in a structure where its entries are; what is followed in all of it stands in each."""
 
-    def inner(key: Any, each: Any) -> Any:
-        return _spread(each, carried.at(key) if isinstance(carried, Entries) else carried)
+    def inner(key: Any, part: Any) -> Any:
+        return _spread(part, carried.at(key) if isinstance(carried, Entries) else carried)
 
     if isinstance(value, dict):
-        return {key: inner(key, each) for key, each in value.items()}
+        return {key: inner(key, part) for key, part in value.items()}
     if isinstance(value, (tuple, list)):
-        return tuple(inner(key, each) for key, each in zip(_names(value), value, strict=True))
+        return tuple(inner(key, part) for key, part in zip(_names(value), value, strict=True))
     return _Held(carried)
 
 
@@ -337,12 +339,12 @@ def _built(values: Values, node: fx.Node, held: Mapping[fx.Node, Carried]) -> Ca
     """Follow values into the structure that a node makes of them; None where it makes none, or one of another kind."""
     made = node.target
     if is_addition(node) and isinstance(values(node), (tuple, list)):
-        return _entries(enumerate(each for part in node.args for each in _listed(values, part, held)))
+        return _entries(enumerate(entry for part in node.args for entry in _listed(values, part, held)))
     if node.op != "call_function" or not isinstance(made, type):
         return None
     if dataclasses.is_dataclass(made) or hasattr(made, "_fields"):
         return _nest(dict(inspect.signature(made).bind(*node.args, **node.kwargs).arguments), held)
-    if issubclass(made, (dict, list, tuple)) and all(not isinstance(each, fx.Node) for each in node.args):
+    if issubclass(made, (dict, list, tuple)) and all(not isinstance(arg, fx.Node) for arg in node.args):
         return _nest(cast(Any, made)(*node.args, **node.kwargs), held)
     return None
 
@@ -350,7 +352,7 @@ def _built(values: Values, node: fx.Node, held: Mapping[fx.Node, Carried]) -> Ca
 def _listed(values: Values, part: Any, held: Mapping[fx.Node, Carried]) -> list[Carried]:
     """List what is followed in a sequence, entry by entry."""
     if not isinstance(part, fx.Node):
-        return [_nest(each, held) for each in part]
+        return [_nest(item, held) for item in part]
     carried = held.get(part)
     return [carried.at(name) if isinstance(carried, Entries) else carried for name in _names(values(part))]
 
@@ -395,23 +397,24 @@ def _picked(values: Values, node: fx.Node, carried: Carried) -> Carried:
         return carried
     whole = Flow(role=carried.role)
     entries: list[Any] = list(index) if isinstance(index, tuple) else [index]
-    if not all(isinstance(each, (int, slice)) for each in entries):
+    if not all(isinstance(part, (int, slice)) for part in entries):
         return whole
     entry = entries[carried.dim] if len(entries) > carried.dim else slice(None)
     count = _shape(values, node.all_input_nodes[0])[carried.dim]
     if isinstance(entry, int):
         return whole if entry % count >= carried.first else None
     bounds = [
-        values(each) if isinstance(each, fx.Node) else each for each in (entry.start, entry.stop, entry.step)
+        values(bound) if isinstance(bound, fx.Node) else bound
+        for bound in (entry.start, entry.stop, entry.step)
     ]
-    if not all(each is None or isinstance(each, int) for each in bounds):
+    if not all(bound is None or isinstance(bound, int) for bound in bounds):
         return whole
     start, stop, step = slice(*bounds).indices(count)
     if step != 1:
         return whole
     if stop <= max(start, carried.first):
         return None
-    dropped = sum(isinstance(each, int) for each in entries[: carried.dim])
+    dropped = sum(isinstance(part, int) for part in entries[: carried.dim])
     return Flow(max(carried.first - start, 0), carried.dim - dropped, carried.role)
 
 

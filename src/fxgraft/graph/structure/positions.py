@@ -81,10 +81,10 @@ def positions(trace: ModelTrace, position: str | None = None, layers: SiteSpec |
     @functools.cache
     def blocks() -> tuple[str, list[Site]]:
         wanted = usual(trace) if position is None else (position,)
-        for each in wanted:
-            found = _all(trace, each)
+        for layer in wanted:
+            found = _all(trace, layer)
             if found:
-                return each, found
+                return layer, found
         return wanted[0], []
 
     if layers is None:
@@ -120,18 +120,18 @@ def usual(trace: ModelTrace) -> tuple[str, ...]:
 def position_sites(trace: ModelTrace) -> list[Site]:
     """List every residual join with its positions, each place once, for `fxgraft.sites`."""
     listed = []
-    for each in residual_joins(trace):
+    for residual in residual_joins(trace):
         seen: list[Edit] = []
         for position in RESIDUAL:
             try:
-                site = _position(trace, each, position)
+                site = _position(trace, residual, position)
             except FxgraftError:  # what cannot be reached from inside of the block is not listed
                 continue
             if site is None or site.edits is None or site.edits.evaluation in seen:
                 continue
             seen.append(site.edits.evaluation)
             layout = layout_word(trace, site.value)
-            listed.append(dataclasses.replace(site, name=f"{each.name}:{position}", layout=layout))
+            listed.append(dataclasses.replace(site, name=f"{residual.name}:{position}", layout=layout))
     return listed
 
 
@@ -142,36 +142,36 @@ def _all(trace: ModelTrace, position: str) -> list[Site]:
 
 
 def _residual(trace: ModelTrace, position: str) -> list[Site]:
-    found = (_position(trace, each, position) for each in residual_joins(trace))
+    found = (_position(trace, residual, position) for residual in residual_joins(trace))
     return [site for site in found if site is not None]
 
 
-def _position(trace: ModelTrace, each: Join, position: str) -> Site | None:
+def _position(trace: ModelTrace, residual: Join, position: str) -> Site | None:
     """Return the site of one position of a join; None where the join has no such position.
 
     Raises:
         StructureError: the position depends on a shortcut that is made outside of the block.
     """
-    site = each.sites.get({"output": "post", "pre_with_projection": "pre"}.get(position, position))
+    site = residual.sites.get({"output": "post", "pre_with_projection": "pre"}.get(position, position))
     if site is None or site.position == position:
         return site
     if position == "output":
-        node = _handed_on(trace, each.owner, site.node)
-        edits = Edits(each.owner, After(node), After(training_name(trace, each.owner, node)))
-        site = dataclasses.replace(site, node=node, value=trace.values(each.owner).get(node))
+        node = _handed_on(trace, residual.owner, site.node)
+        edits = Edits(residual.owner, After(node), After(training_name(trace, residual.owner, node)))
+        site = dataclasses.replace(site, node=node, value=trace.values(residual.owner).get(node))
     else:
-        pre, identity = edits_of(trace, site), edits_of(trace, each.sites["identity"])
-        graphs = [trace.graph(each.owner, training).graph for training in (False, True)]
+        pre, identity = edits_of(trace, site), edits_of(trace, residual.sites["identity"])
+        graphs = [trace.graph(residual.owner, training).graph for training in (False, True)]
         edits = Edits(
-            each.owner,
-            _with_projection(trace, each, graphs[0], pre.evaluation, identity.evaluation),
-            _with_projection(trace, each, graphs[1], pre.training, identity.training),
+            residual.owner,
+            _with_projection(trace, residual, graphs[0], pre.evaluation, identity.evaluation),
+            _with_projection(trace, residual, graphs[1], pre.training, identity.training),
         )
     op = site.op.replace(site.position, position, 1)
     return dataclasses.replace(site, op=op, edits=edits, position=position)
 
 
-def _with_projection(trace: ModelTrace, each: Join, graph: fx.Graph, pre: Edit, identity: Edit) -> Edit:
+def _with_projection(trace: ModelTrace, residual: Join, graph: fx.Graph, pre: Edit, identity: Edit) -> Edit:
     """Add to the users of a fork, in the branch, the one that projects the shortcut, if it is projected."""
     nodes = {node.name: node for node in graph.nodes}
     if not isinstance(pre, Edge) or not isinstance(identity, Edge):
@@ -180,11 +180,11 @@ def _with_projection(trace: ModelTrace, each: Join, graph: fx.Graph, pre: Edit, 
     way = {node for node in downstream_of(fork) & {*upstream_of(shortcut), shortcut} if node is not fork}
     if shortcut is not fork and not way:
         raise StructureError(
-            f"The shortcut that {each.name!r} adds is an argument of {each.owner!r}, made by its caller.\n"
+            f"The shortcut that {residual.name!r} adds is an argument of {residual.owner!r}, made by its caller.\n"
             "What it is made from cannot be changed from inside of the block.\n"
             'Pass position="pre", which leaves the shortcut as it is.'
         )
-    if steps_of(trace).all_of(each.owner, way) <= {"drop", "scale"}:
+    if steps_of(trace).all_of(residual.owner, way) <= {"drop", "scale"}:
         return pre
     return Edge(pre.node, tuple(user.name for user in fork.users if user.name in pre.users or user in way))
 
@@ -233,7 +233,7 @@ def _operators(trace: ModelTrace, module: nn.Module | None, node: fx.Node, value
     Returns:
         None where the step is something else; an empty list where it does nothing in evaluation.
     """
-    inputs = [each for each in node.all_input_nodes if each.op != "get_attr"]
+    inputs = [source for source in node.all_input_nodes if source.op != "get_attr"]
     if len(inputs) != 1 or node.args[:1] != (inputs[0],) or len(node.all_input_nodes) > 1:
         return None
     call: Any = getattr(torch.Tensor, str(node.target)) if node.op == "call_method" else module or node.target
@@ -245,13 +245,13 @@ def _operators(trace: ModelTrace, module: nn.Module | None, node: fx.Node, value
 
     try:
         with preserved_random_state(), preserved_modes(module or nn.Identity()):
-            for each in module.modules() if module is not None else ():
-                each.training = False
+            for part in module.modules() if module is not None else ():
+                part.training = False
             result = trace.observation.run(run, value)
     except Exception:  # what does not run by itself isn't an activation
         return None
-    names = [each._schema.name.partition("::")[2] for each in recorder.seen]
-    pointwise = (torch.Tag.pointwise in each.tags for each in recorder.seen)
+    names = [operator._schema.name.partition("::")[2] for operator in recorder.seen]
+    pointwise = (torch.Tag.pointwise in operator.tags for operator in recorder.seen)
     if (
         not isinstance(result, Tensor)
         or result.shape != value.shape
@@ -353,9 +353,9 @@ def _named(trace: ModelTrace, word: str | int, every: Callable[[], list[Site]]) 
             return wanted
     chosen: list[Site] = []
     for site in resolve(trace, word):
-        inside = [each for each in blocks if site.path and _holds(site.path, each)]
+        inside = [block for block in blocks if site.path and _holds(site.path, block)]
         own = dataclasses.replace(site, block=site.path or site.owner)
-        chosen += [each for each in inside if _holds_places(each)] or [own]
+        chosen += [block for block in inside if _holds_places(block)] or [own]
     return chosen
 
 
@@ -393,9 +393,9 @@ def _nowhere(trace: ModelTrace, position: str, found: list[Site]) -> StructureEr
             "Statistics over positions need several of them.\n"
             "Pass input_size=(C, H, W) of larger images, or layers= with other sites."
         )
-    joined = [each.name for each in residual_joins(trace)] if position in RESIDUAL else []
+    joined = [residual.name for residual in residual_joins(trace)] if position in RESIDUAL else []
     if joined:
-        have = [each for each in RESIDUAL if each != position and _residual(trace, each)]
+        have = [names for names in RESIDUAL if names != position and _residual(trace, names)]
         return StructureError(
             f"No residual join of {model} has a position {position!r}: {_few(joined)}.\n"
             "They add several branches one after the other, and no value is the end of all of them.\n"
@@ -407,7 +407,7 @@ def _nowhere(trace: ModelTrace, position: str, found: list[Site]) -> StructureEr
     parts = [f"{joins} residual joins", f"{dense} dense layers"]
     parts += [f"{len(_plain(trace, kind))} {plural}" for kind, plural in _KINDS.items()]
     have = [p for p, n in zip((RESIDUAL, DENSE, *([k] for k in PLAIN)), parts, strict=True) if n[0] != "0"]
-    offers = ", ".join(repr(each) for group in have for each in group if each != position)
+    offers = ", ".join(repr(name) for group in have for name in group if name != position)
     what = "residual join" if position in RESIDUAL else "dense layer" if position in DENSE else position
     what = "dense layer of two convolutions" if position == DENSE[2] and dense else what
     sums = candidate_sums(trace) if position in RESIDUAL else []

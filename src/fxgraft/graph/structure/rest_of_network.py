@@ -104,7 +104,7 @@ def linear_tail(
         return None
     around = ("", *ancestors(site.path or site.owner), site.path or site.owner)
     passed.append(logits)
-    inner = tuple(dict.fromkeys(each for each in modules_in(passed) if each not in around))
+    inner = tuple(dict.fromkeys(path for path in modules_in(passed) if path not in around))
     return LinearTail(str(logits.target), inner, tuple(dict.fromkeys(around)))
 
 
@@ -192,7 +192,7 @@ class Rest:
             inputs: the inputs of ``inputs``, in the same order.
             calls: arguments that modules with hooks were called with, by qualified name; hooks look at those.
         """
-        others = [_detached(each) for each in (*captured, *inputs)]
+        others = [_detached(tensor) for tensor in (*captured, *inputs)]
         with self.evaluation_mode(model):
             if self.site.on_module:  # grafts act inside of its call, its hooks behind them
                 args, kwargs = pytree.tree_map(_detached, calls.get(self.site.path, ((), {})))
@@ -204,24 +204,28 @@ class Rest:
 
     def averages(self, model: nn.Module) -> bool:
         """Say whether training passes move statistics that the rest normalises with when it is evaluated."""
-        modules = (each for name in self.children for each in model.get_submodule(name).modules())
+        modules = (module for name in self.children for module in model.get_submodule(name).modules())
         return any(
-            isinstance(each, NormBase) and each.training and each.track_running_stats for each in modules
+            isinstance(module, NormBase) and module.training and module.track_running_stats
+            for module in modules
         )
 
     @contextlib.contextmanager
     def evaluation_mode(self, model: nn.Module) -> Iterator[None]:
         """Put the modules of the rest into evaluation mode for the block: no BatchNorm update, no dropout."""
         switched = [
-            each for name in self.children for each in model.get_submodule(name).modules() if each.training
+            module
+            for name in self.children
+            for module in model.get_submodule(name).modules()
+            if module.training
         ]
-        for each in switched:
-            each.training = False
+        for module in switched:
+            module.training = False
         try:
             yield
         finally:
-            for each in switched:
-                each.training = True
+            for module in switched:
+                module.training = True
 
 
 _CHEAP_FUNCTIONS = {getattr, operator.getitem, operator.mul, operator.add, operator.sub, operator.floordiv}
@@ -237,7 +241,7 @@ def _cheap(node: fx.Node) -> bool:
     light = (node.op == "call_function" and node.target in _CHEAP_FUNCTIONS) or (
         node.op == "call_method" and node.target in _CHEAP_METHODS
     )
-    return light and all(_cheap(each) for each in node.all_input_nodes)
+    return light and all(_cheap(source) for source in node.all_input_nodes)
 
 
 def _followed(trace: ModelTrace) -> bool:
@@ -322,7 +326,7 @@ def rest_of_network(
     name = start.name
     while acted is not None:
         units = (user for user in start.users if is_unit(user) and user.op == "call_module")
-        unit = next((each for each in units if acted(trace.module(str(each.target)))), None)
+        unit = next((candidate for candidate in units if acted(trace.module(str(candidate.target)))), None)
         if unit is None:
             break
         start = unit
@@ -434,7 +438,7 @@ def _cut(
 
 def _bare(node: fx.Node) -> fx.Node:
     while is_unit(node):
-        node = next(each for each in node.all_input_nodes if each.op != "get_attr")
+        node = next(source for source in node.all_input_nodes if source.op != "get_attr")
     return node
 
 
@@ -476,7 +480,7 @@ def reads_places(trace: ModelTrace, rest: Rest, prefix: int, compute: bool = Fal
         compute: whether to look for a gradient as well, where the weights are there.
     """
     value = rest.site.value
-    others = [each.value for each in rest.captured]
+    others = [capture.value for capture in rest.captured]
     others += [trace.observation.calls[""][0].args[index] for index in rest.inputs]
     if prefix:
         reach = Reach(prefix)
@@ -485,7 +489,7 @@ def reads_places(trace: ModelTrace, rest: Rest, prefix: int, compute: bool = Fal
         reach.start(z)
         with _left_alone(trace), rest.evaluation_mode(trace.model):
             out = observation.follow(reach, rest.function, trace.model, z, *others)
-        if not any(reach.reads(each) for each in tensors(out)):
+        if not any(reach.reads(tensor) for tensor in tensors(out)):
             return False
     found = _gradient(trace, rest, value, others) if compute and rest.tail is None else None
     # A gradient that is zero everywhere says nothing: a classifier whose weights start at zero passes none.
@@ -508,9 +512,9 @@ def _left_alone(trace: ModelTrace) -> Iterator[None]:
 def _gradient(trace: ModelTrace, rest: Rest, value: Tensor, others: list[Any]) -> Tensor | None:
     """Differentiate random logits' sum by random values at the site; None where that cannot be computed."""
     model = trace.model
-    modules = {each for name in rest.children for each in model.get_submodule(name).modules()}
-    held = [tensor for each in modules for tensor in (*each.parameters(False), *each.buffers(False))]
-    if any(each.is_meta or isinstance(each, FakeTensor) for each in held):
+    modules = {module for name in rest.children for module in model.get_submodule(name).modules()}
+    held = [tensor for module in modules for tensor in (*module.parameters(False), *module.buffers(False))]
+    if any(tensor.is_meta or isinstance(tensor, FakeTensor) for tensor in held):
         return None
     generator = torch.Generator().manual_seed(0)
 
@@ -524,7 +528,7 @@ def _gradient(trace: ModelTrace, rest: Rest, value: Tensor, others: list[Any]) -
         )
         return real.to(fake.device, fake.dtype)
 
-    kept = [(each, each._version, each.clone()) for each in held if not each.requires_grad]
+    kept = [(tensor, tensor._version, tensor.clone()) for tensor in held if not tensor.requires_grad]
     try:
         with (
             torch.inference_mode(False),
@@ -534,14 +538,14 @@ def _gradient(trace: ModelTrace, rest: Rest, value: Tensor, others: list[Any]) -
         ):
             z = drawn(value).requires_grad_()
             out = rest.function(model, z.clone(), *pytree.tree_map(drawn, others))
-            logits = [each for each in tensors(out) if each.requires_grad]
+            logits = [tensor for tensor in tensors(out) if tensor.requires_grad]
             if not logits:
                 return torch.zeros_like(z)
-            score = torch.stack([(each * drawn(each)).sum() for each in logits]).sum()
+            score = torch.stack([(scores * drawn(scores)).sum() for scores in logits]).sum()
             return torch.autograd.grad(score, z)[0]
     except Exception:  # a forward that takes no values but real ones: what its operations say is believed
         return None
     finally:
-        for each, version, content in kept:
-            if each._version != version:
-                each.detach().copy_(content)
+        for tensor, version, content in kept:
+            if tensor._version != version:
+                tensor.detach().copy_(content)

@@ -360,8 +360,14 @@ def counterpart(node: fx.Node, own: list[fx.Node], others: list[fx.Node]) -> fx.
 
     def same(nodes: list[fx.Node]) -> list[fx.Node]:
         if node.op != "call_module":
-            return [each for each in nodes if each.op == node.op and each.target == node.target]
-        return [each for each in nodes if each.op == node.op and _child(each) == _child(node)]
+            return [
+                candidate
+                for candidate in nodes
+                if candidate.op == node.op and candidate.target == node.target
+            ]
+        return [
+            candidate for candidate in nodes if candidate.op == node.op and _child(candidate) == _child(node)
+        ]
 
     mine, theirs = same(own), same(others)
     return theirs[mine.index(node)] if len(mine) == len(theirs) else None

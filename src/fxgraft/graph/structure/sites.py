@@ -90,9 +90,9 @@ def resolve(trace: ModelTrace, words: SiteSpec) -> list[Site]:
     Raises:
         SiteError: nothing or more than one thing has that name; lists candidates.
     """
-    each = list(words) if isinstance(words, Iterable) and not isinstance(words, str) else [words]
+    wanted = list(words) if isinstance(words, Iterable) and not isinstance(words, str) else [words]
     found: list[Site] = []
-    for word in each:
+    for word in wanted:
         if isinstance(word, bool) or not isinstance(word, (str, int)):
             raise SiteError(
                 f"A site is a name or a stage number, not {word!r} ({type(word).__name__}).\n"
@@ -177,9 +177,9 @@ def named_sites(trace: ModelTrace, words: SiteSpec) -> dict[str, Site]:
     Raises:
         SiteError: nothing or more than one thing has that name; lists candidates.
     """
-    each = list(words) if isinstance(words, Iterable) and not isinstance(words, str) else [words]
+    wanted = list(words) if isinstance(words, Iterable) and not isinstance(words, str) else [words]
     found: dict[str, Site] = {}
-    for word in each:
+    for word in wanted:
         for site in resolve(trace, word):
             named = isinstance(word, str) and not is_glob(word)
             found[word if named else site.name] = site  # type: ignore[index]

@@ -96,9 +96,9 @@ def stem_output(trace: ModelTrace) -> Site | None:
     if not _is_composite(trace, stage):
         return None
     made = {
-        each[0].made[0]: path  # of several that hand one value on the outermost, whose call begins first
-        for path, each in reversed(calls.items())
-        if len(each) == 1 and isinstance(each[0].output, Tensor) and path and not inside(path, stage)
+        call[0].made[0]: path  # of several that hand one value on the outermost, whose call begins first
+        for path, call in reversed(calls.items())
+        if len(call) == 1 and isinstance(call[0].output, Tensor) and path and not inside(path, stage)
     }
     marks = (
         trace.observation.flow.settled(value) for value in tensors(calls[stage][0].args) if places_in(value)
@@ -158,13 +158,13 @@ def _by_places(trace: ModelTrace) -> list[Site]:
             path for path in main if main[path] and _is_composite(trace, path) and is_block(trace, path)
         ]
         found = [
-            path for path in blocks if not any(inside(path, each) for each in blocks if each != path)
+            path for path in blocks if not any(inside(path, other) for other in blocks if other != path)
         ] or found
     return [site for path in found if (site := _declared(trace, path)) is not None]
 
 
 def _last_of_each(
-    counted: Iterable[tuple[Any, int]], belongs: Callable[[Any, Any], bool] = lambda each, before: False
+    counted: Iterable[tuple[Any, int]], belongs: Callable[[Any, Any], bool] = lambda item, before: False
 ) -> list[Any]:
     """Keep the last of those with about as many places; a border that a convolution cuts off is no other stage.
 
@@ -174,13 +174,13 @@ def _last_of_each(
             norm behind a stage.
     """
     last: list[tuple[Any, int]] = []
-    for each, places in counted:
+    for item, places in counted:
         near = [0.7 < count / places < 1 / 0.7 for _, count in last]
-        if near and near[-1] and belongs(each, last[-1][0]):
+        if near and near[-1] and belongs(item, last[-1][0]):
             continue
         last = [pair for pair, close in zip(last, near, strict=True) if not close]
-        last.append((each, places))
-    return [each for each, _ in last]
+        last.append((item, places))
+    return [item for item, _ in last]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -209,7 +209,7 @@ def _main_path(trace: ModelTrace) -> dict[str, _Map | None]:
     maps = {path: found for path in ordered if (found := _first_map(calls[path])) is not None}
     main = _main_operations(trace)
     kept = {path: found for path, found in maps.items() if found.made in main} or maps
-    around = {each for path in kept for each in ancestors(path)}
+    around = {ancestor for path in kept for ancestor in ancestors(path)}
     return {
         path: kept.get(path)
         for path in trace.in_order()
@@ -233,7 +233,7 @@ def _main_operations(trace: ModelTrace) -> set[int]:
         while start not in flow.vectors and len(flow.sources[start]) == 1:
             (start,) = flow.sources[start]
         if start in flow.vectors:
-            waiting += [each for each in flow.sources[start] if start not in joined]
+            waiting += [source for source in flow.sources[start] if start not in joined]
             joined.add(start)
         else:
             found |= passed_by_all(flow.sources, end)
@@ -285,7 +285,9 @@ def _graph_path(trace: ModelTrace) -> list[tuple[Site, int]]:
         node for start in nodes if start.op == "placeholder" for node in (start, *downstream_of(start))
     }
     number = {node: index for index, node in enumerate(nodes)}
-    sources = [tuple(number[each] for each in node.all_input_nodes if each in carrying) for node in nodes]
+    sources = [
+        tuple(number[source] for source in node.all_input_nodes if source in carrying) for node in nodes
+    ]
     main = passed_by_all(sources, len(nodes) - 1)
     values = trace.values("")
     names = {node.name for node in nodes if number[node] in main}
@@ -310,7 +312,7 @@ def _dense_heads(trace: ModelTrace, logits: Tensor) -> list[str] | None:
     if logits.ndim not in (4, 5) or logits.shape[2:] != trace.image_size[1:]:
         return None
     heads: list[str] = []
-    for path in (each for each in reversed(trace.in_order()[:-1]) if trace.caller(each) == ""):
+    for path in (call for call in reversed(trace.in_order()[:-1]) if trace.caller(call) == ""):
         value = trace.observation.output(path)
         if not isinstance(value, Tensor) or value.ndim != logits.ndim or value.shape[1] != logits.shape[1]:
             break
@@ -383,7 +385,7 @@ def is_block(trace: ModelTrace, path: str) -> bool:
     """Say whether a module is one of several of its class in one `torch.nn.Sequential` or ``ModuleList``."""
     parent = trace.module(path.rpartition(".")[0])
     module = trace.module(path)
-    alike = sum(type(each) is type(module) for each in parent.children())
+    alike = sum(type(child) is type(module) for child in parent.children())
     return bool(path) and isinstance(parent, (nn.Sequential, nn.ModuleList)) and alike > 1
 
 
@@ -404,7 +406,7 @@ def blocks_before(trace: ModelTrace, site: Site) -> list[Site]:
             continue
         if site.path in calls and calls[path][0].order > calls[site.path][0].order:
             continue
-        inside = any(path.startswith(each + ".") for each in found)
+        inside = any(path.startswith(other + ".") for other in found)
         if inside and next(trace.module(path).children(), None) is None:
             continue
         value = _value_like(trace, path, site.shape or (0,))

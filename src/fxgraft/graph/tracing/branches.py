@@ -204,10 +204,10 @@ class BakedBuffers(TorchFunctionMode):
         self._from: dict[int, set[tuple[nn.Module, str]]] = {}
         self._alive: list[Tensor] = []
         self._away = 0
-        for each in modules:
-            for name, value in (*(each._buffers.items() if buffers else ()), *vars(each).items()):
+        for module in modules:
+            for name, value in (*(module._buffers.items() if buffers else ()), *vars(module).items()):
                 if isinstance(value, Tensor) and not value.is_inference():
-                    self._from.setdefault(id(value), set()).add((each, name))
+                    self._from.setdefault(id(value), set()).add((module, name))
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         self._away += 1  # a mode is off the stack while it acts
@@ -216,7 +216,7 @@ class BakedBuffers(TorchFunctionMode):
         finally:
             self._away -= 1
         sources = {
-            each for leaf in pytree.tree_leaves((args, kwargs)) for each in self._from.get(id(leaf), ())
+            origin for leaf in pytree.tree_leaves((args, kwargs)) for origin in self._from.get(id(leaf), ())
         }
         for leaf in pytree.tree_leaves(out) if sources else ():
             if isinstance(leaf, Tensor):
@@ -234,4 +234,4 @@ class BakedBuffers(TorchFunctionMode):
 
     def sources(self, constants: Iterable[Any]) -> set[tuple[nn.Module, str]]:
         """Return the modules and names of the tensors that constants come from."""
-        return {each for value in constants for each in self._from.get(id(value), ())}
+        return {origin for value in constants for origin in self._from.get(id(value), ())}

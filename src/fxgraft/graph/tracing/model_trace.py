@@ -149,9 +149,13 @@ class ModelTrace:
     def _check_arguments(self, error: Exception) -> None:
         """Raise where the forward cannot be called with images alone, which explains why it did not run."""
         parameters = forward_signature(self.model).parameters.values()
-        required = [each for each in parameters if each.default is each.empty and each.kind in _NAMED]
+        required = [
+            parameter
+            for parameter in parameters
+            if parameter.default is parameter.empty and parameter.kind in _NAMED
+        ]
         if isinstance(error, TypeError) and len(required) > 1:
-            names = [each.name for each in required[1:]]
+            names = [parameter.name for parameter in required[1:]]
             raise StructureError(
                 f"{self.name} needs {', '.join(map(repr, names))} beside the images: its forward has no default for "
                 "that.\nSites and shapes are found by passing one batch of fake images through the model, alone.\n"
@@ -235,7 +239,7 @@ class ModelTrace:
 
     def _with_settings(self, path: str, traced: Traced, training: bool) -> Traced:
         """Keep what a trace has read, of the model's own modules: what look-alikes hold is made for them."""
-        paths = {each: name for name, each in self.module(path).named_modules()}
+        paths = {module: name for name, module in self.module(path).named_modules()}
         settings = kept_reads(
             traced.reads,
             paths,

@@ -74,8 +74,8 @@ class Observation:
     def run(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Call a function on fake tensors of this pass, without gradients."""
         out = self.follow(self.flow, function, *args, **kwargs)
-        for each in tensors(out):
-            self.flow.settled(each)
+        for tensor in tensors(out):
+            self.flow.settled(tensor)
         return out
 
     def follow(self, flow: Flow, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -113,7 +113,7 @@ class _Converting(TorchDispatchMode):
         if func is torch.ops.prim.device.default:  # asked for most often, and of no interest
             return func(*args, **kwargs)
         # Writing to a real tensor, as to a parameter, would change the model.
-        if func._schema.is_mutable or any(issubclass(each, FakeTensor) for each in types):
+        if func._schema.is_mutable or any(issubclass(kind, FakeTensor) for kind in types):
             args, kwargs = pytree.tree_map_only(Tensor, self._fake, (args, kwargs))
         out = func(*args, **kwargs)
         self.flow.note(func, args, kwargs, out)
@@ -129,7 +129,7 @@ CLIPS = ((16, 224, 224), (32, 224, 224), (8, 224, 224), (16, 112, 112), (64, 64,
 
 def first_convolution(model: nn.Module) -> nn.Module | None:
     """Return the first 2-D or 3-D convolution that a model has, by the order of its modules."""
-    return next((each for each in model.modules() if isinstance(each, (nn.Conv2d, nn.Conv3d))), None)
+    return next((module for module in model.modules() if isinstance(module, (nn.Conv2d, nn.Conv3d))), None)
 
 
 def default_input_size(model: nn.Module) -> tuple[int, ...]:
@@ -151,8 +151,8 @@ def default_input_size(model: nn.Module) -> tuple[int, ...]:
     if isinstance(first, nn.Conv3d):
         fixed = getattr(model, "img_size", None)
         own = tuple(fixed) if isinstance(fixed, (tuple, list)) and len(fixed) == 3 else CLIPS[0]
-        sizes = [(first.in_channels, *each) for each in dict.fromkeys((own, *CLIPS))]
-        return next((each for each in sizes if _runs(model, each)), sizes[0])
+        sizes = [(first.in_channels, *clip) for clip in dict.fromkeys((own, *CLIPS))]
+        return next((candidate for candidate in sizes if _runs(model, candidate)), sizes[0])
     for holder in (getattr(model, "patch_embed", None), model):
         fixed = getattr(holder, "img_size", None) or getattr(holder, "image_size", None)
         if isinstance(fixed, int):
@@ -170,7 +170,7 @@ def default_input_size(model: nn.Module) -> tuple[int, ...]:
             break
     if channels != configured:
         tried = (channels, configured, 1)
-        channels = next((each for each in tried if _runs(model, (each, height, width))), channels)
+        channels = next((count for count in tried if _runs(model, (count, height, width))), channels)
     return channels, height, width
 
 

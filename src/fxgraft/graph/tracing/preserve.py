@@ -57,17 +57,17 @@ def preserved_data(model: nn.Module) -> Iterator[Callable[[], list[str]]]:
     Yields:
         A function that names the parameters that hold a fake.
     """
-    kept = [(name, each, each.data) for name, each in model.named_parameters()]
+    kept = [(name, parameter, parameter.data) for name, parameter in model.named_parameters()]
 
     def faked() -> list[str]:
         return [
-            name for name, each, data in kept if each.device != data.device
+            name for name, parameter, data in kept if parameter.device != data.device
         ]  # fakes are on the meta device
 
     def restore() -> None:
-        for _, each, data in kept:
-            if each.device != data.device:
-                each.data = data
+        for _, parameter, data in kept:
+            if parameter.device != data.device:
+                parameter.data = data
 
     with restoring(restore):
         yield faked
@@ -98,11 +98,13 @@ class Snapshot:
             own = {k: v for k, v in module.__dict__.items() if k not in _LASTING}
             self._kept.append((module, "", module.__dict__, own))
             for name, value in own.items() if module in inner else ():
-                self._kept += [(module, name, each, _content(each)) for each in _containers(value)]
+                self._kept += [
+                    (module, name, container, _content(container)) for container in _containers(value)
+                ]
 
     def has(self, module: nn.Module, attribute: str) -> bool:
         """Say whether a module had an attribute of its own."""
-        return any(each is module and not name and attribute in own for each, name, _, own in self._kept)
+        return any(holder is module and not name and attribute in own for holder, name, _, own in self._kept)
 
     def changes(self) -> Iterator[Change]:
         """Yield what differs now; an entry of a container has the name of the attribute that holds it."""
@@ -157,8 +159,8 @@ def _containers(value: Any, depth: int = 3) -> Iterator[Any]:
         if type(value) is not dict:
             return
         yield value
-    for each in value.values() if isinstance(value, dict) else value:
-        yield from _containers(each, depth - 1)
+    for item in value.values() if isinstance(value, dict) else value:
+        yield from _containers(item, depth - 1)
 
 
 _LEAVES = (
@@ -290,7 +292,7 @@ def replaced_functions(
     original = torch.autograd.Function.__dict__["apply"]
 
     def apply(cls: Any, *args: Any, **kwargs: Any) -> Any:
-        if any(isinstance(each, fx.Proxy) for each in pytree.tree_leaves((args, kwargs))):
+        if any(isinstance(leaf, fx.Proxy) for leaf in pytree.tree_leaves((args, kwargs))):
             return run(AppliedFunction(cls), args, kwargs)
         return original.__get__(None, cls)(*args, **kwargs)
 
@@ -312,9 +314,9 @@ def untouched(opened: Sequence[nn.Module], training: bool) -> Iterator[Callable[
     Yields:
         A function that names the tensors that were written to so far.
     """
-    flags = [(each, each.training) for whole in opened for each in whole.modules()]
+    flags = [(module, module.training) for whole in opened for module in whole.modules()]
     keeps = opened[0].training is training
-    own = [(k, v) for each in opened for k, v in (*each._buffers.items(), *vars(each).items())]
+    own = [(k, v) for module in opened for k, v in (*module._buffers.items(), *vars(module).items())]
     tensors = [
         (k, v, v._version, v.clone()) for k, v in own if isinstance(v, Tensor) and not v.is_inference()
     ]
@@ -325,15 +327,15 @@ def untouched(opened: Sequence[nn.Module], training: bool) -> Iterator[Callable[
     changed: list[tuple[str, Tensor, Tensor]] = []
 
     def restore() -> None:
-        for each, flag in flags:
-            each.training = flag
+        for module, flag in flags:
+            module.training = flag
         changed[:] = changed or written()
         for _, tensor, before in changed:
             tensor.detach().copy_(before)
 
     with restoring(restore), preserved_random_state():
-        for each, flag in flags:
-            each.training = flag if keeps else training
+        for module, flag in flags:
+            module.training = flag if keeps else training
         yield lambda: [name for name, _, _ in written()]
 
 
@@ -346,7 +348,10 @@ class Reachable:
 
     def __init__(self, modules: Iterable[nn.Module]) -> None:
         classes = {
-            cls for each in modules for cls in type(each).__mro__ if not cls.__module__.startswith("torch.")
+            cls
+            for module in modules
+            for cls in type(module).__mro__
+            if not cls.__module__.startswith("torch.")
         }
         names = {cls.__module__ for cls in classes if cls is not object}
         self._spaces: list[tuple[Any, dict[str, Any], dict[str, Any]]] = []
@@ -370,7 +375,7 @@ class Reachable:
                     continue
                 value = content[name]
                 if isinstance(value, dict):
-                    same = all(value.get(key, MISSING) is each for key, each in before.items())
+                    same = all(value.get(key, MISSING) is item for key, item in before.items())
                 else:
                     same = len(value) == len(before)
                 if not same:
@@ -486,8 +491,8 @@ def kept_values(proxies: Sequence[weakref.ref[fx.Proxy]]) -> list[str]:
     """Name the values of a trace that outlive it: the forward has handed them to something out of its sight."""
 
     def alive() -> list[str]:
-        found = (each() for each in proxies)
-        return [each.node.name for each in found if each is not None and each.node.op != "get_attr"]
+        found = (proxy() for proxy in proxies)
+        return [proxy.node.name for proxy in found if proxy is not None and proxy.node.op != "get_attr"]
 
     # Cycles of torch.fx are young, and a look at the young is cheap; at all objects of a process it is not.
     for generation in (0, 1, 2):
@@ -501,7 +506,7 @@ def line_of(name: str, modules: Iterable[nn.Module]) -> str | None:
     """Find the line in the code of modules that sets a name."""
     word = re.escape(name)
     setting = re.compile(rf"""\b{word}\b[^=\n]*(=(?!=)|\.\w+\()|\(["']{word}["']|setattr\(.*{word}""")
-    for cls in dict.fromkeys(cls for each in modules for cls in type(each).__mro__):
+    for cls in dict.fromkeys(cls for module in modules for cls in type(module).__mro__):
         if cls.__module__.startswith("torch.") or cls is object:
             continue
         for function in vars(cls).values():

@@ -104,7 +104,7 @@ def attribute(module: nn.Module, name: str) -> Any:
     """Return what a forward reads under a name, past hooks on reading; of children their names."""
     own = module.__dict__
     if name in _TREE:
-        return tuple(key for key, each in own[name].items() if not getattr(type(each), UNIT, False))
+        return tuple(key for key, part in own[name].items() if not getattr(type(part), UNIT, False))
     if name in own:
         value = own[name]
         return _HERE if isinstance(value, (Tensor, nn.Module)) else value
@@ -181,7 +181,7 @@ class _Holding:
         if kind is functools.partial:
             return value.func, value.args, value.keywords
         own = getattr(value, "__dict__", None)
-        slots = [name for each in kind.__mro__ for name in _slots(each)]
+        slots = [name for cls in kind.__mro__ for name in _slots(cls)]
         if type(own) is not dict and not slots:
             return (value.tobytes(),) if hasattr(value, "tobytes") else (id(value),)
         if _package(kind) in _OF_PYTHON:
@@ -196,7 +196,7 @@ def _slots(kind: type) -> Collection[str]:
 
 def _cells(function: types.FunctionType) -> list[Any]:
     try:
-        return [each.cell_contents for each in function.__closure__ or ()]
+        return [cell.cell_contents for cell in function.__closure__ or ()]
     except ValueError:  # one that is not filled yet
         return []
 
@@ -273,13 +273,13 @@ class Code:
     """
 
     def __init__(self, kind: type[nn.Module]) -> None:
-        self._packages = {_package(each) for each in kind.__mro__} - {"torch", "builtins", "fxgraft"}
-        self._owners = [each for each in kind.__mro__ if _package(each) in self._packages]
+        self._packages = {_package(cls) for cls in kind.__mro__} - {"torch", "builtins", "fxgraft"}
+        self._owners = [cls for cls in kind.__mro__ if _package(cls) in self._packages]
         self._found: dict[tuple[int, str], tuple[Mapping[str, Any], str, Any]] = {}
         self._walked: set[types.CodeType] = set()
-        for each in self._owners:
-            if "forward" in vars(each):
-                self._note(vars(each), "forward")
+        for cls in self._owners:
+            if "forward" in vars(cls):
+                self._note(vars(cls), "forward")
                 break
 
     def walk(self, value: Any) -> None:
@@ -294,10 +294,10 @@ class Code:
         if str(value.__module__).partition(".")[0] not in self._packages:
             return
         self._walked.add(value.__code__)
-        for each in _cells(value):
-            self.walk(each)
+        for cell in _cells(value):
+            self.walk(cell)
         for name in dict.fromkeys(_names(value.__code__)):
-            owner = next((each for each in self._owners if name in vars(each)), None)
+            owner = next((cls for cls in self._owners if name in vars(cls)), None)
             if owner is not None:
                 self._note(vars(owner), name)
             if name in value.__globals__:
@@ -353,7 +353,7 @@ class _Entries(dict[Any, Any]):
 
 def _entries(value: Any) -> Any:
     if isinstance(value, dict) and len(value) <= _MOST:
-        return _Entries({key: held(each) for key, each in dict.items(value)})
+        return _Entries({key: held(item) for key, item in dict.items(value)})
     return held(value)
 
 
@@ -364,9 +364,9 @@ def _package(value: Any) -> str:
 
 def _names(code: types.CodeType) -> Iterator[str]:
     yield from code.co_names
-    for each in code.co_consts:
-        if isinstance(each, types.CodeType):
-            yield from _names(each)
+    for constant in code.co_consts:
+        if isinstance(constant, types.CodeType):
+            yield from _names(constant)
 
 
 def kept_reads(

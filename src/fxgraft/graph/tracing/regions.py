@@ -65,7 +65,7 @@ _cache, _enabled, _dtype = (
 
 
 def _read() -> Modes:
-    return _grad(), _inference(), _cache(), *[(_enabled(each), _dtype(each)) for each in _DTYPES]
+    return _grad(), _inference(), _cache(), *[(_enabled(device), _dtype(device)) for device in _DTYPES]
 
 
 def _nesting() -> int:
@@ -129,7 +129,7 @@ def _watching(watched: Sequence[tuple[Any, str]], touched: list[str]) -> Iterato
             if threading.get_ident() == here:
                 touched.append(name)
                 if name == "_set_grad_enabled":  # which takes a proxy, of a condition on shapes, for False
-                    args = tuple(bool(each) if isinstance(each, fx.Proxy) else each for each in args)
+                    args = tuple(bool(arg) if isinstance(arg, fx.Proxy) else arg for arg in args)
             return original(*args, **kwargs)
 
         return call
@@ -189,7 +189,7 @@ def _numpy() -> Any:
 def _numpy_state() -> list[Any]:
     """Return the state of NumPy's random numbers in a form that can be compared."""
     state = () if _numpy() is None else _numpy().get_state()
-    return [each.tolist() if hasattr(each, "tolist") else each for each in state]
+    return [entry.tolist() if hasattr(entry, "tolist") else entry for entry in state]
 
 
 _SEEDING = [
@@ -226,7 +226,7 @@ class _Drawing(TorchDispatchMode):
         result = func(*args, **(kwargs or {}))
         after = _random_states()  # of more devices, if the operator was the first on one
         if len(after) != len(before) or any(
-            not torch.equal(after[name], each) for name, each in before.items()
+            not torch.equal(after[name], state) for name, state in before.items()
         ):
             self._drawn.append(str(func))
         return result
@@ -409,7 +409,7 @@ def _region(one: Modes, two: Modes, line: str | None) -> Region:
     if grad is not None and not (inference and not grad):
         found.append(("grad", grad))
     for device, part in zip(_DTYPES, parts[3:], strict=True):
-        enabled, dtype = (own("autocast", each[:2], each[2:]) for each in zip(*part, strict=True))
+        enabled, dtype = (own("autocast", settings[:2], settings[2:]) for settings in zip(*part, strict=True))
         if enabled is None and dtype is not None:
             raise StateChangedError("sets the dtype of autocast, and not whether it is enabled", line)
         if enabled is not None:
@@ -474,7 +474,9 @@ def python_code(graph: fx.Graph) -> Any:
     for mark in marks:
         graph.erase_node(mark)
     if marks:
-        code.src = "\n".join(_blocks(code.src.split("\n"), [each.name for each in marks], regions[1:]))
+        code.src = "\n".join(
+            _blocks(code.src.split("\n"), [region_mark.name for region_mark in marks], regions[1:])
+        )
     return code
 
 

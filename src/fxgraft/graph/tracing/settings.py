@@ -116,7 +116,7 @@ def acted_on(module: nn.Module) -> bool:
         "forward" in module.__dict__
         or type(module).__call__ is not nn.Module.__call__
         or output_hooked(module)
-        or any(_counts(hook) for each in hooks for hook in each.values())
+        or any(_counts(hook) for registered in hooks for hook in registered.values())
     )
 
 
@@ -152,7 +152,7 @@ def hooked_output(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, An
     for key, hook in _hooks(module):
         if not _counts(hook):
             continue
-        full = any(key in each for each in named)
+        full = any(key in options for options in named)
         changed = hook(module, args, kwargs, out) if full else hook(module, args, out)
         out = out if changed is None else changed
     return out

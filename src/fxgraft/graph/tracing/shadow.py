@@ -56,15 +56,15 @@ class Shadow:
         bases: Mapping[nn.Module, type[nn.Module]] | None = None,
         left_out: Collection[nn.Module] = (),
     ) -> None:
-        gone = {id(each) for unit in left_out for each in unit.modules()}
+        gone = {id(module) for unit in left_out for module in unit.modules()}
         bases = bases or {}
         originals = [
-            each
-            for each in model.modules()
-            if id(each) not in gone and not isinstance(each, torch.jit.ScriptModule)
+            module
+            for module in model.modules()
+            if id(module) not in gone and not isinstance(module, torch.jit.ScriptModule)
         ]
         self._original = weakref.ref(model)
-        self._originals = [weakref.ref(each) for each in originals]
+        self._originals = [weakref.ref(original) for original in originals]
         self._reachable = Reachable(originals)
         builder = _Builder(originals, bases, gone)
         self.model: nn.Module = builder.looks.get(id(model), model)
@@ -91,7 +91,7 @@ class Shadow:
             and all(map(_same_referent, mine, theirs))
             and len(self._read) == len(other._read)
             and all(map(_same, self._read, other._read))
-            and not any(True for each in (self, other) for _ in each._reachable.changes())
+            and not any(True for shadow in (self, other) for _ in shadow._reachable.changes())
         )
 
 
@@ -118,8 +118,10 @@ class _Builder:
         self, originals: list[nn.Module], bases: Mapping[nn.Module, type[nn.Module]], gone: set[int]
     ) -> None:
         self.gone = gone
-        self.looks = {id(each): object.__new__(bases.get(each, type(each))) for each in originals}
-        self.numbers = {id(each): number for number, each in enumerate(originals)}
+        self.looks = {
+            id(original): object.__new__(bases.get(original, type(original))) for original in originals
+        }
+        self.numbers = {id(original): number for number, original in enumerate(originals)}
         self.made: dict[int, tuple[Any, Any, int]] = {}
         self.read: list[Any] = [
             torch.get_default_dtype(),
@@ -127,10 +129,10 @@ class _Builder:
             *sorted(map(str, get_notrace_functions())),
             *get_notrace_modules(),
         ]
-        for each in originals:
-            look = self.looks[id(each)]
+        for original in originals:
+            look = self.looks[id(original)]
             self.read += [type(look), getattr(type(look).forward, "__code__", type(look).forward)]
-            self.fill(each, look.__dict__, bare=each in bases)
+            self.fill(original, look.__dict__, bare=original in bases)
 
     def fill(self, module: nn.Module, own: dict[str, Any], bare: bool) -> None:
         for name, value in module.__dict__.items():
@@ -142,9 +144,9 @@ class _Builder:
             elif name == "training":
                 own[name] = value
             elif name == "_modules":
-                kept = {key: each for key, each in value.items() if id(each) not in self.gone}
+                kept = {key: item for key, item in value.items() if id(item) not in self.gone}
                 self.read += [name, *kept]
-                own[name] = type(value)((key, self.look(each)) for key, each in kept.items())
+                own[name] = type(value)((key, self.look(item)) for key, item in kept.items())
             else:
                 self.read.append(name)
                 own[name] = self.look(value)
@@ -195,26 +197,26 @@ class _Builder:
             held = [object()]
         if not depth:
             held = [object()]
-        for each in held:
-            self.look(each, depth - 1)
+        for item in held:
+            self.look(item, depth - 1)
 
     def container(self, value: Any, depth: int) -> Any:
         self.read += [type(value), len(value)]
         made = value.copy()
         self.made[id(value)] = (value, made, len(self.read))
         if isinstance(value, dict):
-            for key, each in value.items():
+            for key, item in value.items():
                 self.read.append(key)
-                made[key] = self.look(each, depth)
+                made[key] = self.look(item, depth)
             return made
-        content = [self.look(each, depth) for each in value]
+        content = [self.look(item, depth) for item in value]
         made.clear()
         (made.update if isinstance(made, set) else made.extend)(content)
         return made
 
     def other(self, value: Any, kind: type, depth: int) -> Any:
         if isinstance(value, tuple):
-            content = [self.look(each, depth) for each in value]
+            content = [self.look(item, depth) for item in value]
             if all(new is old for new, old in zip(content, value, strict=True)):
                 return value
             return kind(*content) if hasattr(value, "_fields") else kind(content)
@@ -228,30 +230,30 @@ class _Builder:
             self.read.append(value.__func__)
             return types.MethodType(value.__func__, self.look(value.__self__, depth - 1))
         if kind is functools.partial:
-            args = [self.look(each, depth - 1) for each in value.args]
-            named = {name: self.look(each, depth - 1) for name, each in value.keywords.items()}
+            args = [self.look(arg, depth - 1) for arg in value.args]
+            named = {name: self.look(keyword, depth - 1) for name, keyword in value.keywords.items()}
             return functools.partial(self.look(value.func, depth - 1), *args, **named)
         if kind is types.FunctionType:
             return self.function(value, depth - 1)
         made = object.__new__(kind)
         self.made[id(value)] = (value, made, len(self.read))
         self.read.append(kind)
-        for name, each in vars(value).items():
+        for name, item in vars(value).items():
             self.read.append(name)
-            made.__dict__[name] = self.look(each, depth - 1)
+            made.__dict__[name] = self.look(item, depth - 1)
         return made
 
     def function(self, value: types.FunctionType, depth: int) -> types.FunctionType:
-        cells = tuple(types.CellType(self.look(each, depth)) for each in _cells(value))
+        cells = tuple(types.CellType(self.look(cell, depth)) for cell in _cells(value))
         defaults = (
             None
             if value.__defaults__ is None
-            else tuple(self.look(each, depth) for each in value.__defaults__)
+            else tuple(self.look(default, depth) for default in value.__defaults__)
         )
         made = types.FunctionType(value.__code__, value.__globals__, value.__name__, defaults, cells or None)
         self.read += [value.__code__, value.__globals__]
         named = value.__kwdefaults__
-        made.__kwdefaults__ = named and {name: self.look(each, depth) for name, each in named.items()}
+        made.__kwdefaults__ = named and {name: self.look(default, depth) for name, default in named.items()}
         made.__dict__.update(value.__dict__)
         made.__qualname__, made.__module__ = value.__qualname__, value.__module__
         made.__annotations__, made.__doc__ = value.__annotations__, value.__doc__
@@ -263,7 +265,7 @@ class _Builder:
             return id(value) in self.looks
         if isinstance(value, _LEAVES) or depth < 0:
             return False
-        return any(self.reaches(each, depth - 1) for each in _parts(value))
+        return any(self.reaches(part, depth - 1) for part in _parts(value))
 
 
 def _content(tensor: Tensor) -> list[Any]:
@@ -275,7 +277,7 @@ def _content(tensor: Tensor) -> list[Any]:
 
 def _cells(value: types.FunctionType) -> list[Any]:
     try:
-        return [each.cell_contents for each in value.__closure__ or ()]
+        return [cell.cell_contents for cell in value.__closure__ or ()]
     except ValueError:  # one that is not filled yet
         return []
 
@@ -301,4 +303,4 @@ def _parts(value: Any) -> Collection[Any]:
 
 
 def _slotted(kind: type) -> bool:
-    return any(vars(each).get("__slots__") for each in kind.__mro__)
+    return any(vars(cls).get("__slots__") for cls in kind.__mro__)

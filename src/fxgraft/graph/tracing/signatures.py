@@ -47,11 +47,11 @@ class Declared:
         by_position = (kinds.POSITIONAL_ONLY, kinds.POSITIONAL_OR_KEYWORD)
         by_keyword = (kinds.KEYWORD_ONLY, kinds.POSITIONAL_OR_KEYWORD)
         return cls(
-            tuple(each.name for each in parameters if each.kind in by_position),
-            frozenset(each.name for each in parameters if each.kind in by_keyword),
-            any(each.kind is kinds.VAR_POSITIONAL for each in parameters),
-            any(each.kind is kinds.VAR_KEYWORD for each in parameters),
-            {each.name: each.default for each in parameters},
+            tuple(parameter.name for parameter in parameters if parameter.kind in by_position),
+            frozenset(parameter.name for parameter in parameters if parameter.kind in by_keyword),
+            any(parameter.kind is kinds.VAR_POSITIONAL for parameter in parameters),
+            any(parameter.kind is kinds.VAR_KEYWORD for parameter in parameters),
+            {parameter.name: parameter.default for parameter in parameters},
         )
 
     def names(self, option: str) -> bool:
@@ -105,7 +105,7 @@ class Declared:
         if name in _RETURNED or not self.names(name):
             return False
         default = self.defaults[name]
-        off = all(each is None or each is False for each in (value, default))
+        off = all(setting is None or setting is False for setting in (value, default))
         return not off and value is not default and value != default
 
     def own(self, options: Iterable[str], kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -136,14 +136,14 @@ def _of_another_kind(images: Any) -> Iterator[tuple[str, Any]]:
     if isinstance(images, Tensor):
         return
     if isinstance(images, (list, tuple)):
-        images = {f"[{i}]": each for i, each in enumerate(images)}
+        images = {f"[{i}]": image for i, image in enumerate(images)}
     elif not isinstance(images, Mapping):
         images = getattr(images, "__dict__", {})
-    held = {str(name): each for name, each in images.items() if isinstance(each, Tensor)}
-    first = next((each for each in held.values() if each.is_floating_point()), None)
-    for name, each in held.items():
-        if first is not None and (each.dtype, each.ndim) != (first.dtype, first.ndim):
-            yield name, each
+    held = {str(name): image for name, image in images.items() if isinstance(image, Tensor)}
+    first = next((image for image in held.values() if image.is_floating_point()), None)
+    for name, image in held.items():
+        if first is not None and (image.dtype, image.ndim) != (first.dtype, first.ndim):
+            yield name, image
 
 
 def bind(

@@ -197,7 +197,7 @@ class ShallowTracer(fx.Tracer):
             pairs = [(key, self.create_arg(value)) for key, value in a.items()]
             return self.create_node("call_function", OrderedDict, (pairs,), {})
         if isinstance(a, dict) and is_dataclass(a):
-            given = {each.name: self.create_arg(getattr(a, each.name)) for each in fields(a)}
+            given = {slot.name: self.create_arg(getattr(a, slot.name)) for slot in fields(a)}
             return self.create_node("call_function", type(a), (), given)
         return super().create_arg(a)
 
@@ -275,11 +275,11 @@ class ShallowTracer(fx.Tracer):
 
     def _note_changed(self, m: nn.Module) -> None:
         """Take down what the forward has set in a module that stays closed: the call in the graph would not have it."""
-        for each in m.modules():
-            before, now = self.own.get(each), registered(each)
+        for module in m.modules():
+            before, now = self.own.get(module), registered(module)
             for name in dict.fromkeys((*(before or ()), *now)):
                 if before is not None and before.get(name) is not now.get(name):
-                    self.changed.append((each, name, user_line()))
+                    self.changed.append((module, name, user_line()))
 
     def find_changed(self) -> None:
         """After the trace: say what was set for a call alone. `find_changes` sees the attributes that stay set."""
@@ -294,7 +294,7 @@ class ShallowTracer(fx.Tracer):
         """Let the pre-hooks of an opened module act on the tensors among its arguments when the graph is run."""
         owner = self.create_proxy("get_attr", path, (), {})
         given: Any = self.create_proxy("call_function", hooked_inputs, (owner, args, kwargs), {})
-        inner = [given[0][i] if isinstance(each, fx.Proxy) else each for i, each in enumerate(args)]
+        inner = [given[0][i] if isinstance(arg, fx.Proxy) else arg for i, arg in enumerate(args)]
         named = {k: given[1][k] if isinstance(v, fx.Proxy) else v for k, v in kwargs.items()}
         return tuple(inner), named
 
@@ -480,12 +480,12 @@ def trace(
             failure = error
             continue
         settings: dict[str, dict[str, Any]] = {name: {} for name in sorted(first.touched)}
-        reads = {each: {**first.reads.get(each, {}), **names} for each, names in second.reads.items()}
+        reads = {owner: {**first.reads.get(owner, {}), **names} for owner, names in second.reads.items()}
         if first.device is not None:
             settings[""]["device it was traced on"] = OnDevice(first.device)
         for name in settings:
             part = module.get_submodule(name) if name else module
-            for own in (each for owner, each in first.baked if owner is part):
+            for own in (attributes for owner, attributes in first.baked if owner is part):
                 settings[name][f"numbers of {own}"] = Baked(own, tensor_version(part, own))
         failure = ValueError(
             "none"
@@ -524,7 +524,7 @@ def _tracer(
     tracer.prepare(*given)
     tracer.known = Known(module) if branching else None
     tracer.proxy_buffer_attributes = buffers
-    classes = {cls.__module__ for each in module.modules() for cls in type(each).__mro__}
+    classes = {cls.__module__ for part in module.modules() for cls in type(part).__mro__}
     tracer._autowrap_search += [sys.modules[name] for name in sorted(classes) if name in sys.modules]
     return tracer
 
@@ -561,7 +561,7 @@ def _attempt(module: nn.Module, tracer: ShallowTracer, training: bool, modes: Mo
             called_by(modes),
             watched_draws() as drawn,
         ):
-            tracer.own = {each: registered(each) for each in module.modules()}
+            tracer.own = {part: registered(part) for part in module.modules()}
             baked = BakedBuffers(opened, not tracer.proxy_buffer_attributes)
             with baked.entered():
                 recorder = tracer.recorder = Recorder(user_line, drawn, baked.depth)

@@ -51,15 +51,15 @@ class Values:
         Raises:
             StructureError: the network does not get that far with images of the size that was observed.
         """
-        each = node
+        step = node
         try:
-            for each in self._missing(node):
-                self._known[each] = self._compute(each)
+            for step in self._missing(node):
+                self._known[step] = self._compute(step)
         except FxgraftError:
             raise
         except Exception as error:
             raise StructureError(
-                f"What {str(each.target)!r} in {class_name(self.model)} gives cannot be found: "
+                f"What {str(step.target)!r} in {class_name(self.model)} gives cannot be found: "
                 f"{type(error).__name__}: {error}\n"
                 "It is looked for with fake images of the size that the model declares, or of 224×224 pixels.\n"
                 "Pass input_size=(C, H, W) of the images you train on."
@@ -80,11 +80,11 @@ class Values:
         found: set[fx.Node] = set()
         waiting = [node]
         while waiting:
-            each = waiting.pop()
-            if each not in self._known and each not in found:
-                found.add(each)
-                if self._recorded(each) is None:
-                    waiting += each.all_input_nodes
+            step = waiting.pop()
+            if step not in self._known and step not in found:
+                found.add(step)
+                if self._recorded(step) is None:
+                    waiting += step.all_input_nodes
         return sorted(found)
 
     def _recorded(self, node: fx.Node) -> Any:
@@ -110,8 +110,8 @@ class Values:
                 return run(getattr(args[0], str(node.target)), *args[1:], **kwargs)
             module = self.owner.get_submodule(str(node.target))
             with preserved_modes(module), preserved_attributes(module.modules()):
-                for each in module.modules():
-                    each.training = False
+                for part in module.modules():
+                    part.training = False
                 return run(module.forward, *args, **kwargs)
 
 
@@ -131,11 +131,11 @@ def _attribute(owner: nn.Module, target: str) -> Any:
 def tensor_inputs(node: fx.Node, values: Values) -> list[fx.Node]:
     """List the floating-point tensors, and nests of them, that a node works on, parameters and sizes left out."""
     found = []
-    for each in node.all_input_nodes:
-        value = None if each.op == "get_attr" else values(each)
+    for source in node.all_input_nodes:
+        value = None if source.op == "get_attr" else values(source)
         nest = isinstance(value, (tuple, list, dict)) and not isinstance(value, torch.Size)
         if nest or (isinstance(value, Tensor) and value.is_floating_point()):
-            found.append(each)
+            found.append(source)
     return found
 
 

@@ -87,8 +87,8 @@ def find_head(trace: ModelTrace, head: str | None = None, output: str | int | No
                 "remove_spectral_norm, prune.remove)."
             )
     owner = _owner(trace, evaluation)
-    wanted = {*opened, *(each for name in classifiers for each in ancestors(name))} - {owner}
-    inner = tuple(sorted(relative(each, owner) for each in wanted if inside(each, owner)))
+    wanted = {*opened, *(ancestor for name in classifiers for ancestor in ancestors(name))} - {owner}
+    inner = tuple(sorted(relative(path, owner) for path in wanted if inside(path, owner)))
     traced = trace.graph(owner, training=True, opened=inner)
     if len(classifiers) == 1:
         (target,) = (relative(name, owner) for name in classifiers)
@@ -150,7 +150,7 @@ def _map_site(trace: ModelTrace, classifier: str | None, output: str | int | Non
         sites = [] if own is None else node_sites(trace, scope)
     except (StructureError, TraceError, SiteError):
         return None
-    return next((each for each in sites if own is not None and each.node == own.name), None)
+    return next((candidate for candidate in sites if own is not None and candidate.node == own.name), None)
 
 
 def _is_identity(trace: ModelTrace, node: fx.Node) -> bool:

@@ -82,7 +82,7 @@ def write_effective(module: Any, weight: Tensor, bias: Tensor | None) -> None:
         own["weight"].copy_(weight)
     elif not torch.equal(effective(module)[0], weight):
         # The weight's length, which says how fast it learns, stays what it was; the gain says the rest.
-        length, wanted = (_deviation(each) for each in (own["weight"], weight))
+        length, wanted = (_deviation(tensor) for tensor in (own["weight"], weight))
         length = torch.where(length > 0, length, 1)
         own["weight"].copy_(weight * (length / torch.where(wanted > 0, wanted, 1)))
         own["gain"].copy_(wanted * (1 + module.eps / length**2).sqrt() / module.scale)

@@ -99,7 +99,7 @@ def _only_tensor(out: Any) -> Any:
     """Return the tensor that a structured output holds if that is one, beside lists and entries left out; else None."""
     values: Any = out.values() if isinstance(out, dict) else out if isinstance(out, (tuple, list)) else ()
     if not isinstance(out, dict) and dataclasses.is_dataclass(out):
-        values = (getattr(out, each.name) for each in dataclasses.fields(out))
+        values = (getattr(out, field.name) for field in dataclasses.fields(out))
     found = [value for value in values if isinstance(value, Tensor)]
     return found[0] if len(found) == 1 else None
 
@@ -119,7 +119,7 @@ def with_logits(out: Any, logits: Any, name: str | int | None = None) -> Any:
         return logits
     old = take_logits(out, (name,))
     if dataclasses.is_dataclass(type(out)):
-        fields = {each.name: getattr(out, each.name) for each in dataclasses.fields(out)}
+        fields = {field.name: getattr(out, field.name) for field in dataclasses.fields(out)}
         return type(out)(**{key: logits if value is old else value for key, value in fields.items()})
     if isinstance(out, dict):
         new = {key: logits if value is old else value for key, value in out.items()}

@@ -109,7 +109,7 @@ class PositionwiseHead:
         try:
             owner = model.get_submodule(self.path)
             layers = [owner.get_submodule(name) for name in self.classifiers]
-            if not all(is_classifier(each) and not made_by_hooks(each) for each in layers):
+            if not all(is_classifier(layer) and not made_by_hooks(layer) for layer in layers):
                 return True
             if any(owner.get_submodule(name) is not module for name, module in self.identities.items()):
                 return True
@@ -249,10 +249,10 @@ class _Roles:
     def _with(cls, order: list[fx.Node], pool: fx.Node, end: fx.Node, values: Values, shared: bool) -> _Roles:
         varying, statistics = {pool}, set[fx.Node]()
         for node in order:
-            inputs = [each for each in node.all_input_nodes if each in varying or each in statistics]
-            tensors = [each for each in inputs if not _is_size(values(each))]
+            inputs = [source for source in node.all_input_nodes if source in varying or source in statistics]
+            tensors = [source for source in inputs if not _is_size(values(source))]
             if inputs:
-                alone = bool(tensors) and all(each in statistics for each in tensors)
+                alone = bool(tensors) and all(tensor in statistics for tensor in tensors)
                 frozen = alone or (shared and _reduces(node, tensors, values))
                 (statistics if frozen else varying).add(node)
         special = {node: _special(node, values.owner) for node in order if node in varying}
@@ -260,11 +260,11 @@ class _Roles:
         rows, pooled = {end}, set[fx.Node]()
         for node in reversed(order):
             seeing = known.get(node) in _SEEING
-            for each in node.all_input_nodes:
-                if node in rows and each in varying:
-                    rows.add(each)
-                if node in pooled or (node in rows and (seeing or each in statistics)):
-                    pooled.add(each)
+            for source in node.all_input_nodes:
+                if node in rows and source in varying:
+                    rows.add(source)
+                if node in pooled or (node in rows and (seeing or source in statistics)):
+                    pooled.add(source)
         inexact = [node for node in order if node in rows and not _commutes(node, varying, values)]
         return cls(varying, statistics, known, rows, pooled, inexact)
 
@@ -293,10 +293,10 @@ def _commutes(node: fx.Node, varying: set[fx.Node], values: Values) -> bool:
         plain = layer or isinstance(module, (nn.Identity, nn.Flatten, FrozenBatchNormAct2d))
         return plain and _inert(getattr(module, "act", None))
     name = node_name(node, owner)
-    inputs = [each for each in node.all_input_nodes if each in varying and not _is_size(values(each))]
+    inputs = [source for source in node.all_input_nodes if source in varying and not _is_size(values(source))]
     if name in SCALES | {"matmul"}:
         divided = name in ("div", "truediv", "itruediv") and [
-            each for each in node.args[1:] if each in inputs
+            source for source in node.args[1:] if source in inputs
         ]
         return len(inputs) == 1 and not divided
     if name == "linear":
@@ -509,8 +509,8 @@ def position_scores(
     graph = cut(placeholders(traced.graph), found.maps)
     features = compile_graph(graph, traced.runnable(elsewhere=True).constants, f"feature map of {trace.name}")
     with preserved_modes(model):
-        for each in model.modules():
-            each.training = False
+        for module in model.modules():
+            module.training = False
         return maps(model, features(model, x))
 
 

@@ -30,7 +30,7 @@ def average(rows: Tensor, positions: int) -> Tensor:
 def repeated(statistic: Any, positions: int) -> Any:
     """Give every position the statistic of its image."""
     if isinstance(statistic, (tuple, list)):
-        return type(statistic)(repeated(each, positions) for each in statistic)
+        return type(statistic)(repeated(part, positions) for part in statistic)
     return (
         statistic.repeat_interleave(positions, 0)
         if isinstance(statistic, Tensor) and statistic.ndim

@@ -277,13 +277,13 @@ def _carried(node: fx.Node, values: Values) -> list[fx.Node]:
     found = tensor_inputs(node, values)
     if len(found) < 2:
         return found
-    return [each for each in found if any(n.op == "placeholder" for n in (each, *upstream_of(each)))]
+    return [source for source in found if any(n.op == "placeholder" for n in (source, *upstream_of(source)))]
 
 
 def _one_vector(node: fx.Node, values: Values) -> list[fx.Node] | None:
     """Find the one pooled vector that all inputs of a node come from, as in a norm that is written out; or None."""
     waiting = {node}
-    while all(is_vector(values(each)) for each in waiting):
+    while all(is_vector(values(vector)) for vector in waiting):
         last = max(waiting)
         waiting = waiting - {last} | {*_carried(last, values)}
         if len(waiting) == 1:

@@ -62,7 +62,7 @@ def squashed_end(trace: ModelTrace, output: str | int | None, training: bool) ->
     scopes = [
         str(node.target).rpartition(".")[0] if node.op == "call_module" else scope_of(node) for node in found
     ]
-    opened = tuple(sorted({each for scope in scopes for each in (*ancestors(scope), scope) if each}))
+    opened = tuple(sorted({path for scope in scopes for path in (*ancestors(scope), scope) if path}))
     straight = squashing(logits_node(values, output, trace.name), values) is not None
     return Squashed(describe_node(found[0], values), opened, straight)
 
@@ -92,6 +92,6 @@ def _squashing(trace: ModelTrace, end: fx.Node, values: Values) -> list[fx.Node]
         sources = tensor_inputs(node, values)
         if not sources or name not in _COMPUTED or isinstance(module, ConvNd):
             return []
-        waiting += [each for each in sources if each not in seen]
+        waiting += [source for source in sources if source not in seen]
         seen.update(sources)
     return found

@@ -129,11 +129,11 @@ def _first_layers(trace: ModelTrace, traced: Traced) -> list[fx.Node]:
     raw, encoded, stems = {image}, set[fx.Node](), list[fx.Node]()
     for node in traced.graph.nodes:
         inputs = node.all_input_nodes
-        if not any(each in raw for each in inputs):
-            if any(each in encoded for each in inputs):
+        if not any(source in raw for source in inputs):
+            if any(source in encoded for source in inputs):
                 encoded.add(node)
             continue
-        joined = [each for each in inputs if each in encoded and tensors(values(each))]
+        joined = [source for source in inputs if source in encoded and tensors(values(source))]
         if node.op == "output" or joined:
             raise _refused(trace, f"{_shown(node, values)} gets the image past all first layers")
         if node.op == "call_module" and _is_stem(trace, node, values):
@@ -180,13 +180,13 @@ def _sizes_only(node: fx.Node) -> bool:
 
 def _check_passable(trace: ModelTrace, node: fx.Node, traced: Traced, values: Values) -> None:
     """Raise unless a function before the stems has nothing to learn."""
-    for each in node.all_input_nodes:
-        if each.op != "get_attr" or str(each.target) in traced.constants:
+    for source in node.all_input_nodes:
+        if source.op != "get_attr" or str(source.target) in traced.constants:
             continue
-        if isinstance(values(each), nn.Parameter):
+        if isinstance(values(source), nn.Parameter):
             raise _refused(
                 trace,
-                f"the image first meets {_shown(node, values)} with the parameter {str(each.target)!r}",
+                f"the image first meets {_shown(node, values)} with the parameter {str(source.target)!r}",
             )
 
 
@@ -248,7 +248,7 @@ def _last_layers(trace: ModelTrace, traced: Traced, output: str | int | None) ->
             continue
         if module is not None and not is_primitive(module):
             raise OpaqueError(_path(node))
-        sources = [each for each in tensor_inputs(node, values) if each in carrying]
+        sources = [source for source in tensor_inputs(node, values) if source in carrying]
         linear = node_name(node, trace.model) in SHAPES | DROPOUTS | SCALES | SUMS | {"float", "to"}
         if not sources or not (linear or pooling_of(node, values) is not None):
             raise StructureError(
@@ -356,7 +356,7 @@ def _features(trace: ModelTrace, traced: Traced) -> str | None:
         if module is not None and not is_primitive(module):
             raise OpaqueError(_path(node))
         if name in _PASSING or pooling_of(node, values) is not None:
-            new = [each for each in tensor_inputs(node, values) if each not in seen]
+            new = [source for source in tensor_inputs(node, values) if source not in seen]
             seen.update(new)
             waiting += new
     return None
