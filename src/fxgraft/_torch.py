@@ -145,7 +145,7 @@ def vmapped() -> bool:
         stack, kind = functorch.get_interpreter_stack() or (), functorch.TransformType.Vmap
     except AttributeError:
         return True
-    return any(each.key() == kind for each in stack)
+    return any(entry.key() == kind for entry in stack)
 
 
 def top_saved_tensors_hooks() -> Any:

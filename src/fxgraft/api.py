@@ -225,12 +225,12 @@ def unpatch(model: M, *names: str | Graft) -> M:
     """
     registry = registry_of(model)
     present = registry.grafts if registry is not None else []
-    wanted = {each.name if isinstance(each, Graft) else each for each in names}
+    wanted = {item.name if isinstance(item, Graft) else item for item in names}
     known = {graft.name for graft in present}
-    for each in sorted(wanted - known):
+    for name in sorted(wanted - known):
         raise UnknownGraftError(
-            f"There is no graft {each!r} on this {model._get_name()}.\n"
-            f"{candidates(each, [g.name for g in present])}"
+            f"There is no graft {name!r} on this {model._get_name()}.\n"
+            f"{candidates(name, [g.name for g in present])}"
         )
     if registry is None:
         if names:

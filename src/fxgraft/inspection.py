@@ -99,8 +99,8 @@ class Summary:
     def rows(self) -> tuple[tuple[str, str, str, str, str], ...]:
         """The cells of the table: name, method, what it does, new parameters, notes."""
         return tuple(
-            (each.name, each.method, each.where, f"{each.parameters:,}", ", ".join(each.notes))
-            for each in self.grafts
+            (graft.name, graft.method, graft.where, f"{graft.parameters:,}", ", ".join(graft.notes))
+            for graft in self.grafts
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -108,8 +108,13 @@ class Summary:
         return {
             "model": self.model,
             "grafts": [
-                {**vars(each), "options": dict(each.options), "units": [*each.units], "notes": [*each.notes]}
-                for each in self.grafts
+                {
+                    **vars(graft),
+                    "options": dict(graft.options),
+                    "units": [*graft.units],
+                    "notes": [*graft.notes],
+                }
+                for graft in self.grafts
             ],
         }
 
@@ -184,14 +189,14 @@ def _held(model: nn.Module, optimizers: Sequence[Any]) -> set[int] | None:
     """
     if not optimizers:
         return None
-    for each in optimizers:
-        if not isinstance(getattr(each, "param_groups", None), list):
+    for optimizer in optimizers:
+        if not isinstance(getattr(optimizer, "param_groups", None), list):
             raise ConfigError(
-                f"An optimizer has param_groups, and this {type(each).__name__} has none.\n"
+                f"An optimizer has param_groups, and this {type(optimizer).__name__} has none.\n"
                 "The summary compares the parameters in them with those of the grafts.\n"
                 "Pass the optimizer, or several in a list: fxgraft.summary(model, [one, other])."
             )
-    held = {id(p) for each in optimizers for group in each.param_groups for p in group["params"]}
+    held = {id(p) for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
     if held.isdisjoint(map(id, model.parameters())):
         raise ConfigError(
             f"No parameter of this {class_name(model)} is in the optimizer.\n"

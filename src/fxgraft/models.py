@@ -230,4 +230,4 @@ def _classifiers(model: nn.Module) -> list[str]:
     declared = getattr(model, "default_cfg", None) or {}
     named = declared.get("classifier", ()) if isinstance(declared, dict) else ()
     found: list[str] = [named] if isinstance(named, str) else list(named or ())
-    return found or [name for name, each in model.named_modules() if isinstance(each, nn.Linear)][-1:]
+    return found or [name for name, module in model.named_modules() if isinstance(module, nn.Linear)][-1:]

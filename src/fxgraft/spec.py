@@ -124,7 +124,7 @@ def _value(word: str) -> Any:
         inner = word[1:-1]
         if word[0] + word[-1] not in ("[]", "()") or set(inner) & {*_BRACKETS, *_BRACKETS.values()}:
             return word
-        return [_value(each.strip()) for each in inner.split(",") if each.strip()]
+        return [_value(item.strip()) for item in inner.split(",") if item.strip()]
 
 
 def _split(text: str, whole: str, separator: str = ",") -> list[str]:

@@ -125,7 +125,9 @@ def extra_loss(
     terms = _terms(model, out, y, criterion)
     if terms:
         return _sum(terms)
-    return next((each.new_zeros(()) for each in tensors(out) if each.is_floating_point()), torch.zeros(()))
+    return next(
+        (tensor.new_zeros(()) for tensor in tensors(out) if tensor.is_floating_point()), torch.zeros(())
+    )
 
 
 def _sum(parts: Mapping[str, Tensor]) -> Tensor:
@@ -163,7 +165,7 @@ def _compare_labels(context: Context, path: str, out: Any, y: Any) -> None:
         StructureError: a part took them for what it returns, and the loss is for what a classifier behind it does.
     """
     found = context.outputs.records(out)
-    shapes = [tuple(each.shape) for each in tensors(out)]
+    shapes = [tuple(tensor.shape) for tensor in tensors(out)]
     for record in found:
         if record.labels is None:
             continue
@@ -230,14 +232,14 @@ def _terms(model: nn.Module, out: Any, y: Any, criterion: Criterion) -> dict[str
     if torch.compiler.is_compiling():
         return _collected(model, out, y, criterion)
     registries = [registry_of(part) for part in patched_parts(model).values()]
-    watches = [each.context.watch for each in registries if each is not None]
-    for each in watches:
-        each.unasked = None  # passes that a graft runs for its loss do not count as the training's
+    watches = [registry.context.watch for registry in registries if registry is not None]
+    for watch in watches:
+        watch.unasked = None  # passes that a graft runs for its loss do not count as the training's
     try:
         return _collected(model, out, y, criterion)
     finally:
-        for each in watches:
-            each.unasked = 0
+        for watch in watches:
+            watch.unasked = 0
 
 
 def _collected(model: nn.Module, out: Any, y: Any, criterion: Criterion) -> dict[str, Tensor]:
@@ -261,16 +263,18 @@ def _trained_parts(model: nn.Module, out: Any) -> dict[str, nn.Module]:
         path: registry.context for path, part in parts.items() if (registry := registry_of(part)) is not None
     }
     learning = {
-        path: each for path, each in contexts.items() if each.left is None or each.left.learns
+        path: context for path, context in contexts.items() if context.left is None or context.left.learns
     } or contexts
-    behind = {path for path, each in learning.items() if each.outputs.records(out)}
+    behind = {path for path, context in learning.items() if context.outputs.records(out)}
     if behind:
         noting = {
             path
-            for path, each in learning.items()
-            if any(map(each.outputs.remembers, (*each.loss_grafts, ARGUMENTS)))
+            for path, context in learning.items()
+            if any(map(context.outputs.remembers, (*context.loss_grafts, ARGUMENTS)))
         }
-        learning = {path: each for path, each in learning.items() if path in behind or path not in noting}
+        learning = {
+            path: context for path, context in learning.items() if path in behind or path not in noting
+        }
     return {path: parts[path] for path in learning}
 
 
@@ -280,9 +284,9 @@ def _checked(graft: Graft, terms: Any) -> Mapping[str, Tensor]:
     if isinstance(terms, Mapping):
         wrong = next(
             (
-                f"{_kind(each)} as {name!r}"
-                for name, each in terms.items()
-                if not isinstance(each, Tensor) or each.numel() != 1
+                f"{_kind(term)} as {name!r}"
+                for name, term in terms.items()
+                if not isinstance(term, Tensor) or term.numel() != 1
             ),
             "",
         )

@@ -139,8 +139,8 @@ def _check_finite(model: nn.Module, layers: list[BatchNorm]) -> None:
     names = {id(module): name for name, module in model.named_modules()}
     finite = torch.stack(
         [
-            (each.running_mean.sum() + each.running_var.sum()).isfinite().cpu()  # type: ignore[union-attr]
-            for each in layers
+            (layer.running_mean.sum() + layer.running_var.sum()).isfinite().cpu()  # type: ignore[union-attr]
+            for layer in layers
         ]
     )
     wrong = [names[id(layer)] for layer, good in zip(layers, finite.tolist(), strict=True) if not good]

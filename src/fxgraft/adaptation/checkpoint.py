@@ -75,8 +75,8 @@ class Checkpoint:
             "source": _digest(_contents(frozen)),
             "discriminators": _digest(_shapes(players)),
             "optimizers": _digest(
-                f"{type(each).__name__} {[len(group['params']) for group in each.param_groups]}"
-                for each in pair
+                f"{type(optimizer).__name__} {[len(group['params']) for group in optimizer.param_groups]}"
+                for optimizer in pair
             ),
         }
 
@@ -89,7 +89,7 @@ class Checkpoint:
             "step": step,
             "model": self.model.state_dict(),
             "discriminators": self.players.state_dict(),
-            "optimizers": [each.state_dict() for each in self.pair],
+            "optimizers": [optimizer.state_dict() for optimizer in self.pair],
             "random": {
                 "cpu": torch.get_rng_state(),
                 "cuda": torch.cuda.get_rng_state(self.device) if cuda else None,
@@ -168,7 +168,7 @@ class Checkpoint:
         return [
             *(partial(v.detach().copy_, v.detach().clone()) for v in held if isinstance(v, Tensor)),
             # An optimiser loads into new dictionaries, so the old ones are as they were.
-            *(partial(each.__dict__.update, dict(each.__dict__)) for each in self.pair),
+            *(partial(optimizer.__dict__.update, dict(optimizer.__dict__)) for optimizer in self.pair),
             *(step for stream in self.streams for step in stream.restoring()),
             *refilling(history.__dict__),
             partial(torch.set_rng_state, torch.get_rng_state()),
@@ -286,8 +286,8 @@ def _is_place(state: Any) -> bool:
 
 def _is_history(values: Any, steps: int) -> bool:
     return isinstance(values, dict) and all(
-        isinstance(each, list) and len(each) <= steps and all(isinstance(v, float) for v in each)
-        for each in values.values()
+        isinstance(value, list) and len(value) <= steps and all(isinstance(v, float) for v in value)
+        for value in values.values()
     )
 
 
@@ -330,9 +330,9 @@ def _settings(model: nn.Module) -> list[str]:
 def _plain(value: Any) -> str:
     """Show an option without what differs from process to process."""
     if isinstance(value, Mapping):
-        return str([(str(key), _plain(each)) for key, each in value.items()])
+        return str([(str(key), _plain(item)) for key, item in value.items()])
     if isinstance(value, (tuple, list)):
-        return str([_plain(each) for each in value])
+        return str([_plain(item) for item in value])
     if isinstance(value, nn.Module):
         return type(value).__qualname__
     return getattr(value, "__qualname__", None) or repr(value)

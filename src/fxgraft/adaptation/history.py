@@ -53,7 +53,7 @@ class Recorder:
         """Move what is pending into the history; return the latest values by name."""
         if self.pending:
             names = list(self.pending[0])
-            dtypes = {each.dtype for each in self.pending[0].values()}
+            dtypes = {value.dtype for value in self.pending[0].values()}
             dtype = reduce(
                 torch.promote_types, dtypes, torch.float32
             )  # the losses of float64 networks as they are

@@ -106,8 +106,8 @@ def adapt(
             "Pass the model (model.compile() compiles it in place), or write the loop with fxgraft.gam.gam_losses."
         )
     place = torch.device(device) if device is not None else next(model.parameters()).device
-    for each in (model, players, frozen):
-        each.to(place)
+    for network in (model, players, frozen):
+        network.to(place)
     pair = _optimizers(model, players, optimizers, lr, betas)
     chance = torch.get_rng_state()
     saved = None
@@ -181,7 +181,7 @@ def _optimizers(
         raise ConfigError(
             "The two sides have an optimiser each.\nPass optimizers=(discriminators, target network)."
         )
-    held = [{id(p) for group in each.param_groups for p in group["params"]} for each in given]
+    held = [{id(p) for group in optimizer.param_groups for p in group["params"]} for optimizer in given]
     if not held[0] <= judging or held[1] & judging:
         raise ConfigError(
             "The first optimiser is for the discriminators alone, the second for the target network without them.\n"

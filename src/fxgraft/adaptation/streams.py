@@ -44,8 +44,8 @@ class Endless:
                 "Pass a DataLoader, or a list of batches."
             )
         self.loader, self.name = loader, name
-        self.samplers = [each for each in _parts(loader) if each is not loader]
-        generators = [getattr(each, "generator", None) for each in _parts(loader)]
+        self.samplers = [part for part in _parts(loader) if part is not loader]
+        generators = [getattr(part, "generator", None) for part in _parts(loader)]
         # One object per generator: a loader hands its own to the sampler it makes.
         self.generators = list({id(g): g for g in generators if isinstance(g, torch.Generator)}.values())
         seed = int(torch.randint(2**62, ()))
@@ -108,7 +108,7 @@ class Endless:
         """Return the steps that put back what reading moves and the user holds: generators, and samplers' epochs."""
         heard = [s for s in self.samplers if hasattr(s, "set_epoch") and hasattr(s, "epoch")]
         return [
-            *(partial(each.set_state, each.get_state()) for each in self.generators),
+            *(partial(generator.set_state, generator.get_state()) for generator in self.generators),
             *(partial(sampler.set_epoch, sampler.epoch) for sampler in heard),
         ]
 
@@ -141,7 +141,7 @@ class Endless:
         self._iterator = iter(self.loader)
 
     def _snapshot(self, random: Tensor) -> dict[str, Any]:
-        return {"random": random, "generators": [each.get_state() for each in self.generators]}
+        return {"random": random, "generators": [generator.get_state() for generator in self.generators]}
 
     def _close(self) -> None:
         self._iterator = None
@@ -158,9 +158,9 @@ class Endless:
 def _parts(loader: Any) -> list[Any]:
     """List a loader and the samplers it draws from."""
     found = [loader]
-    for each in found:
+    for inner in found:
         for name in ("sampler", "batch_sampler"):
-            part = getattr(each, name, None)
+            part = getattr(inner, name, None)
             if part is not None and all(part is not known for known in found):
                 found.append(part)
     return found

@@ -145,7 +145,7 @@ def read_checkpoint(source: Path, ema: bool = False) -> Trained:
         ConfigError: there is none, it cannot be read, or it has no averaged weights.
     """
     if source.is_dir():
-        found = next((source / each for each in RUN_FILES if (source / each).is_file()), None)
+        found = next((source / name for name in RUN_FILES if (source / name).is_file()), None)
         if found is None:
             raise ConfigError(
                 f"There is nothing to merge in {str(source)!r}: neither what fxgraft.save writes, nor "
@@ -157,7 +157,7 @@ def read_checkpoint(source: Path, ema: bool = False) -> Trained:
     if ema and content.get("state_dict_ema") is None:
         raise ConfigError(f"{str(source)!r} has no averaged weights.\nLeave --ema out.")
     weights = content if key is None else content[key]
-    if not isinstance(weights, Mapping) or not all(isinstance(each, Tensor) for each in weights.values()):
+    if not isinstance(weights, Mapping) or not all(isinstance(weight, Tensor) for weight in weights.values()):
         raise ConfigError(
             f"{str(source)!r} holds no weights that can be told: it has the entries "
             f"{', '.join(map(repr, list(content)[:8]))}.\n"
@@ -219,7 +219,7 @@ def _load(network: nn.Module, trained: Trained) -> None:
         return
     have = {graft.name for graft in fxgraft.grafts(network)}
     there = {
-        each for key in trained.weights for each in re.findall(r"\bgraft_([A-Za-z0-9_]+?)(?:_\d+)?\.", key)
+        name for key in trained.weights for name in re.findall(r"\bgraft_([A-Za-z0-9_]+?)(?:_\d+)?\.", key)
     }
     unknown = sorted(there - have)
     raise RecipeError(

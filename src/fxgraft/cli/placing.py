@@ -105,7 +105,7 @@ class Placing:
         except FxgraftError as error:
             reason = str(error).partition("\n")[0]
             return Suggestion(name, (), (), 0, **price, advised=False, reason=reason)
-        places = list(dict.fromkeys(self._site(each) for each in planned))
+        places = list(dict.fromkeys(self._site(placement) for placement in planned))
         maps = [self._positions(place) for place in places]
         least = method.smallest_map
         small = {
@@ -179,16 +179,18 @@ def table_of(suggestions: Sequence[Suggestion], title: str) -> Table:
     )
     for heading in ("method", "where", "map", "parameters", "cost", "advised"):
         table.add_column(heading, justify="right" if heading == "parameters" else "left")
-    for each in suggestions:
-        price = ", ".join(f"× {number:.2f}" for number in each.measured.values())
-        verdict = ("yes" if each.advised else "no") + (f": {each.reason}" if each.reason else "")
-        sizes = list(dict.fromkeys(_size(size) for size in each.maps if size))
+    for suggestion in suggestions:
+        price = ", ".join(f"× {number:.2f}" for number in suggestion.measured.values())
+        verdict = ("yes" if suggestion.advised else "no") + (
+            f": {suggestion.reason}" if suggestion.reason else ""
+        )
+        sizes = list(dict.fromkeys(_size(size) for size in suggestion.maps if size))
         row = (
-            each.method,
-            _names([name or "(the model)" for name in each.sites]),
+            suggestion.method,
+            _names([name or "(the model)" for name in suggestion.sites]),
             " to ".join([*sizes[:1], *sizes[1:][-1:]]),
-            f"{each.parameters:,}",
-            f"{each.cost}\n{price}" if price else each.cost,
+            f"{suggestion.parameters:,}",
+            f"{suggestion.cost}\n{price}" if price else suggestion.cost,
             verdict,
         )
         table.add_row(*map(Text, row))

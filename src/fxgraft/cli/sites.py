@@ -75,7 +75,7 @@ def suggest(
 
     found = Placing(build_model(model, classes, input_size=size), _shape(size)).suggestions()
     if json:
-        typer.echo(json_module.dumps([each.to_dict() for each in found], indent=1))
+        typer.echo(json_module.dumps([suggestion.to_dict() for suggestion in found], indent=1))
     else:
         show(table_of(found, model if size is None else f"{model}, images of {size}×{size}"))
 

@@ -152,7 +152,7 @@ def read_data(
     tasks = list(_tasks(kind, items, hold_out, asked, make, str(data)))
     counts = {name: len(rows) for name, rows in (items | asked).items()}
     with_target = tuple(
-        Task(each.name, each.train, each.validation, each.test, adapted or each.test) for each in tasks
+        Task(task.name, task.train, task.validation, task.test, adapted or task.test) for task in tasks
     )
     return Data(kind, classes, with_target, counts)
 
@@ -282,9 +282,9 @@ def _groups(data: str | os.PathLike[str]) -> tuple[str, dict[str, list[_Named]]]
         return "splits", _of_timm(str(data))
     path = Path(data)
     if path.is_dir():
-        entries = sorted(each for each in path.iterdir() if not each.name.startswith((".", "_")))
-        tars = [each for each in entries if each.name.lower().endswith(_TARS)]
-        folders = [each for each in entries if each.is_dir()]
+        entries = sorted(entry for entry in path.iterdir() if not entry.name.startswith((".", "_")))
+        tars = [entry for entry in entries if entry.name.lower().endswith(_TARS)]
+        folders = [entry for entry in entries if entry.is_dir()]
         if tars and folders:
             raise ConfigError(
                 f"{path} mixes folders ({folders[0].name}, …) and tars ({tars[0].name}, …).\n"
@@ -298,7 +298,7 @@ def _groups(data: str | os.PathLike[str]) -> tuple[str, dict[str, list[_Named]]]
     elif set(path.name) & set("*?["):
         found = _of_tars(sorted(path.parent.glob(path.name)))
     else:
-        known = sorted(each.name for each in path.parent.iterdir()) if path.parent.is_dir() else []
+        known = sorted(sibling.name for sibling in path.parent.iterdir()) if path.parent.is_dir() else []
         raise ConfigError(f"There is no {path}. In {path.parent}: {candidates(path.name, known)}")
     if not any(found.values()):
         raise ConfigError(f"{path} holds no images in class folders.\n{LAYOUTS}")
@@ -335,7 +335,9 @@ def _files(root: Path) -> list[tuple[str, str, PurePosixPath]]:
         for name in names
         if _is_image(name)
     )
-    empty = [each.name for each in sorted(root.iterdir()) if each.is_dir() and each.name[0] not in "._"]
+    empty = [
+        folder.name for folder in sorted(root.iterdir()) if folder.is_dir() and folder.name[0] not in "._"
+    ]
     empty = sorted(set(empty) - {place.parts[0] for place in places})
     if empty:
         raise ConfigError(f"{root} has folders without images: {', '.join(empty)}.\n{LAYOUTS}")
@@ -346,7 +348,7 @@ def _members(path: Path) -> list[tuple[str, str, PurePosixPath]]:
     try:
         with tarfile.open(path) as archive:
             names = sorted(
-                each.name for each in archive.getmembers() if each.isreg() and _is_image(each.name)
+                member.name for member in archive.getmembers() if member.isreg() and _is_image(member.name)
             )
     except (tarfile.TarError, EOFError, OSError) as error:
         raise ConfigError(f"Cannot read {path}: {error}") from error
@@ -360,7 +362,7 @@ def _members(path: Path) -> list[tuple[str, str, PurePosixPath]]:
 
 def _of_tars(tars: Sequence[Path]) -> dict[str, list[_Named]]:
     """Read one tar of class folders for each domain or split; what all names begin with is left out."""
-    stems = [each.name[: each.name.lower().index(".t")] for each in tars]
+    stems = [tar.name[: tar.name.lower().index(".t")] for tar in tars]
     # These are names, not paths: character by character is what is meant.
     shared = os.path.commonprefix(stems) if len(stems) > 1 else ""  # noqa: RUF071
     cut = max(shared.rfind(sign) for sign in "_-.") + 1
@@ -395,7 +397,7 @@ def _of_timm(name: str) -> dict[str, list[_Named]]:
             failed[split_name] = error
             continue
         labels = _timm_labels(data)
-        names = getattr(data, "classes", None) or [str(each) for each in range(max(labels) + 1)]
+        names = getattr(data, "classes", None) or [str(label) for label in range(max(labels) + 1)]
         found[split_name] = [(place, str(index), str(names[label])) for index, label in enumerate(labels)]
     if "train" not in found:
         raise ConfigError(
@@ -420,9 +422,9 @@ def _timm_data(place: str) -> Any:
 
 def _timm_labels(data: Any) -> list[int]:
     if hasattr(data, "targets"):
-        return [int(each) for each in data.targets]
+        return [int(label) for label in data.targets]
     reader = data.reader  # of the Hugging Face datasets library: a column, without decoding an image
-    return [int(each) for each in reader.dataset[reader.label_key]]
+    return [int(label) for label in reader.dataset[reader.label_key]]
 
 
 def open_image(item: Item) -> Image.Image:

@@ -297,7 +297,7 @@ def _jobs(
     """List the runs that are missing, pair by pair; variants that differ in their adaptation alone share one."""
     jobs = []
     for seed, task in itertools.product(result.seeds, tasks):
-        missing = [each for each in chosen if result.record(each.text, task.name, seed) is None]
+        missing = [other for other in chosen if result.record(other.text, task.name, seed) is None]
         shared: dict[tuple[str, str], list[Variant]] = {}
         for variant in missing:
             shared.setdefault((variant.trained, str(settings[variant.text])), []).append(variant)
@@ -357,7 +357,8 @@ class _Runner:
             for row in grid:
                 found = [self.result.tuning(variant.text, task.name, row) for task in tasks]
                 scores = [
-                    -math.inf if each is None or each["diverged"] else self._score(each) for each in found
+                    -math.inf if record is None or record["diverged"] else self._score(record)
+                    for record in found
                 ]
                 means.append(sum(scores) / len(scores))
             best[variant.text] = tried[means.index(max(means))]

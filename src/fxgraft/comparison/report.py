@@ -132,7 +132,7 @@ def _differences(result: Comparison) -> Figure:
             axis.plot([low, high], [row + 0.3] * 2, "-", color=_INK, linewidth=1.6)
         axis.plot([result.factor * verdict.difference], [row + 0.3], "D", color=_INK, markersize=5)
     axis.axvline(0, color=_INK, linewidth=0.8)
-    axis.set_yticks(range(len(verdicts)), [each.variant for each in verdicts])
+    axis.set_yticks(range(len(verdicts)), [v.variant for v in verdicts])
     axis.set_ylim(len(verdicts) - 0.4, -0.6)
     axis.set_xlabel(f"difference to {result.baseline}: {result.metric}{result.unit and ',' + result.unit}")
     if len(result.tasks) > 1:
@@ -204,7 +204,7 @@ def _diagnostics(result: Comparison) -> Figure | None:
     figure = _figure(7.5, 1.9 * -(-len(found) // 3))
     for index, (name, columns) in enumerate(found.items()):
         axis = figure.add_subplot(-(-len(found) // 3), 3, index + 1)
-        means = [statistics.fmean(each) for each in columns]
+        means = [statistics.fmean(column) for column in columns]
         axis.plot(range(1, len(means) + 1), means, "o-", markersize=3, color=_COLOURS[0])
         axis.set_title(name, fontsize=7, wrap=True)
         axis.tick_params(labelsize=7)

@@ -61,8 +61,8 @@ class Comparison:
     _found: dict[tuple[str, str, Any], Record] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
-        for each in self.records:
-            self._index(each)
+        for record in self.records:
+            self._index(record)
 
     def _index(self, record: Record) -> None:
         which = _key(record["tuning"]) if "tuning" in record else record["seed"]
@@ -84,10 +84,10 @@ class Comparison:
     def pairs(self, variant: str, task: str | None = None) -> list[tuple[Record, Record]]:
         """Return the finished pairs (baseline, variant), of one task or of all."""
         found = [
-            (self.record(self.baseline, each, seed), self.record(variant, each, seed))
+            (self.record(self.baseline, t, seed), self.record(variant, t, seed))
             for seed in self.seeds
-            for each in self.tasks
-            if task in (None, each)
+            for t in self.tasks
+            if task in (None, t)
         ]
         return [(before, after) for before, after in found if before is not None and after is not None]
 
@@ -105,12 +105,9 @@ class Comparison:
     def scores(self, variant: str, task: str | None = None) -> list[float]:
         """Return the scores of the finished runs of a variant, of one task or of all."""
         found = [
-            self.record(variant, each, seed)
-            for seed in self.seeds
-            for each in self.tasks
-            if task in (None, each)
+            self.record(variant, t, seed) for seed in self.seeds for t in self.tasks if task in (None, t)
         ]
-        return [self.score(each) for each in found if each is not None]
+        return [self.score(record) for record in found if record is not None]
 
     @property
     def complete(self) -> bool:
@@ -168,10 +165,10 @@ class Comparison:
             return "One pair has no interval. Take three seeds or more."
         least = f"{detectable(1.0, pairs, level):.1f} standard deviations of the pairs' differences"
         text = f"{pairs} pairs show a true difference with 80 % power if it is at least {least}."
-        seen = [each for each in self.verdicts if each.pairs > 1]
+        seen = [verdict for verdict in self.verdicts if verdict.pairs > 1]
         if not seen:
             return text
-        parts = ", ".join(f"{each.variant} {self.show(each.detectable)}" for each in seen)
+        parts = ", ".join(f"{verdict.variant} {self.show(verdict.detectable)}" for verdict in seen)
         return f"{text} With the deviations seen here that is: {parts}."
 
     @property
@@ -191,7 +188,7 @@ class Comparison:
 
     def rows(self) -> list[list[str]]:
         """Return the table: a row for each variant, the baseline first."""
-        found = {each.variant: each for each in self.verdicts}
+        found = {verdict.variant: verdict for verdict in self.verdicts}
         table = []
         for name in self.variants:
             domains = [self._mean(name, task) for task in self.tasks] if len(self.tasks) > 1 else []
@@ -244,14 +241,15 @@ class Comparison:
             "baseline": self.baseline,
             "tuned": {name: dict(values) for name, values in self.tuned.items()},
             "verdicts": [
-                {**vars(each), "verdict": each.sentence(self.factor, self.unit)} for each in self.verdicts
+                {**vars(verdict), "verdict": verdict.sentence(self.factor, self.unit)}
+                for verdict in self.verdicts
             ],
             "runs": [
-                each
+                record
                 for name in self.variants
                 for task in self.tasks
                 for seed in self.seeds
-                if (each := self.record(name, task, seed)) is not None
+                if (record := self.record(name, task, seed)) is not None
             ],
         }
 

@@ -53,7 +53,7 @@ class Variant:
     @property
     def trained(self) -> str:
         """Say what is trained; variants that share it share the training run."""
-        return " + ".join(describe(*each) for each in self.grafts) or BARE
+        return " + ".join(describe(*graft) for graft in self.grafts) or BARE
 
 
 def parse_variant(text: str) -> Variant:
@@ -143,7 +143,7 @@ class Setup:
         model = self.build(variant, 0)
         if isinstance(variant.adaptation, dict):
             fxgraft.patch(model, "gam", dry_run=True, **self._gam(variant.adaptation))
-        elif variant.adaptation and not any(isinstance(each, BatchNorm) for each in model.modules()):
+        elif variant.adaptation and not any(isinstance(module, BatchNorm) for module in model.modules()):
             raise ConfigError(f"{variant.text!r} adapts BatchNorm, and the model has none.")
 
     def _gam(self, options: Mapping[str, Any]) -> dict[str, Any]:
@@ -248,7 +248,7 @@ def _fitted(setup: Setup, model: nn.Module, job: Job) -> Fit:
         task.train, transform_of(model, setup.training, setup.size, training=True), setup.size, job.seed
     )
     loss = setup.train(model, images, _evaluated(setup, model, task.validation), job.seed)
-    return Fit(loss=[float(each) for each in loss] if isinstance(loss, Sequence) else [])
+    return Fit(loss=[float(value) for value in loss] if isinstance(loss, Sequence) else [])
 
 
 def _evaluated(setup: Setup, model: nn.Module, items: Items) -> Images:
@@ -274,7 +274,7 @@ def _scored(setup: Setup, model: nn.Module, job: Job) -> Record:
     if not setup.corrupt:
         found = evaluate(model, job.task.test, setup.training, **options)
         return {**_parts(found), "finite": found["finite"]}
-    each = {
+    by_corruption = {
         f"{name}, {severity}": evaluate(
             model, job.task.test, setup.training, **options, prepare=Corrupted(name, severity, setup.size)
         )
@@ -282,11 +282,17 @@ def _scored(setup: Setup, model: nn.Module, job: Job) -> Record:
         for severity in SEVERITIES
     }
     return {
-        "scores": {name: sum(found[name] for found in each.values()) / len(each) for name in SCORES},
-        "right": [sum(column) for column in zip(*(found["right"] for found in each.values()), strict=True)],
-        "images": [sum(column) for column in zip(*(found["images"] for found in each.values()), strict=True)],
-        "accuracy_by_corruption": {name: found["accuracy"] for name, found in each.items()},
-        "finite": all(found["finite"] for found in each.values()),
+        "scores": {
+            name: sum(found[name] for found in by_corruption.values()) / len(by_corruption) for name in SCORES
+        },
+        "right": [
+            sum(column) for column in zip(*(found["right"] for found in by_corruption.values()), strict=True)
+        ],
+        "images": [
+            sum(column) for column in zip(*(found["images"] for found in by_corruption.values()), strict=True)
+        ],
+        "accuracy_by_corruption": {name: found["accuracy"] for name, found in by_corruption.items()},
+        "finite": all(found["finite"] for found in by_corruption.values()),
     }
 
 

@@ -132,7 +132,7 @@ def verdicts(
     raw = {name: _p(values) for name, values in differences.items()}
     found = {}
     rejecting, own, running = True, level, 0.0
-    for rank, name in enumerate(sorted(raw, key=lambda each: raw[each])):
+    for rank, name in enumerate(sorted(raw, key=lambda n: raw[n])):
         left = len(raw) - rank
         if rejecting:
             own = level / left
@@ -224,7 +224,7 @@ def power(difference: float, deviation: float, pairs: int, level: float = LEVEL)
     limit = stats.t.ppf(1 - level / 2, pairs - 1)
     # The other tail's share underflows to NaN far out, where it is zero.
     tails = stats.nct.sf(limit, pairs - 1, centre), stats.nct.cdf(-limit, pairs - 1, centre)
-    return float(sum(np.nan_to_num(each) for each in tails))
+    return float(sum(np.nan_to_num(tail) for tail in tails))
 
 
 def detectable(deviation: float, pairs: int, level: float = LEVEL, wanted: float = POWER) -> float:

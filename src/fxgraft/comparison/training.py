@@ -145,9 +145,9 @@ class Transform:
 
     def normalised(self, pixels: Sequence[Any]) -> Tensor:
         """Return the pixels of images as one tensor (N, 3, S, S)."""
-        mean, std = (torch.tensor(each).view(-1, 1, 1) for each in (self.mean, self.std))
+        mean, std = (torch.tensor(values).view(-1, 1, 1) for values in (self.mean, self.std))
         # Arrays or tensors, as the version of timm has it.
-        stacked = torch.stack([torch.as_tensor(each) for each in pixels])
+        stacked = torch.stack([torch.as_tensor(image) for image in pixels])
         return stacked.float().div_(255).sub_(mean).div_(std)
 
 

@@ -43,8 +43,8 @@ def jensen_shannon(*logits: Tensor, probability: Probability | None = None) -> T
     Raises:
         ConfigError: fewer than two predictions, or of different shapes; or the softmax of one logit, which is 1.
     """
-    if len(logits) < 2 or any(each.shape != logits[0].shape for each in logits):
-        shapes = ", ".join(str(tuple(each.shape)) for each in logits)
+    if len(logits) < 2 or any(member.shape != logits[0].shape for member in logits):
+        shapes = ", ".join(str(tuple(member.shape)) for member in logits)
         raise ConfigError(
             f"The divergence is among two or more predictions of one shape; got {shapes or 'none'}."
         )
@@ -54,8 +54,8 @@ def jensen_shannon(*logits: Tensor, probability: Probability | None = None) -> T
             'Leave probability= out, or pass probability="sigmoid".'
         )
     wide = torch.promote_types(logits[0].dtype, torch.float32)
-    logs = [questions(each, probability).log_softmax(dim=1, dtype=wide) for each in logits]
-    chances = [each.exp() for each in logs]
+    logs = [questions(member, probability).log_softmax(dim=1, dtype=wide) for member in logits]
+    chances = [log.exp() for log in logs]
     mixture = (sum(chances[1:], chances[0]) / len(chances)).clamp(1e-7, 1).log()
     divergences = [(p * (log - mixture)).sum(1).mean() for p, log in zip(chances, logs, strict=True)]
     return torch.stack(divergences).mean()

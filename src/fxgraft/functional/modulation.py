@@ -159,7 +159,7 @@ def _scaled(x: Tensor, scale: Tensor, shift: Tensor | None, out: Tensor | None =
         return torch.mul(x, _over(scale, x), out=out)
     if not (_fast(x) and x.is_contiguous()):
         return torch.addcmul(_over(shift, x), x, _over(scale, x), out=out)
-    scale, shift = (each.to(x.dtype).reshape(-1) for each in (scale, shift))
+    scale, shift = (vector.to(x.dtype).reshape(-1) for vector in (scale, shift))
     zeros, ones = torch.zeros_like(scale), torch.ones_like(scale)
     rows = (1, scale.numel(), 1, -1)
     torch.ops.aten.native_batch_norm.out(
@@ -191,7 +191,7 @@ def _moments(x: Tensor) -> tuple[Tensor, Tensor]:
     cancelled = var * _FAR**2 < mean * mean
     if bool(cancelled.any()):
         rows = x[cancelled].unsqueeze(0)
-        mean[cancelled], var[cancelled] = (each.squeeze(0) for each in instance_moments(rows))
+        mean[cancelled], var[cancelled] = (moment.squeeze(0) for moment in instance_moments(rows))
     return mean, var
 
 
@@ -229,7 +229,7 @@ def _reduced(dy: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
         return total.view(batch, channels), dot.view(batch, channels)
     # Channels innermost: the kernel sums over its whole batch, so it is called once per instance.
     columns = (batch, -1, 1, channels)
-    dy, x = (each.movedim(1, -1).reshape(columns).permute(0, 3, 1, 2) for each in (dy, x))
+    dy, x = (tensor.movedim(1, -1).reshape(columns).permute(0, 3, 1, 2) for tensor in (dy, x))
     parts = [_channel_sums(dy[i : i + 1], x[i : i + 1]) for i in range(batch)]
     return torch.stack([part[0] for part in parts]), torch.stack([part[1] for part in parts])
 

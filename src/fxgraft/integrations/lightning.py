@@ -139,7 +139,9 @@ def _log_pictures(trainer: Trainer, pl_module: LightningModule, batch: Any, step
     from fxgraft.viz.drawing import pixels
     from fxgraft.viz.pictures import pictures_of_grafts
 
-    images = next((each for each in tensors(batch) if each.ndim == 4 and each.is_floating_point()), None)
+    images = next(
+        (tensor for tensor in tensors(batch) if tensor.ndim == 4 and tensor.is_floating_point()), None
+    )
     loggers: list[Any] = [logger for logger in trainer.loggers if _takes_pictures(logger)]
     if images is None or not loggers:
         return
@@ -178,5 +180,5 @@ def _ends(trainer: Trainer) -> bool:
 
 def _timers(trainer: Trainer) -> list[Timer]:
     """List the callbacks that end the training after a time, as ``max_time`` adds one."""
-    timers = [each for each in trainer.callbacks if isinstance(each, Timer)]  # type: ignore[attr-defined]
-    return [each for each in timers if each.time_remaining() is not None]
+    timers = [callback for callback in trainer.callbacks if isinstance(callback, Timer)]  # type: ignore[attr-defined]
+    return [timer for timer in timers if timer.time_remaining() is not None]

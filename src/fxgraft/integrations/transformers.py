@@ -178,7 +178,7 @@ class Trainer(transformers.Trainer):
             return_outputs: return (loss, outputs).
             num_items_in_batch: labels in all micro-batches of the step.
         """
-        name = next((each for each in ("labels", *(self.label_names or ())) if each in inputs), None)
+        name = next((key for key in ("labels", *(self.label_names or ())) if key in inputs), None)
         if name is None:
             raise TargetError(
                 f"The batch has no labels: it holds {', '.join(map(repr, inputs))}.\n"
@@ -191,7 +191,7 @@ class Trainer(transformers.Trainer):
         if model.training:
             set_progress(model, min(self.state.global_step / max(self.state.max_steps, 1), 1.0))
         taken = inspect.signature(unwrapped(model).forward).parameters
-        kinds = {each.kind for each in taken.values()}
+        kinds = {parameter.kind for parameter in taken.values()}
         if inspect.Parameter.VAR_KEYWORD in kinds or images.keys() <= taken.keys() or len(images) != 1:
             out = model(**images, target=labels)
         else:  # a model that has another name for its images

@@ -87,7 +87,7 @@ class Constructor:
         Raises:
             ValueError: it is something else.
         """
-        if not isinstance(data, dict) or set(data) != {each.name for each in dataclasses.fields(cls)}:
+        if not isinstance(data, dict) or set(data) != {field.name for field in dataclasses.fields(cls)}:
             raise ValueError("its constructor is not whole")
         made = cls(**data)
         whole = (
@@ -398,10 +398,10 @@ def _differences(model: nn.Module, other: nn.Module) -> tuple[dict[str, dict[str
     mine, theirs = _bare_modules(model), _bare_modules(other)
     if mine.keys() != theirs.keys():
         return {}, sorted(f"the module {path!r}" for path in mine.keys() ^ theirs.keys())
-    paths = [{id(module): path for path, module in reversed(each.items())} for each in (mine, theirs)]
+    paths = [{id(module): path for path, module in reversed(modules.items())} for modules in (mine, theirs)]
     settings: dict[str, dict[str, Any]] = {}
     found = [f"the sharing of {path!r}" for path in _differently_shared(mine, theirs)]
-    tensors = [dict(_bare_tensors(each)) for each in (model, other)]
+    tensors = [dict(_bare_tensors(network)) for network in (model, other)]
     found += [f"the sharing of {path!r}" for path in _differently_shared(*tensors)]
     for path, module in mine.items():
         twin, state = theirs[path], state_of(module)
@@ -442,9 +442,9 @@ def _names_in(cls: type) -> frozenset[str]:
     found: set[str] = set()
     waiting: list[Any] = [value for base in cls.__mro__ for value in vars(base).values()]
     while waiting:
-        each = waiting.pop()
-        each = getattr(each, "fget", None) or getattr(each, "__func__", None) or each
-        code = getattr(each, "__code__", each)
+        value = waiting.pop()
+        function = getattr(value, "fget", None) or getattr(value, "__func__", None) or value
+        code = getattr(function, "__code__", function)
         if isinstance(code, types.CodeType):
             found |= {*code.co_names, *(const for const in code.co_consts if isinstance(const, str))}
             waiting += code.co_consts
@@ -520,12 +520,12 @@ def _is_plain(value: Any) -> bool:
 
 def _is_data(value: Any) -> bool:
     if isinstance(value, dict):
-        return all(isinstance(key, str) and _is_data(each) for key, each in value.items())
+        return all(isinstance(key, str) and _is_data(item) for key, item in value.items())
     return all(map(_is_data, value)) if isinstance(value, (tuple, list)) else _is_plain(value)
 
 
 def _with_tuples(value: Any) -> Any:
     """Return what JSON gave back with tuples for its lists, as constructors have them."""
     if isinstance(value, dict):
-        return {key: _with_tuples(each) for key, each in value.items()}
+        return {key: _with_tuples(item) for key, item in value.items()}
     return tuple(map(_with_tuples, value)) if isinstance(value, list) else value

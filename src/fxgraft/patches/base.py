@@ -107,11 +107,11 @@ class Patch(Placer):
             )
         check_known(cls, cls.method, overrides)
         given = {"layers" if key == "layer" else key for key, value in overrides.items() if value is not None}
-        missing = [each for each in found.needs if each not in given]
+        missing = [need for need in found.needs if need not in given]
         if missing:
             raise ConfigError(
                 f"The preset {name!r} of {cls.method!r} needs {' and '.join(missing)}, which depends on your "
-                f"network or training.\nPass {', '.join(f'{each}=...' for each in missing)} with it."
+                f"network or training.\nPass {', '.join(f'{option}=...' for option in missing)} with it."
             )
         options = {key: value for key, value in found.options.items() if key not in given}
         made = cls(**{**options, **overrides})
@@ -244,7 +244,8 @@ class Patch(Placer):
 def mean_of(values: Iterable[Any]) -> float:
     """Return the mean of numbers and of the means of tensors, of any dtype and on any device; NaN of nothing."""
     means = [
-        float(each.detach().double().mean()) if isinstance(each, Tensor) else float(each) for each in values
+        float(value.detach().double().mean()) if isinstance(value, Tensor) else float(value)
+        for value in values
     ]
     return sum(means) / len(means) if means else math.nan
 

@@ -96,16 +96,16 @@ class BlockPatch(LayeredPatch):
         """Say how many blocks have units, and of how many convolutions they are."""
         units: list[Any] = [unit for unit in graft.units.values() if hasattr(unit, "block")]
         blocks = [unit.block for unit in units]
-        kinds = {each.blocks for each in blocks}
+        kinds = {block.blocks for block in blocks}
         if len(kinds) != 1:
             return None
-        counts = [each.convolutions for each in blocks if each.convolutions is not None]
+        counts = [block.convolutions for block in blocks if block.convolutions is not None]
         return Structure(
             blocks=kinds.pop(),
             units=len(blocks) if self.layers is None else None,
             convolutions=min(counts, default=None),
-            groups=max(each.groups for each in blocks),
-            instance_norm=any(each.instance_norm for each in blocks),
+            groups=max(block.groups for block in blocks),
+            instance_norm=any(block.instance_norm for block in blocks),
         )
 
     def placed_at(self, graft: Graft) -> str:
@@ -134,13 +134,13 @@ def _block(backbone: Backbone, site: Site) -> Structure:
     if not kind or not site.block:
         return Structure(blocks=kind or f"{site.position or 'named'} sites", units=1)
     modules = list(backbone.trace.module(site.block).modules())
-    convs = [each for each in modules if isinstance(each, (nn.Conv2d, nn.Conv3d))]
+    convs = [module for module in modules if isinstance(module, (nn.Conv2d, nn.Conv3d))]
     return Structure(
         blocks=kind,
         units=1,
         convolutions=len(convs),
-        groups=max((each.groups for each in convs), default=1),
-        instance_norm=any(isinstance(each, (nn.InstanceNorm2d, nn.InstanceNorm3d)) for each in modules),
+        groups=max((conv.groups for conv in convs), default=1),
+        instance_norm=any(isinstance(module, (nn.InstanceNorm2d, nn.InstanceNorm3d)) for module in modules),
     )
 
 

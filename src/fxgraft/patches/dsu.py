@@ -139,7 +139,7 @@ class DSU(MapPatch):
         torch.manual_seed(view.seed)
         images, channels = view.images[:2], view.images.shape[1]
         drawn = [self.change(images)[0].clamp(0, 1) for _ in range(3)]
-        panels = [Panel("the image", images[0]), *(Panel("another style", each) for each in drawn)]
+        panels = [Panel("the image", images[0]), *(Panel("another style", style) for style in drawn)]
         return Picture(
             [panels], f"styles drawn around the image's own, {channels} colours as if they were channels"
         )

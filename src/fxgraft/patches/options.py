@@ -77,7 +77,7 @@ def check_choices(patch: Any) -> None:
         literals = [part for part in parts if typing.get_origin(part) is typing.Literal]
         if not literals:
             continue
-        allowed = [each for part in literals for each in typing.get_args(part)]
+        allowed = [choice for part in literals for choice in typing.get_args(part)]
         if value not in allowed and not (value is None and types.NoneType in parts):
             raise ConfigError(
                 f"{type(patch).__name__}: {f.name} must be one of {', '.join(map(repr, allowed))}, "

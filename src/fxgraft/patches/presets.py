@@ -70,7 +70,7 @@ class Structure:
 
     def like(self, other: Structure) -> bool:
         """Say whether another network is built so, where both say it."""
-        mine, others = (dataclasses.astuple(each) for each in (self, other))
+        mine, others = (dataclasses.astuple(preset) for preset in (self, other))
         return all(a == b for a, b in zip(mine, others, strict=True) if a is not None and b is not None)
 
 
@@ -97,4 +97,4 @@ class Preset:
 
 def presets_by_name(*presets: Preset) -> Mapping[str, Preset]:
     """Return presets by their names, read-only, for `Patch.presets`."""
-    return MappingProxyType({each.name: each for each in presets})
+    return MappingProxyType({preset.name: preset for preset in presets})

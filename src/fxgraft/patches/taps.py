@@ -108,11 +108,11 @@ class Taps(LayeredPatch):
                 continue
             name, _, prefix = (layouts.get(key) or _USUAL[value.ndim]).partition(", ")
             values = Layout(name, int(prefix.partition(" ")[0] or 0)).canonical(value)
-            for row, each in zip(rows, values, strict=True):
-                if each.ndim == 1:
-                    row.append(Panel(key, curves={"value": each}, unit="value"))
+            for row, image in zip(rows, values, strict=True):
+                if image.ndim == 1:
+                    row.append(Panel(key, curves={"value": image}, unit="value"))
                 else:
-                    heat = view.grid(each.mean(0))
+                    heat = view.grid(image.mean(0))
                     row.append(Panel(key, row[0].image, heat, unit="mean of the channels"))
         return Picture(rows, f"values at {', '.join(found)}")
 

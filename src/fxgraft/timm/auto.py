@@ -11,7 +11,7 @@ import os
 from fxgraft.errors import ConfigError
 from fxgraft.integrations.timm.grafting import Grafting
 
-_given = [each for each in os.environ.get("FXGRAFT_GRAFTS", "").split(";") if each.strip()]
+_given = [text for text in os.environ.get("FXGRAFT_GRAFTS", "").split(";") if text.strip()]
 if not _given:
     raise ConfigError(
         "fxgraft.timm.auto was imported, and the environment variable FXGRAFT_GRAFTS names no graft.\n"

@@ -176,11 +176,11 @@ def _signs(panels: list[Panel]) -> list[Any]:
     crossed = dict.fromkeys(panel.cross_as for panel in panels if panel.cross is not None)
     return [
         *(
-            Patch(facecolor="#777777", edgecolor="white", hatch="////", label=f"hatched: {each}")
-            for each in hatched
+            Patch(facecolor="#777777", edgecolor="white", hatch="////", label=f"hatched: {what}")
+            for what in hatched
         ),
         *(
-            Line2D([], [], color="red", marker="x", linestyle="none", label=f"cross: {each}")
-            for each in crossed
+            Line2D([], [], color="red", marker="x", linestyle="none", label=f"cross: {what}")
+            for what in crossed
         ),
     ]

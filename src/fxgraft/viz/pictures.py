@@ -188,7 +188,7 @@ def pictures_of_grafts(model: nn.Module, inputs: Tensor, seed: int = 0) -> dict[
             if type(graft.patch).picture is fxgraft.Patch.picture:
                 continue
             alone = copy.deepcopy(part).cpu().float().eval()
-            others = [each.name for each in grafts_on(alone) if each.name != graft.name]
+            others = [other.name for other in grafts_on(alone) if other.name != graft.name]
             if others:
                 fxgraft.unpatch(alone, *others)
             (own,) = grafts_on(alone)

@@ -283,7 +283,7 @@ class Grafting:
 def _classes(module: Any, kind: type) -> set[type]:
     """Collect the classes of a kind that a module offers; none if there is no such module."""
     offered = {} if module is None else vars(module)
-    return {each for each in offered.values() if isinstance(each, type) and issubclass(each, kind)}
+    return {cls for cls in offered.values() if isinstance(cls, type) and issubclass(cls, kind)}
 
 
 def _in_torch(criterion: nn.Module) -> nn.Module:

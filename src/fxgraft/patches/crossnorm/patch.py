@@ -219,7 +219,7 @@ class CrossNorm(BlockPatch):
         def compared() -> Tensor:
             with graft.override(forced=True):
                 passes = [again.repeat(model, target) for _ in range(2)]
-            others = [_rows(take_logits(each, [self.output])) for each in passes]
+            others = [_rows(take_logits(out, [self.output])) for out in passes]
             if others[0].shape != clean.shape:
                 raise ConfigError(
                     f"{graft.name!r} compares predictions, and the model that it is on gives {tuple(others[0].shape)} "

@@ -24,8 +24,8 @@ def style_panels(view: View, units: Sequence[Any], box: Any) -> Picture:
     swapped = torch.tensor([1, 0])
     styled = core.crossnorm(pair, swapped, content_box=box(pair, "content"), style_box=box(pair, "style"))
     images = [
-        Panel(title, each.clamp(0, 1))
-        for title, each in (
+        Panel(title, image.clamp(0, 1))
+        for title, image in (
             ("first", pair[0]),
             ("second", pair[1]),
             ("first, in the second's style", styled[0]),
@@ -39,7 +39,7 @@ def style_panels(view: View, units: Sequence[Any], box: Any) -> Picture:
         view.model.train()(view.inputs[:2])
     handle.remove()
     maps = seen[-1]
-    means = [each.flatten(2).mean(2) for each in (maps, core.crossnorm(maps, swapped))]
+    means = [batch.flatten(2).mean(2) for batch in (maps, core.crossnorm(maps, swapped))]
     curves = {
         "first": means[0][0],
         "second": means[0][1],
@@ -56,4 +56,4 @@ def style_panels(view: View, units: Sequence[Any], box: Any) -> Picture:
 
 def _sorted(curves: dict[str, Tensor]) -> dict[str, Tensor]:
     order = curves["first"].argsort()
-    return {name: each[order] for name, each in curves.items()}
+    return {name: curve[order] for name, curve in curves.items()}

@@ -70,7 +70,9 @@ def crossnorm(
         if detach:
             style_mean, style_var = style_mean.detach(), style_var.detach()
         std, style_std = (var + eps).sqrt(), (style_var + eps).sqrt()
-        style_mean, style_std = (_partner(each, permutation, channels) for each in (style_mean, style_std))
+        style_mean, style_std = (
+            _partner(moment, permutation, channels) for moment in (style_mean, style_std)
+        )
         ratio = style_std / std
         return lam + (1 - lam) * ratio, (1 - lam) * (style_mean - mean * ratio)
 

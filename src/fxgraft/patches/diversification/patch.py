@@ -175,7 +175,7 @@ class Diversification(Patch):
         """Name the head, the size of its maps, and whether training and evaluation heads differ."""
         (unit,) = graft.units_of(DiversificationUnit)
         sides = core.patch_sides(self.patch, unit.grid)
-        maps, patches = ("×".join(map(str, each)) for each in (unit.grid, sides))
+        maps, patches = ("×".join(map(str, lengths)) for lengths in (unit.grid, sides))
         where = " + ".join(unit.head.classifiers) or unit.head.owner
         parts = [f"{where} (class maps of {maps}, patches of {patches})"]
         inexact = self.inexact(graft)

@@ -207,7 +207,7 @@ class Game(Unit):
         source = self.follow(model)
         own = {**dict(model.named_parameters()), **dict(model.named_buffers())}
         held = {**dict(source.named_parameters()), **dict(source.named_buffers())}
-        return [(each, own[name].detach()) for name, each in held.items() if name in own]
+        return [(tensor, own[name].detach()) for name, tensor in held.items() if name in own]
 
     def _differs(self, model: nn.Module) -> bool:
         """Say whether weights that a wrapper has sharded since, whose versions tell nothing, are others."""
@@ -260,7 +260,7 @@ class Game(Unit):
         if frozen:
             # A copy, so that the optimisers may step in any order between the two backward passes.
             state = {**dict(module.named_parameters()), **dict(module.named_buffers())}
-            state = {name: each.detach().clone() for name, each in state.items()}
+            state = {name: tensor.detach().clone() for name, tensor in state.items()}
             found = torch.func.functional_call(module, state, (x,))
         else:
             found = module(x)
@@ -365,7 +365,7 @@ def paired_weights(
     """
     check_replaced(target, born or {})
     known = dict(source.named_parameters())
-    grafted = {id(p) for each in target.modules() if isinstance(each, Unit) for p in each.parameters()}
+    grafted = {id(p) for module in target.modules() if isinstance(module, Unit) for p in module.parameters()}
     pairs = []
     for name, parameter in target.named_parameters():
         if id(parameter) in grafted or not parameter.requires_grad:

@@ -93,7 +93,7 @@ class MatchedTap(SwitchedTap):
         """Match by running moments: one multiplication and one addition."""
         shape = [1] * x.ndim
         shape[self.dim] = -1
-        scale, shift = (each.view(shape) for each in self.affine(moments))
+        scale, shift = (part.view(shape) for part in self.affine(moments))
         return torch.addcmul(shift, x.to(scale.dtype), scale).to(x.dtype)
 
     def affine(self, moments: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -108,8 +108,8 @@ class MatchedTap(SwitchedTap):
         weight = (1 / (self.steps + 1)).clamp_min(self.momentum).to(self.moments.dtype)
         moved = torch.stack(
             [
-                core.update_moments(before, each, weight, self.dim)
-                for before, each in zip(self.moments, (source, x), strict=True)
+                core.update_moments(before, maps, weight, self.dim)
+                for before, maps in zip(self.moments, (source, x), strict=True)
             ]
         )
         matching.moved[self.key] = moved

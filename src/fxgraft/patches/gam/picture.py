@@ -29,7 +29,7 @@ def tap_panels(view: View, graft: Graft) -> Picture:
     for key, first, second in zip(game.layouts, *found, strict=True):
         dim = channel_dim(game.layouts[key])
         matched = core.gaussian_match(second, *core.channel_moments(first, dim), dim=dim)
-        means = [core.channel_moments(each, dim)[0] for each in (first, second, matched)]
+        means = [core.channel_moments(maps, dim)[0] for maps in (first, second, matched)]
         order = means[0].argsort()
         names = ("source", "target", "target, matched")
         curves: dict[str, Tensor] = {n: m[order] for n, m in zip(names, means, strict=True)}

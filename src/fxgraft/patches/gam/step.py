@@ -102,7 +102,7 @@ def gam_losses(model: nn.Module, x_source: Any, x_target: Any, *, name: str | No
         )
     elif model is not inner:
         # A wrapper that averages gradients waits for those of every parameter, also behind the last tap.
-        behind = [0 * each.nan_to_num().sum() for each in tensors(out) if each.requires_grad]
+        behind = [0 * tensor.nan_to_num().sum() for tensor in tensors(out) if tensor.requires_grad]
         parts["drift"] = torch.stack(behind).sum()
     for name, value in {**parts, **{f"accuracy.{key}": share for key, share in accuracy.items()}}.items():
         graft.measure(name, value)

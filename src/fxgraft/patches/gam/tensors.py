@@ -154,8 +154,8 @@ def _penalty(decisions: Tensor, label: int, gan: Gan) -> Tensor:
 
 def _pooled(*penalties: Tensor) -> Tensor:
     """Average over everything decided, so that every position of every sample counts the same."""
-    total = torch.stack([each.sum() for each in penalties]).sum()
-    return total / sum(each.numel() for each in penalties)
+    total = torch.stack([penalty.sum() for penalty in penalties]).sum()
+    return total / sum(penalty.numel() for penalty in penalties)
 
 
 def discriminator_loss(source: Tensor, target: Tensor, gan: Gan = "jsd") -> Tensor:
@@ -229,14 +229,14 @@ def weight_drift(
     Raises:
         ConfigError: no tensors, or lists that do not match.
     """
-    shapes = [tuple(each.shape) for each in target]
-    if not shapes or shapes != [tuple(each.shape) for each in source]:
+    shapes = [tuple(tensor.shape) for tensor in target]
+    if not shapes or shapes != [tuple(tensor.shape) for tensor in source]:
         raise ConfigError(
             f"Weight drift compares the same tensors of two networks; got {len(source)} and {len(target)}, "
             "which do not match in number and shape."
         )
-    scales = [1.0 if convention == "sum" else 1.0 / max(each.numel(), 1) for each in target]
-    return _Drift.apply(scales, [each.detach() for each in source], *target)  # type: ignore[return-value]
+    scales = [1.0 if convention == "sum" else 1.0 / max(tensor.numel(), 1) for tensor in target]
+    return _Drift.apply(scales, [tensor.detach() for tensor in source], *target)  # type: ignore[return-value]
 
 
 class _Drift(torch.autograd.Function):

@@ -91,7 +91,7 @@ class LayerCopies(Unit):
         others = [
             {name: getattr(self, f"{name}_{index}") for name in names} for index in range(1, self.count)
         ]
-        return [effective(module), *(effective(module, each) for each in others)]
+        return [effective(module), *(effective(module, other) for other in others)]
 
     def spread_out(self, module: Any) -> list[tuple[Tensor, Tensor | None]]:
         """List weight and bias with which every copy acts by itself: its tensors, moved by its offset.
@@ -142,7 +142,7 @@ def _same(before: Mapping[str, Tensor], now: Mapping[str, Tensor]) -> bool:
     if before.keys() != now.keys():
         return False
     pairs = [(before[name].detach(), now[name].detach()) for name in now]
-    if any(each.is_meta for pair in pairs for each in pair):
+    if any(tensor.is_meta for pair in pairs for tensor in pair):
         return all(old is new for old, new in pairs)
     return all(torch.equal(old.to(new), new) or torch.equal(old, new.to(old)) for old, new in pairs)
 
@@ -161,5 +161,5 @@ def _mean(parts: Sequence[Tensor], gain: float) -> Tensor:
     """Average tensors; where all of them are equal the mean is that to the bit, for any number of them."""
     first = parts[0]
     if len(parts) > 1:
-        first = first + sum(each - first for each in parts[1:]) / len(parts)
+        first = first + sum(part - first for part in parts[1:]) / len(parts)
     return first if gain == 1 else first * gain

@@ -195,12 +195,12 @@ class EnsembleMetrics(nn.Module):
             self._update("target", target)
             return
         scores = self._scores(member_logits)
-        for name, each in scores.items():
+        for name, score in scores.items():
             # Probabilities, since the calibration error takes what lies outside [0, 1] for logits.
-            self._update(f"{name}/accuracy", each.exp(), target)
-            self._count(name, "", each, target)
+            self._update(f"{name}/accuracy", score.exp(), target)
+            self._count(name, "", score, target)
             if self._temperatures:
-                self._count(name, "_scaled", scaled(each, self._temperatures[name]), target)
+                self._count(name, "_scaled", scaled(score, self._temperatures[name]), target)
         self._update("ensemble/entropy", torch.special.entr(scores["ensemble"].exp()).sum(-1))
         self._update("disagreement", _row_disagreement(member_logits))
 
@@ -254,7 +254,7 @@ class EnsembleMetrics(nn.Module):
 
     def _scores(self, member_logits: Tensor) -> dict[str, Tensor]:
         """Log-probabilities (B, K) of every member and of all together."""
-        members = [_log_probabilities(each.unsqueeze(0), "logits") for each in member_logits]
+        members = [_log_probabilities(member.unsqueeze(0), "logits") for member in member_logits]
         return dict(zip(self.names, [*members, _log_probabilities(member_logits, self.average)], strict=True))
 
     def _all_seen(self) -> tuple[Tensor, Tensor]:
@@ -262,7 +262,7 @@ class EnsembleMetrics(nn.Module):
         return kept["logits"].compute().transpose(0, 1), kept["target"].compute().long()
 
     def _fitted(self, logits: Tensor, target: Tensor) -> dict[str, float]:
-        return {name: fit_temperature(each, target).item() for name, each in self._scores(logits).items()}
+        return {name: fit_temperature(scores, target).item() for name, scores in self._scores(logits).items()}
 
     def _count(self, name: str, suffix: str, scores: Tensor, target: Tensor) -> None:
         self._update(f"{name}/ece{suffix}", scores.exp(), target)
@@ -291,10 +291,14 @@ def _each_temperature(names: tuple[str, ...], given: Temperature) -> dict[str, f
     """Spell out a temperature for every name; none where there is none yet."""
     if given is None or given == "fit":
         return {}
-    each: dict[str, float] = dict(given if isinstance(given, Mapping) else dict.fromkeys(names, given))
-    if set(each) != set(names) or not all(is_number(t) and 0 < t < math.inf for t in each.values()):
+    temperatures: dict[str, float] = dict(
+        given if isinstance(given, Mapping) else dict.fromkeys(names, given)
+    )
+    if set(temperatures) != set(names) or not all(
+        is_number(t) and 0 < t < math.inf for t in temperatures.values()
+    ):
         raise ConfigError(
             f"temperature must be a finite number above 0, one for each of {', '.join(names)}, or 'fit'; "
             f"got {given!r}.\nWhat another `EnsembleMetrics` of as many members fitted is in its temperatures()."
         )
-    return each
+    return temperatures

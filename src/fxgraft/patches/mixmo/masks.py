@@ -159,7 +159,7 @@ def shuffle_roles(masks: Tensor, shares: Tensor) -> tuple[Tensor, Tensor]:
 def draw_centres(batch: int, *sizes: int, device: torch.device | str = "cpu") -> Tensor:
     """Draw a cell of a map of these sizes for every sample, uniformly: (B, 2) row and column, or (B, 3)."""
     drawn = torch.rand(len(sizes), batch, device=device).unbind()
-    return torch.stack([(each * size).long() for each, size in zip(drawn, sizes, strict=True)], 1)
+    return torch.stack([(share * size).long() for share, size in zip(drawn, sizes, strict=True)], 1)
 
 
 def box_mask(share: Tensor, centres: Tensor, *sizes: int) -> Tensor:

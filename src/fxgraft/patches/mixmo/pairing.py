@@ -33,10 +33,10 @@ class MixMoInput:
 
     def __init__(self, inputs: Sequence[Tensor]) -> None:
         self.inputs = tuple(inputs)
-        if not self.inputs or not all(isinstance(each, Tensor) for each in self.inputs):
+        if not self.inputs or not all(isinstance(member, Tensor) for member in self.inputs):
             raise ConfigError("MixMoInput takes a list of tensors, one batch of images per member.")
-        if any(each.shape != self.inputs[0].shape for each in self.inputs):
-            shapes = ", ".join(str(tuple(each.shape)) for each in self.inputs)
+        if any(member.shape != self.inputs[0].shape for member in self.inputs):
+            shapes = ", ".join(str(tuple(member.shape)) for member in self.inputs)
             raise ConfigError(
                 f"MixMoInput was given inputs of different sizes: {shapes}.\n"
                 "They are mixed position by position.\nResize them to one size, in batches of one length."
@@ -44,11 +44,11 @@ class MixMoInput:
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> MixMoInput:
         """The images on another device."""
-        return MixMoInput([each.to(device, non_blocking=non_blocking) for each in self.inputs])
+        return MixMoInput([member.to(device, non_blocking=non_blocking) for member in self.inputs])
 
     def pin_memory(self) -> MixMoInput:
         """The images in pinned memory, for loaders."""
-        return MixMoInput([each.pin_memory() for each in self.inputs])
+        return MixMoInput([member.pin_memory() for member in self.inputs])
 
 
 @dataclass
@@ -132,7 +132,7 @@ class Pairing:
         grid = self.grid(encoding)
         missing = 2 + len(grid) - encoding.ndim
         own = masks.shape[3:]
-        size = [1 if each == 1 else wanted for each, wanted in zip(own, grid, strict=True)]
+        size = [1 if length == 1 else wanted for length, wanted in zip(own, grid, strict=True)]
         if list(own) != size:
             rows = F.interpolate(masks.flatten(0, 1), size, mode="nearest-exact")
             masks = rows.unflatten(0, masks.shape[:2])
@@ -155,7 +155,7 @@ class Pairing:
         if frames:  # of a clip: those factors whose shares in the clip's own sizes are the most alike
             pairs = [(t, h) for t in _divisors(tokens) for h in _divisors(tokens // t)]
             grids = [(t, h, tokens // t // h) for t, h in pairs]
-            return min(grids, key=lambda each: _spread(each, self.size))
+            return min(grids, key=lambda grid: _spread(grid, self.size))
         best = min(_divisors(tokens), key=lambda n: abs(n * n * width - tokens * height))
         return best, tokens // best
 
@@ -189,8 +189,8 @@ class Pairing:
         labels = self.member_labels(y)
         masks = [None] * self.members if self.masks is None or not visible else list(self.masks)
         return [
-            each.soft(self.classes, mask) if isinstance(each, MixedLabels) else each
-            for each, mask in zip(labels, masks, strict=True)
+            part.soft(self.classes, mask) if isinstance(part, MixedLabels) else part
+            for part, mask in zip(labels, masks, strict=True)
         ]
 
     def mixed_label(self) -> Tensor:
@@ -252,9 +252,9 @@ def check_labels(run: PassView, members: int, own: tuple[Tensor, ...], batch: in
     """
     check_pairs(run.graft, members, own, run.target)
     parts: Sequence[Any] = run.target if own and run.target is not None else (run.target,)
-    for each in parts:
+    for labels in parts:
         # Two lists of indices and a mask: the first stands for all of them.
-        part = each.first if isinstance(each, MixedLabels) else each
+        part = labels.first if isinstance(labels, MixedLabels) else labels
         found = run.labels(batch, part)
         if classes > 1:
             check_label_range(run.graft, found, classes, doubt=run.doubt)

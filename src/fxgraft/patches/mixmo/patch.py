@@ -262,7 +262,7 @@ class MixMo(Patch):
     def diagnostics(self, graft: Graft) -> Mapping[str, Any]:
         """Count on how many rows two members agree, by the logits of the last training pass."""
         measured = graft.measured().items()
-        return {name: torch.stack([1 - disagreement(each) for each in values]) for name, values in measured}
+        return {name: torch.stack([1 - disagreement(value) for value in values]) for name, values in measured}
 
     def criterion(self, graft: Graft, criterion: Callable[..., Tensor]) -> Callable[..., Tensor]:
         """Return the weighted sum of the members' losses, for what a training pass returned."""
@@ -395,7 +395,7 @@ class Encoders(MemberUnit):
         encodings = [apply_layer(module, z, *own) for z, own in members]
         if config.members == 1:
             return encodings[0]
-        maps = [layout.canonical(each) for each in encodings]
+        maps = [layout.canonical(encoding) for encoding in encodings]
         if pairing.masks is None:
             pairing.draw(
                 maps[0],
@@ -423,7 +423,7 @@ class Encoders(MemberUnit):
                 "Remove the hooks, or write what they do as a layer in front of the model."
             )
         others = pairing.inputs[1:]
-        return [x, *(others if before is None else (before(model, each) for each in others))]
+        return [x, *(others if before is None else (before(model, other) for other in others))]
 
     def _tell_others(self, pairing: Pairing) -> None:
         """Leave labels for the other grafts of the model, who see mixtures: mixed alike."""

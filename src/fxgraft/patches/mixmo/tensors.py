@@ -310,7 +310,7 @@ def _undisturbed(criterion: Any) -> Iterator[None]:
     kept = [(vars(part), dict(vars(part))) for part in parts if hasattr(part, "__dict__")]
     buffers = [(part._buffers, dict(part._buffers)) for part in parts if isinstance(part, nn.Module)]
     for now, before in buffers:
-        now.update({name: each.clone() for name, each in before.items() if each is not None})
+        now.update({name: buffer.clone() for name, buffer in before.items() if buffer is not None})
     state = torch.get_rng_state()
     try:
         yield
@@ -369,11 +369,11 @@ class MixedLabels:
     def to(self, device: torch.device | str, non_blocking: bool = False) -> MixedLabels:
         """The labels on another device."""
         parts = (self.first, self.second, self.mask)
-        return MixedLabels(*(each.to(device, non_blocking=non_blocking) for each in parts))
+        return MixedLabels(*(part.to(device, non_blocking=non_blocking) for part in parts))
 
     def pin_memory(self) -> MixedLabels:
         """The labels in pinned memory, for loaders."""
-        return MixedLabels(*(each.pin_memory() for each in (self.first, self.second, self.mask)))
+        return MixedLabels(*(part.pin_memory() for part in (self.first, self.second, self.mask)))
 
     def soft(self, classes: int, visible: Tensor | None = None) -> Tensor:
         """Soft targets: each of the two labels with the share of its image.

@@ -180,8 +180,8 @@ class RSC(LayeredPatch):
         for site, layout, rest in found_sites(backbone, self.layers, self.output, self.layout):
             unit = make(site.name, RSCUnit, self)
             unit.bind(site=site, layout=layout, rest=rest)
-            for each in rest.captured:
-                yield backbone.place(each, make(each.name, Capture, each.name), evaluation=False)
+            for capture in rest.captured:
+                yield backbone.place(capture, make(capture.name, Capture, capture.name), evaluation=False)
             yield backbone.place(site, unit, evaluation=False)
             if self.saliency == "gradient" and self.scope != "channel" and rest.tail is not None:
                 warnings.warn(
@@ -194,7 +194,7 @@ class RSC(LayeredPatch):
 
     def on_installed(self, graft: Graft, backbone: Backbone) -> None:
         """Trace the rest again with the grafts on, since some of them act in it."""
-        names = [each.name for each in grafts_on(backbone.model)]
+        names = [known.name for known in grafts_on(backbone.model)]
         behind = names[: names.index(graft.name)]
         for unit in graft.units_of(RSCUnit):
             unit.bind(rest=backbone.rest(unit.site, self.output, behind))
