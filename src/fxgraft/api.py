@@ -275,8 +275,8 @@ def sites(
     look, _ = (registry_of(model) or GraftRegistry()).look(model)
     trace = look.trace(input_size)
     with preserved_random_state():
-        found = position_sites(trace) if pattern == "residual" else list_sites(trace, pattern)
-    return Sites(found, f"{class_name(model)}, batch of 2")
+        listed = position_sites(trace) if pattern == "residual" else list_sites(trace, pattern)
+    return Sites(listed, f"{class_name(model)}, batch of 2")
 
 
 def summary(
@@ -371,16 +371,16 @@ def check_model(model: Any) -> None:
         "ScriptModule": "TorchScript",
     }
     for path, module in model.named_modules():
-        found = next((wrappers[c.__name__] for c in type(module).__mro__ if c.__name__ in wrappers), None)
-        if found is None and module._compiled_call_impl is not None:
-            found = "module.compile()"
+        wrapper = next((wrappers[c.__name__] for c in type(module).__mro__ if c.__name__ in wrappers), None)
+        if wrapper is None and module._compiled_call_impl is not None:
+            wrapper = "module.compile()"
         nodes = module.graph.nodes if isinstance(module, torch.fx.GraphModule) else ()
-        if found is None and any(isinstance(node.target, OpOverload) for node in nodes):
-            found = "torch.export"
-        if found is not None:
+        if wrapper is None and any(isinstance(node.target, OpOverload) for node in nodes):
+            wrapper = "torch.export"
+        if wrapper is not None:
             where = f"its part {path!r}" if path else "it"
             raise WrappedModelError(
-                f"{model._get_name()} cannot be patched: {where} is already wrapped by {found}.\n"
+                f"{model._get_name()} cannot be patched: {where} is already wrapped by {wrapper}.\n"
                 "The wrapper has taken hold of the bare forward, parameters and hooks, and would miss the patch.\n"
                 "Patch first, wrap after."
             )

@@ -20,8 +20,8 @@ def checked_device(device: str | torch.device) -> torch.device:
         ConfigError: the name means nothing to torch, or this machine has no such device.
     """
     try:
-        found = torch.device(device)
-        torch.empty(0, device=found)
+        place = torch.device(device)
+        torch.empty(0, device=place)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         known = ["cpu", *(f"cuda:{index}" for index in range(torch.cuda.device_count()))]
         raise ConfigError(
@@ -29,9 +29,9 @@ def checked_device(device: str | torch.device) -> torch.device:
             f"It sees {', '.join(known)}; an accelerator needs its driver, and a torch that was built for it.\n"
             "Name one of these, or leave the device out."
         ) from error
-    if found.type == "meta":
+    if place.type == "meta":
         raise ConfigError("The 'meta' device computes nothing, so nothing can be measured on it.")
-    return found
+    return place
 
 
 def processor(device: torch.device) -> str:

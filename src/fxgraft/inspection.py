@@ -153,7 +153,7 @@ def summary_of(model: nn.Module, grafts: Mapping[str, Graft], optimizers: Sequen
         optimizers: with ``param_groups``; which parameters of grafts they do not hold is noted. None: no notes.
     """
     held = _held(model, optimizers)
-    found = []
+    summaries = []
     for name, graft in grafts.items():
         notes = []
         if graft.patch.needs_labels:
@@ -177,8 +177,8 @@ def summary_of(model: nn.Module, grafts: Mapping[str, Graft], optimizers: Sequen
         count = sum(p.numel() for p in own)
         where = graft.patch.describe(graft)
         made = GraftSummary(name, graft.patch.method, options, where, tuple(graft.units), count, tuple(notes))
-        found.append(made)
-    return Summary(class_name(model), tuple(found))
+        summaries.append(made)
+    return Summary(class_name(model), tuple(summaries))
 
 
 def _held(model: nn.Module, optimizers: Sequence[Any]) -> set[int] | None:
@@ -237,14 +237,14 @@ def diagnostics(model: nn.Module) -> dict[str, float]:
     Raises:
         MethodError: what a method returns isn't a dictionary of numbers.
     """
-    found: dict[str, float] = {}
+    scalars: dict[str, float] = {}
     for graft_name, graft in named_grafts(model).items():
         measured = graft.patch.diagnostics(graft)
         try:
-            found |= {f"{graft_name}.{name}": mean_of([value]) for name, value in measured.items()}
+            scalars |= {f"{graft_name}.{name}": mean_of([value]) for name, value in measured.items()}
         except (AttributeError, TypeError, ValueError) as error:
             raise MethodError(
                 f"{type(graft.patch).__name__}.diagnostics returned {measured!r}.\n"
                 "It returns a dictionary of numbers, or of tensors of which the mean is taken."
             ) from error
-    return found
+    return scalars

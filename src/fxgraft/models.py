@@ -202,18 +202,18 @@ def load_weights(model: nn.Module, path: str | Path, *, new_classifier: bool = F
     if not file.is_file():
         raise RecipeError(f"There is no file {str(file)!r} with weights.")
     try:
-        found = load_state_dict(str(file), device="cpu")
+        weights = load_state_dict(str(file), device="cpu")
     except Exception as error:  # torch's and safetensors' own, of many classes
         raise RecipeError(f"{file} holds no weights that can be read: {error}") from error
     own = model.state_dict()
     classifiers = _classifiers(model) if new_classifier else ()
     head = {f"{name}.{kind}" for name in classifiers for kind in ("weight", "bias")}
-    for name in head & set(found) & set(own):
-        if found[name].shape != own[name].shape:
-            del found[name]
-    lacking = sorted(set(own) - set(found) - head)
-    foreign = sorted(set(found) - set(own))
-    shapes = [name for name in found if name in own and found[name].shape != own[name].shape]
+    for name in head & set(weights) & set(own):
+        if weights[name].shape != own[name].shape:
+            del weights[name]
+    lacking = sorted(set(own) - set(weights) - head)
+    foreign = sorted(set(weights) - set(own))
+    shapes = [name for name in weights if name in own and weights[name].shape != own[name].shape]
     if lacking or foreign or shapes:
         parts = [
             f"{what} {', '.join(names[:4])}{', …' if len(names) > 4 else ''}"
@@ -223,11 +223,11 @@ def load_weights(model: nn.Module, path: str | Path, *, new_classifier: bool = F
         raise RecipeError(
             f"{file} does not fit the model: {'; '.join(parts)}.\nPass the checkpoint of this model."
         )
-    model.load_state_dict(found, strict=False)
+    model.load_state_dict(weights, strict=False)
 
 
 def _classifiers(model: nn.Module) -> list[str]:
     declared = getattr(model, "default_cfg", None) or {}
     named = declared.get("classifier", ()) if isinstance(declared, dict) else ()
-    found: list[str] = [named] if isinstance(named, str) else list(named or ())
-    return found or [name for name, module in model.named_modules() if isinstance(module, nn.Linear)][-1:]
+    names: list[str] = [named] if isinstance(named, str) else list(named or ())
+    return names or [name for name, module in model.named_modules() if isinstance(module, nn.Linear)][-1:]

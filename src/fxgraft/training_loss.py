@@ -164,9 +164,9 @@ def _compare_labels(context: Context, path: str, out: Any, y: Any) -> None:
         TargetError: it is; on an accelerator it may come in one of the next steps, since the device is not waited for.
         StructureError: a part took them for what it returns, and the loss is for what a classifier behind it does.
     """
-    found = context.outputs.records(out)
+    records = context.outputs.records(out)
     shapes = [tuple(tensor.shape) for tensor in tensors(out)]
-    for record in found:
+    for record in records:
         if record.labels is None:
             continue
         if path and not any(shape in record.shapes for shape in shapes):
@@ -179,7 +179,7 @@ def _compare_labels(context: Context, path: str, out: Any, y: Any) -> None:
                 "The grafts acted on what they were before.\n"
                 "Change labels in a copy, y.clone(), or before the pass, and give both the same."
             )
-        if len(found) > 1 and batch_of(y) != batch_of(record.labels):
+        if len(records) > 1 and batch_of(y) != batch_of(record.labels):
             continue  # outputs of several passes, joined
         wrong = differ(record.labels, y)
         if wrong is not None and wrong is not False:
@@ -311,20 +311,20 @@ def _judging(model: nn.Module, logits: Any) -> list[Graft]:
         ConfigError: there are several such parts.
         StructureError: the logits are not the output of that part.
     """
-    found: dict[str, list[Graft]] = {}
+    by_part: dict[str, list[Graft]] = {}
     for path, part in _trained_parts(model, logits).items():
         for graft in grafts_on(part):
             if graft.patch.replaces_criterion():
-                found.setdefault(path, []).append(graft)
-    if len(found) > 1:
+                by_part.setdefault(path, []).append(graft)
+    if len(by_part) > 1:
         names = " and ".join(
-            f"{grafts[0].name!r} on {path or 'the model'!r}" for path, grafts in found.items()
+            f"{grafts[0].name!r} on {path or 'the model'!r}" for path, grafts in by_part.items()
         )
         raise ConfigError(
             f"{names} each stand in for the criterion.\nEach judges the output of its own part by its own rule.\n"
             "Call fxgraft.loss on each part with that part's output, and add the results."
         )
-    for path, grafts in found.items():
+    for path, grafts in by_part.items():
         context = grafts[0].context
         left = None if context is None else context.left
         shapes = None if left is None else left.shapes
@@ -337,4 +337,4 @@ def _judging(model: nn.Module, logits: Any) -> list[Graft]:
                 f"Patch the whole model, fxgraft.patch(model, {method!r}, ...), or call fxgraft.loss on the part with "
                 "the part's own output."
             )
-    return [graft for grafts in found.values() for graft in grafts]
+    return [graft for grafts in by_part.values() for graft in grafts]

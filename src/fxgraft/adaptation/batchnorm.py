@@ -104,18 +104,18 @@ class _Images:
         self._passes = self.batches = 0
 
     def __iter__(self) -> Iterator[Tensor]:
-        self._finite, found = [], False
+        self._finite, any_images = [], False
         for batch in self.loader:
-            found = True
+            any_images = True
             images = images_of(batch).to(self.place)
             self._finite.append(images.isfinite().all())
             yield images
-        if not found and not self._passes:
+        if not any_images and not self._passes:
             raise ConfigError(
                 "The loader gave no batches, so there is nothing to estimate statistics from.\n"
                 "An iterator can be used once; pass the DataLoader itself, or a list of batches."
             )
-        if not found:
+        if not any_images:
             raise ConfigError(
                 "The loader gives its batches once, and exact=True takes a pass for every BatchNorm.\n"
                 "Pass the DataLoader itself, or a list of batches."
@@ -230,10 +230,10 @@ def _estimate_exactly(model: nn.Module, layers: list[BatchNorm], images: _Images
     """Take mean and variance over all images, of one layer after the other as they run."""
     pending = list(layers)
     while pending:
-        found = _moments_of_first(model, pending, images)
-        if found is None:  # no image reaches those that are left: they keep what they knew
+        gathered = _moments_of_first(model, pending, images)
+        if gathered is None:  # no image reaches those that are left: they keep what they knew
             return
-        layer, moments = found
+        layer, moments = gathered
         _write(layer, moments.statistics(), torch.tensor(images.batches))
         pending.remove(layer)
 
@@ -242,16 +242,16 @@ def _moments_of_first(
     model: nn.Module, pending: list[BatchNorm], images: _Images
 ) -> tuple[BatchNorm, _Moments] | None:
     """Gather the moments at the first of some layers to run: what it sees depends on none of the others."""
-    found: list[tuple[BatchNorm, _Moments]] = []
+    gathered: list[tuple[BatchNorm, _Moments]] = []
 
     def gather(layer: nn.Module, args: tuple[Tensor, ...]) -> None:
-        if not found:
-            found.append((layer, _Moments()))  # type: ignore[arg-type]
-        if layer is found[0][0]:
+        if not gathered:
+            gathered.append((layer, _Moments()))  # type: ignore[arg-type]
+        if layer is gathered[0][0]:
             x, state = args[0], state_of(layer)
             for unit in () if state is None else state.evaluation.inputs:
                 x = unit(x)
-            found[0][1].add(x)
+            gathered[0][1].add(x)
 
     handles = [layer.register_forward_pre_hook(gather) for layer in pending]
     try:
@@ -260,7 +260,7 @@ def _moments_of_first(
     finally:
         for handle in handles:
             handle.remove()
-    return found[0] if found else None
+    return gathered[0] if gathered else None
 
 
 class _Moments:

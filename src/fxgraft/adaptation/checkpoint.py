@@ -292,10 +292,10 @@ def _is_history(values: Any, steps: int) -> bool:
 
 
 def _digest(lines: Iterable[Any], *more: str) -> str:
-    found = hashlib.sha256()
+    digest = hashlib.sha256()
     for line in (*more, *lines):
-        found.update(line if isinstance(line, bytes) else f"{line}\n".encode())
-    return found.hexdigest()
+        digest.update(line if isinstance(line, bytes) else f"{line}\n".encode())
+    return digest.hexdigest()
 
 
 def _class_name(model: nn.Module) -> str:

@@ -157,13 +157,13 @@ class Endless:
 
 def _parts(loader: Any) -> list[Any]:
     """List a loader and the samplers it draws from."""
-    found = [loader]
-    for inner in found:
+    parts = [loader]
+    for inner in parts:
         for name in ("sampler", "batch_sampler"):
             part = getattr(inner, name, None)
-            if part is not None and all(part is not known for known in found):
-                found.append(part)
-    return found
+            if part is not None and all(part is not known for known in parts):
+                parts.append(part)
+    return parts
 
 
 def images_of(batch: Any, name: str = "given") -> Tensor:
@@ -177,13 +177,13 @@ def images_of(batch: Any, name: str = "given") -> Tensor:
     Raises:
         ConfigError: there are none to be found, or they are not batched.
     """
-    found = batch
+    images = batch
     if isinstance(batch, Mapping):
-        found = next((batch[key] for key in IMAGE_KEYS if key in batch), None)
+        images = next((batch[key] for key in IMAGE_KEYS if key in batch), None)
     elif isinstance(batch, (tuple, list)) and batch:
-        found = batch[0]
-    if isinstance(found, Tensor) and found.ndim and len(found):
-        return found
+        images = batch[0]
+    if isinstance(images, Tensor) and images.ndim and len(images):
+        return images
     seen = (
         f"a mapping with {', '.join(map(repr, batch))}"
         if isinstance(batch, Mapping)

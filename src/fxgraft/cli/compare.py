@@ -219,17 +219,17 @@ def _duration(seconds: float) -> str:
 
 def _variants(grafts: list[str] | None, file: Path | None) -> list[str]:
     """List the variants that the options say, and refuse methods that nobody has before torch is imported."""
-    found: list[str] = []
+    texts: list[str] = []
     if file is not None:
         from fxgraft.io.graft_file import read_entries
 
-        found += [" + ".join(spec.text for spec in entry) for entry in read_entries(file)]
-    found += grafts or ()
-    for text in found:
+        texts += [" + ".join(spec.text for spec in entry) for entry in read_entries(file)]
+    texts += grafts or ()
+    for text in texts:
         for spec in parse_grafts(text):
             if spec.method not in ("bare", "adapt_batchnorm"):
                 check_method(spec.method)
-    return found
+    return texts
 
 
 def _seeds(text: str) -> int | list[int]:
@@ -243,13 +243,13 @@ def _seeds(text: str) -> int | list[int]:
 
 
 def _pairs(texts: list[str] | None, option: str, plain: bool = False) -> dict[str, Any]:
-    found: dict[str, Any] = {}
+    pairs: dict[str, Any] = {}
     for text in texts or ():
         key, equals, value = text.partition("=")
         if not equals or not value or not key.isidentifier():
             raise ConfigError(f"{option} takes KEY=VALUE, got {text!r}.")
-        found[key] = value if plain else _values(value)[0]
-    return found
+        pairs[key] = value if plain else _values(value)[0]
+    return pairs
 
 
 def _values(text: str) -> list[Any]:

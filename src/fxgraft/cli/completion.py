@@ -32,5 +32,5 @@ def complete_spec(incomplete: str) -> list[str]:
 
 def complete_shown(incomplete: str) -> list[str]:
     """Complete what ``fxgraft show`` takes: a method, "maps", or a model."""
-    found = [*complete_method(incomplete), *(["maps"] if "maps".startswith(incomplete) else [])]
-    return [*found, *complete_model(incomplete)]
+    words = [*complete_method(incomplete), *(["maps"] if "maps".startswith(incomplete) else [])]
+    return [*words, *complete_model(incomplete)]

@@ -38,12 +38,12 @@ def chosen_grafts(
         ConfigError: one of them cannot be read.
         UnknownGraftError: one of them isn't a method.
     """
-    found: list[PatchSpec] = []
+    specs: list[PatchSpec] = []
     if file is not None:
         from fxgraft.io.graft_file import read_graft_file
 
-        found += read_graft_file(file)
-    found += [spec for text in (*(grafts or ()), *(former or ())) for spec in parse_grafts(text)]
-    for spec in found:
+        specs += read_graft_file(file)
+    specs += [spec for text in (*(grafts or ()), *(former or ())) for spec in parse_grafts(text)]
+    for spec in specs:
         check_method(spec.method)
-    return found
+    return specs

@@ -145,13 +145,13 @@ def read_checkpoint(source: Path, ema: bool = False) -> Trained:
         ConfigError: there is none, it cannot be read, or it has no averaged weights.
     """
     if source.is_dir():
-        found = next((source / name for name in RUN_FILES if (source / name).is_file()), None)
-        if found is None:
+        file = next((source / name for name in RUN_FILES if (source / name).is_file()), None)
+        if file is None:
             raise ConfigError(
                 f"There is nothing to merge in {str(source)!r}: neither what fxgraft.save writes, nor "
                 f"{' or '.join(RUN_FILES)}, which timm's train.py does.\nPass the checkpoint itself."
             )
-        source = found
+        source = file
     content = _read(source)
     key = "state_dict_ema" if ema else next((k for k in ("state_dict", "model") if k in content), None)
     if ema and content.get("state_dict_ema") is None:
@@ -187,10 +187,12 @@ def _read(file: Path) -> dict[str, Any]:
 
 def _unwrapped(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Take off what DistributedDataParallel and torch.compile put before the names."""
-    found = dict(weights)
-    while (prefix := next((w for w in WRAPPERS if all(k.startswith(w) for k in found)), None)) and found:
-        found = {key.removeprefix(prefix): value for key, value in found.items()}
-    return found
+    unwrapped = dict(weights)
+    while (
+        prefix := next((w for w in WRAPPERS if all(k.startswith(w) for k in unwrapped)), None)
+    ) and unwrapped:
+        unwrapped = {key.removeprefix(prefix): value for key, value in unwrapped.items()}
+    return unwrapped
 
 
 def _classes(name: str, weights: Mapping[str, Tensor]) -> int | None:
@@ -213,8 +215,8 @@ def _patch(network: nn.Module, grafts: Sequence[str], input_size: int | None) ->
 
 
 def _load(network: nn.Module, trained: Trained) -> None:
-    found = differences(network.state_dict(), trained.weights)
-    if not found:
+    misfit = differences(network.state_dict(), trained.weights)
+    if not misfit:
         network.load_state_dict(trained.weights)
         return
     have = {graft.name for graft in fxgraft.grafts(network)}
@@ -224,7 +226,7 @@ def _load(network: nn.Module, trained: Trained) -> None:
     unknown = sorted(there - have)
     raise RecipeError(
         f"{str(trained.file)!r} is not a checkpoint of this {type(network).__name__} with "
-        f"{', '.join(sorted(have)) or 'no grafts'}: {found}.\n"
+        f"{', '.join(sorted(have)) or 'no grafts'}: {misfit}.\n"
         + (
             f"It has tensors of {', '.join(map(repr, unknown))}: say how it was patched, "
             f"--graft {unknown[0]}:key=value,key=value."

@@ -63,7 +63,7 @@ def card_sections(method: Any) -> dict[str, str]:
     labels = "needs labels in training" if method.needs_labels else "needs no labels"
     own = "adds parameters" if method.adds_parameters else "adds no parameters"
     shown = "" if method.picture is Patch.picture else f"fxgraft show effect {method.method} IMAGE"
-    found = {
+    facts = {
         "idea": method.idea or _description(method),
         "equation": method.equation,
         "where": method.where,
@@ -76,7 +76,7 @@ def card_sections(method: Any) -> dict[str, str]:
         "picture": shown,
         "reference": "\n".join(filter(None, (method.paper, method.url))),
     }
-    return {label: fact for label, fact in found.items() if fact}
+    return {label: fact for label, fact in facts.items() if fact}
 
 
 def _description(method: type) -> str:
@@ -111,16 +111,16 @@ def option_rows(method: type) -> list[tuple[str, str, str, str]]:
 
 def option_docs(cls: type) -> dict[str, str]:
     """Read the options' documentation from the docstrings of a class and its bases."""
-    found: dict[str, str] = {}
+    docs: dict[str, str] = {}
     for base in reversed(cls.__mro__):
         if base is not object and "__doc__" in vars(base):
-            found |= _entries(inspect.cleandoc(base.__doc__ or ""))
-    return found
+            docs |= _entries(inspect.cleandoc(base.__doc__ or ""))
+    return docs
 
 
 def _entries(doc: str) -> dict[str, str]:
     """Return the entries of the Args or Attributes section of a Google docstring, each as one line."""
-    found: dict[str, str] = {}
+    entries: dict[str, str] = {}
     inside, depth, current = False, None, ""
     for line in doc.splitlines():
         indent = len(line) - len(line.lstrip())
@@ -131,10 +131,10 @@ def _entries(doc: str) -> dict[str, str]:
             entry = _ENTRY.match(line.strip()) if indent == depth else None
             if entry:
                 current, text = entry.groups()
-                found[current] = text
+                entries[current] = text
             elif current:
-                found[current] = f"{found[current]} {line.strip()}".strip()
-    return found
+                entries[current] = f"{entries[current]} {line.strip()}".strip()
+    return entries
 
 
 def _type(hint: Any) -> str:

@@ -124,11 +124,11 @@ class Placing:
     @cached_property
     def marks(self) -> dict[str, list[str]]:
         """Return the methods that go to a site by default, by the site's name."""
-        found: dict[str, list[str]] = {}
+        marks: dict[str, list[str]] = {}
         for name, method in methods().items():
             for place in () if method.example else self.suggestion(name).sites:
-                found.setdefault(place, []).append(name)
-        return found
+                marks.setdefault(place, []).append(name)
+        return marks
 
     def groups(self, chosen: Sequence[Site]) -> list[tuple[str, list[Site]]]:
         """Sort sites by the stages that they are in: a heading and the sites, in running order."""
@@ -137,7 +137,7 @@ class Placing:
             ends = [(order[stage.name], stage) for stage in stages(self.trace) if stage.name in order]
         except StructureError:
             ends = []
-        found: dict[str, list[Site]] = {}
+        groups: dict[str, list[Site]] = {}
         for site in chosen:
             at = order.get(site.name)
             number = next((i for i, (end, _) in enumerate(ends) if at is not None and at <= end), len(ends))
@@ -148,8 +148,8 @@ class Placing:
                 heading = f"stage {number}, or {number - len(ends)}: up to {stage.name}"
             else:
                 heading = "behind the stages" if ends else ""
-            found.setdefault(heading, []).append(site)
-        return list(found.items())
+            groups.setdefault(heading, []).append(site)
+        return list(groups.items())
 
     def _site(self, placement: Placement) -> str:
         """Name the site that a unit acts at; '' where that is the model's input or output."""

@@ -53,12 +53,12 @@ def sites(
     from fxgraft.models import build_model
 
     name = model if library is None or model.startswith(f"{library.value}/") else f"{library.value}/{model}"
-    found = placing.Placing(build_model(name, input_size=input_size), _shape(input_size))
-    groups, left_out = placing.listing(found, pattern, everything)
+    opened = placing.Placing(build_model(name, input_size=input_size), _shape(input_size))
+    groups, left_out = placing.listing(opened, pattern, everything)
     if json:
-        typer.echo(json_module.dumps(placing.sites_data(found, groups), indent=1))
+        typer.echo(json_module.dumps(placing.sites_data(opened, groups), indent=1))
     else:
-        show(placing.sites_table(found, groups, left_out))
+        show(placing.sites_table(opened, groups, left_out))
 
 
 def suggest(
@@ -73,11 +73,11 @@ def suggest(
     from fxgraft.cli.placing import Placing, table_of
     from fxgraft.models import build_model
 
-    found = Placing(build_model(model, classes, input_size=size), _shape(size)).suggestions()
+    suggestions = Placing(build_model(model, classes, input_size=size), _shape(size)).suggestions()
     if json:
-        typer.echo(json_module.dumps([suggestion.to_dict() for suggestion in found], indent=1))
+        typer.echo(json_module.dumps([suggestion.to_dict() for suggestion in suggestions], indent=1))
     else:
-        show(table_of(found, model if size is None else f"{model}, images of {size}×{size}"))
+        show(table_of(suggestions, model if size is None else f"{model}, images of {size}×{size}"))
 
 
 def _shape(side: int | None) -> tuple[int, int, int] | None:

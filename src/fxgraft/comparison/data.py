@@ -290,28 +290,28 @@ def _groups(data: str | os.PathLike[str]) -> tuple[str, dict[str, list[_Named]]]
                 f"{path} mixes folders ({folders[0].name}, …) and tars ({tars[0].name}, …).\n"
                 f'Pass one kind with a pattern, for example "{path}/*.tar".'
             )
-        found = _of_tars(tars) if tars else _by_folders(path, _files(path))
+        groups = _of_tars(tars) if tars else _by_folders(path, _files(path))
     elif path.is_file():
         if not path.name.lower().endswith(_TARS):
             raise ConfigError(f"{path} is neither a folder nor a tar.\n{LAYOUTS}")
-        found = _by_folders(path, _members(path))
+        groups = _by_folders(path, _members(path))
     elif set(path.name) & set("*?["):
-        found = _of_tars(sorted(path.parent.glob(path.name)))
+        groups = _of_tars(sorted(path.parent.glob(path.name)))
     else:
         known = sorted(sibling.name for sibling in path.parent.iterdir()) if path.parent.is_dir() else []
         raise ConfigError(f"There is no {path}. In {path.parent}: {candidates(path.name, known)}")
-    if not any(found.values()):
+    if not any(groups.values()):
         raise ConfigError(f"{path} holds no images in class folders.\n{LAYOUTS}")
-    return _named_groups(found)
+    return _named_groups(groups)
 
 
-def _named_groups(found: dict[str, list[_Named]]) -> tuple[str, dict[str, list[_Named]]]:
-    if "" in found:
-        return "classes", found
-    splits = {_SPLITS.get(name.lower(), ""): rows for name, rows in found.items()}
+def _named_groups(groups: dict[str, list[_Named]]) -> tuple[str, dict[str, list[_Named]]]:
+    if "" in groups:
+        return "classes", groups
+    splits = {_SPLITS.get(name.lower(), ""): rows for name, rows in groups.items()}
     if "train" in splits and "" not in splits:
         return "splits", splits
-    return "domains", found
+    return "domains", groups
 
 
 def _by_folders(root: Path, rows: list[tuple[str, str, PurePosixPath]]) -> dict[str, list[_Named]]:
@@ -321,11 +321,11 @@ def _by_folders(root: Path, rows: list[tuple[str, str, PurePosixPath]]) -> dict[
         usual = depths.most_common(1)[0][0] if depths else 0
         odd = next(str(place) for _, _, place in rows if len(place.parts) != usual or usual not in (2, 3))
         raise ConfigError(f"{root} has images where none should be: {odd}.\n{LAYOUTS}")
-    found: dict[str, list[_Named]] = {}
+    groups: dict[str, list[_Named]] = {}
     for path, member, place in rows:
         group = place.parts[0] if len(place.parts) == 3 else ""
-        found.setdefault(group, []).append((path, member, place.parts[-2]))
-    return found
+        groups.setdefault(group, []).append((path, member, place.parts[-2]))
+    return groups
 
 
 def _files(root: Path) -> list[tuple[str, str, PurePosixPath]]:
@@ -369,13 +369,13 @@ def _of_tars(tars: Sequence[Path]) -> dict[str, list[_Named]]:
     names = [stem[cut:] for stem in stems]
     if len(set(names)) < len(names) or not all(names):
         raise ConfigError(f"The names of the tars do not tell the domains apart: {', '.join(stems)}.")
-    found = {}
+    groups = {}
     for name, tar in zip(names, tars, strict=True):
         inside = _by_folders(tar, _members(tar))
         if set(inside) != {""}:
             raise ConfigError(f"{tar} should hold class folders with images, and holds {', '.join(inside)}/.")
-        found[name] = inside[""]
-    return found
+        groups[name] = inside[""]
+    return groups
 
 
 def _is_image(name: str) -> bool:
@@ -387,7 +387,7 @@ def _is_image(name: str) -> bool:
 
 def _of_timm(name: str) -> dict[str, list[_Named]]:
     """Read the splits of a data set by timm's name."""
-    found: dict[str, list[_Named]] = {}
+    splits: dict[str, list[_Named]] = {}
     failed: dict[str, Exception] = {}
     for split_name in ("train", "validation", "test"):
         place = f"{name}#{split_name}"
@@ -398,17 +398,17 @@ def _of_timm(name: str) -> dict[str, list[_Named]]:
             continue
         labels = _timm_labels(data)
         names = getattr(data, "classes", None) or [str(label) for label in range(max(labels) + 1)]
-        found[split_name] = [(place, str(index), str(names[label])) for index, label in enumerate(labels)]
-    if "train" not in found:
+        splits[split_name] = [(place, str(index), str(names[label])) for index, label in enumerate(labels)]
+    if "train" not in splits:
         raise ConfigError(
             f"timm could not read the train split of {name!r}: {failed['train']}\n"
             "Nothing is downloaded. Fetch the data set first, or pass a folder of images."
         )
-    if found.get("test") == [
-        (row[0].replace("#validation", "#test"), *row[1:]) for row in found.get("validation", ())
+    if splits.get("test") == [
+        (row[0].replace("#validation", "#test"), *row[1:]) for row in splits.get("validation", ())
     ]:
-        del found["validation"]  # timm gives the same split under both names
-    return found
+        del splits["validation"]  # timm gives the same split under both names
+    return splits
 
 
 @functools.lru_cache(maxsize=16)

@@ -355,10 +355,10 @@ class _Runner:
         for variant in candidates:
             means = []
             for row in grid:
-                found = [self.result.tuning(variant.text, task.name, row) for task in tasks]
+                records = [self.result.tuning(variant.text, task.name, row) for task in tasks]
                 scores = [
                     -math.inf if record is None or record["diverged"] else self._score(record)
-                    for record in found
+                    for record in records
                 ]
                 means.append(sum(scores) / len(scores))
             best[variant.text] = tried[means.index(max(means))]

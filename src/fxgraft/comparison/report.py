@@ -185,7 +185,7 @@ def _epochs(result: Comparison, variant: str, name: str) -> list[list[float]]:
 
 
 def _diagnostics(result: Comparison) -> Figure | None:
-    found: dict[str, list[list[float]]] = {}
+    by_name: dict[str, list[list[float]]] = {}
     for variant in result.variants:
         runs = [
             record["epoch_diagnostics"]
@@ -198,12 +198,12 @@ def _diagnostics(result: Comparison) -> Figure | None:
             columns = [
                 [run[e][name] for run in runs if len(run) > e and name in run[e]] for e in range(longest)
             ]
-            found[f"{variant}: {name}"] = [column for column in columns if column]
-    if not found:
+            by_name[f"{variant}: {name}"] = [column for column in columns if column]
+    if not by_name:
         return None
-    figure = _figure(7.5, 1.9 * -(-len(found) // 3))
-    for index, (name, columns) in enumerate(found.items()):
-        axis = figure.add_subplot(-(-len(found) // 3), 3, index + 1)
+    figure = _figure(7.5, 1.9 * -(-len(by_name) // 3))
+    for index, (name, columns) in enumerate(by_name.items()):
+        axis = figure.add_subplot(-(-len(by_name) // 3), 3, index + 1)
         means = [statistics.fmean(column) for column in columns]
         axis.plot(range(1, len(means) + 1), means, "o-", markersize=3, color=_COLOURS[0])
         axis.set_title(name, fontsize=7, wrap=True)
@@ -280,10 +280,10 @@ def method_pictures(setup: Setup, variants: Sequence[Variant], images: Sequence[
     batch = squares(images, setup.size)
     trained = bool(setup.pretrained or setup.weights)
     start = "pretrained weights" if trained else "untrained weights"
-    found: dict[str, Photo] = {}
+    photos: dict[str, Photo] = {}
     for variant in variants:
         for method, options in variant.grafts:
-            if method not in known or method in found:
+            if method not in known or method in photos:
                 continue
             model = setup.build(type(variant)("bare"), 0)
             picture = picture_of(model, method, batch, options, trained=trained)
@@ -291,8 +291,8 @@ def method_pictures(setup: Setup, variants: Sequence[Variant], images: Sequence[
                 file = Path(folder, "picture.png")
                 save_picture(picture, file)
                 png = base64.b64encode(file.read_bytes()).decode("ascii")
-            found[method] = Photo(f"{method}, {start}: {picture.caption}", png)
-    return list(found.values())
+            photos[method] = Photo(f"{method}, {start}: {picture.caption}", png)
+    return list(photos.values())
 
 
 def _figure(width: float, height: float) -> Any:

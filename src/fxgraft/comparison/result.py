@@ -83,13 +83,13 @@ class Comparison:
 
     def pairs(self, variant: str, task: str | None = None) -> list[tuple[Record, Record]]:
         """Return the finished pairs (baseline, variant), of one task or of all."""
-        found = [
+        pairs = [
             (self.record(self.baseline, t, seed), self.record(variant, t, seed))
             for seed in self.seeds
             for t in self.tasks
             if task in (None, t)
         ]
-        return [(before, after) for before, after in found if before is not None and after is not None]
+        return [(before, after) for before, after in pairs if before is not None and after is not None]
 
     def score(self, record: Record) -> float:
         """Return the score of a run that the verdicts are about.
@@ -104,10 +104,10 @@ class Comparison:
 
     def scores(self, variant: str, task: str | None = None) -> list[float]:
         """Return the scores of the finished runs of a variant, of one task or of all."""
-        found = [
+        records = [
             self.record(variant, t, seed) for seed in self.seeds for t in self.tasks if task in (None, t)
         ]
-        return [self.score(record) for record in found if record is not None]
+        return [self.score(record) for record in records if record is not None]
 
     @property
     def complete(self) -> bool:
@@ -129,11 +129,11 @@ class Comparison:
         return self._verdicts(task)
 
     def _verdicts(self, task: str | None) -> list[Verdict]:
-        found = {name: self.pairs(name, task) for name in self.variants if name != self.baseline}
+        pairs_of = {name: self.pairs(name, task) for name in self.variants if name != self.baseline}
         return verdicts(
             {
                 name: ([self.score(before) for before, _ in pairs], [self.score(after) for _, after in pairs])
-                for name, pairs in found.items()
+                for name, pairs in pairs_of.items()
             },
             interest=self.interest,
             level=self.level if task is None else self.level / len(self.tasks),
@@ -143,7 +143,7 @@ class Comparison:
                     sum(before["diverged"] for before, _ in pairs),
                     sum(after["diverged"] for _, after in pairs),
                 )
-                for name, pairs in found.items()
+                for name, pairs in pairs_of.items()
             },
         )
 
@@ -188,12 +188,12 @@ class Comparison:
 
     def rows(self) -> list[list[str]]:
         """Return the table: a row for each variant, the baseline first."""
-        found = {verdict.variant: verdict for verdict in self.verdicts}
+        judged = {verdict.variant: verdict for verdict in self.verdicts}
         table = []
         for name in self.variants:
             domains = [self._mean(name, task) for task in self.tasks] if len(self.tasks) > 1 else []
             row = [name, *domains, self._mean(name)]
-            verdict = found.get(name)
+            verdict = judged.get(name)
             if verdict is None:
                 table.append([*row, "", "", "baseline" if name == self.baseline else "no pair yet"])
                 continue

@@ -272,8 +272,8 @@ def _adapted(setup: Setup, model: nn.Module, variant: Variant, job: Job) -> nn.M
 def _scored(setup: Setup, model: nn.Module, job: Job) -> Record:
     options = _loading(setup, job)
     if not setup.corrupt:
-        found = evaluate(model, job.task.test, setup.training, **options)
-        return {**_parts(found), "finite": found["finite"]}
+        scores = evaluate(model, job.task.test, setup.training, **options)
+        return {**_parts(scores), "finite": scores["finite"]}
     by_corruption = {
         f"{name}, {severity}": evaluate(
             model, job.task.test, setup.training, **options, prepare=Corrupted(name, severity, setup.size)
@@ -283,24 +283,27 @@ def _scored(setup: Setup, model: nn.Module, job: Job) -> Record:
     }
     return {
         "scores": {
-            name: sum(found[name] for found in by_corruption.values()) / len(by_corruption) for name in SCORES
+            name: sum(record[name] for record in by_corruption.values()) / len(by_corruption)
+            for name in SCORES
         },
         "right": [
-            sum(column) for column in zip(*(found["right"] for found in by_corruption.values()), strict=True)
+            sum(column)
+            for column in zip(*(record["right"] for record in by_corruption.values()), strict=True)
         ],
         "images": [
-            sum(column) for column in zip(*(found["images"] for found in by_corruption.values()), strict=True)
+            sum(column)
+            for column in zip(*(record["images"] for record in by_corruption.values()), strict=True)
         ],
-        "accuracy_by_corruption": {name: found["accuracy"] for name, found in by_corruption.items()},
-        "finite": all(found["finite"] for found in by_corruption.values()),
+        "accuracy_by_corruption": {name: record["accuracy"] for name, record in by_corruption.items()},
+        "finite": all(record["finite"] for record in by_corruption.values()),
     }
 
 
-def _parts(found: Mapping[str, Any]) -> Record:
+def _parts(measured: Mapping[str, Any]) -> Record:
     return {
-        "scores": {name: found[name] for name in SCORES},
-        "right": found["right"],
-        "images": found["images"],
+        "scores": {name: measured[name] for name in SCORES},
+        "right": measured["right"],
+        "images": measured["images"],
     }
 
 

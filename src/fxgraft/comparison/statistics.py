@@ -130,7 +130,7 @@ def verdicts(
     """
     differences = {name: np.subtract(after, before) for name, (before, after) in pairs.items() if len(after)}
     raw = {name: _p(values) for name, values in differences.items()}
-    found = {}
+    judged = {}
     rejecting, own, running = True, level, 0.0
     for rank, name in enumerate(sorted(raw, key=lambda n: raw[n])):
         left = len(raw) - rank
@@ -139,10 +139,10 @@ def verdicts(
             rejecting = raw[name] < own
         running = max(running, min(1.0, raw[name] * left))
         before, after = pairs[name]
-        found[name] = _verdict(
+        judged[name] = _verdict(
             name, before, after, own, running, interest, lower_is_better, (diverged or {}).get(name, (0, 0))
         )
-    return [found[name] for name in differences]
+    return [judged[name] for name in differences]
 
 
 def _verdict(

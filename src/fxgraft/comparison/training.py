@@ -312,7 +312,7 @@ def fit(
     )
     ema = ModelEmaV3(model, decay=settings.model_ema_decay) if settings.model_ema else None
     criterion = functools.partial(F.cross_entropy, label_smoothing=settings.smoothing)
-    found, seconds, total = Fit(), [], settings.epochs * len(loader)
+    fitted, seconds, total = Fit(), [], settings.epochs * len(loader)
     best: tuple[float, dict[str, Tensor]] | None = None
     for epoch in range(settings.epochs):
         data.epoch = epoch
@@ -321,7 +321,7 @@ def fit(
         for x, y in loader:
             began = time.perf_counter()
             x, y = _on(x, device, settings), y.to(device)
-            fxgraft.set_progress(model, found.steps / total)
+            fxgraft.set_progress(model, fitted.steps / total)
             with _precision(device, settings), fxgraft.targets(y):
                 out = model(x)
                 loss = fxgraft.loss(model, out, y, criterion)
@@ -330,34 +330,34 @@ def fit(
             if settings.clip_grad is not None:
                 nn.utils.clip_grad_norm_(model.parameters(), settings.clip_grad)
             optimizer.step()
-            found.steps += 1
+            fitted.steps += 1
             if scheduler is not None:
-                scheduler.step_update(found.steps)
+                scheduler.step_update(fitted.steps)
             if ema is not None:
-                ema.update(model, found.steps)
+                ema.update(model, fitted.steps)
             losses.append(loss.detach())
             seconds.append(time.perf_counter() - began)
             if progress is not None:
-                progress(found.steps, total)
-        found.loss.append(float(torch.stack(losses).mean()))
-        found.diagnostics.append(fxgraft.diagnostics(model))
-        if not math.isfinite(found.loss[-1]):
-            found.diverged = True
+                progress(fitted.steps, total)
+        fitted.loss.append(float(torch.stack(losses).mean()))
+        fitted.diagnostics.append(fxgraft.diagnostics(model))
+        if not math.isfinite(fitted.loss[-1]):
+            fitted.diverged = True
             break
         if validation:
             scored = model if ema is None else ema.module
             accuracy = evaluate(scored, validation, settings, size=size, device=device, readers=readers)[
                 "accuracy"
             ]
-            found.validation.append(accuracy)
+            fitted.validation.append(accuracy)
             if settings.select == "best" and (best is None or accuracy > best[0]):
                 best = accuracy, {name: value.clone() for name, value in scored.state_dict().items()}
     if best is not None:
         model.load_state_dict(best[1])
     elif ema is not None:
         model.load_state_dict(ema.module.state_dict())
-    found.step_seconds = statistics.median(seconds)
-    return found
+    fitted.step_seconds = statistics.median(seconds)
+    return fitted
 
 
 def evaluate(

@@ -115,9 +115,9 @@ class Grafts(Callback):
         if step == before or not trainer.is_global_zero:  # gradients of this step are still accumulated
             return
         every = trainer.log_every_n_steps  # type: ignore[attr-defined]
-        if self.logs and step % every == 0 and (found := diagnostics(pl_module)):
+        if self.logs and step % every == 0 and (scalars := diagnostics(pl_module)):
             for logger in trainer.loggers:
-                logger.log_metrics(found, step)
+                logger.log_metrics(scalars, step)
         if self.pictures and step % self.pictures == 0:
             _log_pictures(trainer, pl_module, batch, step)
 

@@ -87,9 +87,9 @@ class Grafts(transformers.TrainerCallback):
     ) -> None:
         """Add what the grafts did in the last training pass, to what is logged of the training."""
         if self.log and logs is not None and "loss" in logs:
-            found = diagnostics(model)
-            logs.update(found)
-            state.log_history[-1].update(found)
+            scalars = diagnostics(model)
+            logs.update(scalars)
+            state.log_history[-1].update(scalars)
 
     def on_train_end(self, *args: Any, **kwargs: Any) -> None:
         """Leave the loss as the model has it."""
@@ -196,10 +196,10 @@ class Trainer(transformers.Trainer):
             out = model(**images, target=labels)
         else:  # a model that has another name for its images
             out = model(*images.values(), target=labels)
-        found = loss(model, out, labels, self.criterion)
+        own_loss = loss(model, out, labels, self.criterion)
         if num_items_in_batch is not None and model.training:
-            found = found * self._share(labels, num_items_in_batch)
-        return (found, out if isinstance(out, dict) else {"logits": out}) if return_outputs else found
+            own_loss = own_loss * self._share(labels, num_items_in_batch)
+        return (own_loss, out if isinstance(out, dict) else {"logits": out}) if return_outputs else own_loss
 
     def _share(self, labels: Tensor, counted: Tensor | int) -> Tensor:
         """Return the share of a micro-batch in the batch, times the number of processes that average gradients."""

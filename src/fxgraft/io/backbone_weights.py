@@ -65,10 +65,10 @@ def load_backbone(model: M, state_dict: Mapping[str, Any]) -> M:
     inner = unwrapped(model)
     own = own_keys(inner)
     stock = {key: value for key, value in inner.state_dict().items() if key not in own}
-    found = differences(stock, state_dict)
-    if found:
+    misfit = differences(stock, state_dict)
+    if misfit:
         raise RecipeError(
-            f"The checkpoint is not that of a bare {inner._get_name()}: {found}.\n{_hint(stock, state_dict)}"
+            f"The checkpoint is not that of a bare {inner._get_name()}: {misfit}.\n{_hint(stock, state_dict)}"
         )
     kept, random = Weights(inner), torch.get_rng_state()
     try:
@@ -96,7 +96,7 @@ def differences(wanted: Mapping[str, Any], given: Mapping[str, Any]) -> str:
         given: of the checkpoint.
     """
     common = [key for key in wanted if key in given]
-    found = {
+    kinds = {
         "missing": [key for key in wanted if key not in given],
         "unexpected": [key for key in given if key not in wanted],
         "of another shape": [
@@ -107,7 +107,7 @@ def differences(wanted: Mapping[str, Any], given: Mapping[str, Any]) -> str:
     }
     return "; ".join(
         f"{len(keys)} {what}: {', '.join(keys[:SHOWN])}{', …' if len(keys) > SHOWN else ''}"
-        for what, keys in found.items()
+        for what, keys in kinds.items()
         if keys
     )
 

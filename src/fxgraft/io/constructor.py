@@ -117,10 +117,10 @@ def constructor_of(model: nn.Module) -> Constructor | str:
     with preserved_random_state(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         for guess in _guesses(model):
-            found = _tried(guess, model)
-            if isinstance(found, Constructor):
-                return found
-            reason = found
+            tried = _tried(guess, model)
+            if isinstance(tried, Constructor):
+                return tried
+            reason = tried
     return reason
 
 
@@ -356,12 +356,12 @@ def _bare_children(module: nn.Module) -> Iterator[tuple[str, nn.Module | None]]:
 
 def _bare_modules(model: nn.Module) -> dict[str, nn.Module]:
     """Name all modules but those of grafts; a shared one by each of its names."""
-    found, waiting = {}, [("", model)]
+    modules, waiting = {}, [("", model)]
     while waiting:
         path, module = waiting.pop()
-        found[path] = module
+        modules[path] = module
         waiting += [(join(path, name), child) for name, child in _bare_children(module) if child is not None]
-    return found
+    return modules
 
 
 def _bare_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
@@ -400,24 +400,24 @@ def _differences(model: nn.Module, other: nn.Module) -> tuple[dict[str, dict[str
         return {}, sorted(f"the module {path!r}" for path in mine.keys() ^ theirs.keys())
     paths = [{id(module): path for path, module in reversed(modules.items())} for modules in (mine, theirs)]
     settings: dict[str, dict[str, Any]] = {}
-    found = [f"the sharing of {path!r}" for path in _differently_shared(mine, theirs)]
+    apart = [f"the sharing of {path!r}" for path in _differently_shared(mine, theirs)]
     tensors = [dict(_bare_tensors(network)) for network in (model, other)]
-    found += [f"the sharing of {path!r}" for path in _differently_shared(*tensors)]
+    apart += [f"the sharing of {path!r}" for path in _differently_shared(*tensors)]
     for path, module in mine.items():
         twin, state = theirs[path], state_of(module)
         if (type(module) if state is None else state.base) is not type(twin):
-            found.append(f"the class of {path!r}")
+            apart.append(f"the class of {path!r}")
             continue
         for kind in ("_parameters", "_buffers"):
             own, its = vars(module)[kind], vars(twin)[kind]
             names = {n for n in own.keys() | its.keys() if _shape(own.get(n, ...)) != _shape(its.get(n, ...))}
-            found += [f"the tensor {join(path, name)!r}" for name in sorted(names)]
+            apart += [f"the tensor {join(path, name)!r}" for name in sorted(names)]
         if module._non_persistent_buffers_set != twin._non_persistent_buffers_set:
-            found.append(f"which buffers of {path!r} are saved")
+            apart.append(f"which buffers of {path!r} are saved")
         if [name for name, _ in _bare_children(module)] != [name for name, _ in _bare_children(twin)]:
-            found.append(f"the order of what is in {path!r}")
+            apart.append(f"the order of what is in {path!r}")
         hooks = [kind for kind in _HOOKS if not _alike(_hooks(module, kind), _hooks(twin, kind), {}, paths)]
-        found += [f"{kind[1:]} on {path!r}" for kind in hooks]
+        apart += [f"{kind[1:]} on {path!r}" for kind in hooks]
         own = {name: value for name, value in vars(module).items() if name not in _INTERNAL}
         its = {name: value for name, value in vars(twin).items() if name not in _INTERNAL}
         if state is not None and not foreign_forward(module):
@@ -432,23 +432,23 @@ def _differences(model: nn.Module, other: nn.Module) -> tuple[dict[str, dict[str
             if both and not name.startswith("_") and _is_plain(own[name]) and _is_plain(its[name]):
                 settings.setdefault(path, {})[name] = own[name]
             else:
-                found.append(f"the attribute {join(path, name)!r}")
-    return settings, found
+                apart.append(f"the attribute {join(path, name)!r}")
+    return settings, apart
 
 
 @functools.cache
 def _names_in(cls: type) -> frozenset[str]:
     """Collect the names and words in the code of a class and its bases."""
-    found: set[str] = set()
+    words: set[str] = set()
     waiting: list[Any] = [value for base in cls.__mro__ for value in vars(base).values()]
     while waiting:
         value = waiting.pop()
         function = getattr(value, "fget", None) or getattr(value, "__func__", None) or value
         code = getattr(function, "__code__", function)
         if isinstance(code, types.CodeType):
-            found |= {*code.co_names, *(const for const in code.co_consts if isinstance(const, str))}
+            words |= {*code.co_names, *(const for const in code.co_consts if isinstance(const, str))}
             waiting += code.co_consts
-    return frozenset(found)
+    return frozenset(words)
 
 
 def _differently_shared(mine: Mapping[str, Any], theirs: Mapping[str, Any]) -> Iterable[str]:

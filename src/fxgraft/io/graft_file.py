@@ -29,10 +29,10 @@ def read_entries(path: Path) -> list[list[PatchSpec]]:
         raise ConfigError(f"The graft file {str(path)!r} cannot be read: {reason}\n{form}") from error
     if not isinstance(content, list) or not content:
         raise ConfigError(f"The graft file {str(path)!r} isn't a list of grafts.\n{form}")
-    found: list[list[PatchSpec]] = []
+    entries: list[list[PatchSpec]] = []
     for entry in content:
         if isinstance(entry, str):
-            found.append(parse_grafts(entry))
+            entries.append(parse_grafts(entry))
             continue
         if (
             not isinstance(entry, dict)
@@ -41,5 +41,5 @@ def read_entries(path: Path) -> list[list[PatchSpec]]:
         ):
             raise ConfigError(f"{entry!r} in the graft file {str(path)!r} isn't a graft.\n{form}")
         options = {key: value for key, value in entry.items() if key != "method"}
-        found.append([PatchSpec(describe(entry["method"], options), entry["method"], options)])
-    return found
+        entries.append([PatchSpec(describe(entry["method"], options), entry["method"], options)])
+    return entries

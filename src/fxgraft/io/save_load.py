@@ -86,23 +86,23 @@ def _architecture(model: nn.Module, own: set[str]) -> dict[str, str]:
 
 def content_digest(content: Any) -> str:
     """Digest nested dictionaries and lists, tensors by their bytes."""
-    found = hashlib.sha256()
+    digest = hashlib.sha256()
     waiting: list[Any] = [content]
     while waiting:
         value = waiting.pop()
         if isinstance(value, Mapping):
-            found.update(f"{{{len(value)}".encode())
+            digest.update(f"{{{len(value)}".encode())
             waiting += [part for item in value.items() for part in item]
         elif isinstance(value, (tuple, list)):
-            found.update(f"[{len(value)}".encode())
+            digest.update(f"[{len(value)}".encode())
             waiting += value
         elif isinstance(value, Tensor):
             flat = value.detach().cpu().contiguous().reshape(-1)
-            found.update(f"{value.dtype} {tuple(value.shape)}".encode())
-            found.update(flat.view(torch.uint8).numpy().data if flat.numel() else b"")
+            digest.update(f"{value.dtype} {tuple(value.shape)}".encode())
+            digest.update(flat.view(torch.uint8).numpy().data if flat.numel() else b"")
         else:
-            found.update(f"{type(value).__name__} {value!r}\n".encode())
-    return found.hexdigest()
+            digest.update(f"{type(value).__name__} {value!r}\n".encode())
+    return digest.hexdigest()
 
 
 def _digest(recipe: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:

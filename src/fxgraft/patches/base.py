@@ -99,23 +99,23 @@ class Patch(Placer):
         Raises:
             ConfigError: no such preset (lists close matches), no such option, or one missing that it needs.
         """
-        found = cls.presets.get(name)
-        if found is None:
+        published = cls.presets.get(name)
+        if published is None:
             raise ConfigError(
                 f"{cls.method!r} has no preset {name!r}.\n{candidates(str(name), cls.presets, 30)}\n"
                 f"fxgraft info {cls.method} shows what each sets."
             )
         check_known(cls, cls.method, overrides)
         given = {"layers" if key == "layer" else key for key, value in overrides.items() if value is not None}
-        missing = [need for need in found.needs if need not in given]
+        missing = [need for need in published.needs if need not in given]
         if missing:
             raise ConfigError(
                 f"The preset {name!r} of {cls.method!r} needs {' and '.join(missing)}, which depends on your "
                 f"network or training.\nPass {', '.join(f'{option}=...' for option in missing)} with it."
             )
-        options = {key: value for key, value in found.options.items() if key not in given}
+        options = {key: value for key, value in published.options.items() if key not in given}
         made = cls(**{**options, **overrides})
-        object.__setattr__(made, "published_as", found)
+        object.__setattr__(made, "published_as", published)
         return made
 
     @classmethod

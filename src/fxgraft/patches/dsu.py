@@ -118,12 +118,12 @@ class DSU(MapPatch):
     def default_sites(self, backbone: Backbone) -> list[Site]:
         """Find the places of the paper, those that hold maps or tokens of one image each."""
         try:
-            found = [site for stem in backbone.stems() for site in backbone.sites(stem.path)]
+            sites = [site for stem in backbone.stems() for site in backbone.sites(stem.path)]
         except (StructureError, TraceError):  # no first layer that is known: the other places stay
-            found = []
+            sites = []
         stem = backbone.stem_output()
-        found += [*([] if stem is None else [stem]), *backbone.main_stages()]
-        return [*{site.name: site for site in found if _fits(backbone, site)}.values()]
+        sites += [*([] if stem is None else [stem]), *backbone.main_stages()]
+        return [*{site.name: site for site in sites if _fits(backbone, site)}.values()]
 
     def change(self, x: Tensor, run: PassView | None = None) -> Tensor:
         """Draw other means and deviations around those of maps (B, C, *positions)."""

@@ -108,15 +108,15 @@ def check_beside(new: Graft, other: Graft) -> None:
 
 def not_beside(method: type[Patch]) -> list[str]:
     """List the methods that cannot be on one model with a method, each with the reason; see `check_beside`."""
-    found = []
+    reasons = []
     for name, other in methods().items():
         if method.pairs_labels and other.pairs_labels:
-            found.append(f"{name}, which {other.pairs_labels} and pairs labels as well")
+            reasons.append(f"{name}, which {other.pairs_labels} and pairs labels as well")
         elif method.pairs_labels and other.replays is not Patch.replays:
-            found.append(f"{name}, where it runs the batch again")
+            reasons.append(f"{name}, where it runs the batch again")
         elif other.pairs_labels and method.replays is not Patch.replays:
-            found.append(f"{name}, which {other.pairs_labels}, where this one runs the batch again")
-    return found
+            reasons.append(f"{name}, which {other.pairs_labels}, where this one runs the batch again")
+    return reasons
 
 
 def methods() -> dict[str, type[Patch]]:
@@ -126,8 +126,8 @@ def methods() -> dict[str, type[Patch]]:
     module that registers, or the patch class itself.
     """
     global _entry_points_loaded
-    for found in pkgutil.iter_modules([str(Path(__file__).parent)]):
-        importlib.import_module(f"{__package__}.{found.name}")
+    for module in pkgutil.iter_modules([str(Path(__file__).parent)]):
+        importlib.import_module(f"{__package__}.{module.name}")
     if not _entry_points_loaded:
         _entry_points_loaded = True
         for point in metadata.entry_points(group=ENTRY_POINT_GROUP):

@@ -100,10 +100,10 @@ class Taps(LayeredPatch):
     def picture(self, graft: Graft, view: View) -> Picture:
         """Show what is recorded: the mean of the channels over each image, and vectors as curves."""
         with torch.no_grad():
-            _, found = tapped(view.model.eval(), view.inputs[: view.given])
+            _, recorded = tapped(view.model.eval(), view.inputs[: view.given])
         layouts = view.layouts()
         rows = [[Panel("image", image)] for image in view.images[: view.given]]
-        for key, value in found.items():
+        for key, value in recorded.items():
             if not isinstance(value, Tensor) or value.ndim not in _USUAL:
                 continue
             name, _, prefix = (layouts.get(key) or _USUAL[value.ndim]).partition(", ")
@@ -114,7 +114,7 @@ class Taps(LayeredPatch):
                 else:
                     heat = view.grid(image.mean(0))
                     row.append(Panel(key, row[0].image, heat, unit="mean of the channels"))
-        return Picture(rows, f"values at {', '.join(found)}")
+        return Picture(rows, f"values at {', '.join(recorded)}")
 
     def merge(self, graft: Graft, model: nn.Module) -> None:
         """Leave the stock weights as they are: taps change nothing."""

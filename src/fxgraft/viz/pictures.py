@@ -159,9 +159,9 @@ def picture_of(
         (graft,) = fxgraft.grafts(model)
         layouts = _layouts(model, images)
         view = View(model, images, inputs, logits.argmax(1), given, top, seed, names, layouts)
-        found = graft.patch.picture(graft, view)
+        picture = graft.patch.picture(graft, view)
     notes = [] if trained else [UNTRAINED]
-    return replace(found, note="; ".join([*notes, *([found.note] if found.note else [])]))
+    return replace(picture, note="; ".join([*notes, *([picture.note] if picture.note else [])]))
 
 
 def pictures_of_grafts(model: nn.Module, inputs: Tensor, seed: int = 0) -> dict[str, Picture]:
@@ -182,7 +182,7 @@ def pictures_of_grafts(model: nn.Module, inputs: Tensor, seed: int = 0) -> dict[
     low, high = (getattr(shown.flatten(1), which)(1).values.view(-1, 1, 1, 1) for which in ("min", "max"))
     colours, given = _at_least_two((shown - low) / (high - low).clamp(min=1e-6)), len(shown)
     shown = shown if given > 1 else torch.cat((shown, -shown.flip(-1)))
-    found: dict[str, Picture] = {}
+    pictures: dict[str, Picture] = {}
     for path, part in patched_parts(model).items():
         for graft in grafts_on(part):
             if type(graft.patch).picture is fxgraft.Patch.picture:
@@ -199,10 +199,10 @@ def pictures_of_grafts(model: nn.Module, inputs: Tensor, seed: int = 0) -> dict[
                         labels = alone(shown).argmax(1)
                     layouts = _layouts(alone, shown)
                     view = View(alone, colours, shown, labels, given, seed=seed, layouts=layouts)
-                    found[".".join(filter(None, (path, graft.name)))] = own.patch.picture(own, view)
+                    pictures[".".join(filter(None, (path, graft.name)))] = own.patch.picture(own, view)
                 except (FxgraftError, AttributeError, RuntimeError, ValueError):
                     continue  # a part whose output isn't logits, a site without positions
-    return found
+    return pictures
 
 
 def _layouts(model: nn.Module, images: Tensor) -> Callable[[], dict[str, str]]:

@@ -120,7 +120,7 @@ def regrouped(factors: Iterable[Factor], shape: Sequence[int]) -> Axes:
             factor = replace(factor, size=waiting.pop().size * factor.size)
         waiting.append(factor)
     waiting.reverse()
-    found: list[Axis] = []
+    axes: list[Axis] = []
     for size in shape:
         group, have = list[Factor](), 1
         while have < size or (size == 1 and waiting and waiting[-1].size == 1 and not group):
@@ -133,12 +133,12 @@ def regrouped(factors: Iterable[Factor], shape: Sequence[int]) -> Axes:
                 group.append(Factor(kind, wanted))
                 waiting.append(Factor(kind, factor.size // wanted))
             else:
-                return (*found, *unknown(shape[len(found) :]))
+                return (*axes, *unknown(shape[len(axes) :]))
             have *= group[-1].size
-        found.append(tuple(group) or (Factor(ONE, 1),))
-    if found and waiting:  # ones at the end
-        found[-1] = (*found[-1], *waiting[::-1])
-    return tuple(found)
+        axes.append(tuple(group) or (Factor(ONE, 1),))
+    if axes and waiting:  # ones at the end
+        axes[-1] = (*axes[-1], *waiting[::-1])
+    return tuple(axes)
 
 
 def best(candidates: Sequence[Axis], size: int) -> Axis:

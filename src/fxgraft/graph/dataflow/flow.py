@@ -150,13 +150,13 @@ def passed_by_all(sources: list[tuple[int, ...]], end: int) -> set[int]:
                 needed.add(source)
                 waiting.append(source)
     # A value that something goes around stands between two that are connected.
-    reach, found = 0, set[int]()
+    reach, passed = 0, set[int]()
     users: dict[int, int] = {}
     for number in needed:
         for source in sources[number]:
             users[source] = max(users.get(source, 0), number)
     for number in sorted(needed):
         if reach <= number:
-            found.add(number)
+            passed.add(number)
         reach = max(reach, users.get(number, number))
-    return found
+    return passed

@@ -18,13 +18,13 @@ def upstream_of(node: fx.Node) -> set[fx.Node]:
 
 
 def _reached(node: fx.Node, following: Callable[[fx.Node], Iterable[fx.Node]]) -> set[fx.Node]:
-    found: set[fx.Node] = set()
+    seen: set[fx.Node] = set()
     waiting = [node]
     while waiting:
-        new = [reached for reached in following(waiting.pop()) if reached not in found]
-        found.update(new)
+        new = [reached for reached in following(waiting.pop()) if reached not in seen]
+        seen.update(new)
         waiting += new
-    return found
+    return seen
 
 
 def cut(

@@ -87,22 +87,22 @@ def axes_after(operation: Operation, name: str) -> Axes:
     if rule is None and _reduces(operation):
         rule = _reduced
     try:
-        found = None if rule is None else rule(operation)
+        axes = None if rule is None else rule(operation)
     except (IndexError, TypeError, ValueError):  # an overload of other arguments
-        found = None
-    if found is None or len(found) != len(operation.shape):
-        found = _aligned(operation)
-    return found
+        axes = None
+    if axes is None or len(axes) != len(operation.shape):
+        axes = _aligned(operation)
+    return axes
 
 
 def _tensors(operation: Operation) -> list[tuple[Tensor, Axes]]:
-    found = []
+    inputs = []
     for argument in (*operation.args, *operation.kwargs.values()):
         for value in argument if isinstance(argument, (list, tuple)) else (argument,):
             axes = operation.known(value) if isinstance(value, Tensor) else None
             if axes is not None:
-                found.append((value, axes))
-    return found
+                inputs.append((value, axes))
+    return inputs
 
 
 def _aligned(operation: Operation) -> Axes:
@@ -111,7 +111,7 @@ def _aligned(operation: Operation) -> Axes:
     inputs = [(value, axes) for value, axes in _tensors(operation) if value.ndim <= len(shape)]
     # Where two say different things, as a branch that took places for features, a whole map is believed first.
     inputs.sort(key=lambda pair: [kind_of(axis) for axis in pair[1][1:]].count(CHANNEL) != 1)
-    found: list[Axis] = []
+    aligned: list[Axis] = []
     for dim, size in enumerate(shape):
         said = []
         for value, axes in inputs:
@@ -124,8 +124,8 @@ def _aligned(operation: Operation) -> Axes:
                 for value, axes in inputs
                 if value.ndim == len(shape) and value.shape[dim] != 1
             ]
-        found.append(best(said, size))
-    return tuple(found)
+        aligned.append(best(said, size))
+    return tuple(aligned)
 
 
 def _reduces(operation: Operation) -> bool:
@@ -214,15 +214,15 @@ def _cat(operation: Operation) -> Axes:
     values = [part for part in operation.args[0] if part.ndim == len(operation.shape)]
     dim = (operation.get("dim") or 0) % len(operation.shape)
     known = [operation.known(value) for value in values]
-    found = []
+    axes = []
     for place, size in enumerate(operation.shape):
         said = [axes[place] for axes in known if axes is not None]
         if place == dim:
             parts = [None if axes is None else axes[place] for axes in known]
-            found.append(joined(parts, [value.shape[dim] for value in values]))
+            axes.append(joined(parts, [value.shape[dim] for value in values]))
         else:
-            found.append(best(said, size))
-    return tuple(found)
+            axes.append(best(said, size))
+    return tuple(axes)
 
 
 def _stack(operation: Operation) -> Axes:

@@ -181,14 +181,14 @@ def sources_of(node: fx.Node) -> list[fx.Node]:
 
 def computed_from(ends: Iterable[fx.Node], around: fx.Node | None = None) -> set[fx.Node]:
     """Collect what values are computed from, without what is reached through the node ``around`` alone."""
-    found: set[fx.Node] = set()
+    nodes: set[fx.Node] = set()
     waiting = [end for end in ends if end is not around]
     while waiting:
         for source in sources_of(waiting.pop()):
-            if source not in found and source is not around:
-                found.add(source)
+            if source not in nodes and source is not around:
+                nodes.add(source)
                 waiting.append(source)
-    return found
+    return nodes
 
 
 class Steps:
@@ -206,17 +206,17 @@ class Steps:
     def data(self, owner: str, graph: fx.Graph) -> set[fx.Node]:
         """Collect the nodes of a graph that depend on what goes through the network: parameters and sizes do not."""
         if graph not in self._data:
-            found: set[fx.Node] = set()
+            nodes: set[fx.Node] = set()
             values = self._anatomy.values(owner)
             for node in graph.nodes:
                 if node.op == "placeholder":
                     # One that the training graph alone has is taken for what it most likely is.
                     value = values.get(node.name)
                     if isinstance(value, (Tensor, list, tuple, dict, type(None))):
-                        found.add(node)
-                elif node.op != "output" and any(source in found for source in sources_of(node)):
-                    found.add(node)
-            self._data[graph] = found
+                        nodes.add(node)
+                elif node.op != "output" and any(source in nodes for source in sources_of(node)):
+                    nodes.add(node)
+            self._data[graph] = nodes
         return self._data[graph]
 
     def of(self, owner: str, node: fx.Node) -> Words:
@@ -256,12 +256,12 @@ class Steps:
         """Describe several nodes together."""
         nodes = set(nodes)
         words = {node: self.of(owner, node) for node in nodes}
-        found = _NONE.union(*words.values())
-        if not {"act", "project"} <= found:
-            return found
+        words_of_all = _NONE.union(*words.values())
+        if not {"act", "project"} <= words_of_all:
+            return words_of_all
         projections = {node for node in nodes if "project" in words[node]}
         behind = (computed_from([node]) for node in nodes if "act" in words[node])
-        return found | {"deep"} if any(branch & projections for branch in behind) else found
+        return words_of_all | {"deep"} if any(branch & projections for branch in behind) else words_of_all
 
     def depth(self, owner: str, nodes: Iterable[fx.Node]) -> int:
         """Count the projections in the longest chain of some nodes of a graph."""
@@ -285,10 +285,10 @@ class Steps:
         """Collect how many channels the projections in some nodes of a graph give."""
         paths = (join(owner, str(node.target)) for node in nodes if node.op == "call_module")
         layers = (layer for path in paths for layer in self._anatomy.module(path).modules())
-        found = (
+        counts = (
             getattr(layer, "out_channels", None) or getattr(layer, "out_features", None) for layer in layers
         )
-        return {width for width in found if isinstance(width, int)}
+        return {width for width in counts if isinstance(width, int)}
 
     def module(self, path: str) -> Words:
         """Describe what a call of a module does."""

@@ -101,8 +101,8 @@ class Backbone:
     def module_outputs(self) -> list[Site]:
         """List the outputs of modules that compute something, in running order."""
         passing = (nn.Identity, nn.Dropout, nn.Dropout2d)
-        found = (site for site in list_sites(self.trace) if site.on_module)
-        return [site for site in found if not isinstance(self.trace.module(site.path), passing)]
+        sites = (site for site in list_sites(self.trace) if site.on_module)
+        return [site for site in sites if not isinstance(self.trace.module(site.path), passing)]
 
     def named_sites(self, words: SiteSpec) -> dict[str, Site]:
         """Do the same, by the names that the values get: a word that names one site is its name."""
@@ -113,9 +113,9 @@ class Backbone:
 
         Those behind which a class token alone is read are left out: a unit on the other tokens changes nothing there.
         """
-        found = positions(self.trace, position, layers)
-        kept = without_idle(self.trace, found)
-        return [replace(site, left_out=site.left_out + len(found) - len(kept)) for site in kept]
+        sites = positions(self.trace, position, layers)
+        kept = without_idle(self.trace, sites)
+        return [replace(site, left_out=site.left_out + len(sites) - len(kept)) for site in kept]
 
     def blocks_before(self, site: Site) -> list[Site]:
         """List the blocks that run before a site and give as many channels, the nearest first."""
@@ -132,13 +132,13 @@ class Backbone:
         Raises:
             SiteError: no tensor, a layout that cannot be told, one that does not fit the value, or vectors.
         """
-        found = layout_at(self.trace, site, name)
-        if places and found.name == "NC":
+        layout = layout_at(self.trace, site, name)
+        if places and layout.name == "NC":
             raise SiteError(
                 f"{site.name!r} has no positions: its value is of shape {site.shape}.\n"
                 "What is asked for are maps or tokens.\nChoose an earlier layer; fxgraft.sites(model) lists them."
             )
-        return found
+        return layout
 
     def joins(self) -> list[Join]:
         """Find the residual joins, in running order."""

@@ -199,7 +199,7 @@ def checked_placements(graft: Graft, placed: Any) -> list[Placement]:
     if placed is None or isinstance(placed, (str, nn.Module)) or not isinstance(placed, Iterable):
         given = "nothing" if placed is None else f"a {type(placed).__name__}"
         raise MethodError(f"{what}.place returned {given}.\n{how}")
-    found: list[Placement] = []
+    flat: list[Placement] = []
     for placement in placed:
         inner = placement if isinstance(placement, list) else [placement]
         for one in inner:
@@ -217,5 +217,5 @@ def checked_placements(graft: Graft, placed: Any) -> list[Placement]:
                     f"{what} says train_only = True, and places the unit {one.key!r} in evaluation as well.\n"
                     "Pass evaluation=False to place(), or leave train_only out."
                 )
-        found += inner
-    return found
+        flat += inner
+    return flat

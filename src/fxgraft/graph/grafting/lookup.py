@@ -132,18 +132,18 @@ def _kept(root: nn.Module) -> dict[str, nn.Module] | None:
     They are where they were, with grafts. No other model alive has grafts, or all that have were elsewhere and no
     module has been put into another one since.
     """
-    found = _found.get(id(root))
-    if found is None or found.root() is not root:
+    search = _found.get(id(root))
+    if search is None or search.root() is not root:
         return None
     parts: dict[str, nn.Module] = {}
-    for path, known in found.places.items():
+    for path, known in search.places.items():
         part = _patched_at(root, path)
         if part is not (None if known is None else known()):
             return None
         if part is not None:
             parts[path] = part
     others = _all_patched() - set(map(id, parts.values()))
-    if others and not (found.change is last_change() and others <= found.elsewhere):
+    if others and not (search.change is last_change() and others <= search.elsewhere):
         return None
     return parts
 
@@ -177,10 +177,10 @@ def own_keys(model: nn.Module) -> set[str]:
 
 def counterparts(model: nn.Module) -> dict[str, str]:
     """Name the model's parameter that parameters of its grafts are another one of, by their names in the model."""
-    found = {path: registry_of(part) for path, part in patched_parts(model).items()}
+    registries = {path: registry_of(part) for path, part in patched_parts(model).items()}
     return {
         join(path, own): join(path, stock)
-        for path, registry in found.items()
+        for path, registry in registries.items()
         if registry is not None
         for own, stock in registry.counterparts().items()
     }

@@ -117,14 +117,14 @@ class Plan:
 
     def names(self) -> dict[int, str]:
         """Return the qualified names of the units that join the module tree, by identity."""
-        found = {
+        names = {
             id(unit): join(path, name)
             for path, s in self.states.items()
             for name, unit in s.registered.items()
         }
-        beside = [(holder, name, unit) for holder, name, unit in self.units() if id(unit) not in found]
+        beside = [(holder, name, unit) for holder, name, unit in self.units() if id(unit) not in names]
         paths = {id(module): path for path, module in self.model.named_modules()} if beside else {}
-        return found | {id(unit): join(paths.get(id(holder), ""), name) for holder, name, unit in beside}
+        return names | {id(unit): join(paths.get(id(holder), ""), name) for holder, name, unit in beside}
 
     def intact(self) -> str | None:
         """Return the name of a module that was wrapped again since it was written on, or None."""

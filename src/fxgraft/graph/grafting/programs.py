@@ -279,15 +279,15 @@ def _labelled(trace: ModelTrace, traced: Traced, edits: Sequence[Edit], training
     """
     names = Declared.of(traced.signature).labels
     edited = {name for edit in edits for name in _edited(edit)}
-    found = []
+    forms_with_labels = []
     for given in dict.fromkeys((*((name,) for name in names), names)) if names else ():
         try:
             other = trace.fresh_graph("", training, labels=given)
         except TraceError:
             continue
         if edited <= _in_common(traced, other):
-            found.append(other)
-    return found
+            forms_with_labels.append(other)
+    return forms_with_labels
 
 
 def _passing(trace: ModelTrace, traced: Traced, path: str, training: bool) -> Passing | None:

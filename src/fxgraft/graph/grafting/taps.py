@@ -224,7 +224,7 @@ def take(units: Iterable[Unit]) -> dict[str, Any]:
             over its value. Nothing is handed over then.
     """
     taps = [unit for unit in units if isinstance(unit, Tap)]
-    found: dict[str, Any] = {}
+    taken: dict[str, Any] = {}
     for tap in taps:
         recorded = _recorded(tap)
         if recorded is None:
@@ -247,13 +247,13 @@ def take(units: Iterable[Unit]) -> dict[str, Any]:
                 "Nothing did so when the model was patched.\n"
                 "Fetch before you write to it, patch again if a layer was made in-place since, or pass copy=True."
             )
-        found[tap.key] = value
+        taken[tap.key] = value
     for tap in taps:
         left = tap.context.left
         if left is not None and left.recorded is not None:
             left.recorded.pop(tap.slot)
             left.recorded = left.recorded or None
-    return found
+    return taken
 
 
 def _recorded(tap: Tap) -> dict[str, Any] | None:

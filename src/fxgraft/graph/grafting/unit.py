@@ -86,7 +86,7 @@ class PassView:
             BypassError: it was.
         """
         labels = self.model_pass.labels.given
-        found = [
+        extra = [
             name
             for name, labels_beside in self.model_pass.beside.items()
             if labels_beside is not labels
@@ -99,9 +99,9 @@ class PassView:
                 )
             )
         ]
-        if found:
+        if extra:
             raise BypassError(
-                f"{self.graft!r} was given {', '.join(map(repr, found))} beside the images, and it knows the model as "
+                f"{self.graft!r} was given {', '.join(map(repr, extra))} beside the images, and it knows the model as "
                 f"it runs on images alone.\n{why}\n"
                 "Give the model tensors of images of one size, which need no mask, or leave the method out."
             )
@@ -228,8 +228,8 @@ class Unit(nn.Module):
     @property
     def current(self) -> PassView | None:
         """The pass that is running in this thread; None outside of one (a part of the model called by itself)."""
-        found = self.context.current
-        return None if found is None else PassView(found, self.graft)
+        running = self.context.current
+        return None if running is None else PassView(running, self.graft)
 
     @property
     def run(self) -> PassView:
@@ -263,13 +263,13 @@ class Unit(nn.Module):
                 "Switch checkpointing off, or leave the part that the graft acts in out of it."
             )
 
-    def bind(self, **found: Any) -> None:
+    def bind(self, **attributes: Any) -> None:
         """Set attributes that are found again on every model: they do not travel with copies and pickles.
 
         Modules among them do not become children of the unit.
         """
-        self.__dict__["_bound"] = tuple(dict.fromkeys((*self.__dict__.get("_bound", ()), *found)))
-        self.__dict__.update(found)
+        self.__dict__["_bound"] = tuple(dict.fromkeys((*self.__dict__.get("_bound", ()), *attributes)))
+        self.__dict__.update(attributes)
 
     def bound(self) -> dict[str, Any]:
         """Return what `bind` has set."""

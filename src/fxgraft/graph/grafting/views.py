@@ -81,22 +81,22 @@ def view_grafts(model: nn.Module, training: bool = True) -> list[PartView]:
     for graft, placement in registry.plan.placements:
         if placement.training if training else placement.evaluation:
             owners.setdefault(placement.owner, []).append((graft, placement))
-    found: list[PartView] = []
+    views: list[PartView] = []
     look, _ = registry.look(model)
     with preserved_random_state():
         for path, placed in owners.items():
             by_rank(placed)
             trace = look.trace(placed[0][0].input_size)
             view = _view(trace, registry.plan.states[path], by_edge(placed), training)
-            same = next((i for i, other in enumerate(found) if _alike(other, view)), None)
+            same = next((i for i, other in enumerate(views) if _alike(other, view)), None)
             if same is None:
-                found.append(view)
+                views.append(view)
             else:
-                first = found[same]
-                found[same] = PartView(
+                first = views[same]
+                views[same] = PartView(
                     (*first.paths, path), first.kind, first.before, first.after, first.nodes
                 )
-    return found
+    return views
 
 
 def _alike(one: PartView, other: PartView) -> bool:

@@ -98,13 +98,13 @@ class Arguments:
 
 def _standing_in(model: nn.Module, names: Iterable[str]) -> dict[str, Tensor]:
     """Return the tensors that stand in for parameters of a model, by name, as `torch.func.functional_call` has it."""
-    found: dict[str, Tensor] = {}
+    stand_ins: dict[str, Tensor] = {}
     for name in names:
         path, _, own = name.rpartition(".")
         value = model.get_submodule(path)._parameters.get(own)
         if value is not None and not isinstance(value, nn.Parameter):
-            found[name] = value
-    return found
+            stand_ins[name] = value
+    return stand_ins
 
 
 class LastPass:
@@ -225,15 +225,15 @@ class Context:
             TargetError: the output is of several passes; or it is not seen to be of any, in training, and the graft
                 remembers passes.
         """
-        found = self.outputs.records(out)
-        if len(found) > 1:
+        records = self.outputs.records(out)
+        if len(records) > 1:
             raise TargetError(
-                f"{graft!r} was asked for the loss of an output that was computed from {len(found)} passes.\n"
+                f"{graft!r} was asked for the loss of an output that was computed from {len(records)} passes.\n"
                 "It judges each pass by what it did in that pass.\n"
                 "Call fxgraft.loss on the output of each pass, with its labels, and add the losses."
             )
-        if found:
-            return found[0].notes.get(note or graft)
+        if records:
+            return records[0].notes.get(note or graft)
         model = None if self.model is None else self.model()
         if model is not None and model.training and self.outputs.remembers(note or graft):
             raise TargetError(

@@ -199,18 +199,22 @@ def binary_labels(
         )
     counts = target != ignore_index
     wide = target if target.is_floating_point() else target.float()
-    found = wide.where(counts, torch.zeros_like(wide))
+    answers = wide.where(counts, torch.zeros_like(wide))
     whole = not target.is_floating_point()
-    if _readable(found) and found.numel() and not (float(found.min()) >= 0 and float(found.max()) <= 1):
+    if (
+        _readable(answers)
+        and answers.numel()
+        and not (float(answers.min()) >= 0 and float(answers.max()) <= 1)
+    ):
         what = "class indices or levels" if whole else "numbers"
         raise TargetError(
-            f"{graft!r} was given {what} from {float(found.min()):g} to {float(found.max()):g} as labels of logits "
+            f"{graft!r} was given {what} from {float(answers.min()):g} to {float(answers.max()):g} as labels of logits "
             "that are each a question of yes or no.\n"
             "Their labels are 0 and 1, or a probability between; an ordered level or a number to predict (regression) "
             "has no probability.\n"
             "Give the model one logit for each class or level, or leave the method out of a regression."
         )
-    return found, counts.to(found.dtype)
+    return answers, counts.to(answers.dtype)
 
 
 def _readable(target: Tensor) -> bool:

@@ -255,21 +255,20 @@ class Outputs:
         """List the passes that an output is of, or was computed from."""
         recent = self._recent
         if torch.compiler.is_compiling():
-            found = next(
-                (record for record in recent.all() if record.out is out), None
-            )  # guards on what is looked at
-            return [] if found is None else [found]
+            # The compiler guards on all that is looked at, and this is looked at in every call.
+            same = next((record for record in recent.all() if record.out is out), None)
+            return [] if same is None else [same]
         self._tie_recent()
         if not self._tied:  # no pass is known, and the graph of autograd is long
             return []
         given = tensors(out)
-        found = [self._records[tensor] for tensor in given if tensor in self._records]
-        found = found or [record for tensor in given for record in self._behind(tensor)]
-        if not found:
+        records = [self._records[tensor] for tensor in given if tensor in self._records]
+        records = records or [record for tensor in given for record in self._behind(tensor)]
+        if not records:
             places = [place for tensor in given if (place := place_of(tensor)) is not None]
             known = [(place_of(tensor), record) for tensor, record in self._records.items()]
-            found = [record for own, record in known if own and any(own.holds(place) for place in places)]
-        return list({id(record): record for record in found}.values())
+            records = [record for own, record in known if own and any(own.holds(place) for place in places)]
+        return list({id(record): record for record in records}.values())
 
     def compiled(self, out: Any) -> PassRecord | None:
         """Find the pass of an output in compiled code, among the last two: it guards on all that is looked at."""
@@ -312,7 +311,7 @@ class Outputs:
 
     def _behind(self, out: Tensor) -> list[PassRecord]:
         """Follow an output back through the graph of autograd, breadth first."""
-        found: list[PassRecord] = []
+        records: list[PassRecord] = []
         waiting = deque([] if out.grad_fn is None else [out.grad_fn])
         seen, left = set(waiting), FAR
         while waiting and left:
@@ -320,15 +319,15 @@ class Outputs:
             left -= 1
             record = node.metadata.get(self)
             if record is not None:
-                left = left if found else min(left, BEYOND)
-                found.append(record)
+                left = left if records else min(left, BEYOND)
+                records.append(record)
                 continue
             following = [
                 source for source, _ in node.next_functions if source is not None and source not in seen
             ]
             seen.update(following)
             waiting.extend(following)
-        return found
+        return records
 
 
 class Doubts:

@@ -117,8 +117,8 @@ class Labels:
 
 
 def _places(tensors: Iterable[Tensor]) -> list[Place]:
-    found = (place_of(tensor) for tensor in tensors)
-    return [place for place in found if place is not None]
+    places = (place_of(tensor) for tensor in tensors)
+    return [place for place in places if place is not None]
 
 
 def _match(known: list[Place], given: list[Place]) -> int:
@@ -238,8 +238,8 @@ def _recognised(sources: list[LabelSource], places: list[Place]) -> Offer | None
     if best == 0:
         beside = next(((s, labels) for s, labels in known if labels.beside(places)), None)
         return None if beside is None else Offer(beside[1], beside[0], places, True, "other part")
-    found = [pair for pair, score in zip(known, scores, strict=True) if score == best]
-    bound = [pair for pair in found if pair[0].model is not None] or found
+    candidates = [pair for pair, score in zip(known, scores, strict=True) if score == best]
+    bound = [pair for pair in candidates if pair[0].model is not None] or candidates
     source, labels = bound[-1]
     doubt: Doubt | None = None
     if any(other is not source and bound_labels.value is not labels.value for other, bound_labels in bound):

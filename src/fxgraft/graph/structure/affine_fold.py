@@ -154,10 +154,10 @@ def _node_of(trace: ModelTrace, site: Site) -> tuple[Traced, fx.Node] | None:
 
 def _reader(trace: ModelTrace, site: Site, layout: Layout, channels: int) -> str | None:
     """Follow a value to the linear layer that reads it, if nothing else does and nothing mixes it up before."""
-    found = _node_of(trace, site)
-    if found is None:
+    opened = _node_of(trace, site)
+    if opened is None:
         return None
-    traced, node = found
+    traced, node = opened
     values = trace.values("", traced)
     around = {site.path or site.owner, *ancestors(site.path or site.owner)} - {""}
     if any(output_hooked(trace.module(outer_path)) for outer_path in around):

@@ -52,7 +52,7 @@ class _Layer:
 
 def dense_layers(trace: ModelTrace, position: str) -> list[Site]:
     """Find the densely connected layers, and the sites of one position in them."""
-    found = []
+    sites = []
     layers: list[str] = []
     for owner in trace.in_order():
         if not _could_be_dense(trace, owner) or any(path.startswith(owner + ".") for path in layers):
@@ -65,8 +65,8 @@ def dense_layers(trace: ModelTrace, position: str) -> list[Site]:
             site = _position(trace, owner, position, modes[0], modes[1])
         except (TraceError, SiteError):
             continue
-        found += [] if site is None else [site]
-    return found
+        sites += [] if site is None else [site]
+    return sites
 
 
 def _position(

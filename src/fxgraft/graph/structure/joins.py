@@ -104,13 +104,13 @@ class _Parts:
     """How many scales lie between the end and the sum."""
 
     def edits(self) -> dict[str, Edge | After]:
-        found: dict[str, Edge | After] = {"identity": _edge(*self.taken), "post": After(self.total.name)}
+        edits: dict[str, Edge | After] = {"identity": _edge(*self.taken), "post": After(self.total.name)}
         if self.end is not None:
-            found["residual"] = _edge(*self.end)
+            edits["residual"] = _edge(*self.end)
         forked = tuple(user.name for user in self.fork.users if user in self.between)
         if forked:
-            found["pre"] = Edge(self.fork.name, forked)
-        return found
+            edits["pre"] = Edge(self.fork.name, forked)
+        return edits
 
 
 def _edge(node: fx.Node, users: tuple[fx.Node, ...]) -> Edge:
@@ -127,7 +127,7 @@ def residual_joins(trace: ModelTrace) -> list[Join]:
 
 def candidate_sums(trace: ModelTrace) -> list[str]:
     """List the sums of two values of one shape, joins or not, by the names that ``layers=`` takes."""
-    found = []
+    names = []
     for owner in _openable(trace):
         if not _can_be_traced(trace, owner):
             continue
@@ -139,17 +139,17 @@ def candidate_sums(trace: ModelTrace) -> list[str]:
             for n in graph.nodes
             if is_addition(n) and _are_nodes(n.args[:2]) and data.issuperset(n.args[:2])
         ]
-        found += [join(owner, n.name) for n in sums if _same_shape(values, *n.args[:2])]
-    return found
+        names += [join(owner, n.name) for n in sums if _same_shape(values, *n.args[:2])]
+    return names
 
 
 def closed_blocks(trace: ModelTrace) -> list[str]:
     """List the modules whose forwards cannot be traced, innermost ones alone, by name."""
-    found: list[str] = []
+    closed: list[str] = []
     for owner in _openable(trace):
-        if owner and not any(inside(path, owner) for path in found) and not _can_be_traced(trace, owner):
-            found.append(owner)
-    return found
+        if owner and not any(inside(path, owner) for path in closed) and not _can_be_traced(trace, owner):
+            closed.append(owner)
+    return closed
 
 
 def _can_be_traced(trace: ModelTrace, owner: str) -> bool:
@@ -170,14 +170,14 @@ def share_in_branches(trace: ModelTrace) -> float:
 
 def _openable(trace: ModelTrace) -> list[str]:
     """List the modules whose forwards may add, in running order."""
-    found = []
+    paths = []
     for path in trace.in_order():
         module = trace.module(path)
         # timm keeps some blocks out of traces through them; as the root of one they can still be opened.
         closed = is_primitive(module) and not any(module.children())
         if not closed and not isinstance(module, (nn.Sequential, nn.MultiheadAttention)):
-            found.append(path)
-    return found
+            paths.append(path)
+    return paths
 
 
 class _Search:
@@ -203,15 +203,15 @@ class _Search:
         evaluation = [parts for parts in self._parts_in(owner) if self._goes_on(owner, parts)]
         if not evaluation:
             return []
-        found = []
+        joins = []
         for parts, training in zip(evaluation, self._in_training(owner, evaluation), strict=True):
             if training is not None:
                 parts = self._before_drops(owner, parts, training.scales)
                 name = join(owner, parts.adds_to.name)
                 calls = (str(node.target) for node in sorted(parts.between) if node.op == "call_module")
                 branch = tuple(join(owner, call) for call in calls)
-                found.append(Join(name, owner, self._sites(owner, name, parts, training), parts.kind, branch))
-        return found
+                joins.append(Join(name, owner, self._sites(owner, name, parts, training), parts.kind, branch))
+        return joins
 
     def _sites(self, owner: str, name: str, parts: _Parts, training: _Parts) -> dict[str, Site]:
         """Return the site of each position of a join."""
@@ -267,15 +267,15 @@ class _Search:
         traced = self.trace.graph(owner, training=True)
         if _listing(traced.graph) == _listing(self.trace.graph(owner, training=False).graph):
             return list(evaluation)
-        found = self._find(owner, traced.graph, self.trace.values(owner, traced))
+        joins = self._find(owner, traced.graph, self.trace.values(owner, traced))
         known = self._parts_in(owner)
-        if len(found) == len(known):
-            return [found[known.index(residual)] for residual in evaluation]
-        named = {residual.adds_to.name: residual for residual in found}
+        if len(joins) == len(known):
+            return [joins[known.index(residual)] for residual in evaluation]
+        named = {residual.adds_to.name: residual for residual in joins}
         return [named.get(residual.adds_to.name) for residual in evaluation]
 
     def _find(self, owner: str, graph: fx.Graph, values: Values) -> list[_Parts]:
-        found: list[_Parts] = []
+        sums: list[_Parts] = []
         data = self.steps.data(owner, graph)
         taken: set[fx.Node] = set()
         for node in graph.nodes:
@@ -295,8 +295,8 @@ class _Search:
                 parts = self._with_more_branches(owner, values, parts)
                 taken.add(parts.total)
                 if not _one_of_several(parts.total):
-                    found.append(self._finished(owner, values, parts))
-        return found
+                    sums.append(self._finished(owner, values, parts))
+        return sums
 
     def _parts(self, owner: str, values: Values, total: fx.Node, identity: Any, branch: Any) -> _Parts | None:
         """Read an addition as identity + branch, or return None."""

@@ -114,9 +114,9 @@ def layout_of(
     kinds = [kind_of(axis) for axis in axes]
     if strict and UNKNOWN in kinds[1:]:
         kinds = _seen_larger(trace, value, kinds, again or (_output(path) if path else None))
-    found = _layout(kinds, axes)
-    if found is not None or not strict:
-        return found
+    layout = _layout(kinds, axes)
+    if layout is not None or not strict:
+        return layout
     what = f"{path or 'this value'!r}, of shape {tuple(value.shape)},"
     if kinds and kinds[0] not in (BATCH, UNKNOWN if mark is None else BATCH):
         raise SiteError(

@@ -202,7 +202,7 @@ class _Follower:
     def _step(self, owner: str, values: Values, node: fx.Node, held: Mapping[fx.Node, Carried]) -> Carried:
         """Follow values through one node."""
         carrying = {
-            source: found for source in sources_of(node) if (found := _merged(_flows(held.get(source))))
+            source: flow for source in sources_of(node) if (flow := _merged(_flows(held.get(source))))
         }
         merged = _merged(list(carrying.values()))
         if merged is None:
@@ -210,8 +210,8 @@ class _Follower:
         name = called(node)
         if node.target is operator.getitem:
             return _picked(values, node, held.get(node.args[0]))  # type: ignore[arg-type]
-        if node.target is getattr and isinstance(found := held.get(node.args[0]), Entries):  # type: ignore[arg-type]
-            return _entry(values, node, found)
+        if node.target is getattr and isinstance(entries := held.get(node.args[0]), Entries):  # type: ignore[arg-type]
+            return _entry(values, node, entries)
         built = _built(values, node, held)
         if built is not None:
             return built
@@ -331,8 +331,8 @@ def _names(sequence: Any) -> Sequence[Any]:
 
 
 def _entries(named: Iterable[tuple[Any, Carried]]) -> Entries | None:
-    found = Entries(tuple(named))
-    return found if _flows(found) else None
+    entries = Entries(tuple(named))
+    return entries if _flows(entries) else None
 
 
 def _built(values: Values, node: fx.Node, held: Mapping[fx.Node, Carried]) -> Carried:
@@ -424,18 +424,18 @@ def _parted(values: Values, node: fx.Node, flow: Flow) -> Carried:
     parts: Any = values(node)
     if not isinstance(dim, int):
         return Flow(role=flow.role)
-    found: list[Carried] = []
+    flows: list[Carried] = []
     start = 0
     for part in parts:
         stop = start + part.shape[flow.dim]
         if dim % part.ndim != flow.dim:
-            found.append(flow)
+            flows.append(flow)
         elif stop <= flow.first:
-            found.append(None)
+            flows.append(None)
         else:
-            found.append(Flow(max(flow.first - start, 0), flow.dim, flow.role))
+            flows.append(Flow(max(flow.first - start, 0), flow.dim, flow.role))
         start = stop
-    return _entries(enumerate(found))
+    return _entries(enumerate(flows))
 
 
 def _joined(values: Values, node: fx.Node, carrying: Mapping[fx.Node, Flow]) -> Carried:

@@ -82,18 +82,18 @@ def positions(trace: ModelTrace, position: str | None = None, layers: SiteSpec |
     def blocks() -> tuple[str, list[Site]]:
         wanted = usual(trace) if position is None else (position,)
         for layer in wanted:
-            found = _all(trace, layer)
-            if found:
-                return layer, found
+            sites = _all(trace, layer)
+            if sites:
+                return layer, sites
         return wanted[0], []
 
     if layers is None:
-        where, found = blocks()
+        where, sites = blocks()
         logits = _from_classifier_on(trace) if where in PLAIN else ()
-        usable = [site for site in found if _holds_places(site) and site.path not in logits]
+        usable = [site for site in sites if _holds_places(site) and site.path not in logits]
         if not usable:
-            raise _nowhere(trace, where, found)
-        left_out = len(found) - len(usable) if where in RESIDUAL else 0
+            raise _nowhere(trace, where, sites)
+        left_out = len(sites) - len(usable) if where in RESIDUAL else 0
         return [dataclasses.replace(site, left_out=left_out) for site in usable]
     words = list(layers) if isinstance(layers, Iterable) and not isinstance(layers, str) else [layers]
     chosen: dict[str, Site] = {}
@@ -142,8 +142,8 @@ def _all(trace: ModelTrace, position: str) -> list[Site]:
 
 
 def _residual(trace: ModelTrace, position: str) -> list[Site]:
-    found = (_position(trace, residual, position) for residual in residual_joins(trace))
-    return [site for site in found if site is not None]
+    sites = (_position(trace, residual, position) for residual in residual_joins(trace))
+    return [site for site in sites if site is not None]
 
 
 def _position(trace: ModelTrace, residual: Join, position: str) -> Site | None:
@@ -193,20 +193,20 @@ def _handed_on(trace: ModelTrace, owner: str, total: str) -> str:
     """Follow a sum to the last activation that acts on it alone, by name; the sum itself where there is none."""
     values = trace.values(owner)
     node = next(node for node in trace.graph(owner, training=False).graph.nodes if node.name == total)
-    found = node
+    last = node
     while len(node.users) == 1:
         before, node = node, next(iter(node.users))
         if node.op not in ("call_module", "call_function", "call_method"):
             break
         module = trace.module(join(owner, str(node.target))) if node.op == "call_module" else None
         if module is not None and is_kind(module, "norm"):
-            found = node if any(is_kind(part, "act") for part in module.children()) else found
+            last = node if any(is_kind(part, "act") for part in module.children()) else last
             continue
         steps = _operators(trace, module, node, values.get(before.name))
         if steps is None:
             break
-        found = node if steps else found
-    return found.name
+        last = node if steps else last
+    return last.name
 
 
 # They work element by element, though torch does not say so of them.
@@ -265,7 +265,7 @@ def _operators(trace: ModelTrace, module: nn.Module | None, node: fx.Node, value
 
 
 def _plain(trace: ModelTrace, position: str) -> list[Site]:
-    found = []
+    sites = []
     calls = trace.observation.calls
     for path in trace.in_order():
         if not path or not is_kind(trace.module(path), position):
@@ -275,7 +275,7 @@ def _plain(trace: ModelTrace, position: str) -> list[Site]:
             continue
         site = module_site(trace, path)
         if site.on_module:
-            found.append(dataclasses.replace(site, position=position, block=path))
+            sites.append(dataclasses.replace(site, position=position, block=path))
             continue
         called_as = relative(path, site.owner)
         try:
@@ -283,7 +283,7 @@ def _plain(trace: ModelTrace, position: str) -> list[Site]:
         except TraceError:
             continue
         for number, node in enumerate(n for n in nodes if n.op == "call_module" and n.target == called_as):
-            found.append(
+            sites.append(
                 dataclasses.replace(
                     site,
                     name=f"{path}_{number}" if number else path,
@@ -294,7 +294,7 @@ def _plain(trace: ModelTrace, position: str) -> list[Site]:
                     block=site.owner,
                 )
             )
-    return found
+    return sites
 
 
 def _from_classifier_on(trace: ModelTrace) -> set[str]:
@@ -302,14 +302,14 @@ def _from_classifier_on(trace: ModelTrace) -> set[str]:
 
     Maps there are maps of the logits: a unit on them would change what is predicted, not what that is read from.
     """
-    found: set[str] = set()
+    paths: set[str] = set()
     output = trace.observation.output("")
     if isinstance(output, Tensor) and output.ndim == 2:
         for path in reversed(trace.in_order()):
-            found.add(path)
+            paths.add(path)
             if any(True for _ in trace.module(path).parameters(recurse=False)):
                 break
-    return found
+    return paths
 
 
 def is_kind(module: nn.Module, kind: str) -> bool:
@@ -337,13 +337,13 @@ def _named(trace: ModelTrace, word: str | int, every: Callable[[], list[Site]]) 
             raise SiteError(
                 f"{word!r} names no position of a residual join.\nThey are {', '.join(map(repr, RESIDUAL))}."
             )
-        found = _residual(trace, position)
-        exact = [dataclasses.replace(site, name=word) for site in found if site.name == name]
+        sites = _residual(trace, position)
+        exact = [dataclasses.replace(site, name=word) for site in sites if site.name == name]
         if exact:
             return exact[:1]
         raise SiteError(
             f"There is no residual join {name!r} with a position {position!r}.\n"
-            f"{candidates(name, [site.name for site in found])}\n"
+            f"{candidates(name, [site.name for site in sites])}\n"
             'fxgraft.sites(model, "residual") lists all of them.'
         )
     blocks = every()
@@ -383,10 +383,10 @@ def _holds_places(site: Site) -> bool:
     return value[0].numel() > max(value.shape[1], value.shape[-1])
 
 
-def _nowhere(trace: ModelTrace, position: str, found: list[Site]) -> StructureError | SiteError:
+def _nowhere(trace: ModelTrace, position: str, sites: list[Site]) -> StructureError | SiteError:
     model = trace.name
-    if found:
-        shapes = ", ".join(f"{site.name} {site.shape or ''}".strip() for site in found[:8])
+    if sites:
+        shapes = ", ".join(f"{site.name} {site.shape or ''}".strip() for site in sites[:8])
         before = " in front of its classifier" if position in PLAIN else ""
         return SiteError(
             f"No {position!r} of {model}{before} has a map of more than one position: {shapes}.\n"

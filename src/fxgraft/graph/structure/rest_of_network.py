@@ -452,13 +452,13 @@ def _captured(trace: ModelTrace, node: fx.Node, name: str) -> Site:
         return replace(site, name=name, edits=edits_of(trace, site))
     scope = scope_of(node)
     local = own_nodes(trace.graph(scope, training=False).graph, None)
-    found = counterpart(node, own_nodes(node.graph, scope), local)
-    if found is None:
+    inner = counterpart(node, own_nodes(node.graph, scope), local)
+    if inner is None:
         raise SiteError(
             f"{node.name!r} in {scope or 'the model'!r} is needed after the site, and cannot be found in that module's "
             "own trace.\nIts forward takes other branches there.\nChoose a site that is the output of a whole module."
         )
-    own = found.name
+    own = inner.name
     edits = Edits(scope, After(own, last=True), After(training_name(trace, scope, own), last=True))
     return Site(name, scope, own, value=trace.values(scope).get(own), edits=edits)
 
@@ -491,9 +491,9 @@ def reads_places(trace: ModelTrace, rest: Rest, prefix: int, compute: bool = Fal
             out = observation.follow(reach, rest.function, trace.model, z, *others)
         if not any(reach.reads(tensor) for tensor in tensors(out)):
             return False
-    found = _gradient(trace, rest, value, others) if compute and rest.tail is None else None
+    gradient = _gradient(trace, rest, value, others) if compute and rest.tail is None else None
     # A gradient that is zero everywhere says nothing: a classifier whose weights start at zero passes none.
-    return found is None or not found.any() or bool(found[:, prefix:].any())
+    return gradient is None or not gradient.any() or bool(gradient[:, prefix:].any())
 
 
 @contextlib.contextmanager

@@ -204,7 +204,7 @@ def node_sites(trace: ModelTrace, owner: str) -> list[Site]:
         owner: the module whose forward is looked at.
     """
     values = trace.values(owner)
-    found = []
+    sites = []
     for node in trace.graph(owner, training=False).graph.nodes:
         if node.op in ("placeholder", "output", "get_attr"):
             continue
@@ -213,7 +213,7 @@ def node_sites(trace: ModelTrace, owner: str) -> list[Site]:
         if node.op == "call_module":
             path = join(owner, str(node.target))
             if name == str(node.target) and path in trace.observation.calls:
-                found.append(dataclasses.replace(module_site(trace, path), owner=owner, node=node.name))
+                sites.append(dataclasses.replace(module_site(trace, path), owner=owner, node=node.name))
                 continue
             op = type(trace.module(path)).__name__
         elif isinstance(value, Tensor):
@@ -221,8 +221,8 @@ def node_sites(trace: ModelTrace, owner: str) -> list[Site]:
         else:
             continue
         layout = layout_word(trace, value)
-        found.append(Site(join(owner, name), owner, node.name, op=op, value=value, layout=layout))
-    return found
+        sites.append(Site(join(owner, name), owner, node.name, op=op, value=value, layout=layout))
+    return sites
 
 
 def last_called(trace: ModelTrace, path: str, containers: tuple[type, ...] = (nn.Sequential,)) -> str | None:

@@ -91,15 +91,15 @@ def resolve(trace: ModelTrace, words: SiteSpec) -> list[Site]:
         SiteError: nothing or more than one thing has that name; lists candidates.
     """
     wanted = list(words) if isinstance(words, Iterable) and not isinstance(words, str) else [words]
-    found: list[Site] = []
+    sites: list[Site] = []
     for word in wanted:
         if isinstance(word, bool) or not isinstance(word, (str, int)):
             raise SiteError(
                 f"A site is a name or a stage number, not {word!r} ({type(word).__name__}).\n"
                 'Pass for example layer="layer4", layer=-1 or layer=["layer3", "layer4"].'
             )
-        found += [stage_at(trace, word)] if isinstance(word, int) else _named(trace, word)
-    unique = {site.name: site for site in found}
+        sites += [stage_at(trace, word)] if isinstance(word, int) else _named(trace, word)
+    unique = {site.name: site for site in sites}
     if not unique:
         raise SiteError("No site was named.\nPass at least one layer, for example layer=-1.")
     return list(unique.values())
@@ -178,11 +178,11 @@ def named_sites(trace: ModelTrace, words: SiteSpec) -> dict[str, Site]:
         SiteError: nothing or more than one thing has that name; lists candidates.
     """
     wanted = list(words) if isinstance(words, Iterable) and not isinstance(words, str) else [words]
-    found: dict[str, Site] = {}
+    sites: dict[str, Site] = {}
     for word in wanted:
         for site in resolve(trace, word):
             named = isinstance(word, str) and not is_glob(word)
-            found[word if named else site.name] = site  # type: ignore[index]
-    if not found:
+            sites[word if named else site.name] = site  # type: ignore[index]
+    if not sites:
         raise SiteError('No site was named.\nPass at least one layer, for example layers=["layer3", -1].')
-    return found
+    return sites

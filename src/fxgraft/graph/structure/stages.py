@@ -27,14 +27,14 @@ def stage_at(trace: ModelTrace, index: int) -> Site:
     Raises:
         SiteError: there is none; lists those there are.
     """
-    found = stages(trace)
-    if not -len(found) <= index < len(found):
+    listed = stages(trace)
+    if not -len(listed) <= index < len(listed):
         raise SiteError(
-            f"There is no stage {index} in {trace.name}, which has {len(found)}.\n"
-            f"They are numbered 0 to {len(found) - 1} (or from -1 backwards): "
-            f"{', '.join(repr(site.name) for site in found)}."
+            f"There is no stage {index} in {trace.name}, which has {len(listed)}.\n"
+            f"They are numbered 0 to {len(listed) - 1} (or from -1 backwards): "
+            f"{', '.join(repr(site.name) for site in listed)}."
         )
-    return found[index]
+    return listed[index]
 
 
 def stages(trace: ModelTrace) -> list[Site]:
@@ -52,20 +52,20 @@ def stages(trace: ModelTrace) -> list[Site]:
     entries = getattr(info, "info", info)
     declared = [entry for entry in entries or () if isinstance(entry, dict) and entry.get("module")]
     named = {(entry["module"], entry.get("num_chs")) for entry in declared}
-    found = []
+    sites = []
     if len(named) == len(declared):  # else it does not say where its stages are
-        found = [
+        sites = [
             site
             for entry in declared
             if (site := _declared(trace, entry["module"], entry.get("num_chs"))) is not None
         ]
-    found = list({site.name: site for site in found}.values()) or _by_places(trace)
-    if not found:
+    sites = list({site.name: site for site in sites}.values()) or _by_places(trace)
+    if not sites:
         raise StructureError(
             f"{trace.name} has no feature_info and no feature maps to number stages by.\n"
             "Name the layer instead; fxgraft.sites(model) lists all of them."
         )
-    return found
+    return sites
 
 
 def main_stages(trace: ModelTrace, count: int = 4) -> list[Site]:
@@ -77,11 +77,11 @@ def main_stages(trace: ModelTrace, count: int = 4) -> list[Site]:
     Raises:
         StructureError: there is none.
     """
-    found = stages(trace)
-    shrinking = list({places_in(site.value): site for site in found}.values())
-    if len(shrinking) >= count or len(found) <= count:
-        return (shrinking if len(shrinking) >= count else found)[-count:]
-    return [found[len(found) * (number + 1) // count - 1] for number in range(count)]
+    listed = stages(trace)
+    shrinking = list({places_in(site.value): site for site in listed}.values())
+    if len(shrinking) >= count or len(listed) <= count:
+        return (shrinking if len(shrinking) >= count else listed)[-count:]
+    return [listed[len(listed) * (number + 1) // count - 1] for number in range(count)]
 
 
 def stem_output(trace: ModelTrace) -> Site | None:
@@ -145,7 +145,7 @@ def _by_places(trace: ModelTrace) -> list[Site]:
             # Of several modules that hand one value on the outermost, if it returns nothing else.
             if value.alone and path.count(".") < known.count("."):
                 outer[value.made] = path
-    found = _last_of_each(
+    paths = _last_of_each(
         (
             (path, value.places)
             for _, path in sorted(outer.items())
@@ -153,14 +153,14 @@ def _by_places(trace: ModelTrace) -> list[Site]:
         ),
         lambda path, before: not _is_composite(trace, path) and _is_composite(trace, before),
     )
-    if len(found) < 2:
+    if len(paths) < 2:
         blocks = [
             path for path in main if main[path] and _is_composite(trace, path) and is_block(trace, path)
         ]
-        found = [
+        paths = [
             path for path in blocks if not any(inside(path, other) for other in blocks if other != path)
-        ] or found
-    return [site for path in found if (site := _declared(trace, path)) is not None]
+        ] or paths
+    return [site for path in paths if (site := _declared(trace, path)) is not None]
 
 
 def _last_of_each(
@@ -206,9 +206,9 @@ def _main_path(trace: ModelTrace) -> dict[str, _Map | None]:
     observation = trace.observation
     calls = {path: calls[0] for path, calls in observation.calls.items() if path and len(calls) == 1}
     ordered = [path for path in _before_the_heads(trace, trace.in_order()[:-1]) if path in calls]
-    maps = {path: found for path in ordered if (found := _first_map(calls[path])) is not None}
+    maps = {path: first_map for path in ordered if (first_map := _first_map(calls[path])) is not None}
     main = _main_operations(trace)
-    kept = {path: found for path, found in maps.items() if found.made in main} or maps
+    kept = {path: first_map for path, first_map in maps.items() if first_map.made in main} or maps
     around = {ancestor for path in kept for ancestor in ancestors(path)}
     return {
         path: kept.get(path)
@@ -226,7 +226,7 @@ def _main_operations(trace: ModelTrace) -> set[int]:
     flow = observation.flow
     made = [number for number in observation.calls[""][0].made if number is not None]
     waiting = _read_by_the_heads(trace, made[0]) if made else []
-    found: set[int] = set()
+    main: set[int] = set()
     joined: set[int] = set()
     while waiting:
         end = start = waiting.pop()
@@ -236,8 +236,8 @@ def _main_operations(trace: ModelTrace) -> set[int]:
             waiting += [source for source in flow.sources[start] if start not in joined]
             joined.add(start)
         else:
-            found |= passed_by_all(flow.sources, end)
-    return found
+            main |= passed_by_all(flow.sources, end)
+    return main
 
 
 def _first_map(call: Call) -> _Map | None:
@@ -297,10 +297,10 @@ def _graph_path(trace: ModelTrace) -> list[tuple[Site, int]]:
 
 def _logits(trace: ModelTrace) -> Tensor | None:
     try:
-        found = take_logits(trace.observation.output(""))
+        logits = take_logits(trace.observation.output(""))
     except StructureError:
         return None
-    return found if isinstance(found, Tensor) and found.ndim > 1 else None
+    return logits if isinstance(logits, Tensor) and logits.ndim > 1 else None
 
 
 def _dense_heads(trace: ModelTrace, logits: Tensor) -> list[str] | None:
@@ -399,19 +399,19 @@ def blocks_before(trace: ModelTrace, site: Site) -> list[Site]:
     """
     main = main_path(trace)
     calls = trace.observation.calls
-    found = [site.path] if is_block(trace, site.path) else []
+    blocks = [site.path] if is_block(trace, site.path) else []
     outer, inner = [], []
     for path in reversed(trace.in_order()):
         if path == site.path or main.get(path) is None or not is_block(trace, path):
             continue
         if site.path in calls and calls[path][0].order > calls[site.path][0].order:
             continue
-        inside = any(path.startswith(other + ".") for other in found)
+        inside = any(path.startswith(other + ".") for other in blocks)
         if inside and next(trace.module(path).children(), None) is None:
             continue
         value = _value_like(trace, path, site.shape or (0,))
         if value is not None:
-            found.append(path)
+            blocks.append(path)
             (inner if inside else outer).append(value)
     return [*outer, *inner]
 

@@ -491,8 +491,8 @@ def kept_values(proxies: Sequence[weakref.ref[fx.Proxy]]) -> list[str]:
     """Name the values of a trace that outlive it: the forward has handed them to something out of its sight."""
 
     def alive() -> list[str]:
-        found = (proxy() for proxy in proxies)
-        return [proxy.node.name for proxy in found if proxy is not None and proxy.node.op != "get_attr"]
+        living = (proxy() for proxy in proxies)
+        return [proxy.node.name for proxy in living if proxy is not None and proxy.node.op != "get_attr"]
 
     # Cycles of torch.fx are young, and a look at the young is cheap; at all objects of a process it is not.
     for generation in (0, 1, 2):

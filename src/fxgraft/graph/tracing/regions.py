@@ -160,17 +160,17 @@ def _getters() -> dict[str, Callable[[], Any]]:
         "the precision of float32 products": (torch, "get_float32_matmul_precision"),
         **SETTINGS,
     }
-    found = {}
+    getters = {}
     for name, (holder, attribute) in wanted.items():
         get = getattr(holder, attribute, None)
         try:
             if get is not None:
                 get()
-                found[name] = get
+                getters[name] = get
         except RuntimeError:  # some cannot be read once their newer form was used
             continue
-    found["hooks on saved tensors"] = top_saved_tensors_hooks
-    return found
+    getters["hooks on saved tensors"] = top_saved_tensors_hooks
+    return getters
 
 
 def _random_states() -> dict[str, Any]:
@@ -398,23 +398,23 @@ def _region(one: Modes, two: Modes, line: str | None) -> Region:
             raise StateChangedError(f"sets {name} by what its caller has", line)
         return values[0]
 
-    found: list[Setting] = []
+    settings: list[Setting] = []
     parts = list(zip(one, two, *CALLERS, strict=True))
     grad, inference, cache = (
         own(name, part[:2], part[2:])
         for name, part in zip(("the grad mode", "inference mode", "autocast"), parts, strict=False)
     )
     if inference:
-        found.append(("inference", True))
+        settings.append(("inference", True))
     if grad is not None and not (inference and not grad):
-        found.append(("grad", grad))
+        settings.append(("grad", grad))
     for device, part in zip(_DTYPES, parts[3:], strict=True):
         enabled, dtype = (own("autocast", settings[:2], settings[2:]) for settings in zip(*part, strict=True))
         if enabled is None and dtype is not None:
             raise StateChangedError("sets the dtype of autocast, and not whether it is enabled", line)
         if enabled is not None:
-            found.append((device, (enabled, dtype, cache)))
-    return tuple(found)
+            settings.append((device, (enabled, dtype, cache)))
+    return tuple(settings)
 
 
 def region_of(node: fx.Node) -> Region:

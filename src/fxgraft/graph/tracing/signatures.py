@@ -93,11 +93,11 @@ class Declared:
         given = {**dict(zip((*self.positional, *map(str, unnamed)), args, strict=False)), **kwargs}
         given = {name: value for name, value in given.items() if name not in (TARGET, LABELS)}
         first = next((name for name in (*self.positional[:1], *given) if name in given), None)
-        found = {} if first is None else dict(_of_another_kind(given.pop(first)))
+        extra = {} if first is None else dict(_of_another_kind(given.pop(first)))
         for name, value in given.items():
             if self._tells(name, value):
-                found[name] = value
-        return found
+                extra[name] = value
+        return extra
 
     def _tells(self, name: str, value: Any) -> bool:
         if isinstance(value, Tensor):
@@ -110,14 +110,14 @@ class Declared:
 
     def own(self, options: Iterable[str], kwargs: dict[str, Any]) -> dict[str, Any]:
         """Return the keywords of a call without the options that are meant for the grafts alone."""
-        found = dict(kwargs)
+        keywords = dict(kwargs)
         for option in options:
-            if option not in found:
+            if option not in keywords:
                 continue
-            value = found.pop(option)
+            value = keywords.pop(option)
             if self.names(option) or (self.takes(option) and value is not None):
-                found[option] = value  # behind the model's own: the first keyword may stand for the image
-        return found
+                keywords[option] = value  # behind the model's own: the first keyword may stand for the image
+        return keywords
 
     @property
     def labels(self) -> tuple[str, ...]:

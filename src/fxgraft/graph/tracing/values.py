@@ -77,15 +77,15 @@ class Values:
             return None
 
     def _missing(self, node: fx.Node) -> list[fx.Node]:
-        found: set[fx.Node] = set()
+        missing: set[fx.Node] = set()
         waiting = [node]
         while waiting:
             step = waiting.pop()
-            if step not in self._known and step not in found:
-                found.add(step)
+            if step not in self._known and step not in missing:
+                missing.add(step)
                 if self._recorded(step) is None:
                     waiting += step.all_input_nodes
-        return sorted(found)
+        return sorted(missing)
 
     def _recorded(self, node: fx.Node) -> Any:
         if node.op != "call_module":
@@ -130,13 +130,13 @@ def _attribute(owner: nn.Module, target: str) -> Any:
 
 def tensor_inputs(node: fx.Node, values: Values) -> list[fx.Node]:
     """List the floating-point tensors, and nests of them, that a node works on, parameters and sizes left out."""
-    found = []
+    inputs = []
     for source in node.all_input_nodes:
         value = None if source.op == "get_attr" else values(source)
         nest = isinstance(value, (tuple, list, dict)) and not isinstance(value, torch.Size)
         if nest or (isinstance(value, Tensor) and value.is_floating_point()):
-            found.append(source)
-    return found
+            inputs.append(source)
+    return inputs
 
 
 def shape_of(value: Any) -> tuple[int, ...] | None:

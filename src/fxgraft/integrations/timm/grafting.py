@@ -250,7 +250,7 @@ class Grafting:
     def _update_summary(self, update: Callable[..., None], epoch: int, *args: Any, **kwargs: Any) -> None:
         given = inspect.signature(update).bind(epoch, *args, **kwargs)
         if self.model is not None:
-            found = fxgraft.diagnostics(self.model)
+            scalars = fxgraft.diagnostics(self.model)
             # The file has the columns of its first row: all that there may be, whatever a pass has measured.
             names = [
                 f"{graft.name}.{name}"
@@ -258,7 +258,7 @@ class Grafting:
                 for name in graft.patch.measures
                 if "<" not in name  # one of each site
             ]
-            measured = {name: found.get(name, math.nan) for name in names}
+            measured = {name: scalars.get(name, math.nan) for name in names}
             given.arguments["train_metrics"] = {**given.arguments["train_metrics"], **measured}
         update(*given.args, **given.kwargs)
 

@@ -162,17 +162,17 @@ class CrossNorm(BlockPatch):
         """Put one unit in every block, for training alone."""
         if self.replays():
             backbone.check_logits(self.output, returned=True)
-        found = backbone.positions(self.position, self.layers)
+        sites = backbone.positions(self.position, self.layers)
         if self.skip_last:
-            last = (found if self.layers is None else backbone.positions(self.position))[-1].name
-            found = [site for site in found if site.name != last]
-            if not found:
+            last = (sites if self.layers is None else backbone.positions(self.position))[-1].name
+            sites = [site for site in sites if site.name != last]
+            if not sites:
                 raise ConfigError(
                     f"CrossNorm: skip_last leaves out {last!r}, and there is no other unit.\n"
                     "Pass skip_last=False, or layers= with earlier blocks."
                 )
-        self._check_active(found)
-        for index, site in enumerate(found):
+        self._check_active(sites)
+        for index, site in enumerate(sites):
             layout = backbone.layout(site, self.layout)
             if self.crop != "neither" and not layout.is_map:
                 raise SiteError(
@@ -180,14 +180,14 @@ class CrossNorm(BlockPatch):
                     'A box needs rows and columns.\nPass crop="neither", or layers= with maps.'
                 )
             unit = make(site.name, CrossNormUnit, self)
-            unit.bind(layout=layout, index=index, count=len(found))
+            unit.bind(layout=layout, index=index, count=len(sites))
             yield from self.put(backbone, make, site, unit, evaluation=False)
 
-    def _check_active(self, found: Sequence[Site]) -> None:
-        if self.active is not None and self.active > len(found):
-            names = ", ".join(site.name for site in found[:8]) + (", …" if len(found) > 8 else "")
+    def _check_active(self, sites: Sequence[Site]) -> None:
+        if self.active is not None and self.active > len(sites):
+            names = ", ".join(site.name for site in sites[:8]) + (", …" if len(sites) > 8 else "")
             raise ConfigError(
-                f"CrossNorm: active={self.active} units cannot be on, since there are {len(found)}: {names}.\n"
+                f"CrossNorm: active={self.active} units cannot be on, since there are {len(sites)}: {names}.\n"
                 "Pass a smaller number, or active=None for all of them."
             )
 

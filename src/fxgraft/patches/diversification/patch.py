@@ -156,13 +156,13 @@ class Diversification(Patch):
         with because(
             "Only an average can change places with the classifier, which turns features into class maps."
         ):
-            found = backbone.head(self.head, self.output)
+            head = backbone.head(self.head, self.output)
         unit = make(HEAD, DiversificationUnit, self)
-        unit.bind(head=found, class_maps=backbone.positionwise(found))
+        unit.bind(head=head, class_maps=backbone.positionwise(head))
         core.patch_grid(unit.grid, self.patch, self.border)
-        if found.source is not None:
-            yield from backbone.place(found.source, make(MAP, Capture, MAP), evaluation=False, key=MAP)
-        yield backbone.replace_head(found, unit, HEAD)
+        if head.source is not None:
+            yield from backbone.place(head.source, make(MAP, Capture, MAP), evaluation=False, key=MAP)
+        yield backbone.replace_head(head, unit, HEAD)
         if self.return_maps:
             if not isinstance(backbone.output, Tensor):
                 raise StructureError(
@@ -306,39 +306,39 @@ class DiversificationUnit(Unit):
         )
         if self.head.source is not None:
             x = self._map()
-        found = self.class_maps(run.model, x)
+        scores = self.class_maps(run.model, x)
         mask = None
         if config.alpha < 1 and (config.p_peak > 0 or config.p_patch > 0):
             draws = core.draw(
-                found,
+                scores,
                 p_peak=config.p_peak,
                 p_patch=config.p_patch,
                 patch=config.patch,
                 border=config.border,
                 ties=config.ties,
             )
-            mask = core.suppression_mask(found, draws, patch=config.patch, ties=config.ties)
+            mask = core.suppression_mask(scores, draws, patch=config.patch, ties=config.ties)
         run.measure("suppressed", 0.0 if mask is None else mask)
         if self.records is not None:
             self.records.append(
-                DiversificationRecord(found.detach().cpu(), None if mask is None else mask.cpu())
+                DiversificationRecord(scores.detach().cpu(), None if mask is None else mask.cpu())
             )
         if config.return_maps:
-            run.put("maps", found)
-        kept = found if mask is None else core.damp(found, mask, config.alpha)
+            run.put("maps", scores)
+        kept = scores if mask is None else core.damp(scores, mask, config.alpha)
         logits = kept.mean(tuple(range(2, kept.ndim)))
         return logits.reshape(*logits.shape, *[1] * (self.head.ndim - 2))
 
     def _map(self) -> Tensor:
         """Return the map where the module that pools it is not the one around the classifier."""
-        found = self.run.get(MAP)
-        if found is None:
+        captured = self.run.get(MAP)
+        if captured is None:
             raise StructureError(
                 f"{self.graft!r} saw no map in this training pass: the module that holds the pooling is in evaluation "
                 "mode.\nClass maps are made of that map.\n"
                 "Call model.train(); to freeze these layers, use requires_grad_(False)."
             )
-        return found  # type: ignore[no-any-return]
+        return captured  # type: ignore[no-any-return]
 
 
 class WithMapsUnit(Unit):

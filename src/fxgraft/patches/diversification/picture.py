@@ -18,10 +18,10 @@ def class_map_panels(view: View, options: Any) -> Picture:
         options: of the patch.
     """
     with torch.no_grad():
-        found = position_scores(view.model, view.inputs[:1], options.head)
-    logits = found.flatten(2).mean(2)[0]
+        maps = position_scores(view.model, view.inputs[:1], options.head)
+    logits = maps.flatten(2).mean(2)[0]
     best = logits.topk(min(view.top, len(logits)))
-    chosen = found[:, best.indices]
+    chosen = maps[:, best.indices]
     generator = torch.Generator().manual_seed(view.seed)
     draws = core.draw(
         chosen,
@@ -52,5 +52,5 @@ def class_map_panels(view: View, options: Any) -> Picture:
         f"{view.class_name(n)} ({s:.2f})"
         for n, s in zip(best.indices.tolist(), best.values.tolist(), strict=True)
     )
-    height, width = found.shape[-2:]
+    height, width = maps.shape[-2:]
     return Picture([panels], f"class maps of {height}×{width} of {scores}")

@@ -88,15 +88,15 @@ def check_discriminator(module: Any, value: Tensor, outputs: int, dim: int, name
     if not isinstance(module, nn.Module):
         raise ConfigError(f"The discriminator for {name!r} must be a torch.nn.Module, got {module!r}.")
     try:
-        found = _tried(module, value)
+        decisions = _tried(module, value)
     except Exception as error:
         raise ConfigError(
             f"The discriminator for {name!r} does not take a value of shape {tuple(value.shape)}: {error}\n"
             f"It is built for the shape without the batch, {tuple(value.shape[1:])}."
         ) from error
-    shaped = isinstance(found, Tensor) and found.ndim > 1 and found.shape[0] == value.shape[0]
-    if not shaped or found.shape[1 if found.ndim == 2 else dim] != outputs:
-        shape = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
+    shaped = isinstance(decisions, Tensor) and decisions.ndim > 1 and decisions.shape[0] == value.shape[0]
+    if not shaped or decisions.shape[1 if decisions.ndim == 2 else dim] != outputs:
+        shape = tuple(decisions.shape) if isinstance(decisions, Tensor) else type(decisions).__name__
         raise ConfigError(
             f"The discriminator for {name!r} returns {shape} for a value of shape {tuple(value.shape)}.\n"
             f"A decision has {outputs} number(s) here.\n"

@@ -261,11 +261,11 @@ class Game(Unit):
             # A copy, so that the optimisers may step in any order between the two backward passes.
             state = {**dict(module.named_parameters()), **dict(module.named_buffers())}
             state = {name: tensor.detach().clone() for name, tensor in state.items()}
-            found = torch.func.functional_call(module, state, (x,))
+            decisions = torch.func.functional_call(module, state, (x,))
         else:
-            found = module(x)
-        last = channel_dim(self.layouts[key]) == -1 and found.ndim > 2
-        return found.flatten(0, -2) if last else found
+            decisions = module(x)
+        last = channel_dim(self.layouts[key]) == -1 and decisions.ndim > 2
+        return decisions.flatten(0, -2) if last else decisions
 
 
 def game_of(graft: Graft) -> Game:

@@ -292,18 +292,18 @@ def _no_layers(backbone: Backbone, task: str) -> ConfigError:
 
 def _last_two(backbone: Backbone, sites: Sequence[Site]) -> list[str]:
     """Name the last two values whose matching folds into stock weights, each by its shortest name."""
-    found: dict[Absorber, str] = {}
+    absorbers: dict[Absorber, str] = {}
     for site in reversed(sites):
         with suppress(SiteError, StructureError, TraceError):
             absorber = backbone.absorber(site, backbone.layout(site))
             if absorber is None:
                 continue
-            if absorber not in found and len(found) == 2:
+            if absorber not in absorbers and len(absorbers) == 2:
                 break
-            named = found.setdefault(absorber, site.name)
+            named = absorbers.setdefault(absorber, site.name)
             if site.name.count(".") < named.count("."):
-                found[absorber] = site.name
-    return list(found.values())[::-1]
+                absorbers[absorber] = site.name
+    return list(absorbers.values())[::-1]
 
 
 def _sites(backbone: Backbone, layers: SiteSpec, network: str) -> dict[str, Site]:
@@ -319,9 +319,9 @@ def _value(site: Site, network: str) -> Tensor:
     """Return the fake tensor at a site, batch of 2."""
     value = site.value
     if not isinstance(value, Tensor) or not value.is_floating_point() or not 2 <= value.ndim <= 5:
-        found = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+        kind = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
         raise SiteError(
-            f"GAM needs vectors, tokens or maps at {site.name!r}, and the {network} network has {found} there.\n"
+            f"GAM needs vectors, tokens or maps at {site.name!r}, and the {network} network has {kind} there.\n"
             "A discriminator works on the channels of a floating-point tensor with the batch first.\n"
             "fxgraft.sites(model) shows what every layer returns."
         )

@@ -20,13 +20,13 @@ def tap_panels(view: View, graft: Graft) -> Picture:
     game = game_of(graft)
     source = game.follow(view.model)
     frozen = grafts_on(source)[-1]
-    found = []
+    taken = []
     with torch.no_grad(), frozen.override(listen=True):
         for image in view.inputs[:2]:  # and its mirror image, since one vector has no deviation
             source(torch.stack((image, image.flip(-1))))
-            found.append(list(take(frozen.units_of(Tap)).values()))
+            taken.append(list(take(frozen.units_of(Tap)).values()))
     panels = []
-    for key, first, second in zip(game.layouts, *found, strict=True):
+    for key, first, second in zip(game.layouts, *taken, strict=True):
         dim = channel_dim(game.layouts[key])
         matched = core.gaussian_match(second, *core.channel_moments(first, dim), dim=dim)
         means = [core.channel_moments(maps, dim)[0] for maps in (first, second, matched)]

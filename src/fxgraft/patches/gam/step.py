@@ -163,9 +163,9 @@ def renew_sources(model: nn.Module) -> None:
 
 def _current_source(model: nn.Module, graft: Graft) -> nn.Module:
     game = game_of(graft)
-    found = game.follow(model)
+    source_network = game.follow(model)
     game.renew_source(model, graft)
-    return found
+    return source_network
 
 
 def _graft(model: nn.Module, name: str | None) -> tuple[nn.Module, Graft]:

@@ -222,10 +222,10 @@ class EnsembleMetrics(nn.Module):
             ).to(logits.device)
             fitted.update(logits, target)
             return fitted.compute()
-        found = {name: metric.compute() for name, metric in self._named()}
-        device = found["disagreement"].device
+        values = {name: metric.compute() for name, metric in self._named()}
+        device = values["disagreement"].device
         given = {f"{k}/temperature": torch.tensor(t, device=device) for k, t in self._temperatures.items()}
-        return found | given
+        return values | given
 
     def temperatures(self) -> dict[str, float]:
         """The temperature of every member and of all together, by name: as given, or as fitted to all batches.

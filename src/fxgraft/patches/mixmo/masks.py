@@ -185,11 +185,11 @@ def box_mask(share: Tensor, centres: Tensor, *sizes: int) -> Tensor:
         distance = torch.arange(size, device=share.device) - centre.unsqueeze(1)
         return (distance >= -half) & (distance < half)
 
-    found = torch.ones(share.shape[0], 1, dtype=torch.bool, device=share.device)
+    mask = torch.ones(share.shape[0], 1, dtype=torch.bool, device=share.device)
     for centre, size in zip(centres.unbind(1), sizes, strict=True):
         along = inside(centre, size)
-        found = found.unsqueeze(-1) & along.reshape(len(along), *[1] * (found.ndim - 1), size)
-    return found.to(share.dtype)
+        mask = mask.unsqueeze(-1) & along.reshape(len(along), *[1] * (mask.ndim - 1), size)
+    return mask.to(share.dtype)
 
 
 def band_mask(share: Tensor, at_end: Tensor, size: int) -> Tensor:

@@ -255,12 +255,12 @@ def check_labels(run: PassView, members: int, own: tuple[Tensor, ...], batch: in
     for labels in parts:
         # Two lists of indices and a mask: the first stands for all of them.
         part = labels.first if isinstance(labels, MixedLabels) else labels
-        found = run.labels(batch, part)
+        taken = run.labels(batch, part)
         if classes > 1:
-            check_label_range(run.graft, found, classes, doubt=run.doubt)
-        elif found.shape[1:].numel() != 1:
+            check_label_range(run.graft, taken, classes, doubt=run.doubt)
+        elif taken.shape[1:].numel() != 1:
             raise TargetError(
-                f"{run.graft!r} was given labels of shape {tuple(found.shape)} for one logit per image.\n"
+                f"{run.graft!r} was given labels of shape {tuple(taken.shape)} for one logit per image.\n"
                 "One logit has one label, (B,) or (B, 1), in the form that the criterion takes.\n"
                 "Check num_classes of the model."
             )

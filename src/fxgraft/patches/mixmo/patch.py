@@ -361,13 +361,13 @@ class MemberUnit(LayerCopies):
     def pairing(self) -> Pairing:
         """Return what the pass mixes."""
         run = self.current
-        found = None if run is None else run.get(PAIRING)
-        if found is None:
+        pairing = None if run is None else run.get(PAIRING)
+        if pairing is None:
             raise SiteError(
                 f"{self.graft!r} acts inside a training pass of its model.\nCall the model, not its parts, and "
                 "put all of it into the mode you want, with model.train() or model.eval()."
             )
-        return found
+        return pairing
 
 
 class Encoders(MemberUnit):

@@ -211,13 +211,13 @@ def member_losses(
     reduction = reduction_of(criterion)
     if reduction is not None and doubt is not None and not _knows_rows_alone(criterion):
         with _undisturbed(criterion):
-            found = _rows(criterion, reduction, *pairs[0])
+            first = _rows(criterion, reduction, *pairs[0])
             wrong = (
                 True
-                if found is None
-                else _depends_on_order(partial(_rows, criterion, reduction), found, *pairs[0])
+                if first is None
+                else _depends_on_order(partial(_rows, criterion, reduction), first, *pairs[0])
             )
-        if found is None:
+        if first is None:
             reduction = None
         else:
             doubt(wrong, _batch_data(criterion))
@@ -251,16 +251,16 @@ def reduction_of(criterion: Criterion) -> str | None:
     if isinstance(criterion, functools.partial):
         inner, keywords = criterion.func, criterion.keywords
     if inner is F.cross_entropy:  # compiled code cannot read signatures
-        found = keywords.get("reduction", "mean")
+        reduction = keywords.get("reduction", "mean")
     elif isinstance(getattr(criterion, "reduction", None), str):
-        found = criterion.reduction  # type: ignore[attr-defined]
+        reduction = criterion.reduction  # type: ignore[attr-defined]
     else:
         try:
             parameter = inspect.signature(criterion).parameters.get("reduction")
         except (TypeError, ValueError):  # builtins may hide their signature
             return None
-        found = None if parameter is None else parameter.default
-    return found if found in REDUCTIONS else None
+        reduction = None if parameter is None else parameter.default
+    return reduction if reduction in REDUCTIONS else None
 
 
 def _rows(criterion: Any, reduction: str, logits: Tensor, target: Tensor) -> Tensor | None:
@@ -286,7 +286,7 @@ def _knows_rows_alone(criterion: Any) -> bool:
 
 
 def _depends_on_order(
-    ask: Callable[..., Tensor | None], found: Tensor, logits: Tensor, target: Tensor
+    ask: Callable[..., Tensor | None], rows: Tensor, logits: Tensor, target: Tensor
 ) -> Tensor | bool:
     """Say whether values change where the rows of a batch change places, () bool, without waiting for a device."""
     with torch.no_grad():
@@ -294,7 +294,7 @@ def _depends_on_order(
             again = ask(logits.detach().roll(1, 0), target.roll(1, 0))
         except (RuntimeError, ValueError, IndexError):
             return True
-        expected = found.detach().roll(1, 0) if found.ndim else found.detach()
+        expected = rows.detach().roll(1, 0) if rows.ndim else rows.detach()
         if again is None or again.shape != expected.shape:
             return True
         allowed = 1e-3 if expected.dtype in (torch.float32, torch.float64) else 5e-2

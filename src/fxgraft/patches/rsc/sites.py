@@ -35,11 +35,11 @@ def found_sites(
         backbone.sites(words)
     numbers = [word for word in words if isinstance(word, int) and not isinstance(word, bool)]
     stages = search.stages() if numbers else []
-    found: dict[str, Site] = {}
+    by_name: dict[str, Site] = {}
     for word in words:
         sites = [_numbered(backbone, stages, word)] if word in numbers else backbone.sites([word])  # type: ignore[list-item]
-        found |= {site.name: site for site in sites}
-    for site in found.values():
+        by_name |= {site.name: site for site in sites}
+    for site in by_name.values():
         kind, rest = search.read_at(site)
         if rest is None:
             raise _idle(site)
@@ -76,7 +76,7 @@ class _Search:
         """List the blocks of all stages with the numbers of these, in running order."""
         stages = self.backbone.stages()
         names = {stage.name for stage in stages}
-        found: list[tuple[int, Site]] = []
+        blocks: list[tuple[int, Site]] = []
         for number, stage in enumerate(stages):
             own = stage.path or stage.owner
             beside = own.rpartition(".")[0]
@@ -87,8 +87,8 @@ class _Search:
                 and own
                 and (site.name.startswith(f"{own}.") or (beside and site.name.rpartition(".")[0] == beside))
             ]
-            found += [(number, site) for site in [*inner[::-1], stage]]
-        return found
+            blocks += [(number, site) for site in [*inner[::-1], stage]]
+        return blocks
 
     def _first_read(self, sites: Sequence[Site], compute: bool = False) -> Found:
         """Find the first of several sites whose positions the logits read."""
@@ -122,9 +122,9 @@ class _Search:
     def _layout(self, site: Site) -> Layout:
         value = site.value
         if not isinstance(value, Tensor) or not value.is_floating_point():
-            found = type(value).__name__ if not isinstance(value, Tensor) else f"a tensor of {value.dtype}"
+            kind = type(value).__name__ if not isinstance(value, Tensor) else f"a tensor of {value.dtype}"
             raise SiteError(
-                f"RSC needs a feature map at {site.name!r}, and {site.op} returns {found}.\n"
+                f"RSC needs a feature map at {site.name!r}, and {site.op} returns {kind}.\n"
                 "It mutes positions or channels of a floating-point tensor with the batch first.\n"
                 "fxgraft.sites(model) shows what every layer returns."
             )

@@ -44,8 +44,8 @@ def is_linear(module: nn.Module) -> bool:
 
 def layer_tensors(module: nn.Module) -> dict[str, Tensor]:
     """Return the parameters of such a layer by name; in a replica of DataParallel they are plain tensors."""
-    found = {name: getattr(module, name, None) for name in ("weight", "bias", "gain")}
-    return {name: tensor for name, tensor in found.items() if isinstance(tensor, Tensor)}
+    parameters = {name: getattr(module, name, None) for name in ("weight", "bias", "gain")}
+    return {name: tensor for name, tensor in parameters.items() if isinstance(tensor, Tensor)}
 
 
 def effective(module: Any, tensors: Mapping[str, Tensor] | None = None) -> tuple[Tensor, Tensor | None]:

@@ -45,7 +45,7 @@ def logits_node(values: Values, output: str | int | None, model: str) -> fx.Node
         wanted = next((key for key in LOGITS_KEYS if key in entries), None)
     if wanted is None and output is None:
         given = {key: values(node) for key, node in entries.items() if isinstance(node, fx.Node)}
-        alone = [key for key, found in given.items() if isinstance(found, Tensor)]
+        alone = [key for key, entry in given.items() if isinstance(entry, Tensor)]
         wanted = alone[0] if len(alone) == 1 and _rows(given[alone[0]]) else None
     if wanted not in entries or not isinstance(entries[wanted], fx.Node):
         raise _no_entry(model, wanted, [key for key, node in entries.items() if isinstance(node, fx.Node)])
@@ -100,8 +100,8 @@ def _only_tensor(out: Any) -> Any:
     values: Any = out.values() if isinstance(out, dict) else out if isinstance(out, (tuple, list)) else ()
     if not isinstance(out, dict) and dataclasses.is_dataclass(out):
         values = (getattr(out, field.name) for field in dataclasses.fields(out))
-    found = [value for value in values if isinstance(value, Tensor)]
-    return found[0] if len(found) == 1 else None
+    tensors = [value for value in values if isinstance(value, Tensor)]
+    return tensors[0] if len(tensors) == 1 else None
 
 
 def with_logits(out: Any, logits: Any, name: str | int | None = None) -> Any:
@@ -143,9 +143,9 @@ def check_logits(out: Any, output: str | int | None, model: str) -> None:
         return
     named = any((isinstance(out, dict) and key in out) or hasattr(out, key) for key in LOGITS_KEYS)
     try:
-        found = take_logits(out)
+        logits = take_logits(out)
     except StructureError:
-        found = None
-    if not isinstance(found, Tensor) or (found is _only_tensor(out) and not named and not _rows(found)):
+        logits = None
+    if not isinstance(logits, Tensor) or (logits is _only_tensor(out) and not named and not _rows(logits)):
         count = len(out) if isinstance(out, (tuple, list)) else 0
         raise _no_entry(model, None, out if isinstance(out, dict) else range(count))

@@ -240,10 +240,10 @@ class _Roles:
         deviation, is linear in the position, and commutes with the average. Where something else does not, they are
         nobody's gain, and every position has its own.
         """
-        found = cls._with(order, pool, end, values, True)
-        if not found.inexact and end in found.varying:
-            return found
-        return replace(cls._with(order, pool, end, values, False), inexact=found.inexact or [end])
+        roles = cls._with(order, pool, end, values, True)
+        if not roles.inexact and end in roles.varying:
+            return roles
+        return replace(cls._with(order, pool, end, values, False), inexact=roles.inexact or [end])
 
     @classmethod
     def _with(cls, order: list[fx.Node], pool: fx.Node, end: fx.Node, values: Values, shared: bool) -> _Roles:
@@ -503,10 +503,10 @@ def position_scores(
         BypassError: hooks or a forward of its own act on a layer of the head, which is not called here.
     """
     trace = ModelTrace(model, tuple(x.shape[1:]))
-    traced, found, _ = opened_head(trace, head, output)
-    grid = token_grid(trace, traced, found.maps, found.pooling.channel)
-    maps = PositionwiseHead("", found, traced, grid, trace)
-    graph = cut(placeholders(traced.graph), found.maps)
+    traced, head_trace, _ = opened_head(trace, head, output)
+    grid = token_grid(trace, traced, head_trace.maps, head_trace.pooling.channel)
+    maps = PositionwiseHead("", head_trace, traced, grid, trace)
+    graph = cut(placeholders(traced.graph), head_trace.maps)
     features = compile_graph(graph, traced.runnable(elsewhere=True).constants, f"feature map of {trace.name}")
     with preserved_modes(model):
         for module in model.modules():

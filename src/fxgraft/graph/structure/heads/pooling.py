@@ -158,28 +158,28 @@ def head_in(trace: ModelTrace, path: str, traced: Traced, end: fx.Node) -> HeadT
         StructureError: there is no such head; says what stands in its place.
     """
     values = trace.values(path, traced)
-    found = tuple(_classifiers(end, values))
-    if not found:
+    classifiers = tuple(_classifiers(end, values))
+    if not classifiers:
         return _class_maps(end, values)
     pools = {}
-    for classifier in found:
+    for classifier in classifiers:
         pools.setdefault(*_pooled(classifier, values))
     if len(pools) > 1:
-        names = sorted({join(path, str(node.target)) for node in found})
+        names = sorted({join(path, str(node.target)) for node in classifiers})
         raise StructureError(
             f"{trace.name} ends in {len(names)} classifiers: {', '.join(map(repr, names))}.\n"
             "Their logits are put together, and each reads an average of its own.\n"
             f"Name one, as head={names[0]!r}."
         )
     ((pool, pooling),) = pools.items()
-    last = found[0] if len(found) == 1 else end
+    last = classifiers[0] if len(classifiers) == 1 else end
     between = _between(last, pool, values)
     (maps,) = tensor_inputs(pool, values)
     owner = trace.module(path)
-    steps = [node for node in (*between, last) if node is not found[0] and tensor_inputs(node, values)]
+    steps = [node for node in (*between, last) if node is not classifiers[0] and tensor_inputs(node, values)]
     neutral = all(node_name(node, owner) in SHAPES | DROPOUTS for node in steps)
     affine = all(_affine(node, values) for node in steps)
-    return HeadTrace(maps, pool, pooling, between, found, last, neutral, affine)
+    return HeadTrace(maps, pool, pooling, between, classifiers, last, neutral, affine)
 
 
 def _affine(node: fx.Node, values: Values) -> bool:
@@ -197,13 +197,13 @@ def _affine(node: fx.Node, values: Values) -> bool:
 def _classifiers(end: fx.Node, values: Values) -> Iterator[fx.Node]:
     """Yield the classifiers whose outputs make up the logits; none where something else does."""
     owner = values.owner
-    waiting, found = [end], []
+    waiting, classifiers = [end], []
     while waiting:
         node = waiting.pop()
         if node.op == "call_module":
             module = owner.get_submodule(str(node.target))
             if is_classifier(module) and values(node).shape[2:].numel() == 1:
-                found.append(node)
+                classifiers.append(node)
                 continue
             if not is_primitive(module):
                 raise OpaqueError(str(node.target))
@@ -214,7 +214,7 @@ def _classifiers(end: fx.Node, values: Values) -> Iterator[fx.Node]:
         if pooling_of(node, values) is not None and not is_vector(values(sources[0])):
             return  # an average over one position changes the shape alone
         waiting += sources
-    yield from found
+    yield from classifiers
 
 
 def _class_maps(end: fx.Node, values: Values) -> HeadTrace:
@@ -274,10 +274,10 @@ def _pooled(classifier: fx.Node, values: Values) -> tuple[fx.Node, Pooling]:
 
 def _carried(node: fx.Node, values: Values) -> list[fx.Node]:
     """List the tensors that a node works on, without those that are made of parameters alone (``weight.float()``)."""
-    found = tensor_inputs(node, values)
-    if len(found) < 2:
-        return found
-    return [source for source in found if any(n.op == "placeholder" for n in (source, *upstream_of(source)))]
+    inputs = tensor_inputs(node, values)
+    if len(inputs) < 2:
+        return inputs
+    return [source for source in inputs if any(n.op == "placeholder" for n in (source, *upstream_of(source)))]
 
 
 def _one_vector(node: fx.Node, values: Values) -> list[fx.Node] | None:
@@ -346,17 +346,17 @@ def _obstacle(node: fx.Node, sources: list[fx.Node], values: Values) -> str | No
 
 def _between(classifier: fx.Node, pool: fx.Node, values: Values) -> tuple[fx.Node, ...]:
     """Collect what the classifier's input is computed from, down to the pooled value."""
-    found: set[fx.Node] = set()
+    between: set[fx.Node] = set()
     waiting = list(classifier.all_input_nodes)
     while waiting:
         node = waiting.pop()
-        if node is pool or node in found:
+        if node is pool or node in between:
             continue
         if node.op == "placeholder" or (node < pool and node.op != "get_attr"):
             raise _no_pooling(classifier, f"{describe_node(node, values)} beside the pooled value", values)
-        found.add(node)
+        between.add(node)
         waiting += node.all_input_nodes
-    return tuple(sorted(found))
+    return tuple(sorted(between))
 
 
 def opened_head(
@@ -386,11 +386,11 @@ def opened_head(
             )
         else:
             end = next(n for n in traced.graph.nodes if n.op == "call_module" and n.target == head)
-        found = head_in(trace, "", traced, end)
-        holder = _holder(trace, found.maps) if entries else None
+        head_trace = head_in(trace, "", traced, end)
+        holder = _holder(trace, head_trace.maps) if entries else None
         if holder is not None:
             raise OpaqueError(holder)
-        return found
+        return head_trace
 
     return opening(trace, False, search, ancestors(head or ""))
 

@@ -53,18 +53,18 @@ def squashed_end(trace: ModelTrace, output: str | int | None, training: bool) ->
         return _squashing(trace, logits_node(values, output, trace.name), values)
 
     try:
-        traced, found, _ = opening(trace, training, search, alike=True)
+        traced, nodes, _ = opening(trace, training, search, alike=True)
     except (TraceError, StructureError):
         return None
-    if not found:
+    if not nodes:
         return None
     values = trace.values("", traced)
     scopes = [
-        str(node.target).rpartition(".")[0] if node.op == "call_module" else scope_of(node) for node in found
+        str(node.target).rpartition(".")[0] if node.op == "call_module" else scope_of(node) for node in nodes
     ]
     opened = tuple(sorted({path for scope in scopes for path in (*ancestors(scope), scope) if path}))
     straight = squashing(logits_node(values, output, trace.name), values) is not None
-    return Squashed(describe_node(found[0], values), opened, straight)
+    return Squashed(describe_node(nodes[0], values), opened, straight)
 
 
 def squashing(end: fx.Node, values: Values) -> fx.Node | None:
@@ -79,12 +79,12 @@ def squashing(end: fx.Node, values: Values) -> fx.Node | None:
 
 def _squashing(trace: ModelTrace, end: fx.Node, values: Values) -> list[fx.Node]:
     """List what a value is computed from if all of that are probabilities; else nothing."""
-    waiting, seen, found = [end], {end}, list[fx.Node]()
+    waiting, seen, nodes = [end], {end}, list[fx.Node]()
     while waiting:
         node = waiting.pop()
         name = node_name(node, values.owner)
         if name in SQUASHING:
-            found.append(node)
+            nodes.append(node)
             continue
         module = trace.module(str(node.target)) if node.op == "call_module" else None
         if module is not None and not is_primitive(module):
@@ -94,4 +94,4 @@ def _squashing(trace: ModelTrace, end: fx.Node, values: Values) -> list[fx.Node]
             return []
         waiting += [source for source in sources if source not in seen]
         seen.update(sources)
-    return found
+    return nodes

@@ -80,11 +80,11 @@ def find_stems(trace: ModelTrace) -> tuple[Stem, ...]:
     Raises:
         StructureError: the image meets something else first, or goes around the stems; says what.
     """
-    traced, found, _ = opening(trace, True, lambda traced: _first_layers(trace, traced))
+    traced, layers, _ = opening(trace, True, lambda traced: _first_layers(trace, traced))
     _, evaluated, _ = opening(trace, False, lambda traced: _first_layers(trace, traced))
-    _check_same(trace, "first layers", [_path(n) for n in found], [_path(n) for n in evaluated])
+    _check_same(trace, "first layers", [_path(n) for n in layers], [_path(n) for n in evaluated])
     values = trace.values("", traced)
-    return tuple(_stem(trace, traced, node, values) for node in found)
+    return tuple(_stem(trace, traced, node, values) for node in layers)
 
 
 def find_classifiers(trace: ModelTrace, output: str | int | None = None) -> tuple[str, ...]:
@@ -103,10 +103,10 @@ def find_classifiers(trace: ModelTrace, output: str | int | None = None) -> tupl
     def search(traced: Traced) -> list[str]:
         return _last_layers(trace, traced, output)
 
-    _, found, _ = opening(trace, True, search, alike=True)
+    _, names, _ = opening(trace, True, search, alike=True)
     _, evaluated, _ = opening(trace, False, search, alike=True)
-    _check_same(trace, "classifiers", found, evaluated)
-    return tuple(found)
+    _check_same(trace, "classifiers", names, evaluated)
+    return tuple(names)
 
 
 def _check_same(trace: ModelTrace, what: str, training: list[str], evaluation: list[str]) -> None:
@@ -233,7 +233,7 @@ def _last_layers(trace: ModelTrace, traced: Traced, output: str | int | None) ->
             )
         raise StructureError(f"{trace.name} returns {shape}, and not one tensor of logits (B, K).\n{advice}")
     carrying = downstream_of(next(node for node in traced.graph.nodes if node.op == "placeholder"))
-    waiting, found = [end], list[str]()
+    waiting, paths = [end], list[str]()
     while waiting:
         node = waiting.pop()
         module = trace.module(_path(node)) if node.op == "call_module" else None
@@ -244,7 +244,7 @@ def _last_layers(trace: ModelTrace, traced: Traced, output: str | int | None) ->
                     "Make it permanent (parametrize.remove_parametrizations, remove_weight_norm, "
                     "remove_spectral_norm, prune.remove), or put it on a merged model."
                 )
-            found.append(_path(node))
+            paths.append(_path(node))
             continue
         if module is not None and not is_primitive(module):
             raise OpaqueError(_path(node))
@@ -258,7 +258,7 @@ def _last_layers(trace: ModelTrace, traced: Traced, output: str | int | None) ->
                 "Return the logits themselves, and take their softmax or sigmoid behind the model."
             )
         waiting += sources
-    return sorted(set(found))
+    return sorted(set(paths))
 
 
 _WEIGHTED = (nn.Linear, nn.Bilinear, ConvNd)
@@ -301,10 +301,10 @@ def check_classified(trace: ModelTrace, output: str | int | None = None, returne
     Raises:
         StructureError: the model ends in features or probabilities; names what gives them.
     """
-    found = squashed_end(trace, output, training=returned)
-    if found is not None and (returned or not found.straight):
+    squashed = squashed_end(trace, output, training=returned)
+    if squashed is not None and (returned or not squashed.straight):
         raise StructureError(
-            f"{trace.name} returns probabilities, and not logits: they come from {found.shown}.\n"
+            f"{trace.name} returns probabilities, and not logits: they come from {squashed.shown}.\n"
             "A softmax or sigmoid would be taken of them once more.\n"
             "Return the logits, and take their softmax or sigmoid in the loss (cross_entropy, "
             "binary_cross_entropy_with_logits) and behind the model, where it predicts."
