@@ -14,6 +14,7 @@ from torch import Tensor, fx, nn
 
 from fxgraft._torch import AdaptiveAvgPoolNd, AvgPoolNd, ConvNd
 from fxgraft.errors import StructureError, candidates
+from fxgraft.graph.dataflow.flow import mark_of
 from fxgraft.graph.dataflow.graph_utils import scope_of, upstream_of
 from fxgraft.graph.structure.heads.outputs import logits_node
 from fxgraft.graph.structure.heads.progressive_trace import OpaqueError, opening
@@ -262,6 +263,8 @@ def _pooled(classifier: fx.Node, values: Values) -> tuple[fx.Node, Pooling]:
         sources = _carried(node, values)
         pooling = pooling_of(node, values)
         if pooling is not None:
+            if _has_no_places(values(sources[0])):
+                raise _no_pooling(classifier, "a class token", values)
             return node, pooling
         if node.op == "call_module" and not is_primitive(owner.get_submodule(str(node.target))):
             raise OpaqueError(str(node.target))
@@ -270,6 +273,13 @@ def _pooled(classifier: fx.Node, values: Values) -> tuple[fx.Node, Pooling]:
         reason = _obstacle(node, sources, values)
         if reason:
             raise _no_pooling(classifier, reason, values)
+
+
+def _has_no_places(value: Tensor) -> bool:
+    """Say whether all tokens of a value are class or register tokens, whose average is of no map."""
+    mark = mark_of(value)
+    runs = [factor.runs for axis in mark.axes for factor in axis if factor.runs] if mark is not None else []
+    return any(not any(places for _, places in each) for each in runs)
 
 
 def _carried(node: fx.Node, values: Values) -> list[fx.Node]:

@@ -100,6 +100,13 @@ OTHERS = {
         r"a whole map of shape \(6, 2, 2\)",
     ),
     "a class token": (lambda m, x: m.fc(x.flatten(2).transpose(1, 2)[:, 0]), 6, "a class token"),
+    "the average of a class token alone": (
+        lambda m, x: m.fc(
+            torch.cat((x.new_zeros(x.shape[0], 1, 6), x.flatten(2).transpose(1, 2)), 1)[:, :1].mean(1)
+        ),
+        6,
+        "a class token",
+    ),
     "attention": (
         lambda m, x: m.fc((x.flatten(2) * x.flatten(2).softmax(-1)).sum(-1)),
         6,
