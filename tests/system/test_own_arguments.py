@@ -99,6 +99,35 @@ def test_a_model_that_takes_its_labels_gets_them(name: str, method: str) -> None
     assert not torch.equal(flat(model(images()))[-1], flat(model(images(), **calls[1]))[-1])
 
 
+class Body(nn.Sequential):
+    """Takes any keyword, as the body of a network of transformers does, and has a use for "scale"."""
+
+    def forward(self, x: Tensor, **more: Any) -> Tensor:
+        return super().forward(x) * more.get("scale", 1.0)
+
+
+class HandsOn(nn.Module):
+    """Gives its body whatever it is called with."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.body = Body(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU())
+        self.head = nn.Linear(8, CLASSES)
+
+    def forward(self, x: Tensor, **more: Any) -> Any:
+        return {"last": self.head(self.body(x, **more).mean((2, 3)))}
+
+
+@pytest.mark.parametrize("given", [{"target": LABELS}, {"labels": LABELS}, {"target": LABELS, "scale": 2.0}])
+def test_labels_that_a_model_only_hands_on_reach_its_head(given: dict[str, Any]) -> None:
+    bare = HandsOn()
+    model = fxgraft.patch(copy.deepcopy(bare), "diversification", alpha=1.0, input_size=SIZE)
+    for training in (True, False):
+        ours, theirs = model.train(training)(images(), **given), bare.train(training)(images(), **given)
+        torch.testing.assert_close(ours["last"], theirs["last"])
+
+
 def labels_that_rsc_saw(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
     seen: list[Tensor] = []
     own = fxgraft.extend.PassView.labels

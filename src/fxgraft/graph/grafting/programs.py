@@ -255,7 +255,7 @@ def _program(
         return Program(whole[0] if whole else None, units, inputs)
     traced = trace.fresh_graph(state.path, training)
     labelled = _labelled(trace, traced, [p.edit for p, _ in inner], training) if state.outer else []
-    passing = None if state.outer else _passing(trace, traced, state.path, training)
+    passing = _passing(trace, traced, state.path, training)
     before = _called(traced, state.path)
     traces = [traced, *labelled, *([passing.traced] if passing is not None else [])]
     for module_trace in traces:
@@ -291,7 +291,7 @@ def _labelled(trace: ModelTrace, traced: Traced, edits: Sequence[Edit], training
 
 
 def _passing(trace: ModelTrace, traced: Traced, path: str, training: bool) -> Passing | None:
-    """Trace a part's forward with one more keyword, where it takes any; None where it does more than hand it on.
+    """Trace a forward with one more keyword, where it takes any; None where it does more than hand it on.
 
     Which keywords it knows by name is seen by the functions that run while it is traced.
     """
