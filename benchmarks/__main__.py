@@ -40,6 +40,7 @@ from benchmarks.zoo import Zoo
 from benchmarks.zoo import run as run_zoo
 from benchmarks.zoo_tables import coverage, summary
 from benchmarks.zoo_tables import plot as plot_zoo
+from fxgraft.bench.report import read_size
 from fxgraft.errors import ConfigError, candidates
 from fxgraft.io.atomic_write import write_text
 
@@ -133,7 +134,9 @@ def beyond(
 
 @app.command()
 def overhead(
-    model: Annotated[list[str] | None, typer.Option(help="A timm name; again for more.")] = None,
+    model: Annotated[
+        list[str] | None, typer.Option(help="A timm name, or torchvision/NAME; again for more.")
+    ] = None,
     method: Annotated[
         list[str] | None, typer.Option(help="METHOD:key=value,…, or several as A + B; again for more.")
     ] = None,
@@ -148,7 +151,7 @@ def overhead(
         typer.Option("--by-hand", help="Beside each method as hooks by hand, on networks of convolutions."),
     ] = False,
     batch: int = 16,
-    size: int = 224,
+    size: Annotated[str, typer.Option(help="Side of the images; of clips 16x112x112.")] = "224",
     device: Device = "cpu",
     name: Annotated[str | None, typer.Option(help="Of a file of its own: overhead_NAME.json.")] = None,
     out: Out = FOLDER,
@@ -157,7 +160,7 @@ def overhead(
     quiet_profiler()
     settings = {
         "batch": batch,
-        "size": size,
+        "size": read_size(size),
         "device": device,
         "rounds": rounds,
         "min_run_time": min_run_time,

@@ -5,6 +5,7 @@
     python -m benchmarks overhead --device cuda --batch 64 --compile
     python -m benchmarks overhead --model resnet18 --method crossnorm --method crossnorm:p=1.0,active=None
     python -m benchmarks overhead --model test_resnet --batch 1 --size 96   # what a call costs whatever the network
+    python -m benchmarks overhead --name clips --model torchvision/r3d_18 --size 16x112x112   # networks of clips
     python -m benchmarks overhead --model resnet50 --by-hand                # beside hooks (`benchmarks.by_hand`)
 
 Writes ``overhead.json`` (every number with its spread), ``overhead.md`` and ``overhead.png``; on another device than
@@ -164,7 +165,7 @@ def markdown(reports: Sequence[OverheadReport], refused: Sequence[dict[str, str]
         f"Time against the bare model: median of the ratios within {first.rounds} interleaved rounds, "
         "quartiles in brackets. Noise: a second bare model in the patched one's place, training step.",
         "",
-        f"Batch {first.batch} at {first.size}², {first.device} ({first.processor}), threads: {first.threads}"
+        f"Batch {first.batch} at {first.sides}, {first.device} ({first.processor}), threads: {first.threads}"
         f"{', torch.compile(fullgraph=True)' if first.compiled else ''}{allocator};"
         f" {versions}. Training step: {first.training_step}. Memory: {first.memory_kind}.",
         "",
@@ -274,7 +275,7 @@ def plot(path: Path, reports: Sequence[OverheadReport]) -> None:
     axes.axvline(1.0, color="0.8", zorder=0)
     axes.set_yticks(range(len(reports)), labels, fontsize=7)
     axes.invert_yaxis()
-    axes.set_xlabel(f"training step, time against bare (batch {reports[0].batch}, {reports[0].size}²)")
+    axes.set_xlabel(f"training step, time against bare (batch {reports[0].batch}, {reports[0].sides})")
     axes.legend()
     figure.savefig(path, dpi=120)
 

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import fxgraft
+from fxgraft.bench.report import shown_sides, sides_of
 from fxgraft.errors import ConfigError
 
 FORWARD = "forward"
@@ -53,7 +54,7 @@ def line_up(
     bare: nn.Module,
     patches: Sequence[tuple[str, Mapping[str, Any]]],
     batch: int,
-    size: int,
+    size: int | tuple[int, ...],
     device: torch.device,
     compiled: bool,
     rival: Callable[[nn.Module], Loss] | None = None,
@@ -64,7 +65,7 @@ def line_up(
         bare: the model; it is patched itself, after it was copied for the others.
         patches: pairs of method and options.
         batch: images per call.
-        size: side of the images.
+        size: side of the images; of clips and volumes (T, H, W).
         device: where the model is.
         compiled: run all of them through ``torch.compile(fullgraph=True)``.
         rival: puts the method on a model in another way, and returns its loss of images and labels.
@@ -72,12 +73,15 @@ def line_up(
     Raises:
         ConfigError: the model isn't a classifier, or does not take such images.
     """
-    images = torch.randn(batch, 3, size, size, device=device)
+    images = torch.randn(batch, 3, *sides_of(size), device=device)
     try:
         with torch.no_grad():
             logits = bare.eval()(images)
     except (AssertionError, RuntimeError, ValueError) as error:
-        raise ConfigError(f"{type(bare).__name__} does not run on {size}×{size} images: {error}") from error
+        what = "images" if len(sides_of(size)) < 3 else "clips"
+        raise ConfigError(
+            f"{type(bare).__name__} does not run on {shown_sides(size)} {what}: {error}"
+        ) from error
     if not (isinstance(logits, torch.Tensor) and logits.ndim == 2 and len(logits) == batch):
         raise ConfigError(
             f"The overhead is measured on classifiers: {type(bare).__name__} should return logits of shape "

@@ -21,7 +21,7 @@ from torch.utils.benchmark import Timer
 
 from fxgraft.bench.memory import memory_kind, peak_memory
 from fxgraft.bench.models_under_test import BARE, MEASURES, STEP, Call, Contestant, Loss, line_up
-from fxgraft.bench.report import OverheadReport, Row, Spread
+from fxgraft.bench.report import OverheadReport, Row, Spread, sides_of
 from fxgraft.environment import checked_device, processor, versions
 from fxgraft.errors import ConfigError
 from fxgraft.models import build_model
@@ -39,7 +39,7 @@ def measure(
     patches: Sequence[tuple[str, Mapping[str, Any]]] = (),
     *,
     batch: int = 16,
-    size: int = 224,
+    size: int | tuple[int, ...] = 224,
     device: str | torch.device = "cpu",
     what: Sequence[str] = MEASURES,
     rounds: int = 10,
@@ -56,7 +56,7 @@ def measure(
         patches: pairs of method and options, all grafted on one model, in this order. Without any, only the
             bare model and its control are measured.
         batch: images per call.
-        size: side of the images, which are random.
+        size: side of the images, which are random; of clips and volumes (T, H, W).
         device: where to measure.
         what: which of "forward" (evaluation mode, no gradient) and "training step" (`STEP`) to measure.
         rounds: how often each network is timed; multiples of six balance the order exactly.
@@ -79,7 +79,11 @@ def measure(
     threads = threads or torch.get_num_threads()
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(0)
-        bare = build_model(model, input_size=size) if isinstance(model, str) else model()
+        bare = (
+            build_model(model, input_size=size if isinstance(size, int) else None)
+            if isinstance(model, str)
+            else model()
+        )
         contestants = line_up(bare.to(device), patches, batch, size, device, compiled, rival)
         rows: list[Row] = []
         with _frozen_garbage():
@@ -181,14 +185,15 @@ def _frozen_garbage() -> Iterator[None]:
 
 def _check(
     batch: int,
-    size: int,
+    size: int | tuple[int, ...],
     device: str | torch.device,
     what: Sequence[str],
     rounds: int,
     min_run_time: float,
     threads: int | None,
 ) -> torch.device:
-    for name, value in {"batch": batch, "size": size, "rounds": rounds, "threads": threads}.items():
+    smallest = min(sides_of(size), default=0)
+    for name, value in {"batch": batch, "size": smallest, "rounds": rounds, "threads": threads}.items():
         if value is not None and value < 1:
             raise ConfigError(f"{name} must be at least 1, got {value}.")
     if min_run_time < 0:

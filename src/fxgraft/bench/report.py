@@ -68,7 +68,7 @@ class OverheadReport:
         model: name of the model.
         patches: the patches as the command line takes them, in order.
         batch: images per call.
-        size: side of the images.
+        size: side of the images; of clips and volumes (T, H, W).
         device: where it was measured.
         processor: what that device is.
         threads: CPU threads of torch.
@@ -87,7 +87,7 @@ class OverheadReport:
     model: str
     patches: tuple[str, ...]
     batch: int
-    size: int
+    size: int | tuple[int, ...]
     device: str
     processor: str
     threads: int
@@ -100,6 +100,11 @@ class OverheadReport:
     compiled: bool = False
     allocator: dict[str, str] = field(default_factory=dict)
     patch_seconds: float | None = None
+
+    @property
+    def sides(self) -> str:
+        """The size in words, as "224×224" or "16×112×112"."""
+        return shown_sides(self.size)
 
     def row(self, what: str, network: str) -> Row:
         """Return the row of one network in one kind of call."""
@@ -129,7 +134,8 @@ class OverheadReport:
             plain = json.loads(text)
             version = plain.pop("format")
             rows = tuple(_row(row) for row in plain.pop("rows"))
-            report = cls(**{**plain, "patches": tuple(plain["patches"])}, rows=rows)
+            size = tuple(plain["size"]) if isinstance(plain["size"], list) else plain["size"]
+            report = cls(**{**plain, "patches": tuple(plain["patches"]), "size": size}, rows=rows)
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise ConfigError(f"This isn't an overhead report: {error}.") from error
         if version != FORMAT:
@@ -141,7 +147,7 @@ class OverheadReport:
         table = Table(
             # Text, not a string: rich would take the brackets of a glob for its own markup.
             title=Text(f"{self.model} · {' + '.join(self.patches) or 'no patch'}"),
-            caption=f"batch {self.batch} at {self.size}×{self.size} on {self.device} ({self.processor}), "
+            caption=f"batch {self.batch} at {self.sides} on {self.device} ({self.processor}), "
             f"threads: {self.threads}, {'compiled, ' if self.compiled else ''}rounds: {self.rounds}; "
             "medians with quartiles.\n"
             + "".join(f"{name}={value}\n" for name, value in self.allocator.items())
@@ -165,6 +171,32 @@ class OverheadReport:
         with console.capture() as captured:
             console.print(self)
         return captured.get()
+
+
+def sides_of(size: int | tuple[int, ...]) -> tuple[int, ...]:
+    """Return the sides (H, W) of square images, or those (T, H, W) of clips and volumes as they are given."""
+    return (size, size) if isinstance(size, int) else size
+
+
+def shown_sides(size: int | tuple[int, ...]) -> str:
+    """Write a size as "224×224" or "16×112×112"."""
+    return "×".join(map(str, sides_of(size)))
+
+
+def read_size(text: str) -> int | tuple[int, ...]:
+    """Read a size as the command line takes it: "224", of clips and volumes "16x112x112".
+
+    Raises:
+        ConfigError: it is neither.
+    """
+    parts = text.split("x")
+    if len(parts) > 3 or not all(part.isdecimal() and int(part) for part in parts):
+        raise ConfigError(
+            f"--size must be the side of the images, or frames and sides of clips, got {text!r}.\n"
+            "Write 224, of images that aren't square 192x256, of clips and volumes 16x112x112."
+        )
+    sides = tuple(map(int, parts))
+    return sides[0] if len(sides) == 1 else sides
 
 
 def _cells(row: Row) -> list[str]:

@@ -126,7 +126,7 @@ def bench(
     graft_file: GraftFileOption = None,
     patch: PatchOption = None,
     batch: Annotated[int, typer.Option(help="Images per call.")] = 16,
-    size: Annotated[int, typer.Option(help="Side of the images.")] = 224,
+    size: Annotated[str, typer.Option(help="Side of the images; of clips 16x112x112.")] = "224",
     device: DeviceOption = None,
     rounds: Annotated[
         int | None, typer.Option(help="Timings of each network.", show_default="12, quick 3")
@@ -149,6 +149,9 @@ def bench(
         raise ConfigError(
             "Nothing to measure: give at least one --graft, for example --graft rsc:layer=layer4."
         )
+    from fxgraft.bench.report import read_size
+
+    sides = read_size(size)
     out = out or json
     if out is not None:
         # Before the measurement: a file that cannot be written should not cost minutes first.
@@ -167,7 +170,7 @@ def bench(
             model,
             [(spec.method, spec.options) for spec in specs],
             batch=batch,
-            size=size,
+            size=sides,
             device=device or "cpu",
             rounds=(3 if quick else 12) if rounds is None else rounds,
             min_run_time=(0.0 if quick else 0.2) if min_run_time is None else min_run_time,

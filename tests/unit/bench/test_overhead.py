@@ -12,10 +12,11 @@ from torch import nn
 from fxgraft.bench.memory import memory_kind, peak_memory, peak_of_events
 from fxgraft.bench.models_under_test import BARE, CONTROL, FORWARD, MEASURES, PATCHED, RIVAL, TRAINING_STEP
 from fxgraft.bench.overhead import ALLOCATOR, measure, turn_order
-from fxgraft.bench.report import OverheadReport, Spread
+from fxgraft.bench.report import OverheadReport, Spread, read_size
 from fxgraft.environment import checked_device
 from fxgraft.errors import ConfigError
 from fxgraft.spec import describe
+from models.volumes import video_net
 
 CPU = torch.device("cpu")
 
@@ -147,6 +148,7 @@ def test_peak_of_a_trace_without_memory_events_is_unknown():
     [
         ({"batch": 0}, "batch must be at least 1, got 0"),
         ({"size": -3}, "size must be at least 1"),
+        ({"size": (4, 0, 12)}, "size must be at least 1"),
         ({"rounds": 0}, "rounds must be at least 1"),
         ({"threads": 0}, "threads must be at least 1"),
         ({"min_run_time": -1.0}, "min_run_time must not be negative"),
@@ -170,6 +172,21 @@ def test_checked_device_returns_the_device():
 def test_refuses_images_the_model_cannot_take():
     with pytest.raises(ConfigError, match="Conv2d does not run on 2×2 images"):
         quick(lambda: nn.Conv2d(3, 4, 3), size=2)
+    with pytest.raises(ConfigError, match="Conv2d does not run on 4×12×12 clips"):
+        quick(lambda: nn.Conv2d(3, 4, 3), size=(4, 12, 12))
+
+
+def test_measures_a_network_of_clips():
+    found = quick(video_net, [("rsc", {"layer": "layer1"})], size=(4, 12, 12), rounds=1)
+    assert OverheadReport.from_json(found.to_json()) == found
+    assert "batch 4 at 4×12×12 on cpu" in str(found)
+
+
+def test_sizes_of_the_command_line():
+    assert [read_size(each) for each in ("64", "48x64", "4x12x12")] == [64, (48, 64), (4, 12, 12)]
+    for wrong in ("", "0", "-3", "4x", "16×112", "1x2x3x4", "1.5"):
+        with pytest.raises(ConfigError, match=r"(?s)--size must be .*of clips and volumes 16x112x112"):
+            read_size(wrong)
 
 
 def test_refuses_maps_naming_their_shape():
