@@ -203,7 +203,14 @@ def _show_method(
     from fxgraft.cli.shown_model import shown_model
     from fxgraft.spec import parse_grafts
     from fxgraft.viz.drawing import check_ending, save_picture
-    from fxgraft.viz.pictures import check_picture, picture_of, read_class_names, read_images, size_and_crop
+    from fxgraft.viz.pictures import (
+        check_picture,
+        picture_of,
+        read_class_names,
+        read_images,
+        size_and_crop,
+        still_clips,
+    )
 
     path = Path(f"{method}.png") if out is None else out
     check_ending(path)
@@ -220,7 +227,7 @@ def _show_method(
             options |= spec.options
     shown = shown_model(model, classes, pretrained, weights, size, seed)
     own, crop = size_and_crop(shown.network)
-    pixels = read_images(images, own if size is None else size, crop)
+    pixels = still_clips(read_images(images, own if size is None else size, crop), shown.network)
     names = shown.names if class_names is None else read_class_names(class_names)
     picture = picture_of(
         shown.network, wanted, pixels, options, top=top, seed=seed, names=names, trained=shown.trained

@@ -140,7 +140,7 @@ def _log_pictures(trainer: Trainer, pl_module: LightningModule, batch: Any, step
     from fxgraft.viz.pictures import pictures_of_grafts
 
     images = next(
-        (tensor for tensor in tensors(batch) if tensor.ndim == 4 and tensor.is_floating_point()), None
+        (tensor for tensor in tensors(batch) if tensor.ndim in (4, 5) and tensor.is_floating_point()), None
     )
     loggers: list[Any] = [logger for logger in trainer.loggers if _takes_pictures(logger)]
     if images is None or not loggers:

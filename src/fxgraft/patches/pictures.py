@@ -10,6 +10,8 @@ from dataclasses import dataclass, field
 
 from torch import Tensor, nn
 
+from fxgraft.errors import SiteError
+
 
 @dataclass(frozen=True)
 class View:
@@ -17,8 +19,8 @@ class View:
 
     Attributes:
         model: patched with the method alone, in evaluation mode, to be used up: nobody needs it afterwards.
-        images: (B, 3, S, S), colours in [0, 1]; at least two, where the user gave one the second is its negative,
-            mirrored.
+        images: (B, 3, S, S), or clips (B, 3, T, S, S), colours in [0, 1]; at least two, where the user gave one the
+            second is its negative, mirrored.
         inputs: the same, as the model takes them.
         labels: (B,) the classes that the model itself says.
         given: how many of the images are the user's.
@@ -43,11 +45,21 @@ class View:
         """Return the name of a class, or "class 7" where there are no names."""
         return self.names[number] if self.names else f"class {number}"
 
-    @staticmethod
-    def grid(values: Tensor) -> Tensor:
-        """Arrange positions, of a map (h, w) or tokens (L,), in rows and columns: as near to a square as can be."""
-        if values.ndim == 2:
+    def grid(self, values: Tensor) -> Tensor:
+        """Arrange positions, of a map (h, w), a volume (t, h, w) or tokens (L,), as they lie in the image.
+
+        Tokens of images come in rows and columns, as near to a square as can be.
+
+        Raises:
+            SiteError: tokens of clips or volumes, of which it isn't known how many there are in a frame.
+        """
+        if values.ndim > 1:
             return values
+        if self.images.ndim > 4:
+            raise SiteError(
+                f"{len(values)} tokens of a clip or volume are to be drawn, and how many are in a frame isn't known.\n"
+                "A picture shows one frame.\nChoose a layer that gives a volume (B, C, T, H, W)."
+            )
         rows = max(n for n in range(1, int(len(values) ** 0.5) + 1) if len(values) % n == 0)
         return values.view(rows, -1)
 
@@ -58,10 +70,11 @@ class Panel:
 
     Attributes:
         title: above it.
-        image: (3, H, W), colours in [0, 1].
-        heat: (h, w), laid over the image as colours, brought to its size.
-        hatched: bool (h, w), cells to hatch.
-        cross: (row, column) of a cell to mark, of ``hatched`` or ``heat``.
+        image: (C, H, W), or a clip (C, T, H, W), in [0, 1]: three colours, or other channels, whose mean is drawn in
+            grey. Of a clip the middle frame is drawn.
+        heat: (h, w), of a clip (t, h, w), laid over the image as colours, brought to its size.
+        hatched: bool, cells to hatch, shaped as ``heat``.
+        cross: (row, column), of a clip (frame, row, column), of a cell to mark, of ``hatched`` or ``heat``.
         curves: values by name, (n,) each, where there is no image.
         unit: what the numbers of ``heat`` or ``curves`` are, for the colour bar and the axis.
         along: what ``curves`` run along.
@@ -73,7 +86,7 @@ class Panel:
     image: Tensor | None = None
     heat: Tensor | None = None
     hatched: Tensor | None = None
-    cross: tuple[int, int] | None = None
+    cross: tuple[int, ...] | None = None
     curves: Mapping[str, Tensor] = field(default_factory=dict)
     unit: str = ""
     along: str = "channel"

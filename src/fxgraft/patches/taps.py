@@ -32,7 +32,7 @@ from fxgraft.extend import (
     unwrapped,
 )
 
-_USUAL = {4: "NCHW", 3: "NLC", 2: "NC"}
+_USUAL = {5: "NCDHW", 4: "NCHW", 3: "NLC", 2: "NC"}
 """Layouts to draw values by, where a listing of sites does not say their own."""
 
 

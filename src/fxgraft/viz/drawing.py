@@ -137,32 +137,36 @@ def _draw(figure: Any, axis: Any, panel: Panel) -> None:
         if len(panel.curves) > 1:
             axis.legend(fontsize=8)
         return
-    side = panel.image.shape[-1]
-    axis.imshow(panel.image.permute(1, 2, 0).numpy())
+    height, width = panel.image.shape[-2:]
+    # Of one channel, or of more than colours, the mean is drawn in grey.
+    image = panel.image if len(panel.image) == 3 else panel.image.mean(0, keepdim=True).expand(3, -1, -1)
+    axis.imshow(image.permute(1, 2, 0).numpy())
     if panel.heat is not None:
         heat = panel.heat.detach()
-        smooth = F.interpolate(heat[None, None], size=(side, side), mode="bilinear", align_corners=False)
+        smooth = F.interpolate(heat[None, None], size=(height, width), mode="bilinear", align_corners=False)
         drawn = axis.imshow(smooth[0, 0].numpy(), cmap="viridis", alpha=0.6)
         bar = figure.colorbar(drawn, ax=axis, fraction=0.046, pad=0.03)
         bar.set_label(panel.unit, fontsize=7)
         bar.ax.tick_params(labelsize=6)
     if panel.hatched is not None:
-        _hatch(axis, panel.hatched, side)
+        _hatch(axis, panel.hatched, height, width)
     if panel.cross is not None:
         cells = panel.hatched if panel.hatched is not None else panel.heat
-        height, width = cells.shape if cells is not None else (side, side)
+        rows, columns = cells.shape if cells is not None else (height, width)
         row, column = panel.cross
-        axis.plot((column + 0.5) * side / width - 0.5, (row + 0.5) * side / height - 0.5, "rx", markersize=10)
+        axis.plot(
+            (column + 0.5) * width / columns - 0.5, (row + 0.5) * height / rows - 0.5, "rx", markersize=10
+        )
     axis.set_axis_off()
 
 
-def _hatch(axis: Any, cells: Tensor, side: int) -> None:
+def _hatch(axis: Any, cells: Tensor, height: int, width: int) -> None:
     from matplotlib.patches import Rectangle
 
-    height, width = cells.shape
+    down, across = height / cells.shape[0], width / cells.shape[1]
     for row, column in cells.nonzero().tolist():
-        corner = (column * side / width - 0.5, row * side / height - 0.5)
-        cell = Rectangle(corner, side / width, side / height, fill=False, hatch="////", linewidth=0)
+        corner = (column * across - 0.5, row * down - 0.5)
+        cell = Rectangle(corner, across, down, fill=False, hatch="////", linewidth=0)
         cell.set_edgecolor("white")
         axis.add_patch(cell)
 

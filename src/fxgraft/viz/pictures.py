@@ -16,8 +16,9 @@ from torchvision.transforms.v2.functional import pil_to_tensor
 import fxgraft
 from fxgraft.errors import ConfigError, FxgraftError, no_method
 from fxgraft.graph.grafting.lookup import grafts_on, patched_parts
+from fxgraft.graph.tracing.observe import default_input_size
 from fxgraft.io.images import read_rgb
-from fxgraft.patches.pictures import Picture, View
+from fxgraft.patches.pictures import Panel, Picture, View
 
 IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 """Mean and deviation of the colours, for models that do not say what they were trained with."""
@@ -82,6 +83,12 @@ def size_and_crop(model: nn.Module) -> tuple[int, float]:
     return int((config.get("input_size") or (3, 224, 224))[-1]), float(config.get("crop_pct") or 0.875)
 
 
+def still_clips(images: Tensor, model: nn.Module) -> Tensor:
+    """Repeat images (B, 3, S, S) in time for a model that takes clips, whose length is found; else return them."""
+    frames = default_input_size(model)[1:-2]
+    return images.unsqueeze(2).expand(-1, -1, *frames, -1, -1) if frames else images
+
+
 def read_class_names(given: str) -> list[str]:
     """Read names of classes: those of ImageNet, as timm has them, or the lines of a file.
 
@@ -123,7 +130,7 @@ def picture_of(
         model: it is used up. On a bare one the method is put; of a patched one a graft of that method is shown as it
             is, and where there is none, or options are given, all of its grafts are taken off first.
         method: name of the method.
-        images: (B, 3, S, S), colours in [0, 1].
+        images: (B, 3, S, S), of clips (B, 3, T, S, S), colours in [0, 1]. Of clips the middle frame is drawn.
         options: of the method.
         top: how many classes to show, highest score first, where a picture shows some.
         seed: of all draws.
@@ -140,7 +147,8 @@ def picture_of(
     config: Any = getattr(model, "pretrained_cfg", None) or {}
     mean, std = (config.get(key) or default for key, default in zip(("mean", "std"), IMAGENET, strict=True))
     given, images = len(images), _at_least_two(images)
-    inputs = (images - torch.tensor(mean).view(-1, 1, 1)) / torch.tensor(std).view(-1, 1, 1)
+    mean, std = (torch.tensor(each).view(-1, *[1] * (images.ndim - 2)) for each in (mean, std))
+    inputs = (images - mean) / std
     with torch.no_grad():
         logits = model.eval()(inputs)
     if names and len(names) != logits.shape[1]:
@@ -155,11 +163,11 @@ def picture_of(
         if len(present) > len(own):
             fxgraft.unpatch(model, *(graft for graft in present if graft not in own))
         if not own:
-            fxgraft.patch(model, method, **{"input_size": (3, *images.shape[-2:]), **(options or {})})
+            fxgraft.patch(model, method, **{"input_size": tuple(images.shape[1:]), **(options or {})})
         (graft,) = fxgraft.grafts(model)
         layouts = _layouts(model, images)
         view = View(model, images, inputs, logits.argmax(1), given, top, seed, names, layouts)
-        picture = graft.patch.picture(graft, view)
+        picture = _middle_frame(graft.patch.picture(graft, view))
     notes = [] if trained else [UNTRAINED]
     return replace(picture, note="; ".join([*notes, *([picture.note] if picture.note else [])]))
 
@@ -172,14 +180,16 @@ def pictures_of_grafts(model: nn.Module, inputs: Tensor, seed: int = 0) -> dict[
 
     Args:
         model: patched, or with patched parts that take images and return logits.
-        inputs: (B, 3, S, S), as the model takes them; two are drawn, their colours stretched to [0, 1].
+        inputs: (B, C, H, W), or clips or volumes (B, C, T, H, W), as the model takes them; two are drawn, their values
+            stretched to [0, 1], of clips and volumes the middle frame.
         seed: of all draws.
 
     Returns:
         Pictures by the names of the grafts, with the part's name before it where it is on a part.
     """
     shown = inputs[:2].detach().cpu().float()
-    low, high = (getattr(shown.flatten(1), which)(1).values.view(-1, 1, 1, 1) for which in ("min", "max"))
+    ones = [1] * (shown.ndim - 1)
+    low, high = (getattr(shown.flatten(1), which)(1).values.view(-1, *ones) for which in ("min", "max"))
     colours, given = _at_least_two((shown - low) / (high - low).clamp(min=1e-6)), len(shown)
     shown = shown if given > 1 else torch.cat((shown, -shown.flip(-1)))
     pictures: dict[str, Picture] = {}
@@ -199,9 +209,10 @@ def pictures_of_grafts(model: nn.Module, inputs: Tensor, seed: int = 0) -> dict[
                         labels = alone(shown).argmax(1)
                     layouts = _layouts(alone, shown)
                     view = View(alone, colours, shown, labels, given, seed=seed, layouts=layouts)
-                    pictures[".".join(filter(None, (path, graft.name)))] = own.patch.picture(own, view)
+                    picture = _middle_frame(own.patch.picture(own, view))
                 except (FxgraftError, AttributeError, RuntimeError, ValueError):
                     continue  # a part whose output isn't logits, a site without positions
+            pictures[".".join(filter(None, (path, graft.name)))] = picture
     return pictures
 
 
@@ -209,6 +220,36 @@ def _layouts(model: nn.Module, images: Tensor) -> Callable[[], dict[str, str]]:
     """Return what lists the layouts of a model's sites, by name, when it is asked."""
     size: Any = tuple(images.shape[1:])
     return lambda: {site.name: site.layout for site in fxgraft.sites(model, input_size=size)}
+
+
+def _middle_frame(picture: Picture) -> Picture:
+    """Keep of every clip its middle frame, with what is laid over it there, and say so."""
+    clips = [
+        panel.image
+        for row in picture.rows
+        for panel in row
+        if panel.image is not None and panel.image.ndim > 3
+    ]
+    if not clips:
+        return picture
+    rows = [[_frame(panel) for panel in row] for row in picture.rows]
+    length = clips[0].shape[1]
+    said = f"the middle frame, {length // 2 + 1} of {length}"
+    note = "; ".join(filter(None, (picture.note, said)))
+    return Picture(rows, f"{picture.caption}; {said}", note)
+
+
+def _frame(panel: Panel) -> Panel:
+    if panel.image is None or panel.image.ndim < 4:
+        return panel
+    cut: dict[str, Any] = {"image": panel.image[:, panel.image.shape[1] // 2]}
+    for name in ("heat", "hatched"):
+        cells = getattr(panel, name)
+        if cells is not None:
+            cut[name] = cells[len(cells) // 2]
+            if panel.cross is not None:
+                cut["cross"] = panel.cross[1:] if panel.cross[0] == len(cells) // 2 else None
+    return replace(panel, **cut)
 
 
 def _at_least_two(images: Tensor) -> Tensor:

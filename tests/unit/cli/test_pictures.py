@@ -20,15 +20,19 @@ from fxgraft.cli.commands import app
 from fxgraft.errors import ConfigError
 from fxgraft.patches import registry
 from fxgraft.patches.diversification.patch import maps
-from fxgraft.viz.drawing import pixels, save_picture
+from fxgraft.viz.drawing import figure_of, pixels, save_picture
 from fxgraft.viz.pictures import (
+    IMAGENET,
     methods_with_pictures,
     picture_of,
     pictures_of_grafts,
     read_class_names,
     read_images,
+    still_clips,
 )
+from models.volumes import clips, video_net
 
+MEAN, DEVIATION = (torch.tensor(each).view(3, 1, 1, 1) for each in IMAGENET)
 SIZE = ("--model", "resnet18", "--classes", "5", "--size", "96")
 
 
@@ -258,6 +262,78 @@ def test_taps_show_what_is_recorded(photo):
     assert row[1].heat.shape == (10, 10), "without the class token"
 
 
+CLIPS = {
+    "rsc": {"layer": "layer1"},
+    "crossnorm": {"layers": ["norm"], "crop": "both"},
+    "selfnorm": {"layers": ["norm"]},
+    "diversification": {},
+    "mixmo": {},
+    "gam": {"layers": "layer1"},
+    "mixstyle": {"layers": "layer1"},
+    "dsu": {"layers": "layer1"},
+    "taps": {"layers": "layer1"},
+}
+
+
+@pytest.mark.parametrize("method", own_methods())
+def test_of_a_clip_the_middle_frame_is_shown(method):
+    seen = clips(2).clamp(0, 1)
+    picture = picture_of(video_net(), method, seen, CLIPS[method])
+    panels = [panel for row in picture.rows for panel in row if panel.image is not None]
+    assert all(panel.image.shape == (3, 12, 12) for panel in panels)
+    if method not in ("mixstyle", "dsu", "mixmo"):
+        assert torch.equal(panels[0].image, seen[0, :, 2])
+    assert picture.caption.endswith("; the middle frame, 3 of 4")
+    assert "the middle frame, 3 of 4" in picture.note
+    assert pixels(picture).ndim == 3
+    model = fxgraft.patch(video_net(), method, **CLIPS[method], input_size=(3, 4, 12, 12))
+    (found,) = pictures_of_grafts(model, seen).values()
+    assert found.caption.endswith("3 of 4")
+
+
+def test_what_is_laid_over_a_clip_is_that_frames():
+    seen = clips(2).clamp(0, 1)
+    maps_of = maps(video_net().eval(), (seen[:1] - MEAN) / DEVIATION)[0]
+    for seed in range(4):
+        panels = picture_of(video_net(), "diversification", seen, {"patch": 2}, top=4, seed=seed).rows[0][1:]
+        for panel in panels:
+            number = int(panel.title.split()[1].rstrip(":"))
+            torch.testing.assert_close(panel.heat, maps_of[number, 2])
+            assert panel.hatched.shape == (6, 6)
+            peak = divmod(maps_of[number].flatten().argmax().item(), 36)
+            assert panel.cross == (divmod(peak[1], 6) if peak[0] == 2 else None)
+
+
+class Tokens(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.norm = torch.nn.Conv3d(3, 8, 3, stride=3), torch.nn.LayerNorm(8)
+        self.fc = torch.nn.Linear(8, 5)
+
+    def forward(self, x):
+        return self.fc(self.norm(self.stem(x).flatten(2).transpose(1, 2)).mean(1))
+
+
+def test_tokens_of_a_clip_have_no_frame_to_show():
+    with pytest.raises(
+        fxgraft.SiteError, match=r"(?s)16 tokens of a clip or volume are to be drawn.*gives a volume"
+    ):
+        picture_of(Tokens(), "taps", clips(2), {"layers": "norm"})
+
+
+def test_pictures_of_images_of_other_shapes_and_channels():
+    """Heat lies over the whole of an image that isn't square; what isn't colours is grey."""
+    model = torch.nn.Sequential(
+        torch.nn.Conv2d(5, 4, 3), torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten(), torch.nn.Linear(4, 3)
+    )
+    fxgraft.patch(model, "rsc", layer="0", scope="spatial", input_size=(5, 24, 12))
+    found = pictures_of_grafts(model, torch.randn(2, 5, 24, 12))["rsc"]
+    axes = figure_of(found).axes[1]
+    image, heat = (each.get_array() for each in axes.get_images())
+    assert image.shape[:2] == heat.shape == (24, 12)
+    assert (image[..., 0] == image[..., 2]).all()
+
+
 def test_a_method_of_somebody_else_can_have_a_picture(photo, monkeypatch):
     monkeypatch.setattr(registry, "_registry", dict(fxgraft.methods()))
 
@@ -285,6 +361,14 @@ def test_the_command_writes_a_picture(photo, tmp_path):
     assert re.search(r"class maps of 3×3 of class \d \(", said)
     with Image.open(out) as picture:
         assert picture.width > 3 * picture.height
+
+
+def test_an_image_is_a_still_clip_for_a_network_of_clips(photo):
+    images = read_image(photo, 32)[None]
+    found = still_clips(images, video_net())
+    assert found.shape == (1, 3, 16, 32, 32)
+    assert torch.equal(found[:, :, 7], images)
+    assert still_clips(images, network()) is images
 
 
 def test_classes_are_shown_by_their_names(photo, tmp_path):

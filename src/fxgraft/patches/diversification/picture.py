@@ -35,14 +35,14 @@ def class_map_panels(view: View, options: Any) -> Picture:
     image = view.images[0]
     panels = [Panel("image", image)]
     for index, (number, score) in enumerate(zip(best.indices.tolist(), best.values.tolist(), strict=True)):
-        row, column = core.peak_mask(chosen)[0, index].nonzero()[0].tolist()
+        peak = tuple(core.peak_mask(chosen)[0, index].nonzero()[0].tolist())
         panels.append(
             Panel(
                 f"{view.class_name(number)}: {score:.2f}",
                 image,
                 chosen[0, index],
                 damped[index],
-                (row, column),
+                peak,
                 unit="score of the class, as a logit",
                 hatched_as="damped in this pass",
                 cross_as="peak of the map",
@@ -52,5 +52,5 @@ def class_map_panels(view: View, options: Any) -> Picture:
         f"{view.class_name(n)} ({s:.2f})"
         for n, s in zip(best.indices.tolist(), best.values.tolist(), strict=True)
     )
-    height, width = maps.shape[-2:]
-    return Picture([panels], f"class maps of {height}×{width} of {scores}")
+    sides = "×".join(map(str, maps.shape[2:]))
+    return Picture([panels], f"class maps of {sides} of {scores}")

@@ -26,10 +26,10 @@ def mixture_panels(view: View, graft: Graft, members: int) -> Picture:
     pairing = graft.recall(out)
     images = view.images[chosen]
     if pairing.masks is None:  # one member alone
-        masks = torch.ones(1, 1, *images.shape[-2:])
+        masks = torch.ones(1, 1, *images.shape[2:])
     else:
         masks = pairing.masks[:, 0].float().mean(1, keepdim=True)
-        masks = F.interpolate(masks, size=images.shape[-2:], mode="nearest")
+        masks = F.interpolate(masks, size=images.shape[2:], mode="nearest")
     shares = [1.0] if pairing.shares is None else pairing.shares[0].tolist()
     first = [Panel(f"member {i}'s image", image) for i, image in enumerate(images)]
     second = [
