@@ -65,7 +65,7 @@ class GraftSummary:
     """What one graft of a model is.
 
     Attributes:
-        name: of the graft, with the part's name before it where it is on a part.
+        name: name of the graft, with the part's name before it where it is on a part.
         method: its name.
         options: those that are not at their defaults.
         where: what it does and where, in a line; of many units the first and the last are named.
@@ -228,7 +228,8 @@ def diagnostics(model: nn.Module) -> dict[str, float]:
     What the names mean: ``fxgraft info METHOD``.
 
     Args:
-        model: as in `loss`: patched, wrapped (DistributedDataParallel, torch.compile), or with patched parts.
+        model: the model, as in `loss`: patched, wrapped (DistributedDataParallel, torch.compile), or with patched
+            parts.
 
     Returns:
         Numbers by ``"<graft>.<name>"``, with the part's name before it where a graft is on a part:

@@ -189,7 +189,7 @@ def load_weights(model: nn.Module, path: str | Path, *, new_classifier: bool = F
     """Load a ``state_dict`` from a file of safetensors, or one that ``torch.save`` wrote.
 
     Args:
-        model: whose weights they are.
+        model: the model whose weights they are.
         path: the file.
         new_classifier: leave a classifier of another number of classes as it is in the model.
 

@@ -35,7 +35,7 @@ def losses(
         out: what the model returned; of a structured output the logits are taken: "out" of torchvision's
             segmentation models, whose "aux" is left to you, or "logits".
         y: labels, as the criterion takes them, or as the call took them as ``target``.
-        criterion: called as ``criterion(logits, y)``.
+        criterion: a function, called as ``criterion(logits, y)``.
 
     Returns:
         Scalars by name, "criterion" as the criterion gives it. Those of grafts are ``"<graft>.<term>"``, with the
@@ -74,10 +74,10 @@ def loss(model: nn.Module, out: Any, y: Any, criterion: Callable[..., Tensor] = 
     >>> fxgraft.loss(model, out, y).backward()
 
     Args:
-        model: as in `losses`.
+        model: the model, as in `losses`.
         out: what the model returned.
         y: labels.
-        criterion: called as ``criterion(logits, y)``.
+        criterion: a function, called as ``criterion(logits, y)``.
 
     Raises:
         StructureError, ConfigError: as `losses`; or the criterion reduces nothing and grafts add terms.
@@ -102,10 +102,10 @@ def extra_loss(
     their loss themselves (detectors, transformers): ``out.loss + fxgraft.extra_loss(model, out, y)``.
 
     Args:
-        model: as in `losses`.
+        model: the model, as in `losses`.
         out: what the model returned.
         y: labels, as the call took them as ``target``.
-        criterion: for terms that use it, called as ``criterion(logits, y)``.
+        criterion: the criterion for terms that use it, called as ``criterion(logits, y)``.
 
     Returns:
         A scalar; zero, without a gradient, where no graft adds anything.

@@ -94,7 +94,7 @@ class _Images:
     """The images of a loader, which are checked when all of them were read: a GPU is not waited for before.
 
     Args:
-        loader: of batches.
+        loader: a loader of batches.
         place: where they go.
     """
 

@@ -65,18 +65,18 @@ def adapt(
             list that starts with one, or a mapping with one; labels are left unread.
         target_loader: images of the domain to adapt to. Both loaders are cycled, whatever their lengths.
         steps: in all, with those of the checkpoint. The release makes 10 000 of batch 128 on digits.
-        lr: of Adam, for both sides.
-        betas: of Adam.
+        lr: learning rate of Adam, for both sides.
+        betas: the two betas of Adam.
         optimizers: yours in their place: (discriminators, target network).
-        schedule: from the share of the steps done, in [0, 1), to a factor on the learning rates.
+        schedule: a function from the share of the steps done, in [0, 1), to a factor on the learning rates.
         device: where to train; by default where the model is. The model and its source network are moved.
         amp: compute the losses under bfloat16 autocast.
         checkpoint: file to write to and go on from, or a folder, for ``adaptation.pt`` in it.
         checkpoint_every: steps between two checkpoints; one is written after the last step, too.
         progress: show a bar with losses and accuracies, on a terminal.
-        callback: called with (steps done, latest values by name) every `log_every` steps.
+        callback: a function, called with (steps done, latest values by name) every `log_every` steps.
         log_every: steps between two looks at the losses. Only then does a GPU wait for the host.
-        name: of the graft, where there are several.
+        name: name of the graft, where there are several.
 
     Returns:
         Losses and accuracies of every step, those before the checkpoint included.

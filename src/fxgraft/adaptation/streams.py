@@ -172,7 +172,7 @@ def images_of(batch: Any, name: str = "given") -> Tensor:
     Args:
         batch: a tensor; a tuple or list whose first element is one; or a mapping with one under a usual key
             (``pixel_values``, ``image``, ``images``, ``x``, ``input``, ``inputs``).
-        name: of the loader, for the error.
+        name: name of the loader, for the error.
 
     Raises:
         ConfigError: there are none to be found, or they are not batched.

@@ -64,7 +64,7 @@ def measure(
             that is not counted.
         threads: CPU threads of torch; None keeps the present number.
         compiled: run all networks through ``torch.compile(fullgraph=True)``, the bare one as well.
-        progress: called with the number of timings done and their total.
+        progress: a function, called with the number of timings done and their total.
         rival: another way to the same, as the network "by hand": a function that changes a copy of the model and
             returns its loss of images and labels. Not with ``compiled``.
 

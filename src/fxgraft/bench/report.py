@@ -76,7 +76,7 @@ class OverheadReport:
         min_run_time: seconds for which each timing repeated its call.
         training_step: what one training step consists of.
         memory_kind: what `Row.peak_bytes` counts.
-        versions: of Python and the libraries.
+        versions: versions of Python and the libraries.
         rows: the numbers.
         compiled: whether the networks ran through torch.compile.
         allocator: environment variables that were set and decide how memory is allocated. Fresh buffers for

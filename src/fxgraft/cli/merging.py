@@ -34,8 +34,8 @@ class Trained:
     """What a training has left.
 
     Attributes:
-        file: that was read.
-        weights: of the patched model.
+        file: the file that was read.
+        weights: weights of the patched model.
         model: name of the architecture, if it is noted there.
         classes: number of classes, if noted.
         options: further arguments of the model's constructor that are noted.

@@ -203,7 +203,7 @@ def listing(
     """Choose the sites to list, by stage.
 
     Args:
-        placing: of the model.
+        placing: the methods' places on the model.
         pattern: a name or a glob; what matches is listed, whatever it is.
         everything: list also what computes nothing.
 

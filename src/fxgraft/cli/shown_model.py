@@ -22,7 +22,7 @@ class Shown:
     Attributes:
         network: in evaluation mode.
         trained: whether it has weights that were trained.
-        names: of its classes, where they are known to be ImageNet's; else empty.
+        names: the names of its classes, where they are known to be ImageNet's; else empty.
     """
 
     network: nn.Module
@@ -43,12 +43,12 @@ def shown_model(
     Without a name, and without weights, it is the one whose ImageNet weights are installed as a package, if they are.
 
     Args:
-        name: of the model, as `build_model` takes it; None for a usual one.
+        name: name of the model, as `build_model` takes it; None for a usual one.
         classes: number of classes; None for the model's own.
         pretrained: take the library's weights.
         weights: a file to load: of weights, or of `fxgraft.save`, which brings its model and its grafts.
         size: side of the images; None for the model's own.
-        seed: of weights that are not loaded.
+        seed: the seed of weights that are not loaded.
 
     Raises:
         ConfigError: no such model, or its weights cannot be fetched.

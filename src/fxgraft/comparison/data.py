@@ -54,7 +54,7 @@ class Task:
     """What one run is trained, validated and tested on.
 
     Attributes:
-        name: of what is tested: the domain that is held out, or the test set.
+        name: name of what is tested: the domain that is held out, or the test set.
         train: images to train on.
         validation: images like those of training, set apart.
         test: images to score.
@@ -111,8 +111,8 @@ def read_data(
         target: images of the domain to adapt to. Their folders' names are not read. Without it, what is tested.
         validation_share: share of the training images of each domain and class that is set apart, where
             the data has no validation split.
-        per_class: at most so many training images of each class of each domain, by a fixed draw.
-        test_per_class: at most so many test images of each class.
+        per_class: the largest number of training images of each class of each domain, by a fixed draw.
+        test_per_class: the largest number of test images of each class.
 
     Returns:
         The tasks. A folder of classes is split by a fixed draw: a fifth of each class is tested.

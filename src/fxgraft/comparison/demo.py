@@ -53,7 +53,7 @@ def run_demo(
         seeds: number of seeds.
         workers: runs side by side; by default one for each CPU core.
         console: where the text goes; None is standard output.
-        progress: as `fxgraft.compare` calls it.
+        progress: a function that is called as `fxgraft.compare` calls its own.
 
     Returns:
         The comparison.

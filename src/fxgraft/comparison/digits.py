@@ -18,7 +18,7 @@ def write_digits(folder: Path, size: int) -> Path:
     """Write the digits as images, ``domain/class/number.png``, unless the folder is there already.
 
     Args:
-        folder: to be made; files are written beside it first, so that it is never half full.
+        folder: the folder to be made; files are written beside it first, so that it is never half full.
         size: side of the images in pixels.
 
     Returns:

@@ -83,12 +83,12 @@ def compare(
         test: other images to test on.
         target: images to adapt to, without labels; by default those that are tested.
         corrupt: test on the fifteen corruptions of ImageNet-C at five severities; scores are means over the 75.
-        per_class: at most so many training images of each class of each domain, by a fixed draw.
-        test_per_class: at most so many test images of each class.
+        per_class: the largest number of training images of each class of each domain, by a fixed draw.
+        test_per_class: the largest number of test images of each class.
         seeds: number of seeds, or the seeds.
         pretrained: start from the library's weights.
         weights: start from a checkpoint; its classifier is left out where it has other classes.
-        model_options: of the model's constructor, such as ``{"output_stride": 16}``.
+        model_options: options of the model's constructor, such as ``{"output_stride": 16}``.
         size: side of the images in pixels; by default the model's own.
         training: settings, see `Training`; a mapping changes the defaults.
         train: a training loop of one's own instead, called as ``train(model, images, validation, seed)`` with two
@@ -106,10 +106,10 @@ def compare(
         adapt_steps: steps of ``gam``.
         adapt_lr: learning rate of ``gam``.
         workers: runs side by side; by default one for each CPU core or GPU. On a CPU each has one thread.
-        backend: of joblib: "loky" for processes on this machine, "ray" or "dask" for a cluster.
+        backend: backend of joblib: "loky" for processes on this machine, "ray" or "dask" for a cluster.
         device: "cpu", "cuda" (runs are dealt out to all GPUs) or one of them, "cuda:1".
         out: folder of the protocol and the runs.
-        progress: called after each run with the comparison so far and the seconds that are left.
+        progress: a function, called after each run with the comparison so far and the seconds that are left.
 
     Returns:
         The runs and verdicts: ``print(result)``, ``result.verdicts``, ``result.to_html("report.html")``.

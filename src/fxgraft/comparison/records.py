@@ -22,7 +22,7 @@ class Folder:
     """Where a comparison is kept.
 
     Args:
-        path: of the folder; made if missing.
+        path: the path of the folder; made if missing.
         protocol: what must be equal for runs to be comparable: data, model, training. Grafts and seeds are not in it,
             so that more of both can be added.
 

@@ -58,7 +58,7 @@ def write_report(result: Comparison, path: Path, pictures: Sequence[Photo] = ())
     Args:
         result: what was found.
         path: the file.
-        pictures: of the methods, from `method_pictures`.
+        pictures: the pictures of the methods, from `method_pictures`.
 
     Raises:
         ConfigError: jinja2 or matplotlib is missing.
@@ -269,8 +269,8 @@ def method_pictures(setup: Setup, variants: Sequence[Variant], images: Sequence[
     """Draw what each method of the variants does to images, with the network as it is before training.
 
     Args:
-        setup: of the comparison.
-        variants: whose methods are drawn, once each.
+        setup: the setup of the comparison.
+        variants: the variants whose methods are drawn, once each.
         images: decoded, two or more.
     """
     from fxgraft.viz.drawing import save_picture

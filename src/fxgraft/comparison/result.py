@@ -30,10 +30,10 @@ class Comparison:
     Attributes:
         protocol: data, model and training: what all runs share.
         environment: versions, device, threads and date of this call.
-        variants: as they were written, the baseline first.
+        variants: the variants as they were written, the baseline first.
         baseline: what the others are compared with.
         tasks: what is tested: held-out domains or test sets.
-        seeds: of the runs.
+        seeds: the seeds of the runs.
         metric: the score of the verdicts.
         interest: the smallest difference that matters.
         level: error level of all verdicts together.

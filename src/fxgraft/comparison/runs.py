@@ -40,7 +40,7 @@ class Variant:
     """What one column of a comparison does to the backbone.
 
     Attributes:
-        text: as it was written, with normal spacing: "rsc + selfnorm".
+        text: the variant as it was written, with normal spacing: "rsc + selfnorm".
         grafts: method and options of each graft that is on during training.
         adaptation: what is done after training with the target's images, without labels: None, "adapt_batchnorm",
             or the options of "gam".
@@ -92,8 +92,8 @@ class Setup:
     """What all runs of a comparison share.
 
     Attributes:
-        model: as `fxgraft.models.build_model` takes it.
-        model_options: of the constructor.
+        model: the model, as `fxgraft.models.build_model` takes it.
+        model_options: options of the constructor.
         pretrained: load the library's weights.
         weights: a checkpoint instead.
         classes: number of classes.
@@ -155,9 +155,9 @@ class Job:
     """One training run, and the variants that are scored of it.
 
     Attributes:
-        variants: that differ in their adaptation alone.
+        variants: the variants that differ in their adaptation alone.
         task: what is trained on and tested.
-        seed: of weights, batches, transforms and methods.
+        seed: the seed of weights, batches, transforms and methods.
         device: where to train.
         tuning: settings that replace those of the comparison; the run is then scored on validation images.
         training: the settings of the run.

@@ -41,7 +41,7 @@ class Verdict:
         low: lower end of the interval of the mean difference.
         high: upper end.
         level: error level of the interval, after Holm's correction: 0.05 with one variant.
-        p: of the paired t test, corrected in the same way.
+        p: p-value of the paired t test, corrected in the same way.
         detectable: the smallest difference that so many pairs show with 80 % power at this deviation.
         more: pairs to add until `interest` would be shown with 80 % power; 0 where there are enough.
         interest: the smallest difference that is asked for.

@@ -32,7 +32,7 @@ def surgery(model: nn.Module, items: Items, training: Training, *, size: int) ->
     """Patch a model with three methods, train it for an epoch, fold it, and take everything off again.
 
     Args:
-        model: as its library built it; it ends trained, and bare.
+        model: the model, as its library built it; it ends trained, and bare.
         items: images to train on.
         training: how; for one epoch.
         size: side of the images in pixels.

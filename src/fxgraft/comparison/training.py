@@ -38,16 +38,16 @@ class Training:
         batch_size: images per step; the last, smaller batch of an epoch is left out.
         opt: optimizer, by timm's name.
         lr: learning rate.
-        momentum: of optimizers that have one.
+        momentum: the momentum of optimizers that have one.
         weight_decay: not on biases and norms, as timm does it.
         sched: schedule, by timm's name, stepped after every update.
-        warmup_epochs: of a linear rise from zero.
+        warmup_epochs: number of epochs of a linear rise from zero.
         smoothing: label smoothing.
         clip_grad: largest norm of the gradients; None does not clip.
         amp: bfloat16 autocast.
         channels_last: memory format.
         model_ema: score the moving average of the weights.
-        model_ema_decay: of that average.
+        model_ema_decay: decay of that average.
         train_crop: smallest area of a random crop; 1 takes the whole image.
         hflip: probability of a horizontal flip.
         color_jitter: strength; 0 is off.
@@ -130,8 +130,8 @@ class Transform:
     """timm's transform of an image, with the normalisation apart, which many images can share.
 
     Attributes:
-        pixels: from a decoded image to its pixels, (3, S, S) of uint8.
-        mean: of the colours that the model's weights were trained with, in [0, 1].
+        pixels: a function from a decoded image to its pixels, (3, S, S) of uint8.
+        mean: the mean of the colours that the model's weights were trained with, in [0, 1].
         std: their deviation.
     """
 
@@ -268,10 +268,10 @@ def fit(
         validation: images of the same domains, set apart; scored after each epoch.
         settings: see `Training`.
         size: side of the images in pixels.
-        seed: of the batches and the transforms.
+        seed: the seed of the batches and the transforms.
         device: where to train.
         readers: processes that read and transform images; 0 does both in this one.
-        progress: called with the steps done and all steps.
+        progress: a function, called with the steps done and all steps.
 
     Raises:
         ConfigError: there are fewer training images than a batch holds.
@@ -414,7 +414,7 @@ def calibration_error(logits: Tensor, labels: Tensor, bins: int = 15) -> float:
     Args:
         logits: (N, K).
         labels: (N,).
-        bins: of equal width, by the probability of the class that is predicted.
+        bins: number of bins, of equal width, by the probability of the class that is predicted.
 
     Returns:
         The mean over the images of how far the accuracy of their bin is from its mean probability, in [0, 1].

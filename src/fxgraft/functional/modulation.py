@@ -46,7 +46,7 @@ def modulated(x: Tensor, coefficients: Coefficients) -> Tensor:
 
     Args:
         x: (B, C, *S), floating point.
-        coefficients: called once with mean and variance (B, C); gradients flow through what it does. Any
+        coefficients: a function, called once with mean and variance (B, C); gradients flow through what it does. Any
             tensor may take part in it.
 
     Returns:

@@ -158,7 +158,7 @@ def progress(trainer: Trainer, batch: int) -> float:
     """Return the share of a training that is done, in [0, 1], by epochs, steps or time, whichever ends it first.
 
     Args:
-        trainer: that trains. One without an end (``max_epochs=-1`` alone) stays at 0.
+        trainer: the trainer. One without an end (``max_epochs=-1`` alone) stays at 0.
         batch: index of the batch in its epoch.
     """
     done = 0.0

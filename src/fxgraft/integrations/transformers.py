@@ -140,10 +140,10 @@ class Trainer(transformers.Trainer):
     with a batch (RSC's share of samples, permutations, BatchNorm) it does with the micro-batch.
 
     Args:
-        *args: of transformers' Trainer.
-        criterion: called as ``criterion(logits, labels)``, a mean over the batch; by default cross-entropy, with
-            the smoothing of ``TrainingArguments(label_smoothing_factor=...)``.
-        **kwargs: of transformers' Trainer.
+        *args: positional arguments of transformers' Trainer.
+        criterion: a function, called as ``criterion(logits, labels)``, a mean over the batch; by default
+            cross-entropy, with the smoothing of ``TrainingArguments(label_smoothing_factor=...)``.
+        **kwargs: keyword arguments of transformers' Trainer.
 
     Raises:
         ConfigError: ``compute_loss_func`` is given, which `fxgraft.loss` would not be part of.

@@ -54,7 +54,7 @@ def load_backbone(model: M, state_dict: Mapping[str, Any]) -> M:
 
     Args:
         model: patched, wrapped or not, or with patched parts; a bare model is loaded as by ``load_state_dict``.
-        state_dict: of the bare model.
+        state_dict: state dict of the bare model.
 
     Returns:
         The same model.
@@ -92,8 +92,8 @@ def differences(wanted: Mapping[str, Any], given: Mapping[str, Any]) -> str:
     """List what sets one state dict apart from another; empty where keys and shapes are the same.
 
     Args:
-        wanted: of the model.
-        given: of the checkpoint.
+        wanted: the state dict of the model.
+        given: the state dict of the checkpoint.
     """
     common = [key for key in wanted if key in given]
     kinds = {

@@ -55,7 +55,7 @@ class Constructor:
 
     Attributes:
         library: "timm", "torchvision", "transformers", or "python" for a function of one's own.
-        name: of the model in its library, of the class in transformers, or "package.module:function".
+        name: the name of the model in its library, of the class in transformers, or "package.module:function".
         options: keyword arguments.
         config: timm's ``pretrained_cfg``, or the configuration of transformers.
         settings: plain attributes that were changed afterwards, by the module's name.
@@ -248,7 +248,7 @@ def load_constructed(made: Constructor, trust: bool, file: Path) -> nn.Module:
     Args:
         made: what the recipe says.
         trust: import a function that the recipe names.
-        file: of the recipe, for messages.
+        file: the file of the recipe, for messages.
 
     Raises:
         RecipeError: what has to be called is not installed, or code that was not trusted, or it fails.
@@ -476,7 +476,7 @@ def _alike(a: Any, b: Any, seen: dict[int, Any], names: list[dict[int, str]]) ->
         a: one of them, of the model.
         b: the other.
         seen: what was compared already, by identity.
-        names: of the modules of both models, by identity: a module is the one of the same name.
+        names: names of the modules of both models, by identity: a module is the one of the same name.
     """
     if a is b or seen.get(id(a)) is b:
         return True

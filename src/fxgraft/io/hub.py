@@ -66,9 +66,9 @@ def push_to_hub(
         template: the card in Jinja, with ``{{ grafts }}``, ``{{ evidence }}`` and ``{{ citations }}``, and perhaps
             ``{{ title }}`` and ``{{ repo }}``.
         private: whether a new repository is private.
-        token: of the hub; by default that of ``hf auth login``.
-        message: of the commit.
-        build: as for `save`.
+        token: an access token of the hub; by default that of ``hf auth login``.
+        message: the commit's message.
+        build: how to make the model, as for `save`.
 
     Returns:
         The address of the commit.

@@ -15,7 +15,7 @@ def read_rgb(source: Path | IO[bytes], name: str) -> Image.Image:
 
     Args:
         source: a file, or its open bytes.
-        name: of the image in an error.
+        name: what an error calls the image.
 
     Raises:
         ConfigError: it cannot be read as an image; names it.

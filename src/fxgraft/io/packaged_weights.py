@@ -28,7 +28,7 @@ def packaged_model(**options: Any) -> nn.Module:
     The package holds the tensors of timm's state dict in timm's order, under the names of another implementation.
 
     Args:
-        **options: of ``timm.create_model``, such as ``output_stride=16``.
+        **options: options of ``timm.create_model``, such as ``output_stride=16``.
 
     Raises:
         ConfigError: the package is not installed, or holds other weights.

@@ -570,8 +570,8 @@ def check_counts(grafts: Sequence[Mapping[str, Any]], weights: Mapping[str, Tens
 
     Args:
         grafts: entries of a recipe.
-        weights: that were saved with it.
-        file: of both, for the message.
+        weights: the weights that were saved with it.
+        file: the file that both are in, for the message.
     """
     largest = max((_FEW, len(weights), *(side for value in weights.values() for side in value.shape)))
     for entry in grafts:

@@ -93,7 +93,7 @@ class Patch(Placer):
         """Make the patch with settings that its authors published.
 
         Args:
-            name: of the preset; ``fxgraft info METHOD`` lists them, with the training that they belong to.
+            name: name of the preset; ``fxgraft info METHOD`` lists them, with the training that they belong to.
             **overrides: options of the method; they win over the preset's.
 
         Raises:
@@ -223,7 +223,7 @@ class Patch(Placer):
         """Show what the method does with images, for ``fxgraft show effect``; not every method has a picture.
 
         Args:
-            graft: of ``view.model``.
+            graft: the graft of ``view.model``.
             view: the images, as pixels and as the model takes them, and a model of their own to run.
         """
         raise NotImplementedError

@@ -73,8 +73,8 @@ class BlockPatch(LayeredPatch):
 
         Args:
             backbone: the bare model.
-            make: of `place`.
-            site: of ``backbone.positions``.
+            make: the maker of units that `place` gets.
+            site: a site from ``backbone.positions``.
             unit: what acts there.
             evaluation: whether it acts in evaluation, too.
         """

@@ -90,7 +90,7 @@ def choose(decision: Decision, yes: Callable[[], Tensor], no: Tensor) -> Tensor:
     """Return what a decision says; in eager mode the other side costs nothing.
 
     Args:
-        decision: of `coin` or `among`.
+        decision: what `coin` or `among` returned.
         yes: computes what to return if it is true, shaped as ``no``.
         no: what to return otherwise.
     """

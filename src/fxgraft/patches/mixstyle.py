@@ -98,8 +98,8 @@ class MixStyle(MapPatch):
 
     Args:
         stages: how many stages have a unit, where ``layers`` does not say it; never the last one.
-        alpha: of the Beta distribution of the mixing ratio; small ones draw ratios close to 0 and 1.
-        mix: with whom: any image of the batch ("random"), or one of another domain ("crossdomain").
+        alpha: parameter of the Beta distribution of the mixing ratio; small ones draw ratios close to 0 and 1.
+        mix: the partner of an image: any image of the batch ("random"), or one of another domain ("crossdomain").
         match: what is mixed: means and deviations, as constants ("moments"), or all values by rank ("histogram").
 
     Raises:

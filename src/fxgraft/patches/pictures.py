@@ -25,8 +25,8 @@ class View:
         labels: (B,) the classes that the model itself says.
         given: how many of the images are the user's.
         top: how many classes to show, for pictures that show some.
-        seed: for draws that a generator of their own makes; torch's is seeded with it.
-        names: of the classes, in their order; empty where nobody gave them.
+        seed: the seed for draws that a generator of their own makes; torch's is seeded with it.
+        names: the names of the classes, in their order; empty where nobody gave them.
         layouts: returns the layouts of the bare model's sites by their names, as words ("NCHW", "NLC, 1 prefix"); ''
             where one is not seen at once.
     """

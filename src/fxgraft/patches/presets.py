@@ -15,12 +15,12 @@ class Training:
     Attributes:
         network: the network, and what it starts from.
         data: the data set, and how many pixels an image has.
-        optimiser: with its learning rate.
-        schedule: of the learning rate.
+        optimiser: the optimiser, with its learning rate.
+        schedule: the schedule of the learning rate.
         epochs: how many.
         batch: images in a step.
         weight_decay: how much, on which parameters.
-        augmentation: of the images.
+        augmentation: how images are changed in training.
         repetition: how often an image occurs in a batch.
         note: what else matters.
 
@@ -50,8 +50,8 @@ class Structure:
     Attributes:
         blocks: what the units are in: "residual blocks", "dense layers" or "convolutions".
         units: how many of them there are; None where the user chose among them.
-        convolutions: in a block, without those of its shortcut; None where that cannot be told.
-        groups: of the grouped convolutions in a block, 1 where there are none.
+        convolutions: number of convolutions in a block, without those of its shortcut; None where that cannot be told.
+        groups: number of groups in the grouped convolutions of a block, 1 where there are none.
         instance_norm: whether there are blocks with an InstanceNorm.
     """
 
@@ -80,11 +80,12 @@ class Preset:
 
     Attributes:
         name: what to pass as ``preset=``.
-        options: of the method; those that the user gives beside them win over them.
+        options: options of the method; what the user gives wins over them.
         source: where they are from.
         training: how the result was trained. A patch changes the model alone, so the training loop has to follow this.
         needs: options without which the preset means nothing, and that only the user knows.
-        structure: of the network that it was published for; on one that is built otherwise `fxgraft.patch` warns.
+        structure: the structure of the network that it was published for; on one that is built otherwise
+            `fxgraft.patch` warns.
     """
 
     name: str

@@ -310,7 +310,7 @@ class SelfNormUnit(Unit):
 
     Args:
         config: the options.
-        channels: of the site.
+        channels: number of channels of the site.
     """
 
     layout: Layout

@@ -99,9 +99,9 @@ def write_picture(figure: Any, path: Path, title: str = "") -> None:
     """Write a figure in the format that the file's name asks for; the same figure gives the same bytes.
 
     Args:
-        figure: of matplotlib.
+        figure: a figure of matplotlib.
         path: the file: ``.svg``, ``.png`` or ``.pdf``, or ``.html`` with the picture in it.
-        title: of the page, for ``.html``.
+        title: the title of the page, for ``.html``.
 
     Raises:
         ConfigError: it cannot be written.

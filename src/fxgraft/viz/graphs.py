@@ -27,7 +27,7 @@ def draw_graph(parts: Sequence[PartView], path: Path, title: str) -> None:
     """Draw grafted modules side by side, each from its input down to its output.
 
     Args:
-        parts: of `view_grafts`.
+        parts: what `view_grafts` returned.
         path: the file: ``.svg``, ``.png`` or ``.pdf``, or ``.html`` with the picture in it.
         title: above the picture.
 

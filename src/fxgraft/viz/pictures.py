@@ -54,7 +54,7 @@ def read_images(paths: Sequence[Path], size: int, crop: float = 1.0) -> Tensor:
     """Read images as squares of one size: (B, 3, size, size), colours in [0, 1].
 
     Args:
-        paths: of the files.
+        paths: the paths of the files.
         size: side of the squares.
         crop: share of the shorter side that is kept, around the centre.
 
@@ -131,10 +131,10 @@ def picture_of(
             is, and where there is none, or options are given, all of its grafts are taken off first.
         method: name of the method.
         images: (B, 3, S, S), of clips (B, 3, T, S, S), colours in [0, 1]. Of clips the middle frame is drawn.
-        options: of the method.
+        options: options of the method.
         top: how many classes to show, highest score first, where a picture shows some.
-        seed: of all draws.
-        names: of the classes, in the order of the model's outputs; numbers stand for them without.
+        seed: the seed of all draws.
+        names: names of the classes, in the order of the model's outputs; numbers stand for them without.
         trained: whether the model's weights are; the picture says so where they are not.
 
     Raises:
@@ -182,7 +182,7 @@ def pictures_of_grafts(model: nn.Module, inputs: Tensor, seed: int = 0) -> dict[
         model: patched, or with patched parts that take images and return logits.
         inputs: (B, C, H, W), or clips or volumes (B, C, T, H, W), as the model takes them; two are drawn, their values
             stretched to [0, 1], of clips and volumes the middle frame.
-        seed: of all draws.
+        seed: the seed of all draws.
 
     Returns:
         Pictures by the names of the grafts, with the part's name before it where it is on a part.

@@ -27,7 +27,7 @@ class Mark:
 
     Attributes:
         axes: the meaning of its dimensions.
-        number: of the operation that made it; later ones have higher numbers.
+        number: number of the operation that made it; later ones have higher numbers.
     """
 
     axes: Axes
@@ -43,7 +43,7 @@ class Flow:
     """Follows the images through the operations of a pass.
 
     Attributes:
-        sources: for each operation, by number, those that made what it works on; the images are number 0.
+        sources: for each operation, by number, the operations whose results it works on; the images are number 0.
         vectors: the numbers of those that concatenate values without places, as pooled vectors.
         mark: under which name a value keeps what is known of it.
     """
@@ -140,7 +140,7 @@ def passed_by_all(sources: list[tuple[int, ...]], end: int) -> set[int]:
     """List the operations on the main path: those that all that goes from the first to ``end`` goes through.
 
     Args:
-        sources: for each operation, by number, the earlier ones that it works on; the first has none.
+        sources: for each operation, by number, the earlier operations that it works on; the first has none.
         end: the last one.
     """
     needed, waiting = {end}, [end]

@@ -195,7 +195,7 @@ class Steps:
     """Describes the steps of a model's forwards. Ask `steps_of` for the one of a model.
 
     Args:
-        trace: of the bare model.
+        trace: the trace of the bare model.
     """
 
     def __init__(self, trace: ModelTrace) -> None:

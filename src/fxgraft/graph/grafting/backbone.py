@@ -39,10 +39,10 @@ class Backbone:
     there; see the functions of `fxgraft.graph.structure`.
 
     Args:
-        trace: of the model.
+        trace: the trace of the model.
 
     Attributes:
-        trace: of the model, for questions that this class does not answer.
+        trace: the trace of the model, for questions that this class does not answer.
         model: a look-alike of the model, to look at: it has the model's tensors, in modules of its own and without
             grafts. What a unit keeps is given by `module`.
     """
@@ -198,7 +198,7 @@ class Backbone:
         """Say whether the logits read anything of a site's value but its first ``prefix`` tokens.
 
         Args:
-            rest: of the network after the site.
+            rest: the rest of the network after the site.
             prefix: how many class and register tokens come first.
             compute: whether to look for a gradient as well, on two random images, where the weights are there.
         """
@@ -227,7 +227,7 @@ class Backbone:
 
         Args:
             site: where: what ``sites`` or ``positions`` found, or a value that a `Rest` needs.
-            unit: from ``make``.
+            unit: the unit from ``make``.
             training: whether it acts in training.
             evaluation: whether it acts in evaluation.
             key: the unit's name within its graft; by default that of the site.

@@ -65,7 +65,7 @@ class _Form:
 
     Args:
         traced: the graph.
-        label: for the generated code.
+        label: a name for the generated code.
     """
 
     def __init__(self, traced: Traced, label: str) -> None:
@@ -113,7 +113,7 @@ def as_forward(
 
     Args:
         traced: the edited graph.
-        label: names the module and the mode, for messages.
+        label: a text that names the module and the mode, for messages.
         labelled: the same for calls with more arguments: labels that the module's own forward takes.
         passing: the same for calls with keywords that the module does not use; None where they are refused.
 

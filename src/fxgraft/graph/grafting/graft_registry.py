@@ -106,7 +106,7 @@ class GraftRegistry:
             model: the model.
             grafts: those that it is to have; by default those that it has, planned again.
             records: the placements to repeat, where it is the copy of a model.
-            look: at the bare model, where there is one already.
+            look: what is known of the bare model, where it was looked at already.
         """
         self._check_intact()
         if self.plan is not None and self.plan.model is not model:
@@ -310,7 +310,7 @@ def connect(model: nn.Module, registry: GraftRegistry, plan: Plan) -> None:
 
     Args:
         model: the model.
-        registry: of its grafts.
+        registry: the registry of the model's grafts.
         plan: what is written on the model.
     """
     context, grafts = registry.context, plan.grafts

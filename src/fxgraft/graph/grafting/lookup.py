@@ -192,7 +192,7 @@ def copy_with(model: M, keep: Callable[[Graft], bool]) -> M:
 
     Args:
         model: bare or patched; it is left as it was.
-        keep: says which grafts the copy has.
+        keep: a function that says which grafts the copy has.
     """
     registry = registry_of(model)
     if registry is None:

@@ -61,7 +61,7 @@ class PlacementRecord:
 
         Args:
             graft: the graft's name.
-            placement: of one of its units.
+            placement: the placement of one of its units.
             keys: keys of the graft's units, by the identity of the unit.
         """
         p = placement

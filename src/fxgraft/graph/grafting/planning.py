@@ -29,8 +29,8 @@ class Look:
     """A model as it is without its grafts, and what was found out about it.
 
     Attributes:
-        shadow: of the bare model.
-        traces: of the shadow, by input size.
+        shadow: the shadow of the bare model.
+        traces: the traces of the shadow, by input size.
     """
 
     shadow: Shadow
@@ -175,7 +175,7 @@ def plan(
     Args:
         model: the model, bare or with grafts.
         grafts: all that it is to have.
-        look: at the bare model.
+        look: what is known of the bare model.
         keeper: what keeps the grafts.
         context: what they share during a pass.
         known: an earlier plan that was made from this very look: its placements and programs are taken.

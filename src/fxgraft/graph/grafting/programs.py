@@ -76,7 +76,7 @@ def compile_placements(
     Args:
         model: the look-alike of the bare model.
         placements: what to compile.
-        traces: of the bare model, by input size.
+        traces: the traces of the bare model, by input size.
         context: what the grafts share during a pass.
         known: what was compiled for the same model; it is taken where the placements on a module are the same.
 

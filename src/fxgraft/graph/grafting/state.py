@@ -104,7 +104,7 @@ class GraftState:
         settings: plain attributes the graphs were traced under, by module path relative to this one.
         registry: (outer only) what keeps the grafts.
         orphan: set on a module that was copied without its model.
-        twin: of a module that stands for the model's own, in a replica or a shadow: nobody plans that again.
+        twin: whether the module stands for one of the model's, in a replica or a shadow: nobody plans that again.
     """
 
     base: type[nn.Module]
@@ -124,7 +124,7 @@ class GraftState:
         """Return the same state around other units.
 
         Args:
-            twin: gives the unit that is to stand in the place of one.
+            twin: a function from a unit to the one that takes its place.
         """
 
         def program(of: Program) -> Program:

@@ -84,7 +84,8 @@ def fates(trace: ModelTrace, sites: Mapping[str, Site], learns: bool = True) -> 
     """Find out which values are written over after their site: (evaluation, training), by the keys of ``sites``.
 
     Args:
-        trace: of the bare model. Its shadow is patched with witnesses for two fake passes, and left as it was.
+        trace: the trace of the bare model. Its shadow is patched with witnesses for two fake passes, and left as it
+            was.
         sites: where to look.
         learns: whether to look at training, which takes as long again; otherwise anything may happen there.
 

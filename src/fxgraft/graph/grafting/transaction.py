@@ -43,7 +43,7 @@ class Transaction:
 
     Args:
         model: the model.
-        registry: of its grafts.
+        registry: the registry of the model's grafts.
     """
 
     def __init__(self, model: nn.Module, registry: GraftRegistry) -> None:

@@ -151,7 +151,7 @@ class PassView:
         hand over the tensor that is at hand, a mask and not its mean.
 
         Args:
-            name: of the scalar.
+            name: the scalar's name.
             value: a number, or a tensor of any shape that stands for its mean; it is detached.
         """
         run = self.model_pass

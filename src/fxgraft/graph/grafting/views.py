@@ -28,11 +28,11 @@ class NodeView:
     """One node of a grafted module's graph.
 
     Attributes:
-        name: of the node, once in its graph.
+        name: the node's name, unique in its graph.
         label: what it computes, in a few words.
         graft: the graft that it belongs to; '' for a node of the network's own.
         inputs: the names of the nodes whose values it takes.
-        shape: of its value, with a batch of 2; None where it has none, or several.
+        shape: the shape of its value, with a batch of 2; None where the value is no single tensor.
     """
 
     name: str

@@ -113,7 +113,8 @@ class LastPass:
     Attributes:
         notes: what grafts remember of it, by name.
         recorded: the values that taps recorded and nobody fetched yet; None if there are none.
-        shapes: of the tensors that it returned; None where no graft has a share in the loss, and in compiled code.
+        shapes: the shapes of the tensors that it returned; None where no graft has a share in the loss, and in
+            compiled code.
         learns: whether gradients may come back to it; not told in compiled code.
     """
 

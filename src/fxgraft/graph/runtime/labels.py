@@ -76,7 +76,7 @@ def check_label_range(
         target: class indices or soft targets.
         classes: K.
         spatial: how many dimensions the logits have after (B, K).
-        doubt: called with () bool and the error on an accelerator, as `PassView.doubt`.
+        doubt: a function, called on an accelerator with () bool and the error, as `PassView.doubt`.
 
     Returns:
         The labels, indices within [0, K) whatever they were, for lookups that would wrap or write elsewhere.
@@ -142,7 +142,7 @@ def check_criterion(criterion: Any, classes: int) -> None:
     """Raise `ConfigError` for the cross-entropy of a single logit.
 
     Args:
-        criterion: as `fxgraft.loss` takes it.
+        criterion: the criterion, as `fxgraft.loss` takes it.
         classes: number of logits of each row.
     """
     inner = criterion.func if isinstance(criterion, functools.partial) else criterion
@@ -179,7 +179,7 @@ def binary_labels(
     Args:
         graft: name of the graft that needs them, for the message.
         target: 0 and 1, or the probability of 1, of any dtype: (B, K, ...), or (B, ...) for one logit.
-        shape: of the logits, (B, K, ...).
+        shape: the shape of the logits, (B, K, ...).
         ignore_index: value of labels to leave out.
 
     Returns:

@@ -74,7 +74,7 @@ class LossWatch:
         """Take note of a training pass.
 
         Args:
-            model: that made it.
+            model: the model that made it.
             grafts: names of those with a share in the loss.
             out: what it returned.
 
@@ -102,9 +102,9 @@ class LossWatch:
         """Do so where a training was in compiled code, whose passes nobody sees.
 
         Args:
-            model: that made them.
+            model: the model that made them.
             grafts: names of those with a share in the loss.
-            outputs: of the model.
+            outputs: the outputs of the model.
         """
         if grafts and not self.asked and outputs.trained():
             self._warn_of_none(model, grafts)
@@ -144,7 +144,7 @@ class PassRecord:
         labels: those that its grafts read, as the call gave them; None if none did.
         version: how often the labels were written to by then; None where that is not known.
         out: what it returned, where that was in compiled code and nobody has asked for it yet.
-        shapes: of the tensors that it returned; empty until they are tied to it.
+        shapes: the shapes of the tensors that it returned; empty until they are tied to it.
         sample: some of the values that it returned in compiled code.
         some_labels: some of the labels there.
     """
@@ -402,7 +402,7 @@ class ProgressWatch:
         """Take note of a training pass.
 
         Args:
-            model: that makes it.
+            model: the model that makes it.
             schedules: options that follow the progress, by graft.
 
         Warns:
@@ -482,8 +482,8 @@ class ParameterWatch:
         """Look at the parameters before a training pass.
 
         Args:
-            model: that makes it.
-            parameters: gives those of every graft, by its name.
+            model: the model that makes it.
+            parameters: a function that gives those of every graft, by its name.
 
         Warns:
             FxgraftWarning: `MOVES` steps of an optimiser have moved the model, and not these.

@@ -207,7 +207,7 @@ def published(model: nn.Module, inputs: Any) -> Offer:
     seen to be of any batch (copies) are of the last one, unless there are several that they could be of.
 
     Args:
-        model: that makes the pass.
+        model: the model that makes the pass.
         inputs: the arguments of the call.
     """
     sources = [known for known in _published.get() if known.serves(model)]
@@ -274,7 +274,7 @@ def batch_targets(batch: Any, entry: Entry, how: str) -> Iterator[None]:
     The labels are those of the first input that a graft reads them for, as often as it passes.
 
     Args:
-        batch: as a trainer hands it out.
+        batch: the batch, as a trainer hands it out.
         entry: where in it the labels are.
         how: what to write where they are not, for the message.
 
@@ -447,9 +447,9 @@ class PassLabels:
         """Take the labels that were published for this thread or task, where the call gave none.
 
         Args:
-            model: that makes the pass.
+            model: the model that makes the pass.
             inputs: its arguments.
-            around: of the pass around this one, where the model is inside of another patched one.
+            around: labels of the pass around this one, where the model is inside another patched one.
         """
         offer = published(model, inputs)
         if offer.seen or around is None or around._offer.labels is None:

@@ -85,9 +85,9 @@ def absorber_of(trace: ModelTrace, site: Site, layout: Layout) -> Absorber | Non
     layer that alone reads it, through averages over all positions, changes of shape and dropout.
 
     Args:
-        trace: of the bare model.
+        trace: the trace of the bare model.
         site: where the value is.
-        layout: of the value.
+        layout: the layout of the value.
 
     Returns:
         None where there is no such layer, or where hooks act between the value and the layer: then nothing but an

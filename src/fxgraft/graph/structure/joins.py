@@ -395,7 +395,7 @@ class _Search:
         """Let the branch end in front of dropout and stochastic depth: what a unit there gets was not dropped.
 
         Args:
-            owner: of the join.
+            owner: the module whose forward makes the join.
             parts: the join.
             least: how many scales at the end of the branch to leave behind, though no drop is seen in front of them:
                 those of the training graph, where a drop is a function that evaluation does not call.
@@ -454,7 +454,7 @@ class _Search:
         """Read an addition whose fork is known, by what the branch does beside the shortcut, or return None.
 
         Args:
-            owner: of the addition.
+            owner: the module whose forward adds.
             total: the sum.
             identity: its operand that leads back to the fork.
             branch: the other one.

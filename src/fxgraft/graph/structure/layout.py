@@ -99,7 +99,7 @@ def layout_of(
     Where that leaves a dimension open, a larger image is tried: places become more, features do not.
 
     Args:
-        trace: of the bare model.
+        trace: the trace of the bare model.
         value: fake tensor at the site, batch first.
         path: the module whose output it is, or ''.
         strict: raise where there is none, instead of returning None.

@@ -90,7 +90,7 @@ def goes_on(trace: ModelTrace, owner: str, node: str) -> bool:
     """Say whether the output is made of a value, and not only of others that it gates; unless seen, it is believed.
 
     Args:
-        trace: of the bare model.
+        trace: the trace of the bare model.
         owner: the module in whose evaluation graph the value is.
         node: its name there.
     """
@@ -105,7 +105,7 @@ def without_idle(trace: ModelTrace, sites: list[Site]) -> list[Site]:
     """Leave out the sites that no prediction reads: behind them a class token alone goes on, or nothing.
 
     Args:
-        trace: of the bare model.
+        trace: the trace of the bare model.
         sites: in running order.
 
     Raises:

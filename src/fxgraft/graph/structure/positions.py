@@ -65,7 +65,7 @@ def positions(trace: ModelTrace, position: str | None = None, layers: SiteSpec |
     """Find the sites of one position, in running order.
 
     Args:
-        trace: of the bare model.
+        trace: the trace of the bare model.
         position: one of `RESIDUAL`, `DENSE` or `PLAIN`; the first of `usual` that the model has, if left out.
         layers: the blocks to use: names of blocks or of modules around them, globs, stage numbers, names of
             joins, "name:position" for another position of one join, "input" for the image. A name that

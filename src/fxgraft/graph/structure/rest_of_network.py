@@ -259,7 +259,7 @@ def span_to_output(
     """Find a site and the logits in one trace of the whole model.
 
     Args:
-        trace: of the model.
+        trace: the trace of the model.
         site: the site.
         output: which entry of a structured output holds the logits.
         hooks: whether the trace has the hooks of the modules that are opened in it.
@@ -310,11 +310,11 @@ def rest_of_network(
     """Split off the rest of a model after a site.
 
     Args:
-        trace: of the model, bare or with its grafts installed; those that act in evaluation are kept.
+        trace: the trace of the model, bare or with its grafts installed; those that act in evaluation are kept.
         site: where the rest starts.
         output: which entry of a structured output holds the logits.
-        acted: of a model with its grafts installed, whose records are in place: whether a unit on the site's value is
-            part of it, and not of the rest.
+        acted: for a model with its grafts installed, whose records are in place, whether a unit on the
+            site's value is part of it, and not of the rest.
 
     Raises:
         SiteError: the output does not depend on the site.
@@ -474,8 +474,8 @@ def reads_places(trace: ModelTrace, rest: Rest, prefix: int, compute: bool = Fal
     Every operation on the way is looked at, on fake tensors: one that may mix tokens is taken to read all of them.
 
     Args:
-        trace: of the bare model.
-        rest: of the network after the site.
+        trace: the trace of the bare model.
+        rest: the rest of the network after the site.
         prefix: how many class and register tokens come first.
         compute: whether to look for a gradient as well, where the weights are there.
     """

@@ -200,7 +200,7 @@ def node_sites(trace: ModelTrace, owner: str) -> list[Site]:
     """List the values in one module's forward, in running order: children's calls and what is between them.
 
     Args:
-        trace: of the bare model.
+        trace: the trace of the bare model.
         owner: the module whose forward is looked at.
     """
     values = trace.values(owner)

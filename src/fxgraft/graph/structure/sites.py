@@ -83,7 +83,7 @@ def resolve(trace: ModelTrace, words: SiteSpec) -> list[Site]:
     """Turn a user's words into sites, in the order of the words.
 
     Args:
-        trace: of the bare model.
+        trace: the trace of the bare model.
         words: qualified module names (``name_1`` for a second call), node names, globs, or stage numbers
             (indices into ``feature_info``; -1 is the last stage), alone or in a sequence.
 
@@ -171,8 +171,8 @@ def named_sites(trace: ModelTrace, words: SiteSpec) -> dict[str, Site]:
     the sites they resolve to.
 
     Args:
-        trace: of the bare model.
-        words: as `resolve` takes them.
+        trace: the trace of the bare model.
+        words: site names, as `resolve` takes them.
 
     Raises:
         SiteError: nothing or more than one thing has that name; lists candidates.

@@ -327,7 +327,7 @@ def _read_by_the_heads(trace: ModelTrace, end: int) -> list[int]:
     to the logits, where these have as many channels.
 
     Args:
-        trace: of the model.
+        trace: the trace of the model.
         end: the operation that made the logits.
     """
     observation, logits = trace.observation, _logits(trace)

@@ -23,15 +23,15 @@ from fxgraft.errors import BypassError
 
 
 def held(condition: Any, taken: bool, where: str) -> None:
-    """Make sure that a condition is what it was when its branch was traced.
+    """Raise unless a condition is what it was when its branch was traced.
 
     Args:
-        condition: of the branch, for the input at hand.
-        taken: what it was.
+        condition: the condition of the branch, on the input of this call.
+        taken: whether it held when the branch was traced.
         where: file, line and text of the branch.
 
     Raises:
-        BypassError: it is not, and the graph has only the other branch.
+        BypassError: it has changed, and the graph has only the other branch.
     """
     if bool(condition) is not taken:
         raise BypassError(
@@ -195,7 +195,7 @@ class BakedBuffers(TorchFunctionMode):
     """Finds what a trace computes from tensors of modules, once and for all, where they aren't proxies.
 
     Args:
-        modules: that the trace opens.
+        modules: the modules that the trace opens.
         buffers: whether buffers aren't proxies. Other tensors in attributes never are.
     """
 

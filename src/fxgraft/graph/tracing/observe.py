@@ -41,8 +41,8 @@ class Call:
         output: what the call returned, tensors fake.
         checkpointed: whether it ran under activation checkpointing.
         order: position among all calls of the pass, by the time they returned.
-        made: for each tensor in the output, the number in the pass's `Flow` of the operation that made it; None where
-            it is not made from the images.
+        made: for each tensor in the output, the number in the pass's `Flow` of the operation that made it;
+            None where it is not made from the images.
     """
 
     args: tuple[Any, ...]
@@ -58,8 +58,8 @@ class Observation:
     """All module calls of one evaluation pass of a model, by qualified name ('' is the model).
 
     Attributes:
-        calls: of every module, in the order they were made.
-        mode: that the tensors are of.
+        calls: the calls of every module, in the order they were made.
+        mode: the mode that the tensors are of.
         flow: what the values of the pass are made of, and what their dimensions mean.
     """
 

@@ -87,7 +87,7 @@ class Snapshot:
     """What is in the attributes of modules, and in the containers and plain objects that these hold.
 
     Args:
-        modules: whose attributes.
+        modules: the modules whose attributes are kept.
         beside: modules of which the attributes alone are of interest, and not what is in them.
     """
 
@@ -343,7 +343,7 @@ class Reachable:
     """The globals and class attributes that the code of modules can set.
 
     Args:
-        modules: whose code.
+        modules: the modules whose code is followed.
     """
 
     def __init__(self, modules: Iterable[nn.Module]) -> None:

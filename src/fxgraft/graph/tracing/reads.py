@@ -214,7 +214,7 @@ def same(kept: Any, value: Any, memo: dict[int, Any]) -> bool:
 
     Args:
         kept: what `held` gave then.
-        value: of now.
+        value: the present value.
         memo: what values hold now, with them, by identity; of one comparison.
     """
     if isinstance(kept, Held):
@@ -234,7 +234,7 @@ class Elsewhere:
 
     Args:
         module: the module.
-        names: of the attributes.
+        names: the names of the attributes.
     """
 
     def __init__(self, module: nn.Module, names: Collection[str]) -> None:
@@ -381,10 +381,10 @@ def kept_reads(
 
     Args:
         seen: what `noticed_reads` took down.
-        paths: of the modules that were looked at, which may be look-alikes.
+        paths: the paths of the modules that were looked at, which may be look-alikes.
         opened: paths of the modules whose forwards ran.
-        original: gives the model's own module of a path.
-        code: gives what the code of a class can read.
+        original: a function from a path to the model's own module.
+        code: a function from a class to what its code can read.
         training: the mode that was traced for.
     """
     modes = {path: module.training for module, path in paths.items()}

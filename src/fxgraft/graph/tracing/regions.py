@@ -255,9 +255,9 @@ class StateChangedError(Exception):
     """A traced forward set something that a graph cannot follow.
 
     Attributes:
-        what: it set.
-        line: of the forward, or None.
-        beside: whether it only notes something beside what it computes.
+        what: what was set, in words.
+        line: the line of the forward that set it, or None.
+        beside: whether the forward only takes a note, and computes what it would without.
     """
 
     def __init__(self, what: str, line: str | None, beside: bool = False) -> None:
@@ -272,12 +272,12 @@ class Recorder:
     """Reads the state whenever a trace makes a node.
 
     Attributes:
-        line: names the line of the user's code that runs now.
+        line: a function that names the line of the user's code that runs now.
         drawn: what drew from or set the random states; see `watched_draws`.
-        depth: counts the torch function modes.
+        depth: a function that counts the torch function modes.
         touched: what was called that reads or sets the modes; see `watched_modes`.
-        modes: of every node, in order, with the line where they are not the caller's.
-        spans: of the nodes in an autocast, the number of the outermost one.
+        modes: the modes of every node, in order, with the line where they are not the caller's.
+        spans: for the nodes in an autocast, the number of the outermost one.
         change: the first thing that a graph cannot follow; None if there is nothing.
     """
 
@@ -348,9 +348,9 @@ def mark_regions(first: Recorder, second: Recorder) -> None:
     """Write into the nodes of one trace what they run under, or take down that it cannot be told.
 
     Args:
-        first: of the trace, made for the first of `CALLERS`.
-        second: of a trace of the same forward for the second one; the first again where it neither reads nor sets
-            anything of the modes.
+        first: what was read in the trace that was made for the first of `CALLERS`.
+        second: the same of a trace for the second one; the first again where the forward neither reads
+            nor sets anything of the modes.
     """
     if second is first:
         for node, *_ in first.modes:

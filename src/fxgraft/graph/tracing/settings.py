@@ -44,7 +44,7 @@ def settings_changed(root: nn.Module, kept: Mapping[str, Mapping[str, Any]], mem
 
     Args:
         root: the module whose forward was traced.
-        kept: of each module, by its path from there: what was held by its attributes, or how to compare it.
+        kept: for each module, by its path from the root, what its attributes held, or how to compare it.
         memo: what was compared before, with the same result.
     """
     for path, settings in kept.items():
@@ -66,8 +66,8 @@ class Baked:
     """A tensor of a module that went into constants of a trace.
 
     Attributes:
-        name: of the buffer or attribute.
-        version: of its numbers, as `tensor_version` gives it.
+        name: the name of the buffer or attribute.
+        version: the version of its numbers, as `tensor_version` gives it.
     """
 
     name: str

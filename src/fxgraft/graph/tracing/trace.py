@@ -92,8 +92,9 @@ class Traced:
         settings: what the trace has read of modules, to be compared by `settings_changed`, by module path.
         reads: the same as it was noticed: names of attributes by module.
         opened: paths of the modules whose forwards ran.
-        refusal: says what the forward does that the graph would not do again; None where that is nothing.
-        beside: whether that is only something that it notes beside what it computes.
+        refusal: a function that says what the forward does that the graph would not do again; None where that is
+            nothing.
+        beside: whether that is only a note that the forward takes, and changes no value.
     """
 
     graph: fx.Graph

@@ -30,7 +30,7 @@ class Values:
     Attributes:
         model: the whole model.
         path: qualified name of the module that was traced.
-        owner: that module.
+        owner: the module that was traced.
         traced: the trace.
     """
 

@@ -51,7 +51,7 @@ def split_arguments(words: Sequence[str]) -> tuple[list[str], Path, list[str]]:
     """Tell fxgraft's arguments from the script's.
 
     Args:
-        words: of the command line.
+        words: the words of the command line.
 
     Returns:
         What the ``--graft`` say, wherever they stand; the script; its arguments, in order.
@@ -93,8 +93,8 @@ def launch(script: Path, arguments: Sequence[str], grafts: Sequence[str]) -> Non
 
     Args:
         script: the file.
-        arguments: of the script.
-        grafts: as `parse_grafts` reads them.
+        arguments: the arguments of the script.
+        grafts: grafts as text, as `parse_grafts` reads them.
 
     Raises:
         ConfigError: there is no such file, a graft cannot be read, or the script ended and had built no model.

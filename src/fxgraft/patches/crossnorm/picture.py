@@ -16,8 +16,8 @@ def style_panels(view: View, units: Sequence[Any], box: Any) -> Picture:
     """Draw two images, each with the other's channel statistics, and the channel means of the first unit.
 
     Args:
-        view: of the patched model.
-        units: of the graft.
+        view: the view of the patched model.
+        units: the units of the graft.
         box: draws the box of a map (B, C, H, W), for options that crop; returns None for the rest.
     """
     pair = view.images[:2]

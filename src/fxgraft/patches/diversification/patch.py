@@ -72,7 +72,7 @@ class Diversification(Patch):
             each dimension, (T, H, W).
         border: positions that no whole patch covers are damped as peaks only ("skip", as in the reference
             code) or belong to smaller patches ("partial").
-        ties: of several largest entries the "first" is the peak, or "all" are, each with its own draw, as in
+        ties: which of several largest entries is the peak: the "first" one, or "all", each with its own draw, as in
             the reference code.
         head: qualified name of the classifier, where a model has several. By default all whose logits are put
             together, if they read the same average.

@@ -14,8 +14,8 @@ def class_map_panels(view: View, options: Any) -> Picture:
     """Draw the maps of the highest-scoring classes of the first image, with their peaks and what a pass damps.
 
     Args:
-        view: of the patched model.
-        options: of the patch.
+        view: the view of the patched model.
+        options: options of the patch.
     """
     with torch.no_grad():
         maps = position_scores(view.model, view.inputs[:1], options.head)

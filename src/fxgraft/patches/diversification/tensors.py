@@ -70,7 +70,7 @@ def patch_grid(sizes: Sequence[int], patch: Patch, border: Border = "skip") -> t
     """Count the patches that a map has along each dimension.
 
     Args:
-        sizes: of the map, (H, W) or (T, H, W), in cells.
+        sizes: the sizes of the map, (H, W) or (T, H, W), in cells.
         patch: side G of a patch, or a side for each dimension.
         border: "skip" counts whole patches only; "partial" also the smaller ones at the far borders.
 
@@ -112,7 +112,7 @@ def draw(
         patch: side G of a patch, or a side for each dimension, in cells.
         border: see `patch_grid`.
         ties: with "all", every entry gets its own draw, since every one may be a peak.
-        generator: of the device of the maps; torch's global one if None.
+        generator: random numbers on the device of the maps; torch's global one if None.
 
     Raises:
         ConfigError: the patch does not fit the maps.
@@ -165,7 +165,8 @@ def suppression_mask(maps: Tensor, draws: Draws, *, patch: Patch = 3, ties: Ties
 
     Args:
         maps: class maps (B, K, *S).
-        draws: as `draw` makes them, for the same maps and patch; numbers count as drawn where they are not 0.
+        draws: the draws, as `draw` makes them, for the same maps and patch; numbers count as drawn where they are not
+            0.
         patch: side G of a patch, or a side for each dimension, in cells.
         ties: see `peak_mask`.
 

@@ -22,7 +22,7 @@ class Discriminator(nn.Module):
     every position is decided by itself.
 
     Args:
-        channels: of the activation.
+        channels: number of channels of the activation.
         outputs: numbers per decision.
         positions: how many dimensions follow the channels where these are dimension 1: 3 for (B, C, D, H, W), 2
             for (B, C, H, W), 1 for (B, C, L); 0 where channels are the last dimension, as in vectors, tokens and
@@ -79,8 +79,9 @@ def check_discriminator(module: Any, value: Tensor, outputs: int, dim: int, name
         module: what is to be a discriminator, on the device and in the dtype of ``value``; it is run once.
         value: (B, ...), real or fake.
         outputs: numbers per decision.
-        dim: of the channels in ``value``, 1 or -1; also of the numbers of a decision, unless it is (B, K).
-        name: of the tap, for messages.
+        dim: the dimension of the channels in ``value``, 1 or -1; also of the numbers of a decision, unless it is (B,
+            K).
+        name: name of the tap, for messages.
 
     Raises:
         ConfigError: it isn't a module, does not run, or returns another shape.

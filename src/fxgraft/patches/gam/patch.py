@@ -76,26 +76,27 @@ class GAM(LayeredPatch):
         layer: the same, for one.
         source: the source network, trained and frozen; a copy is kept. Default: a copy of the model as it is before
             the first step, so weights may be loaded after patching; layers may not be replaced.
-        task: whose defaults to use: "classification" (the release's: gan "jsd", drift 1, weights 0.1 and for the last
-            tap 1) or "dense" prediction (the paper's: "lsgan", drift 0.1, weights 1).
+        task: the task whose defaults to use: "classification" (the release's: gan "jsd", drift 1, weights 0.1 and for
+            the last tap 1) or "dense" prediction (the paper's: "lsgan", drift 0.1, weights 1).
         matching: "gaussian", or None for general matching alone, as in the authors' release.
         match_in: the "network", or what the "discriminators" see, which leaves the network as it is.
-        statistics: of matching in a step: "batch", or "running" averages, one per domain, for small batches.
+        statistics: what matching works with in a step: the "batch", or "running" averages, one per domain, for small
+            batches.
         momentum: share of a step in the running averages, once 1/momentum steps were averaged evenly.
         eps: added to variances in Gaussian matching.
         gan: "jsd" (two-way cross-entropy) or "lsgan" (least squares); by default the task's.
-        invert: whose labels the target network's loss inverts: those of the "target", or of "both" domains as
-            the release, which halves the gradient where the batches are of one size.
+        invert: the domains whose labels the target network's loss inverts: those of the "target", or of "both"
+            domains as the release, which halves the gradient where the batches are of one size.
         weights: factor of each tap's losses, in order; by default the task's.
         drift: λ of the weight drift, by default the task's; 0 leaves it out.
         drift_convention: "mean" over each tensor (paper and release), or "sum" over all entries.
-        discriminator: called with a tap's shape without the batch, returns a module from (B, *shape) to
+        discriminator: a function from a tap's shape, without the batch, to a module from (B, *shape) to
             (B, K, ...) for "jsd" K = 2 and "lsgan" K = 1; K last where channels are. Default: hidden layers of
             ``hidden`` over the channels, one decision per position or token (class tokens included).
         hidden: width of the two hidden layers.
-        activation: of the hidden layers, "relu" (the release's scripts) or "leaky" (slope 0.1).
-        layout: of the taps with as many dimensions as it names: NCHW, NHWC, NLC, NCL, NC, NCDHW or NDHWC; found if
-            left out.
+        activation: the activation of the hidden layers, "relu" (the release's scripts) or "leaky" (slope 0.1).
+        layout: layout of the taps that have as many dimensions as it names: NCHW, NHWC, NLC, NCL, NC, NCDHW or NDHWC;
+            found if left out.
         output: which entry of a structured output holds the logits (a key, an attribute or a position).
 
     Raises:

@@ -14,8 +14,8 @@ def tap_panels(view: View, graft: Graft) -> Picture:
     """Draw the channel means at every tap: the first image is the source domain, the second the target.
 
     Args:
-        view: of the patched model.
-        graft: of the model.
+        view: the view of the patched model.
+        graft: the graft of the model.
     """
     game = game_of(graft)
     source = game.follow(view.model)

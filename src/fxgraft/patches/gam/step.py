@@ -59,7 +59,7 @@ def gam_losses(model: nn.Module, x_source: Any, x_target: Any, *, name: str | No
             every process has discriminators of its own, see `discriminators`) or torch.compile.
         x_source: images for the source network, which runs in evaluation mode.
         x_target: images for the model; another batch size is fine. No labels are read.
-        name: of the graft, where there are several.
+        name: name of the graft, where there are several.
 
     Returns:
         The losses; ``step.discriminator.backward()`` and ``step.mapping.backward()`` each belong to one optimiser.
@@ -120,7 +120,7 @@ def discriminators(model: nn.Module, name: str | None = None) -> ByTap:
 
     Args:
         model: patched with "gam".
-        name: of the graft, where there are several.
+        name: name of the graft, where there are several.
 
     Raises:
         UnknownGraftError: the model has no such patch.
@@ -135,7 +135,7 @@ def source(model: nn.Module, name: str | None = None) -> nn.Module:
 
     Args:
         model: patched with "gam".
-        name: of the graft, where there are several.
+        name: name of the graft, where there are several.
 
     Raises:
         UnknownGraftError: the model has no such patch.

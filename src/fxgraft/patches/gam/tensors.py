@@ -35,7 +35,7 @@ def channel_moments(
 
     Args:
         x: activations; channels at ``dim``. Half precision is summed in float32.
-        dim: of the channels, 1 or -1.
+        dim: the dimension of the channels, 1 or -1.
         unbiased: divide the variance by n − 1 instead of n, the number of values per channel.
         eps: added to the variance.
 
@@ -79,7 +79,7 @@ def update_moments(moments: Tensor, x: Tensor, weight: Tensor | float, dim: int 
         moments: (2, C), mean and variance so far.
         x: activations; channels at ``dim``.
         weight: share of the new batch, in [0, 1]; 1 forgets what was before.
-        dim: of the channels, 1 or -1.
+        dim: the dimension of the channels, 1 or -1.
 
     Returns:
         New moments (2, C), without gradient.
@@ -113,7 +113,7 @@ def gaussian_match(
         source_std: (C,), with the same ``eps`` inside the root as the target's.
         target_mean: (C,) statistics to use in place of the batch's own, such as running ones.
         target_std: (C,), given together with ``target_mean``.
-        dim: of the channels, 1 or -1.
+        dim: the dimension of the channels, 1 or -1.
         unbiased: see `channel_moments`; for the batch's own statistics.
         eps: added to the batch's variance. With 0 the deviations agree exactly, and a channel whose deviation
             is 0 becomes the constant mean_s; with more, a channel is stretched by std_s/√eps at most.

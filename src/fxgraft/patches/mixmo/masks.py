@@ -72,7 +72,7 @@ def draw_masks(mixing: Mixing, kappa: Tensor, channels: int, *sizes: int) -> tup
         mixing: one of the above.
         kappa: (B, M) ratios that sum to 1 over M, floating point.
         channels: C of the encodings.
-        *sizes: of the encodings, (H, W) or (T, H, W). A volume of depth one is mixed as the map that it is.
+        *sizes: sizes of the encodings, (H, W) or (T, H, W). A volume of depth one is mixed as the map that it is.
 
     Returns:
         Masks (M, B, ...): (1, 1, 1) for "linear" and "sum", (C, 1, 1) for "channel" and "stack_channel", (1, H, 1)

@@ -62,7 +62,7 @@ class Pairing:
         classes: K.
         permutations: (M, B') indices into the batch; none of them where the user paired the inputs.
         inputs: the user's M batches, or none.
-        labels: of the pass, as given.
+        labels: the labels of the pass, as given.
         masks: (M, B', ...) as they were mixed with; None until the stem has drawn them.
         shares: (B', M), what each member has of the map.
         weights: (B', M) of the members' losses.
@@ -183,7 +183,7 @@ class Pairing:
         """Labels of each member's images, those of images that are mixed themselves as soft targets.
 
         Args:
-            y: as for `member_labels`.
+            y: the labels, as for `member_labels`.
             visible: weigh the labels of a mixed image by what the masks leave visible of its parts.
         """
         labels = self.member_labels(y)

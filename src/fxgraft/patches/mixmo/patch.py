@@ -120,7 +120,7 @@ class MixMo(Patch):
         decay: last share of training over which p falls to 0; read from `fxgraft.set_progress`.
         epochs: length of the training in epochs; p then falls from epoch to epoch, as in the release, to exactly 0 in
             the last one. Default: with every `fxgraft.set_progress`.
-        alpha: of the Dirichlet distribution of the mixing ratios, above 0. Large values mix evenly.
+        alpha: parameter of the Dirichlet distribution of the mixing ratios, above 0. Large values mix evenly.
         r: root of the ratios that weighs the losses, above 0; larger values weigh more evenly.
         repetitions: how often every image of the batch, as it was augmented, occurs, in as many mixtures; the output
             is then (M, repetitions · B, K). The authors repeat in the loader: `fxgraft.mixmo.paired_loader` has each

@@ -15,8 +15,8 @@ def mixture_panels(view: View, graft: Graft, members: int) -> Picture:
     What is mixed are the outputs of the encoders; the masks are those of that pass, brought to the image's size.
 
     Args:
-        view: of the patched model.
-        graft: of the model.
+        view: the view of the patched model.
+        graft: the graft of the model.
         members: M.
     """
     chosen = [index % len(view.images) for index in range(members)]

@@ -28,8 +28,8 @@ class RepeatedBatchSampler(BatchSampler):
     `repetitions` times as many batches as without.
 
     Args:
-        sampler: gives the indices of an epoch: any sampler or iterable. Over a `DistributedSampler` every
-            process repeats its own part; `set_epoch` is passed on.
+        sampler: the indices of an epoch: any sampler or iterable. Over a `DistributedSampler`
+            every process repeats its own part; `set_epoch` is passed on.
         batch_size: rows of a batch; the batch has batch_size / repetitions different samples.
         repetitions: how many times each of them occurs, 1 or more.
         drop_last: leave out the last batch if it is not full.
@@ -110,10 +110,10 @@ class PairedDataset(Dataset[Any]):
     """Loads one image per member, each by itself, and mixes each with another of the data by CutMix, by chance.
 
     Args:
-        data: gives (image, label) by index: images (C, H, W) as floating-point tensors of one size, labels as whole
-            numbers.
+        data: a data set of (image, label), read by index: images (C, H, W) as floating-point tensors of one size,
+            labels as whole numbers.
         cutmix: probability that an image is mixed.
-        alpha: of CutMix's Beta distribution.
+        alpha: parameter of CutMix's Beta distribution.
     """
 
     def __init__(self, data: Any, cutmix: float = 0.0, alpha: float = 1.0) -> None:
@@ -179,17 +179,18 @@ def paired_loader(
     (2, 2)
 
     Args:
-        data: gives (image, label) by index: images (C, H, W) as floating-point tensors of one size, augmented again
-            whenever they are asked for; labels as class indices.
+        data: a data set of (image, label), read by index: images (C, H, W) as floating-point tensors of one size,
+            augmented again whenever they are asked for; labels as class indices.
         batch_size: rows of a batch, repetitions included.
         members: M of the patch.
         repetitions: how many times each sample of a batch occurs for each member; 4 in the release.
         cutmix: probability of mixing an image, a coin for each image and member, with one from all of ``data``; 0.5
             in the release's rows with CutMix. Labels are then `fxgraft.mixmo.MixedLabels`, class indices otherwise.
-        alpha: of CutMix's Beta distribution.
-        sampler: gives the indices of an epoch, such as a `DistributedSampler`; by default all of them in random order.
+        alpha: parameter of CutMix's Beta distribution.
+        sampler: the indices of an epoch, such as a `DistributedSampler`; by default all of them
+            in random order.
         drop_last: leave out the last batch if it is not full.
-        **options: of `torch.utils.data.DataLoader`: num_workers, pin_memory, generator, ...
+        **options: options of `torch.utils.data.DataLoader`: num_workers, pin_memory, generator, ...
 
     Raises:
         ConfigError: repetitions that do not divide the batch, a probability outside [0, 1], images that aren't tensors.

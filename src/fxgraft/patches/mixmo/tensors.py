@@ -191,13 +191,13 @@ def member_losses(
     one member.
 
     Args:
-        criterion: called with logits (B, K) and a target.
+        criterion: a function, called with logits (B, K) and a target.
         logits: (M, B, K).
         targets: one per member, class indices (B,) or soft targets (B, K).
         weights: (B, M), from `balance`.
         even: all weights are 1.
-        doubt: called with () bool and an error, where the criterion's value for a row depends on which row it is (it
-            holds data of the batch, whose order is not that of the members).
+        doubt: a function, called with () bool and an error where the criterion's value for a row depends on which
+            row it is (it holds data of the batch, whose order is not that of the members).
 
     Returns:
         (M,), or (M, B, ...) where the criterion reduces nothing.
@@ -435,7 +435,7 @@ def input_cutmix(
     Args:
         x: (B, C, H, W).
         y: (B,) class indices.
-        alpha: of the Beta distribution, above 0.
+        alpha: parameter of the Beta distribution, above 0.
         visible: the mask under which these images will be shown, (B, 1 or C, h, w), for whoever draws masks
             first. None: all of the image is seen.
         p: probability that an image is mixed, a coin for each; the others stay as they are. 0.5 in the release, which

@@ -16,9 +16,9 @@ def mute_panels(view: View, units: Sequence[Any], options: Any) -> Picture:
     """Draw, for every image of the user's, the positions that are muted and where the muted channels respond.
 
     Args:
-        view: of the patched model.
-        units: of the graft.
-        options: of the patch.
+        view: the view of the patched model.
+        units: the units of the graft.
+        options: options of the patch.
 
     Raises:
         SiteError: the units act on vectors, which have no positions to draw.

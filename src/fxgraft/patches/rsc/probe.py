@@ -31,7 +31,7 @@ class Probe:
     """Looks through the rest of the network from one value, and leaves no trace of having looked.
 
     Args:
-        unit: at the site of the value, in a pass.
+        unit: the unit at the value's site, during a pass.
         z: the value, detached.
         target: the labels of the batch.
     """

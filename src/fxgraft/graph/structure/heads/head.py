@@ -40,7 +40,7 @@ class Head:
         whole: the model's evaluation trace, with the head opened.
         grid: (H, W) or (T, H, W) of a map of tokens as the model was observed, None for a map with dimensions of its
             own.
-        shape: of the map, batch first, as observed.
+        shape: the shape of the map, batch first, as observed.
         ndim: number of dimensions of what the span gives back.
         source: where the map is, if a module of its own holds it and the pooling, as the body of a network of
             transformers does; the span then starts at what that module gives the classifier. None where the span
@@ -69,7 +69,7 @@ def find_head(trace: ModelTrace, head: str | None = None, output: str | int | No
     """Find a model's head by its structure.
 
     Args:
-        trace: of the bare model.
+        trace: the trace of the bare model.
         head: qualified name of the classifier, where the model has several.
         output: which entry of a structured output holds the logits.
 
@@ -117,7 +117,7 @@ def pooled_map(trace: ModelTrace, output: str | int | None = None) -> Site | Non
     """Find the map, or the tokens, whose average over all positions a linear classifier reads.
 
     Args:
-        trace: of the bare model.
+        trace: the trace of the bare model.
         output: which entry of a structured output holds the logits.
 
     Returns:
@@ -270,7 +270,7 @@ def token_grid(
     """Find the grid that the tokens of a value came from: the last map with as many cells, or a square.
 
     Args:
-        trace: of the model.
+        trace: the trace of the model.
         traced: the trace of the module ``path``.
         node: the value; one with two or three spatial dimensions has no need of a grid.
         channel: its channel dimension.

@@ -72,7 +72,7 @@ def write_effective(module: Any, weight: Tensor, bias: Tensor | None) -> None:
 
     Args:
         module: the layer.
-        weight: as `effective` returns it for this layer, or a sum of such ones.
+        weight: the weight, as `effective` returns it for this layer, or a sum of such ones.
         bias: replaces the layer's own bias; None where the layer has none.
     """
     own = layer_tensors(module)

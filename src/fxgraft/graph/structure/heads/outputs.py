@@ -22,7 +22,7 @@ def logits_node(values: Values, output: str | int | None, model: str) -> fx.Node
     """Find the node that holds the logits: the output itself, or one named entry of it.
 
     Args:
-        values: of a trace of the model.
+        values: the values of a trace of the model.
         output: key, attribute or position of the logits in a structured output; None for a plain tensor, or
             for the usual names ("out", "logits"), or the only tensor.
         model: name for messages.

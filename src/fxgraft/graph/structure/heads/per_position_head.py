@@ -78,7 +78,7 @@ class PositionwiseHead:
         head: the head there.
         traced: the trace.
         grid: (H, W) or (T, H, W) of a map of tokens.
-        trace: of the model.
+        trace: the trace of the model.
 
     Attributes:
         inexact: what between pooling and classifier does not commute with the average, for messages; where nothing is

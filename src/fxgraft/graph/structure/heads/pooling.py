@@ -149,7 +149,7 @@ def head_in(trace: ModelTrace, path: str, traced: Traced, end: fx.Node) -> HeadT
     """Walk back from the logits, or from a classifier, to the average over a map.
 
     Args:
-        trace: of the model.
+        trace: the trace of the model.
         path: the module that was traced.
         traced: its trace.
         end: the node to start from.
@@ -378,7 +378,7 @@ def opened_head(
     """Find the head in the model's evaluation trace, opening modules as the walk meets them.
 
     Args:
-        trace: of the model.
+        trace: the trace of the model.
         head: qualified name of the classifier, where the model has several.
         output: which entry of a structured output holds the logits.
         entries: whether to open a module as well that returns the map among other values.

@@ -43,7 +43,7 @@ def squashed_end(trace: ModelTrace, output: str | int | None, training: bool) ->
     """Find out whether a model returns probabilities; None where it does not, or cannot be looked into.
 
     Args:
-        trace: of the model.
+        trace: the trace of the model.
         output: which entry of a structured output is looked at.
         training: the mode.
     """

@@ -30,7 +30,7 @@ def opening(
     """Search the model's trace, and again with a module opened whenever the search meets a closed one.
 
     Args:
-        trace: of the model.
+        trace: the trace of the model.
         training: the mode to look at.
         search: what to look for; raises `OpaqueError` at a closed module.
         opened: modules to open from the start.

@@ -53,7 +53,7 @@ class Stem:
     Attributes:
         path: its qualified name.
         layout: meaning of the dimensions of its output.
-        shape: of its output, batch first, as observed.
+        shape: the shape of its output, batch first, as observed.
         before: ``f(model, image)``, what the layer gets of an image; None where that is the image itself.
     """
 
@@ -75,7 +75,7 @@ def find_stems(trace: ModelTrace) -> tuple[Stem, ...]:
     any kind, and linear layers.
 
     Args:
-        trace: of the bare model.
+        trace: the trace of the bare model.
 
     Raises:
         StructureError: the image meets something else first, or goes around the stems; says what.
@@ -93,7 +93,7 @@ def find_classifiers(trace: ModelTrace, output: str | int | None = None) -> tupl
     Where there are several, their outputs are added, averaged or scaled into the logits.
 
     Args:
-        trace: of the bare model.
+        trace: the trace of the bare model.
         output: which entry of a structured output holds the logits (B, K); None for the usual names.
 
     Raises:
@@ -294,7 +294,7 @@ def check_classified(trace: ModelTrace, output: str | int | None = None, returne
     for logits.
 
     Args:
-        trace: of the model.
+        trace: the trace of the model.
         output: the entry that holds the logits, where the user says so; it is then not taken for features.
         returned: whether the logits are needed in what a training pass returns, and not only inside of the model.
 
