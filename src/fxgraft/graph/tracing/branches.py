@@ -1,7 +1,7 @@
-"""Branches of a traced forward on shapes and dtypes: taken as the observed pass takes them, and held to that.
+"""Branches on shapes and dtypes: a trace takes them as the observed pass did, and its graph refuses other calls.
 
-torch.fx stops at ``if x.shape[1] != self.channels: raise ...``, since a proxy has no shape. The recorded calls know
-it. A branch on the numbers in a tensor stays what it is, untraceable: nothing in a pass of fake tensors knows those.
+torch.fx stops at ``if x.shape[1] != self.channels: raise ...``, since a proxy has no shape. The recorded
+calls have one. A branch on the numbers in a tensor stays untraceable: fake tensors have no numbers.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def held(condition: Any, taken: bool, where: str) -> None:
         )
 
 
-has_side_effect(held)  # it has no users, and isn't dead code
+has_side_effect(held)  # a check has no users, and torch.fx would drop it as dead code
 
 
 _OF_AUTOGRAD = {"requires_grad", "is_leaf", "grad", "grad_fn", "retains_grad"}
@@ -50,7 +50,7 @@ _OF_AUTOGRAD = {"requires_grad", "is_leaf", "grad", "grad_fn", "retains_grad"}
 
 
 class Known:
-    """What is known of the values of a trace in the making.
+    """The values of a trace that is being made, as far as they are known.
 
     Args:
         root: the module that is traced.
@@ -61,16 +61,16 @@ class Known:
         self._values: dict[fx.Node, Any] = {}
 
     def note(self, node: fx.Node, value: Any) -> None:
-        """Take down the value of a node, tensors fake."""
+        """Store the value of a node, whose tensors are fake."""
         self._values[node] = value
 
     def truth(self, node: fx.Node) -> bool | None:
-        """Return the truth of a value that is a size, a dtype or what comes of those; None of any other."""
+        """Return the truth of a value computed from sizes and dtypes alone; None for any other value."""
         value = self._scalar(node)
         return None if value is None else bool(value)
 
     def length(self, node: fx.Node) -> int | None:
-        """Return the length of a shape, or of a part of one; None of any other value."""
+        """Return the length of a shape, or of a part of one; None for any other value."""
         value = self._scalar(node)
         return len(value) if isinstance(value, tuple) else None
 
@@ -192,11 +192,11 @@ class _Device(Attribute):
 
 
 class BakedBuffers(TorchFunctionMode):
-    """Finds what a trace computes from tensors of modules, once and for all, where they aren't proxies.
+    """Finds the constants that a trace computes from tensors of modules: tensors that are no proxies while it runs.
 
     Args:
         modules: the modules that the trace opens.
-        buffers: whether buffers aren't proxies. Other tensors in attributes never are.
+        buffers: whether buffers are read as tensors. Tensors in plain attributes always are.
     """
 
     def __init__(self, modules: Iterable[nn.Module], buffers: bool) -> None:
@@ -225,7 +225,7 @@ class BakedBuffers(TorchFunctionMode):
         return out
 
     def depth(self) -> int:
-        """Return the number of torch function modes, this one with them also while it acts."""
+        """Count the torch function modes, with this one also while it acts and torch has it off the stack."""
         return function_modes() + self._away
 
     def entered(self) -> contextlib.AbstractContextManager[Any]:

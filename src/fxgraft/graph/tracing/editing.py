@@ -1,4 +1,4 @@
-"""Edits of a traced graph: what can be done to a module's forward, as data, and the editor that does it."""
+"""Edits of a traced graph: each is a value that says what to do, and the editor carries it out."""
 
 from __future__ import annotations
 
@@ -104,8 +104,8 @@ Edit = After | Edge | Before | Replace | Span | Input | Instead | Output
 class Editor:
     """Carries out edits on one traced graph.
 
-    Edits at one node stack in the order they are applied: each sees what the one before it left, but for those that
-    are to be last.
+    Edits at one node stack in the order they are applied: each sees what the one before it left. `After` with
+    ``last`` stays behind all others.
     """
 
     def __init__(self, traced: Traced) -> None:
@@ -222,7 +222,7 @@ def unit_call(
     kwargs: dict[str, Any] | None = None,
     like: fx.Node | None = None,
 ) -> fx.Node:
-    """Add a call of a unit, by the name that its owner reaches it under, at the graph's insert point."""
+    """Add a call of a unit at the graph's insert point. The unit goes by the name that its owner reaches it under."""
     call = graph.call_module(unit, args, kwargs)
     call.meta[UNIT] = True
     if like is not None:  # it runs under the grad mode and autocast of that node
@@ -231,5 +231,5 @@ def unit_call(
 
 
 def is_unit(node: fx.Node) -> bool:
-    """Say whether a node calls a unit; a name alone does not say it, since a model may have one like that."""
+    """Say whether a node calls a unit. The name isn't enough: a model may have a module of such a name."""
     return node.meta.get(UNIT, False)

@@ -40,7 +40,7 @@ _NAMED = (
 
 
 class ModelTrace:
-    """What can be asked about a model. Nothing here changes it: what is looked at is a shadow of it.
+    """Answers questions about a model. It never changes the model, since it looks at a shadow of it.
 
     Args:
         model: the model, whose grafts are then part of it; or a shadow of it without them.
@@ -63,9 +63,9 @@ class ModelTrace:
         self._once: dict[Hashable, Any] = {}
 
     def once(self, name: Hashable, find: Callable[[ModelTrace], Known]) -> Known:
-        """Return what ``find`` gives, found the first time that it is asked for under this name.
+        """Return what ``find`` gives. It runs the first time that this name is asked for, and its answer is kept.
 
-        ``find`` gets a weak reference: what it gives is kept here, and would close a circle that holds the model.
+        ``find`` gets a weak reference: an answer that held this trace would close a circle and keep the model alive.
         """
         if name not in self._once:
             self._once[name] = find(weakref.proxy(self))
@@ -167,7 +167,7 @@ class ModelTrace:
         return self.model.get_submodule(path)
 
     def original(self, path: str) -> nn.Module:
-        """Return the model's own module of that qualified name, which may be kept."""
+        """Return the model's own module of that qualified name. A caller may keep it, unlike a look-alike."""
         return self.shadow.original(path)
 
     def in_order(self) -> list[str]:
@@ -238,7 +238,7 @@ class ModelTrace:
         return self._with_settings(path, traced, training)
 
     def _with_settings(self, path: str, traced: Traced, training: bool) -> Traced:
-        """Keep what a trace has read, of the model's own modules: what look-alikes hold is made for them."""
+        """Store what a trace has read, as the model's own modules hold it: look-alikes hold things made for them."""
         paths = {module: name for name, module in self.module(path).named_modules()}
         settings = kept_reads(
             traced.reads,

@@ -29,7 +29,7 @@ from fxgraft.graph.tracing.regions import CALLERS, called_by
 
 
 class DataSetError(Exception):
-    """A forward set the ``data`` of parameters, which it names."""
+    """A forward set the ``data`` of parameters; the message names them."""
 
 
 @dataclass
@@ -79,7 +79,7 @@ class Observation:
         return out
 
     def follow(self, flow: Flow, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """Do the same, and let another flow take down the operations.
+        """Call a function as `run` does, and let another flow record the operations.
 
         The caller's autocast is left out: it would keep the fakes of weights in its cache, for real passes to come.
         """
@@ -98,9 +98,9 @@ class Observation:
 
 
 class _Converting(TorchDispatchMode):
-    """Gives operations on fake tensors the fakes of the model's own ones, and takes the operations down.
+    """Replaces real tensors of the model by fakes in every operation, and records the operations.
 
-    The fake mode takes real ones as well, but looks nothing up for them: a pass is two to five times slower.
+    The fake mode converts real tensors too, but keeps no table of them: a pass is two to five times slower.
     """
 
     def __init__(self, mode: FakeTensorMode, flow: Flow) -> None:
@@ -110,7 +110,7 @@ class _Converting(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func is torch.ops.prim.device.default:  # asked for most often, and of no interest
+        if func is torch.ops.prim.device.default:  # the most frequent call, and never of interest
             return func(*args, **kwargs)
         # Writing to a real tensor, as to a parameter, would change the model.
         if func._schema.is_mutable or any(issubclass(kind, FakeTensor) for kind in types):
@@ -319,10 +319,10 @@ def bare_calls() -> Iterator[None]:
 def _one_step(
     flow: Flow, module: nn.Module, run: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Any:
-    """Call a forward, that of a recurrent layer on one position, whose output stands for those of all of them.
+    """Call a forward. A recurrent layer runs on one position, whose output stands for all of them.
 
-    On the meta device a recurrent layer is one operation after the other for every position: half a minute in a deep
-    network. Their shapes are one position's.
+    On the meta device a recurrent layer runs operation by operation for every position: half a minute in a deep
+    network. All positions have the shape of one.
     """
     if not (isinstance(module, nn.RNNBase) and args and isinstance(args[0], Tensor)):
         return run(*args, **kwargs)

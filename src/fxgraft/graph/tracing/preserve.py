@@ -1,6 +1,6 @@
 """What looking at a model must leave as it was: modes, attributes, globals, random state, checkpointing.
 
-What a forward changes of these while it is traced, a graph of values would not change again: so it is found here.
+A graph of values doesn't repeat such changes. So the changes that a forward makes while it is traced are found here.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ def preserved_data(model: nn.Module) -> Iterator[Callable[[], list[str]]]:
         yield faked
 
 
-# What is registered, and what a graft keeps: no forward pass sets them, and planning again may.
+# Registered tensors and what a graft keeps: no forward pass sets them, but planning again may.
 _LASTING = ("_modules", "_parameters", "_fxgraft")
 
 MISSING: Final = type("_Missing", (), {"__repr__": lambda self: "nothing"})()
@@ -84,11 +84,11 @@ Change = tuple[nn.Module, str, Any, Any]
 
 
 class Snapshot:
-    """What is in the attributes of modules, and in the containers and plain objects that these hold.
+    """The attributes of modules as they are now, with what their containers and plain objects hold.
 
     Args:
         modules: the modules whose attributes are kept.
-        beside: modules of which the attributes alone are of interest, and not what is in them.
+        beside: modules of which only the attributes are kept, not what these hold.
     """
 
     def __init__(self, modules: Iterable[nn.Module], beside: Iterable[nn.Module] = ()) -> None:
@@ -107,7 +107,7 @@ class Snapshot:
         return any(holder is module and not name and attribute in own for holder, name, _, own in self._kept)
 
     def changes(self) -> Iterator[Change]:
-        """Yield what differs now; an entry of a container has the name of the attribute that holds it."""
+        """Yield what has changed since. An entry of a container goes by the name of the attribute that holds it."""
         for module, name, container, before in self._kept:
             if _same(container, before):
                 continue
@@ -191,7 +191,7 @@ def preserved_attributes(
 def preserved_random_state() -> Iterator[None]:
     """Restore the global generators on exit: a trace executes the user's own Python code.
 
-    They are the process's, so what other threads draw meanwhile is drawn again.
+    The generators belong to the process: numbers that other threads draw meanwhile are drawn again.
     """
     state = random.getstate()
     numpy = sys.modules.get("numpy")
@@ -214,7 +214,7 @@ def preserved_random_state() -> Iterator[None]:
 
 @contextlib.contextmanager
 def own_random_state(seed: int) -> Iterator[None]:
-    """Let what draws in the block draw from generators of its own, and leave the global ones where they are."""
+    """Draw from generators of its own in the block, and leave the global ones where they are."""
     with preserved_random_state():
         torch.default_generator.manual_seed(seed)
         if torch.cuda.is_initialized():  # otherwise the seed would be kept for when it is
@@ -236,7 +236,7 @@ _CHECKPOINT_OPTIONS = (
 def replaced_checkpoint(run: Callable[..., Any]) -> Iterator[None]:
     """Route ``torch.utils.checkpoint.checkpoint`` to ``run(function, args, kwargs)`` for the time of the block.
 
-    Only for calls from this thread: others go on checkpointing.
+    Calls from other threads go on checkpointing.
     """
     original = torch.utils.checkpoint.checkpoint
     here = threading.get_ident()
@@ -257,7 +257,7 @@ def replaced_checkpoint(run: Callable[..., Any]) -> Iterator[None]:
 
 
 class AppliedFunction:
-    """A `torch.autograd.Function` as a function that a graph calls; two of the same one are equal.
+    """A `torch.autograd.Function` as a function that a graph can call. Two of the same class are equal.
 
     Args:
         function: the class.
@@ -268,7 +268,7 @@ class AppliedFunction:
         self.__name__ = "autograd_function"  # not the user's, which may be that of another operation
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Run its forward, whose backward is its own."""
+        """Run the forward; gradients go through the class's own backward."""
         return self.function.apply(*args, **kwargs)
 
     def __eq__(self, other: object) -> bool:
@@ -306,7 +306,7 @@ def replaced_functions(
 
 @contextlib.contextmanager
 def untouched(opened: Sequence[nn.Module], training: bool) -> Iterator[Callable[[], list[str]]]:
-    """Set the mode of the opened modules and all in them, and put back the tensors that the user's code writes to.
+    """Set the mode of the opened modules and of all modules in them; on exit, restore tensors that were written to.
 
     A forward may read the mode of a layer that it holds, as ``F.dropout(x, 0.5, self.drop.training)``. Where the first
     module has the mode that is wanted, its layers keep theirs: some are frozen.
@@ -416,7 +416,7 @@ def _putting_back(value: Any, before: Any) -> list[Step]:
 
 @contextlib.contextmanager
 def preserved_globals(modules: Iterable[nn.Module]) -> Iterator[Reachable]:
-    """Put back on exit what the code of modules sets apart from their attributes."""
+    """Put back on exit the globals and class attributes that the code of modules sets."""
     reachable = Reachable(modules)
     with restoring(reachable.restore):
         yield reachable
@@ -424,7 +424,7 @@ def preserved_globals(modules: Iterable[nn.Module]) -> Iterator[Reachable]:
 
 @contextlib.contextmanager
 def noticed_prints(recorder: Recorder) -> Iterator[None]:
-    """Take down ``print`` in this thread, and do not print: a graph would not."""
+    """Note calls of ``print`` in this thread, and print nothing: a graph would not print either."""
     original = builtins.print
     here = threading.get_ident()
 
@@ -445,7 +445,7 @@ def noticed_prints(recorder: Recorder) -> Iterator[None]:
 def find_changes(
     recorder: Recorder, kept: Snapshot, reachable: Reachable, graph: fx.Graph, opened: Sequence[nn.Module]
 ) -> None:
-    """Take down where the traced forward changed what its code can reach.
+    """Record where the traced forward changed something that its code can reach.
 
     A value that is computed from parameters and sizes alone, and stored where nothing stood, is a cache: the graph
     computes it itself. So are the constants that torch.fx stores.
@@ -476,7 +476,7 @@ def _writes(node: fx.Node) -> bool:
 
 
 def _is_cache(value: Any) -> bool:
-    """Say whether a value is made of tensors that no input of the trace has a part in."""
+    """Say whether a value depends on no input of the trace."""
     leaves = pytree.tree_leaves(value)
     for leaf in leaves:
         if isinstance(leaf, fx.Proxy):
@@ -488,13 +488,13 @@ def _is_cache(value: Any) -> bool:
 
 
 def kept_values(proxies: Sequence[weakref.ref[fx.Proxy]]) -> list[str]:
-    """Name the values of a trace that outlive it: the forward has handed them to something out of its sight."""
+    """Name the values of a trace that outlive it, since the forward stored them somewhere outside."""
 
     def alive() -> list[str]:
         living = (proxy() for proxy in proxies)
         return [proxy.node.name for proxy in living if proxy is not None and proxy.node.op != "get_attr"]
 
-    # Cycles of torch.fx are young, and a look at the young is cheap; at all objects of a process it is not.
+    # Reference cycles of torch.fx are young. Collecting the young generation is cheap, collecting all is not.
     for generation in (0, 1, 2):
         if not alive():
             return []

@@ -1,8 +1,8 @@
-"""What a traced forward reads of Python's state, so that a graph is made again once that is something else.
+"""Python state that a traced forward reads: when it changes, the graph has to be made again.
 
-A graph holds what came of a branch, a loop or a number, and does not read them again. Tensors and children of modules
-are looked up at every call; all else that was read is compared before every pass: attributes of modules, whatever
-module they are of and whatever they hold, and the class attributes, functions and globals that the code names.
+A graph holds the outcome of a branch, a loop or a number, and doesn't read its cause again. It looks tensors and
+children of modules up at every call. Everything else that was read is compared before every pass: attributes of any
+module, and the class attributes, functions and globals that the code names.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ Names = dict[str, None]
 
 @contextlib.contextmanager
 def noticed_reads(seen: dict[nn.Module, Names]) -> Iterator[None]:
-    """Take down which attributes of which modules are read in the block, in this thread, by other code than a tracer's.
+    """Record which attributes of modules this thread reads in the block, leaving out what a tracer reads itself.
 
     ``torch.nn.Module.__getattribute__`` is replaced meanwhile. Other threads read through the replacement.
     """
@@ -72,7 +72,7 @@ def noticed_reads(seen: dict[nn.Module, Names]) -> Iterator[None]:
         # by a function that no trace sees into: it changes no value.
         if frame.f_code.co_name == "__call__" or name == "gradient_checkpointing":
             return
-        if file == _MODULE:  # such as children(), which whoever calls it reads by
+        if file == _MODULE:  # torch's own methods, such as children(): the read counts as one of their caller
             if name != "_modules":
                 return
             while frame is not None and frame.f_code.co_filename == _MODULE:
@@ -115,13 +115,13 @@ def attribute(module: nn.Module, name: str) -> Any:
 
 
 class Held(tuple[Any, ...]):
-    """What a value holds, in a form that is compared with the one of another time."""
+    """What a value holds, in a form that can be compared with a later one."""
 
     __slots__ = ()
 
 
 def held(value: Any) -> Any:
-    """Return a value that nothing can change, or take down what another one holds."""
+    """Return an immutable value as it is; of any other, return a record of what it holds."""
     return _Holding().of(value)
 
 
@@ -202,7 +202,7 @@ def _cells(function: types.FunctionType) -> list[Any]:
 
 
 def plain_value(kept: Any) -> Iterator[Any]:
-    """Yield the number, the text or the list of those that was kept; nothing where it is anything else."""
+    """Yield what was kept if it is a number, a text or a list of those; else nothing."""
     if isinstance(kept, (bool, int, float, str)):
         yield kept
     elif isinstance(kept, Held) and kept[0] is list and isinstance(kept[1], list):
@@ -215,7 +215,7 @@ def same(kept: Any, value: Any, memo: dict[int, Any]) -> bool:
     Args:
         kept: what `held` gave then.
         value: the present value.
-        memo: what values hold now, with them, by identity; of one comparison.
+        memo: what values hold now, by identity, with the values; it serves one comparison.
     """
     if isinstance(kept, Held):
         if id(value) not in memo:
@@ -242,7 +242,7 @@ class Elsewhere:
         self._kept = {name: held(attribute(module, name)) for name in names}
 
     def changed(self, _: nn.Module, __: nn.Module, memo: dict[int, Any]) -> bool:
-        """Say whether one of them is another by now; without the module, whatever read them has changed itself."""
+        """Say whether an attribute has changed. A module that is gone doesn't count: its reader has changed itself."""
         module = self._module()
         return module is not None and not all(
             same(kept, attribute(module, name), memo) for name, kept in self._kept.items()
@@ -250,23 +250,23 @@ class Elsewhere:
 
 
 class Mode:
-    """The mode of a part, as a forward read it that ran in one of both modes.
+    """The mode of a part of a model, as a forward read it in one of the two modes.
 
     Args:
         whole: mode of the module that was traced.
-        part: mode of the part then; of a frozen one it is another.
+        part: mode of the part then, which differs where the part is frozen.
     """
 
     def __init__(self, whole: bool, part: bool) -> None:
         self._whole, self._part = whole, part
 
     def changed(self, module: nn.Module, root: nn.Module, memo: dict[int, Any]) -> bool:
-        """Say whether the part has another mode where the module that was traced runs in this one."""
+        """Say whether the part has another mode now, if the traced module is in the mode of then."""
         return root.training is self._whole and module.training is not self._part
 
 
 class Code:
-    """The class attributes, functions and globals that the code of a class can read on the way from its forward.
+    """The class attributes, functions and globals that a class's forward, and all that it calls, can read.
 
     Args:
         kind: the class.
@@ -320,7 +320,7 @@ class Code:
             self.walk(value)
 
     def changed(self, _: nn.Module, __: nn.Module, memo: dict[int, Any]) -> bool:
-        """Say whether one of them is another by now."""
+        """Say whether one of them has changed."""
         if id(self) in memo:
             return False
         memo[id(self)] = self
@@ -338,13 +338,13 @@ class Code:
 
 
 class _Itself(NamedTuple):
-    """A function or a class, which is replaced and not changed."""
+    """A function or a class: compared by identity, since code replaces these and doesn't change them."""
 
     value: Any
 
 
 class _Entries(dict[Any, Any]):
-    """The entries of a dictionary that belongs to code; those that are added are a cache."""
+    """The entries of a dictionary that belongs to code. Entries that are added later count as a cache."""
 
     def same_in(self, value: dict[Any, Any], memo: dict[int, Any]) -> bool:
         # As a plain dictionary: transformers has one whose get() takes something else.
@@ -377,7 +377,7 @@ def kept_reads(
     code: Callable[[type[nn.Module]], Code],
     training: bool,
 ) -> dict[str, dict[str, Any]]:
-    """Keep what was read, to be compared by `settings.settings_changed`, by path from the module that was traced.
+    """Return what was read, by path from the traced module, for `settings.settings_changed` to compare.
 
     Args:
         seen: what `noticed_reads` took down.

@@ -1,4 +1,4 @@
-"""Regions: parts of a forward that run under another grad mode or autocast than their caller.
+"""Regions: parts of a forward that run under a grad mode or autocast that their caller doesn't have.
 
 Such a state is set, not handed on, so a graph of values knows nothing of it. While a forward is traced, the state is
 read whenever a node is made, however it was set: by a context, a decorator, a call or a helper. The trace is made for
@@ -91,7 +91,7 @@ CALLERS: tuple[Modes, Modes] = (
 
 @contextlib.contextmanager
 def called_by(modes: Modes) -> Iterator[None]:
-    """Run the block as code runs that is called in these modes, whatever they are outside."""
+    """Run the block in these modes, whatever the modes are outside."""
     outside = torch.inference_mode(False) if _inference() else contextlib.nullcontext()
     with outside, restoring(partial(_write, _read())):
         _write(modes)
@@ -113,14 +113,14 @@ _WATCHED = [(holder, name) for holder, name in _names() if hasattr(holder, name)
 
 @contextlib.contextmanager
 def watched_modes(touched: list[str]) -> Iterator[None]:
-    """Note in a list what in the block, in this thread, reads or sets the modes."""
+    """Note in a list the functions that read or set the modes in the block, in this thread."""
     with _watching(_WATCHED, touched):
         yield
 
 
 @contextlib.contextmanager
 def _watching(watched: Sequence[tuple[Any, str]], touched: list[str]) -> Iterator[None]:
-    """Note in a list which of these functions are called in the block, in this thread."""
+    """Note in a list which of the watched functions this thread calls in the block."""
     here = threading.get_ident()
     originals = [(holder, name, getattr(holder, name)) for holder, name in watched]
 
@@ -234,9 +234,9 @@ class _Drawing(TorchDispatchMode):
 
 @contextlib.contextmanager
 def watched_draws() -> Iterator[list[str]]:
-    """Note what in the block, in this thread, draws from or sets the random states.
+    """Note what this thread does in the block that draws from or sets the random states.
 
-    They are the process's: where they change, another thread may have done it.
+    The states belong to the process: another thread may have changed them.
     """
     drawn: list[str] = []
     mode = _Drawing(drawn)
@@ -300,7 +300,7 @@ class Recorder:
         self._numpy = _numpy_state()
 
     def note(self, node: fx.Node) -> None:
-        """Take down what a node that was just made runs under."""
+        """Record the modes that a new node runs under."""
         now = _read()
         if self.touched and _nesting() > self._level:
             self.spans[node] = self.touched.count("clear_autocast_cache")
@@ -308,7 +308,7 @@ class Recorder:
         self._check_settings()
 
     def found(self, what: str, line: str | None = None, beside: bool = False) -> None:
-        """Take down what a graph cannot follow, unless there is something already that is as bad."""
+        """Record something that a graph cannot follow, unless a change as bad is recorded already."""
         if self.change is None or (self.change.beside and not beside):
             self.change = StateChangedError(what, line, beside)
 
@@ -325,7 +325,7 @@ class Recorder:
         return None
 
     def _drew(self) -> bool:
-        """Say whether a random state was changed by this thread: seen to be, or the only one there is."""
+        """Say whether this thread changed a random state: it was seen to, or no other thread runs."""
         return bool(self.drawn) or (self._only_thread and threading.active_count() == 1)
 
     def close(self) -> None:
@@ -345,7 +345,7 @@ class Recorder:
 
 
 def mark_regions(first: Recorder, second: Recorder) -> None:
-    """Write into the nodes of one trace what they run under, or take down that it cannot be told.
+    """Write into the nodes of a trace the modes that they run under, or record that these cannot be told.
 
     Args:
         first: what was read in the trace that was made for the first of `CALLERS`.
@@ -389,7 +389,7 @@ def _shape(node: fx.Node) -> tuple[Any, ...]:
 
 
 def _region(one: Modes, two: Modes, line: str | None) -> Region:
-    """Say what the forward set, from what holds for two callers that differ in everything."""
+    """Return the modes that the forward set: those that are the same for two callers that differ in all of them."""
 
     def own(name: str, values: tuple[Any, Any], callers: tuple[Any, Any]) -> Any:
         if values == callers:
@@ -418,7 +418,7 @@ def _region(one: Modes, two: Modes, line: str | None) -> Region:
 
 
 def region_of(node: fx.Node) -> Region:
-    """Return what a node runs under apart from its caller's state; empty where there is nothing."""
+    """Return the modes of a node that its forward set; empty where all are its caller's."""
     return node.meta.get(REGION, ())
 
 
@@ -460,7 +460,7 @@ def _source(region: Region) -> str:
 def python_code(graph: fx.Graph) -> Any:
     """Generate the code of a graph, as torch.fx does, with its regions in ``with`` blocks.
 
-    A node that was put in later and says nothing of its own runs under what the one before it does.
+    A node that was inserted later, without a region, runs in the region of the node before it.
     """
     regions: list[Region] = [()]
     marks: list[fx.Node] = []
@@ -499,9 +499,9 @@ def _blocks(lines: Iterable[str], marks: Sequence[str], regions: Sequence[Region
 
 
 def _span(region: Region) -> Any:
-    """Number the outermost autocast of a region: within it, weights are cast once, so it is left once."""
+    """Number the outermost autocast of a region. Leaving it drops the cast weights, so it is left only once."""
     return next((value for name, value in region if name == "span"), None)
 
 
 def _mark(number: int) -> None:
-    """Stand for the place where a region begins."""
+    """Mark the line where a region begins; the call never runs."""

@@ -1,4 +1,4 @@
-"""What decides, apart from its class, what a call of a module computes: attributes, hooks, a forward of its own."""
+"""What decides, beyond its class, what a module computes: attributes, hooks, and a forward set on the instance."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def plain_settings(module: nn.Module) -> dict[str, Any]:
 
 
 def settings_changed(root: nn.Module, kept: Mapping[str, Mapping[str, Any]], memo: dict[int, Any]) -> bool:
-    """Say whether what was read of modules, or what their code can read, is something else by now.
+    """Say whether anything that a trace read of modules and their code has changed.
 
     Args:
         root: the module whose forward was traced.
@@ -63,7 +63,7 @@ def settings_changed(root: nn.Module, kept: Mapping[str, Mapping[str, Any]], mem
 
 @dataclass(frozen=True)
 class Baked:
-    """A tensor of a module that went into constants of a trace.
+    """A tensor of a module whose numbers are part of a trace's constants.
 
     Attributes:
         name: the name of the buffer or attribute.
@@ -74,13 +74,13 @@ class Baked:
     version: Any
 
     def changed(self, module: nn.Module, root: nn.Module, memo: dict[int, Any]) -> bool:
-        """Say whether the numbers may be others by now."""
+        """Say whether the numbers may have changed."""
         return tensor_version(module, self.name) != self.version
 
 
 @dataclass(frozen=True)
 class OnDevice:
-    """The type of device that a forward was traced on, where it asked for it."""
+    """The type of device that a forward was traced on, kept where the forward reads it."""
 
     kind: str
 
@@ -91,7 +91,7 @@ class OnDevice:
 
 
 def tensor_version(module: nn.Module, name: str) -> Any:
-    """Return what changes whenever the numbers of a module's tensor do."""
+    """Return a value that changes whenever the numbers of a module's tensor do."""
     tensor = module._buffers.get(name, vars(module).get(name))
     if not isinstance(tensor, Tensor) or tensor.is_inference():
         return None
@@ -99,10 +99,10 @@ def tensor_version(module: nn.Module, name: str) -> Any:
 
 
 def acted_on(module: nn.Module) -> bool:
-    """Say whether something apart from the forward of its class has a part in a call of a module.
+    """Say whether a call of a module runs more than the forward of its class.
 
-    That are hooks of the module or of all modules, forward or backward, and a forward or a call of its own. Whether
-    they change a value cannot be known; hooks of torch's own tools that never do are left out.
+    It does with hooks, forward or backward, of the module or of all modules, and with a forward or ``__call__`` set on
+    the instance. Whether a hook changes a value cannot be known. Hooks of torch's own tools that never do don't count.
     """
     hooks = (
         module._forward_pre_hooks,
@@ -121,12 +121,12 @@ def acted_on(module: nn.Module) -> bool:
 
 
 def input_hooked(module: nn.Module) -> bool:
-    """Say whether forward pre-hooks, of the module or of all, get hold of the arguments of a call."""
+    """Say whether a call of the module runs forward pre-hooks, of the module or of all modules."""
     return any(_counts(hook) for _, hook in _pre_hooks(module))
 
 
 def output_hooked(module: nn.Module) -> bool:
-    """Say whether forward hooks, of the module or of all, get hold of what a call returns."""
+    """Say whether a call of the module runs forward hooks, of the module or of all modules."""
     return any(_counts(hook) for _, hook in _hooks(module))
 
 

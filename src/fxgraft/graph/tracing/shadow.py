@@ -1,4 +1,4 @@
-"""A shadow of a model: modules of its own around the model's tensors, to be looked at in the model's place.
+"""A shadow of a model: new modules around the model's own tensors, to be looked at in place of the model.
 
 Looking at a model sets modes, swaps buffers and lets forwards write on their modules. On a shadow none of that reaches
 the model, which other threads may run meanwhile.
@@ -37,9 +37,9 @@ _DEPTH = 3
 class Shadow:
     """A model's look-alike: every module of the model has one, with a dictionary and containers of its own.
 
-    Parameters, buffers and whatever cannot reach a module of the model are the model's. What does reach one (bound
-    methods, closures, partial functions, plain objects) is made again around the look-alikes, and so are containers.
-    Compiled modules (TorchScript) are shared.
+    Parameters, buffers and anything else that leads to no module of the model are shared with the model. What leads to
+    one (bound methods, closures, partial functions, plain objects) is made again around the look-alikes, and so are
+    containers. Compiled modules (TorchScript) are shared.
 
     Args:
         model: what to look at. It is only read.
@@ -78,7 +78,7 @@ class Shadow:
         return model.get_submodule(path)
 
     def same_as(self, other: Shadow) -> bool:
-        """Say whether nothing that can be looked at lies between the times at which two shadows of a model were made.
+        """Say whether the model was the same when two shadows of it were made.
 
         That is: the same modules with the same attributes, entry by entry and by identity; tensors that were not
         written to; code and globals of the modules' classes as they were. Modes of modules do not count: whoever looks
@@ -112,7 +112,7 @@ def _same(one: Any, other: Any) -> bool:
 
 
 class _Builder:
-    """Fills the look-alikes, and takes down all that is read on the way, in the order in which it is read."""
+    """Fills the look-alikes, and records everything that it reads of the model, in order."""
 
     def __init__(
         self, originals: list[nn.Module], bases: Mapping[nn.Module, type[nn.Module]], gone: set[int]
@@ -176,9 +176,11 @@ class _Builder:
         return made
 
     def note(self, value: Any, depth: int) -> None:
-        """Take down what a value that is shared with the model holds; what cannot be known is never the same again."""
+        """Record what a value shared with the model holds; where that cannot be known, it counts as changed."""
         self.read.append(value)
-        if isinstance(value, (*_FIXED, tuple)) or type(value) is object:  # what a tuple holds is down already
+        if (
+            isinstance(value, (*_FIXED, tuple)) or type(value) is object
+        ):  # a tuple's entries are recorded already
             return
         kind = type(value)
         if kind is types.MethodType:
@@ -269,7 +271,7 @@ class _Builder:
 
 
 def _content(tensor: Tensor) -> list[Any]:
-    """List what tells the numbers of a tensor, and what it is, from those of another time."""
+    """List what tells whether a tensor, or its numbers, have changed since."""
     version = None if tensor.is_inference() else tensor._version
     shape = None if is_lazy(tensor) else tuple(tensor.shape)
     return [version, shape, tensor.requires_grad, tensor.device.type, tensor.dtype]
@@ -283,7 +285,7 @@ def _cells(value: types.FunctionType) -> list[Any]:
 
 
 def _parts(value: Any) -> Collection[Any]:
-    """List what a value holds, where it can be made again around other things."""
+    """List what a value holds, if the value can be made again around other contents."""
     kind = type(value)
     if isinstance(value, dict):
         return value.values()

@@ -1,4 +1,4 @@
-"""Calls of a forward brought to one form."""
+"""Signatures of forwards: which arguments are the model's and which its grafts', and calls brought to one form."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ class Declared:
         return (*args, *(kwargs[name] for name in named))
 
     def beside(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
-        """Return what a call gives beside images, labels and defaults, by argument.
+        """Return what a call gives in addition to images, labels and defaults, by argument.
 
         Of a first argument that holds several tensors, as a dictionary of patches and a mask of them, those of another
         kind than the first are beside the images. What is the same for all images counts if the forward names it:

@@ -92,8 +92,7 @@ class Traced:
         settings: what the trace has read of modules, to be compared by `settings_changed`, by module path.
         reads: the same as it was noticed: names of attributes by module.
         opened: paths of the modules whose forwards ran.
-        refusal: a function that says what the forward does that the graph would not do again; None where that is
-            nothing.
+        refusal: the error that says what the forward does and the graph would not do again; None for nothing.
         beside: whether that is only a note that the forward takes, and changes no value.
     """
 
@@ -126,7 +125,7 @@ class ShallowTracer(fx.Tracer):
     """A tracer that opens the modules named, and those below ``deep`` down to primitives.
 
     While it traces, torch.fx replaces ``torch.nn.Module.__call__`` and ``__getattr__`` for the whole process.
-    What other threads call and read meanwhile is none of this trace, and is handed through.
+    Calls and reads of other threads pass through, and are no part of this trace.
     """
 
     def __init__(self, opened: Sequence[str], deep: Sequence[str], hooks: bool = False) -> None:
@@ -205,7 +204,7 @@ class ShallowTracer(fx.Tracer):
     def retire(self) -> set[str]:
         """Let go of the model, which closures of torch.fx would keep until the next collection.
 
-        What threads need that are still in a call stays, and functions to wrap are none of it any more.
+        What other threads still need in a call stays.
 
         Returns:
             The modules that were opened, by path.
@@ -215,19 +214,19 @@ class ShallowTracer(fx.Tracer):
         return touched
 
     def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
-        """Make a node, and take down what it runs under."""
+        """Make a node, and record the modes that it runs under."""
         node = super().create_node(*args, **kwargs)
         self.recorder.note(node)
         return node
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
-        """Stand in for a node's value."""
+        """Make the proxy of a node's value."""
         proxy = InPlaceProxy(node, self)
         self.proxies.append(weakref.ref(proxy))
         return proxy
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        """Keep every module closed that nobody asked to open."""
+        """Say whether a module stays one call: all do that nobody asked to open."""
         if module_qualified_name in self.opened:
             return False
         inside = any(
@@ -275,7 +274,7 @@ class ShallowTracer(fx.Tracer):
         return out
 
     def _note_changed(self, m: nn.Module) -> None:
-        """Take down what the forward has set in a module that stays closed: the call in the graph would not have it."""
+        """Record what the forward set in a module that stays closed: the call in the graph would run without it."""
         for module in m.modules():
             before, now = self.own.get(module), registered(module)
             for name in dict.fromkeys((*(before or ()), *now)):
@@ -283,7 +282,7 @@ class ShallowTracer(fx.Tracer):
                     self.changed.append((module, name, user_line()))
 
     def find_changed(self) -> None:
-        """After the trace: say what was set for a call alone. `find_changes` sees the attributes that stay set."""
+        """Report what the forward set for the time of a call. `find_changes` reports attributes that stay set."""
         for module, name, line in self.changed:
             before, now = self.own[module].get(name), registered(module).get(name)
             if before is now or name in module._parameters or name in module._buffers:
@@ -370,7 +369,7 @@ def _unpacked(proxy: fx.Proxy, seen: Any) -> Any:
 
 
 def _refused(module: nn.Module, path: str, error: StateChangedError) -> TraceError:
-    """Say what the forward of a module does that a graph of it would not do again."""
+    """Make the error for a forward that does something which its graph would not do again."""
     name = f"{path!r} ({module._get_name()})" if path else module._get_name()
     code = getattr(bare_forward(module), "__code__", None)
     where = error.line or (f"{code.co_filename}:{code.co_firstlineno}" if code else "an unknown line")
@@ -384,7 +383,7 @@ def _refused(module: nn.Module, path: str, error: StateChangedError) -> TraceErr
 
 
 def _trace_error(module: nn.Module, path: str, error: BaseException) -> TraceError:
-    """Say which module and line stopped the trace."""
+    """Make the error that names the module and the line where the trace stopped."""
     frames = traceback.extract_tb(error.__traceback__)
     user = [f for f in frames if "/torch/" not in f.filename and "fxgraft/graph" not in f.filename]
     where = f"{user[-1].filename}:{user[-1].lineno}: {user[-1].line}" if user else "an unknown line"
@@ -464,7 +463,7 @@ def trace(
         (with_sizes, True, True),
         (with_sizes, True, False),
     ]
-    # Told apart by identity: an argument of any class may be without a hash, or compare tensors when it is compared.
+    # By identity: an argument may have no hash, or compare tensors entry by entry in its ``==``.
     different = {(tuple(map(id, fixed)), *rest): (fixed, *rest) for fixed, *rest in attempts}
     for fixed, branching, buffers in different.values():
         given = (path, observed or {}, bare_forward(module), spec, fixed, names, leaves)
@@ -532,7 +531,7 @@ def _tracer(
 
 @dataclass
 class _Attempt:
-    """What came of tracing once: a graph, its constants, the state of its nodes, and the modules that were opened."""
+    """The result of tracing once: a graph, its constants, the state of its nodes, and the modules that were opened."""
 
     graph: fx.Graph
     constants: dict[str, Any]
@@ -584,7 +583,7 @@ def _attempt(module: nn.Module, tracer: ShallowTracer, training: bool, modes: Mo
 
 
 def copied(graph: fx.Graph) -> fx.Graph:
-    """Copy a graph, its nodes under their names and with what is noted on them."""
+    """Copy a graph. The nodes keep their names and the notes on them."""
     copy = fx.Graph()
     returned = copy.graph_copy(graph, {})
     end = copy.output(returned)

@@ -73,7 +73,7 @@ class Values:
             return None
         try:
             return self(node)
-        except Exception:  # shapes are a courtesy of listings: what cannot be propagated stands without
+        except Exception:  # listings show a value without its shape where that cannot be computed
             return None
 
     def _missing(self, node: fx.Node) -> list[fx.Node]:
