@@ -22,7 +22,6 @@ from fxgraft.extend import (
     Picture,
     Preset,
     Site,
-    SiteError,
     SiteSpec,
     StructureError,
     TraceError,
@@ -81,7 +80,8 @@ class DSU(MapPatch):
 
     Without ``layers`` the units are at the six places of the paper: behind the first layer (in front of its norm), in
     front of the first of the last four stages (behind the max-pooling of a ResNet), and behind each of these. Of a
-    plain ViT the stages are four shares of its blocks. A place that a network does not have is left out.
+    plain ViT the stages are four shares of its blocks. A place that a network does not have is left out, as is one that
+    no prediction reads, such as the tokens behind the last block of a ViT with a class token.
 
     Args:
         factor: what the noise is multiplied by.
@@ -116,14 +116,14 @@ class DSU(MapPatch):
         check_positive(self, "factor")
 
     def default_sites(self, backbone: Backbone) -> list[Site]:
-        """Find the places of the paper, those that hold maps or tokens of one image each."""
+        """Find the places of the paper."""
         try:
             sites = [site for stem in backbone.stems() for site in backbone.sites(stem.path)]
         except (StructureError, TraceError):  # no first layer that is known: the other places stay
             sites = []
         stem = backbone.stem_output()
         sites += [*([] if stem is None else [stem]), *backbone.main_stages()]
-        return [*{site.name: site for site in sites if _fits(backbone, site)}.values()]
+        return [*{site.name: site for site in sites}.values()]
 
     def change(self, x: Tensor, run: PassView | None = None) -> Tensor:
         """Draw other means and deviations around those of maps (B, C, *positions)."""
@@ -143,10 +143,3 @@ class DSU(MapPatch):
         return Picture(
             [panels], f"styles drawn around the image's own, {channels} colours as if they were channels"
         )
-
-
-def _fits(backbone: Backbone, site: Site) -> bool:
-    try:
-        return bool(backbone.layout(site, places=True))
-    except SiteError:
-        return False

@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
+from fxgraft.errors import SiteError
 from fxgraft.graph.grafting.backbone import Backbone
 from fxgraft.graph.grafting.graft import Graft, Make
 from fxgraft.graph.grafting.placement import Placement
@@ -45,7 +46,7 @@ class MapPatch(LayeredPatch):
         check_share(self, "p")
 
     def default_sites(self, backbone: Backbone) -> Iterable[Site]:
-        """Return where units go without ``layers``; by default behind the last four stages."""
+        """Return where units go without ``layers``, where there are maps; by default behind the last four stages."""
         return backbone.main_stages()
 
     def change(self, x: Tensor, run: PassView) -> Tensor:
@@ -54,10 +55,16 @@ class MapPatch(LayeredPatch):
 
     def place(self, backbone: Backbone, make: Make) -> Iterator[list[Placement]]:
         """Put a unit at every site, for training alone."""
-        for site in self.default_sites(backbone) if self.layers is None else backbone.sites(self.layers):
+        sites = self._default(backbone) if self.layers is None else backbone.sites(self.layers)
+        for site in backbone.read(sites):
             unit = make(site.name, MapUnit, self)
             unit.bind(layout=backbone.layout(site, places=True))
             yield backbone.place(site, unit, evaluation=False)
+
+    def _default(self, backbone: Backbone) -> list[Site]:
+        """Leave out the places that hold no maps or tokens of one image each, but where no other is left."""
+        sites = list(self.default_sites(backbone))
+        return [site for site in sites if _fits(backbone, site)] or sites
 
     def describe(self, graft: Graft) -> str:
         """Say where the units are and how often they act."""
@@ -84,3 +91,10 @@ class MapUnit(Unit):
             run.check_images_alone("Statistics of channels would count padding.", all_positions=True)
             run.measure("on", on)
         return draws.choose(on, lambda: layout.restore(x, config.change(layout.canonical(x), self.run)), x)
+
+
+def _fits(backbone: Backbone, site: Site) -> bool:
+    try:
+        return bool(backbone.layout(site, places=True))
+    except SiteError:
+        return False

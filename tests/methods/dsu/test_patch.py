@@ -16,13 +16,13 @@ from fxgraft.patches.dsu import perturb_moments
         ("convnext_atto", ["stem.0", "stem", *(f"stages.{i}" for i in range(4))]),
         (
             "vit_tiny_patch16_224",
-            ["patch_embed.proj", "pos_drop", "blocks.2", "blocks.5", "blocks.8", "blocks.11"],
+            ["patch_embed.proj", "pos_drop", "blocks.2", "blocks.5", "blocks.8"],
         ),
         ("efficientnet_lite0", ["conv_stem", *(f"blocks.{i}" for i in (0, 1, 2, 4, 6))]),
         ("vgg11", ["features.0", *(f"features.{i}" for i in (9, 14, 19, 20))]),
     ],
 )
-def test_the_six_places(network: str, expected: list[str]) -> None:
+def test_the_places_of_the_paper(network: str, expected: list[str]) -> None:
     with torch.device("meta"):
         model = timm.create_model(network)
     fxgraft.patch(model, "dsu")
@@ -35,6 +35,36 @@ def test_styles_spread_as_those_of_the_batch() -> None:
     torch.testing.assert_close(perturb_moments(x, *torch.zeros_like(noise)), x)
     moved = perturb_moments(x, noise[0], torch.zeros_like(noise[0])).mean((2, 3)) - x.mean((2, 3))
     torch.testing.assert_close(moved, noise[0] * x.mean((2, 3)).std(0))
+
+
+@pytest.mark.parametrize("method", ["dsu", "mixstyle"])
+@pytest.mark.parametrize(
+    ("network", "layer", "match"),
+    [
+        ("pit_ti_distilled_224", "norm", "Nothing that happens at 'norm' can change a prediction"),
+        (
+            "resnet18",
+            "global_pool.pool",
+            r"no positions: its value is of shape \(2, 512, 1, 1\)(?s:.*)earlier",
+        ),
+        ("vit_tiny_patch16_224", "blocks.11", "Nothing that happens at 'blocks.11' can change a prediction"),
+    ],
+)
+def test_places_where_nothing_would_change_are_refused(
+    method: str, network: str, layer: str, match: str
+) -> None:
+    with torch.device("meta"):
+        model = timm.create_model(network)
+    with pytest.raises(fxgraft.SiteError, match=match):
+        fxgraft.patch(model, method, layers=layer)
+
+
+@pytest.mark.parametrize(("method", "count"), [("dsu", 5), ("mixstyle", 3)])
+def test_stages_of_one_position_are_left_out(method: str, count: int) -> None:
+    with torch.device("meta"):
+        model = timm.create_model("resnet18")
+    fxgraft.patch(model, method, input_size=(3, 32, 32), **({"stages": 4} if method == "mixstyle" else {}))
+    assert len(fxgraft.grafts(model)[0].units) == count
 
 
 @pytest.mark.parametrize(

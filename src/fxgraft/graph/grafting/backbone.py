@@ -8,7 +8,6 @@ from typing import Any
 
 from torch import nn
 
-from fxgraft.errors import SiteError
 from fxgraft.graph.grafting.placement import Placement
 from fxgraft.graph.grafting.unit import Unit
 from fxgraft.graph.structure.affine_fold import Absorber, absorber_of
@@ -23,7 +22,7 @@ from fxgraft.graph.structure.heads.stem_and_classifier import (
 from fxgraft.graph.structure.joins import Join, residual_joins
 from fxgraft.graph.structure.layout import Layout
 from fxgraft.graph.structure.onward import without_idle
-from fxgraft.graph.structure.positions import positions
+from fxgraft.graph.structure.positions import no_positions, positions
 from fxgraft.graph.structure.rest_of_network import Rest, reads_places, rest_of_network, span_to_output
 from fxgraft.graph.structure.site import Site, edits_of, layout_at
 from fxgraft.graph.structure.sites import SiteSpec, list_sites, named_sites, resolve
@@ -113,7 +112,14 @@ class Backbone:
 
         Those behind which a class token alone is read are left out: a unit on the other tokens changes nothing there.
         """
-        sites = positions(self.trace, position, layers)
+        return self.read(positions(self.trace, position, layers))
+
+    def read(self, sites: list[Site]) -> list[Site]:
+        """Leave out the sites that no prediction reads, as tokens behind which a class token alone goes on.
+
+        Raises:
+            SiteError: none is left.
+        """
         kept = without_idle(self.trace, sites)
         return [replace(site, left_out=site.left_out + len(sites) - len(kept)) for site in kept]
 
@@ -127,17 +133,15 @@ class Backbone:
         Args:
             site: one that holds one tensor.
             name: the layout that the user names, a `LayoutName`.
-            places: whether vectors are refused, as statistics over the positions of a map have no meaning there.
+            places: whether less than two positions are refused, of which statistics have no meaning: vectors, pooled
+                maps, class tokens by themselves.
 
         Raises:
-            SiteError: no tensor, a layout that cannot be told, one that does not fit the value, or vectors.
+            SiteError: no tensor, a layout that cannot be told, one that does not fit the value, or too few positions.
         """
         layout = layout_at(self.trace, site, name)
-        if places and layout.name == "NC":
-            raise SiteError(
-                f"{site.name!r} has no positions: its value is of shape {site.shape}.\n"
-                "What is asked for are maps or tokens.\nChoose an earlier layer; fxgraft.sites(model) lists them."
-            )
+        if places and layout.canonical(site.value)[0, 0].numel() < 2:
+            raise no_positions(site)
         return layout
 
     def joins(self) -> list[Join]:

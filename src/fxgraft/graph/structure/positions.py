@@ -100,12 +100,7 @@ def positions(trace: ModelTrace, position: str | None = None, layers: SiteSpec |
     for word in words:
         for site in _named(trace, word, lambda: blocks()[1]):
             if not _holds_places(site):
-                raise SiteError(
-                    f"{site.name!r} has no positions: its value is "
-                    f"{'no tensor' if site.shape is None else f'of shape {site.shape}'}.\n"
-                    "Maps or tokens of more than one position are needed, one row of the batch per image.\n"
-                    "Choose an earlier layer, or pass the input_size=(C, H, W) that you train at."
-                )
+                raise no_positions(site)
             chosen[site.name] = site
     if not chosen:
         raise SiteError("No layer was named.\nLeave layers= out for all blocks.")
@@ -364,6 +359,16 @@ def _holds(word: str, site: Site) -> bool:
     if is_glob(word):
         return matches(word, site.block) or matches(word, site.name)
     return word in (site.name, site.block) or site.block.startswith(word + ".")
+
+
+def no_positions(site: Site) -> SiteError:
+    """Make the error that says that a value is no map or tokens of single images with more than one place."""
+    return SiteError(
+        f"{site.name!r} has no positions: its value is "
+        f"{'no tensor' if site.shape is None else f'of shape {site.shape}'}.\n"
+        "Maps or tokens of more than one position are needed, one row of the batch per image.\n"
+        "Choose an earlier layer, or pass the input_size=(C, H, W) that you train at."
+    )
 
 
 def _holds_places(site: Site) -> bool:

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, fx, nn
 
 from fxgraft.errors import SiteError, StructureError
-from fxgraft.graph.dataflow.flow import passed_by_all
+from fxgraft.graph.dataflow.flow import mark_of, passed_by_all
 from fxgraft.graph.dataflow.graph_utils import downstream_of
 from fxgraft.graph.dataflow.steps import PROJECTIONS
 from fxgraft.graph.structure.heads.outputs import take_logits
@@ -40,10 +40,10 @@ def stage_at(trace: ModelTrace, index: int) -> Site:
 def stages(trace: ModelTrace) -> list[Site]:
     """List the stages of a backbone, in running order.
 
-    Those of timm's ``feature_info`` that give a map or tokens, the first one of several values.
-    Without any, the last module at each number of places that nothing goes around on the way to the output, or every
-    block where that number never changes. Modules that run several stages are looked into; a norm behind a stage
-    belongs to it.
+    Those of timm's ``feature_info`` that give a map or tokens; of several values the first with as many channels as it
+    says. Without any, the last module at each number of places that nothing goes around on the way to the output, or
+    every block where that number never changes. Modules that run several stages are looked into; a norm behind a stage
+    is none itself.
 
     Raises:
         StructureError: there is none.
@@ -59,7 +59,7 @@ def stages(trace: ModelTrace) -> list[Site]:
             for entry in declared
             if (site := _declared(trace, entry["module"], entry.get("num_chs"))) is not None
         ]
-    sites = list({site.name: site for site in sites}.values()) or _by_places(trace)
+    sites = sorted({site.name: site for site in sites}.values(), key=_made) or _by_places(trace)
     if not sites:
         raise StructureError(
             f"{trace.name} has no feature_info and no feature maps to number stages by.\n"
@@ -112,21 +112,28 @@ def stem_output(trace: ModelTrace) -> Site | None:
 def _declared(trace: ModelTrace, name: str, channels: int | None = None) -> Site | None:
     """Find the map of a stage that ``feature_info`` names; None where that module gives none.
 
-    Of several values it is the first map, of those that have as many channels as it says if there are any.
+    Of several values it is the first map with as many channels as it says; branches have others than their sum.
     """
     lists = (nn.Sequential, nn.ModuleList)
     path = name if name in trace.observation.calls else last_called(trace, name, lists)
     if path is None:
         return None
     output = trace.observation.output(path)
+
     if isinstance(output, Tensor):
         return module_site(trace, path) if places_in(output) else None
 
     def as_said(value: Any) -> bool:
         layout = layout_of_value(value) if places_in(value) else None
-        return layout is not None and layout.canonical(value).shape[1] == channels
+        return layout is not None and channels in (None, layout.canonical(value).shape[1])
 
-    return entry_site(trace, path, as_said) or entry_site(trace, path, lambda value: places_in(value) > 0)
+    return entry_site(trace, path, as_said)
+
+
+def _made(site: Site) -> int:
+    """Return when a stage's value is made, which `mark_of` knows of all that have places."""
+    mark = mark_of(site.value)
+    return 0 if mark is None else mark.number
 
 
 def _by_places(trace: ModelTrace) -> list[Site]:

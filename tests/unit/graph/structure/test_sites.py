@@ -204,6 +204,48 @@ def test_entries_of_feature_info_that_work_are_used(
     assert [stage.name for stage in stages(ModelTrace(model, SIZE))] == expected
 
 
+class Branches(nn.Module):
+    """Gives a map of its input's size, and one of half of it with other channels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fine, self.coarse = nn.Conv2d(3, 8, 3, 1, 1), nn.Conv2d(3, 6, 3, 2, 1)
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        return [self.fine(x), self.coarse(x)]
+
+
+class Joined(nn.Module):
+    """Two branches between a stem and a last layer that sees both."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.branches = nn.Conv2d(3, 3, 3, 2, 1), Branches()
+        self.down, self.last, self.fc = (
+            nn.Conv2d(8, 6, 3, 2, 1),
+            nn.Conv2d(6, 12, 1),
+            nn.Linear(12, 4),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        fine, coarse = self.branches(self.stem(x))
+        return self.fc(self.last(self.down(fine) + coarse).mean((2, 3)))
+
+
+@pytest.mark.parametrize(
+    ("channels", "expected"),
+    [
+        ([12], ["stem", "last"]),  # of what is made of both branches: neither of them is the stage
+        ([6, 8], ["branches.fine", "branches.coarse"]),
+        ([6], ["branches.coarse"]),
+    ],
+)
+def test_a_branch_is_a_stage_where_feature_info_says_so(channels: list[int], expected: list[str]) -> None:
+    model = Joined()
+    model.feature_info = [{"module": "branches", "num_chs": each} for each in channels]
+    assert [stage.name for stage in stages(ModelTrace(model, SIZE))] == expected
+
+
 @pytest.mark.parametrize("stride", [1, 2])
 def test_a_stage_whose_value_an_encoder_hands_on_in_an_object_is_no_less_one(stride: int) -> None:
     """What has no name as the encoder's value has one as the stage's."""
