@@ -43,6 +43,7 @@ from fxgraft.graph.structure.stages import stages
 from fxgraft.graph.tracing.model_trace import ModelTrace
 
 TABLES = sorted((Path(__file__).parent / "places").glob("*.yaml"))
+SECOND = Path(__file__).parent / "second.yaml"
 PLACES: dict[str, dict[str, Any]] = {
     name: places
     for table in TABLES
@@ -163,3 +164,21 @@ def test_the_tables_are_whole() -> None:
     assert all(
         (places["pooled"] is None) or not places["head"].startswith("none") for places in PLACES.values()
     )
+
+
+def same(first: str, second: str) -> bool:
+    """Say whether two stages are one: a module and what makes its value have a name in common."""
+    names, others = zip(first.split(" ", 1), second.split(" ", 1), strict=True)
+    return others[0] == others[1] and f"{max(names, key=len)}.".startswith(f"{min(names, key=len)}.")
+
+
+def test_the_second_decision_is_the_first_but_where_it_says_so() -> None:
+    second = yaml.safe_load(SECOND.read_text(encoding="utf-8"))
+    assert len(second) >= 20
+    differing = set()
+    for name, decided_again in second.items():
+        stages_of = [[*spread(places["stages"])] for places in (PLACES[name], decided_again)]
+        alike = len(stages_of[0]) == len(stages_of[1]) and all(map(same, *stages_of))
+        if not alike or PLACES[name]["layouts"] != decided_again["layouts"]:
+            differing.add(name)
+    assert differing == {name for name, each in second.items() if "differs" in each}
