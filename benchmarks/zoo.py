@@ -104,23 +104,38 @@ class Zoo:
         return [name for name in dict.fromkeys(order) if name not in self.records]
 
     def incomplete(self, pattern: str = "*") -> list[str]:
-        """Return the architectures that were tried when there were fewer methods, the smallest first."""
+        """Return the architectures that were tried when there were fewer methods, the commonest structures first."""
         names = [
             name
             for name, record in self.records.items()
             if lacking(record) and fnmatch.fnmatch(name, pattern)
         ]
-        return sorted(names, key=lambda name: self.structures[name]["modules"])
+        return sorted(names, key=self._rare)
 
     def unchecked(self, pattern: str = "*") -> list[str]:
-        """Return the architectures whose places were not checked yet, one of each structure, the smallest first."""
+        """Return the architectures whose places were not checked yet, the smallest of each structure.
+
+        One of each model file comes first, then the commonest structures.
+        """
         known = {self.structures[name].get("structure") for name in self.places if name in self.structures}
         smallest: dict[str, str] = {}
         for name in sorted(self.structures, key=lambda name: self.structures[name].get("modules", 0)):
             what = self.structures[name].get("structure")
             if what is not None and what not in known and fnmatch.fnmatch(name, pattern):
                 smallest.setdefault(what, name)
-        return list(smallest.values())
+        files = {self.structures[name]["family"] for name in self.places if name in self.structures}
+        first: dict[str, str] = {}
+        for name in smallest.values():
+            if (family := self.structures[name]["family"]) not in files:
+                first.setdefault(family, name)
+        return [*dict.fromkeys([*first.values(), *sorted(smallest.values(), key=self._rare)])]
+
+    def _rare(self, name: str) -> tuple[int, int]:
+        """Sort architectures whose structure many have before others, and small ones before large ones."""
+        common = sum(
+            each.get("structure") == self.structures[name]["structure"] for each in self.structures.values()
+        )
+        return -common, self.structures[name]["modules"]
 
     def known(self) -> dict[str, Record]:
         """Return what is known by architecture: its own record, or that of the smallest tried of its structure."""

@@ -158,6 +158,18 @@ def test_places_are_counted_by_themselves(tmp_path: Path) -> None:
     assert "| timm/b | a gate; a map |" in text
 
 
+def test_model_files_without_a_check_come_first_then_what_most_have(tmp_path: Path) -> None:
+    found = Zoo(tmp_path / "zoo.json")
+    found.structures, found.records = dict(STRUCTURES), {**RECORDS, "timm/d": RECORDS["timm/a"]}
+    assert found.incomplete() == ["timm/a", "timm/b", "timm/d"]
+    found.structures["timm/e"] = {"family": "timm/x", "structure": "4", "modules": 1}
+    found.places = {"timm/e": {"wrong": []}}
+    assert found.unchecked() == ["timm/d", "timm/a", "timm/b"]
+    found.places["timm/other"] = {"wrong": []}
+    found.structures["timm/other"] = {"family": "timm/y", "structure": "5", "modules": 2}
+    assert found.unchecked() == ["timm/a", "timm/b", "timm/d"]
+
+
 def test_a_run_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tried: list[str] = []
     complete = {
