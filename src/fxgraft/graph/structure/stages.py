@@ -119,7 +119,6 @@ def _declared(trace: ModelTrace, name: str, channels: int | None = None) -> Site
     if path is None:
         return None
     output = trace.observation.output(path)
-
     if isinstance(output, Tensor):
         return module_site(trace, path) if places_in(output) else None
 
