@@ -54,9 +54,9 @@ from fxgraft.api import set_progress as set_progress
 from fxgraft.api import sites as sites
 from fxgraft.api import summary as summary
 from fxgraft.patches.taps import tapped as tapped
-from fxgraft.graph.runtime.published import targets as targets
+from fxgraft.graph.runtime.published_labels import targets as targets
 from fxgraft.api import unpatch as unpatch
-from fxgraft.graph.runtime.published import with_targets as with_targets
+from fxgraft.graph.runtime.labelled_loader import with_targets as with_targets
 
 __version__: str
 

@@ -28,6 +28,7 @@ LAYERS: list[tuple[str, ...]] = [
         "_torch.py",
         "errors.py",
         "io/atomic_write.py",
+        "io/header.py",
         "io/__init__.py",
         "io/graft_file.py",
         "io/packaged_weights.py",

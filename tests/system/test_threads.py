@@ -90,7 +90,7 @@ def test_models_train_in_threads_with_their_own_labels() -> None:
             fxgraft.loss(model, out, y).backward()
             optimizer.step()
             optimizer.zero_grad()
-            taken = fxgraft.graph.runtime.published._published.get()[-1].known[-1].value
+            taken = fxgraft.graph.runtime.published_labels._published.get()[-1].known[-1].value
             seen[index].append((int(taken[0]), int(y[0])))
             assert torch.isfinite(out).all()
 

@@ -18,7 +18,8 @@ from fxgraft.api import grafts
 from fxgraft.errors import ConfigError, RecipeError
 from fxgraft.graph.atomic import Step, apply_atomically, refilling
 from fxgraft.graph.grafting.state import state_of
-from fxgraft.io.atomic_write import Header, clear_drafts, write_file
+from fxgraft.io.atomic_write import clear_drafts, write_file
+from fxgraft.io.header import Header
 from fxgraft.io.save_load import content_digest
 
 HEADER = Header(

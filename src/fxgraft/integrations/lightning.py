@@ -13,7 +13,7 @@ from fxgraft.api import set_progress
 from fxgraft.errors import ConfigError, FxgraftWarning, UnknownGraftError
 from fxgraft.graph.grafting.lookup import named_grafts, patched_parts
 from fxgraft.graph.runtime.labels import Entry
-from fxgraft.graph.runtime.published import batch_targets
+from fxgraft.graph.runtime.published_labels import batch_targets
 from fxgraft.graph.tracing.observe import tensors
 from fxgraft.inspection import diagnostics
 

@@ -42,9 +42,10 @@ from fxgraft.graph.grafting.lookup import own_keys, patched_parts, registry_of
 from fxgraft.graph.grafting.placement import PlacementRecord
 from fxgraft.graph.grafting.state import state_of
 from fxgraft.graph.tracing.preserve import preserved_random_state
-from fxgraft.io.atomic_write import Header, digest_of, write_file
+from fxgraft.io.atomic_write import digest_of, write_file
 from fxgraft.io.backbone_weights import Weights
 from fxgraft.io.constructor import Constructor, constructor_of, given_constructor, load_constructed
+from fxgraft.io.header import Header
 from fxgraft.patches.registry import build
 
 M = TypeVar("M", bound=nn.Module)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 import fxgraft
-from fxgraft.graph.runtime import published
+from fxgraft.graph.runtime import published_labels
 from fxgraft.patches.gam import step as gam
 from models.toys import LABELS, images, net
 from system.contract.cases import same
@@ -125,7 +125,7 @@ def read(world: World) -> Tensor:
 
 def served(world: World) -> Any:
     """The state of the model, and whether the labels of the batch have served their pass."""
-    (source,) = [each for each in published._published.get() if each.serves(world["model"])]
+    (source,) = [each for each in published_labels._published.get() if each.serves(world["model"])]
     return without_statistics(world), source.known[-1].used
 
 

@@ -11,8 +11,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from fxgraft.errors import RecipeError
-from fxgraft.io.atomic_write import Header, clear_drafts, write_file, write_text
+from fxgraft.io.atomic_write import clear_drafts, write_file, write_text
 from system.faults.lines import Lines
 
 
@@ -133,18 +132,3 @@ def test_links_and_pipes_stay_what_they_are(tmp_path: Path) -> None:
     assert (tmp_path / "real" / "file").read_text() == "new"
     write_text(Path(os.devnull), "nothing")
     assert not Path(os.devnull).is_file()
-
-
-HEADER = Header("parts", 2, what="list of parts", instead="Name a list.", upgrade="Upgrade.")
-
-
-@pytest.mark.parametrize("other", [[], None, {}, {"format": "wholes", "version": 2}])
-def test_a_file_of_another_kind_is_refused(other) -> None:
-    with pytest.raises(RecipeError, match=r"'here' isn't a list of parts\.\nName a list\."):
-        HEADER.check(other, Path("here"))
-
-
-def test_a_file_of_another_version_is_refused() -> None:
-    HEADER.check({**HEADER.entries(), "more": 1}, Path("here"))
-    with pytest.raises(RecipeError, match=r"'here' is of version 3; this fxgraft reads version 2.*\n.*\nUp"):
-        HEADER.check({"format": "parts", "version": 3}, Path("here"))

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from fxgraft.errors import ConfigError, TargetError
 from fxgraft.graph.runtime.loss_watch import Doubts, LossWatch, Outputs, ParameterWatch, ProgressWatch
-from fxgraft.graph.runtime.published import PassLabels, targets
+from fxgraft.graph.runtime.published_labels import PassLabels, targets
 from fxgraft.graph.tracing.observe import tensors
 
 # A plain threading.local, which torch.compile follows, writes included. Passes nest: the innermost is the last.

@@ -22,7 +22,7 @@ from fxgraft._torch import FakeTensor, assert_later
 from fxgraft.errors import FxgraftError, FxgraftWarning
 from fxgraft.graph.runtime.labels import version_of
 from fxgraft.graph.runtime.living import note_change
-from fxgraft.graph.runtime.published import place_of
+from fxgraft.graph.runtime.published_labels import place_of
 from fxgraft.graph.runtime.recorders import recorded, values_of
 from fxgraft.graph.tracing.observe import tensors
 

@@ -32,7 +32,7 @@ from torch import nn
 import fxgraft
 from fxgraft.errors import ConfigError, FxgraftWarning, WrappedModelError
 from fxgraft.graph.grafting.lookup import counterparts, unwrapped
-from fxgraft.graph.runtime.published import relabel
+from fxgraft.graph.runtime.published_labels import relabel
 from fxgraft.spec import parse_grafts
 
 _logger = logging.getLogger(__name__)
