@@ -15,7 +15,6 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import timm
 import typer
 from benchmarks.__main__ import FOLDER as RESULTS
 from benchmarks.__main__ import result_tables
@@ -27,17 +26,15 @@ from fxgraft.cli.method_facts import card_sections, option_rows, preset_rows
 from fxgraft.io import save_load
 from fxgraft.io.atomic_write import write_text
 from fxgraft.viz.pictures import methods_with_pictures
-from tools.pictures import MADE_WITH, draw
-from tools.readme import citations, method_table, own_methods
+from tools.pictures import ALT, MADE_WITH, draw
+from tools.readme import method_table, own_methods
+from tools.where import drawings, planned
 
 FOLDERS = ("methods", "reference", "generated")
 """The folders of docs/ in which everything is generated."""
 
-EXAMPLE_NETWORKS = ("resnet18", "vit_tiny_patch16_224")
-"""The networks on which a card shows where its method goes."""
-
-NEED_LAYERS = ("gam", "taps")
-"""Methods that are given a layer in examples, since they have none by default."""
+EXAMPLE_NETWORKS = ("resnet50", "vit_small_patch16_224")
+"""timm's networks on which a card shows where its method goes."""
 
 MOST_LINES = 4
 """How many places of a plan a card shows."""
@@ -76,22 +73,17 @@ def method_pages() -> dict[str, str]:
     """Write the cards of the methods, and their index."""
     methods = own_methods()
     pages = {f"methods/{name}.md": card_page(name, method) for name, method in methods.items()}
-    pictures = shown_methods()
-    cards = []
-    for name, method in methods.items():
-        picture = (
-            f":img-top: {name}.png\n:img-alt: What {method.title} does with a photograph\n"
-            if name in pictures
-            else ""
-        )
-        cards.append(
-            f":::{{grid-item-card}} {method.title}\n:link: {name}\n:link-type: doc\n{picture}\n{method.idea}\n:::\n"
-        )
+    cards = [
+        f":::{{grid-item-card}} {method.title}\n:link: {name}\n:link-type: doc\n"
+        f":img-top: ../_static/small/{name}.png\n:img-alt: {ALT[name]}\n\n{method.idea}\n:::\n"
+        for name, method in methods.items()
+    ]
     pages["methods/index.md"] = page(
         "Methods",
         "Each card says what a method does, where it goes, what it costs, when it hurts, and which options it has. "
-        "`fxgraft info METHOD` prints the same. The pictures show scikit-learn's photographs. " + MADE_WITH,
-        "::::{grid} 1 2 2 3\n:gutter: 3\n\n" + "\n".join(cards) + "::::",
+        "`fxgraft info METHOD` prints the same. The pictures show scikit-learn's photographs; that of SelfNorm is "
+        "a drawing. " + MADE_WITH,
+        "::::{grid} 1 2 2 3\n:gutter: 3\n:class-container: gallery\n\n" + "\n".join(cards) + "::::",
         method_table(methods, "{name}.md"),
         toctree(methods),
     )
@@ -124,9 +116,18 @@ def card_page(name: str, method: Any) -> str:
             if len(lines) > 1 or label == "diagnostics"
             else sentence(fact),
         ]
+        if label == "where":
+            drawn = drawings(name, EXAMPLE_NETWORKS)
+            parts += [
+                fence(drawn, "{raw} html"),
+                "::::{dropdown} The units, one by one",
+                *plans(name),
+                "::::",
+            ]
+    options = "".join(f", {option}={value!r}" for option, value in method.example.items())
     parts += [
         "## Use",
-        fence(f'fxgraft.patch(model, "{name}"{", layers=[-1]" if name in NEED_LAYERS else ""})', "py"),
+        fence(f'fxgraft.patch(model, "{name}"{options})', "py"),
     ]
     parts += [
         "## Options",
@@ -135,7 +136,6 @@ def card_page(name: str, method: Any) -> str:
             for option, kind, default, text in option_rows(method)
         ),
     ]
-    parts += ["## On two networks", *examples(name)]
     parts += found_by_measuring(name)
     if method.presets:
         rows = [
@@ -165,19 +165,17 @@ def card_page(name: str, method: Any) -> str:
     return page(f"{name}: {method.title}", *parts)
 
 
-def examples(name: str) -> list[str]:
-    """Say where a method goes on a network of convolutions and on a transformer: the plans that it makes."""
+def plans(name: str) -> list[str]:
+    """Write the plans of a method on the example networks, where it goes on them."""
     parts = []
     for model in EXAMPLE_NETWORKS:
-        given: dict[str, Any] = {"layers": [-1]} if name in NEED_LAYERS else {}
         try:
-            plan = fxgraft.patch(timm.create_model(model), name, dry_run=True, **given)
-            first, *lines = str(plan).splitlines()
-            shown = [*lines[:MOST_LINES], *([f"  … {len(lines)} in all"] if len(lines) > MOST_LINES else [])]
-            said = "\n".join([first, *shown])
-        except fxgraft.FxgraftError as error:
-            said = str(error)
-        parts += [f"On timm's {model}:", fence(said, "text")]
+            plan = planned(model, name)
+        except fxgraft.FxgraftError:
+            continue  # the drawings say why
+        first, *lines = str(plan).splitlines()
+        shown = [*lines[:MOST_LINES], *([f"  … {len(lines)} in all"] if len(lines) > MOST_LINES else [])]
+        parts += [f"On {model}:", fence("\n".join([first, *shown]), "text")]
     return parts
 
 
@@ -317,6 +315,17 @@ def other_pages() -> dict[str, str]:
         ),
         "generated/troubleshooting.md": troubleshooting_page(),
     }
+
+
+def citations(methods: Mapping[str, type[fxgraft.Patch]]) -> str:
+    """Return the list of papers; one that several methods come from is listed once."""
+    papers: dict[str, list[type[fxgraft.Patch]]] = {}
+    for method in methods.values():
+        papers.setdefault(method.url, []).append(method)
+    return "\n".join(
+        f"- {', '.join(f'`{method.method}`' for method in sharing)}: [{sharing[0].paper}]({url})"
+        for url, sharing in papers.items()
+    )
 
 
 def api_parts(module: Any) -> list[str]:

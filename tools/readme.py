@@ -1,16 +1,16 @@
-"""The parts of the README that the registry knows: the methods and their papers.
+"""The part of the README that the registry knows: the table of methods.
 
     python -m tools.readme --write    # after a change to a method
     python -m tools.readme --check    # fails where README.md says something else
 
-A part stands between two comments that name it. Methods of other packages are left out, whatever is installed
+It stands between two comments that name it. Methods of other packages are left out, whatever is installed
 where this runs.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated
 
@@ -19,8 +19,10 @@ import typer
 import fxgraft
 from fxgraft.errors import ConfigError
 from fxgraft.io.atomic_write import write_text
+from tools.pictures import ALT
 
 OVERHEAD = Path(__file__).parents[1] / "benchmarks/results/overhead.json"
+BEGIN, END = "<!-- methods: written by python -m tools.readme -->", "<!-- methods: end -->"
 
 
 def own_methods() -> dict[str, type[fxgraft.Patch]]:
@@ -44,12 +46,13 @@ IN_SHORT: dict[str, tuple[str, str]] = {
 """What each method does in about five words, and when to think of it."""
 
 
-def method_table(methods: Mapping[str, type[fxgraft.Patch]], link: str = "") -> str:
+def method_table(methods: Mapping[str, type[fxgraft.Patch]], link: str = "", pictures: str = "") -> str:
     """Return the table of methods: what each does, when to think of it, and what it costs.
 
     Args:
         methods: by name.
         link: where a name leads to, with ``{name}`` in it; to its paper without it.
+        pictures: the folder of the thumbnails, as the page sees it; no thumbnails without it.
 
     Raises:
         ConfigError: a method is not described in `IN_SHORT`.
@@ -58,51 +61,40 @@ def method_table(methods: Mapping[str, type[fxgraft.Patch]], link: str = "") -> 
 
     steps, calls = (ratios_of(OVERHEAD, "resnet50", what) for what in (TRAINING_STEP, FORWARD))
     rows = [
-        ("*none*", "a second bare network: shows the noise", "", f"× {noise_of(OVERHEAD, 'resnet50')}", "")
+        (
+            "",
+            "*none*",
+            "a second bare network: shows the noise",
+            "",
+            f"× {noise_of(OVERHEAD, 'resnet50')}",
+            "",
+        )
     ]
     for name, method in methods.items():
         if name not in IN_SHORT:
             raise ConfigError(f"The method {name!r} has no entry in IN_SHORT of tools/readme.py.")
         does, when = IN_SHORT[name]
+        shown = f'<img src="{pictures}/{name}.png" width="72" alt="{ALT[name]}">'
         step = f"× {steps[name]:.2f}" if name in steps else "–"
         call = "same graph" if method.train_only else f"× {calls[name]:.2f}" if name in calls else "–"
-        rows.append((f"[`{name}`]({link.format(name=name) or method.url})", does, when, step, call))
-    return markdown_table(("method", "what it does", "when", "training step", "evaluation"), rows)
-
-
-def citations(methods: Mapping[str, type[fxgraft.Patch]]) -> str:
-    """Return the list of papers; one that several methods come from is listed once."""
-    papers: dict[str, list[type[fxgraft.Patch]]] = {}
-    for method in methods.values():
-        papers.setdefault(method.url, []).append(method)
-    return "\n".join(
-        f"- {', '.join(f'`{method.method}`' for method in sharing)}: [{sharing[0].paper}]({url})"
-        for url, sharing in papers.items()
-    )
-
-
-PARTS: dict[str, Callable[[Mapping[str, type[fxgraft.Patch]]], str]] = {
-    "methods": method_table,
-    "citations": citations,
-}
-"""What writes each generated part, by its name in the markers."""
+        rows.append((shown, f"[`{name}`]({link.format(name=name) or method.url})", does, when, step, call))
+    headings = ("", "method", "what it does", "when", "training step", "evaluation")
+    first = 0 if pictures else 1
+    return markdown_table(headings[first:], [row[first:] for row in rows])
 
 
 def regenerated(text: str) -> str:
-    """Return a README with its generated parts written again.
+    """Return a README with its table of methods written again.
 
     Raises:
-        ConfigError: the markers of a part are missing, or not there once.
+        ConfigError: the markers of the table are missing, or not there once.
     """
-    methods = own_methods()
-    for name, write in PARTS.items():
-        begin = f"<!-- {name}: written by python -m tools.readme -->"
-        end = f"<!-- {name}: end -->"
-        before, *rest = re.split(f"{re.escape(begin)}.*?{re.escape(end)}", text, flags=re.DOTALL)
-        if len(rest) != 1:
-            raise ConfigError(f"The README needs one line {begin!r} and, after it, one line {end!r}.")
-        text = f"{before}{begin}\n\n{write(methods)}\n\n{end}{rest[0]}"
-    return text
+    before, *rest = re.split(f"{re.escape(BEGIN)}.*?{re.escape(END)}", text, flags=re.DOTALL)
+    if len(rest) != 1:
+        raise ConfigError(f"The README needs one line {BEGIN!r} and, after it, one line {END!r}.")
+    return (
+        f"{before}{BEGIN}\n\n{method_table(own_methods(), pictures='docs/_static/small')}\n\n{END}{rest[0]}"
+    )
 
 
 def markdown_table(headings: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
@@ -115,7 +107,7 @@ def main(
     write: Annotated[bool, typer.Option("--write/--check", help="Write, or only compare.")] = False,
     path: Annotated[Path, typer.Argument(help="The README.")] = Path("README.md"),
 ) -> None:
-    """Write the generated parts of the README again, or check that they are up to date."""
+    """Write the table of methods in the README again, or check that it is up to date."""
     text = path.read_text(encoding="utf-8")
     wanted = regenerated(text)
     if write:

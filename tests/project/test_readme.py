@@ -11,8 +11,10 @@ from pathlib import Path
 import pytest
 import torch
 import typer
+from PIL import Image
 from tools import readme
 from tools.docs import TUTORIALS, method_pages, other_pages, reference_pages
+from tools.pictures import SIDE, SMALL
 from tools.readme import own_methods, regenerated
 from torch.utils.data import DataLoader
 from typer.testing import CliRunner
@@ -120,9 +122,16 @@ def test_the_generated_pages_list_what_there_is():
     assert pages["generated/glossary.md"].count("\n: A ") == 8
 
 
-def test_the_picture_is_small():
+def test_the_pictures_are_small():
     for path in (ROOT / "docs/_static").glob("*.png"):
         assert path.stat().st_size < 150_000
+    shown = re.findall(r'<img src="docs/_static/small/(\w+)\.png" width="72" alt="[^"]+">', README)
+    assert shown == list(own_methods())
+    assert {path.stem for path in SMALL.iterdir()} == set(shown)
+    for path in SMALL.iterdir():
+        assert path.stat().st_size < 10_000
+        with Image.open(path) as image:
+            assert image.size == (SIDE, SIDE)
 
 
 def test_two_commands_come_first_and_the_checks_run_them_word_for_word():
@@ -147,8 +156,10 @@ def test_commands_and_their_options_exist(line):
 
 def test_what_the_registry_knows_is_generated():
     assert regenerated(README) == README, "python -m tools.readme --write"
-    citing = README.partition("## Citation")[2]
-    assert all(f"({method.url})" in citing for method in own_methods().values())
+    papers = generated()["generated/papers.md"]
+    for method in own_methods().values():
+        assert f"[`{method.method}`]({method.url})" in README
+        assert f"]({method.url})" in papers
 
 
 def test_methods_of_other_packages_stay_out(monkeypatch):
