@@ -1,4 +1,4 @@
-"""Axes: what a dimension of a value means, as the product of the parts that it was put together from.
+"""Axes: the meaning of a value's dimension, as a product of the parts that it was put together from.
 
 A dimension is a tuple of `Factor`, outermost first. A map that is flattened keeps its factors in one dimension, and
 gives them back when it is unflattened; windows that are merged into the batch show there.
@@ -60,7 +60,7 @@ def runs_of(axis: Axis) -> tuple[tuple[int, bool], ...]:
 
 
 def with_runs(runs: Iterable[tuple[int, bool]]) -> Axis:
-    """Make a dimension of positions of such runs; neighbours alike become one."""
+    """Make a dimension of positions from runs; neighbouring runs of one sort become one."""
     joined: list[tuple[int, bool]] = []
     for count, places in runs:
         if count and joined and joined[-1][1] == places:
@@ -72,7 +72,7 @@ def with_runs(runs: Iterable[tuple[int, bool]]) -> Axis:
 
 
 def resized(axis: Axis, size: int) -> Axis:
-    """Give a dimension another size, as a pooling, a stride or padding does."""
+    """Return a dimension with another size, as pooling, a stride or padding leaves it."""
     if prod(factor.size for factor in axis) == size:
         return axis
     kind = kind_of(axis)
@@ -113,9 +113,9 @@ def joined(parts: Sequence[Axis | None], sizes: Sequence[int]) -> Axis:
 
 
 def regrouped(factors: Iterable[Factor], shape: Sequence[int]) -> Axes:
-    """Share factors out to the dimensions of another shape of as many entries, splitting those that have to be."""
+    """Distribute factors over the dimensions of another shape with as many entries; a factor is split where needed."""
     waiting = list[Factor]()
-    for factor in factors:  # neighbours of one kind may be parted elsewhere than they were joined
+    for factor in factors:  # neighbours of one kind may be split at another place than where they were joined
         if waiting and waiting[-1].kind == factor.kind != BATCH and not (waiting[-1].runs or factor.runs):
             factor = replace(factor, size=waiting.pop().size * factor.size)
         waiting.append(factor)
@@ -142,7 +142,7 @@ def regrouped(factors: Iterable[Factor], shape: Sequence[int]) -> Axes:
 
 
 def best(candidates: Sequence[Axis], size: int) -> Axis:
-    """Choose among what several values say of a dimension that they share."""
+    """Choose the meaning of a dimension that several values share and may describe differently."""
     known = [axis for axis in candidates if kind_of(axis) not in (UNKNOWN, ONE)]
     for axis in known:
         if kind_of(axis) == KEY:

@@ -1,4 +1,4 @@
-"""The flow of one pass: what every value made from the images is made of, and what its dimensions mean."""
+"""The flow of one pass: for every value that depends on the images, what made it and what its dimensions mean."""
 
 from __future__ import annotations
 
@@ -44,8 +44,8 @@ class Flow:
 
     Attributes:
         sources: for each operation, by number, the operations whose results it works on; the images are number 0.
-        vectors: the numbers of those that concatenate values without places, as pooled vectors.
-        mark: under which name a value keeps what is known of it.
+        vectors: numbers of the operations that concatenate values without places, such as pooled vectors.
+        mark: the attribute of a tensor that holds its `Mark`.
     """
 
     mark = "_fxgraft_mark"
@@ -53,18 +53,18 @@ class Flow:
     def __init__(self) -> None:
         self.sources: list[tuple[int, ...]] = []
         self.vectors: set[int] = set()
-        # With a tensor each, that keeps the storage: another would get its number.
+        # Each with its tensor, which keeps the storage alive: a new storage could get the number of a freed one.
         self._written: dict[int, tuple[Mark, Tensor]] = {}
 
     def start(self, image: Tensor) -> None:
-        """Begin with the images (B, C, H, W), or with signals or tokens (B, *, *), of which layers tell the meaning."""
+        """Begin with images (B, C, H, W), or with signals or tokens (B, *, *), whose meaning the first layers tell."""
         beside = CHANNEL if image.ndim != 3 else POSITION
         kinds = [BATCH, beside, *[POSITION] * (image.ndim - 2)]
         axes = tuple((Factor(kind, size),) for kind, size in zip(kinds, image.shape, strict=True))
         self._put([image], [axes], ())
 
     def note(self, func: Any, args: Any, kwargs: Any, out: Any) -> None:
-        """Take down an operation. What only takes the shape of a value is not made from it."""
+        """Record an operation. A value whose shape alone was read does not count as a source."""
         name = func._schema.name
         if name.endswith("_like") or name.startswith("aten::new_"):
             return
@@ -89,14 +89,14 @@ class Flow:
                 self._written[_storage(tensor)] = getattr(tensor, self.mark), tensor
 
     def settled(self, value: Tensor) -> Mark | None:
-        """Return what is known of a value, and note on it what was written to it through a view."""
+        """Return what is known of a value, counting what was written to it through a view."""
         mark = self._mark(value)
         if mark is not None:
             object.__setattr__(value, self.mark, mark)
         return mark
 
     def like(self, value: Tensor, source: Tensor, features: int) -> None:
-        """Take down a layer that was not called as a whole: its output means what its input does, but for features."""
+        """Record a layer of which one position ran: its output means what its input does, apart from the features."""
         mark = self._mark(source)
         if mark is not None and value.ndim == source.ndim:
             axes: list[Axis] = [resized(axis, n) for axis, n in zip(mark.axes, value.shape, strict=True)]
@@ -137,7 +137,7 @@ def _storage(value: Tensor) -> int:
 
 
 def passed_by_all(sources: list[tuple[int, ...]], end: int) -> set[int]:
-    """List the operations on the main path: those that all that goes from the first to ``end`` goes through.
+    """List the operations on the main path: every way from the first operation to ``end`` leads through them.
 
     Args:
         sources: for each operation, by number, the earlier operations that it works on; the first has none.
@@ -149,7 +149,7 @@ def passed_by_all(sources: list[tuple[int, ...]], end: int) -> set[int]:
             if source not in needed:
                 needed.add(source)
                 waiting.append(source)
-    # A value that something goes around stands between two that are connected.
+    # Something goes around a value exactly where an operation before it feeds one behind it.
     reach, passed = 0, set[int]()
     users: dict[int, int] = {}
     for number in needed:

@@ -1,4 +1,4 @@
-"""Reach: whether anything but the class tokens of a value has a part in what is computed from it."""
+"""Reach: whether a result depends on more of a value than its class tokens."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ _NORMS = {"native_layer_norm", "rms_norm"} | RMS_NORMS
 
 
 class Reach(Flow):
-    """Follows tokens (B, N, C) on; whatever may mix them makes every entry depend on all of them.
+    """Follows tokens (B, N, C) through operations. One that may mix tokens makes every entry depend on all of them.
 
     Args:
         prefix: how many class and register tokens come first.
@@ -56,7 +56,7 @@ class Reach(Flow):
         object.__setattr__(image, _STATE, _ROWS)
 
     def note(self, func: Any, args: Any, kwargs: Any, out: Any) -> None:
-        """Take down an operation, and what of its output depends on places."""
+        """Record an operation, and which entries of its output depend on places."""
         used = [tensor for tensor in _tensors((*args, *kwargs.values())) if self._known(tensor) is not None]
         states = {getattr(tensor, _STATE, _ALL) for tensor in used}
         super().note(func, args, kwargs, out)
@@ -121,7 +121,7 @@ class Reach(Flow):
 
 
 def _places(axes: Axes | tuple[Axis, ...]) -> Iterator[bool]:
-    """Yield what the runs of all dimensions of tokens are: places, or class tokens."""
+    """Yield, for every run of tokens in any dimension, whether it is one of places."""
     for axis in axes:
         for factor in axis:
             if factor.kind == POSITION:

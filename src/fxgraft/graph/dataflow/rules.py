@@ -1,4 +1,4 @@
-"""Rules: what an operation makes of the meaning of dimensions.
+"""Rules: what the dimensions of an operation's output mean, given those of its inputs.
 
 The operations are torch's own below autograd, of which there are few: functions, layers and methods all end in them.
 Whatever has no rule keeps the meaning of the dimensions that keep their place.
@@ -41,10 +41,10 @@ class Operation:
     Args:
         func: the operation.
         args, kwargs: its arguments.
-        known: what is known of them.
+        known: a function that returns the meaning of a tensor's dimensions.
         out: a tensor that it returned.
         index: the place of that tensor among those returned.
-        others: all of those.
+        others: all tensors that it returned.
     """
 
     def __init__(
@@ -76,7 +76,7 @@ class Operation:
         return default
 
     def axes(self, place: int) -> Axes:
-        """Return what is known of a tensor argument; nothing of its dimensions where it is not made from the image."""
+        """Return the dimensions of a tensor argument, all unknown where it doesn't depend on the image."""
         tensor = self.args[place]
         return self.known(tensor) or unknown(tensor.shape)
 
@@ -88,7 +88,7 @@ def axes_after(operation: Operation, name: str) -> Axes:
         rule = _reduced
     try:
         axes = None if rule is None else rule(operation)
-    except (IndexError, TypeError, ValueError):  # an overload of other arguments
+    except (IndexError, TypeError, ValueError):  # the rule is written for another overload of the operation
         axes = None
     if axes is None or len(axes) != len(operation.shape):
         axes = _aligned(operation)
@@ -109,7 +109,7 @@ def _aligned(operation: Operation) -> Axes:
     """Broadcast: every dimension means what it means in the inputs that have it; a window or a stride resizes it."""
     shape = operation.shape
     inputs = [(value, axes) for value, axes in _tensors(operation) if value.ndim <= len(shape)]
-    # Where two say different things, as a branch that took places for features, a whole map is believed first.
+    # Inputs may disagree, as where a branch took places for features: then the one with a whole map is believed.
     inputs.sort(key=lambda pair: [kind_of(axis) for axis in pair[1][1:]].count(CHANNEL) != 1)
     aligned: list[Axis] = []
     for dim, size in enumerate(shape):
@@ -274,9 +274,9 @@ def _from_columns(operation: Operation) -> Axes:
 
 
 def _made(contracted: Axis, others: Sequence[Axis], size: int) -> Axis:
-    """Say what a layer's weights make of the dimension that they are applied to.
+    """Return the meaning of the dimension that a layer's weights give.
 
-    Features, but where the weights mix places and leave the features beside them alone.
+    It holds features, unless the weights mix places and leave the features in another dimension alone.
     """
     kind = kind_of(contracted)
     beside = any(factor.kind == CHANNEL for axis in others for factor in axis)

@@ -162,7 +162,7 @@ def is_addition(node: fx.Node) -> bool:
 
 
 def is_size(node: fx.Node) -> bool:
-    """Say whether a value is the size of a tensor, arithmetic on sizes, or a new tensor that takes a size alone."""
+    """Say whether a value is a tensor's size, arithmetic on sizes, or a new tensor made from a size alone."""
     if node.op == "call_method" and str(node.target).startswith(("size", "dim", "numel", "new_")):
         return True
     if node.op != "call_function":
@@ -175,12 +175,12 @@ def is_size(node: fx.Node) -> bool:
 
 
 def sources_of(node: fx.Node) -> list[fx.Node]:
-    """List what a value is computed from; what only the size is read of does not count."""
+    """List what a value is computed from. A value whose size alone is read does not count."""
     return [source for source in node.all_input_nodes if not is_size(source)]
 
 
 def computed_from(ends: Iterable[fx.Node], around: fx.Node | None = None) -> set[fx.Node]:
-    """Collect what values are computed from, without what is reached through the node ``around`` alone."""
+    """Collect what values are computed from, except what can be reached only through the node ``around``."""
     nodes: set[fx.Node] = set()
     waiting = [end for end in ends if end is not around]
     while waiting:
@@ -204,13 +204,13 @@ class Steps:
         self._data: dict[fx.Graph, set[fx.Node]] = {}
 
     def data(self, owner: str, graph: fx.Graph) -> set[fx.Node]:
-        """Collect the nodes of a graph that depend on what goes through the network: parameters and sizes do not."""
+        """Collect the nodes of a graph that depend on the network's input; parameters and sizes don't."""
         if graph not in self._data:
             nodes: set[fx.Node] = set()
             values = self._anatomy.values(owner)
             for node in graph.nodes:
                 if node.op == "placeholder":
-                    # One that the training graph alone has is taken for what it most likely is.
+                    # A placeholder that only the training graph has gets None here: most likely it is an input.
                     value = values.get(node.name)
                     if isinstance(value, (Tensor, list, tuple, dict, type(None))):
                         nodes.add(node)
@@ -293,7 +293,7 @@ class Steps:
     def module(self, path: str) -> Words:
         """Describe what a call of a module does."""
         if path not in self._modules:
-            self._modules[path] = frozenset({"mix"})  # of one that calls itself
+            self._modules[path] = frozenset({"mix"})  # a module that calls itself
             self._modules[path] = self._module(path)
         return self._modules[path]
 
@@ -357,7 +357,7 @@ def squashes(trace: ModelTrace, owner: str, node: fx.Node) -> bool:
         return True
     if any(True for _ in module.children()) or any(True for _ in module.parameters()):
         return False
-    # Its like are many, and tracing each of them is most of the time that finding joins takes.
+    # Such modules are many, and tracing them would take most of the time of a search for joins.
     settings = tuple(
         (name, value) for name, value in vars(module).items() if name[0] != "_" and name != "training"
     )

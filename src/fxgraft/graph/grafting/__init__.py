@@ -1,1 +1,1 @@
-"""Acting on a model: units and where they go, the class swap, the plan and the transaction that writes it, the pass."""
+"""Changing a model: units, their placements, the plan, the transaction that writes it, and the class swap."""

@@ -1,4 +1,4 @@
-"""The face that a network shows to the methods that patch it."""
+"""The network as a method sees it: questions about its structure, and placements of units."""
 
 from __future__ import annotations
 
@@ -42,8 +42,8 @@ class Backbone:
 
     Attributes:
         trace: the trace of the model, for questions that this class does not answer.
-        model: a look-alike of the model, to look at: it has the model's tensors, in modules of its own and without
-            grafts. What a unit keeps is given by `module`.
+        model: a look-alike of the model without its grafts: new modules around the model's tensors. A layer that a
+            unit keeps has to come from `module`.
     """
 
     def __init__(self, trace: ModelTrace) -> None:
@@ -104,18 +104,18 @@ class Backbone:
         return [site for site in sites if not isinstance(self.trace.module(site.path), passing)]
 
     def named_sites(self, words: SiteSpec) -> dict[str, Site]:
-        """Do the same, by the names that the values get: a word that names one site is its name."""
+        """Resolve words as `sites` does, by the names of the values: a word that names one site becomes its name."""
         return named_sites(self.trace, words)
 
     def positions(self, position: str | None = None, layers: SiteSpec | None = None) -> list[Site]:
-        """Find a position of its blocks ("post", "conv1_pre", "conv", ...) or its usual one, in running order.
+        """Find the sites at one position of blocks ("post", "conv1_pre", "conv", ...) or the usual one, as they run.
 
-        Those behind which a class token alone is read are left out: a unit on the other tokens changes nothing there.
+        A site behind which only a class token is read is left out: a unit on the other tokens would change nothing.
         """
         return self.read(positions(self.trace, position, layers))
 
     def read(self, sites: list[Site]) -> list[Site]:
-        """Leave out the sites that no prediction reads, as tokens behind which a class token alone goes on.
+        """Leave out the sites that no prediction reads, such as tokens of which only the class token goes on.
 
         Raises:
             SiteError: none is left.
@@ -131,10 +131,10 @@ class Backbone:
         """Tell which dimension of a site's value holds channels, or check what the user says of it.
 
         Args:
-            site: one that holds one tensor.
+            site: a site that holds one tensor.
             name: the layout that the user names, a `LayoutName`.
-            places: whether less than two positions are refused, of which statistics have no meaning: vectors, pooled
-                maps, class tokens by themselves.
+            places: whether to refuse values with less than two positions, which have no statistics over positions:
+                vectors, pooled maps, class tokens by themselves.
 
         Raises:
             SiteError: no tensor, a layout that cannot be told, one that does not fit the value, or too few positions.
@@ -192,8 +192,8 @@ class Backbone:
         Args:
             site: where it starts.
             output: which entry of a structured output holds the logits.
-            behind: in `Patch.installed`, the grafts that come before this one: what they do to the site's value is part
-                of it, and what else the rest needs is recorded already.
+            behind: in `Patch.on_installed`, the grafts before this one: the rest starts after their change of the
+                site's value, and their units record what else it needs.
         """
         acted = None if behind is None else lambda unit: getattr(unit, "graft", None) in behind
         return rest_of_network(self.trace, site, output, acted)
@@ -230,7 +230,7 @@ class Backbone:
         """Run a unit on a value: what used the value uses the unit's output.
 
         Args:
-            site: where: what ``sites`` or ``positions`` found, or a value that a `Rest` needs.
+            site: a site from ``sites`` or ``positions``, or a value that a `Rest` needs.
             unit: the unit from ``make``.
             training: whether it acts in training.
             evaluation: whether it acts in evaluation.
@@ -239,7 +239,7 @@ class Backbone:
         edits, key = edits_of(self.trace, site), key or site.name
         if training and evaluation and edits.training == edits.evaluation:
             return [Placement(edits.module, edits.training, key, unit)]
-        placed = []  # in each mode by itself, since their graphs name the site differently
+        placed = []  # each mode separately, since the two graphs name the site differently
         if training:
             placed.append(Placement(edits.module, edits.training, key, unit, evaluation=False))
         if evaluation:

@@ -84,7 +84,7 @@ def _run(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
 
 
 def _traced_run(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-    """Run as part of a trace: no pass of anything, but entry points that the forward uses lie inside it."""
+    """Run as part of a trace, which is no pass: entry points that the forward calls don't open one either."""
     state = state_of(self)
     if state is None:
         return _base(self).forward(self, *args, **kwargs)
@@ -96,7 +96,7 @@ def _traced_run(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
 
 
 def _base(module: nn.Module) -> type[nn.Module]:
-    """Return the class that the grafted class of a module, or of an instance of a subclass of that, stands for."""
+    """Return the class of a module as it was before grafting, also for an instance of a user's subclass of that."""
     return type(module)._fxgraft_base  # type: ignore[attr-defined]
 
 
@@ -130,7 +130,7 @@ def _outer_call(
             state.registry.check(self)
         elif state.registry.changed_for_compiler(self):
             _renew_outside(self)
-    state = state_of(self)  # planned again, perhaps, or taken off
+    state = state_of(self)  # the grafts may have been planned again, or taken off
     if state is None:
         return call(self, *args, **kwargs)
     context = state.context
@@ -149,16 +149,16 @@ def _outer_call(
             out = call(self, *args, **kwargs)
             if run.training:
                 run.labels.served()
-            if not replica:  # what a replica leaves, nobody could tell from what the others leave
+            if not replica:  # what several replicas of DataParallel leave could not be told apart
                 takes = declared.takes(TARGET)
                 given = {name: options[name] for name in options if name not in (TARGET, LABELS, *kwargs)}
                 again = Arguments(args, kwargs, takes and target is not None, takes, options=given)
-                context.leave(run, out, again)  # of a pass that came through only
+                context.leave(run, out, again)  # only of a pass that did not fail
             return out
         finally:
             run.exit()
     finally:
-        run.exit()  # once more, where an interruption hit that; written out, for torch.compile to follow
+        run.exit()  # again: an interruption may have hit the first; not in a helper, for torch.compile to follow
 
 
 @torch.compiler.disable(
@@ -180,7 +180,7 @@ def _whole_call(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
     if state is not None and state.registry is not None and current is not None:
         for path, (training, evaluation) in state.registry.owners.items():
             if (training if self.training else evaluation) and path not in current.visited:
-                # A look at a model around this one goes no further than into the modules that are opened for it.
+                # A trace of a model around this one enters only the modules that are opened for it.
                 if any(isinstance(argument, fx.Proxy) for argument in (*args, *kwargs.values())):
                     break
                 raise BypassError(
@@ -217,14 +217,14 @@ def _entry_point(base: type[nn.Module], name: str) -> Callable[..., Any]:
 def grafted_class(base: type[nn.Module], outer: bool) -> type[nn.Module]:
     """Make the subclass of ``base`` that grafted modules get.
 
-    It is there for the modules that are grafted. Called, as in ``type(layer)(3, 8, 3)``, it makes an instance of
-    ``base``; an instance that came about in another way, of a subclass of it for example, acts as one of ``base``.
+    Called, as in ``type(layer)(3, 8, 3)``, it makes an instance of ``base``. An instance that comes about in another
+    way, as of a subclass of the grafted class, acts like one of ``base``.
 
     Args:
         base: the module's own class.
-        outer: whether for the patched model itself, which takes ``target=`` and opens a pass.
+        outer: whether the module is the patched model itself, which takes ``target=`` and opens a pass.
     """
-    # Found among the subclasses, which a class knows weakly: a cache would keep every class for good.
+    # Looked up among the subclasses, which a class refers to weakly: a cache would keep every class alive.
     for known in base.__subclasses__():
         if known.__dict__.get("_fxgraft_base") is base and known.__dict__["_fxgraft_outer"] is outer:
             return known
@@ -286,7 +286,9 @@ def grafted_class(base: type[nn.Module], outer: bool) -> type[nn.Module]:
 
         def part(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
             state = state_of(self)
-            if state is None or state.base is not base:  # it stands for an instance of ``base``
+            if (
+                state is None or state.base is not base
+            ):  # this instance was never grafted: it acts like one of ``base``
                 return base.forward(self, *args, **kwargs)
             _refuse_tracing(base, args)
             return _run(self, *args, **kwargs)
@@ -300,14 +302,14 @@ def grafted_class(base: type[nn.Module], outer: bool) -> type[nn.Module]:
     if hasattr(base, "__deepcopy__"):
         # Only there: wrappers that hand unknown attributes on to the model would be copied as if they were the model.
         body["__deepcopy__"] = _deepcopy
-    # Under the name of the base: what is written down of a model, or chosen by the name of a class, goes by it.
+    # The name stays the base's: configurations and some libraries' choices go by the name of a class.
     body["__qualname__"] = base.__qualname__
     return cast("type[nn.Module]", _making_bases(type(base))(base.__name__, (base,), body))
 
 
 @functools.cache
 def _making_bases(metaclass: type) -> type:
-    """Derive the class of grafted classes: called, they make instances of their base."""
+    """Make a metaclass for grafted classes: called, such a class makes an instance of its base."""
 
     def call(cls: Any, *args: Any, **kwargs: Any) -> Any:
         made = cls._fxgraft_base if "_fxgraft_base" in vars(cls) else cls
@@ -325,7 +327,7 @@ def _recompile(self: fx.GraphModule) -> Any:
 
 
 def _no_weight_decay(self: nn.Module) -> Any:
-    """Name what the model wants no weight decay for, and what grafts have beside it of the same kind."""
+    """Name the parameters that the model excludes from weight decay, and their counterparts in grafts."""
     state = state_of(self)
     listed = _base(self).no_weight_decay(self)  # type: ignore[attr-defined]
     pairs = {} if state is None or state.registry is None else state.registry.counterparts()
@@ -345,7 +347,7 @@ def _set_grad_checkpointing(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
 
 
 def _train(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-    """Switch the mode as the model does, and look back at what was trained in compiled code until then."""
+    """Switch the mode as the model does, and check first what compiled code trained until then."""
     state = state_of(self)
     if state is not None and not torch.compiler.is_compiling():
         state.context.watch.look_back(self, state.context.loss_grafts, state.context.outputs)
@@ -363,7 +365,7 @@ def _extra_repr(self: nn.Module) -> str:
 
 
 def _refuse_scripting(self: nn.Module) -> nn.Module:
-    """Say that TorchScript would compile the class's own source, which knows of no graft."""
+    """Raise: TorchScript would compile the source of the class, which has no graft in it."""
     if state_of(self) is None:
         return self
     name = _base(self).__name__
@@ -376,7 +378,7 @@ def _refuse_scripting(self: nn.Module) -> nn.Module:
 
 
 def _refuse_tracing(base: type[nn.Module], args: Any) -> None:
-    """Say that a tracer of somebody else's would follow a single pass in a single mode."""
+    """Raise: another tracer would record a single pass in a single mode."""
     # Traced by itself, a forward with *args gets one proxy for all of them.
     proxies = [args] if isinstance(args, fx.Proxy) else [arg for arg in args if isinstance(arg, fx.Proxy)]
     if proxies and not isinstance(proxies[0].tracer, ShallowTracer):
@@ -390,7 +392,7 @@ def _refuse_tracing(base: type[nn.Module], args: Any) -> None:
 
 
 def _quantized(base: type[nn.Module]) -> property:
-    """Make the attribute by which torch's quantization marks the layers that it converts: see what it would pass over.
+    """Make the attribute by which torch's quantization marks layers: setting it shows what would be passed over.
 
     It looks layers up by their class, which is another one for grafted layers.
     """
@@ -447,12 +449,12 @@ def _plain(module: nn.Module) -> nn.Module:
 
 
 def _of_subclass(module: nn.Module) -> bool:
-    """Say whether a module without a graft is of a subclass that somebody derived from a grafted class."""
+    """Say whether an ungrafted module's class was derived from a grafted class."""
     return state_of(module) is None and "_fxgraft_base" not in vars(type(module))
 
 
 def _reduce(self: nn.Module, protocol: Any) -> Any:
-    """Copy and pickle the bare module; the patched model adds its registry and grafts itself again."""
+    """Copy and pickle the module without its graft; the patched model adds its registry, to be grafted again."""
     if _of_subclass(self):
         return _base(self).__reduce_ex__(self, protocol)
     registry = _portable(self)
@@ -498,7 +500,7 @@ def _portable(self: nn.Module) -> Keeper | None:
 
 
 def _deepcopy(self: nn.Module, memo: dict[int, Any]) -> nn.Module:
-    """Copy a bare module that says itself how it is copied; the patched model grafts its copy again."""
+    """Copy a module by its class's own ``__deepcopy__``; a copy of the patched model is grafted again."""
     registry = _portable(self)
     state = state_of(self)
     plain = self if _of_subclass(self) else _plain(self)
@@ -529,7 +531,7 @@ def _restore(module: nn.Module, registry: Keeper | None) -> nn.Module:
 
 
 def _replicate(self: nn.Module) -> nn.Module:
-    """Give a DataParallel replica a context of its own: replicas run in threads, on their own labels."""
+    """Give a replica of DataParallel its own context: replicas run in threads, on labels of their own."""
     state = state_of(self)
     replica = _base(self)._replicate_for_data_parallel(self)
     if state is not None:

@@ -53,7 +53,7 @@ class Passing(NamedTuple):
 
     Attributes:
         traced: the same graph with one more keyword, called `MORE`, that it hands on to its children or not at all.
-        known: names that the code knows keywords by; what these say, the graph was not traced for.
+        known: keywords that the code reads by name: the graph was not traced for their values.
     """
 
     traced: Traced
@@ -70,7 +70,7 @@ class _Form:
 
     def __init__(self, traced: Traced, label: str) -> None:
         self.function = compile_graph(traced.graph, traced.constants, label)
-        # By themselves: the graph is of no use any more, and its nodes hold each other.
+        # Copied out of the graph, which is done with: its nodes refer to each other and would stay in memory.
         self.spec, self.fixed = traced.spec, traced.fixed
         self.keywords = list(self.spec.children()[1].context) if self.fixed else []
         self.inputs = self.fixed.count(INPUT)
@@ -114,8 +114,8 @@ def as_forward(
     Args:
         traced: the edited graph.
         label: a text that names the module and the mode, for messages.
-        labelled: the same for calls with more arguments: labels that the module's own forward takes.
-        passing: the same for calls with keywords that the module does not use; None where they are refused.
+        labelled: edited graphs for calls with labels, which the module's own forward takes.
+        passing: the edited graph for calls with keywords that the module only hands on; None where they are refused.
 
     Raises:
         BypassError: (when called) a non-tensor argument differs from the one the graph was traced with.

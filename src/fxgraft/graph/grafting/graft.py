@@ -1,4 +1,4 @@
-"""A patch on a model."""
+"""A graft: a patch on one model, with its units."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ class Make(Protocol):
 
 
 class Placer:
-    """What the registry asks of a patch.
+    """What planning and the registry ask of a patch: the interface that `Patch` implements.
 
     Attributes:
         order: (group, rank): units of one group at one site run by rank, whichever graft was added first.
         call_options: keyword arguments of the model's call that the patch reads.
-        train_only: evaluation is bitwise the bare model's.
+        train_only: whether evaluation is the bare model's, to the bit.
     """
 
     order: ClassVar[tuple[str, int] | None] = None
@@ -50,14 +50,14 @@ class Placer:
         """Look at the model before its first training pass with the graft on it; not called in compiled code."""
 
     def replays(self) -> str:
-        """Say what for the patch runs the model again on the arguments of a training pass; '' where it does not.
+        """Say why the patch runs the model again on the arguments of a training pass; '' where it doesn't.
 
-        It is what follows the graft's name: "runs the batch again to compare predictions".
+        The text follows the graft's name in messages, as "runs the batch again to compare predictions".
         """
         return ""
 
     def schedules(self) -> tuple[str, ...]:
-        """Name the options that, as they are set, follow the progress of the training."""
+        """Name the options whose present values follow the progress of the training."""
         return ()
 
     def contributes_loss(self) -> bool:
@@ -73,11 +73,11 @@ class Graft(Generic[P]):
     """A patch on a model.
 
     Attributes:
-        name: under which it can be taken off.
+        name: the name by which it can be taken off.
         patch: the settings, as given.
-        units: what it inserted, by key.
+        units: the modules that it inserted, by key.
         input_size: (C, H, W) that its sites were resolved at, None for the model's own.
-        context: what it shares with the other grafts of its model; None before it is installed.
+        context: state shared with the other grafts of its model; None before it is installed.
         started: whether a training pass was made with it.
     """
 
@@ -93,10 +93,10 @@ class Graft(Generic[P]):
         return [p for unit in self.units.values() for p in unit.parameters()]
 
     def where(self, most: int = 6) -> str:
-        """Name the units, mostly called like their sites: of many the first two and the last, with the number.
+        """Name the units, most of which have their sites' names; of many, the first two, the last and the count.
 
         Args:
-            most: how many are all named.
+            most: the largest number of units that are all named.
         """
         names = list(self.units)
         if len(names) <= most:
@@ -110,7 +110,7 @@ class Graft(Generic[P]):
     def make(self, key: str, kind: Callable[..., U], *args: Any, **kwargs: Any) -> U:
         """Return the unit of that key, building it as ``kind(*args, **kwargs)`` the first time.
 
-        It is built again where a whole number among ``args``, such as a width, is another one than it was built with.
+        It is built again where a whole number in ``args``, such as a width, has changed.
 
         Raises:
             MethodError: what is built isn't a `Unit`, or the key belongs to a unit of another class.
@@ -138,11 +138,11 @@ class Graft(Generic[P]):
     def recall(self, out: Any) -> Any:
         """Return what the graft remembers of the training pass that gave ``out``; None if nothing.
 
-        What `PassView.remember` was given, for `Patch.criterion` and `Patch.losses`. The output may be what the model
-        returned, or computed from that: converted, scaled, copied, a view.
+        That is what `PassView.remember` was given, for `Patch.criterion` and `Patch.losses`. ``out`` is what the model
+        returned, or something computed from that: converted, scaled, copied, a view.
 
         Raises:
-            TargetError: it is of several passes, or of none that is known while the graft remembers some.
+            TargetError: ``out`` comes from several passes, or from no known pass while the graft remembers some.
         """
         return None if self.context is None else self.context.recall(self.name, out)
 
@@ -151,13 +151,13 @@ class Graft(Generic[P]):
         return {} if self.context is None else self.context.measured.get(self.name, {})
 
     def measure(self, name: str, value: Any) -> None:
-        """Measure something of the last training pass after it, as for the loss; see `PassView.measure`."""
+        """Measure something of the last training pass once it is over, as the loss does; see `PassView.measure`."""
         if self.context is not None:
             kept = value.detach() if isinstance(value, Tensor) else value
             self.context.measured.setdefault(self.name, {})[name] = [kept]
 
     def doubt(self, wrong: Tensor | bool, error: FxgraftError) -> None:
-        """Raise an error if something is wrong, without waiting for a device: there it comes in a later step.
+        """Raise an error if something is wrong. An accelerator isn't waited for: its error comes in a later step.
 
         Args:
             wrong: () bool.
@@ -167,11 +167,11 @@ class Graft(Generic[P]):
             self.context.doubts.check(wrong, error)
 
     def arguments(self, out: Any) -> Arguments | None:
-        """Return the arguments of the pass that gave ``out``, if it was one of training and the patch replays."""
+        """Return the arguments of the pass that gave ``out``, if it was a training pass and the patch replays."""
         return None if self.context is None else self.context.recall(self.name, out, ARGUMENTS)
 
     def override(self, **options: Any) -> AbstractContextManager[None]:
-        """Ask something of the graft's units in the passes of a block, in this thread; see `PassView.asked`."""
+        """Set a request that the graft's units see in all passes of this thread in the block; see `PassView.asked`."""
         return nullcontext() if self.context is None else self.context.override(self.name, **options)
 
     def model(self) -> nn.Module | None:
@@ -187,7 +187,7 @@ def checked_placements(graft: Graft, placed: Any) -> list[Placement]:
     """Return what ``place`` returned as a list, flattened by one level.
 
     Raises:
-        MethodError: it holds something else than placements; says what to return.
+        MethodError: it holds something that isn't a placement; the message says what to return.
     """
     what = type(graft.patch).__name__
     how = (

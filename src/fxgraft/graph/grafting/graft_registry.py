@@ -1,4 +1,4 @@
-"""The registry of a model's grafts: which are on it, and the one way they are put on, taken off and planned again.
+"""The registry of a model's grafts: it lists them, puts them on, takes them off and plans them again.
 
 A change has one direction: `plan` reads the model and says what is to be written on it, a `Transaction` writes that in
 place of what is there, and `connect` tells the units what they work with. A model's grafts are always planned together,
@@ -46,14 +46,14 @@ class GraftRegistry:
 
     Attributes:
         grafts: the grafts.
-        context: what their units share during a pass.
+        context: state that their units share during a pass.
         plan: what is written on the model now; None while it is bare.
         owners: the grafted parts of the model, and in which modes (training, evaluation) they run a graft.
         options: keyword arguments of a call that the grafts read, apart from ``target``.
-        records: the placements that are to be repeated on a copy of the model; on the way to it only.
-        left_out: names of the grafts that a copy is to be without; on the way to it only.
-        news: what the last plan had to make again, for a warning; '' for nothing.
-        renewals: how often the grafts were planned again; what is drawn for that has a seed of its own each time.
+        records: placements to repeat on a copy of the model; set only while it is being copied.
+        left_out: names of the grafts that a copy won't have; set only while the model is being copied.
+        news: what the last plan had to make again, as a text for a warning; '' for nothing.
+        renewals: how often the grafts were planned again; it seeds what each renewal draws.
         schedules: options that follow the progress of the training, by graft.
         plain: numbers, texts and lists that traced forwards have read, which compiled code guards on: the path of a
             module, the name of its attribute, and the value.
@@ -82,8 +82,8 @@ class GraftRegistry:
             again: look again, even if nothing has changed.
 
         Returns:
-            The look, and the plan that was made from it: where nothing that planning reads has changed since the plan
-            that is written was made, that is the one, and its look is taken again.
+            The look and the plan that was made from it. Where nothing that planning reads has changed since the plan on
+            the model was made, these are that plan and its look.
         """
         self._check_intact()
         look = Look(bare_shadow(model, self.plan))
@@ -139,7 +139,7 @@ class GraftRegistry:
             return plan(model, [*present, graft], look, self, self.context, known)
 
     def _check_intact(self) -> None:
-        """Raise where taking the grafts off would take off what another library has put on since."""
+        """Raise where another library changed a grafted module since: taking the graft off would undo that, too."""
         wrapped = None if self.plan is None else self.plan.intact()
         if wrapped is not None:
             raise WrappedModelError(
@@ -154,8 +154,8 @@ class GraftRegistry:
     def renew(self, model: nn.Module) -> None:
         """Plan all grafts again on the model as it is now, keeping their units.
 
-        What is made again is drawn from a generator of its own: the pass that notices a change, one of evaluation
-        above all, moves no random state.
+        New units are drawn from a generator of their own, so that the pass that notices a change moves no random
+        state. It may be one of evaluation.
         """
         self.renewals += 1
         seed = (torch.initial_seed() + self.renewals) % 2**63
@@ -163,7 +163,7 @@ class GraftRegistry:
             self.install(model)
 
     def check(self, model: nn.Module) -> None:
-        """Before a pass: notice what would run an old graph in silence, and plan again; tell who waits for training."""
+        """Prepare a pass: plan again where an old graph would run in silence; tell patches of a first training pass."""
         self.renew_stale(model)
         if self.plan is not None:  # it is used now, and no more grafts are coming
             self.plan.look.forget()
@@ -179,7 +179,7 @@ class GraftRegistry:
             self.context.progress_watch.evaluated()
 
     def changed_for_compiler(self, model: nn.Module) -> bool:
-        """Say, where a pass is compiled, whether what is `plain` is something else by now. What is read is guarded."""
+        """Say in a compiled pass whether a value of `plain` has changed. The compiler guards on what is read here."""
         for path, name, kept in self.plain:
             part: Any = model
             for child in path:
@@ -189,7 +189,7 @@ class GraftRegistry:
         return False
 
     def watch_asked(self, model: nn.Module) -> None:
-        """Do so where the loss of a training pass is asked for that ran in compiled code, so that none saw it."""
+        """Watch schedules and parameters at the loss of a compiled training pass, which `check` has not seen."""
         if not self._watched:
             self._watch(model)
         self._watched = False
@@ -203,14 +203,14 @@ class GraftRegistry:
             )
 
     def renew_stale(self, model: nn.Module) -> None:
-        """Plan all grafts again where the model has changed since in what they depend on."""
+        """Plan all grafts again if the model has changed in something that they depend on."""
         kept = KEPT.get()
         if self._stale(model) and (kept is None or kept[0] is not self):
             self._renew_stale(model)
 
     @synchronized
     def _renew_stale(self, model: nn.Module) -> None:
-        if not self._stale(model):  # another thread that noticed it has been here first
+        if not self._stale(model):  # another thread has noticed it and planned already
             return
         self.renew(model)
         self.tell()
@@ -240,7 +240,7 @@ class GraftRegistry:
         return list(dict.fromkeys(graft.name for graft, p in placed if p.owner == owner))
 
     def counterparts(self) -> dict[str, str]:
-        """Name the model's parameter that parameters of grafts are another one of, by their qualified names."""
+        """Map graft parameters that are further copies of a parameter of the model to that one, by qualified names."""
         names = {} if self.plan is None else self.plan.names()
         units = [unit for graft in self.grafts for unit in graft.units.values() if id(unit) in names]
         return {
@@ -276,7 +276,7 @@ class GraftRegistry:
         return twin
 
     def recorded(self) -> tuple[PlacementRecord, ...]:
-        """Take down all placements; none where the model has changed since in what they depend on."""
+        """Record all placements; none where the model has changed in something that they depend on."""
         if self.plan is None or self._stale(self.plan.model):
             return ()
         keys = {id(unit): key for graft in self.grafts for key, unit in graft.units.items()}
@@ -301,7 +301,7 @@ class GraftRegistry:
 
 
 def _some(names: Sequence[str]) -> tuple[str, ...]:
-    """Choose a few of many, the last one among them."""
+    """Choose a few of many, including the last."""
     return (*names[: -1 : -(-len(names) // REFERENCES) or 1], *names[-1:])
 
 

@@ -32,7 +32,7 @@ def registry_of(model: nn.Module) -> GraftRegistry | None:
 def unwrapped(model: nn.Module) -> nn.Module:
     """Look through what is wrapped around a patched model: DistributedDataParallel, torch.compile.
 
-    A wrapper has one child, the model; a model of one's own that has a ``module`` beside others is none.
+    A wrapper has one child, the model. A user's model that has a ``module`` and other children isn't a wrapper.
     """
     while state_of(model) is None and len(model._modules) == 1:
         name, inner = next(iter(model._modules.items()))
@@ -55,7 +55,7 @@ def patched_parts(model: nn.Module) -> dict[str, nn.Module]:
     in a large network as in a small one: see `_kept`.
     """
     root = unwrapped(model)
-    if torch.compiler.is_compiling():  # once, as the code is made
+    if torch.compiler.is_compiling():  # only while code is compiled, so once
         return _search(root)
     parts = _kept(root)
     if parts is None:
@@ -114,7 +114,9 @@ def _keep(root: nn.Module, parts: Mapping[str, nn.Module], elsewhere: set[int], 
     key = id(root)
 
     def forget(gone: weakref.ref[nn.Module]) -> None:
-        if key in _found and _found[key].root is gone:  # else another module has got its identity by now
+        if (
+            key in _found and _found[key].root is gone
+        ):  # ids are used again: another module may have this one by now
             del _found[key]
 
     places: dict[str, weakref.ref[nn.Module] | None] = {
@@ -127,10 +129,10 @@ def _keep(root: nn.Module, parts: Mapping[str, nn.Module], elsewhere: set[int], 
 
 
 def _kept(root: nn.Module) -> dict[str, nn.Module] | None:
-    """Return the parts that were found before; None where they may not be all parts any more.
+    """Return the patched parts that an earlier search found; None where there may be others by now.
 
-    They are where they were, with grafts. No other model alive has grafts, or all that have were elsewhere and no
-    module has been put into another one since.
+    They count as all if each is where it was and has grafts, and no other model alive has grafts. Other such models are
+    no matter if the search knew of them and no module was put into another since.
     """
     search = _found.get(id(root))
     if search is None or search.root() is not root:
@@ -176,7 +178,7 @@ def own_keys(model: nn.Module) -> set[str]:
 
 
 def counterparts(model: nn.Module) -> dict[str, str]:
-    """Name the model's parameter that parameters of its grafts are another one of, by their names in the model."""
+    """Map graft parameters that are further copies of a parameter of the model to that one, by names in the model."""
     registries = {path: registry_of(part) for path, part in patched_parts(model).items()}
     return {
         join(path, own): join(path, stock)

@@ -1,4 +1,4 @@
-"""One unit and where it goes."""
+"""Placements: one unit and the place where it acts, as an object and as data."""
 
 from __future__ import annotations
 
@@ -41,8 +41,8 @@ class PlacementRecord:
         graft: the graft's name.
         unit: the unit's key among those of its graft.
         owner, edit, key, training, evaluation: of the `Placement`.
-        bound: plain values, and layouts, that the unit was bound to.
-        whole: whether that is all that it was bound to, so that nothing has to be found for it.
+        bound: the plain values and layouts that were set by `Unit.bind`.
+        whole: whether `Unit.bind` set nothing else, so that the unit can be placed without a search.
     """
 
     graft: str
@@ -57,7 +57,7 @@ class PlacementRecord:
 
     @classmethod
     def of(cls, graft: str, placement: Placement, keys: Mapping[int, str]) -> PlacementRecord:
-        """Take down a placement.
+        """Make the record of a placement.
 
         Args:
             graft: the graft's name.
@@ -71,11 +71,11 @@ class PlacementRecord:
         return cls(graft, keys[id(p.unit)], *place, bound, len(bound) == len(known))
 
     def placement(self, unit: Unit) -> Placement:
-        """Place a unit so."""
+        """Make the placement of a unit from the record."""
         return Placement(self.owner, self.edit, self.key, unit, self.training, self.evaluation)
 
     def as_data(self) -> dict[str, Any]:
-        """Return what JSON can hold of it."""
+        """Return the record as data for JSON."""
         edit = {"kind": type(self.edit).__name__, **asdict(self.edit)}
         bound = {name: vars(v) if isinstance(v, Layout) else v for name, v in self.bound.items()}
         return {**vars(self), "edit": edit, "bound": bound}
@@ -85,7 +85,7 @@ class PlacementRecord:
         """Read what `as_data` returned.
 
         Raises:
-            Exception: it is something else.
+            Exception: the data is something else.
         """
         edit = dict(data["edit"])
         kind = _EDITS[edit.pop("kind")]
@@ -95,7 +95,7 @@ class PlacementRecord:
 
 
 def is_plain(value: Any) -> bool:
-    """Say whether a value is a number, a word, nothing, or a list of those."""
+    """Say whether a value is a number, a text, None, or a list of those."""
     if isinstance(value, list):
         return all(map(is_plain, value))
     return value is None or isinstance(value, (bool, int, float, str))

@@ -26,7 +26,7 @@ from fxgraft.graph.tracing.shadow import Shadow
 
 @dataclass(frozen=True, eq=False)
 class Look:
-    """A model as it is without its grafts, and what was found out about it.
+    """A model as it is without its grafts, with the traces that were made of it.
 
     Attributes:
         shadow: the shadow of the bare model.
@@ -41,21 +41,21 @@ class Look:
         return self.traces.setdefault(input_size, ModelTrace(self.shadow, input_size))
 
     def forget(self) -> None:
-        """Let go of graphs and shapes. What they were found on stays, to see whether they would be the same."""
+        """Drop graphs and shapes, and keep the shadow, which shows whether they would be the same."""
         self.traces.clear()
 
 
 class Plan:
-    """What is to be written on a model for its grafts, or is written there. It does not change once it is made.
+    """What a transaction writes on a model for its grafts. A plan doesn't change once it is made.
 
-    Modules are known weakly: the model reaches its plan, which must not keep the model alive in turn.
+    It refers to modules weakly: the model leads to its plan, which must not keep the model alive in turn.
 
     Args:
         model: the model.
-        look: what the plan was made from.
+        look: the look at the bare model that the plan was made from.
         grafts: all grafts of the model.
-        placements: what they place where.
-        parts: what comes of that for each module, by qualified name.
+        placements: the placements of the grafts' units.
+        parts: what is to be written on each module, by qualified name.
 
     Attributes:
         look, grafts, placements, parts: as given.
@@ -94,11 +94,11 @@ class Plan:
 
     @property
     def model(self) -> nn.Module:
-        """The model, which the caller that works with its plan holds."""
+        """The model. Whoever works with its plan holds it, so it is alive."""
         return cast(nn.Module, self._model())
 
     def modules(self) -> Iterator[tuple[str, GraftState, nn.Module]]:
-        """List the modules that the plan is about; those that were replaced and are gone need nothing."""
+        """List the modules that the plan is about, without those that were replaced and are gone."""
         for path, state in self.states.items():
             module = self._modules[path]()
             if module is not None:
@@ -141,7 +141,7 @@ class Plan:
 
 
 def parts_without_model(model: nn.Module) -> list[nn.Module]:
-    """List the parts of a model that were copied out of a patched one without it."""
+    """List the grafted parts of a model that were copied out of a patched model without the rest of it."""
     states = ((module, state_of(module)) for module in model.modules())
     return [module for module, state in states if state is not None and state.orphan]
 
@@ -170,14 +170,14 @@ def plan(
     known: Plan | None = None,
     records: Sequence[PlacementRecord] = (),
 ) -> Plan:
-    """Plan the grafts of a model. The model is only read; the units of the grafts are made, and bound to what is found.
+    """Plan the grafts of a model. The model is only read; the units are made, and bound to what is found on it.
 
     Args:
         model: the model, bare or with grafts.
-        grafts: all that it is to have.
+        grafts: all grafts that the model is to have.
         look: what is known of the bare model.
-        keeper: what keeps the grafts.
-        context: what they share during a pass.
+        keeper: the registry of the grafts.
+        context: state that the grafts share during a pass.
         known: an earlier plan that was made from this very look: its placements and programs are taken.
         records: the placements to repeat, where the model is a copy.
 
@@ -212,15 +212,15 @@ def _place(
     placed = checked_placements(graft, graft.patch.place(backbone, make))
     if repeats:
         placed = _repeated(graft, placed, records, asked)
-    # What an earlier plan made, for a layer that another has replaced since, is of no use any more;
-    # what this one asked for is, placed or not.
+    # Units that this plan did not ask for are dropped: the layer that they were made for has been replaced.
+    # Units that it asked for stay, also those that it did not place.
     for key in [key for key in graft.units if key not in asked]:
         del graft.units[key]
     return placed
 
 
 def _settle(placement: Placement, model: nn.Module, look: Look) -> None:
-    """Give a unit that is new the training flag, device and dtype of its place."""
+    """Give a new unit the training flag, device and dtype of its place."""
     placement.unit.train(model.get_submodule(placement.owner).training)
     bare = look.shadow.model
     near = (p for module in (bare.get_submodule(placement.owner), bare) for p in module.parameters())
@@ -242,12 +242,12 @@ def _noting(graft: Graft[Placer], asked: set[str]) -> Make:
 def _repeated(
     graft: Graft[Placer], placed: list[Placement], records: Sequence[PlacementRecord], asked: set[str]
 ) -> list[Placement]:
-    """Return the placements that are recorded of a graft, in place of those that it would choose now.
+    """Return the recorded placements of a graft, instead of those that it would choose now.
 
-    Layers that were wrapped or replaced since the model was patched may look like other places for units.
+    The graft might choose others, since layers may have been wrapped or replaced since the model was patched.
 
     Raises:
-        StructureError: a unit that was placed is not found on the model any more.
+        StructureError: the model has no place for a recorded unit any more.
     """
     keys = {id(unit): key for key, unit in graft.units.items()}
     if [PlacementRecord.of(graft.name, placement, keys) for placement in placed] == list(records):

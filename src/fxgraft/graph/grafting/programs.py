@@ -1,4 +1,4 @@
-"""Programs: from placements to what every grafted module runs in each mode, compiled; nothing is written."""
+"""Programs: compiles placements into what every grafted module runs in each mode. Nothing is written here."""
 
 from __future__ import annotations
 
@@ -49,9 +49,9 @@ class Part:
     """What is to be written on one module.
 
     Attributes:
-        state: what it keeps.
-        placed: the placements that it comes from, in running order, each with its graft.
-        registered: the units that join the module tree for it.
+        state: the graft state of the module.
+        placed: its placements, in running order, each with its graft.
+        registered: its units that join the module tree.
     """
 
     state: GraftState
@@ -59,7 +59,7 @@ class Part:
     registered: tuple[Beside, ...]
 
     def of(self, placed: Placed) -> bool:
-        """Say whether it comes from just these placements."""
+        """Say whether the part was compiled from just these placements."""
         pairs = zip(self.placed, placed, strict=False)
         return len(self.placed) == len(placed) and all(a is c and b is d for (a, b), (c, d) in pairs)
 
@@ -77,8 +77,8 @@ def compile_placements(
         model: the look-alike of the bare model.
         placements: what to compile.
         traces: the traces of the bare model, by input size.
-        context: what the grafts share during a pass.
-        known: what was compiled for the same model; it is taken where the placements on a module are the same.
+        context: state that the grafts share during a pass.
+        known: parts that were compiled for the same model, used again for modules with the same placements.
 
     Raises:
         FxgraftError: placements that cannot be carried out, alone or together.
@@ -121,14 +121,14 @@ def by_rank(placed: Placed) -> None:
 
 
 def by_edge(placed: Placed) -> Placed:
-    """Sort what acts on the edges of one value by edge, where several grafts act on just the same ones.
+    """Sort units on the edges of one value by edge, where several grafts act on exactly the same edges.
 
     Every edge then has one chain of calls. Sorted by graft, the unit of the second graft would be called once for every
     user of the value, since each user has got another unit of the first graft by then: of densely connected blocks,
     whose values have as many users as there are layers, the graph would grow with the third power of that.
 
     Args:
-        placed: what acts in one mode.
+        placed: the placements that act in one mode.
     """
     values: dict[str, list[int]] = {}
     for index, (_, placement) in enumerate(placed):
@@ -180,7 +180,7 @@ def _place_unit(
     placement: Placement,
     several: bool,
 ) -> str:
-    """Decide under which name a unit is reached from its owner, and beside what it stands if it holds tensors.
+    """Choose the name by which the owner reaches a unit, and the module that holds the unit if it has tensors.
 
     ``several`` says whether the owner has more than one unit of that graft.
     """
@@ -213,13 +213,13 @@ def _place_unit(
 
 
 def _runs_children(module: nn.Module) -> bool:
-    """Say whether a module goes through its children, whichever they are, so that one more would run as well."""
+    """Say whether a module runs all of its children, whatever they are, so that one more would run as well."""
     code = getattr(type(module).forward, "__code__", None)
     return isinstance(module, _CONTAINERS) or (code is not None and not _LISTINGS.isdisjoint(code.co_names))
 
 
 def _check_free(holder: nn.Module, name: str, graft: Graft) -> None:
-    """Raise where the model has something of its own under the name that a unit would get."""
+    """Raise if the model already uses the name that a unit would get."""
     # A unit there came along when the model was copied, with a module that is not grafted itself.
     if hasattr(holder, name) and not isinstance(getattr(holder, name), Unit):
         raise SiteError(
@@ -291,9 +291,9 @@ def _labelled(trace: ModelTrace, traced: Traced, edits: Sequence[Edit], training
 
 
 def _passing(trace: ModelTrace, traced: Traced, path: str, training: bool) -> Passing | None:
-    """Trace a forward with one more keyword, where it takes any; None where it does more than hand it on.
+    """Trace a forward with one more keyword; None where it takes none, or does more than hand it on.
 
-    Which keywords it knows by name is seen by the functions that run while it is traced.
+    The keywords that it reads by name are found in the functions that run while it is traced.
     """
     if not Declared.of(traced.signature).any_keyword:
         return None
@@ -323,7 +323,7 @@ def _passing(trace: ModelTrace, traced: Traced, path: str, training: bool) -> Pa
 
 @contextlib.contextmanager
 def _watching(lines: dict[CodeType, set[int]]) -> Iterator[None]:
-    """Note which lines of which functions run in the block, but for the tracer's own."""
+    """Note the lines of all functions that run in the block, apart from the tracer's."""
     before = sys.gettrace()
 
     def note(frame: FrameType, event: str, _: Any) -> Any:
@@ -358,7 +358,7 @@ def _edited(edit: Edit) -> Iterator[str]:
 
 
 def _in_common(traced: Traced, labelled: Traced) -> set[str]:
-    """Name the nodes that a trace with labels begins with as one without does, those that see labels left out."""
+    """Name the nodes at the start that are the same in a trace with labels and one without, and see no labels."""
     own = {node.name for node in placeholders(traced.graph)}
     added = [node for node in placeholders(labelled.graph) if node.name not in own]
     seeing = set(added).union(*map(downstream_of, added))
@@ -380,7 +380,7 @@ def _called(traced: Traced, path: str) -> frozenset[str]:
 
 
 def _check_reached(parts: Mapping[str, Part]) -> None:
-    """Raise where one patch acts on a module that another leaves out, since it would never run."""
+    """Raise where one patch acts on a module that another one leaves out: it would never run."""
     for part in parts.values():
         for training, program in ((True, part.state.training), (False, part.state.evaluation)):
             for skipped in program.skipped:

@@ -1,4 +1,4 @@
-"""What a grafted module keeps: the programs of both modes and the units they reach."""
+"""The state that a grafted module carries: the programs of both modes and the units they call."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ class Program:
     """What a grafted module runs in one mode.
 
     Attributes:
-        function: in place of the class's forward, called with the module first; or None.
-        units: act on the output, in order.
-        inputs: act on the first argument, in order.
+        function: what runs in place of the class's forward, called with the module first; or None.
+        units: units that act on the output, in order.
+        inputs: units that act on the first argument, in order.
         skipped: qualified names of modules that the class's forward calls and the function does not.
     """
 
@@ -33,7 +33,7 @@ class Program:
 
     @property
     def acts(self) -> bool:
-        """Whether it differs from the module's own forward in more than units that may be passed by."""
+        """Whether it does more than the module's own forward, not counting units that a call may go around."""
         return self.function is not None or not all(u.optional for u in (*self.units, *self.inputs))
 
 
@@ -53,11 +53,11 @@ class Keeper(Protocol):
         ...
 
     def renew_stale(self, model: nn.Module) -> None:
-        """Plan all grafts again where the model has changed since in what they depend on."""
+        """Plan all grafts again if the model has changed in something that they depend on."""
         ...
 
     def changed_for_compiler(self, model: nn.Module) -> bool:
-        """Say, where a pass is compiled, whether what forwards have read is something else by now."""
+        """Say in a compiled pass whether anything that forwards have read has changed."""
         ...
 
     def renew(self, model: nn.Module) -> None:
@@ -81,7 +81,7 @@ class Keeper(Protocol):
         ...
 
     def counterparts(self) -> dict[str, str]:
-        """Name the model's parameter that parameters of grafts are another one of, by their qualified names."""
+        """Map graft parameters that are further copies of a parameter of the model to that one, by qualified names."""
         ...
 
     def portable(self) -> Keeper:
@@ -142,7 +142,7 @@ class GraftState:
 
 
 def foreign_forward(module: nn.Module) -> bool:
-    """Say whether a forward was set on the instance that is not just the class's own, bound to it."""
+    """Say whether the instance has a forward of its own; its class's forward bound to it doesn't count."""
     own = module.__dict__.get("forward")
     if own is None:
         return False
@@ -151,7 +151,7 @@ def foreign_forward(module: nn.Module) -> bool:
 
 
 def hidden_forward(who: str) -> str:
-    """Say what is wrong with a grafted module that has a forward of its own."""
+    """Make the error for a grafted module that was given a forward of its own."""
     return (
         f"{who!r} was given a forward of its own after it was patched (mixed precision of accelerate or transformers "
         "does so).\nIt holds on to the patched forward, which would be left without its graft.\n"
@@ -171,9 +171,9 @@ def state_of(module: nn.Module) -> GraftState | None:
 
 
 def localise(model: nn.Module) -> None:
-    """Let a replica of DataParallel, which runs in a thread, run its own copies of the units that hold tensors.
+    """Give a replica of DataParallel its own copies of the units that hold tensors: replicas run in threads.
 
-    What a pass shares needs no copy: it belongs to the thread.
+    State of a pass needs no copy, since it belongs to a thread.
     """
     state = state_of(model)
     if state is None or state.registry is None:

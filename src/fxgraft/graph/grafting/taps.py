@@ -36,7 +36,7 @@ class Fate:
 
     Attributes:
         value: the value, tensors fake; None where the mode could not be looked at.
-        reached: whether the pass comes by.
+        reached: whether the pass computes the value.
         overwritten: whether something writes into the value's memory after the site; where the mode could not
             be looked at, it may.
     """
@@ -47,7 +47,7 @@ class Fate:
 
 
 class _Witness(Unit):
-    """Remembers every value that passes, and how often each tensor had been written to by then."""
+    """Remembers every value that passes, and how often its tensors had been written to."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -59,14 +59,14 @@ class _Witness(Unit):
         return x
 
     def fate(self) -> Fate:
-        """Say what has become of what was seen, and forget it."""
+        """Return what happened to the values since, and forget them."""
         seen, self.seen = self.seen, []
         written = any(tensor._version != version for _, versions in seen for tensor, version in versions)
         return Fate(seen[-1][0] if seen else None, bool(seen), written)
 
 
 class _Witnesses(Placer):
-    """A patch of nothing but witnesses."""
+    """A patch that only places witnesses."""
 
     def __init__(self, sites: Mapping[str, Site]) -> None:
         self.sites = sites
@@ -81,13 +81,13 @@ class _Witnesses(Placer):
 
 
 def fates(trace: ModelTrace, sites: Mapping[str, Site], learns: bool = True) -> dict[str, tuple[Fate, Fate]]:
-    """Find out which values are written over after their site: (evaluation, training), by the keys of ``sites``.
+    """Find out which values are overwritten after their site: one table for evaluation, one for training, by site key.
 
     Args:
         trace: the trace of the bare model. Its shadow is patched with witnesses for two fake passes, and left as it
             was.
         sites: where to look.
-        learns: whether to look at training, which takes as long again; otherwise anything may happen there.
+        learns: whether to look at training too, which doubles the time; otherwise every value may be overwritten there.
 
     Raises:
         SiteError: a site that no unit can be placed at.
@@ -108,7 +108,7 @@ def _pass(trace: ModelTrace, graft: Graft, training: bool) -> dict[str, Fate]:
     try:
         observe(trace.model, trace.image_size, training=training)
     except Exception:
-        # A model may train on what a fake batch of images is not; then every value counts as written over.
+        # A model may need training inputs that aren't a batch of images. Then every value counts as overwritten.
         for unit in units.values():
             unit.seen.clear()
         return dict.fromkeys(units, Fate())
@@ -134,7 +134,7 @@ class Tap(Unit):
 
     @property
     def slot(self) -> str:
-        """The name its value stands under in a pass, which several grafts share."""
+        """The name of its value in a pass, unique among the grafts of the model."""
         return f"{self.graft}:{self.key}"
 
     def forward(self, x: Any) -> Any:
@@ -211,7 +211,7 @@ def _check(site: Site, evaluation: Fate, training: Fate) -> None:
 
 
 def take(units: Iterable[Unit]) -> dict[str, Any]:
-    """Hand over what taps recorded in the last pass of their model, which keeps nothing of it.
+    """Return what taps recorded in the last pass of their model, and drop it there.
 
     Args:
         units: taps of one model; other units are passed over.

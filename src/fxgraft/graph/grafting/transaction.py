@@ -1,4 +1,4 @@
-"""The transaction: the one writer of grafts. What it writes, it writes all of or nothing, and can take back exactly."""
+"""The transaction: the only writer of grafts. It writes a plan whole or not at all, and can undo it exactly."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 class UnitSnapshot:
-    """Units as they were before a model is planned again, since planning tells them what it found."""
+    """Units as they were before a model is planned again: planning writes on them what it finds."""
 
     def __init__(self, grafts: Sequence[Graft]) -> None:
         self.units = [(graft.units, dict(graft.units)) for graft in grafts]
@@ -35,11 +35,10 @@ class UnitSnapshot:
 
 
 class Transaction:
-    """Puts a plan on a model in the place of the one that is there.
+    """Replaces the plan on a model by another.
 
-    An exception in the block, of whatever kind and at whatever line, puts back the model, the units of the grafts that
-    were there, the registry and the random state: before and after `apply` alike. Other threads see the model with the
-    one plan or with the other.
+    Any exception in the block, before or after `apply`, restores the model, the units of the grafts that were there,
+    the registry and the random state. Other threads see the model with one plan or with the other.
 
     Args:
         model: the model.
@@ -64,11 +63,11 @@ class Transaction:
         ]
 
     def __enter__(self) -> Transaction:
-        """Begin: what is there now is what an exception comes back to."""
+        """Note the present state, which an exception restores."""
         return self
 
     def apply(self, plan: Plan | None, grafts: Sequence[Graft] = ()) -> None:
-        """Take off what is there and write a plan, in one step.
+        """Replace the plan on the model by another, in one step.
 
         Args:
             plan: what to write; None for the bare model.
@@ -96,7 +95,7 @@ def _writing(plan: Plan, before: Plan | None = None) -> list[Step]:
 
     Args:
         plan: what to write.
-        before: what is there, and is taken off before.
+        before: the plan on the model, which is taken off first.
     """
     steps: list[Step] = []
     for _, state, module in plan.modules():
@@ -108,7 +107,7 @@ def _writing(plan: Plan, before: Plan | None = None) -> list[Step]:
         for holder, name, unit in units
         if holder is not model
     ]
-    # In front of the model's own children: whoever takes its last parameters for the head's finds the head's.
+    # Before the model's own children: code that takes the last parameters of a model for its head's finds those.
     first = {name: unit for holder, name, unit in units if holder is model}
     off = {id(unit) for _, _, unit in before.units()} if before is not None else set[int]()
     own = {name: child for name, child in model._modules.items() if id(child) not in off}
@@ -127,20 +126,20 @@ def _erasing(plan: Plan) -> list[Step]:
     for _, state, module in plan.modules():
         steps.append(partial(module.__dict__.pop, STATE, None))
         if state_of(module) is not None and not foreign_forward(module):
-            # What undid a wrapper may have left the class's forward on the instance, where it would outlive it.
+            # Undoing a wrapper may leave the grafted class's forward on the instance, where it would outlive the graft.
             steps.append(partial(module.__dict__.pop, "forward", None))
         steps.append(setting(module, "__class__", state.base))
     return steps
 
 
 def _writing_again(plan: Plan) -> list[Step]:
-    """Return the steps that bring back what is written now: like `_writing`, and children in their order."""
+    """Return the steps that write the present plan again, as `_writing` does, with children in their order."""
     holders = dict.fromkeys(holder for holder, *_ in plan.units())
     return [*_writing(plan), *(step for holder in holders for step in refilling(holder._modules))]
 
 
 def _releasing(part: nn.Module) -> list[Step]:
-    """Return the steps that turn a part that was copied without its model back into a plain module."""
+    """Return the steps that make a part that was copied without its model a plain module again."""
     state: GraftState = part.__dict__[STATE]
     return [partial(part.__dict__.pop, STATE, None), setting(part, "__class__", state.base)]
 

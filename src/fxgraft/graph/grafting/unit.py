@@ -1,4 +1,4 @@
-"""What a graft inserts into a network, and how that sees the pass which runs."""
+"""Units: the modules that a graft inserts into a network, and their view of the pass that runs."""
 
 from __future__ import annotations
 
@@ -74,16 +74,16 @@ class PassView:
         return self.model_pass.labels.checked(self.graft, batch, part)
 
     def check_images_alone(self, why: str, all_positions: bool = False) -> None:
-        """Raise where the model was called with more than images and labels, of which its graphs know nothing.
+        """Raise where a call gave the model more than images and labels: its graphs know nothing of that.
 
-        A model is looked at as it runs on images. A mask of padding, coordinates or a condition are what calls bring.
+        A model is traced on images alone. A call may add a mask of padding, coordinates or a condition.
 
         Args:
-            why: a sentence that says what would be wrong.
-            all_positions: whether only what may tell positions apart is: tensors of several entries per image.
+            why: a sentence that says what would go wrong.
+            all_positions: refuse only what may tell positions apart: tensors of several entries per image.
 
         Raises:
-            BypassError: it was.
+            BypassError: the call gave more.
         """
         labels = self.model_pass.labels.given
         extra = [
@@ -107,18 +107,18 @@ class PassView:
             )
 
     def relabel(self, target: Any) -> None:
-        """Set the labels that grafts see from here on, after this one has mixed the samples.
+        """Replace the labels for the grafts that run later, after this one has mixed the samples.
 
         `fxgraft.loss` goes on getting the labels of the batch from the caller.
         """
         self.model_pass.labels.replace(target)
 
     def shared(self, key: str, make: Callable[[], T]) -> T:
-        """Return what all units of the graft share in this pass; made by the first one that asks.
+        """Return a value that all units of the graft share in this pass; the first one that asks makes it.
 
         Args:
             key: a name for it.
-            make: makes it; usually a draw.
+            make: a function that makes the value; usually a draw.
         """
         shared = self.model_pass.shared
         if (self.graft, key) not in shared:
@@ -134,21 +134,21 @@ class PassView:
         return self.model_pass.shared.get((self.graft, key))
 
     def asked(self, key: str) -> Any:
-        """Return what `Graft.override` asks of the graft in this pass, or None."""
+        """Return the request that `Graft.override` set for this pass under that name, or None."""
         return self.model_pass.context.asked.get((self.graft, key))
 
     def remember(self, state: Any) -> None:
-        """Keep what the graft's loss has to know of this pass; `Graft.recall` finds it by the output.
+        """Store what the graft's loss needs of this pass; `Graft.recall` finds it by the output.
 
-        Not for what happens in evaluation: a loss that is computed there is the user's own.
+        Passes in evaluation store nothing: a loss that is computed there is the user's own.
         """
         self.model_pass.notes[self.graft] = state
 
     def measure(self, name: str, value: Any) -> None:
-        """Keep what `Patch.diagnostics` tells of the last training pass; nothing is kept of other passes.
+        """Store a scalar of a training pass for `fxgraft.diagnostics`; other passes store nothing.
 
-        What several units measure under one name is averaged. Nothing is computed here and no device is waited for:
-        hand over the tensor that is at hand, a mask and not its mean.
+        Values that several units measure under one name are averaged. Nothing is computed here and no device is waited
+        for, so pass the tensor at hand: a mask rather than its mean.
 
         Args:
             name: the scalar's name.
@@ -164,7 +164,7 @@ class PassView:
         run.measured.setdefault(self.graft, {}).setdefault(name, []).append(value)
 
     def tell(self, key: str, message: str) -> None:
-        """Warn of something that the graft cannot do in passes such as this one, once for its model.
+        """Warn, once for the model, of something that the graft cannot do in passes such as this one.
 
         Args:
             key: a name for it.
@@ -177,7 +177,7 @@ class PassView:
         warnings.warn(f"{self.graft!r} {message}", FxgraftWarning, stacklevel=2)
 
     def doubt(self, wrong: Tensor | bool, error: FxgraftError) -> None:
-        """Raise an error if something is wrong, without waiting for a device: there it comes in a later step.
+        """Raise an error if something is wrong. An accelerator isn't waited for: its error comes in a later step.
 
         Args:
             wrong: () bool.
@@ -187,12 +187,12 @@ class PassView:
 
 
 def recomputed() -> bool:
-    """Say whether this runs within a backward pass, as what activation checkpointing runs again does."""
+    """Say whether this runs in a backward pass, as a region does that activation checkpointing runs again."""
     return not torch.compiler.is_compiling() and graph_task() != -1
 
 
 class _NoPass:
-    """Stands for the pass outside of one. A property that raises would stop tools that list a module's attributes."""
+    """Stands for the pass where there is none. A property that raises would stop tools that list attributes."""
 
     def __init__(self, unit: Unit) -> None:
         self._unit = unit
@@ -209,9 +209,9 @@ class Unit(nn.Module):
     without is not registered at all and leaves no trace in ``children()``.
 
     Attributes:
-        context: what the grafts of the model share; set when the unit is installed.
+        context: state that the grafts of the model share; set when the unit is installed.
         graft: the name of its graft.
-        optional: whether calls of a part of the model may go around it, since others tell what then happens.
+        optional: whether calls of a part of the model may go around it; another unit then says what is missing.
         built_with: the whole numbers that the unit was built with, such as a width.
         restarts: bound in planning where the layer that the unit serves was replaced by one of other weights; once the
             plan is carried out, `restart` is called and what the unit had is reported as lost.
@@ -245,7 +245,7 @@ class Unit(nn.Module):
 
         Raises:
             SiteError: it was called by itself.
-            BypassError: activation checkpointing runs it again; what the unit did in the pass is gone by then.
+            BypassError: activation checkpointing runs it again, when what the unit did in the pass is gone.
         """
         self.refuse_recomputation()
         raise SiteError(f"{self.graft!r} acts inside a pass of its model.\nCall the model, not its parts.")
@@ -254,7 +254,7 @@ class Unit(nn.Module):
         """Raise where activation checkpointing runs a part of the model again, in the backward pass.
 
         Raises:
-            BypassError: it does; what the unit did in the pass is gone by then.
+            BypassError: it does, when what the unit did in the pass is gone.
         """
         if recomputed():
             raise BypassError(
@@ -264,7 +264,7 @@ class Unit(nn.Module):
             )
 
     def bind(self, **attributes: Any) -> None:
-        """Set attributes that are found again on every model: they do not travel with copies and pickles.
+        """Set attributes that planning finds again on every model: they don't travel with copies and pickles.
 
         Modules among them do not become children of the unit.
         """
@@ -276,15 +276,15 @@ class Unit(nn.Module):
         return {name: self.__dict__[name] for name in self.__dict__.get("_bound", ())}
 
     def set_progress(self, fraction: float) -> None:
-        """Follow a schedule. Keep what depends on it in plain attributes: compiled code guards on those."""
+        """Follow a schedule. Store what depends on it in plain attributes, on which compiled code guards."""
 
     def restart(self, model: nn.Module) -> None:
         """Take up new weights of the network, where tensors of the unit are made from them."""
 
     def counterparts(self) -> Mapping[str, str]:
-        """Name the parameter of the model that each parameter of the unit is another one of, by qualified name.
+        """Map each parameter of the unit that is a further copy of one of the model's to that one's qualified name.
 
-        Rules for parameters that go by name then hold for both alike.
+        Rules that choose parameters by name then hold for both.
         """
         return {}
 
@@ -299,7 +299,7 @@ class Unit(nn.Module):
 
     @property
     def registered(self) -> bool:
-        """Whether the unit holds tensors, and so belongs into the module tree."""
+        """Whether the unit holds tensors and so has to join the module tree."""
         return any(True for _ in self.parameters()) or any(True for _ in self.buffers())
 
 
@@ -323,10 +323,10 @@ class Capture(Unit):
 
 
 def look_ahead(run: PassView, rest: Rest, z: Tensor) -> Tensor:
-    """Return the logits for a value at the site that a `Rest` starts from; nothing else notices.
+    """Return the logits for a value at the site where a `Rest` starts. The pass goes on as if this had not run.
 
     Args:
-        run: the pass, as the graft sees it that captured what else the rest needs.
+        run: the pass, as seen by the graft that captured what else the rest needs.
         rest: the rest of the network.
         z: the value. Nothing is written to it as long as it is not used elsewhere; pass a clone.
     """
@@ -340,10 +340,9 @@ def look_ahead(run: PassView, rest: Rest, z: Tensor) -> Tensor:
 def _outside_sharded_step(model: nn.Module, children: tuple[str, ...]) -> Iterator[None]:
     """Keep what runs in the block out of the step that FSDP2 is in the middle of.
 
-    FSDP2 ends its step in a callback of the first backward that passes its modules, which would be that of
-    a look ahead: the parameters of the model would be sharded again in the middle of its forward. Modules that
-    are in their backward already are run plainly, as activation checkpointing needs it, so they are made to look
-    like that.
+    FSDP2 ends its step in a callback of the first backward through its modules. That would be the backward of a look
+    ahead, and the parameters would be sharded again in the middle of the model's forward. FSDP2 runs modules plainly
+    that are in their backward, as activation checkpointing needs it; so they are made to look like that.
     """
     sharded = [
         part

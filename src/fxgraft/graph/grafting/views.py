@@ -1,4 +1,4 @@
-"""What grafts changed, to look at: the forward of each grafted module before and after, as code and as a graph."""
+"""Views of what grafts changed: the forward of each grafted module before and after, as code and as a graph."""
 
 from __future__ import annotations
 
@@ -139,7 +139,7 @@ def _view(trace: ModelTrace, state: GraftState, placed: Placed, training: bool) 
 
 
 def _traced(trace: ModelTrace, path: str, training: bool) -> Traced | None:
-    """Trace a module's forward; None where it cannot be opened, which what acts around it does not need."""
+    """Trace a module's forward; None where it cannot be traced, since units around a forward need no trace."""
     try:
         return trace.fresh_graph(path, training)
     except TraceError:
@@ -163,7 +163,7 @@ def _shapes(
 
 
 def _around(graph: fx.Graph, edit: Input | Instead | Output, unit: str) -> None:
-    """Write into a graph what acts around a forward."""
+    """Add a unit that acts on a forward's input or output to its graph."""
     places = [node for node in graph.nodes if node.op == "placeholder"]
     (out,) = (node for node in graph.nodes if node.op == "output")
     if isinstance(edit, Input):
@@ -186,7 +186,7 @@ def _given_back(graph: fx.Graph) -> str | None:
 
 
 def _code(graph: fx.Graph) -> str:
-    """Write a graph as the forward that torch.fx makes of it, without what a reader does not need."""
+    """Write a graph as the code that torch.fx makes of it, without what a reader doesn't need."""
     source = python_code(graph).src.replace(f"{STATE}.units.", "")
     start = source.index("def forward")
     lines = [_NOISE.sub("", line).rstrip() for line in source[start:].splitlines()]

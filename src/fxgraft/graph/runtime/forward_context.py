@@ -1,8 +1,8 @@
-"""One pass through a patched model: what its grafts share while it runs, and what it leaves behind.
+"""One pass through a patched model: the state that its grafts share, and what stays after it.
 
-The state of a pass lives with the call: it is found through the thread that makes the call, so that calls of one
-model from several threads do not meet. What a pass leaves behind (values recorded by taps, what a method has to
-know of it for its loss) belongs to the thread that made it, too, and to the output that came of it.
+The state of a pass lives as long as the call. It is found through the thread that makes the call, so that calls of one
+model from several threads don't meet. What stays after a pass (values recorded by taps, what a method needs for its
+loss) belongs to that thread, too, and to the output that the pass returned.
 """
 
 from __future__ import annotations
@@ -37,11 +37,11 @@ class Arguments:
     """The arguments of a pass, kept so that it can be made again.
 
     Attributes:
-        args, kwargs: what the model itself got.
+        args, kwargs: the arguments that the model itself got.
         labelled: whether the call's ``target`` is among them.
-        takes_labels: whether the model itself gets a ``target`` that a call gives.
+        takes_labels: whether the model's own forward takes ``target``.
         weights: tensors that stood in for parameters of the model, by name.
-        options: what the call gave its grafts beside labels.
+        options: keywords of the call that are for the grafts, apart from labels.
     """
 
     def __init__(
@@ -61,7 +61,7 @@ class Arguments:
         self.weights = weights
 
     def first(self, rows: int, size: int) -> Arguments:
-        """Return those for the first rows of the batch, of which there were ``size``."""
+        """Return the arguments for the first rows of the batch, which had ``size`` rows."""
 
         def cut(value: Any) -> Any:
             return value[:rows] if isinstance(value, Tensor) and value.shape[:1] == (size,) else value
@@ -73,10 +73,10 @@ class Arguments:
         return Arguments(args, kwargs, self.labelled, self.takes_labels, self.weights, options)
 
     def repeat(self, model: nn.Module, target: Any) -> Any:
-        """Call the model with them again, with labels for its grafts that the model itself gets only if it got them.
+        """Call the model with these arguments again. Its grafts get labels; the model gets them only if it did before.
 
         Raises:
-            ConfigError: other tensors stood in for the model's parameters then.
+            ConfigError: in the first pass, other tensors stood in for the model's parameters.
         """
         now = _standing_in(model, self.weights) if self.weights else {}
         if any(now.get(name) is not value for name, value in self.weights.items()):
@@ -89,7 +89,7 @@ class Arguments:
             )
         if self.labelled:
             return model(*self.args, **self.kwargs, **self.options)
-        if target is not None and not self.takes_labels:  # compiled code can enter no block
+        if target is not None and not self.takes_labels:  # torch.compile follows no such block
             return model(*self.args, target=target, **self.kwargs, **self.options)
         labels: Any = target
         with targets(labels):
@@ -108,14 +108,14 @@ def _standing_in(model: nn.Module, names: Iterable[str]) -> dict[str, Tensor]:
 
 
 class LastPass:
-    """What a pass leaves behind in its thread, until the next pass of the model there.
+    """What stays of a pass in its thread, until the next pass of the model there.
 
     Attributes:
-        notes: what grafts remember of it, by name.
+        notes: what each graft stored for its loss, by the graft's name.
         recorded: the values that taps recorded and nobody fetched yet; None if there are none.
         shapes: the shapes of the tensors that it returned; None where no graft has a share in the loss, and in
             compiled code.
-        learns: whether gradients may come back to it; not told in compiled code.
+        learns: whether gradients may come back to it; unknown in compiled code.
     """
 
     def __init__(self, notes: dict[str, Any], recorded: dict[str, Any] | None) -> None:
@@ -126,17 +126,17 @@ class LastPass:
 
 
 class Context:
-    """What the grafts of one model share beyond a pass.
+    """The state that the grafts of one model share across passes.
 
     Attributes:
         progress: share of training done, in [0, 1].
         replays: whether a graft runs the model again; then the arguments of training passes outlive them.
-        samples: names of some of the model's parameters, by which such a graft sees that others stand in for them.
+        samples: names of some of the model's parameters, to notice when other tensors stand in for these.
         loss_grafts: names of the grafts that have a share in the loss.
         watch: notices that the loss is never asked for.
-        doubts: what was to be checked on a device, whose answer is not waited for.
-        outputs: which pass an output is of.
-        told: what grafts have warned of.
+        doubts: checks on a device, whose answers are not waited for.
+        outputs: the table that finds the pass of an output.
+        told: the warnings that grafts have given.
         progress_watch: notices that schedules are not fed, or end too early.
         parameter_watch: notices that no optimiser moves the grafts' parameters.
         model: a weak reference to the model; set when the grafts are installed.
@@ -157,16 +157,16 @@ class Context:
         self.outputs = Outputs()
         self.told: set[tuple[str, str]] = set()
         self._local = threading.local()
-        # Compiled code asks whether a thread has it: it should not appear between the first call and the second.
+        # Set now: compiled code guards on whether it is there, and would be compiled again at the second call.
         _running.stack = getattr(_running, "stack", ())
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Travel with nothing but the progress: passes and what they left belong to the model and its threads."""
+        """Pickle the progress alone: passes and what they left belong to the model and its threads."""
         return Context, (), {"progress": self.progress}
 
     @property
     def current(self) -> ForwardContext | None:
-        """The pass of this model that this thread is in; None outside of one."""
+        """The pass of this model that runs in this thread; None where none does."""
         for running in getattr(_running, "stack", ())[::-1]:
             if running.context is self:
                 return running
@@ -182,11 +182,11 @@ class Context:
         self._local.left = None
 
     def leave(self, run: ForwardContext, out: Any, arguments: Arguments) -> None:
-        """Keep what a pass that came through leaves behind."""
+        """Store what stays of a pass that did not fail."""
         if torch.compiler.is_exporting():
-            return  # tensors of a trace, which nobody can read
+            return  # a trace has no numbers to keep
         if run.training:
-            self.measured = run.measured  # one assignment, which other threads see whole
+            self.measured = run.measured  # in one assignment: other threads see all of it or nothing
         if self.replays and run.training:
             if not torch.compiler.is_compiling():
                 arguments.weights = _standing_in(run.model, self.samples)
@@ -201,12 +201,12 @@ class Context:
 
     @property
     def asked(self) -> Mapping[tuple[str, str], Any]:
-        """What `override` asks of the passes that this thread makes now."""
+        """The requests of `override` that hold for this thread now."""
         return getattr(self._local, "asked", {})
 
     @contextmanager
     def override(self, graft: str, **options: Any) -> Iterator[None]:
-        """Ask something of a graft's units in all passes that this thread makes in the block; see `PassView.asked`."""
+        """Set requests that a graft's units see in all passes of this thread in the block; see `PassView.asked`."""
         before = self.asked
         self._local.asked = {**before, **{(graft, key): value for key, value in options.items()}}
         try:
@@ -218,12 +218,12 @@ class Context:
         """Return what a graft remembers of the pass that gave ``out``; None if it remembers nothing of it.
 
         Args:
-            graft: its name.
+            graft: the graft's name.
             out: what the pass returned, or something computed from that.
-            note: what the memory is kept under, if not under the graft's name.
+            note: the name under which the state was stored, if not the graft's.
 
         Raises:
-            TargetError: the output is of several passes; or it is not seen to be of any, in training, and the graft
+            TargetError: the output comes from several passes; or, in training, from none that is known, while the graft
                 remembers passes.
         """
         records = self.outputs.records(out)
@@ -262,7 +262,7 @@ class ForwardContext:
         visited: the owners reached so far.
         calls: arguments that grafted modules with hooks were called with, by qualified name.
         recording: where taps put their values; None while a graft looks ahead.
-        beside: what the call gave the model beside images and labels, by argument; see `PassView.check_images_alone`.
+        beside: what the call gave in addition to images and labels, by argument; see `PassView.check_images_alone`.
         read_by_model: whether the model's own forward was given labels of the batch, by an argument that it names.
     """
 
@@ -308,7 +308,7 @@ class ForwardContext:
 
     @contextmanager
     def aside(self) -> Iterator[None]:
-        """Leave what runs in the block out of what taps record and units measure: it isn't a part of the pass."""
+        """Let taps record and units measure nothing in the block: what runs there isn't part of the pass."""
         recording, self.recording = self.recording, None
         try:
             yield

@@ -55,11 +55,11 @@ class LabelledLoader(Generic[Batch]):
 
     @property
     def __class__(self) -> type:  # type: ignore[override]
-        """Pass for what it wraps where several processes share a data set.
+        """The class of the wrapped loader, where several processes share a data set.
 
-        Libraries give each process a part of what they know for a `torch.utils.data.DataLoader`, and hand on what they
-        do not know: every process would train on all batches. What they make of it sets no labels, which its first
-        training pass says.
+        Libraries split a `torch.utils.data.DataLoader` between the processes, and leave objects of other classes as
+        they are: then every process would train on all batches. The loader that they make sets no labels; an error in
+        its first training pass says so.
         """
         several = torch.distributed.is_available() and torch.distributed.is_initialized()
         shared = several and torch.distributed.get_world_size() > 1

@@ -1,4 +1,4 @@
-"""Where labels are in a batch, and what they must be like."""
+"""Finds labels in a batch, and checks them."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ LEFT_OUT = (255, -1, -100)
 
 
 def checked_labels(graft: str, target: Any, batch: int) -> Tensor:
-    """Return labels if they can be those of a batch.
+    """Return labels that fit a batch, or raise.
 
     Args:
         graft: name of the graft that needs them, for the message.
@@ -174,7 +174,7 @@ def check_soft_labels(graft: str, target: Tensor) -> None:
 def binary_labels(
     graft: str, target: Tensor, shape: torch.Size, ignore_index: int = -100
 ) -> tuple[Tensor, Tensor]:
-    """Return labels of logits that are each a question of yes or no, and which of them count.
+    """Return the labels of binary logits, one question of yes or no each, and which of them count.
 
     Args:
         graft: name of the graft that needs them, for the message.
@@ -186,7 +186,7 @@ def binary_labels(
         The probability of yes, and 1 where a label counts, else 0; both floating point and shaped as the logits.
 
     Raises:
-        TargetError: labels of another shape, or outside [0, 1], which aren't answers to such a question.
+        TargetError: labels of another shape, or outside [0, 1].
     """
     if shape[1] == 1 and target.ndim == len(shape) - 1:
         target = target.unsqueeze(1)
@@ -218,7 +218,7 @@ def binary_labels(
 
 
 def _readable(target: Tensor) -> bool:
-    """Say whether looking at values costs nothing."""
+    """Say whether values can be read at no cost: on the CPU, and not while they are traced."""
     return target.device.type == "cpu" and not recorded() and not transformed()
 
 
@@ -250,7 +250,7 @@ def take_from(batch: Any, entry: Entry, how: str) -> tuple[Any, Any]:
     Args:
         batch: a sequence, mapping, dataclass or other object.
         entry: see `Entry`.
-        how: what to write, for the message.
+        how: the code to write instead, for the message.
 
     Returns:
         The labels, and the part of the batch that they are an entry of. Where a path meets None (a loader of several
@@ -273,7 +273,7 @@ def _has(batch: Any, entry: Any) -> bool:
 
 
 def _entry(value: Any, step: Any, entry: Entry, how: str) -> Any:
-    whole = isinstance(value, (Tensor, str, bytes))  # what these can be indexed by isn't an entry
+    whole = isinstance(value, (Tensor, str, bytes))  # these can be indexed, but the result isn't an entry
     try:
         if isinstance(step, str) and not isinstance(value, Mapping) and not whole and hasattr(value, step):
             return getattr(value, step)
@@ -299,13 +299,13 @@ def _entry(value: Any, step: Any, entry: Entry, how: str) -> Any:
 
 
 def batch_of(labels: Any) -> int | None:
-    """Return the number of samples that labels are of; None if that is not clear."""
+    """Return the number of samples that have these labels; None if that is not clear."""
     sizes = {len(tensor) for tensor in tensors_in(labels) if tensor.ndim}
     return sizes.pop() if len(sizes) == 1 else None
 
 
 def version_of(labels: Any) -> int | None:
-    """Say how often labels were written to; None where that is not known."""
+    """Return how often labels were written to; None where that is not known."""
     try:
         return sum(tensor._version for tensor in tensors_in(labels))
     except RuntimeError:  # tensors made in inference mode do not count
@@ -313,14 +313,14 @@ def version_of(labels: Any) -> int | None:
 
 
 def differ(taken: Any, given: Any) -> Tensor | bool | None:
-    """Say whether labels are others than those that a pass took, without waiting for a device.
+    """Say whether labels differ from those that a pass took, without waiting for a device.
 
     Class indices, one-hot labels and smoothed ones of the same classes are alike: a row of one is a positive
     multiple of the other's, plus a constant. Labels that are mixed, permuted or mapped to other classes are not.
 
     Args:
         taken: class indices (B, ...), soft targets (B, K, ...), or several tensors in any structure.
-        given: what they are compared with.
+        given: the labels to compare with.
 
     Returns:
         () bool on the labels' device; a bool where nothing has to be computed; None where they cannot be compared:
@@ -338,7 +338,7 @@ def differ(taken: Any, given: Any) -> Tensor | bool | None:
         return _joined(alike, all)
     own = list(tensors_in(taken))
     if isinstance(given, Tensor) and isinstance(taken, (list, tuple)):
-        return None  # whoever took several says what is wrong with one
+        return None  # a method that took several labels checks a single one itself
     if isinstance(given, Tensor) or len(own) != len(parts):
         return True
     return _joined([_differ(*pair) for pair in zip(own, parts, strict=True)], any)
@@ -385,7 +385,7 @@ def _differ(taken: Tensor, given: Tensor) -> Tensor | bool | None:
 
 
 def _direction(rows: Tensor) -> Tensor:
-    """Scale the deviations of rows (B, K, ...) from their means to length 1; where there are none they stay 0."""
+    """Scale the deviations of rows (B, K, ...) from their means to length 1; a row without any stays 0."""
     apart = rows - rows.mean(1, keepdim=True)
     length = apart.norm(dim=1, keepdim=True)
     return torch.where(length > 1e-4, apart / length, torch.zeros_like(apart))

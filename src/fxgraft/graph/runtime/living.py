@@ -1,7 +1,7 @@
-"""The models alive that have grafts, and when modules were last put into others.
+"""The living models that have grafts, and a mark that changes when a module is put into another one.
 
-A loop asks in every step what is on a model, and a walk through all modules would make it pay for what is untouched.
-So what was found once is kept, as long as nothing here has changed.
+A training loop asks for the grafts of a model in every step. A walk through all modules would cost more the larger the
+model is. So the answer is kept as long as nothing here has changed.
 """
 
 from __future__ import annotations
@@ -20,34 +20,34 @@ _writing = threading.Lock()
 
 
 def note_patched(model: nn.Module) -> None:
-    """List a model among those that grafts are put on, where it stays as long as it lives."""
+    """Add a model to the list of patched ones, where it stays as long as it lives."""
     global _patched
     with _writing:
         if not _patched:
-            # No parent is known by its child, so there is no other way to see a model that has grafts being put into
-            # another one. Programs that patch nothing do without it.
+            # A module doesn't know its parent, so only this hook shows that a patched model is put into another one.
+            # It is set at the first patch: other programs don't pay for it.
             register_module_module_registration_hook(_put_inside)
-        others = [known for known in _patched if (each := known()) is not None and each is not model]
+        others = [known for known in _patched if (other := known()) is not None and other is not model]
         _patched = (*others, weakref.ref(model))
     note_change()
 
 
 def noted_models() -> list[nn.Module]:
-    """List the models alive that grafts were ever put on, whether they are by themselves or inside of others."""
+    """List all living models that were ever patched, by themselves or inside other models."""
     return [model for known in _patched if (model := known()) is not None]
 
 
 def note_change() -> None:
-    """Let every model be looked through again by who asks for its grafts next."""
+    """Have every model searched again when its grafts are asked for next."""
     global _last_change
     _last_change = object()
 
 
 def last_change() -> object:
-    """Return an object that is another one after a module was put into a module, or grafts onto one."""
+    """Return a mark: a new object whenever a module was put into another one, or grafts were put on one."""
     return _last_change
 
 
 def _put_inside(_parent: nn.Module, _name: str, _child: nn.Module | None) -> None:
-    if not torch.compiler.is_compiling():  # modules that compiled code makes are for its own use
+    if not torch.compiler.is_compiling():  # torch.compile makes modules for itself
         note_change()

@@ -1,7 +1,7 @@
-"""Between a pass and its loss: which pass an output is of, what a training leaves out, answers of a device.
+"""Between a pass and its loss: finds the pass of an output, and warns of what a training loop leaves out.
 
-A training may leave out a graft's share of the loss, its schedule, and its parameters. Each watch warns once, and costs
-nothing when it has seen that all is well: a few passes after the start.
+A loop may leave out a graft's share of the loss, its schedule, or its parameters. Each watch warns once. It costs
+nothing after it has seen that all is well, a few passes after the start.
 """
 
 from __future__ import annotations
@@ -52,14 +52,14 @@ REFERENCES = 8
 
 
 class LossWatch:
-    """Notices that a model is trained and the loss of its grafts is never asked for, and warns of it once.
+    """Warns once when a model is trained and the loss of its grafts is never asked for.
 
-    Until then a hook on what a training pass returns notes that gradients came back to it, which costs next to
-    nothing and waits for no accelerator. Passes alone say little: one loss may be of several.
+    Until it has warned, a hook on the output of training passes notes that gradients came back. That costs next to
+    nothing and waits for no accelerator. Counting passes would not do: one loss may be of several.
 
     Attributes:
         asked: whether the loss was ever asked for, in any thread, or the warning was given.
-        unasked: how many training passes there were since; None while the loss is computed.
+        unasked: number of training passes since the loss was asked for; None while the loss is computed.
     """
 
     def __init__(self) -> None:
@@ -75,23 +75,23 @@ class LossWatch:
 
         Args:
             model: the model that made it.
-            grafts: names of those with a share in the loss.
-            out: what it returned.
+            grafts: names of the grafts with a share in the loss.
+            out: what the pass returned.
 
         Warns:
             FxgraftWarning: gradients came back to two passes before this one, and nobody asked for the loss.
         """
         if self.unasked is not None:
             self.unasked += 1
-            if self.unasked >= 2 * max(self._most, 1):  # ever more seldom: some steps are of several passes
+            if self.unasked >= 2 * max(self._most, 1):  # ever less often: some steps have several passes
                 self._most = self.unasked
-                note_change()  # perhaps it was put into another model where nobody saw it
+                note_change()  # the model may have been put into another one in a way that no hook sees
         if self.asked:
             return
         if len(self._trained) < STEPS:
             self._passes += 1
             if self._passes <= PASSES:
-                note_change()  # perhaps it was put into another model where nobody saw it
+                note_change()  # the model may have been put into another one in a way that no hook sees
             for tensor in tensors(out):
                 if tensor.requires_grad:
                     tensor.register_hook(partial(self._seen, self._passes))
@@ -99,11 +99,11 @@ class LossWatch:
         self._warn_of_none(model, grafts)
 
     def look_back(self, model: nn.Module, grafts: Sequence[str], outputs: Outputs) -> None:
-        """Do so where a training was in compiled code, whose passes nobody sees.
+        """Take note of training passes in compiled code, which `note` has not seen.
 
         Args:
             model: the model that made them.
-            grafts: names of those with a share in the loss.
+            grafts: names of the grafts with a share in the loss.
             outputs: the outputs of the model.
         """
         if grafts and not self.asked and outputs.trained():
@@ -120,7 +120,7 @@ class LossWatch:
         )
 
     def warn_of_no_gradients(self, model: nn.Module) -> None:
-        """Warn, once, that the loss of a model in training mode was asked for where no gradients are recorded."""
+        """Warn once that the loss of a model in training mode was asked for while no gradients are recorded."""
         if self._warned or torch.compiler.is_compiling():
             return
         self._warned = True
@@ -141,9 +141,9 @@ class PassRecord:
 
     Attributes:
         notes: what grafts remember of it, by name.
-        labels: those that its grafts read, as the call gave them; None if none did.
-        version: how often the labels were written to by then; None where that is not known.
-        out: what it returned, where that was in compiled code and nobody has asked for it yet.
+        labels: the labels that its grafts read, as the call gave them; None if none did.
+        version: how often the labels had been written to; None where that is not known.
+        out: the output of a pass in compiled code, until somebody asks for it.
         shapes: the shapes of the tensors that it returned; empty until they are tied to it.
         sample: some of the values that it returned in compiled code.
         some_labels: some of the labels there.
@@ -159,10 +159,10 @@ class PassRecord:
         self.some_labels = None if out is None else some_of(labels)
 
     def check(self, out: Tensor | None, labels: Tensor | None) -> None:
-        """Have compiled code raise, as it runs, where an output or labels are not those of this pass.
+        """Make compiled code raise when it runs with an output or labels that are not those of this pass.
 
-        It took them for one tensor when it was compiled, and does not always look again: not where one is found through
-        a global name and the other is an argument.
+        They were one tensor when the code was compiled. The compiler doesn't check that again where one is reached
+        through a global name and the other is an argument.
 
         Args:
             out: some of the output's values, as `some_of` gives them.
@@ -197,18 +197,18 @@ def some_of(value: Any) -> Tensor | None:
 
 
 class Recent:
-    """The last passes in compiled code, the newest first. Attributes, since compiled code guards on a list's length."""
+    """The last passes in compiled code, newest first. In attributes: compiled code would guard on a list's length."""
 
     def __init__(self, first: PassRecord, second: PassRecord, third: PassRecord, fourth: PassRecord) -> None:
         self.first, self.second, self.third, self.fourth = first, second, third, fourth
 
     def all(self) -> tuple[PassRecord, ...]:
-        """List them."""
+        """List the passes."""
         return self.first, self.second, self.third, self.fourth
 
 
 def _no_passes() -> Recent:
-    # Four records and not one, since compiled code guards on two attributes being the same object.
+    # Four empty records: with one for all, compiled code would guard on the attributes being the same object.
     return Recent(PassRecord({}), PassRecord({}), PassRecord({}), PassRecord({}))
 
 
@@ -219,12 +219,12 @@ BEYOND = 200
 
 
 class Outputs:
-    """Knows which pass of a model an output is of.
+    """Finds the pass that an output comes from.
 
-    An output is tied to its pass by the tensors themselves and by a note at their place in the graph of autograd, which
-    lives as long as the graph does. So what is computed from an output (converted, scaled, copied, cut) is known by the
-    graph, and by its memory where it is a view and there is no graph. Compiled code can do neither: it leaves the last
-    four outputs behind, and they are tied when somebody asks.
+    An output is tied to its pass in two ways: by its tensors, and by a note in the graph of autograd, which lives as
+    long as the graph. So the graph shows what was computed from an output (converted, scaled, copied, cut). Where
+    there is no graph, shared memory shows that a tensor is a view of one. Compiled code can do neither. It stores its
+    last four outputs, and they are tied when somebody asks.
     """
 
     def __init__(self) -> None:
@@ -234,12 +234,12 @@ class Outputs:
         self._tied = False
 
     def note(self, out: Any, notes: dict[str, Any], labels: Any) -> None:
-        """Tie what a pass returned to it.
+        """Tie a pass's output to the pass.
 
         Args:
-            out: what it returned.
+            out: what the pass returned.
             notes: what grafts remember of it, by name.
-            labels: those that its grafts read.
+            labels: the labels that its grafts read.
         """
         if torch.compiler.is_compiling():
             if notes or labels is not None:
@@ -247,7 +247,7 @@ class Outputs:
                 record = PassRecord(notes, labels, out)
                 self._recent = Recent(record, known.first, known.second, known.third)
             return
-        self._tie_recent()  # compiled code that is given what this pass returns is not to take it for one of its own
+        self._tie_recent()  # first, so that compiled code doesn't take this output for one of its own
         if notes or labels is not None or self._noting:
             self._tie(out, PassRecord(notes, labels))
 
@@ -259,7 +259,7 @@ class Outputs:
             same = next((record for record in recent.all() if record.out is out), None)
             return [] if same is None else [same]
         self._tie_recent()
-        if not self._tied:  # no pass is known, and the graph of autograd is long
+        if not self._tied:  # no pass is known: don't walk through a long graph of autograd
             return []
         given = tensors(out)
         records = [self._records[tensor] for tensor in given if tensor in self._records]
@@ -277,11 +277,11 @@ class Outputs:
         return self._recent.second if self._recent.second.out is out else None
 
     def compiled_labels(self) -> bool:
-        """Say whether the last pass in compiled code, of which nobody has asked for the loss, read labels."""
+        """Say whether the last compiled pass read labels, if its loss was not asked for yet."""
         return self._recent.first.out is not None and self._recent.first.labels is not None
 
     def trained(self) -> bool:
-        """Say whether the last four passes were in compiled code, with gradients, and nobody has asked for the loss."""
+        """Say whether the last four passes were compiled ones with gradients whose loss nobody asked for."""
         return all(any(part.requires_grad for part in tensors(record.out)) for record in self._recent.all())
 
     def _tie_recent(self) -> None:
@@ -331,13 +331,13 @@ class Outputs:
 
 
 class Doubts:
-    """What is checked on a device, whose answer is not waited for but looked at in a later step."""
+    """Checks on a device. Nobody waits for an answer: it is read in a later step."""
 
     def __init__(self) -> None:
         self._waiting: deque[tuple[Tensor, Any, FxgraftError]] = deque(maxlen=64)
 
     def check(self, wrong: Tensor | bool, error: FxgraftError) -> None:
-        """Raise if something is wrong: at once where that is known, else when the device has found it out.
+        """Raise if something is wrong: at once on a CPU, else in the step after the device has found it out.
 
         Args:
             wrong: () bool.
@@ -360,7 +360,7 @@ class Doubts:
         self._waiting.append((answer, done, error))
 
     def answers(self) -> None:
-        """Raise what a device has found to be wrong by now."""
+        """Raise the first error that a device has found by now."""
         while self._waiting and self._waiting[0][1].query():
             answer, _, error = self._waiting.popleft()
             if answer:
@@ -373,7 +373,7 @@ def _capturing() -> bool:
 
 
 class ProgressWatch:
-    """Notices schedules that nobody feeds, or not any more, and those that end before the training does.
+    """Warns of schedules that get no progress, or none any more, and of those that end before the training does.
 
     Attributes:
         fed: whether progress was ever set.
@@ -416,7 +416,7 @@ class ProgressWatch:
             if self._passes > PASSES:
                 self._warn(model, schedules, "unfed")
             else:
-                note_change()  # perhaps it was put into another model where nobody saw it
+                note_change()  # the model may have been put into another one in a way that no hook sees
             return
         self._since += 1
         self._rounds += self._looks > 1
@@ -454,10 +454,10 @@ class ProgressWatch:
 
 
 class ParameterWatch:
-    """Notices parameters of grafts that get gradients and that no optimiser moves.
+    """Warns of graft parameters that get gradients and that no optimiser moves.
 
-    Versions of tensors say who has written to them, without a look at their values; only what seems to stand still is
-    compared, and on an accelerator the answer is read when it is there.
+    The version of a tensor says that it was written to, without a look at its values. Only tensors that seem to stand
+    still are compared, and on an accelerator the answer is read in a later pass.
     """
 
     def __init__(self) -> None:
@@ -472,7 +472,7 @@ class ParameterWatch:
         self._answer: Callable[[], list[bool] | None] | None = None
 
     def close(self) -> None:
-        """Look no further."""
+        """Stop watching."""
         self._done = True
         for hook in self._hooks.values():
             hook.remove()
@@ -483,10 +483,10 @@ class ParameterWatch:
 
         Args:
             model: the model that makes it.
-            parameters: a function that gives those of every graft, by its name.
+            parameters: a function that returns the parameters of every graft, by the graft's name.
 
         Warns:
-            FxgraftWarning: `MOVES` steps of an optimiser have moved the model, and not these.
+            FxgraftWarning: `MOVES` steps of an optimiser have moved the model, but not these parameters.
         """
         if self._done or not torch.is_grad_enabled():
             return
@@ -545,7 +545,7 @@ class ParameterWatch:
             hook.remove()
 
     def _compare(self, model: nn.Module) -> None:
-        """Tell by their values whether parameters stand still: some optimisers write past the versions."""
+        """Compare the values of parameters: some optimisers write without changing a tensor's version."""
         still = {
             key: p
             for key, (known, _) in self._watched.items()
@@ -584,7 +584,7 @@ class ParameterWatch:
 
 
 def _read_later(flags: Tensor) -> Callable[[], list[bool] | None]:
-    """Return what gives the values of flags, or None as long as an accelerator has not computed them."""
+    """Return a function that gives the values of flags, or None while an accelerator has not computed them."""
     if hasattr(flags, "fake_mode") or flags.is_meta:  # there are no values
         return lambda: [False] * len(flags)
     if not flags.is_cuda:

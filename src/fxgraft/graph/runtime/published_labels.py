@@ -1,4 +1,4 @@
-"""Labels from outside a call: who publishes them, which of them a pass takes, and whether it may have them."""
+"""Labels from outside a call: their sources, and the choice of the labels that a pass takes."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ MOST = 32
 
 
 class Place(NamedTuple):
-    """Where a tensor keeps its values, without keeping them alive."""
+    """The memory that holds a tensor's values, without keeping it alive."""
 
     storage: StorageWeakRef
     start: int
@@ -41,11 +41,11 @@ class Place(NamedTuple):
 
 
 def place_of(value: Tensor) -> Place | None:
-    """Say where a tensor keeps its values; None where that cannot be told."""
+    """Return the memory of a tensor; None where that cannot be told."""
     try:
         storage = StorageWeakRef(value.untyped_storage())
         shape, stride, start = tuple(value.shape), value.stride(), int(value.storage_offset())
-    except (NotImplementedError, RuntimeError):  # without storage of its own: sparse, functorch's
+    except (NotImplementedError, RuntimeError):  # sparse tensors and those of functorch have no storage
         return None
     if 0 in shape:
         return None
@@ -90,26 +90,26 @@ class Labels:
         self._others = _places(tensor for tensor in tensors_in(batch) if id(tensor) not in own)
 
     def of(self, inputs: list[Place]) -> int:
-        """Say whether inputs are seen to be of the batch: the same tensor (2), or the same memory (1)."""
+        """Say whether inputs come from the batch: as the same tensor (2), or in the same memory (1)."""
         return _match(self._inputs, inputs)
 
     def beside(self, inputs: list[Place]) -> bool:
-        """Say whether inputs are seen to be of the batch, and of a part that these are not the labels of."""
+        """Say whether inputs come from a part of the batch that has other labels."""
         return not self.of(inputs) and _match(self._others, inputs) > 0
 
     @property
     def gone(self) -> bool:
-        """Whether no input can be seen to be of the batch any more."""
+        """Whether all inputs of the batch are out of memory, so that none can be recognised any more."""
         return all(place.storage.expired() for place in self._inputs)
 
     def spent(self, inputs: list[Place]) -> bool:
-        """Say whether they have served already what they may serve."""
+        """Say whether the labels were used as often as they may be."""
         if self.serves == "block" or not self.used:
             return False
         return self.serves == "pass" or not (self._first and _match(self._first, inputs) == 2)
 
     def take(self, inputs: list[Place]) -> None:
-        """Note that a graft has read them in a training pass on these inputs."""
+        """Note that a graft has read the labels in a training pass on these inputs."""
         if not self.used:
             self._first = inputs
         self.used = True
@@ -125,11 +125,11 @@ def _match(known: list[Place], given: list[Place]) -> int:
 
 
 class LabelSource:
-    """Who publishes labels: a block, or one run through a loader.
+    """A source of labels: a block, or one run through a loader.
 
     Attributes:
         last: the labels of the last batch.
-        ahead: whether training passes are missing for batches before the last one.
+        ahead: whether some batch before the last one has had no training pass yet.
         model: the only model whose passes read them; None for any.
     """
 
@@ -146,20 +146,20 @@ class LabelSource:
 
     @property
     def known(self) -> list[Labels]:
-        """The labels of the last batch, and before them those of earlier ones that no training pass was made with."""
+        """The labels of earlier batches without a training pass, and then those of the last batch."""
         return self._earlier if self.last is None else [*self._earlier, self.last]
 
     def publish(self, labels: Labels) -> None:
         """Set the labels of the next batch."""
         waiting = [batch for batch in self.known if not batch.passed]
         kept = [batch for batch in waiting if not batch.gone][-MOST:]
-        # Only compiled code has passes that nobody could see the inputs of.
+        # Only passes in compiled code run without showing their inputs.
         self._lost = self._lost or len(kept) < len(waiting)
         self._earlier, self.last = kept, labels
         self.ahead = self._lost or bool(kept)
 
     def pass_made(self, labels: Labels, seen: bool) -> None:
-        """Note a training pass, and whether its inputs were seen to be of the batch of its labels."""
+        """Note a training pass, and whether its inputs were recognised as those of its labels' batch."""
         labels.passed = True
         if seen:  # a loop whose inputs can be told left the lost ones out
             self._lost = False
@@ -167,7 +167,7 @@ class LabelSource:
         self.ahead = self._lost or bool(self._earlier)
 
 
-# The innermost source is the last one. Of a thread or task alone: what one publishes no other one sees.
+# The innermost source is the last. Each thread or task has its own: it doesn't see those of others.
 _published: ContextVar[tuple[LabelSource, ...]] = ContextVar("fxgraft_labels", default=())
 
 
@@ -178,7 +178,7 @@ def publishing(source: LabelSource) -> Iterator[None]:
         _published.set((*_published.get(), source))
         yield
     finally:
-        # Not reset by a token: a generator may be closed in another context than it was started in.
+        # Set, not reset by a token: a generator may be closed in another context than the one it was started in.
         _published.set(tuple(other for other in _published.get() if other is not source))
 
 
@@ -189,8 +189,8 @@ class Offer(NamedTuple):
         labels: the labels; None if there are none.
         source: who published them.
         inputs: where the inputs of the pass are.
-        seen: whether the inputs are seen to be of the batch of these labels.
-        doubt: why the labels may be those of another batch; None if they are not.
+        seen: whether the inputs were recognised as those of the labels' batch.
+        doubt: why the labels may belong to another batch; None if they don't.
     """
 
     labels: Labels | None = None
@@ -201,10 +201,10 @@ class Offer(NamedTuple):
 
 
 def published(model: nn.Module, inputs: Any) -> Offer:
-    """Find the labels that a pass takes of those set for this thread or task.
+    """Choose the labels for a pass among those that are set for this thread or task.
 
-    Labels whose batch the inputs are seen to be of come first; then those bound to the model. Inputs that are not
-    seen to be of any batch (copies) are of the last one, unless there are several that they could be of.
+    Labels whose batch the inputs come from are preferred, then those bound to the model. Inputs that are recognised as
+    of no batch (copies) count as those of the last one, unless several batches are possible.
 
     Args:
         model: the model that makes the pass.
@@ -214,7 +214,7 @@ def published(model: nn.Module, inputs: Any) -> Offer:
     if not sources:
         return Offer()
     last: Any = sources[-1].last
-    if last.serves == "block":  # a block around the call says it all
+    if last.serves == "block":  # a block around the call settles it
         return Offer(last, sources[-1])
     sources = [known for known in sources if known.last is not None and known.last.serves != "block"]
     if not torch.compiler.is_compiling():
@@ -231,7 +231,7 @@ def published(model: nn.Module, inputs: Any) -> Offer:
 
 
 def _recognised(sources: list[LabelSource], places: list[Place]) -> Offer | None:
-    """Find the labels whose batch the inputs are seen to be of."""
+    """Find the labels whose batch the inputs come from."""
     known = [(source, labels) for source in sources for labels in source.known]
     scores = [labels.of(places) for _, labels in known]
     best = max(scores, default=0)
@@ -246,7 +246,7 @@ def _recognised(sources: list[LabelSource], places: list[Place]) -> Offer | None
         doubt = "loaders"
     elif best == 1 and len(bound) > 1:
         doubt = (
-            "batches"  # memory that is shared by batches; of buffers that are filled again the last is right
+            "batches"  # batches share this memory: for buffers that are filled again, the last one is right
         )
     return Offer(labels, source, places, True, doubt)
 
@@ -271,12 +271,12 @@ def targets(y: Tensor) -> Iterator[None]:
 def batch_targets(batch: Any, entry: Entry, how: str) -> Iterator[None]:
     """Give the labels of a batch to the patched models that are called on its inputs inside the block.
 
-    The labels are those of the first input that a graft reads them for, as often as it passes.
+    The labels are for the first input that a graft reads them for, in all passes of that input.
 
     Args:
         batch: the batch, as a trainer hands it out.
-        entry: where in it the labels are.
-        how: what to write where they are not, for the message.
+        entry: where in the batch the labels are.
+        how: the code to write instead, for the message.
 
     Raises:
         TargetError: the batch has no such entry.
@@ -295,7 +295,7 @@ def relabel(y: Any, batch: Any) -> None:
 
     Args:
         y: the labels from now on.
-        batch: tensors that a call may get, by which it is seen to be of the batch.
+        batch: tensors that calls may get, by which their batch is recognised.
     """
     source = next((candidate for candidate in _published.get()[::-1] if candidate.last is not None), None)
     if source is not None and source.last is not None and source.last.serves == "pass":
@@ -328,8 +328,8 @@ class PassLabels:
         value: the call's labels; None where it gave none.
 
     Attributes:
-        value: what grafts see from here on; None for none.
-        read: whether a graft has read them.
+        value: the labels that grafts see from here on; None for none.
+        read: whether a graft has read the labels.
     """
 
     def __init__(self, value: Any = None) -> None:
@@ -355,7 +355,7 @@ class PassLabels:
         offer = published(model, inputs)
         if offer.seen or around is None or around._offer.labels is None:
             around = None
-        else:  # a model inside of another one: its inputs are of the same batch
+        else:  # a model inside another one: its inputs come from the same batch
             offer = around._offer
         if self.value is None:
             self._offer = offer
@@ -369,10 +369,10 @@ class PassLabels:
             elif model.training and offer.labels.spent(offer.inputs):
                 self._refused = "spent"
         elif offer.labels is not None and (offer.seen or self.value is offer.labels.value):
-            self._offer = offer  # labels of a batch that was published have served by that
+            self._offer = offer  # published labels of this batch count as used
 
     def served(self) -> None:
-        """Note that a training pass came through with them; one that failed may be made again."""
+        """Note that a training pass with these labels did not fail; one that failed may be made again."""
         offer = self._offer
         if offer.labels is None or offer.source is None or offer.doubt is not None:
             return

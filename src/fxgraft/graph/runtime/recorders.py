@@ -1,4 +1,4 @@
-"""Who is watching a pass from outside: compilers, exporters, tracers, transforms of `torch.func`."""
+"""Says whether a pass is watched from outside: by a compiler, an exporter, a tracer or a transform of `torch.func`."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from fxgraft._torch import is_wrapped, transforms_active, unwrapped_once
 
 
 def recorded() -> bool:
-    """Say whether a pass is compiled or recorded, to be repeated: torch.compile, torch.export, jit.trace, make_fx.
+    """Say whether a pass is being compiled or recorded: by torch.compile, torch.export, jit.trace or make_fx.
 
-    What Python reads of a tensor then is a constant of the record, or breaks it.
+    A number that Python reads from a tensor then becomes a constant of the record, or breaks it.
     """
     if torch.compiler.is_compiling():
         return True
