@@ -1,1 +1,1 @@
-"""Questions about a bare network: its sites, joins, head and ends, and what its dimensions mean."""
+"""Answers questions about a bare network: its sites, joins, stages, head and stem, and the meaning of dimensions."""

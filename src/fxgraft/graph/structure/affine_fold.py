@@ -1,7 +1,7 @@
 """Layers that can take a scale and a shift per channel of a value into their own weights.
 
-y = a · x + b per channel is linear, so the layer that gives x, or the one that alone reads it, can compute y or
-what follows from it with other weights, exactly: with no operation more, and none less.
+y = a · x + b per channel is linear. So with other weights the layer that gives x can give y exactly, and a layer that
+is the only reader of x can compute what it would from y. No operation is added.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ class Absorber:
             bias.copy_(bias * scale + shift)
             weight.copy_(wide * scale.view(-1, *[1] * (weight.ndim - 1)))
             return
-        # A flattened map has the cells of its channels one after the other.
+        # In a flattened map, all cells of a channel come before those of the next.
         times = weight.shape[1] // len(scale)
         scale, shift = (vector.repeat_interleave(times) for vector in (scale, shift))
         across = (1, -1, *[1] * (weight.ndim - 2))
@@ -113,7 +113,7 @@ def _last_of(trace: ModelTrace, path: str) -> str:
             if any(acted_on(trace.module(join(path, name))) for name in modules_in([node])):
                 return ""
             node = node.all_input_nodes[0]
-        # Where more than the module's output is made of the layer's, that would change as well.
+        # Values other than the module's output that come from the layer's output would change as well.
         if not isinstance(node, fx.Node) or node.op != "call_module" or len(node.users) > 1:
             return path
         path = join(path, str(node.target))
@@ -124,7 +124,7 @@ def _last_of(trace: ModelTrace, path: str) -> str:
 
 
 def _gives(layer: nn.Module, channels: int) -> bool:
-    """Say whether a layer's output has a weight and a bias per channel, and nothing behind them."""
+    """Say whether a layer ends in a weight and a bias per channel."""
     bias = getattr(layer, "bias", None)
     known = type(layer) in LAYERS or is_classifier(layer)
     return known and isinstance(bias, Tensor) and bias.shape == (channels,)
@@ -153,7 +153,7 @@ def _node_of(trace: ModelTrace, site: Site) -> tuple[Traced, fx.Node] | None:
 
 
 def _reader(trace: ModelTrace, site: Site, layout: Layout, channels: int) -> str | None:
-    """Follow a value to the linear layer that reads it, if nothing else does and nothing mixes it up before."""
+    """Follow a value to the linear layer that reads it, if nothing else does and nothing mixes its channels before."""
     opened = _node_of(trace, site)
     if opened is None:
         return None

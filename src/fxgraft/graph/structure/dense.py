@@ -1,7 +1,7 @@
 """Densely connected layers: each computes new channels from a joined value, and the two are concatenated.
 
-The layer concatenates them itself, in what it returns, or what is called behind it does. It has one convolution or
-several, in its own forward or in parts of it.
+The layer concatenates them itself, or the module that is called behind it does. It has one convolution or several, in
+its own forward or in its children.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class _Layer:
     ends: bool
 
     def edit(self, position: str) -> After | Edge | None:
-        """Return what to do at a position, where it is in this forward."""
+        """Return the edit at a position, if this forward has that position."""
         if position != "conv1_pre":
             number = 0 if position == "conv1_post" else 1
             return After(self.convs[number]) if number < len(self.convs) else None

@@ -1,4 +1,4 @@
-"""Residual joins: where a block's input is added to what a branch made of it, found from the graphs of the modules.
+"""Residual joins: finds where a block's input is added to what a branch computed from it, in the modules' graphs.
 
 An addition is a residual join when its operands come from one value, the fork:
 
@@ -161,7 +161,7 @@ def _can_be_traced(trace: ModelTrace, owner: str) -> bool:
 
 
 def share_in_branches(trace: ModelTrace) -> float:
-    """Return which share of a model's convolutions and linear layers is in the branches of its joins."""
+    """Return the share of a model's convolutions and linear layers that lies in branches of its joins."""
     layers = {path for path in trace.in_order() if isinstance(trace.module(path), PROJECTIONS)}
     joined = {path for residual in residual_joins(trace) for path in residual.branch}
     held = {path for path in layers if any(inside(path, path_inside) for path_inside in joined)}
@@ -263,7 +263,7 @@ class _Search:
         return any(self._within_branch(caller, call) for call in calls[:1])
 
     def _in_training(self, owner: str, evaluation: list[_Parts]) -> list[_Parts | None]:
-        """Find the same joins in the training graph, by their order where the names differ."""
+        """Find the same joins in the training graph, by order where the node names differ."""
         traced = self.trace.graph(owner, training=True)
         if _listing(traced.graph) == _listing(self.trace.graph(owner, training=False).graph):
             return list(evaluation)
@@ -315,7 +315,7 @@ class _Search:
         return self._made(owner, total, identity, branch, fork, between, owner, region)
 
     def _alone(self, owner: str, values: Values, branch: fx.Node, fork: fx.Node) -> bool:
-        """Say whether a branch depends on what the fork is made of through the fork alone.
+        """Say whether a branch depends on the values before the fork only through the fork.
 
         Keys and values beside a query do not. What belongs to no image, as rotary embeddings, does not count.
         """
@@ -352,7 +352,7 @@ class _Search:
         )
 
     def _finished(self, owner: str, values: Values, parts: _Parts) -> _Parts:
-        """Find out on what kind of value a join is, and where its branch ends."""
+        """Determine a join's kind, and where its branch ends."""
         if parts.linear:
             learned = self.steps.all_of(owner, parts.between) & {"project", "dense"}
             if learned == {"project"} and not self._activated(owner, parts.total):
@@ -392,7 +392,7 @@ class _Search:
         return False
 
     def _before_drops(self, owner: str, parts: _Parts, least: int = 0) -> _Parts:
-        """Let the branch end in front of dropout and stochastic depth: what a unit there gets was not dropped.
+        """Move the branch's end in front of dropout and stochastic depth, so that a unit there gets the whole value.
 
         Args:
             owner: the module whose forward makes the join.
@@ -469,7 +469,7 @@ class _Search:
         if not made & _WORKS:
             return None
         if linear and projected:
-            # A chain that is narrower in between is an update of low rank: an adapter beside its layer.
+            # A chain with a narrow middle is an update of low rank: an adapter in parallel to its layer.
             deeper = self.steps.depth(owner, between) > self.steps.depth(taker, way)
             if not deeper or len(self.steps.widths(owner, between)) > 1:
                 return None
@@ -496,7 +496,7 @@ def _shape(values: Values, node: Any) -> tuple[int, ...]:
 
 
 def _same_shape(values: Values, first: Any, second: Any) -> bool:
-    """Say whether nothing is broadcast: a sum with a bias, a mask or a pooled value isn't a join."""
+    """Say whether two values have one shape: a sum that broadcasts a bias, a mask or a pooled value isn't a join."""
     shape = _shape(values, first)
     return len(shape) >= 2 and shape == _shape(values, second) and bool(values(first).is_floating_point())
 
@@ -536,7 +536,7 @@ def _between(fork: fx.Node, end: fx.Node, upstream: set[fx.Node]) -> set[fx.Node
 
 
 def _one_of_several(total: fx.Node) -> bool:
-    """Say whether a sum is concatenated with other sums that are not made of it, nor it of them: parts of a cell."""
+    """Say whether a sum is concatenated with sums that neither depend on it nor it on them, as in a NASNet cell."""
     for user in total.users:
         if called(user) not in JOINING:
             continue
@@ -557,7 +557,7 @@ def _unlike(one: tuple[int, ...], other: tuple[int, ...]) -> list[int]:
 
 
 def _channels_of(trace: ModelTrace, values: Values, node: fx.Node) -> fx.Node | None:
-    """Return the value that a node takes some of the channels of, if it does."""
+    """Return the value of which a node takes some channels; None if it does something else."""
     if node.target is not operator.getitem or not isinstance(node.args[0], fx.Node):
         return None
     entries = node.args[1] if isinstance(node.args[1], tuple) else (node.args[1],)

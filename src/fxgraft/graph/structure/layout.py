@@ -94,15 +94,15 @@ def layout_of(
 ) -> Layout | None:
     """Find the layout of a value of the model.
 
-    What made the value says what its dimensions are: layers give features, whatever reshapes, permutes, cuts or
-    concatenates keeps track of them, and tokens that were concatenated without coming from the image aren't places.
-    Where that leaves a dimension open, a larger image is tried: places become more, features do not.
+    The operations that made the value tell its dimensions: layers give features; operations that reshape, permute,
+    cut or concatenate are followed; tokens that don't come from the image aren't places. A dimension that stays
+    unknown is told by a larger image: places become more, features don't.
 
     Args:
         trace: the trace of the bare model.
         value: fake tensor at the site, batch first.
         path: the module whose output it is, or ''.
-        strict: raise where there is none, instead of returning None.
+        strict: whether to raise where there is no layout, instead of returning None.
         again: how to find the value when the model sees a larger image; by default as the output of ``path``.
 
     Raises:
@@ -140,13 +140,13 @@ def layout_of(
 
 
 def layout_of_value(value: Tensor) -> Layout | None:
-    """Find the layout of a value from what made it alone; None where that does not tell."""
+    """Find the layout of a value from the operations that made it, without a larger image; None if they don't tell."""
     mark = mark_of(value)
     return None if mark is None else _layout([kind_of(axis) for axis in mark.axes], mark.axes)
 
 
 def images_merged(value: Tensor) -> bool:
-    """Say whether the first dimension holds something else beside the images, as windows, heads or tokens."""
+    """Say whether the first dimension holds more than the images: windows, heads or tokens as well."""
     mark = mark_of(value)
     return mark is not None and sum(factor.size > 1 for factor in mark.axes[0]) > 1
 
@@ -188,10 +188,10 @@ def _output(path: str) -> Callable[[ModelTrace], Any]:
 def _seen_larger(
     trace: ModelTrace, value: Tensor, kinds: list[str], again: Callable[[ModelTrace], Any] | None
 ) -> list[str]:
-    """Tell unknown dimensions by what a larger image does to them: places become more."""
+    """Resolve unknown dimensions with a larger image, which has more places and as many features."""
     try:
         other = None if again is None else again(trace.enlarged)
-    except FxgraftError:  # a model of one fixed image size tells nothing this way
+    except FxgraftError:  # a model with one fixed image size cannot be asked this way
         other = None
     if not isinstance(other, Tensor) or other.ndim != value.ndim:
         return kinds
@@ -221,7 +221,7 @@ def named_layout(
     name: str,
     where: str,
 ) -> Layout:
-    """Check the layout that a user names for a value; prefix tokens are counted where that is what is found.
+    """Check the layout that a user names for a value. If it is the layout found, that is returned, with prefix tokens.
 
     Raises:
         SiteError: it does not fit the value; names ``where``.

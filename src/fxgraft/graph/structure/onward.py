@@ -1,8 +1,8 @@
-"""Onward: what of a value goes on to the output of the model, followed through the modules around it.
+"""Onward: follows a value through the modules around it, to see which part of it reaches the model's output.
 
-A flow says from which token on a value depends on what is followed, and whether as a value or only as a gate of others.
-It is followed through the graph of the module where it starts, into the modules that are called there, and on through
-the callers, up to the model.
+A `Flow` says which tokens of a value depend on the one that is followed, and whether they carry it or are only gated by
+it. It is followed through the graph of the module where it starts, into the modules that are called there, and on
+through the callers, up to the model.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ _REDUCING = {"sum", "mean", "amax", "amin"}
 
 @dataclass(frozen=True)
 class Flow:
-    """What of a value depends on what is followed.
+    """The part of a value that depends on the value that is followed.
 
     Attributes:
         first: the first token that does, along dimension ``dim``; those before it do not.
@@ -72,12 +72,12 @@ class Flow:
 
 @dataclass(frozen=True)
 class Entries:
-    """What is followed in a structure: the flow of each entry, by its position, its key or its field."""
+    """The flow of every entry of a structure, by its position, its key or its field."""
 
     named: tuple[tuple[Any, Carried], ...]
 
     def at(self, key: Any) -> Carried:
-        """Return the flow of an entry; that of all of them together where none is known by that key."""
+        """Return the flow of an entry; the merged flow of all entries where the key is unknown."""
         named = dict(self.named)
         return named[key] if key in named else _merged(_flows(self))
 
@@ -87,7 +87,7 @@ Carried = Flow | Entries | None
 
 
 def goes_on(trace: ModelTrace, owner: str, node: str) -> bool:
-    """Say whether the output is made of a value, and not only of others that it gates; unless seen, it is believed.
+    """Say whether the output carries a value, and isn't only gated by it. It counts as carried unless seen otherwise.
 
     Args:
         trace: the trace of the bare model.
@@ -134,7 +134,7 @@ def _is_idle(trace: ModelTrace, site: Site) -> bool:
             reached = follower.beyond(edits.module, flow)
         else:
             return False
-    except FxgraftError:  # what cannot be followed to the output is believed
+    except FxgraftError:  # a site that cannot be followed to the output is kept
         return False
     return not _flows(reached)
 
@@ -257,14 +257,14 @@ class _Follower:
             for flow, fixed in zip(flows, traced.fixed, strict=True):
                 if fixed is INPUT:
                     carried[next(inputs).name] = flow
-                elif flow is not None:  # in an argument that cannot be looked into
+                elif flow is not None:  # the argument's structure is unknown
                     return whole
             return self._inward(path, carried, whole)
-        except (FxgraftError, TypeError, ValueError):  # what cannot be opened may hand anything on
+        except (FxgraftError, TypeError, ValueError):  # a module that cannot be traced may hand anything on
             return whole
 
     def _bounded(self, owner: str, node: fx.Node, role: str, words: frozenset[str]) -> str:
-        """Return the role of a value behind a step: a bounded one that is projected is a value like any other."""
+        """Return the role of a value after a step. A bounded value that is projected counts as a value again."""
         if role == "gate":
             return role
         if words & {"project", "mix"} and not squashes(self.trace, owner, node):
@@ -286,7 +286,7 @@ def _flows(carried: Carried) -> list[Flow]:
 
 
 def _merged(flows: list[Flow]) -> Flow | None:
-    """Return what a value carries that is made of several, entry by entry."""
+    """Merge the flows of several values into the flow of a value computed from them."""
     if not flows:
         return None
     role = min((flow.role for flow in flows), key=_ROLES.index)
@@ -313,7 +313,7 @@ class _Held:
 
 
 def _spread(value: Any, carried: Carried) -> Any:
-    """Put what is followed in a structure where its entries are; what is followed in all of it stands in each."""
+    """Distribute what a structure carries over its entries; a single flow goes to every entry."""
 
     def inner(key: Any, part: Any) -> Any:
         return _spread(part, carried.at(key) if isinstance(carried, Entries) else carried)
@@ -336,7 +336,7 @@ def _entries(named: Iterable[tuple[Any, Carried]]) -> Entries | None:
 
 
 def _built(values: Values, node: fx.Node, held: Mapping[fx.Node, Carried]) -> Carried:
-    """Follow values into the structure that a node makes of them; None where it makes none, or one of another kind."""
+    """Follow values into the structure that a node builds; None where it builds none that is known."""
     made = node.target
     if is_addition(node) and isinstance(values(node), (tuple, list)):
         return _entries(enumerate(entry for part in node.args for entry in _listed(values, part, held)))
@@ -383,7 +383,7 @@ def _shape(values: Values, node: fx.Node) -> tuple[int, ...]:
 
 
 def _factor(values: Values, node: fx.Node, source: fx.Node, flow: Flow) -> str:
-    """Say what a value is to a product: only a gate of the other factors where it is bounded or smaller than they."""
+    """Return the flow of one factor into a product: a factor that is bounded, or smaller than the others, is a gate."""
     smaller = Size(_shape(values, source)).numel() < Size(_shape(values, node)).numel()
     return "gate" if smaller or flow.role != "value" else "value"
 
@@ -419,7 +419,7 @@ def _picked(values: Values, node: fx.Node, carried: Carried) -> Carried:
 
 
 def _parted(values: Values, node: fx.Node, flow: Flow) -> Carried:
-    """Follow values into the parts that a dimension is split into."""
+    """Follow a value into the parts of a split along one dimension."""
     dim = node.args[2] if len(node.args) > 2 else node.kwargs.get("dim", 0)
     parts: Any = values(node)
     if not isinstance(dim, int):

@@ -1,4 +1,4 @@
-"""Positions inside blocks: from "post", "conv1_post" or "conv" to the places in a model that are called so.
+"""Positions inside blocks: finds the sites in a model for a word such as "post", "conv1_post" or "conv".
 
 Three families: the positions of a residual join, three positions of a densely connected layer, and the
 outputs of all convolutions, norms or activations of a plain stack. Names of layers narrow each of them down.
@@ -120,7 +120,7 @@ def position_sites(trace: ModelTrace) -> list[Site]:
         for position in RESIDUAL:
             try:
                 site = _position(trace, residual, position)
-            except FxgraftError:  # what cannot be reached from inside of the block is not listed
+            except FxgraftError:  # a position that depends on values outside the block is not listed
                 continue
             if site is None or site.edits is None or site.edits.evaluation in seen:
                 continue
@@ -167,7 +167,7 @@ def _position(trace: ModelTrace, residual: Join, position: str) -> Site | None:
 
 
 def _with_projection(trace: ModelTrace, residual: Join, graph: fx.Graph, pre: Edit, identity: Edit) -> Edit:
-    """Add to the users of a fork, in the branch, the one that projects the shortcut, if it is projected."""
+    """Extend the edit of a fork to the node that projects the shortcut, if there is a projection."""
     nodes = {node.name: node for node in graph.nodes}
     if not isinstance(pre, Edge) or not isinstance(identity, Edge):
         return pre
@@ -204,7 +204,7 @@ def _handed_on(trace: ModelTrace, owner: str, total: str) -> str:
     return last.name
 
 
-# They work element by element, though torch does not say so of them.
+# These work element by element, but torch doesn't tag them as pointwise.
 _ELEMENTWISE = {"hardswish", "hardswish_", PRELU, "log_sigmoid_forward", "rrelu_with_noise"}
 _BESIDE = {"view", "empty_like", "add", "sub", "mul", "div", "neg"}
 """What an activation may do as well."""
@@ -243,7 +243,7 @@ def _operators(trace: ModelTrace, module: nn.Module | None, node: fx.Node, value
             for part in module.modules() if module is not None else ():
                 part.training = False
             result = trace.observation.run(run, value)
-    except Exception:  # what does not run by itself isn't an activation
+    except Exception:  # a step that fails when it runs by itself isn't an activation
         return None
     names = [operator._schema.name.partition("::")[2] for operator in recorder.seen]
     pointwise = (torch.Tag.pointwise in operator.tags for operator in recorder.seen)
@@ -295,7 +295,7 @@ def _plain(trace: ModelTrace, position: str) -> list[Site]:
 def _from_classifier_on(trace: ModelTrace) -> set[str]:
     """Find the modules from the last one with weights on, where each image's output is one vector.
 
-    Maps there are maps of the logits: a unit on them would change what is predicted, not what that is read from.
+    Maps there are maps of logits: a unit on them would change the predictions, not the features.
     """
     paths: set[str] = set()
     output = trace.observation.output("")

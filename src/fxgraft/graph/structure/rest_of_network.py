@@ -1,4 +1,4 @@
-"""The rest of a network after a site, as a function of its own."""
+"""The rest of a network after a site, as a separate function."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ class LinearTail:
     Attributes:
         linear: qualified name of the `torch.nn.Linear`.
         modules: qualified names of all modules behind the site that take part in it.
-        around: those of the modules that the site lies in, and its own: what their hooks change comes behind it.
+        around: those of the modules that contain the site, or give its value: their hooks act after it.
     """
 
     linear: str
@@ -89,7 +89,7 @@ def linear_tail(
     except (TraceError, StructureError, SiteError):
         return None
     if any(region_of(node) for node in traced.graph.nodes if node >= start):
-        return None  # the closed form knows nothing of another precision, or of gradients that end there
+        return None  # the closed form doesn't cover a change of precision or the end of gradients
     between = head.maps
     passed = [head.pool, *head.between]
     while between is not start and len(between.users) == 1 and passes(trace.model, between):
@@ -109,7 +109,7 @@ def linear_tail(
 
 
 def passes(model: nn.Module, node: fx.Node) -> bool:
-    """Say whether a node hands its one input on in evaluation."""
+    """Say whether a node returns its input unchanged in evaluation."""
     if node.op == "call_module":
         return isinstance(model.get_submodule(str(node.target)), (nn.Identity, nn.Dropout, nn.Dropout2d))
     return getattr(node.target, "__name__", "") == "dropout"
@@ -118,8 +118,8 @@ def passes(model: nn.Module, node: fx.Node) -> bool:
 def tail_layer(model: nn.Module, tail: LinearTail) -> nn.Linear | None:
     """Return the linear layer of a tail as the model has it now.
 
-    None where more than pooling and a plain layer acts: another class of layer, hooks on one of the modules, or a
-    forward of its own. Most hooks only read, but which of them cannot be known.
+    None where anything but pooling and a plain layer may act: another class of layer, or hooks or an own forward on one
+    of the modules. Most hooks only read, but that cannot be known.
     """
     layer = model.get_submodule(tail.linear)
     if type(layer) is not nn.Linear or not is_classifier(layer):
@@ -140,11 +140,11 @@ class Rest:
             every model of this structure.
         inputs: which of the model's own positional inputs it needs (for their shape, mostly).
         children: qualified names of the modules it calls.
-        tail: set when the rest is pooling and one linear layer.
+        tail: the pooling and the linear layer, when the rest is just these; else None.
         settings: plain attributes of the modules it was traced through, by qualified name.
-        identities: the modules it was traced with, to notice a replaced one.
+        identities: the modules that it was traced with, by which a replaced one is noticed.
         hooked: whether hooks act on the modules that it was traced through, by qualified name.
-        forwards: forwards of their own that these modules have, by qualified name.
+        forwards: forwards that were set on these modules' instances, by qualified name.
         whole: whether the function returns all that the model does, since hooks on the model change it.
         output: which entry of a structured output holds the logits.
     """
@@ -194,7 +194,7 @@ class Rest:
         """
         others = [_detached(tensor) for tensor in (*captured, *inputs)]
         with self.evaluation_mode(model):
-            if self.site.on_module:  # grafts act inside of its call, its hooks behind them
+            if self.site.on_module:  # the module's hooks act after the grafts in its call
                 args, kwargs = pytree.tree_map(_detached, calls.get(self.site.path, ((), {})))
                 z = hooked_output(model.get_submodule(self.site.path), args, kwargs, z)
             out: Any = self.function(model, z, *others)
@@ -203,7 +203,7 @@ class Rest:
             return take_logits(out, (self.output,)) if self.whole else out
 
     def averages(self, model: nn.Module) -> bool:
-        """Say whether training passes move statistics that the rest normalises with when it is evaluated."""
+        """Say whether the rest has norms whose statistics training passes move, and that it uses when evaluated."""
         modules = (module for name in self.children for module in model.get_submodule(name).modules())
         return any(
             isinstance(module, NormBase) and module.training and module.track_running_stats
@@ -375,7 +375,7 @@ def _is_hooked(module: nn.Module) -> bool:
 
 
 def _own_forward(model: nn.Module, path: str) -> Any:
-    """Return the forward that was set on a module; one that is just its class's, bound to it, counts for none."""
+    """Return the forward that was set on a module's instance; its class's forward bound to it doesn't count."""
     module = model.get_submodule(path)
     own: Any = module.__dict__.get("forward")
     bound = getattr(own, "__self__", None) is module
@@ -383,7 +383,7 @@ def _own_forward(model: nn.Module, path: str) -> Any:
 
 
 def _all_of_it(traced: Traced) -> fx.Node:
-    """Make a node of all that a traced model returns."""
+    """Return a single node that stands for everything the traced model returns."""
     out = next(node for node in traced.graph.nodes if node.op == "output")
     if isinstance(out.args[0], fx.Node):
         return out.args[0]
@@ -420,8 +420,9 @@ def _cut(
         for source in waiting.pop().all_input_nodes:
             if source is start or source in inside or source in frontier:
                 continue
-            # What is not there yet when the site is reached is computed from what is; so is what costs nothing.
-            # Pre-hooks of what is around the site run once more: nothing but their module can record what they give.
+            # A value that isn't computed yet at the site is computed from earlier ones, and so is one that costs
+            # nothing. Pre-hooks of modules around the site run once more, since only the module itself could record
+            # their result.
             free = _cheap(source) or HOOKED in source.meta or order[source] > order[start]
             if source.op != "placeholder" and free:
                 inside.add(source)
@@ -432,7 +433,7 @@ def _cut(
     used = [node for node in inputs if node in frontier]
     boundary = sorted(frontier - set(used), key=order.__getitem__)
     graph = cut([start, *boundary, *used], end, sorted(holds), without)
-    # A value that other units act on has the name of its own node, with them and without.
+    # A value that units act on keeps the name of its own node.
     return graph, [_bare(node) for node in boundary], tuple(inputs.index(node) for node in used)
 
 
@@ -443,7 +444,7 @@ def _bare(node: fx.Node) -> fx.Node:
 
 
 def _captured(trace: ModelTrace, node: fx.Node, name: str) -> Site:
-    """Return the site of that name where the value of a node of the whole model's trace is recorded."""
+    """Return the site, under a name, where the value of a node of the whole model's trace is to be recorded."""
     path = str(node.target)
     once = node.op == "call_module" and len(trace.observation.calls.get(path, [])) == 1
     # A module's hooks act behind what is placed on the module itself.
@@ -464,7 +465,7 @@ def _captured(trace: ModelTrace, node: fx.Node, name: str) -> Site:
 
 
 def _detached(value: Any) -> Any:
-    """Copy what a look ahead must neither write to nor differentiate through."""
+    """Copy tensors, which a look ahead must neither write to nor differentiate through."""
     return value.detach().clone() if isinstance(value, Tensor) else value
 
 
@@ -492,7 +493,7 @@ def reads_places(trace: ModelTrace, rest: Rest, prefix: int, compute: bool = Fal
         if not any(reach.reads(tensor) for tensor in tensors(out)):
             return False
     gradient = _gradient(trace, rest, value, others) if compute and rest.tail is None else None
-    # A gradient that is zero everywhere says nothing: a classifier whose weights start at zero passes none.
+    # A gradient of zero everywhere is no proof: a classifier with weights of zero passes none.
     return gradient is None or not gradient.any() or bool(gradient[:, prefix:].any())
 
 
@@ -543,7 +544,7 @@ def _gradient(trace: ModelTrace, rest: Rest, value: Tensor, others: list[Any]) -
                 return torch.zeros_like(z)
             score = torch.stack([(scores * drawn(scores)).sum() for scores in logits]).sum()
             return torch.autograd.grad(score, z)[0]
-    except Exception:  # a forward that takes no values but real ones: what its operations say is believed
+    except Exception:  # a forward that rejects random values: the answer of its operations stands
         return None
     finally:
         for tensor, version, content in kept:

@@ -1,4 +1,4 @@
-"""One site, how a value in a model becomes one, where a unit acts on it, and a list of sites that prints as a table."""
+"""Sites: values in a model's forward pass, the edits by which units act on them, and a list that prints as a table."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from fxgraft.graph.tracing.values import shape_of
 
 @dataclass(frozen=True)
 class Edits:
-    """What a unit that acts on a value does to a forward, in each mode.
+    """The edits by which a unit acts on a value, one for each mode.
 
     Attributes:
         module: qualified name of the module to graft.
@@ -48,16 +48,16 @@ class Site:
         calls: how often that module is called in one pass.
         checkpointed: whether the call runs under activation checkpointing.
         op: the module's class, or the function.
-        value: what is found there, tensors fake, for a batch of 2; None where it isn't known.
+        value: the value, of fake tensors, for a batch of 2; None where it isn't known.
         layout: which dimension holds the channels, where that is seen at once; see `Backbone.layout`.
-        edits: how a unit acts there, where the question that found the site says it; see `edits_of`.
+        edits: the edits by which a unit acts there, if the search that found the site knows them; see `edits_of`.
         position: which position of a block it is ("post", "conv", ...); "" for a value that was named itself.
         block: qualified name of that block.
-        kind: what the block is where it isn't a usual one, as a `Join` says; "" otherwise.
-        onward: the values that this one was joined from, as what runs after the block goes on using them: a unit that
-            replaces the joined value has to hand its parts on there. Empty where nothing else uses them.
-        left_out: how many positions of the same search were left out: their values have other rows than one per image,
-            or a single place, or no prediction reads them.
+        kind: the kind of an unusual block, as in `Join`; "" otherwise.
+        onward: edges to later users of the parts that this value was joined from: a unit that replaces the joined value
+            has to hand its parts on to these. Empty where nothing else uses them.
+        left_out: how many positions the same search left out: values that don't have one row per image, have a single
+            place, or that no prediction reads.
     """
 
     name: str
@@ -97,7 +97,7 @@ class Site:
         return f"Site({', '.join([repr(self.name), *said])})"
 
     def __getstate__(self) -> dict[str, Any]:
-        # A fake value belongs to the pass that it was seen in, which neither pickles nor travels with a copy.
+        # A fake value belongs to a pass, which can neither be pickled nor copied.
         return {**self.__dict__, "value": pytree.tree_map_only(Tensor, _without_pass, self.value)}
 
 
@@ -242,7 +242,7 @@ def last_called(trace: ModelTrace, path: str, containers: tuple[type, ...] = (nn
 
 
 def entry_site(trace: ModelTrace, path: str, wanted: Callable[[Any], bool]) -> Site | None:
-    """Find the first of several values that a module returns that is as wanted; None where it cannot be told apart."""
+    """Find the first of a module's returned values that fits; None where its place in the output cannot be named."""
     output = trace.observation.output(path)
     if not any(wanted(value) for value in pytree.tree_leaves(output)):
         return None
@@ -284,7 +284,7 @@ def layout_at(trace: ModelTrace, site: Site, name: str | None = None) -> Layout:
 
 
 def edits_of(trace: ModelTrace, site: Site) -> Edits:
-    """Say how a unit acts on a site's value: on the module itself where that is possible.
+    """Return the edits by which a unit acts on a site's value: on the module itself where that is possible.
 
     A module called once, outside activation checkpointing, is grafted on its output, so that every way of calling it
     passes the unit; anything else is done inside its owner's graph.
@@ -318,7 +318,8 @@ def _node_of_call(trace: ModelTrace, site: Site, training: bool) -> str:
 def training_name(trace: ModelTrace, owner: str, name: str) -> str:
     """Return the name that a node of a module's evaluation graph has in its training graph.
 
-    What only one mode does (a dropout, a clamp) shifts the numbers that fx gives to nodes of one kind.
+    A call that only one mode makes (a dropout, a clamp) shifts the numbers in the names that fx gives to nodes of a
+    kind.
 
     Raises:
         SiteError: the modes differ in how often they do this, so that it is not clear which is meant.
@@ -348,9 +349,9 @@ def own_nodes(graph: fx.Graph, scope: str | None) -> list[fx.Node]:
 
 
 def counterpart(node: fx.Node, own: list[fx.Node], others: list[fx.Node]) -> fx.Node | None:
-    """Find the node of another trace of a forward that does what ``node`` does there; None where that cannot be told.
+    """Find the node of another trace of a forward that corresponds to ``node``; None where that cannot be told.
 
-    Traces differ in what they read out of a module's result, which only a closed module has, and in branches.
+    Traces differ in branches, and in nodes that unpack the result of a closed module, which an opened one lacks.
 
     Args:
         node: one of ``own``.

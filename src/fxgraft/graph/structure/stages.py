@@ -1,4 +1,4 @@
-"""Stages: which values of a network are the ends of its stages."""
+"""Stages: finds the values at which the stages of a network end."""
 
 from __future__ import annotations
 
@@ -40,10 +40,10 @@ def stage_at(trace: ModelTrace, index: int) -> Site:
 def stages(trace: ModelTrace) -> list[Site]:
     """List the stages of a backbone, in running order.
 
-    Those of timm's ``feature_info`` that give a map or tokens; of several values the first with as many channels as it
-    says. Without any, the last module at each number of places that nothing goes around on the way to the output, or
-    every block where that number never changes. Modules that run several stages are looked into; a norm behind a stage
-    is none itself.
+    They are the entries of timm's ``feature_info`` that give a map or tokens; of several values, the first with the
+    declared number of channels. Without any, a stage ends in the last module at each number of places on the main path,
+    which everything goes through. Where the number never changes, every block is a stage. A module that runs several
+    stages is looked into. A norm behind a stage isn't one itself.
 
     Raises:
         StructureError: there is none.
@@ -53,7 +53,7 @@ def stages(trace: ModelTrace) -> list[Site]:
     declared = [entry for entry in entries or () if isinstance(entry, dict) and entry.get("module")]
     named = {(entry["module"], entry.get("num_chs")) for entry in declared}
     sites = []
-    if len(named) == len(declared):  # else it does not say where its stages are
+    if len(named) == len(declared):  # two entries of one name don't say where their stages end
         sites = [
             site
             for entry in declared
@@ -71,8 +71,8 @@ def stages(trace: ModelTrace) -> list[Site]:
 def main_stages(trace: ModelTrace, count: int = 4) -> list[Site]:
     """List the last stages of a backbone, as the four of a ResNet behind its stem, in running order.
 
-    One for each number of places where these become fewer at least ``count`` times; else every stage, or of more than
-    ``count`` those that end equal shares of them, such as every third of twelve blocks.
+    If the number of places falls at least ``count`` times, there is one stage for each number. Else these are all
+    stages; of more than ``count``, those at equal distances, such as every third of twelve blocks.
 
     Raises:
         StructureError: there is none.
@@ -96,7 +96,7 @@ def stem_output(trace: ModelTrace) -> Site | None:
     if not _is_composite(trace, stage):
         return None
     made = {
-        call[0].made[0]: path  # of several that hand one value on the outermost, whose call begins first
+        call[0].made[0]: path  # of nested modules that return one value, the outermost: its call begins first
         for path, call in reversed(calls.items())
         if len(call) == 1 and isinstance(call[0].output, Tensor) and path and not inside(path, stage)
     }
@@ -112,7 +112,7 @@ def stem_output(trace: ModelTrace) -> Site | None:
 def _declared(trace: ModelTrace, name: str, channels: int | None = None) -> Site | None:
     """Find the map of a stage that ``feature_info`` names; None where that module gives none.
 
-    Of several values it is the first map with as many channels as it says; branches have others than their sum.
+    Of several values it is the first map with the declared number of channels: branches have fewer than their sum.
     """
     lists = (nn.Sequential, nn.ModuleList)
     path = name if name in trace.observation.calls else last_called(trace, name, lists)
@@ -148,7 +148,7 @@ def _by_places(trace: ModelTrace) -> list[Site]:
     for path, value in main.items():
         if value is not None and trace.caller(path) in opened:
             known = outer.setdefault(value.made, path)
-            # Of several modules that hand one value on the outermost, if it returns nothing else.
+            # Of nested modules that return one value, the outermost, if it returns nothing else.
             if value.alone and path.count(".") < known.count("."):
                 outer[value.made] = path
     paths = _last_of_each(
@@ -172,11 +172,11 @@ def _by_places(trace: ModelTrace) -> list[Site]:
 def _last_of_each(
     counted: Iterable[tuple[Any, int]], belongs: Callable[[Any, Any], bool] = lambda item, before: False
 ) -> list[Any]:
-    """Keep the last of those with about as many places; a border that a convolution cuts off is no other stage.
+    """Keep the last thing at each number of places. Numbers that differ by a cut-off border count as one.
 
     Args:
         counted: things with their places.
-        belongs: whether one that comes right behind another at its number of places does not take its place, as the
+        belongs: a function that says whether a thing right behind another belongs to it and doesn't replace it, as a
             norm behind a stage.
     """
     last: list[tuple[Any, int]] = []
@@ -202,8 +202,9 @@ class _Map:
 def main_path(trace: ModelTrace) -> dict[str, _Map | None]:
     """Find the map that each module returns, in running order, where all of the image goes through it.
 
-    Of several heads each has a path of its own. Where nothing is like that, as in networks of several branches, the
-    maps of all modules. None for a module that returns no map but holds some that do. The classifier is left out.
+    With several heads, each has a path of its own. Where no map is on a main path, as in networks of several branches,
+    the maps of all modules count. A module that returns no map, but holds modules that do, has None. The classifier is
+    left out.
     """
     return trace.once("main path", _main_path)
 
@@ -226,7 +227,7 @@ def _main_path(trace: ModelTrace) -> dict[str, _Map | None]:
 def _main_operations(trace: ModelTrace) -> set[int]:
     """List the operations that all of the image goes through on its way to a head, by number in the pass's `Flow`.
 
-    Of several heads, and of several pooled vectors that a head reads together, each has a way of its own.
+    Each head, and each of several pooled vectors that a head reads together, has a path of its own.
     """
     observation = trace.observation
     flow = observation.flow
@@ -257,8 +258,9 @@ def _first_map(call: Call) -> _Map | None:
 def _holds_stages(trace: ModelTrace, path: str, main: dict[str, _Map | None]) -> bool:
     """Say whether a module runs more than one stage.
 
-    There is a number of places within it that it neither gets nor gives, or there are blocks in it before it gives
-    fewer places: of a plain sequence any, of another module those that leave the number of channels alone.
+    It does if some value in it has a number of places that neither its input nor its output has. It also does if it
+    returns fewer places and has blocks before that: any in a plain sequence, in other modules those that keep the
+    number of channels.
     """
     own = {name: value for name, value in main.items() if value and inside(name, path) and name != path}
     out = main[path]
@@ -285,7 +287,7 @@ def _is_composite(trace: ModelTrace, path: str) -> bool:
 
 
 def _graph_path(trace: ModelTrace) -> list[tuple[Site, int]]:
-    """Do the same for a model that is a graph: its nodes are the values."""
+    """Find the main path as `main_path` does, for a model that is a graph, by its nodes."""
     nodes = list(trace.graph("", training=False).graph.nodes)
     carrying = {
         node for start in nodes if start.op == "placeholder" for node in (start, *downstream_of(start))
@@ -329,8 +331,8 @@ def _dense_heads(trace: ModelTrace, logits: Tensor) -> list[str] | None:
 def _read_by_the_heads(trace: ModelTrace, end: int) -> list[int]:
     """List the operations that made what the heads read, or the last one where the logits do not come from heads alone.
 
-    Heads are what gives maps of classes in a dense predictor; else the last linear layers or convolutions on each way
-    to the logits, where these have as many channels.
+    In a dense predictor, heads are the modules that give maps of classes. Elsewhere they are the last linear layers or
+    convolutions on the ways to the logits, with as many channels as these.
 
     Args:
         trace: the trace of the model.
@@ -398,10 +400,10 @@ def is_block(trace: ModelTrace, path: str) -> bool:
 def blocks_before(trace: ModelTrace, site: Site) -> list[Site]:
     """List the blocks that run before a site and give as many dimensions and channels, the nearest first.
 
-    A block is one of several modules of the same class in one `torch.nn.Sequential` or ``ModuleList``, on the main
-    path: branches that something goes around are parts of one. Those that lie inside of others, and have parts
-    themselves, come behind the rest. Of several values that a block gives, as a map and its size, the first is meant
-    that is like the site's.
+    A block is one of several modules of the same class in one `torch.nn.Sequential` or ``ModuleList`` on the main
+    path; a module on a parallel branch is part of a block. Blocks that lie inside others, and have parts themselves,
+    come last. Of several values that a block returns, such as a map and its size, the first that is like the site's
+    counts.
     """
     main = main_path(trace)
     calls = trace.observation.calls

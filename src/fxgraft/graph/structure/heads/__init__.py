@@ -1,1 +1,1 @@
-"""Both ends of a network: its stem, and its head: pooling, classifier, logits and probabilities."""
+"""The two ends of a network: its stem, and its head with pooling, classifier, logits and probabilities."""

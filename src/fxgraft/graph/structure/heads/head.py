@@ -1,4 +1,4 @@
-"""From a head as it is found to the edit that replaces it in training: the module around it, the two ends."""
+"""Finds the head of a model, and makes the edit that replaces it in training."""
 
 from __future__ import annotations
 
@@ -42,9 +42,8 @@ class Head:
             own.
         shape: the shape of the map, batch first, as observed.
         ndim: number of dimensions of what the span gives back.
-        source: where the map is, if a module of its own holds it and the pooling, as the body of a network of
-            transformers does; the span then starts at what that module gives the classifier. None where the span
-            starts at the map.
+        source: the map's site, if a module without the classifier pools the map, as the body of a network of
+            transformers does. The span then starts at that module's output. None where the span starts at the map.
     """
 
     owner: str
@@ -188,7 +187,7 @@ def _span(
     if apart:
         start = _pooled_output(trace, owner, closed, pool, end)
         again = [node for node in head.between if _top(node) == _top(head.pool) and node.op == "call_module"]
-        # What stands between in that module runs there and at every position, and would count a batch twice.
+        # Layers after the pooling in that module run there and at every position: a norm would count a batch twice.
         if any(True for node in again for _ in values.owner.get_submodule(str(node.target)).buffers()):
             raise _out_of_reach(trace, head.pool)
     ndim = values(last).ndim
@@ -229,7 +228,7 @@ def _shape(trace: ModelTrace, owner: str, end: fx.Node) -> int:
 
 
 def _check_after(trace: ModelTrace, owner: str, last: fx.Node, values: Values) -> None:
-    """Make sure that nothing but a change of shape follows the classifier in the module that holds it."""
+    """Raise if anything but a change of shape follows the classifier in its module."""
     module = trace.module(owner)
     node = last
     while True:
@@ -246,7 +245,7 @@ def _check_after(trace: ModelTrace, owner: str, last: fx.Node, values: Values) -
 
 
 def _top(node: fx.Node) -> str:
-    """Name the child, opened in the trace, that a node stands in; '' for the traced module itself."""
+    """Name the opened child in whose forward a node was traced; '' for the traced module itself."""
     stack = [path for path, _ in node.meta.get("nn_module_stack", {}).values()]
     if node.op == "call_module" and stack:
         stack.pop()
@@ -280,7 +279,7 @@ def token_grid(
     if len(shape) != 3:
         return None
     tokens = shape[3 - channel]
-    if len(trace.image_size) == 2:  # of a signal, whose tokens follow one after the other
+    if len(trace.image_size) == 2:  # a signal: its tokens are in one row
         return 1, tokens
     recorded = [call for calls in trace.observation.calls.values() for call in calls]
     for value in (call.output for call in sorted(recorded, key=lambda call: -call.order)):

@@ -1,4 +1,4 @@
-"""Linear layers with other tensors than their own: what they compute, and the layer that computes the same.
+"""Linear layers run with tensors other than their own, and the weights with which a layer computes the same itself.
 
 Linear layers and convolutions act with their weight. A convolution with scaled weight standardisation (Brock, De,
 Smith: Characterizing Signal Propagation to Close the Performance Gap in Unnormalized ResNets, ICLR 2021) acts with
@@ -36,7 +36,7 @@ _HOOKS = (BasePruningMethod, SpectralNorm, WeightNorm)
 
 
 def is_linear(module: nn.Module) -> bool:
-    """Say whether a module of a bare model is one of the layers that this file is about."""
+    """Say whether a module of a bare model is a linear layer or convolution that this file can run."""
     if isinstance(module, ConvNd):
         return type(module).forward in _FORWARDS
     return isinstance(module, nn.Linear) and is_classifier(module)
@@ -49,7 +49,7 @@ def layer_tensors(module: nn.Module) -> dict[str, Tensor]:
 
 
 def effective(module: Any, tensors: Mapping[str, Tensor] | None = None) -> tuple[Tensor, Tensor | None]:
-    """Return the weight and bias that a layer with these parameters multiplies with and adds.
+    """Return the weight that a layer with these parameters multiplies with, and the bias that it adds.
 
     Args:
         module: the layer.
@@ -68,7 +68,7 @@ def effective(module: Any, tensors: Mapping[str, Tensor] | None = None) -> tuple
 
 @torch.no_grad()
 def write_effective(module: Any, weight: Tensor, bias: Tensor | None) -> None:
-    """Give a layer the parameters with which it acts as said.
+    """Set a layer's parameters so that it multiplies with a weight and adds a bias.
 
     Args:
         module: the layer.
@@ -81,7 +81,7 @@ def write_effective(module: Any, weight: Tensor, bias: Tensor | None) -> None:
     if not _scaled(module):
         own["weight"].copy_(weight)
     elif not torch.equal(effective(module)[0], weight):
-        # The weight's length, which says how fast it learns, stays what it was; the gain says the rest.
+        # The weight keeps its length, on which its speed of learning depends; the gain carries the rest.
         length, wanted = (_deviation(tensor) for tensor in (own["weight"], weight))
         length = torch.where(length > 0, length, 1)
         own["weight"].copy_(weight * (length / torch.where(wanted > 0, wanted, 1)))
@@ -89,7 +89,7 @@ def write_effective(module: Any, weight: Tensor, bias: Tensor | None) -> None:
 
 
 def apply_layer(module: nn.Module, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """Run a stem or classifier, as found on a backbone, with other tensors than its own: those that it acts with."""
+    """Run a stem or classifier with a weight and bias that aren't its own, as `effective` returns them."""
     if isinstance(module, nn.Linear):
         return F.linear(x, weight, bias)
     if isinstance(module, Conv2dSame):
@@ -106,7 +106,7 @@ def apply_layer(module: nn.Module, x: Tensor, weight: Tensor, bias: Tensor | Non
 
 
 def _scaled(module: Any) -> bool:
-    # Not by its forward: on a patched model the class is another one.
+    # The layer's own forward isn't called: on a patched model it belongs to a grafted class.
     return isinstance(module, _SCALED)
 
 
@@ -117,14 +117,14 @@ def _deviation(weight: Tensor) -> Tensor:
 def made_by_hooks(module: nn.Module) -> bool:
     """Say whether pruning, weight_norm or spectral_norm of `torch.nn.utils` makes the weight when the layer is called.
 
-    Such a weight is an attribute that is only right within a call: written to, it is overwritten by the next one. Those
-    of `torch.nn.utils.parametrizations` are right whenever they are read.
+    Such a weight is an attribute that is right only during a call, and the next call overwrites it. A weight of
+    `torch.nn.utils.parametrizations` is right whenever it is read.
     """
     return any(isinstance(hook, _HOOKS) for hook in module._forward_pre_hooks.values())
 
 
 def is_derived(module: nn.Module) -> bool:
-    """Say whether a layer's weight is made from other parameters, in whichever way, so that it cannot be written."""
+    """Say whether a layer computes its weight from other parameters, by any tool, so that it cannot be written."""
     return hasattr(module, "parametrizations") or made_by_hooks(module)
 
 

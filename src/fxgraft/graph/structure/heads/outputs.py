@@ -1,4 +1,4 @@
-"""Outputs: where a model's logits are in what it returns."""
+"""Outputs: finds the logits in what a model returns, and replaces them."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def logits_node(values: Values, output: str | int | None, model: str) -> fx.Node
         values: the values of a trace of the model.
         output: key, attribute or position of the logits in a structured output; None for a plain tensor, or
             for the usual names ("out", "logits"), or the only tensor.
-        model: name for messages.
+        model: the model's name, for messages.
 
     Raises:
         StructureError: the output has no such entry; lists those it has.
@@ -81,7 +81,10 @@ def take_logits(out: Any, names: Iterable[str | int | None] = ()) -> Any:
         if isinstance(key, int) and isinstance(out, (tuple, list)):
             return out[key]
     alone = _only_tensor(out)
-    if isinstance(alone, Tensor) and alone.ndim in (2, 3):  # in training perhaps several for each image
+    if isinstance(alone, Tensor) and alone.ndim in (
+        2,
+        3,
+    ):  # in training there may be several rows for each image
         return alone
     raise StructureError(
         f"The model returned a {type(out).__name__}, and it is not clear what in it are the logits.\n"
@@ -96,7 +99,7 @@ def _rows(value: Any) -> bool:
 
 
 def _only_tensor(out: Any) -> Any:
-    """Return the tensor that a structured output holds if that is one, beside lists and entries left out; else None."""
+    """Return the only tensor of a structured output, not counting lists and empty entries; None if it holds several."""
     values: Any = out.values() if isinstance(out, dict) else out if isinstance(out, (tuple, list)) else ()
     if not isinstance(out, dict) and dataclasses.is_dataclass(out):
         values = (getattr(out, field.name) for field in dataclasses.fields(out))
@@ -129,12 +132,12 @@ def with_logits(out: Any, logits: Any, name: str | int | None = None) -> Any:
 
 
 def check_logits(out: Any, output: str | int | None, model: str) -> None:
-    """Make sure that a model's output has the logits in it, before what comes after a site is followed to them.
+    """Raise unless a model's output contains logits; called before the rest after a site is followed to them.
 
     Args:
         out: what the model returns, tensors fake.
         output: which entry holds the logits; None for the usual ones.
-        model: name for messages.
+        model: the model's name, for messages.
 
     Raises:
         StructureError: there are none; says where they may be.

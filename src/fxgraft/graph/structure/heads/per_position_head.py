@@ -1,4 +1,4 @@
-"""A head applied at every position of its map instead of to the average: a score per class and position.
+"""A head applied at every position of its map instead of to the average, for a score per class and position.
 
 Pooling and a linear classifier may change places: the average of the scores at all positions is the classifier's
 answer for the average. Layers between the two are run on the positions as if each were a pooled vector.
@@ -81,8 +81,8 @@ class PositionwiseHead:
         trace: the trace of the model.
 
     Attributes:
-        inexact: what between pooling and classifier does not commute with the average, for messages; where nothing is
-            named, the scores of all positions average to the logits exactly.
+        inexact: the steps between pooling and classifier that don't commute with the average, for messages. If there
+            are none, the scores of all positions average to the logits exactly.
     """
 
     def __init__(
@@ -148,7 +148,7 @@ class PositionwiseHead:
         return rows.view(x.shape[0], *space, rows.shape[1]).movedim(-1, 1)
 
     def _check_bypassed(self, model: nn.Module, owner: nn.Module) -> None:
-        """Raise where something acts on the calls of the layers, which run here without being called."""
+        """Raise where hooks or the like act on calls of the layers: these run here without being called."""
         acting = [name for name in self.bypassed if acted_on(owner.get_submodule(name))]
         if acting:
             names = ", ".join(repr(join(self.path, name)) for name in acting)
@@ -214,15 +214,15 @@ def _only_shapes(head: HeadTrace, owner: nn.Module) -> bool:
 
 @dataclass
 class _Roles:
-    """What the nodes between pooling and classifier are run on.
+    """The roles of the nodes between pooling and classifier: which run at every position, and which once.
 
     Attributes:
-        varying: what differs between positions.
-        statistics: what is one per image: statistics over the channels of a vector, and what is made of them alone.
-        special: how layers are run where running them row by row would not commute with the average.
-        rows: what is needed at every position.
-        pooled: what is needed of the pooled vectors.
-        inexact: what does not commute with the average.
+        varying: nodes whose values differ between positions.
+        statistics: nodes with one value per image: statistics over a vector's channels, and what depends on them alone.
+        special: how to run layers that, run row by row, would not commute with the average.
+        rows: nodes that are needed at every position.
+        pooled: nodes that are needed for the pooled vectors.
+        inexact: nodes that don't commute with the average.
     """
 
     varying: set[fx.Node]
@@ -237,8 +237,8 @@ class _Roles:
         """Give every node its role, in running order.
 
         Statistics are taken of the pooled vector alone: a norm at a position then has the pooled vector's mean and
-        deviation, is linear in the position, and commutes with the average. Where something else does not, they are
-        nobody's gain, and every position has its own.
+        deviation, is linear in the position, and commutes with the average. If another step doesn't commute, that
+        gains nothing, and every position has statistics of its own.
         """
         roles = cls._with(order, pool, end, values, True)
         if not roles.inexact and end in roles.varying:
@@ -274,7 +274,7 @@ def _is_size(value: object) -> bool:
 
 
 def _reduces(node: fx.Node, inputs: list[fx.Node], values: Values) -> bool:
-    """Say whether a node makes one number of the channels of a vector."""
+    """Say whether a node reduces a vector's channels to one number."""
     if not inputs or node_name(node, values.owner) not in _REDUCTIONS:
         return False
     value, out = values(inputs[0]), values(node)
@@ -285,7 +285,7 @@ def _reduces(node: fx.Node, inputs: list[fx.Node], values: Values) -> bool:
 
 
 def _commutes(node: fx.Node, varying: set[fx.Node], values: Values) -> bool:
-    """Say whether what a node does at every position averages to what it does to the average."""
+    """Say whether a node's results at all positions average to its result for the average."""
     owner = values.owner
     if node.op == "call_module":
         module = owner.get_submodule(str(node.target))
@@ -432,7 +432,7 @@ def _batch_norm(layer: Any, pooled: Tensor, rows: Tensor, positions: int) -> tup
             "Leave that layer a BatchNorm (convert the backbone without its head)."
         )
     act = getattr(layer, "act", None)
-    # Norms with an activation behind them: what is shared by all positions is the norm.
+    # A norm with an activation in it: only the norm is shared by all positions.
     middle = layer(pooled) if _inert(act) else _NORM_ALONE[type(layer).forward](layer, pooled)
     if layer.training or layer.running_var is None:
         dims = [d for d in range(pooled.ndim) if d != 1]
@@ -486,8 +486,8 @@ def position_scores(
 ) -> Tensor:
     """Compute a model's class scores by position, as it is in evaluation; their average is the logits.
 
-    With an activation between pooling and classifier, which does not commute with the average, that is close to the
-    logits only.
+    An activation between pooling and classifier doesn't commute with the average. Then the average is only close to the
+    logits.
 
     Args:
         model: bare or patched; grafts that act in evaluation act here.

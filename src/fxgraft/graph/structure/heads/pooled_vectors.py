@@ -39,7 +39,7 @@ def repeated(statistic: Any, positions: int) -> Any:
 
 
 def around(pooled: Tensor, middle: Tensor, rows: Tensor, positions: int, scale: Tensor) -> Tensor:
-    """Return what a norm with fixed statistics makes of rows: it is ``middle`` at the pooled vectors, and linear."""
+    """Apply a norm with fixed statistics to rows: it is linear, and gives ``middle`` at the pooled vectors."""
     offset = by_image(rows, positions) - pooled.unsqueeze(1)
     return (middle.unsqueeze(1) + offset * scale.to(middle.dtype).unsqueeze(1)).flatten(0, 1)
 
@@ -47,7 +47,7 @@ def around(pooled: Tensor, middle: Tensor, rows: Tensor, positions: int, scale: 
 def dropped_alike(
     name: str, pooled: Tensor | None, rows: Tensor, positions: int, *args: Any, **kwargs: Any
 ) -> tuple[Tensor | None, Tensor]:
-    """Do the same for dropout written as a function."""
+    """Drop the same features in all rows of an image, for dropout written as a function."""
     training = kwargs.get("training", args[1] if len(args) > 1 else True)
     share = kwargs.get("p", args[0] if args else 0.5)
     if not training or not share:
@@ -60,7 +60,7 @@ def dropped_alike(
 def normed_alike(
     name: str, pooled: Tensor, rows: Tensor, positions: int, *args: Any, **kwargs: Any
 ) -> tuple[Tensor, Tensor]:
-    """Do the same for norms written as functions."""
+    """Normalise rows with the statistics of their pooled vector, for norms written as functions."""
     function = getattr(F, name)
     middle = function(pooled, *args, **kwargs)
     given = inspect.signature(NORMS[function]).bind(pooled, *args, **kwargs).arguments
@@ -70,7 +70,7 @@ def normed_alike(
 def layer_scale(
     x: Tensor, shape: Sequence[int], weight: Tensor | None, eps: float | None, centred: bool
 ) -> Tensor:
-    """Return what layer or RMS normalisation with the statistics of ``x`` multiplies deviations by."""
+    """Return the factor by which layer or RMS normalisation with the statistics of ``x`` scales deviations."""
     dims = tuple(range(-len(shape), 0))
     wide = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
     variance = (
@@ -81,7 +81,7 @@ def layer_scale(
 
 
 def group_scale(x: Tensor, groups: int, weight: Tensor | None, eps: float) -> Tensor:
-    """Return what group normalisation with the statistics of ``x`` (B, C, ...) multiplies deviations by."""
+    """Return the factor by which group normalisation with the statistics of ``x`` (B, C, ...) scales deviations."""
     wide = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
     variance = wide.reshape(len(x), groups, -1).var(2, unbiased=False)
     scale = torch.rsqrt(variance + eps).repeat_interleave(x.shape[1] // groups, 1)

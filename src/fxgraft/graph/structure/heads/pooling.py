@@ -64,12 +64,12 @@ class Pooling:
 
 @dataclass(frozen=True)
 class HeadTrace:
-    """A head as it stands in one trace.
+    """A head in one trace.
 
     Attributes:
         maps: the value that is pooled.
         pool: the node that averages it.
-        pooling: what that node does.
+        pooling: the kind of average that it takes.
         between: the nodes from the pooled value to what gives the logits, in running order.
         classifiers: the call of the linear layer or 1×1 convolution; several where their logits are put together;
             none where the maps hold classes already.
@@ -107,7 +107,7 @@ def is_classifier(module: nn.Module) -> bool:
 
 
 def pooling_of(node: fx.Node, values: Values) -> Pooling | None:
-    """Say how a node averages over all positions, None if it does not."""
+    """Return how a node averages over all positions; None if it doesn't."""
     sources = tensor_inputs(node, values)
     if len(sources) != 1:
         return None
@@ -138,7 +138,7 @@ def pooling_of(node: fx.Node, values: Values) -> Pooling | None:
 
 
 def logits_before(end: fx.Node, values: Values) -> fx.Node:
-    """Return what a value was before a last sigmoid or softmax; the value itself where there is none."""
+    """Return the value before a last sigmoid or softmax; the value itself where there is none."""
     if node_name(end, values.owner) not in SQUASHING:
         return end
     (before,) = tensor_inputs(end, values)
@@ -283,7 +283,7 @@ def _has_no_places(value: Tensor) -> bool:
 
 
 def _carried(node: fx.Node, values: Values) -> list[fx.Node]:
-    """List the tensors that a node works on, without those that are made of parameters alone (``weight.float()``)."""
+    """List the tensors that a node works on, without those made from parameters alone (``weight.float()``)."""
     inputs = tensor_inputs(node, values)
     if len(inputs) < 2:
         return inputs
@@ -317,7 +317,7 @@ def _no_pooling(classifier: fx.Node, reason: str, values: Values) -> StructureEr
 
 
 def _obstacle(node: fx.Node, sources: list[fx.Node], values: Values) -> str | None:
-    """Say why the walk cannot go on before a node, None if it can."""
+    """Return why the walk back cannot go past a node, in words; None if it can."""
     owner = values.owner
     name = node_name(node, owner)
     scope = scope_of(node)
@@ -335,7 +335,7 @@ def _obstacle(node: fx.Node, sources: list[fx.Node], values: Values) -> str | No
     if len(sources) != 1:
         return f"{shown}, which has {len(sources)} inputs"
     before, after = values(sources[0]), values(node)
-    if isinstance(before, dict):  # an entry of what a closed module returned, which is opened next
+    if isinstance(before, dict):  # an entry of a closed module's output: the module is opened next
         return None
     if isinstance(before, (tuple, list)):
         return f"{shown}, one of several values"

@@ -29,9 +29,9 @@ class Squashed:
     """A model's end in probabilities.
 
     Attributes:
-        shown: what gives them, for messages.
-        opened: the modules that it stands in.
-        straight: whether nothing but changes of shape comes behind it, so that the model without it gives logits.
+        shown: the step that gives the probabilities, for messages.
+        opened: the modules whose forwards contain it.
+        straight: whether only changes of shape follow, so that the model without that step gives logits.
     """
 
     shown: str
@@ -78,7 +78,7 @@ def squashing(end: fx.Node, values: Values) -> fx.Node | None:
 
 
 def _squashing(trace: ModelTrace, end: fx.Node, values: Values) -> list[fx.Node]:
-    """List what a value is computed from if all of that are probabilities; else nothing."""
+    """List the sigmoids and softmaxes that a value is made of, if it is made of probabilities alone; else nothing."""
     waiting, seen, nodes = [end], {end}, list[fx.Node]()
     while waiting:
         node = waiting.pop()

@@ -69,7 +69,7 @@ class Stem:
 
 
 def find_stems(trace: ModelTrace) -> tuple[Stem, ...]:
-    """Find the layers through which everything that the model knows of the image goes.
+    """Find the first layers: all that the model sees of the image goes through them.
 
     Supported are convolutions over one to three dimensions, plain or with scaled weight standardisation and padding of
     any kind, and linear layers.
@@ -286,7 +286,7 @@ _PASSING |= {"adaptiveavgpool3d", "avgpool3d", "adaptive_avg_pool3d"}
 
 
 def check_classified(trace: ModelTrace, output: str | int | None = None, returned: bool = False) -> None:
-    """Raise where what a model returns is seen to be no logits, and does not contain them either.
+    """Raise where a model's output is seen to be something else than logits, and not to contain any.
 
     From the output back over pooling, shapes, sums and factors there is a layer with weights for logits; features end
     in an activation or a norm, or are all that a model gives whose ``num_classes`` is 0. Probabilities end in a sigmoid
