@@ -93,79 +93,43 @@ def line_up(
             )
         )
     labels = torch.randint(logits.shape[1], (batch,), device=device)
+
+    def entered(
+        name: str, model: nn.Module, loss: Callable[[Any], torch.Tensor], seconds: float = 0.0
+    ) -> Contestant:
+        run = torch.compile(model, fullgraph=True) if compiled else model
+        # At a learning rate of 0 every kernel of the update runs and the weights stay: on random labels they
+        # would otherwise drift apart between the networks, and into values whose arithmetic takes another time.
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.0, momentum=0.9)
+
+        def forward() -> None:
+            with torch.no_grad():
+                run(images)
+
+        def step() -> None:
+            optimizer.zero_grad(set_to_none=True)
+            loss(run).backward()
+            optimizer.step()
+
+        return Contestant(name, forward, step, model, seconds)
+
     # Copied before anything is patched: the same weights, and no trace of the patch in the control.
     contestants = [
-        _bare(BARE, copy.deepcopy(bare), images, labels, compiled),
-        _bare(CONTROL, copy.deepcopy(bare), images, labels, compiled),
+        entered(name, copy.deepcopy(bare), lambda run: F.cross_entropy(run(images), labels))
+        for name in (BARE, CONTROL)
     ]
     if rival is not None:
-        contestants.append(_rival(copy.deepcopy(bare), rival, images, labels))
+        other = copy.deepcopy(bare)
+        rival_loss = rival(other)
+        contestants.append(entered(RIVAL, other, lambda run: rival_loss(images, labels)))
     if patches:
-        contestants.append(_patched(bare, patches, images, labels, compiled))
+        began = time.perf_counter()
+        for method, options in patches:
+            fxgraft.patch(bare, method, **{"input_size": tuple(images.shape[1:]), **options})
+        seconds = time.perf_counter() - began
+
+        def patched_loss(run: Any) -> torch.Tensor:
+            return fxgraft.loss(bare, run(images, target=labels), labels)
+
+        contestants.append(entered(PATCHED, bare, patched_loss, seconds))
     return contestants
-
-
-def _bare(
-    name: str, model: nn.Module, images: torch.Tensor, labels: torch.Tensor, compiled: bool
-) -> Contestant:
-    run = _runner(model, compiled)
-
-    def loss() -> torch.Tensor:
-        return F.cross_entropy(run(images), labels)
-
-    return Contestant(name, _forward(run, images), _training_step(model, loss), model)
-
-
-def _rival(
-    model: nn.Module, rival: Callable[[nn.Module], Loss], images: torch.Tensor, labels: torch.Tensor
-) -> Contestant:
-    # Not compiled: what its loss does around the model is its own matter.
-    loss = rival(model)
-    return Contestant(
-        RIVAL, _forward(model, images), _training_step(model, lambda: loss(images, labels)), model
-    )
-
-
-def _runner(model: nn.Module, compiled: bool) -> Callable[..., Any]:
-    return torch.compile(model, fullgraph=True) if compiled else model
-
-
-def _patched(
-    model: nn.Module,
-    patches: Sequence[tuple[str, Mapping[str, Any]]],
-    images: torch.Tensor,
-    labels: torch.Tensor,
-    compiled: bool,
-) -> Contestant:
-    began = time.perf_counter()
-    for method, options in patches:
-        fxgraft.patch(model, method, **{"input_size": tuple(images.shape[1:]), **options})
-    seconds = time.perf_counter() - began
-
-    run = _runner(model, compiled)
-
-    def loss() -> torch.Tensor:
-        return fxgraft.loss(model, run(images, target=labels), labels)
-
-    return Contestant(PATCHED, _forward(run, images), _training_step(model, loss), model, seconds)
-
-
-def _forward(run: Callable[..., Any], images: torch.Tensor) -> Call:
-    def forward() -> None:
-        with torch.no_grad():
-            run(images)
-
-    return forward
-
-
-def _training_step(model: nn.Module, loss: Callable[[], torch.Tensor]) -> Call:
-    # At a learning rate of 0 every kernel of the update runs and the weights stay: on random labels they
-    # would otherwise drift apart between the networks, and into values whose arithmetic takes another time.
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.0, momentum=0.9)
-
-    def step() -> None:
-        optimizer.zero_grad(set_to_none=True)
-        loss().backward()
-        optimizer.step()
-
-    return step
