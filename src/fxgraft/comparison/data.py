@@ -7,7 +7,7 @@ import os
 import tarfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from io import BytesIO
 from pathlib import Path, PurePosixPath
 from typing import IO, Any
@@ -151,9 +151,7 @@ def read_data(
     )
     tasks = list(_tasks(kind, items, hold_out, asked, make, str(data)))
     counts = {name: len(rows) for name, rows in (items | asked).items()}
-    with_target = tuple(
-        Task(task.name, task.train, task.validation, task.test, adapted or task.test) for task in tasks
-    )
+    with_target = tuple(replace(task, target=adapted or task.test) for task in tasks)
     return Data(kind, classes, with_target, counts)
 
 
@@ -229,27 +227,30 @@ def _few(items: Items, count: int | None) -> Items:
     """Keep so many images of each class, drawn once and for all."""
     if count is None:
         return items
-    generator = torch.Generator().manual_seed(2)
-    kept: set[int] = set()
-    for label in sorted({item.label for item in items}):
-        members = [index for index, item in enumerate(items) if item.label == label]
-        order = torch.randperm(len(members), generator=generator)[:count]
-        kept |= {members[position] for position in order.tolist()}
-    return tuple(item for index, item in enumerate(items) if index in kept)
+    return _parted(items, lambda members: count, seed=2)[0]
 
 
 def split(items: Items, share: float, seed: int) -> tuple[Items, Items]:
     """Set a share of each class apart, at least one image of a class that has two; return what stays first."""
+
+    def count(members: int) -> int:
+        return max(1, round(share * members)) if share and members > 1 else 0
+
+    apart, stays = _parted(items, count, seed)
+    return stays, apart
+
+
+def _parted(items: Items, count: Callable[[int], int], seed: int) -> tuple[Items, Items]:
+    """Draw images of each class, as many as ``count`` says of their number; return these and the others."""
     generator = torch.Generator().manual_seed(seed)
-    apart: set[int] = set()
+    drawn: set[int] = set()
     for label in sorted({item.label for item in items}):
         members = [index for index, item in enumerate(items) if item.label == label]
-        count = max(1, round(share * len(members))) if share and len(members) > 1 else 0
-        order = torch.randperm(len(members), generator=generator)[:count]
-        apart |= {members[position] for position in order.tolist()}
+        order = torch.randperm(len(members), generator=generator)[: count(len(members))]
+        drawn |= {members[position] for position in order.tolist()}
     return (
-        tuple(item for index, item in enumerate(items) if index not in apart),
-        tuple(item for index, item in enumerate(items) if index in apart),
+        tuple(item for index, item in enumerate(items) if index in drawn),
+        tuple(item for index, item in enumerate(items) if index not in drawn),
     )
 
 

@@ -11,7 +11,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import Console
 from rich.text import Text
 
@@ -85,7 +84,7 @@ def run_demo(
         size=SIZE,
         training=TRAINING,
         workers=workers,
-        device=str(torch.device("cpu")),
+        device="cpu",
         out=out,
         progress=progress,
     )

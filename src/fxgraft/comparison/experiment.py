@@ -151,7 +151,9 @@ def compare(
         adapt_steps=adapt_steps,
         adapt_lr=adapt_lr,
     )
-    _check_images(images, settings, train)
+    grid = _grid(tune or {})
+    for values in ({}, *grid):
+        _check_images(images, settings_of(settings, values), train)
     for variant in chosen:
         setup.check(variant)
     protocol = _protocol(setup, images, data, tune, tune_each)
@@ -173,13 +175,13 @@ def compare(
             pictures=functools.partial(_pictures, setup, chosen, images),
         )
         runner = _Runner(setup, folder, result, workers, backend, place, progress)
-        tuned = runner.tune(chosen, images.tasks, tune or {}, tune_each)
+        tuned = runner.tune(chosen, images.tasks, grid, tune_each)
         runner.run(_jobs(result, chosen, images.tasks, tuned, place))
     return result
 
 
 def _check_packages(backend: str) -> None:
-    wanted = ("scipy", "joblib", "jinja2", "matplotlib")
+    wanted = ("scipy", "joblib", "matplotlib")
     missing = [name for name in wanted if importlib.util.find_spec(name) is None]
     if missing:
         raise ConfigError(
@@ -228,6 +230,15 @@ def _check_numbers(
         raise ConfigError(f"interest must be above 0 and level in (0, 1); got {interest!r} and {level!r}.")
     if workers is not None and workers < 1:
         raise ConfigError(f"workers must be at least 1, got {workers!r}.")
+
+
+def _grid(values: Mapping[str, Sequence[Any]]) -> list[dict[str, Any]]:
+    """List every combination of the values to try; none where nothing is tuned."""
+    for name, tried in values.items():
+        if isinstance(tried, str) or not isinstance(tried, Sequence) or not tried:
+            raise ConfigError(f'tune takes values to try, as {{"lr": [0.003, 0.01]}}; got {name}={tried!r}.')
+    rows = itertools.product(*values.values()) if values else ()
+    return [dict(zip(values, row, strict=True)) for row in rows]
 
 
 def _check_images(images: Data, settings: Training, train: Any) -> None:
@@ -320,12 +331,13 @@ class _Runner:
         device: torch.device,
         progress: Callable[[Comparison, float], Any] | None,
     ) -> None:
+        from joblib import cpu_count
+
         self.folder, self.result, self.backend = folder, result, backend
         self.devices = [str(device)]
         if str(device) == "cuda":
             self.devices = [f"cuda:{index}" for index in range(torch.cuda.device_count())]
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        self.workers = workers or (cores if device.type == "cpu" else len(self.devices))
+        self.workers = workers or (cpu_count() if device.type == "cpu" else len(self.devices))
         self.setup = replace(setup, readers=reading_processes(device, self.workers))
         self.progress = progress
 
@@ -333,14 +345,13 @@ class _Runner:
         self,
         chosen: Sequence[Variant],
         tasks: Sequence[Task],
-        values: Mapping[str, Sequence[Any]],
+        grid: Sequence[Mapping[str, Any]],
         each: bool,
     ) -> dict[str, Training]:
         """Return the settings of every variant, after the runs that choose them."""
         training = self.setup.training
-        if not values:
+        if not grid:
             return dict.fromkeys((variant.text for variant in chosen), training)
-        grid = [dict(zip(values, row, strict=True)) for row in itertools.product(*values.values())]
         tried = [settings_of(training, row) for row in grid]
         candidates = chosen if each else chosen[:1]
         jobs = [

@@ -62,11 +62,11 @@ class Folder:
             lock.release()
 
     def _check(self) -> None:
-        if not self._protocol.exists():
-            if self._runs.exists() and self._runs.stat().st_size:
-                raise ConfigError(f"{self.path} holds runs without their protocol.\nPass another out=.")
+        if not self._runs.exists() or not self._runs.stat().st_size:  # nothing that has to be comparable
             write_text(self._protocol, json.dumps(self.protocol, indent=2) + "\n")
             return
+        if not self._protocol.exists():
+            raise ConfigError(f"{self.path} holds runs without their protocol.\nPass another out=.")
         try:
             known = json.loads(self._protocol.read_text(encoding="utf-8"))
         except ValueError as error:

@@ -5,15 +5,17 @@ from __future__ import annotations
 import base64
 import io
 import statistics
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
+from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fxgraft.errors import ConfigError
+import jinja2
+
 from fxgraft.io.atomic_write import write_text
+from fxgraft.viz.drawing import figure_of, matplotlib_figure
 
 if TYPE_CHECKING:
     from fxgraft.comparison.result import Comparison
@@ -58,18 +60,8 @@ def write_report(result: Comparison, path: Path, pictures: Sequence[Photo] = ())
     Args:
         result: what was found.
         path: the file.
-        pictures: the pictures of the methods, from `method_pictures`.
-
-    Raises:
-        ConfigError: jinja2 or matplotlib is missing.
+        pictures: of the methods, from `method_pictures`.
     """
-    try:
-        import jinja2
-        import matplotlib  # noqa: F401
-    except ImportError as error:
-        raise ConfigError(
-            'The report needs jinja2 and matplotlib.\nInstall them with: pip install "fxgraft[compare]".'
-        ) from error
     source = resources.files("fxgraft.comparison").joinpath("report.html").read_text(encoding="utf-8")
     page = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined).from_string(source)
     count = len(result.tasks)
@@ -109,7 +101,7 @@ def _figures(result: Comparison) -> Iterator[Figure]:
 
 def _differences(result: Comparison) -> Figure:
     verdicts = result.verdicts
-    figure = _figure(7.5, 1.2 + 0.55 * len(verdicts))
+    figure = matplotlib_figure(figsize=(7.5, 1.2 + 0.55 * len(verdicts)), layout="constrained")
     axis = figure.add_subplot()
     for row, verdict in enumerate(verdicts):
         for index, task in enumerate(result.tasks):
@@ -145,7 +137,7 @@ def _differences(result: Comparison) -> Figure:
 
 
 def _curves(result: Comparison) -> Figure:
-    figure = _figure(7.5, 3.0)
+    figure = matplotlib_figure(figsize=(7.5, 3.0), layout="constrained")
     axes = figure.subplots(1, 2)
     for axis, name, label in zip(
         axes,
@@ -154,10 +146,10 @@ def _curves(result: Comparison) -> Figure:
         strict=True,
     ):
         for index, variant in enumerate(result.variants):
-            rows = _epochs(result, variant, name)
-            if rows:
+            means = _means([record[name] for record in result.runs(variant)])
+            if means:
                 factor = 1 if name == "epoch_loss" else 100
-                values = [factor * statistics.fmean(column) for column in rows]
+                values = [factor * mean for mean in means]
                 colour = _COLOURS[index % len(_COLOURS)]
                 axis.plot(range(1, len(values) + 1), values, "o-", markersize=3, color=colour, label=variant)
         axis.set_xlabel("epoch")
@@ -171,40 +163,23 @@ def _curves(result: Comparison) -> Figure:
     )
 
 
-def _epochs(result: Comparison, variant: str, name: str) -> list[list[float]]:
-    """Return the values of each epoch over the runs; a run that diverged ends early."""
-    runs = [
-        [value for value in record[name] if value is not None]
-        for seed in result.seeds
-        for task in result.tasks
-        if (record := result.record(variant, task, seed)) is not None
-    ]
-    longest = max(map(len, runs), default=0)
-    columns = [[run[epoch] for run in runs if len(run) > epoch] for epoch in range(longest)]
-    return [column for column in columns if column]
+def _means(runs: Sequence[Sequence[float | None]]) -> list[float]:
+    """Return the mean of each epoch over the runs; a run that diverged ends early."""
+    columns = ([value for value in column if value is not None] for column in zip_longest(*runs))
+    return [statistics.fmean(column) for column in columns if column]
 
 
 def _diagnostics(result: Comparison) -> Figure | None:
-    by_name: dict[str, list[list[float]]] = {}
+    means_of: dict[str, list[float]] = {}
     for variant in result.variants:
-        runs = [
-            record["epoch_diagnostics"]
-            for seed in result.seeds
-            for task in result.tasks
-            if (record := result.record(variant, task, seed)) is not None and record.get("epoch_diagnostics")
-        ]
+        runs = [record.get("epoch_diagnostics") or [] for record in result.runs(variant)]
         for name in dict.fromkeys(key for run in runs for epoch in run for key in epoch):
-            longest = max(map(len, runs))
-            columns = [
-                [run[e][name] for run in runs if len(run) > e and name in run[e]] for e in range(longest)
-            ]
-            by_name[f"{variant}: {name}"] = [column for column in columns if column]
-    if not by_name:
+            means_of[f"{variant}: {name}"] = _means([[epoch.get(name) for epoch in run] for run in runs])
+    if not means_of:
         return None
-    figure = _figure(7.5, 1.9 * -(-len(by_name) // 3))
-    for index, (name, columns) in enumerate(by_name.items()):
-        axis = figure.add_subplot(-(-len(by_name) // 3), 3, index + 1)
-        means = [statistics.fmean(column) for column in columns]
+    figure = matplotlib_figure(figsize=(7.5, 1.9 * -(-len(means_of) // 3)), layout="constrained")
+    for index, (name, means) in enumerate(means_of.items()):
+        axis = figure.add_subplot(-(-len(means_of) // 3), 3, index + 1)
         axis.plot(range(1, len(means) + 1), means, "o-", markersize=3, color=_COLOURS[0])
         axis.set_title(name, fontsize=7, wrap=True)
         axis.tick_params(labelsize=7)
@@ -273,7 +248,6 @@ def method_pictures(setup: Setup, variants: Sequence[Variant], images: Sequence[
         variants: the variants whose methods are drawn, once each.
         images: decoded, two or more.
     """
-    from fxgraft.viz.drawing import save_picture
     from fxgraft.viz.pictures import methods_with_pictures, picture_of, squares
 
     known = methods_with_pictures()
@@ -287,18 +261,11 @@ def method_pictures(setup: Setup, variants: Sequence[Variant], images: Sequence[
                 continue
             model = setup.build(type(variant)("bare"), 0)
             picture = picture_of(model, method, batch, options, trained=trained)
-            with tempfile.TemporaryDirectory() as folder:
-                file = Path(folder, "picture.png")
-                save_picture(picture, file)
-                png = base64.b64encode(file.read_bytes()).decode("ascii")
+            drawn = io.BytesIO()
+            figure_of(picture).savefig(drawn, format="png", dpi=120)
+            png = base64.b64encode(drawn.getvalue()).decode("ascii")
             photos[method] = Photo(f"{method}, {start}: {picture.caption}", png)
     return list(photos.values())
-
-
-def _figure(width: float, height: float) -> Any:
-    from matplotlib.figure import Figure as Drawing
-
-    return Drawing(figsize=(width, height), layout="constrained")
 
 
 def _svg(figure: Any) -> str:

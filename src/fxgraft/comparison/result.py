@@ -81,15 +81,20 @@ class Comparison:
         """Return a run that tried settings; None if it is not done."""
         return self._found.get((variant, task, _key(values)))
 
+    def runs(self, variant: str, task: str | None = None) -> list[Record]:
+        """Return the finished runs of a variant, of one task or of all, seed by seed."""
+        found = [
+            self.record(variant, t, seed) for seed in self.seeds for t in self.tasks if task in (None, t)
+        ]
+        return [record for record in found if record is not None]
+
     def pairs(self, variant: str, task: str | None = None) -> list[tuple[Record, Record]]:
         """Return the finished pairs (baseline, variant), of one task or of all."""
-        pairs = [
-            (self.record(self.baseline, t, seed), self.record(variant, t, seed))
-            for seed in self.seeds
-            for t in self.tasks
-            if task in (None, t)
+        return [
+            (before, after)
+            for after in self.runs(variant, task)
+            if (before := self.record(self.baseline, after["task"], after["seed"])) is not None
         ]
-        return [(before, after) for before, after in pairs if before is not None and after is not None]
 
     def score(self, record: Record) -> float:
         """Return the score of a run that the verdicts are about.
@@ -104,20 +109,13 @@ class Comparison:
 
     def scores(self, variant: str, task: str | None = None) -> list[float]:
         """Return the scores of the finished runs of a variant, of one task or of all."""
-        records = [
-            self.record(variant, t, seed) for seed in self.seeds for t in self.tasks if task in (None, t)
-        ]
-        return [self.score(record) for record in records if record is not None]
+        return [self.score(record) for record in self.runs(variant, task)]
 
     @property
     def complete(self) -> bool:
         """Whether every run is done."""
-        return all(
-            self.record(variant, task, seed) is not None
-            for variant in self.variants
-            for task in self.tasks
-            for seed in self.seeds
-        )
+        wanted = len(self.tasks) * len(self.seeds)
+        return all(len(self.runs(variant)) == wanted for variant in self.variants)
 
     @property
     def verdicts(self) -> list[Verdict]:
@@ -270,7 +268,7 @@ class Comparison:
             path: the file.
 
         Raises:
-            ConfigError: matplotlib or jinja2 is missing.
+            ConfigError: matplotlib is missing.
         """
         from fxgraft.comparison.report import write_report
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -216,7 +217,7 @@ def _carry_out(setup: Setup, job: Job) -> list[Record]:
         }
         if job.tuning is not None:
             scored = evaluate(adapted, job.task.validation, setup.training, **_loading(setup, job))
-            record |= {"tuning": dict(job.tuning), "scores": {name: scored[name] for name in SCORES}}
+            record |= {"tuning": dict(job.tuning), "scores": scored["scores"]}
         else:
             record |= _scored(setup, adapted, job)
             if setup.measure is not None:
@@ -272,8 +273,7 @@ def _adapted(setup: Setup, model: nn.Module, variant: Variant, job: Job) -> nn.M
 def _scored(setup: Setup, model: nn.Module, job: Job) -> Record:
     options = _loading(setup, job)
     if not setup.corrupt:
-        scores = evaluate(model, job.task.test, setup.training, **options)
-        return {**_parts(scores), "finite": scores["finite"]}
+        return evaluate(model, job.task.test, setup.training, **options)
     by_corruption = {
         f"{name}, {severity}": evaluate(
             model, job.task.test, setup.training, **options, prepare=Corrupted(name, severity, setup.size)
@@ -281,29 +281,13 @@ def _scored(setup: Setup, model: nn.Module, job: Job) -> Record:
         for name in CORRUPTIONS
         for severity in SEVERITIES
     }
+    outcomes = by_corruption.values()
     return {
-        "scores": {
-            name: sum(record[name] for record in by_corruption.values()) / len(by_corruption)
-            for name in SCORES
-        },
-        "right": [
-            sum(column)
-            for column in zip(*(record["right"] for record in by_corruption.values()), strict=True)
-        ],
-        "images": [
-            sum(column)
-            for column in zip(*(record["images"] for record in by_corruption.values()), strict=True)
-        ],
-        "accuracy_by_corruption": {name: record["accuracy"] for name, record in by_corruption.items()},
-        "finite": all(record["finite"] for record in by_corruption.values()),
-    }
-
-
-def _parts(measured: Mapping[str, Any]) -> Record:
-    return {
-        "scores": {name: measured[name] for name in SCORES},
-        "right": measured["right"],
-        "images": measured["images"],
+        "scores": {name: statistics.fmean(out["scores"][name] for out in outcomes) for name in SCORES},
+        "right": [sum(column) for column in zip(*(out["right"] for out in outcomes), strict=True)],
+        "images": [sum(column) for column in zip(*(out["images"] for out in outcomes), strict=True)],
+        "accuracy_by_corruption": {name: out["scores"]["accuracy"] for name, out in by_corruption.items()},
+        "finite": all(out["finite"] for out in outcomes),
     }
 
 

@@ -7,15 +7,12 @@ their levels follow Holm's step-down rule (Holm, Scandinavian Journal of Statist
 
 from __future__ import annotations
 
-import importlib
 import math
+from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
-
-from fxgraft.errors import ConfigError
 
 LEVEL = 0.05
 POWER = 0.8
@@ -155,8 +152,9 @@ def _verdict(
     lower_is_better: bool,
     diverged: tuple[int, int],
 ) -> Verdict:
+    from scipy import stats
+
     values = np.subtract(after, before)
-    stats = _scipy("stats")
     count, mean = len(values), float(np.mean(values))
     deviation = float(np.std(values, ddof=1)) if count > 1 else math.nan
     reach, more = math.inf, 2
@@ -196,16 +194,9 @@ def _p(values: np.ndarray) -> float:
         return 1.0
     if not np.ptp(values):  # all the same: no difference at all, or one without any noise
         return float(not np.any(values))
-    return float(_scipy("stats").ttest_1samp(values, 0.0).pvalue)
+    from scipy import stats
 
-
-def _scipy(part: str) -> Any:
-    try:
-        return importlib.import_module(f"scipy.{part}")
-    except ImportError as error:
-        raise ConfigError(
-            'Comparisons need scipy, which is not installed.\nInstall it with: pip install "fxgraft[compare]".'
-        ) from error
+    return float(stats.ttest_1samp(values, 0.0).pvalue)
 
 
 def power(difference: float, deviation: float, pairs: int, level: float = LEVEL) -> float:
@@ -217,9 +208,10 @@ def power(difference: float, deviation: float, pairs: int, level: float = LEVEL)
         pairs: number of pairs, 2 or more.
         level: two-sided error level.
     """
+    from scipy import stats
+
     if deviation == 0:
         return float(difference != 0)
-    stats = _scipy("stats")
     centre = abs(difference) / deviation * math.sqrt(pairs)
     limit = stats.t.ppf(1 - level / 2, pairs - 1)
     # The other tail's share underflows to NaN far out, where it is zero.
@@ -239,6 +231,8 @@ def detectable(deviation: float, pairs: int, level: float = LEVEL, wanted: float
     Returns:
         The difference, infinite with fewer than two pairs.
     """
+    from scipy import optimize
+
     if pairs < 2:
         return math.inf
     if deviation == 0:
@@ -246,9 +240,7 @@ def detectable(deviation: float, pairs: int, level: float = LEVEL, wanted: float
     top = 1.0
     while power(top, 1.0, pairs, level) < wanted:
         top *= 2
-    return deviation * float(
-        _scipy("optimize").brentq(lambda d: power(d, 1.0, pairs, level) - wanted, 0.0, top)
-    )
+    return deviation * float(optimize.brentq(lambda d: power(d, 1.0, pairs, level) - wanted, 0.0, top))
 
 
 def pairs_needed(deviation: float, difference: float, level: float = LEVEL, wanted: float = POWER) -> int:
@@ -260,12 +252,5 @@ def pairs_needed(deviation: float, difference: float, level: float = LEVEL, want
         level: two-sided error level.
         wanted: probability of showing it.
     """
-    low, high = 2, _MOST_PAIRS
-    if power(difference, deviation, high, level) < wanted:
-        return high
-    while low < high:
-        middle = (low + high) // 2
-        low, high = (
-            (low, middle) if power(difference, deviation, middle, level) >= wanted else (middle + 1, high)
-        )
-    return low
+    counts = range(2, _MOST_PAIRS)
+    return 2 + bisect_left(counts, wanted, key=lambda pairs: power(difference, deviation, pairs, level))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import math
-import os
 import random
 import statistics
 import time
@@ -235,9 +234,10 @@ def reading_processes(device: torch.device, runs: int) -> int:
     """
     if device.type == "cpu":
         return 0
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    from joblib import cpu_count
+
     # With one core for each run, a process of its own would only be started and stopped once an epoch.
-    share = cores // max(runs, torch.cuda.device_count())
+    share = cpu_count() // max(runs, torch.cuda.device_count())
     return min(8, share) if share > 1 else 0
 
 
@@ -264,7 +264,7 @@ def fit(
 
     Args:
         model: on ``device``.
-        train: images to train on.
+        train: images to train on, as many as a batch holds or more.
         validation: images of the same domains, set apart; scored after each epoch.
         settings: see `Training`.
         size: side of the images in pixels.
@@ -272,18 +272,11 @@ def fit(
         device: where to train.
         readers: processes that read and transform images; 0 does both in this one.
         progress: a function, called with the steps done and all steps.
-
-    Raises:
-        ConfigError: there are fewer training images than a batch holds.
     """
     from timm.optim import create_optimizer_v2  # pyright: ignore[reportPrivateImportUsage]
     from timm.scheduler.scheduler_factory import create_scheduler_v2
     from timm.utils.model_ema import ModelEmaV3
 
-    if len(train) < settings.batch_size:
-        raise ConfigError(
-            f"{len(train)} training images do not fill a batch of {settings.batch_size}.\nPass a smaller batch_size."
-        )
     data = Images(train, transform_of(model, settings, size, training=True), size, seed)
     order = torch.Generator().manual_seed(seed)
     loader: Any = DataLoader(
@@ -346,9 +339,8 @@ def fit(
             break
         if validation:
             scored = model if ema is None else ema.module
-            accuracy = evaluate(scored, validation, settings, size=size, device=device, readers=readers)[
-                "accuracy"
-            ]
+            outcome = evaluate(scored, validation, settings, size=size, device=device, readers=readers)
+            accuracy = outcome["scores"]["accuracy"]
             fitted.validation.append(accuracy)
             if settings.select == "best" and (best is None or accuracy > best[0]):
                 best = accuracy, {name: value.clone() for name, value in scored.state_dict().items()}
@@ -382,8 +374,8 @@ def evaluate(
         prepare: applied to each decoded image first, as a corruption is; equal ones are taken to do the same.
 
     Returns:
-        Each of `SCORES` by name, and "right" and "images", counts by class. Outputs that are not finite are no
-        predictions: such an image counts as wrong, and "finite" is then False.
+        "scores", each of `SCORES` by name; "right" and "images", counts by class; and "finite". Outputs that are not
+        finite are no predictions: such an image counts as wrong, and "finite" is then False.
     """
     logits, labels = predict(
         model, items, settings, size=size, device=device, readers=readers, prepare=prepare
@@ -396,12 +388,15 @@ def evaluate(
     known = images > 0
     top = logits.topk(min(5, classes), dim=1).indices
     sound = bool(finite.all())
-    return {
+    scores = {
         "accuracy": float(right.double().mean()),
         "macro_accuracy": float((hits[known] / images[known]).double().mean()),
         "top5": float(((top == labels[:, None]).any(1) & finite).double().mean()),
         "nll": float(F.cross_entropy(logits, labels)) if sound else math.inf,
         "ece": calibration_error(logits, labels) if sound else math.inf,
+    }
+    return {
+        "scores": scores,
         "right": hits.tolist(),
         "images": images.tolist(),
         "finite": sound,

@@ -195,6 +195,10 @@ def test_a_full_disk_keeps_what_is_finished(run, tmp_path, monkeypatch):
         ({"training": {"train_crop": 0}}, ConfigError, "train_crop is a share"),
         ({"training": {"speed": 2}}, ConfigError, "no setting 'speed'"),
         ({"training": {"batch_size": 64}}, ConfigError, "28 training images do not fill a batch of 64"),
+        ({"tune": {"speed": [2]}}, ConfigError, "no setting 'speed'"),
+        ({"tune": {"lr": 0.1}}, ConfigError, r"tune takes values to try.*got lr=0.1"),
+        ({"tune": {"lr": []}}, ConfigError, r"tune takes values to try.*got lr=\[\]"),
+        ({"tune": {"batch_size": [8, 64]}}, ConfigError, "28 training images do not fill a batch of 64"),
         ({"weights": "nowhere.pth"}, RecipeError, "There is no file 'nowhere.pth'"),
         ({"corrupt": True, "size": 24}, ConfigError, "images of 32 pixels or more"),
     ],
@@ -206,7 +210,18 @@ def test_bad_settings_are_found_before_the_training(run, tmp_path, monkeypatch, 
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("package", ["scipy", "joblib", "jinja2", "matplotlib"])
+def test_a_folder_without_runs_holds_nobody_to_its_protocol(run, monkeypatch):
+    def stopped(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(experiment, "carry_out", stopped)
+        with pytest.raises(KeyboardInterrupt):
+            run(size=32)
+    assert run(seeds=1).protocol["size"] == 16
+
+
+@pytest.mark.parametrize("package", ["scipy", "joblib", "matplotlib"])
 def test_a_missing_package_is_named_first(run, monkeypatch, package):
     found = experiment.importlib.util.find_spec
     monkeypatch.setattr(

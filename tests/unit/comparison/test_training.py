@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 
+import joblib
 import numpy as np
 import pytest
 import torch
@@ -81,7 +82,7 @@ def test_processes_that_read_change_no_number(tmp_path, monkeypatch):
 
 
 def test_runs_share_the_cores_beside_a_gpu(monkeypatch):
-    monkeypatch.setattr(training.os, "sched_getaffinity", lambda _: set(range(16)), raising=False)
+    monkeypatch.setattr(joblib, "cpu_count", lambda: 16)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     gpu = torch.device("cuda")
     assert [reading_processes(gpu, runs) for runs in (1, 2, 4, 8, 14)] == [8, 8, 4, 2, 0]
