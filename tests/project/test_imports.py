@@ -44,7 +44,7 @@ def test_help_and_mistakes_load_nothing() -> None:
         (["--help"], 0),
         (["--version"], 0),
         *(([command, "--help"], 0) for command in helps),
-        (["show", "maps", "--help"], 0),
+        (["show", "effect", "--help"], 0),
         (["sites", "--no-such-option"], 2),
         (["no-such-command"], 2),
     ]

@@ -19,7 +19,7 @@ from typer.core import TyperGroup
 from fxgraft.cli.compare import compare, demo
 from fxgraft.cli.completion import complete_method
 from fxgraft.cli.early_checks import check_method, check_there
-from fxgraft.cli.graft_options import GraftFileOption, GraftOption, PatchOption, chosen_grafts
+from fxgraft.cli.graft_options import GraftFileOption, GraftOption, chosen_grafts
 from fxgraft.cli.show import show
 from fxgraft.cli.sites import ModelArgument, sites, suggest
 from fxgraft.cli.sites import show as show_table
@@ -124,7 +124,6 @@ def bench(
     model: ModelArgument,
     graft: GraftOption = None,
     graft_file: GraftFileOption = None,
-    patch: PatchOption = None,
     batch: Annotated[int, typer.Option(help="Images per call.")] = 16,
     size: Annotated[str, typer.Option(help="Side of the images; of clips 16x112x112.")] = "224",
     device: DeviceOption = None,
@@ -141,10 +140,9 @@ def bench(
     threads: Annotated[int | None, typer.Option(help="CPU threads of torch.")] = None,
     compiled: Annotated[bool, typer.Option("--compile", help="Through torch.compile, all of them.")] = False,
     out: Annotated[Path | None, typer.Option(help="Also write the numbers to this file, .json.")] = None,
-    json: Annotated[Path | None, typer.Option(hidden=True)] = None,  # what --out was called
 ) -> None:
     """Measure what patches cost: time and memory against the bare model, in turns."""
-    specs = chosen_grafts(graft, graft_file, patch)
+    specs = chosen_grafts(graft, graft_file)
     if not specs:
         raise ConfigError(
             "Nothing to measure: give at least one --graft, for example --graft rsc:layer=layer4."
@@ -152,7 +150,6 @@ def bench(
     from fxgraft.bench.report import read_size
 
     sides = read_size(size)
-    out = out or json
     if out is not None:
         # Before the measurement: a file that cannot be written should not cost minutes first.
         if out.suffix != ".json":

@@ -28,9 +28,3 @@ def complete_spec(incomplete: str) -> list[str]:
     done, comma, begun = rest.rpartition(",")
     options = [option for option, *_ in known[method]["options"]]
     return [f"{method}:{done}{comma}{option}=" for option in options if option.startswith(begun)]
-
-
-def complete_shown(incomplete: str) -> list[str]:
-    """Complete what ``fxgraft show`` takes: a method, "maps", or a model."""
-    words = [*complete_method(incomplete), *(["maps"] if "maps".startswith(incomplete) else [])]
-    return [*words, *complete_model(incomplete)]

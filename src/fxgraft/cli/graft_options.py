@@ -25,13 +25,9 @@ GraftFileOption = Annotated[
     Path | None,
     typer.Option("--graft-file", metavar="FILE", help="A YAML list of grafts, before those of --graft."),
 ]
-PatchOption = Annotated[list[str] | None, typer.Option("--patch", hidden=True, metavar="SPEC")]
-"""What --graft was called."""
 
 
-def chosen_grafts(
-    grafts: Sequence[str] | None, file: Path | None, former: Sequence[str] | None = None
-) -> list[PatchSpec]:
+def chosen_grafts(grafts: Sequence[str] | None, file: Path | None) -> list[PatchSpec]:
     """Read all that the options say, in order: the file first.
 
     Raises:
@@ -43,7 +39,7 @@ def chosen_grafts(
         from fxgraft.io.graft_file import read_graft_file
 
         specs += read_graft_file(file)
-    specs += [spec for text in (*(grafts or ()), *(former or ())) for spec in parse_grafts(text)]
+    specs += [spec for text in grafts or () for spec in parse_grafts(text)]
     for spec in specs:
         check_method(spec.method)
     return specs

@@ -23,7 +23,6 @@ from fxgraft.io.backbone_weights import WRAPPERS, differences
 from fxgraft.io.constructor import Constructor
 from fxgraft.io.save_load import file_at, is_recipe, read_recipe, unshared
 from fxgraft.models import LIBRARIES, build_model, split_name
-from fxgraft.spec import parse_patch_spec
 
 RUN_FILES = ("model_best.pth.tar", "last.pth.tar")
 """What a run of timm's train.py leaves in its folder, the best first."""
@@ -64,7 +63,7 @@ def merge_file(
         source: what `fxgraft.save` wrote, the output folder of timm's train.py, or a checkpoint.
         out: the file to write; its name ends in ``.safetensors``.
         model: name of the backbone; a checkpoint of timm's train.py knows it, and mostly a file of `fxgraft.save`.
-        grafts: how the model was patched, as `parse_patch_spec` reads it; a file of `fxgraft.save` knows it.
+        grafts: how the model was patched, as `fxgraft.patch` reads it; a file of `fxgraft.save` knows it.
         classes: number of classes; by default read from the checkpoint.
         input_size: side of the images that it was patched for.
         ema: take the averaged weights of the checkpoint.
@@ -92,7 +91,9 @@ def merge_file(
         classes = classes or trained.classes or _classes(name, trained.weights)
         network = build_model(name, classes, input_size=input_size, **trained.options)
         options = trained.options | ({} if classes is None else {"num_classes": classes})
-        _patch(network, grafts, input_size)
+        if grafts:
+            size = None if input_size is None else (3, input_size, input_size)
+            fxgraft.patch(network, " + ".join(grafts), input_size=size)
         _load(network, trained)
     merged = fxgraft.merge(network)
     folded = ", ".join(graft.name for graft in fxgraft.grafts(network)) or "no graft"
@@ -205,13 +206,6 @@ def _classes(name: str, weights: Mapping[str, Tensor]) -> int | None:
     layer = None if config is None else config.classifier
     weight = weights.get(f"{layer if isinstance(layer, str) else (layer or ('',))[0]}.weight")
     return None if weight is None else weight.shape[0]
-
-
-def _patch(network: nn.Module, grafts: Sequence[str], input_size: int | None) -> None:
-    for text in grafts:
-        spec = parse_patch_spec(text)
-        size = {} if input_size is None else {"input_size": (3, input_size, input_size)}
-        fxgraft.patch(network, spec.method, **{**size, **spec.options})
 
 
 def _load(network: nn.Module, trained: Trained) -> None:

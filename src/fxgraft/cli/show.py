@@ -1,21 +1,18 @@
-"""``fxgraft show``: what a patch changes in a model, and what a method does with an image."""
+"""``fxgraft show``: what grafts change in a model, and what a method does with images."""
 
 from __future__ import annotations
 
 from enum import Enum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 from rich.console import Console
-from typer.core import TyperGroup
 
-from fxgraft.cli.completion import complete_method, complete_model, complete_shown
+from fxgraft.cli.completion import complete_method, complete_model
 from fxgraft.cli.early_checks import check_method, check_there
-from fxgraft.cli.graft_options import GraftFileOption, GraftOption, PatchOption, chosen_grafts
-from fxgraft.cli.method_facts import all_facts
+from fxgraft.cli.graft_options import GraftFileOption, GraftOption, chosen_grafts
 from fxgraft.errors import ConfigError
-from fxgraft.spec import PatchSpec
 
 MAPS = "maps"
 """Another name for the picture of the diversification block: class maps."""
@@ -28,44 +25,10 @@ class Mode(str, Enum):
     evaluation = "evaluation"
 
 
-class _Show(TyperGroup):
-    """Takes ``fxgraft show resnet50 ...`` and ``fxgraft show rsc photo.jpg ...`` too, as before there were two."""
-
-    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        if args and args[0] not in self.commands and args[0] != "--help":
-            args = ["either", *args]
-        return super().parse_args(ctx, args)
-
-
-show = typer.Typer(cls=_Show, no_args_is_help=True, help="Show what patches change, and what methods do.")
+show = typer.Typer(no_args_is_help=True, help="Show what patches change, and what methods do.")
 
 OutOption = Annotated[Path | None, typer.Option(help="The picture to write: .svg, .html, .png, .pdf.")]
-ModeOption = Annotated[Mode, typer.Option(help="Whose graph to show.")]
-ImagesArgument = Annotated[list[Path], typer.Argument(metavar="IMAGE...", help="What to look at.")]
-NetworkOption = Annotated[
-    str | None,
-    typer.Option(
-        "--model",
-        help="The model it is shown on.",
-        show_default="tf_efficientnet_lite0 if its weights are installed, else resnet50",
-        autocompletion=complete_model,
-    ),
-]
-PretrainedOption = Annotated[
-    bool, typer.Option("--pretrained", help="Download the library's weights; else they are random.")
-]
-WeightsOption = Annotated[
-    Path | None, typer.Option(help="Your own weights: a state_dict, or a file of fxgraft.save.")
-]
-ClassesOption = Annotated[int | None, typer.Option(help="Number of classes of those weights.")]
 SizeOption = Annotated[int | None, typer.Option(help="Side of the images; the model's own without it.")]
-TopOption = Annotated[int, typer.Option(help="How many classes to draw, where a picture has some.")]
-HeadOption = Annotated[str | None, typer.Option(help="The classifier, where there are several.")]
-SeedOption = Annotated[int, typer.Option(help="Of what a method draws.")]
-NamesOption = Annotated[
-    str | None,
-    typer.Option(help="Names of the classes: imagenet, or a file, a name a line; ImageNet's are known."),
-]
 
 
 @show.command()
@@ -76,84 +39,14 @@ def graph(
     graft: GraftOption = None,
     graft_file: GraftFileOption = None,
     out: OutOption = None,
-    mode: ModeOption = Mode.training,
+    mode: Annotated[Mode, typer.Option(help="Whose graph to show.")] = Mode.training,
     size: SizeOption = None,
 ) -> None:
     """Show which lines of a model's code grafts change, and draw the graphs of these modules.
 
     fxgraft show graph resnet50 --graft rsc:layer=layer4 --out graph.svg
     """
-    _show_model(model, chosen_grafts(graft, graft_file), out, mode, size)
-
-
-@show.command()
-def effect(
-    method: Annotated[str, typer.Argument(help="A method, or maps.", autocompletion=complete_method)],
-    images: ImagesArgument,
-    graft: GraftOption = None,
-    graft_file: GraftFileOption = None,
-    out: OutOption = None,
-    model: NetworkOption = None,
-    pretrained: PretrainedOption = False,
-    weights: WeightsOption = None,
-    classes: ClassesOption = None,
-    size: SizeOption = None,
-    top: TopOption = 3,
-    head: HeadOption = None,
-    seed: SeedOption = 0,
-    class_names: NamesOption = None,
-) -> None:
-    """Draw what a method does with images: METHOD.png, or what --out says.
-
-    fxgraft show effect rsc photo.jpg --model resnet50 --pretrained
-    """
-    for path in (*images, *([] if weights is None else [weights])):
-        check_there(path, "The file")
-    check_method("diversification" if method == MAPS else method)
-    texts = [*(spec.text for spec in chosen_grafts((), graft_file)), *(graft or ())]
-    _show_method(
-        method, images, texts, out, model=model, size=size, top=top, head=head, seed=seed, weights=weights,
-        classes=classes, pretrained=pretrained, class_names=class_names,
-    )  # fmt: skip
-
-
-@show.command(hidden=True)
-def either(
-    what: Annotated[str, typer.Argument(autocompletion=complete_shown)],
-    images: Annotated[list[Path] | None, typer.Argument()] = None,
-    graft: GraftOption = None,
-    graft_file: GraftFileOption = None,
-    patch: PatchOption = None,
-    out: OutOption = None,
-    mode: ModeOption = Mode.training,
-    model: NetworkOption = None,
-    pretrained: PretrainedOption = False,
-    weights: WeightsOption = None,
-    classes: ClassesOption = None,
-    size: SizeOption = None,
-    top: TopOption = 3,
-    head: HeadOption = None,
-    seed: SeedOption = 0,
-    class_names: NamesOption = None,
-) -> None:
-    """Show a model's graph, or a method's effect where there are images."""
-    grafts = [*(graft or ()), *(patch or ())]
-    if not images:
-        graph(what, grafts, graft_file, out, mode, size)
-    else:
-        effect(
-            what, images, grafts, graft_file, out, model, pretrained, weights, classes, size, top, head, seed,
-            class_names,
-        )  # fmt: skip
-
-
-def _show_model(name: str, specs: list[PatchSpec], out: Path | None, mode: Mode, size: int | None) -> None:
-    if name in (*all_facts(), MAPS):
-        raise ConfigError(
-            f"{name!r} is a method, and there is no image to show it on.\n"
-            f"Give one: fxgraft show effect {name} photo.jpg. What it changes in a model: "
-            f"fxgraft show graph resnet50 --graft {name if name != MAPS else 'diversification'}."
-        )
+    specs = chosen_grafts(graft, graft_file)
     if not specs:
         raise ConfigError("Nothing to show: give at least one --graft, for example --graft rsc:layer=layer4.")
     import fxgraft
@@ -164,10 +57,9 @@ def _show_model(name: str, specs: list[PatchSpec], out: Path | None, mode: Mode,
 
     if out is not None:
         check_ending(out)
-    network = build_model(name, input_size=size)
-    for spec in specs:
-        shape = {} if size is None else {"input_size": (3, size, size)}
-        fxgraft.patch(network, spec.method, **{**shape, **spec.options})
+    network = build_model(model, input_size=size)
+    wanted = " + ".join(spec.text for spec in specs)
+    fxgraft.patch(network, wanted, input_size=None if size is None else (3, size, size))
     parts = view_grafts(network, training=mode is Mode.training)
     console = Console()
     summary = str(fxgraft.summary(network))
@@ -180,28 +72,51 @@ def _show_model(name: str, specs: list[PatchSpec], out: Path | None, mode: Mode,
     elif out is not None:
         from fxgraft.viz.graphs import draw_graph
 
-        draw_graph(parts, out, f"{name} with {', '.join(spec.text for spec in specs)}, in {mode.value}")
+        draw_graph(parts, out, f"{model} with {wanted}, in {mode.value}")
         typer.echo(f"\n{out}: the graphs of the grafted modules, {len(parts)} of different kinds")
 
 
-def _show_method(
-    method: str,
-    images: list[Path],
-    grafts: list[str],
-    out: Path | None,
-    *,
-    model: str | None,
-    size: int | None,
-    top: int,
-    head: str | None,
-    seed: int,
-    weights: Path | None,
-    classes: int | None,
-    pretrained: bool,
-    class_names: str | None,
+@show.command()
+def effect(
+    method: Annotated[str, typer.Argument(help="A method, or maps.", autocompletion=complete_method)],
+    images: Annotated[list[Path], typer.Argument(metavar="IMAGE...", help="What to look at.")],
+    graft: GraftOption = None,
+    graft_file: GraftFileOption = None,
+    out: OutOption = None,
+    model: Annotated[
+        str | None,
+        typer.Option(
+            help="The model it is shown on.",
+            show_default="tf_efficientnet_lite0 if its weights are installed, else resnet50",
+            autocompletion=complete_model,
+        ),
+    ] = None,
+    pretrained: Annotated[
+        bool, typer.Option("--pretrained", help="Download the library's weights; else they are random.")
+    ] = False,
+    weights: Annotated[
+        Path | None, typer.Option(help="Your own weights: a state_dict, or a file of fxgraft.save.")
+    ] = None,
+    classes: Annotated[int | None, typer.Option(help="Number of classes of those weights.")] = None,
+    size: SizeOption = None,
+    top: Annotated[int, typer.Option(help="How many classes to draw, where a picture has some.")] = 3,
+    head: Annotated[str | None, typer.Option(help="The classifier, where there are several.")] = None,
+    seed: Annotated[int, typer.Option(help="Of what a method draws.")] = 0,
+    class_names: Annotated[
+        str | None,
+        typer.Option(help="Names of the classes: imagenet, or a file, a name a line; ImageNet's are known."),
+    ] = None,
 ) -> None:
+    """Draw what a method does with images: METHOD.png, or what --out says.
+
+    fxgraft show effect rsc photo.jpg --model resnet50 --pretrained
+    """
+    for path in (*images, *([] if weights is None else [weights])):
+        check_there(path, "The file")
+    wanted = "diversification" if method == MAPS else method.replace("-", "_")
+    check_method(wanted)
+    specs = chosen_grafts(graft, graft_file)
     from fxgraft.cli.shown_model import shown_model
-    from fxgraft.spec import parse_grafts
     from fxgraft.viz.drawing import check_ending, save_picture
     from fxgraft.viz.pictures import (
         check_picture,
@@ -214,17 +129,12 @@ def _show_method(
 
     path = Path(f"{method}.png") if out is None else out
     check_ending(path)
-    wanted = "diversification" if method == MAPS else method.replace("-", "_")
     check_picture(wanted)
     options: dict[str, object] = {} if head is None else {"head": head}
-    for text in grafts:
-        if text.isdigit():
-            options["patch"] = int(text)
-            continue
-        for spec in parse_grafts(text):
-            if spec.method != wanted:
-                raise ConfigError(f"--graft {text!r} is for {spec.method!r}, and {wanted!r} is shown.")
-            options |= spec.options
+    for spec in specs:
+        if spec.method != wanted:
+            raise ConfigError(f"--graft {spec.text!r} is for {spec.method!r}, and {wanted!r} is shown.")
+        options |= spec.options
     shown = shown_model(model, classes, pretrained, weights, size, seed)
     own, crop = size_and_crop(shown.network)
     pixels = still_clips(read_images(images, own if size is None else size, crop), shown.network)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json as json_module
-from enum import Enum
 from typing import Annotated, Any
 
 import typer
@@ -16,13 +15,6 @@ ModelArgument = Annotated[
     typer.Argument(help="resnet50, timm/resnet50, torchvision/resnet50, …", autocompletion=complete_model),
 ]
 JsonFlag = Annotated[bool, typer.Option("--json", help="Write JSON in place of the table.")]
-
-
-class Library(str, Enum):
-    """Where models come from."""
-
-    timm = "timm"
-    torchvision = "torchvision"
 
 
 def show(table: Any, plain: str | None = None) -> None:
@@ -44,7 +36,6 @@ def sites(
     input_size: Annotated[
         int | None, typer.Option(help="Side of the images; the model's own without it.")
     ] = None,
-    library: Annotated[Library | None, typer.Option(help="Where the model comes from.")] = None,
     everything: Annotated[bool, typer.Option("--all", help="Also the rows that compute nothing.")] = False,
     json: JsonFlag = False,
 ) -> None:
@@ -52,8 +43,7 @@ def sites(
     from fxgraft.cli import placing
     from fxgraft.models import build_model
 
-    name = model if library is None or model.startswith(f"{library.value}/") else f"{library.value}/{model}"
-    opened = placing.Placing(build_model(name, input_size=input_size), _shape(input_size))
+    opened = placing.Placing(build_model(model, input_size=input_size), _shape(input_size))
     groups, left_out = placing.listing(opened, pattern, everything)
     if json:
         typer.echo(json_module.dumps(placing.sites_data(opened, groups), indent=1))

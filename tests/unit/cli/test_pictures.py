@@ -207,7 +207,7 @@ def test_a_method_without_a_picture_names_those_that_have_one(photo):
         ConfigError, match=r"'manifold_mixup' has no picture(?s:.*)'crossnorm', 'diversification'"
     ):
         picture_of(network(), "manifold_mixup", read_image(photo, 96)[None])
-    assert "'manifold_mixup' has no picture" in run("show", "manifold_mixup", str(photo), code=2)
+    assert "'manifold_mixup' has no picture" in run("show", "effect", "manifold_mixup", str(photo), code=2)
 
 
 def test_every_method_of_this_package_has_a_picture(photo):
@@ -357,7 +357,7 @@ def test_the_command_writes_a_picture(photo, tmp_path):
     torch.manual_seed(1)
     torch.save(timm.create_model("resnet18", num_classes=5).state_dict(), weights)
     out = tmp_path / "new" / "maps.png"
-    said = run("show", "maps", str(photo), *SIZE, "--weights", str(weights), "--out", str(out))
+    said = run("show", "effect", "maps", str(photo), *SIZE, "--weights", str(weights), "--out", str(out))
     assert re.search(r"class maps of 3×3 of class \d \(", said)
     with Image.open(out) as picture:
         assert picture.width > 3 * picture.height
@@ -392,38 +392,44 @@ def test_classes_are_shown_by_their_names(photo, tmp_path):
         picture_of(network(), "diversification", image, names=names[:4])
     given = ("--class-names", str(tmp_path / "names.txt"), "--out", str(tmp_path / "maps.png"))
     assert re.search(
-        r"class maps of 3×3 of (ant|bee|cat|dog|eel) \(", run("show", "maps", str(photo), *SIZE, *given)
+        r"class maps of 3×3 of (ant|bee|cat|dog|eel) \(",
+        run("show", "effect", "maps", str(photo), *SIZE, *given),
     )
-    gone = run("show", "maps", str(photo), *SIZE, "--class-names", str(tmp_path / "gone.txt"), code=2)
+    gone = run(
+        "show", "effect", "maps", str(photo), *SIZE, "--class-names", str(tmp_path / "gone.txt"), code=2
+    )
     assert "gone.txt' cannot be read: No such file" in gone
 
 
 def test_the_command_says_what_is_wrong(photo, tmp_path):
     other = tmp_path / "text.png"
     other.write_text("no image")
-    assert "as an image" in run("show", "maps", str(other), *SIZE, code=2)
+    assert "as an image" in run("show", "effect", "maps", str(other), *SIZE, code=2)
     assert "larger than the class maps of 3×3" in run(
-        "show", "maps", str(photo), *SIZE, "--graft", "4", code=2
+        "show", "effect", "maps", str(photo), *SIZE, "--graft", "diversification:patch=4", code=2
     )
     ending = run("show", "effect", "maps", str(photo), "--out", str(tmp_path / "maps.bmp"), code=2)
     assert "is written to .svg, .html, .png, .pdf" in ending
-    missing = run("show", "maps", str(photo), *SIZE, "--weights", str(tmp_path / "none.pth"), code=2)
+    missing = run(
+        "show", "effect", "maps", str(photo), *SIZE, "--weights", str(tmp_path / "none.pth"), code=2
+    )
     assert "No such file" in missing
-    assert "at least one class" in run("show", "maps", str(photo), *SIZE, "--top", "0", code=2)
-    assert "at least 1 pixel" in run("show", "maps", str(photo), "--size", "0", code=2)
-    token = run("show", "maps", str(photo), "--model", "vit_tiny_patch16_224", "--size", "32", code=2)
+    assert "at least one class" in run("show", "effect", "maps", str(photo), *SIZE, "--top", "0", code=2)
+    assert "at least 1 pixel" in run("show", "effect", "maps", str(photo), "--size", "0", code=2)
+    token = run(
+        "show", "effect", "maps", str(photo), "--model", "vit_tiny_patch16_224", "--size", "32", code=2
+    )
     assert "a class token" in token
 
 
 def test_the_picture_of_a_method_is_written(photo, tmp_path):
     out = tmp_path / "muted.png"
-    said = run("show", "rsc", str(photo), *SIZE, "--graft", "rsc:layer=layer3", "--out", str(out))
+    said = run("show", "effect", "rsc", str(photo), *SIZE, "--graft", "rsc:layer=layer3", "--out", str(out))
     assert "what RSC mutes at layer3" in said
     assert out.exists()
 
 
 def test_a_method_is_shown_with_its_own_options(photo):
-    wrong = run("show", "rsc", str(photo), *SIZE, "--graft", "mixmo", code=2)
+    wrong = run("show", "effect", "rsc", str(photo), *SIZE, "--graft", "mixmo", code=2)
     assert "is for 'mixmo', and 'rsc' is shown" in wrong
-    assert "There is no method 'rcs'" in run("show", "rcs", str(photo), code=2)
-    assert "no image to show it on" in run("show", "rsc", code=2)
+    assert "There is no method 'rcs'" in run("show", "effect", "rcs", str(photo), code=2)

@@ -1,4 +1,4 @@
-"""`fxgraft show MODEL`: the forward before and after, and the picture of the grafted graph."""
+"""`fxgraft show graph`: the forward before and after, and the picture of the grafted graph."""
 
 from __future__ import annotations
 
@@ -25,8 +25,7 @@ SIZE = (3, 8, 8)
 
 
 def run(*arguments: str, code: int = 0) -> str:
-    """The words that there were before ``show graph``, which mean the same."""
-    result = CliRunner().invoke(app, ["show", *arguments])
+    result = CliRunner().invoke(app, ["show", "graph", *arguments])
     assert result.exit_code == code, result.output
     return result.output
 
@@ -148,16 +147,15 @@ def test_a_graph_is_the_same_file_each_time(tmp_path) -> None:
 
 def test_the_command(tmp_path) -> None:
     out = tmp_path / "graph.svg"
-    said = run("graph", "test_resnet", "--graft", "rsc:layer=-1", "--size", "32", "--out", str(out))
+    said = run("test_resnet", "--graft", "rsc:layer=-1", "--size", "32", "--out", str(out))
     assert "rsc = rsc:" in said
     assert re.search(r"^\+     graft_rsc = self.graft_rsc\(", said, re.MULTILINE)
     assert out.exists()
-    again = run("test_resnet", "--patch", "rsc:layer=-1", "--size", "32", "--mode", "evaluation")
+    again = run("test_resnet", "--graft", "rsc:layer=-1", "--size", "32", "--mode", "evaluation")
     assert "the model runs its own code" in again
 
 
 def test_the_command_says_what_is_wrong() -> None:
     assert "at least one --graft" in run("test_resnet", code=2)
-    assert "'rsc' is a method, and there is no image" in run("rsc", code=2)
-    assert "is written to .svg" in run("graph", "test_resnet", "--graft", "rsc", "--out", "graph.bmp", code=2)
+    assert "is written to .svg" in run("test_resnet", "--graft", "rsc", "--out", "graph.bmp", code=2)
     assert "timm has no model 'resnet5o'" in run("resnet5o", "--graft", "rsc", code=2)
