@@ -86,7 +86,7 @@ class Data:
 
 
 _Named = tuple[str, str, str]
-"""Path, member and class name of an image."""
+"""Path, name in the archive, and class name of an image."""
 
 
 def read_data(

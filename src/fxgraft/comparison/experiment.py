@@ -101,7 +101,7 @@ def compare(
         tune_each: tune every variant, with the same values.
         baseline: what the variants are compared with: "bare", or a variant.
         metric: the score of the verdict: "accuracy", "macro_accuracy", "top5", "nll" or "ece".
-        interest: the smallest difference that matters, in the unit of the metric: 0.02 is two points of accuracy.
+        interest: the smallest difference that matters, on the scale of the metric: 0.02 is two points of accuracy.
         level: error level of all verdicts together; 0.05 gives intervals of 95 % with one variant.
         adapt_steps: steps of ``gam``.
         adapt_lr: learning rate of ``gam``.

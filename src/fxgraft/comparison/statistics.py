@@ -26,7 +26,7 @@ equal differences are chance. Six of one sign are below 5 % in a sign test."""
 class Verdict:
     """What the pairs of one variant say.
 
-    Scores and differences are in the unit of the score: shares for accuracies.
+    Scores and differences are on the scale of the score: shares for accuracies.
 
     Attributes:
         variant: the graft as it was written.
@@ -117,7 +117,7 @@ def verdicts(
 
     Args:
         pairs: by variant, the bare and the patched scores, pair by pair.
-        interest: the smallest difference that matters, in the unit of the score.
+        interest: the smallest difference that matters, on the scale of the score.
         level: family-wise error level.
         lower_is_better: whether small scores are good.
         diverged: by variant, how many bare and patched runs diverged.

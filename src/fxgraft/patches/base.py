@@ -1,8 +1,8 @@
-"""The contract of a method.
+"""`Patch`: the base class of all methods.
 
-A method is a frozen dataclass of its options that derives from `Patch`, is decorated with `register`, and
-says in `place` which units go where. Nothing else has to know it: the API, the documentation, the sweeps of the
-tests and the benchmarks iterate over the registry.
+A method is a frozen dataclass of its options that derives from `Patch`, is decorated with `register`, and says in
+`place` which units go where. No other file names it: the API, the documentation, the sweeps of the tests and the
+benchmarks go through the registry.
 """
 
 from __future__ import annotations
@@ -31,30 +31,30 @@ P = TypeVar("P", bound="Patch")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Patch(Placer):
-    """Base of all methods: the options of one, and what it does to a model.
+    """Base of all methods: holds the options of a method, and says what it does to a model.
 
     Class attributes describe the method for tables and messages:
         method: name in the registry.
-        title, paper, url: what it is called and where it is from.
-        idea: what it does and why, in a sentence or two; by default the description in the class docstring.
-        equation: what it computes, in plain text.
-        where: where in a backbone it goes.
-        cost: what it costs in training and in evaluation.
-        works_with: what it goes together with, and what it does not.
-        hurts: when it does harm, or nothing.
+        title, paper, url: the name in the paper, the paper, and its address.
+        idea: a sentence or two on what it does and why; by default the description in the class docstring.
+        equation: the computation, in plain text.
+        where: the usual sites in a backbone, in words.
+        cost: the cost in training and in evaluation, in words.
+        works_with: networks, methods and tools that it does and doesn't go together with.
+        hurts: when it does harm, or has no effect.
         smallest_map: how many positions a side of the map at its site has to have for it to be advised; 0 for any. It
             goes on smaller ones as well.
-        measures: what each name of `diagnostics` stands for.
-        train_only: evaluation is bitwise the bare model's.
-        needs_labels: training passes need ``target``.
-        adds_parameters: it has parameters of its own to train.
+        measures: the meaning of each name in `diagnostics`.
+        train_only: whether evaluation is the bare model's, to the bit.
+        needs_labels: whether training passes need ``target``.
+        adds_parameters: whether it has parameters of its own to train.
         pairs_labels: how it comes that its loss judges rows of the output by labels of several rows, as what follows
             the method's name ("mixes images again in every pass"); '' where it does not. A model takes one such
             method, and none beside it that `replays`.
         call_options: keyword arguments of the model's call that this method's units read, as ``run.options``. A model
             that names one, or takes ``**kwargs``, gets it as well; others do not see it.
         order: (group, rank): at one site the units of one group act by rank, whichever was added first.
-        saves: a recipe of its options is enough to make it again; otherwise `fxgraft.save` refuses.
+        saves: whether its options are enough to make it again from a recipe; otherwise `fxgraft.save` refuses.
         example: options that sweeps over backbones use, where the method cannot do without any.
         presets: settings that its authors published, by name.
 
@@ -174,11 +174,11 @@ class Patch(Placer):
         return graft.where()
 
     def built(self, graft: Graft) -> Structure | None:
-        """Say what the network of a graft is built of, for a preset that was published for another one."""
+        """Describe the blocks of a graft's network, to compare with the network that a preset was published for."""
         return None
 
     def inexact(self, graft: Graft) -> str:
-        """Say what makes a training pass on this model differ from the bare one even where the method does nothing.
+        """Say why a training pass on this model differs from the bare model's even where the method has no effect.
 
         ``describe`` says it too, and so do the tables of what works. By default nothing: ''.
         """
@@ -198,11 +198,11 @@ class Patch(Placer):
         return criterion
 
     def contributes_loss(self) -> bool:
-        """Say whether, with these options, `losses` adds something or `criterion` stands in for the user's."""
+        """Say whether, with these options, `losses` adds something or `criterion` replaces the user's."""
         return type(self).losses is not Patch.losses or self.replaces_criterion()
 
     def replaces_criterion(self) -> bool:
-        """Say whether, with these options, `criterion` stands in for the user's, now or later in training."""
+        """Say whether, with these options, `criterion` replaces the user's, now or later in training."""
         return type(self).criterion is not Patch.criterion
 
     def diagnostics(self, graft: Graft) -> Mapping[str, Any]:
@@ -272,10 +272,10 @@ class LayeredPatch(Patch):
                     "Pass layers= alone."
                 )
             object.__setattr__(self, "layers", layer)
-        if isinstance(self.layers, list):  # what a recipe gives back, and what no one can change afterwards
+        if isinstance(self.layers, list):  # a tuple, as a recipe gives it back, and which nobody can change
             object.__setattr__(self, "layers", tuple(self.layers))
         single = self.layers if isinstance(self.layers, (str, int)) else None
-        object.__setattr__(self, "layer", single)  # reads back as it may be given
+        object.__setattr__(self, "layer", single)  # a form that the constructor takes
         if self.needs_layers and self.layers is None:
             raise ConfigError(
                 f"{self.method!r} needs layers.\n"
@@ -289,7 +289,7 @@ def recording(grafts: Iterable[Graft], kind: type[Unit], missing: str) -> Iterat
     """Let the units of one kind append to a list, as ``unit.records``, for the time of the block.
 
     Raises:
-        SiteError: there is none of them; says ``missing``.
+        SiteError: the grafts have no such unit; the message is ``missing``.
     """
     units: list[Any] = [unit for graft in grafts for unit in graft.units_of(kind)]
     if not units:

@@ -1,4 +1,4 @@
-"""The base of methods that put one unit into every block of a network, and what it takes to follow joined values."""
+"""Base of methods that put one unit into every block of a network, and the units that follow joined values."""
 
 from __future__ import annotations
 
@@ -69,13 +69,13 @@ class BlockPatch(LayeredPatch):
     def put(
         self, backbone: Backbone, make: Make, site: Site, unit: Unit, *, evaluation: bool = True
     ) -> Iterator[list[Placement]]:
-        """Place a unit at a position of a block; the parts of a value that was joined for it go on changed.
+        """Place a unit at a position of a block. If its value was joined from parts, later users get the changed parts.
 
         Args:
             backbone: the bare model.
             make: the maker of units that `place` gets.
             site: a site from ``backbone.positions``.
-            unit: what acts there.
+            unit: the unit that acts there.
             evaluation: whether it acts in evaluation, too.
         """
         unit.bind(position=site.position or "by name", block=_block(backbone, site), kind=site.kind)
@@ -93,7 +93,7 @@ class BlockPatch(LayeredPatch):
                 yield backbone.place(part, unit, evaluation=evaluation)
 
     def built(self, graft: Graft) -> Structure | None:
-        """Say how many blocks have units, and of how many convolutions they are."""
+        """Say how many blocks have units, and how many convolutions these blocks have."""
         units: list[Any] = [unit for unit in graft.units.values() if hasattr(unit, "block")]
         blocks = [unit.block for unit in units]
         kinds = {block.blocks for block in blocks}
@@ -109,7 +109,7 @@ class BlockPatch(LayeredPatch):
         )
 
     def placed_at(self, graft: Graft) -> str:
-        """Say at which positions the units of a graft are, on which kinds of blocks, and what was left out."""
+        """Describe where the units of a graft are: positions, kinds of blocks, and how many were left out."""
         units: list[Any] = [unit for unit in graft.units.values() if hasattr(unit, "position")]
         said = [", ".join(dict.fromkeys(str(unit.position) for unit in units))]
         kinds = [unit.kind for unit in units]
@@ -150,7 +150,7 @@ def _users(part: Site) -> bool:
 
 
 class Joined(Unit):
-    """Hands a joined value, as it was changed, to the `Part` units of its graft, and on.
+    """Returns a joined value, which was changed, and gives it to the `Part` units of its graft.
 
     Args:
         key: the name to hand it over by.
@@ -171,7 +171,7 @@ class Joined(Unit):
 
 
 class Part(Unit):
-    """Hands one part of a joined value on, as it was changed, in place of what it was joined from.
+    """Returns one part of a changed joined value, in place of the value that the part was joined from.
 
     Args:
         key: the name that `Joined` hands it over by.
@@ -186,11 +186,11 @@ class Part(Unit):
         self.index = index
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return the part (B, C_i, *S); ``x`` outside of a pass, where what acts in passes alone changed nothing.
+        """Return the part (B, C_i, *S). Outside of a pass that is ``x``, if the unit before acts in passes only.
 
         Raises:
-            SiteError: a part of the model was called by itself, and what acts in evaluation too changed the value;
-                or the inside of the block is looked at apart from its layers.
+            SiteError: a part of the model was called by itself, and a unit that acts in evaluation changed the value;
+                or the block is called without its layers.
         """
         run = self.run if self.always else self.current
         if run is None:

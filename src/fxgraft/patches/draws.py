@@ -1,9 +1,9 @@
-"""Random decisions: plain numbers drawn on the CPU in eager mode, data where numbers cannot be.
+"""Random decisions: plain numbers in eager mode, tensors in code that is compiled or recorded.
 
-A number drawn on the CPU stalls no device, and what it rules out is not computed. In what torch.compile, torch.export,
-torch.jit.trace and make_fx record a number would be frozen (or break the graph), and under `torch.func.vmap` every
-network has a decision of its own, so there the decision is a tensor, and both sides of it are computed. All draws come
-from torch's generators.
+A number drawn on the CPU stalls no device, and the side that it rules out is not computed. But torch.compile,
+torch.export, torch.jit.trace and make_fx would freeze a number, or break the graph; and under `torch.func.vmap` every
+network has its own decision. There the decision is a tensor, and both sides are computed. All draws come from torch's
+generators.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ Decision = bool | Tensor
 
 
 def as_data() -> bool:
-    """Say whether decisions have to be data: inside code that is compiled or recorded, and under `torch.func.vmap`."""
+    """Say whether decisions have to be tensors: in code that is compiled or recorded, and under `torch.func.vmap`."""
     if recorded():
         return True
     return vmapped()
@@ -41,7 +41,7 @@ def coin(p: float | Tensor, device: torch.device) -> Decision:
 
 
 def choice(count: int, device: torch.device) -> int | Tensor:
-    """Choose one of ``count`` things: its number, () int64 on the device as data."""
+    """Choose one of ``count`` things: returns its number, where a tensor is needed as () int64 on the device."""
     if as_data():
         return torch.randint(count, (), device=device)
     return int(torch.randint(count, ()))
@@ -87,7 +87,7 @@ def ratios(count: int, alpha: float, device: torch.device) -> Tensor:
 
 
 def choose(decision: Decision, yes: Callable[[], Tensor], no: Tensor) -> Tensor:
-    """Return what a decision says; in eager mode the other side costs nothing.
+    """Return the chosen side of a decision; in eager mode the other one isn't computed.
 
     Args:
         decision: what `coin` or `among` returned.

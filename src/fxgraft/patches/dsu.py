@@ -1,4 +1,4 @@
-"""DSU: the style of a map is drawn around its own, as uncertain as styles are in the batch.
+"""DSU: draws a new style for each map, around its own, as far from it as styles differ in the batch.
 
 With mean μ and deviation σ of each channel of a map, Σ_μ and Σ_σ the deviations of these over the images of the batch,
 and ε_μ, ε_σ ~ N(0, 1) for each image and channel,
@@ -119,7 +119,7 @@ class DSU(MapPatch):
         """Find the places of the paper."""
         try:
             sites = [site for stem in backbone.stems() for site in backbone.sites(stem.path)]
-        except (StructureError, TraceError):  # no first layer that is known: the other places stay
+        except (StructureError, TraceError):  # the first layer cannot be told: use the other places
             sites = []
         stem = backbone.stem_output()
         sites += [*([] if stem is None else [stem]), *backbone.main_stages()]

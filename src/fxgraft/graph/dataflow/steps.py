@@ -151,7 +151,7 @@ _VIEW_MODULES = (
 
 
 def called(node: fx.Node) -> str:
-    """Name the function or method of a node as torch does, without what marks it as working in place."""
+    """Name the function that a node calls as torch does, without the mark of an operation in place."""
     name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", str(node.target))
     return name.strip("_") if node.op != "call_module" else ""
 

@@ -192,7 +192,7 @@ def _whole_call(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
 
 
 def _entry_point(base: type[nn.Module], name: str) -> Callable[..., Any]:
-    """Wrap a method that runs part of the model, so that it passes through the grafts or refuses."""
+    """Wrap a function of the class that runs part of the model: it runs the grafts, or refuses."""
     own: Callable[..., Any] = getattr(base, name)
 
     @functools.wraps(own)

@@ -72,7 +72,7 @@ def noticed_reads(seen: dict[nn.Module, Names]) -> Iterator[None]:
         # by a function that no trace sees into: it changes no value.
         if frame.f_code.co_name == "__call__" or name == "gradient_checkpointing":
             return
-        if file == _MODULE:  # torch's own methods, such as children(): the read counts as one of their caller
+        if file == _MODULE:  # torch's own functions, such as children(): the read counts as their caller's
             if name != "_modules":
                 return
             while frame is not None and frame.f_code.co_filename == _MODULE:
@@ -418,5 +418,5 @@ def _special(name: str) -> bool:
 
 
 def _of_torch(value: Any) -> bool:
-    """Say whether a value is a method of torch.nn.Module."""
+    """Say whether a value is a function of torch.nn.Module."""
     return isinstance(value, types.FunctionType) and vars(nn.Module).get(value.__name__) is value

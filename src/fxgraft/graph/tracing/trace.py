@@ -238,7 +238,7 @@ class ShallowTracer(fx.Tracer):
     def call_module(
         self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
-        """Open a module through its bare ``forward``: hooks belong to calls that compute, not to a trace."""
+        """Open a module through its ``forward`` alone: hooks belong to calls that compute, not to a trace."""
         if threading.get_ident() != self.thread:
             return forward(*args, **kwargs)
         if getattr(type(m), UNIT, False):

@@ -207,7 +207,7 @@ class CrossNorm(BlockPatch):
         if not self.replays():
             return {}
         again, model = graft.arguments(out), graft.model()
-        if again is None or model is None:  # the pass may have been one in evaluation
+        if again is None or model is None:  # the pass may have been made in evaluation
             return {}
         clean = _rows(take_logits(out, [self.output]))
         again, clean = self._clean(graft, again, clean)
@@ -233,7 +233,7 @@ class CrossNorm(BlockPatch):
         return {"consistency": divergence}
 
     def _check_labels(self, graft: Graft, logits: Tensor, target: Any) -> None:
-        """Raise where the labels aren't classes or answers: numbers to predict have no probability to compare."""
+        """Raise unless the labels are classes or binary answers: a number to predict has no probability to compare."""
         one = self.probability == "sigmoid" or (self.probability is None and logits.shape[1] == 1)
         if one and isinstance(target, Tensor):
             binary_labels(graft.name, target[: logits.shape[0]], logits.shape)
@@ -314,7 +314,7 @@ class CrossNormUnit(Unit):
         return draws.choose(on, lambda: self.layout.restore(x, self._restyled(self.layout.canonical(x))), x)
 
     def _chance(self, run: PassView) -> float:
-        """Return the probability that this pass has units on; with consistency only those that the loss makes."""
+        """Return the probability that units are on in this pass; with consistency, 0 but for the passes of the loss."""
         if run.asked("forced"):
             return 1.0
         return 0.0 if self.config.consistency else self.config.p

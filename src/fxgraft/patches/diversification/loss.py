@@ -1,4 +1,4 @@
-"""Losses that stand on their own: usable with any model, patched or not."""
+"""Gradient-boosting losses for any model, patched or bare."""
 
 from __future__ import annotations
 

@@ -213,7 +213,7 @@ class Diversification(Patch):
         (unit,) = graft.units_of(DiversificationUnit)
         if self.loss is None or not unit.boosts:
             return criterion
-        given: Any = criterion  # one with a rule of its own, in a subclass or in hooks, is another criterion
+        given: Any = criterion  # a subclass, or one with hooks, may compute something else
         forward = getattr(type(given), "forward", None)
         hooked = getattr(given, "_forward_hooks", None) or getattr(given, "_forward_pre_hooks", None)
         if forward is nn.CrossEntropyLoss.forward and "forward" not in vars(given) and not hooked:
@@ -291,7 +291,7 @@ class DiversificationUnit(Unit):
         self.boosts = fraction >= self.config.loss_start
 
     def stale(self, model: nn.Module) -> bool:
-        """Say whether layers of the head were replaced by others; a new classifier is looked up by itself."""
+        """Say whether layers of the head were replaced, apart from the classifier, which is looked up at every pass."""
         return self.class_maps.stale(model)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -330,7 +330,7 @@ class DiversificationUnit(Unit):
         return logits.reshape(*logits.shape, *[1] * (self.head.ndim - 2))
 
     def _map(self) -> Tensor:
-        """Return the map where the module that pools it is not the one around the classifier."""
+        """Return the captured map, for networks that pool it in another module than the classifier's."""
         captured = self.run.get(MAP)
         if captured is None:
             raise StructureError(
@@ -342,7 +342,7 @@ class DiversificationUnit(Unit):
 
 
 class WithMapsUnit(Unit):
-    """Puts the class maps of the pass beside what the model returns."""
+    """Returns the model's output together with the class maps of the pass."""
 
     def forward(self, out: Tensor) -> WithMaps:
         """Return ``out`` with the maps."""

@@ -19,7 +19,7 @@ class Discriminator(nn.Module):
     """Layers over the channels: an MLP for vectors, 1×1 convolutions for maps, the same for tokens.
 
     By default two hidden layers of 500, as Huang, Huang and Krähenbühl (ECCV 2018) use. On maps and tokens
-    every position is decided by itself.
+    there is one decision for every position.
 
     Args:
         channels: number of channels of the activation.
@@ -76,7 +76,7 @@ def check_discriminator(module: Any, value: Tensor, outputs: int, dim: int, name
     """Raise unless a module makes decisions about a value.
 
     Args:
-        module: what is to be a discriminator, on the device and in the dtype of ``value``; it is run once.
+        module: the discriminator, on the device and in the dtype of ``value``; it is run once.
         value: (B, ...), real or fake.
         outputs: numbers per decision.
         dim: the dimension of the channels in ``value``, 1 or -1; also of the numbers of a decision, unless it is (B,

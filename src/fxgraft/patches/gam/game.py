@@ -1,7 +1,7 @@
-"""What the matching of activations keeps beside a network: a frozen source network, and discriminators.
+"""The game of GAM: the state that it keeps outside of the network, a frozen source network and discriminators.
 
-Held by a unit that is never placed, so that no part of it joins the network's module tree: no ``state_dict`` key,
-no parameter that a wrapper or an optimiser of the network would find.
+A unit that is never placed holds it. So nothing of it joins the network's module tree: it adds no ``state_dict`` key,
+and no parameter that a wrapper or an optimiser of the network would find.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ Born = Mapping[str, tuple[weakref.ref[nn.Module], weakref.ref[nn.Parameter], int
 
 @dataclass(frozen=True)
 class Rules:
-    """The options of the patch that a game is played by, under the same names."""
+    """The options of the patch that the game needs, under the same names."""
 
     matching: Literal["gaussian"] | None
     match_in: Literal["network", "discriminators"]
@@ -56,11 +56,11 @@ class Rules:
 
     @classmethod
     def of(cls, patch: Any) -> Rules:
-        """Take the options out of a patch."""
+        """Read the options of a patch."""
         return cls(**{f.name: getattr(patch, f.name) for f in fields(cls)})
 
     def __getstate__(self) -> dict[str, Any]:
-        """Travel without functions: a copy of the model carries what was made of them."""
+        """Leave out functions: a copy of the model carries the modules that they made."""
         return {**self.__dict__, "discriminator": None}
 
 
@@ -78,7 +78,7 @@ class SourceTaps(Patch):
 
 
 class Game(Unit):
-    """What lives beside the network: the source network, the discriminators and the running statistics.
+    """The unit that holds the source network, the discriminators and the running statistics.
 
     It is never placed in the network, so that nothing of it joins the module tree. The source network is a
     plain attribute, so that it is not among the parameters to train.
@@ -105,11 +105,11 @@ class Game(Unit):
 
     @property
     def matches(self) -> bool:
-        """Whether activations are matched for the discriminators alone."""
+        """Whether only the discriminators see matched activations."""
         return self.rules.matching is not None and self.rules.match_in == "discriminators"
 
     def __getstate__(self) -> dict[str, Any]:
-        """Leave out the weights that the source network was copied from, but for whether they have changed."""
+        """Leave out the weights that the source network was copied from, and keep whether they have changed."""
         return {**super().__getstate__(), "moved": self.moved or _changed(self.born)}
 
     def add(self, key: str, value: Tensor, layout: Layout, backbone: Backbone) -> None:
@@ -148,12 +148,12 @@ class Game(Unit):
             self.discriminators.register_buffer(_moments(key), moments)
 
     def take_source(self, model: nn.Module, given: nn.Module | None, own: Graft, layers: SiteSpec) -> None:
-        """Copy the network that is the source, with the grafts that act in it, and put taps on the copy; once.
+        """Copy the source network, with the grafts that act in it, and put taps on the copy; only the first time.
 
         Args:
             model: the target network.
             given: the source network; None for the target network as it is.
-            own: the graft that asks, which isn't a part of the copy.
+            own: the calling graft, which the copy won't have.
             layers: the taps.
         """
         if given is None and self.born is None and not self.begun:
@@ -166,7 +166,7 @@ class Game(Unit):
                 if given is not None
                 else copy_with(model, lambda graft: graft.name != own.name and not graft.patch.train_only)
             )
-        except (RuntimeError, TypeError) as error:  # what torch and pickle raise
+        except (RuntimeError, TypeError) as error:  # the errors of torch and pickle
             raise ConfigError(
                 f"The source network is a copy, and {(given or model)._get_name()} cannot be copied: {error}\n"
                 "Some networks keep a tensor of their last forward pass.\n"
@@ -178,10 +178,10 @@ class Game(Unit):
         self.begun = given is not None
 
     def renew_source(self, model: nn.Module, own: Graft) -> None:
-        """Until the first step came through, copy the source network again where the model's weights have changed.
+        """Copy the source network again if the model's weights have changed and no step was made yet.
 
-        A copy of the model is a source network once the model is trained: weights may be loaded, or trained, after
-        the model was patched. Those of an adaptation that is under way are not a source's.
+        The source network is a copy of the trained model, whose weights may be loaded, or trained, after it was
+        patched. Once the adaptation is under way, the model's weights are no longer the source's.
 
         Raises:
             ConfigError: a layer was replaced since.
@@ -210,7 +210,7 @@ class Game(Unit):
         return [(tensor, own[name].detach()) for name, tensor in held.items() if name in own]
 
     def _differs(self, model: nn.Module) -> bool:
-        """Say whether weights that a wrapper has sharded since, whose versions tell nothing, are others."""
+        """Say whether weights have changed that a wrapper has sharded, so that their versions tell nothing."""
         sharded = [(mine, theirs) for mine, theirs in self._pairs(model) if _is_sharded(theirs)]
         # All of them first: every process takes part in gathering every weight.
         same = [torch.equal(mine, _whole(theirs)) for mine, theirs in sharded]
@@ -236,7 +236,7 @@ class Game(Unit):
         return source.eval() if source.training else source
 
     def matched(self, key: str, source: Tensor, target: Tensor) -> Tensor:
-        """Bring what the discriminators see of the target to the source's channel moments, if they are who sees it."""
+        """Match the target's activations to the source's moments, where only the discriminators see them matched."""
         rules, dim = self.rules, channel_dim(self.layouts[key])
         if not self.matches:
             return target
@@ -253,7 +253,7 @@ class Game(Unit):
         )
 
     def decide(self, key: str, x: Tensor, frozen: bool = False) -> Tensor:
-        """Ask the discriminator of a tap: decisions (N, K, ...); if frozen, on a copy of its weights."""
+        """Return the decisions (N, K, ...) of a tap's discriminator; if frozen, with a copy of its weights."""
         module = self.discriminators[key]
         if not torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.promote_types(x.dtype, torch.float32))
@@ -269,7 +269,7 @@ class Game(Unit):
 
 
 def game_of(graft: Graft) -> Game:
-    """Return what a graft keeps beside its network."""
+    """Return the game of a graft."""
     game = graft.units.get(Game.KEY)
     if not isinstance(game, Game):
         raise UnknownGraftError(f"{graft.name!r} is not on a model.\nPass the model that was patched.")
@@ -301,7 +301,7 @@ def _whole(weight: Tensor) -> Tensor:
 
 
 def _changed(born: Born | None) -> bool:
-    """Say whether weights were written to, or others put in their place, since they were noted."""
+    """Say whether weights were written to or replaced since they were noted."""
     for path, (owner, known, version) in (born or {}).items():
         module = owner()
         now = None if module is None else module._parameters.get(path.rpartition(".")[2])
@@ -325,7 +325,7 @@ def check_replaced(model: nn.Module, born: Born) -> None:
 
 
 def _unclear(model: nn.Module, graft: str, under_way: bool) -> str:
-    """Say what the source network is taken to be where weights were loaded of which nobody says what they are."""
+    """Make the warning for loaded weights of which it is unknown whether they are the source's or adapted ones."""
     if under_way:
         return (
             f"The weights of this {model._get_name()} are of an adaptation that is under way, and the source network "

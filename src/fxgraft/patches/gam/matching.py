@@ -2,9 +2,9 @@
 
     x' = (x − μ_t) / σ_t · σ_s + μ_s
 
-with the moments of source and target activations there (section 3 of the paper). What follows in the network, and the
-discriminators, see x'. In a step of the game the moments are those of the two batches, or running averages; everywhere
-else, in evaluation above all, they are the running averages, so that what is deployed is a fixed scale and shift.
+with the moments of source and target activations there (section 3 of the paper). The rest of the network and the
+discriminators see x'. In a step of the game the moments are those of the two batches, or running averages. Everywhere
+else, as in evaluation, they are the running averages: a deployed network has a fixed scale and shift.
 Before the first step both domains count as one, and x' is x.
 """
 
@@ -22,7 +22,7 @@ from fxgraft.patches.gam import tensors as core
 
 @dataclass
 class Matching:
-    """What a step of the game asks of the taps, and what they find.
+    """The request of a game's step to the taps, and their answer.
 
     Attributes:
         sources: activations of the source network, by tap.
@@ -34,7 +34,7 @@ class Matching:
 
 
 class SwitchedTap(Tap):
-    """A tap that records only while it is listened to: in passes that ``graft.override(listen=True)`` is around."""
+    """A tap that records only in passes inside ``graft.override(listen=True)``."""
 
     def forward(self, x: Any) -> Any:
         """Return ``x`` as it is."""
@@ -48,13 +48,13 @@ class SwitchedTap(Tap):
 
 
 class MatchedTap(SwitchedTap):
-    """Matches the target's channel moments to the source's, and records the result while it is listened to.
+    """Matches the target's channel moments to the source's, and records the result as `SwitchedTap` does.
 
     Args:
         key: the name its value is fetched by.
         detach: cut what is recorded off the graph.
         channels: C.
-        running: match by the running averages in steps of the game too, instead of by the batches' moments.
+        running: whether steps of the game match by running averages too, instead of by the batches' moments.
         momentum: share of a step in the averages, once 1/momentum steps were averaged evenly.
         eps: added to variances.
     """

@@ -193,7 +193,7 @@ class GAM(LayeredPatch):
             )
 
     def __getstate__(self) -> dict[str, Any]:
-        """Travel without networks and functions: a copy of the model carries what was made of them."""
+        """Leave out networks and functions: a copy of the model carries the modules made from them."""
         return {**self.__dict__, "source": None, "discriminator": None}
 
     def place(self, backbone: Backbone, make: Make) -> list[Placement]:
@@ -219,7 +219,7 @@ class GAM(LayeredPatch):
         game.weights = dict(zip(sites, weights, strict=True))
         game.input_size = backbone.input_size
         for key, site in sites.items():
-            with suppress(TraceError, StructureError):  # what cannot be seen through is believed
+            with suppress(TraceError, StructureError):  # a network that cannot be followed passes the check
                 backbone.check_reaches_output(site, self.output)
             layout = _layout(self, backbone, site, values[key])
             game.layouts[key] = layout

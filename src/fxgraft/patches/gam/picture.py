@@ -1,4 +1,4 @@
-"""The picture of GAM: the channel means at each tap, of the source, of the target, and of the target matched."""
+"""The picture of GAM: channel means at each tap, of the source, the target, and the matched target."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def tap_panels(view: View, graft: Graft) -> Picture:
     frozen = grafts_on(source)[-1]
     taken = []
     with torch.no_grad(), frozen.override(listen=True):
-        for image in view.inputs[:2]:  # and its mirror image, since one vector has no deviation
+        for image in view.inputs[:2]:  # with its mirror image: a single vector has no deviation
             source(torch.stack((image, image.flip(-1))))
             taken.append(list(take(frozen.units_of(Tap)).values()))
     panels = []

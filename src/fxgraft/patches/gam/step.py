@@ -1,4 +1,4 @@
-"""One step of the game, and what plays it: the losses of both sides, the discriminators, the source network."""
+"""One step of the game: the losses of both sides, and access to the discriminators and the source network."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def gam_losses(model: nn.Module, x_source: Any, x_target: Any, *, name: str | No
     source = _current_source(inner, graft)
     frozen = grafts_on(source)[-1]
     sources = _activations(source, frozen, x_source)
-    # Taps that match what they see do so by what the source network gave at the same places.
+    # Matching taps need the source network's activations at the same places.
     matching = Matching(dict(zip(game.layouts, sources, strict=True)))
     with graft.override(listen=True, matching=matching):
         out = model(x_target)
@@ -149,7 +149,7 @@ def source(model: nn.Module, name: str | None = None) -> nn.Module:
 
 
 def begin(model: nn.Module, name: str | None = None) -> None:
-    """Settle that the source network is the one of now, as a step does that came through."""
+    """Fix the source network as it is now, as the first successful step does."""
     game_of(_graft(model, name)[1]).begun = True
 
 

@@ -1,4 +1,4 @@
-"""Temperature scaling (Guo, Pleiss, Sun, Weinberger, ICML 2017): one number that makes a network as sure as right."""
+"""Temperature scaling (Guo, Pleiss, Sun, Weinberger, ICML 2017): one number that calibrates a network."""
 
 from __future__ import annotations
 

@@ -61,7 +61,7 @@ class LayerCopies(Unit):
         now = layer_tensors(module)
         replaced = self.layer is not None and self.layer() is not module
         lost = replaced and not _same(self.served, now)
-        # The tensors are held on to: of a layer that is replaced nothing else may be left to compare with.
+        # Keep the tensors: of a layer that was replaced, nothing else may be left to compare with.
         self.bind(path=path, layer=weakref.ref(module), served=now, restarts=lost)
 
     def restart(self, model: nn.Module) -> None:
@@ -77,7 +77,7 @@ class LayerCopies(Unit):
             offset.copy_(_offset(effective(module)[0].detach(), self.spread))
 
     def counterparts(self) -> dict[str, str]:
-        """Name the layer's own parameter that each of the copies' is a copy of."""
+        """Map each copy's parameter to the layer's own."""
         pairs = ((name, name.rpartition("_")[0]) for name, _ in self.named_parameters())
         return {name: f"{self.path}.{own}" for name, own in pairs}
 

@@ -1,4 +1,4 @@
-"""What the members of an ensemble say, each and together: accuracy, likelihood, calibration, disagreement."""
+"""Metrics of an ensemble and its members: accuracy, likelihood, calibration, disagreement."""
 
 from __future__ import annotations
 
@@ -288,7 +288,7 @@ def _answers(target: Tensor) -> Tensor:
 
 
 def _each_temperature(names: tuple[str, ...], given: Temperature) -> dict[str, float]:
-    """Spell out a temperature for every name; none where there is none yet."""
+    """Return the temperature of every name; an empty dictionary if none is given."""
     if given is None or given == "fit":
         return {}
     temperatures: dict[str, float] = dict(

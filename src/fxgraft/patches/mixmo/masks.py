@@ -1,4 +1,4 @@
-"""Mixing masks of MixMo (Ramé, Sun, Cord, ICCV 2021): who is seen where, drawn for a whole batch at once.
+"""Mixing masks of MixMo (Ramé, Sun, Cord, ICCV 2021): which member is seen in which cell, for a whole batch.
 
 From the ratios κ (B, M) of `fxgraft.patches.mixmo.tensors.dirichlet` to masks (M, B, 1 or C, H or 1, W or 1), of
 clips and volumes with T or 1 before H, that sum to 1 over the members at every position, and the shares (B, M) of the
@@ -55,7 +55,7 @@ COW_SIGMA = (4.0, 16.0)
 
 
 def draw_masks(mixing: Mixing, kappa: Tensor, channels: int, *sizes: int) -> tuple[Tensor, Tensor]:
-    """Draw the masks of a batch, and measure what each member has of the map.
+    """Draw the masks of a batch, and measure each member's share of the map.
 
     - "linear": mask_i = κ_i everywhere. "sum": 1/M (MIMO).
     - "cut": a box for member 0, see `box_mask`; in a clip or volume a cuboid.

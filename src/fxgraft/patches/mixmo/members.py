@@ -1,4 +1,4 @@
-"""The members of an ensemble in one network, each by itself: what `fxgraft.MixMo` trained."""
+"""The logits of every member of a network that `fxgraft.MixMo` trained."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from fxgraft.patches.mixmo.pairing import PAIRING, Pairing
 
 @dataclass(frozen=True)
 class MemberLogits:
-    """What the members of a network say of a batch.
+    """The logits of a network's members for a batch.
 
     Attributes:
         logits: (M, B, K), of each member.

@@ -53,7 +53,7 @@ class MixMoInput:
 
 @dataclass
 class Pairing:
-    """What one training pass mixes.
+    """The images, masks and labels that one training pass mixes.
 
     Attributes:
         members: M.

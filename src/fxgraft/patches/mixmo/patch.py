@@ -355,11 +355,11 @@ class MemberUnit(LayerCopies):
         self.config = config
 
     def stale(self, model: nn.Module) -> bool:
-        """Say whether the layer makes its weight from others by now, which is not made here."""
+        """Say whether the layer computes its weight from other parameters by now, which this unit doesn't."""
         return is_derived(model.get_submodule(self.path))
 
     def pairing(self) -> Pairing:
-        """Return what the pass mixes."""
+        """Return the pairing of the pass."""
         run = self.current
         pairing = None if run is None else run.get(PAIRING)
         if pairing is None:
@@ -426,7 +426,7 @@ class Encoders(MemberUnit):
         return [x, *(others if before is None else (before(model, other) for other in others))]
 
     def _tell_others(self, pairing: Pairing) -> None:
-        """Leave labels for the other grafts of the model, who see mixtures: mixed alike."""
+        """Give the model's other grafts mixed labels, since they see mixtures."""
         run = self.run
         if len(grafts_on(run.model)) > 1:
             run.relabel(pairing.mixed_label())

@@ -1,4 +1,4 @@
-"""Batches for training with several inputs at once: every sample several times, every member's sample by itself."""
+"""Batches for training with several inputs at once: samples are repeated, or each member gets its own."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ class RepeatedBatchSampler(BatchSampler):
         self.repetitions = repetitions
 
     def _once(self) -> BatchSampler:
-        # Made when asked for: frameworks put another sampler in place of this one's.
+        # Made on demand: frameworks replace the sampler of this one.
         return BatchSampler(self.sampler, self.batch_size // self.repetitions, self.drop_last)
 
     def __iter__(self) -> Iterator[list[int]]:

@@ -1,4 +1,4 @@
-"""Tensor functions of MixMo (Ramé, Sun, Cord, ICCV 2021), of which MIMO (Havasi et al., ICLR 2021) is a case.
+"""Tensor functions of MixMo (Ramé, Sun, Cord, ICCV 2021), with MIMO (Havasi et al., ICLR 2021) as a special case.
 
 M encoders l_i of M inputs x_i are mixed into one map, which the shared network takes to M heads d_i:
 
@@ -264,7 +264,7 @@ def reduction_of(criterion: Criterion) -> str | None:
 
 
 def _rows(criterion: Any, reduction: str, logits: Tensor, target: Tensor) -> Tensor | None:
-    """Ask a criterion for one value per row, (B, ...); None if it reduces the batch all the same."""
+    """Compute a criterion's values per row, (B, ...); None if it reduces the batch nevertheless."""
     if isinstance(getattr(criterion, "reduction", None), str):
         criterion.reduction = "none"
         try:
