@@ -30,7 +30,9 @@ def checked_device(device: str | torch.device) -> torch.device:
             "Name one of these, or leave the device out."
         ) from error
     if place.type == "meta":
-        raise ConfigError("The 'meta' device computes nothing, so nothing can be measured on it.")
+        raise ConfigError(
+            "The 'meta' device computes nothing, so nothing can be measured on it.\nTake \"cpu\", or an accelerator."
+        )
     return place
 
 

@@ -137,9 +137,14 @@ class OverheadReport:
             size = tuple(plain["size"]) if isinstance(plain["size"], list) else plain["size"]
             report = cls(**{**plain, "patches": tuple(plain["patches"]), "size": size}, rows=rows)
         except (AttributeError, KeyError, TypeError, ValueError) as error:
-            raise ConfigError(f"This isn't an overhead report: {error}.") from error
+            raise ConfigError(
+                f"This isn't an overhead report: {error}.\nPass the JSON that fxgraft bench --out wrote."
+            ) from error
         if version != FORMAT:
-            raise ConfigError(f"This overhead report has format {version}; this version reads {FORMAT}.")
+            raise ConfigError(
+                f"This overhead report has format {version}; this version reads {FORMAT}.\n"
+                "Measure again, or read it with the fxgraft that wrote it."
+            )
         return report
 
     def __rich__(self) -> Table:

@@ -182,7 +182,10 @@ def _read(file: Path) -> dict[str, Any]:
         reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
         raise ConfigError(f"The checkpoint {str(file)!r} cannot be read: {reason}") from error
     if not isinstance(content, dict):
-        raise ConfigError(f"{str(file)!r} holds a {type(content).__name__}, not a dictionary of weights.")
+        raise ConfigError(
+            f"{str(file)!r} holds a {type(content).__name__}, not a dictionary of weights.\n"
+            "Pass a checkpoint of timm's train.py, a state dict that torch.save wrote, or safetensors."
+        )
     return content
 
 

@@ -135,7 +135,8 @@ def read_data(
     classes = tuple(sorted({row[2] for rows in trained.values() for row in rows}))
     if len(classes) < 2:
         raise ConfigError(
-            f"{data} has one class, {''.join(classes)!r}. A comparison of classifiers needs two or more."
+            f"{data} has one class, {''.join(classes)!r}. A comparison of classifiers needs two or more.\n"
+            "Pass the folder that holds a folder for each class."
         )
     if kind == "domains":
         _check_same(trained, classes)
@@ -352,7 +353,9 @@ def _members(path: Path) -> list[tuple[str, str, PurePosixPath]]:
                 member.name for member in archive.getmembers() if member.isreg() and _is_image(member.name)
             )
     except (tarfile.TarError, EOFError, OSError) as error:
-        raise ConfigError(f"Cannot read {path}: {error}") from error
+        raise ConfigError(
+            f"Cannot read {path}: {error}\nThe archive may be incomplete: copy or download it again."
+        ) from error
     # The names only ever become labels: nothing is written, so an absolute path or `..` leads nowhere.
     places = [
         PurePosixPath(*(part for part in PurePosixPath(name).parts if part not in (".", "/")))
@@ -369,12 +372,18 @@ def _of_tars(tars: Sequence[Path]) -> dict[str, list[_Named]]:
     cut = max(shared.rfind(sign) for sign in "_-.") + 1
     names = [stem[cut:] for stem in stems]
     if len(set(names)) < len(names) or not all(names):
-        raise ConfigError(f"The names of the tars do not tell the domains apart: {', '.join(stems)}.")
+        raise ConfigError(
+            f"The names of the tars do not tell the domains apart: {', '.join(stems)}.\n"
+            "What all names begin with is left out, and the rest has to differ. Name each tar after its domain."
+        )
     groups = {}
     for name, tar in zip(names, tars, strict=True):
         inside = _by_folders(tar, _members(tar))
         if set(inside) != {""}:
-            raise ConfigError(f"{tar} should hold class folders with images, and holds {', '.join(inside)}/.")
+            raise ConfigError(
+                f"{tar} should hold class folders with images, and holds {', '.join(inside)}/.\n"
+                "Of several tars, each is one domain or split. Pass one tar or a folder for data in further folders."
+            )
         groups[name] = inside[""]
     return groups
 

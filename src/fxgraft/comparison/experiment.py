@@ -191,7 +191,10 @@ def _check_packages(backend: str) -> None:
     if backend not in ("loky", "ray", "dask"):
         raise ConfigError(f'backend must be "loky", "ray" or "dask", got {backend!r}.')
     if backend != "loky" and importlib.util.find_spec(backend) is None:
-        raise ConfigError(f"The backend {backend!r} needs the package {backend}, which is not installed.")
+        raise ConfigError(
+            f"The backend {backend!r} needs the package {backend}, which is not installed.\n"
+            'Install it, or leave backend at "loky", which runs on this machine.'
+        )
 
 
 def _variants(grafts: str | Sequence[str], baseline: str) -> list[Variant]:
@@ -223,7 +226,10 @@ def _check_numbers(
     if not numbers or len(set(numbers)) < len(numbers):
         raise ConfigError(f"seeds is a number of at least 1, or different numbers; got {seeds!r}.")
     if TUNING_SEED in numbers:
-        raise ConfigError(f"The seed {TUNING_SEED} is that of tuning. Take another.")
+        raise ConfigError(
+            f"The seed {TUNING_SEED} is that of tuning.\n"
+            "Runs that choose settings must not be among those that are compared. Take another."
+        )
     if metric not in SCORES:
         raise ConfigError(f"metric must be one of {', '.join(SCORES)}, got {metric!r}.")
     if not interest > 0 or not 0 < level < 1:

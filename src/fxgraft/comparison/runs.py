@@ -145,7 +145,10 @@ class Setup:
         if isinstance(variant.adaptation, dict):
             fxgraft.patch(model, "gam", dry_run=True, **self._gam(variant.adaptation))
         elif variant.adaptation and not any(isinstance(module, BatchNorm) for module in model.modules()):
-            raise ConfigError(f"{variant.text!r} adapts BatchNorm, and the model has none.")
+            raise ConfigError(
+                f"{variant.text!r} adapts BatchNorm, and the model has none.\n"
+                "It replaces the statistics of BatchNorm layers. Leave it out, or compare on a network with BatchNorm."
+            )
 
     def _gam(self, options: Mapping[str, Any]) -> dict[str, Any]:
         return {"input_size": (3, self.size, self.size), **options}

@@ -46,6 +46,9 @@ def packaged_model(**options: Any) -> nn.Module:
     model = timm.create_model(MODEL, **options)
     own = model.state_dict()
     if [tensor.shape for tensor in weights.values()] != [tensor.shape for tensor in own.values()]:
-        raise ConfigError(f"The weights in {WEIGHTS} are not those of timm's {MODEL}.")
+        raise ConfigError(
+            f"The weights in {WEIGHTS} are not those of timm's {MODEL}.\n"
+            "The installed timm may build that network otherwise. Install both packages again."
+        )
     model.load_state_dict(dict(zip(own, weights.values(), strict=True)))
     return model

@@ -228,7 +228,9 @@ class Game(Unit):
         source = self.source
         like = next((p for p in model.parameters() if p.is_floating_point()), None)
         if source is None or like is None:
-            raise ConfigError(f"{model._get_name()} has no weights, so there is nothing to adapt.")
+            raise ConfigError(
+                f"{model._get_name()} has no weights, so there is nothing to adapt.\nPatch a network that was trained."
+            )
         place = (like.device, like.dtype)
         if any((p.device, p.dtype) != place for p in source.parameters() if p.is_floating_point()):
             source.to(*place)
