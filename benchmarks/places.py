@@ -35,7 +35,8 @@ def check_places(name: str) -> Record:
 
     Returns:
         "wrong": what does not hold, a sentence each; an empty list where all of it does. "size": (C, H, W) of the
-        images, small where the network takes such. Or "failed", an error.
+        images, small where the network takes such. "checks": how many; records without it are of four, when DSU was
+        not among them. Or "failed", an error.
     """
     warnings.simplefilter("ignore")
     torch.manual_seed(0)
@@ -43,7 +44,7 @@ def check_places(name: str) -> Record:
         small = small_network(name)
         model, size = small or (random_network(name), SIZES.get(name))
         size = size or default_input_size(model)
-        return {"wrong": wrong_places(model, size), "size": [*size]}
+        return {"wrong": wrong_places(model, size), "size": [*size], "checks": 1 + len(_CHECKS)}
     except Exception as error:  # as without methods: some want more than images
         return {"failed": f"{type(error).__name__}: {error}".splitlines()[0][:200]}
 
@@ -57,15 +58,16 @@ def wrong_places(model: nn.Module, size: tuple[int, ...]) -> list[str]:
     """
     x = torch.randn(IMAGES, *size)
     _warm(model, x)
-    return [*_units(model, size), *_gates(model, x), *_muted(model, x), *_class_maps(model, x)]
+    return [*_units(model, size), *(wrong for check in _CHECKS for wrong in check(model, x))]
 
 
 @torch.no_grad()
 def _warm(model: nn.Module, x: Tensor) -> None:
     """Leave no weight at its start, no dropout that forwards do themselves, and let BatchNorm know its values."""
     for each in model.modules():
-        if isinstance(getattr(each, "drop_rate", None), float):
-            each.drop_rate = 0.0
+        for rate in ("drop_rate", *(("p", "drop_prob") if is_drop(each) else ())):
+            if isinstance(getattr(each, rate, None), float):
+                setattr(each, rate, 0.0)
     for parameter in model.parameters():
         if parameter.is_floating_point():
             parameter.add_(0.02 * torch.randn_like(parameter))
@@ -99,7 +101,7 @@ def _logits(
     """
     model.train()
     for each in model.modules():
-        if is_drop(each) or (frozen and isinstance(each, _NORMS) and each not in live):
+        if each not in live and (is_drop(each) or (frozen and isinstance(each, _NORMS))):
             each.eval()
     with _WithoutDropout():
         return take_logits(model(x, **options))
@@ -150,6 +152,26 @@ def _gates(model: nn.Module, x: Tensor) -> Iterator[str]:
     fxgraft.unpatch(model, "selfnorm")
 
 
+def _restyled(model: nn.Module, x: Tensor) -> Iterator[str]:
+    """The logits read every map that DSU restyles."""
+    try:
+        fxgraft.patch(model, "dsu", p=1.0, input_size=tuple(x.shape[1:]))
+    except FxgraftError:
+        return
+    (graft,) = fxgraft.grafts(model)
+    seen: dict[str, Tensor] = {}
+    for key, unit in graft.units.items():
+        unit.register_forward_hook(lambda _, __, value, key=key: seen.setdefault(key, value).retain_grad())
+    logits = _logits(model, x, frozen=False, live=_grafted(model))
+    (logits * torch.randn_like(logits)).sum().backward()
+    for key, unit in graft.units.items():
+        gradient = seen[key].grad if key in seen else None
+        if gradient is None or not bool(unit.layout.canonical(gradient).any()):
+            yield f"no logit reads what DSU restyles at {key!r}"
+    model.zero_grad()
+    fxgraft.unpatch(model, "dsu")
+
+
 def _muted(model: nn.Module, x: Tensor) -> Iterator[str]:
     """Each image's logits change when RSC mutes all positions."""
     shape = _logits(model, x).shape
@@ -183,3 +205,6 @@ def _class_maps(model: nn.Module, x: Tensor) -> Iterator[str]:
     bare = _logits(model, x, live=live).detach()
     if exact and not torch.allclose(mapped, bare, rtol=1e-3, atol=1e-3 * float(bare.abs().max())):
         yield f"class maps average to other logits, {float((mapped - bare).abs().max()):.2g} apart"
+
+
+_CHECKS = (_gates, _restyled, _muted, _class_maps)

@@ -130,8 +130,10 @@ def summary(zoo: Zoo) -> str:
         ),
         "",
         "Place checked: of the architectures whose places were looked at, on how many units see images and as many "
-        "channels at every size, the logits read every gate, RSC's default changes every image's logits, and class "
-        "maps average to the logits or say that they do not. What is wrong:",
+        "channels at every size, the logits read every gate, RSC's default changes every image's logits, class maps "
+        "average to the logits or say that they do not, and "
+        f"(on {sum(each.get('checks', 4) > 4 for each in zoo.places.values())}) the logits read what DSU restyles. "
+        "What is wrong:",
         "",
         markdown_table(
             ("architecture", "what"),

@@ -122,7 +122,9 @@ class DSU(MapPatch):
         except (StructureError, TraceError):  # the first layer cannot be told: use the other places
             sites = []
         stem = backbone.stem_output()
-        sites += [*([] if stem is None else [stem]), *backbone.main_stages()]
+        if stem is not None and not any(map(stem.hands_on, sites)):
+            sites.append(stem)
+        sites += backbone.main_stages()
         return [*{site.name: site for site in sites}.values()]
 
     def change(self, x: Tensor, run: PassView | None = None) -> Tensor:

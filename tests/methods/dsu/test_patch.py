@@ -18,6 +18,7 @@ from fxgraft.patches.dsu import perturb_moments
             "vit_tiny_patch16_224",
             ["patch_embed.proj", "pos_drop", "blocks.2", "blocks.5", "blocks.8"],
         ),
+        ("poolformer_s12", ["stem.conv", *(f"stages.{i}" for i in range(4))]),  # its stem is one convolution
         ("efficientnet_lite0", ["conv_stem", *(f"blocks.{i}" for i in (0, 1, 2, 4, 6))]),
         ("vgg11", ["features.0", *(f"features.{i}" for i in (9, 14, 19, 20))]),
     ],

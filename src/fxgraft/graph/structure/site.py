@@ -17,7 +17,7 @@ from fxgraft.graph.dataflow.graph_utils import scope_of
 from fxgraft.graph.structure.layout import Layout, layout_of, layout_of_value, named_layout
 from fxgraft.graph.tracing.editing import After, Edit, Output, is_unit
 from fxgraft.graph.tracing.model_trace import ModelTrace
-from fxgraft.graph.tracing.names import join, relative
+from fxgraft.graph.tracing.names import inside, join, relative
 from fxgraft.graph.tracing.trace import HOOKED, Traced
 from fxgraft.graph.tracing.values import shape_of
 
@@ -90,6 +90,16 @@ class Site:
     def on_module(self) -> bool:
         """Whether a unit can sit on the module itself: one call, not recomputed in backward."""
         return bool(self.path) and self.calls == 1 and not self.checkpointed
+
+    def hands_on(self, other: Site) -> bool:
+        """Say whether a module gives the output of one inside it, at most turned round, flattened or written to."""
+        values = self.value, other.value
+        if not (
+            self.path and inside(other.path, self.path) and all(isinstance(each, Tensor) for each in values)
+        ):
+            return False
+        own, others = (each.untyped_storage()._cdata for each in values)
+        return bool(own == others)
 
     def __repr__(self) -> str:
         shown = ("op", "shape", "dtype", "layout", "position")
