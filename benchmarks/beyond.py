@@ -118,14 +118,18 @@ def unchecked(model: nn.Module) -> nn.Module:
 def examine(build: Callable[[], nn.Module], size: tuple[int, ...] | None) -> Record:
     """Try every method on one network; returns "size", "bare" and "methods" as `benchmarks.coverage.examine` does."""
     warnings.simplefilter("ignore")
-    with torch.device("meta"):
-        model = build()
+    try:
+        with torch.device("meta"):
+            model = build()
+    except RuntimeError:  # MONAI's SwinUNETR computes its rates of drop path as tensors
+        model = build().to("meta")
     size = size or default_input_size(model)
     record: Record = {"size": list(size), "bare": _steps(model, size), "methods": {}}
     for method in own_methods() if record["bare"] is None else ():
         tried = record["methods"][method] = graft(model, [method], size)
-        if "refused" in tried and "class maps of" in tried["refused"] and len(size) > 3:
-            tried = record["methods"][method] = graft(model, [method], size, {"patch": (1, 3, 3)})
+        for patch in ((1, 3, 3), 2) if len(size) > 3 else ():
+            if "class maps of" in tried.get("refused", ""):
+                tried = record["methods"][method] = graft(model, [method], size, {"patch": patch})
         if "refused" not in tried and "failed" not in tried:
             tried["steps"] = _steps(model, size)
             fxgraft.unpatch(model)
