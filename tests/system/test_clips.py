@@ -1,4 +1,4 @@
-"""torchvision's networks of clips: every method trains, evaluates to the bit, compiles in one graph, exports and goes."""
+"""Networks of clips of torchvision: methods train, evaluate to the bit, compile in one graph, export and come off."""
 
 from __future__ import annotations
 
