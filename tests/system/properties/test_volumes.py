@@ -20,7 +20,7 @@ from fxgraft.patches.mixmo.masks import MIXINGS, draw_masks
 from fxgraft.patches.mixmo.tensors import dirichlet
 from fxgraft.patches.rsc.tensors import feature_mask, saliency
 from fxgraft.patches.selfnorm import Gate, selfnorm
-from models.toys import LABELS, images, net
+from models.toys import CLASSES, LABELS, images, net
 from models.volumes import as_volumes, clips, video_net
 from system.properties.profiles import profiles
 
@@ -190,6 +190,11 @@ def test_a_tube_is_the_same_in_every_frame_and_a_cuboid_is_not() -> None:
             fxgraft.ConfigError,
             r"(?s)5×5×5 cells are larger than the class maps of 4×6×6.*patch=\(4, 5, 5\)",
         ),
+        (
+            {"input_size": (3, 2, 12, 12)},
+            fxgraft.ConfigError,
+            r"(?s)3×3×3 cells are larger than the class maps of 2×6×6.*patch=\(2, 3, 3\), or longer or larger clips",
+        ),
         ({"patch": (2, 2)}, fxgraft.ConfigError, r"has 2 sides, and the class maps have 3 dimensions, 4×6×6"),
         ({"patch": (2, 0, 2)}, fxgraft.ConfigError, "patch must be a whole number of cells above 0"),
         (
@@ -211,9 +216,28 @@ def test_an_image_network_is_given_a_clip() -> None:
         fxgraft.patch(net(), "rsc", input_size=(3, 4, 12, 12))
 
 
-def test_a_layout_of_another_number_of_dimensions() -> None:
-    with pytest.raises(fxgraft.SiteError, match=r"said to be NCHW, but its shape is \(2, 16, 4, 6, 6\)"):
-        fxgraft.patch(video_net(), "rsc", layer="layer1", layout="NCHW", input_size=(3, 4, 12, 12))
+def test_a_clip_shorter_than_the_patches_comes_in_training() -> None:
+    model = fxgraft.patch(video_net(), "diversification", input_size=(3, 4, 12, 12))
+    with pytest.raises(fxgraft.ConfigError, match="3×3×3 cells are larger than the class maps of 2×6×6"):
+        model.train()(clips(frames=2))
+    assert model.eval()(clips(frames=2)).shape == (4, CLASSES)
+
+
+@pytest.mark.parametrize(
+    ("build", "layer", "layout", "size", "shape"),
+    [
+        (video_net, "layer1", "NCHW", (3, 4, 12, 12), r"\(2, 16, 4, 6, 6\)"),
+        (video_net, "layer1", "NLC", (3, 4, 12, 12), r"\(2, 16, 4, 6, 6\)"),
+        (net, "stage1", "NDHWC", (3, 12, 12), r"\(2, 8, 12, 12\)"),
+        (net, "stage1", "NCDHW", (3, 12, 12), r"\(2, 8, 12, 12\)"),
+    ],
+)
+@pytest.mark.parametrize("method", ["rsc", "crossnorm", "selfnorm"])
+def test_a_layout_of_another_number_of_dimensions(
+    method: str, build: Any, layer: str, layout: str, size: tuple[int, ...], shape: str
+) -> None:
+    with pytest.raises(fxgraft.SiteError, match=rf"said to be {layout}, but its shape is {shape}"):
+        fxgraft.patch(build(), method, layers=layer, layout=layout, input_size=size)
 
 
 class FixedLength(type(video_net())):  # type: ignore[misc]

@@ -83,10 +83,11 @@ def patch_grid(sizes: Sequence[int], patch: Patch, border: Border = "skip") -> t
     if any(side > size for side, size in zip(sides, sizes, strict=True)):
         fits = tuple(min(side, size) for side, size in zip(sides, sizes, strict=True))
         per_map = f", or patch={fits}" if len(sizes) > 2 else ""
+        larger = "larger images" if len(sizes) < 3 else "longer or larger clips, deeper or larger volumes"
         raise ConfigError(
             f"Patches of {_by(sides)} cells are larger than the class maps of {_by(sizes)}.\n"
             "No patch would fit, and only peaks could be damped.\n"
-            f"Use patch={min(sizes)} or less{per_map}, or larger images."
+            f"Use patch={min(sizes)} or less{per_map}, or {larger}."
         )
     if border == "partial":
         return tuple(-(-size // side) for side, size in zip(sides, sizes, strict=True))
