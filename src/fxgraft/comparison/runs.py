@@ -205,31 +205,38 @@ def _carry_out(setup: Setup, job: Job) -> list[Record]:
     for variant in job.variants:
         if trained:
             model.load_state_dict(trained)
-        adapted = model if fitted.diverged else _adapted(setup, model, variant, job)
-        record: Record = {
-            "variant": variant.text,
-            "task": job.task.name,
-            "seed": job.seed,
-            "epoch_loss": fitted.loss,
-            "epoch_validation": fitted.validation,
-            "epoch_diagnostics": fitted.diagnostics,
-            "step_seconds": fitted.step_seconds,
-            "steps": fitted.steps,
-            "diverged": fitted.diverged,
-            "device": processor(torch.device(job.device)),
-        }
-        if job.tuning is not None:
-            scored = evaluate(adapted, job.task.validation, setup.training, **_loading(setup, job))
-            record |= {"tuning": dict(job.tuning), "scores": scored["scores"]}
-        else:
-            record |= _scored(setup, adapted, job)
-            if setup.measure is not None:
-                sets = (_evaluated(setup, adapted, items) for items in (job.task.validation, job.task.test))
-                numbers = setup.measure(adapted, *sets)
-                record["measured"] = {name: float(value) for name, value in numbers.items()}
-        record["diverged"] |= not record.pop("finite", True)
+        # What an adaptation draws does not depend on how many others there are.
+        with torch.random.fork_rng(range(torch.cuda.device_count())):
+            record = _recorded(setup, job, variant, model, fitted)
         records.append({**record, "seconds": round(time.perf_counter() - began, 2)})
     return records
+
+
+def _recorded(setup: Setup, job: Job, variant: Variant, model: nn.Module, fitted: Fit) -> Record:
+    adapted = model if fitted.diverged else _adapted(setup, model, variant, job)
+    record: Record = {
+        "variant": variant.text,
+        "task": job.task.name,
+        "seed": job.seed,
+        "epoch_loss": fitted.loss,
+        "epoch_validation": fitted.validation,
+        "epoch_diagnostics": fitted.diagnostics,
+        "step_seconds": fitted.step_seconds,
+        "steps": fitted.steps,
+        "diverged": fitted.diverged,
+        "device": processor(torch.device(job.device)),
+    }
+    if job.tuning is not None:
+        scored = evaluate(adapted, job.task.validation, setup.training, **_loading(setup, job))
+        record |= {"tuning": dict(job.tuning), "scores": scored["scores"]}
+    else:
+        record |= _scored(setup, adapted, job)
+        if setup.measure is not None:
+            sets = (_evaluated(setup, adapted, items) for items in (job.task.validation, job.task.test))
+            numbers = setup.measure(adapted, *sets)
+            record["measured"] = {name: float(value) for name, value in numbers.items()}
+    record["diverged"] |= not record.pop("finite", True)
+    return record
 
 
 def _loading(setup: Setup, job: Job) -> dict[str, Any]:
@@ -270,7 +277,7 @@ def _adapted(setup: Setup, model: nn.Module, variant: Variant, job: Job) -> nn.M
     fxgraft.adapt(
         model, source, target, steps=setup.adapt_steps, lr=setup.adapt_lr, device=job.device, progress=False
     )
-    return model
+    return fxgraft.unpatch(model, fxgraft.grafts(model)[-1])
 
 
 def _scored(setup: Setup, model: nn.Module, job: Job) -> Record:

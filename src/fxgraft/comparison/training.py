@@ -258,7 +258,6 @@ def fit(
     seed: int = 0,
     device: str | torch.device = "cpu",
     readers: int = 0,
-    progress: Callable[[int, int], None] | None = None,
 ) -> Fit:
     """Train a model, bare or patched, and leave it with the weights that are scored.
 
@@ -271,7 +270,6 @@ def fit(
         seed: the seed of the batches and the transforms.
         device: where to train.
         readers: processes that read and transform images; 0 does both in this one.
-        progress: a function, called with the steps done and all steps.
     """
     from timm.optim import create_optimizer_v2  # pyright: ignore[reportPrivateImportUsage]
     from timm.scheduler.scheduler_factory import create_scheduler_v2
@@ -330,8 +328,6 @@ def fit(
                 ema.update(model, fitted.steps)
             losses.append(loss.detach())
             seconds.append(time.perf_counter() - began)
-            if progress is not None:
-                progress(fitted.steps, total)
         fitted.loss.append(float(torch.stack(losses).mean()))
         fitted.diagnostics.append(fxgraft.diagnostics(model))
         if not math.isfinite(fitted.loss[-1]):

@@ -39,6 +39,14 @@ class Small(nn.Module):
         return self.fc(self.pool(self.act(self.norm(self.stem(x)))).flatten(1))
 
 
+class Plain(Small):
+    """The same without a norm."""
+
+    def __init__(self, num_classes: int) -> None:
+        super().__init__(num_classes)
+        self.norm = nn.Identity()  # type: ignore[assignment]
+
+
 @pytest.fixture
 def data(tmp_path):
     return write_domains(tmp_path / "data")
@@ -120,6 +128,35 @@ def test_another_protocol_is_refused_by_name(run, data):
         run(seeds=1)
 
 
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("protocol.json", None, "holds runs without their protocol"),
+        ("protocol.json", "{", r"protocol.json is damaged"),
+        ("runs.jsonl", "{\n", r"runs.jsonl is damaged.*\nRemove the line"),
+    ],
+)
+def test_a_damaged_folder_is_refused(run, tmp_path, name, text, message):
+    run(seeds=1)
+    file = tmp_path / "out" / name
+    file.unlink() if text is None else file.write_text(text)
+    with pytest.raises(ConfigError, match=message):
+        run(seeds=1)
+
+
+def test_a_file_in_place_of_the_folder(run, tmp_path):
+    (tmp_path / "out").touch()
+    with pytest.raises(ConfigError, match=r"Cannot write to .*out': File exists.\nPass another out="):
+        run(seeds=1)
+
+
+@pytest.mark.parametrize(
+    ("model", "side"), [("timm/test_resnet.r160_in1k", 160), ("torchvision/resnet18", 224), (Small, 224)]
+)
+def test_images_have_the_size_that_the_model_is_made_for(model, side):
+    assert experiment._own_size(model) == side
+
+
 def test_two_comparisons_in_one_folder(run, tmp_path):
     (tmp_path / "out").mkdir()
     with (
@@ -199,6 +236,16 @@ def test_a_full_disk_keeps_what_is_finished(run, tmp_path, monkeypatch):
         ({"tune": {"lr": 0.1}}, ConfigError, r"tune takes values to try.*got lr=0.1"),
         ({"tune": {"lr": []}}, ConfigError, r"tune takes values to try.*got lr=\[\]"),
         ({"tune": {"batch_size": [8, 64]}}, ConfigError, "28 training images do not fill a batch of 64"),
+        (
+            {"per_class": 1, "training": {"batch_size": 2, "select": "best"}},
+            ConfigError,
+            "every class has one image only",
+        ),
+        (
+            {"model": Plain, "grafts": "adapt_batchnorm"},
+            ConfigError,
+            "adapts BatchNorm, and the model has none",
+        ),
         ({"weights": "nowhere.pth"}, RecipeError, "There is no file 'nowhere.pth'"),
         ({"corrupt": True, "size": 24}, ConfigError, "images of 32 pixels or more"),
     ],
@@ -308,6 +355,15 @@ def test_gam_adapts_after_training(run):
     assert bare["scores"]["nll"] != adapted["scores"]["nll"]
     with pytest.raises(SiteError, match="neck"):
         run(grafts=["gam:layers=[neck]"])
+
+
+def test_adaptations_of_one_training_know_nothing_of_each_other(run, tmp_path):
+    gam = "gam:layers=[stem]"
+    found = run(grafts=["gam:layers=[norm]", "adapt_batchnorm", gam], seeds=1, adapt_steps=2)
+    alone = run(grafts=gam, seeds=1, adapt_steps=2, out=tmp_path / "alone")
+    assert [record["scores"] for record in found.runs(gam)] == [
+        record["scores"] for record in alone.runs(gam)
+    ]
 
 
 def test_a_training_loop_of_ones_own(run):
