@@ -111,6 +111,23 @@ def test_leaves_the_process_as_it_was():
     assert (torch.get_num_threads(), gc.get_freeze_count(), gc.isenabled()) == (threads, frozen, True)
 
 
+@pytest.mark.parametrize(("frozen", "calls"), [(0, ["freeze", "unfreeze"]), (7, [])])
+def test_the_collector_rests_during_the_timings(monkeypatch, frozen, calls):
+    """Unless the caller has frozen it, and would be thawed."""
+    seen = []
+    monkeypatch.setattr(gc, "get_freeze_count", lambda: frozen)
+    for name in ("freeze", "unfreeze"):
+        monkeypatch.setattr(gc, name, lambda name=name: seen.append(name))
+    quick(rounds=1)
+    assert seen == calls
+
+
+def test_memory_of_other_devices_is_not_measured():
+    other, calls = torch.device("mps"), []
+    assert peak_memory(lambda: calls.append(1), other) is None
+    assert (calls, memory_kind(other)) == ([1], "not measured on this device")
+
+
 def test_spread_of_known_numbers():
     assert Spread.of([4.0, 1.0, 3.0, 2.0, 5.0]) == Spread(3.0, 2.0, 4.0)
     assert Spread.of([7.0]) == Spread(7.0, 7.0, 7.0)
