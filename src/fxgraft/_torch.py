@@ -1,4 +1,4 @@
-"""Every private name of torch that is used here, what it is used for, and what happens without it.
+"""Every private name of torch that fxgraft uses, with its purpose and what happens without it.
 
 All of them were seen in torch 2.14. A private name may go in any release of torch, so no other module imports one:
 what torch offers in its place comes in here. Attributes of torch's own objects are read where the objects are, and
@@ -49,9 +49,9 @@ SEEN = "2.14"
 
 _functions: Any = torch
 
-# Without one of these there is no tracing, and nothing in their place: importing fxgraft says which one is missing.
+# Tracing needs all of these, and nothing can replace them: importing fxgraft names the one that is missing.
 try:
-    from torch._ops import OpOverload  # what a dispatch mode is given
+    from torch._ops import OpOverload  # the operator type that a dispatch mode gets
     from torch._subclasses.fake_tensor import (  # shapes without values
         DataDependentOutputException,
         DynamicOutputShapeException,
@@ -92,7 +92,7 @@ except (ImportError, AttributeError) as error:
 
 
 def _either(home: Any, name: str, without: Any) -> Any:
-    """Return a private name of torch, or what stands in for it."""
+    """Return a private name of torch, or its replacement."""
     return getattr(home, name, without)
 
 
@@ -129,7 +129,7 @@ def is_wrapped(tensor: Tensor) -> bool:
 
 
 def unwrapped_once(tensor: Tensor) -> Tensor:
-    """Return what such a wrapper is around; without ``get_unwrapped`` it raises."""
+    """Return the tensor inside such a wrapper; without ``get_unwrapped`` it raises."""
     return _C._functorch.get_unwrapped(tensor)  # type: ignore[no-any-return]
 
 
@@ -241,7 +241,7 @@ ATTRIBUTES: MappingProxyType[str, tuple[str, ...]] = MappingProxyType(
         "torch.UntypedStorage": ("_cdata",),
         "torch.ops.aten.relu.default": ("_schema",),
         "torch.fx.Tracer": ("_autowrap_search", "_autowrap_function_ids"),
-        # Of what wraps a model: only models that are wrapped so have them.
+        # Attributes of wrappers: only models that are wrapped in that way have them.
         "torch.compile(...)": ("_orig_mod",),
         "torch.nn.DataParallel(...)": ("_is_replica",),
         "torch.distributed.fsdp.fully_shard(...)": ("_get_fsdp_state", "_training_state"),

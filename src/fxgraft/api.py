@@ -119,7 +119,7 @@ def patch(
 def _asked(
     method: str | Patch, options: dict[str, Any]
 ) -> list[tuple[str | None, tuple[int, int, int] | None, Patch]]:
-    """Read what is to be put on: each graft's name and input size, None where they are not given, and its settings."""
+    """Read the arguments of `patch`: for each graft its name and input size, None by default, and its settings."""
     if isinstance(method, Patch):
         further = {key: value for key, value in options.items() if key not in ("name", "input_size")}
         if further:
@@ -154,7 +154,7 @@ def _size(given: Any) -> Any:
 
 @contextmanager
 def _published(grafts: Sequence[Graft]) -> Iterator[None]:
-    """Say it where a preset was published for a network of another structure than the one that gets it."""
+    """Warn where a preset was published for a network of another structure than the present one."""
     presets = [(graft, preset) for graft in grafts if (preset := graft.patch.published_as) is not None]
     known = [
         (graft, preset.structure, _source(graft, preset)) for graft, preset in presets if preset.structure

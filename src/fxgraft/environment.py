@@ -1,4 +1,4 @@
-"""What a result is measured with: device, libraries, threads, date."""
+"""Describes the environment of a measurement: device, libraries, threads, date."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a patch would do, and what the grafts of a model do: plans and summaries."""
+"""Plans and summaries: what a patch would do to a model, and what its grafts do."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from fxgraft.patches.base import Patch, mean_of
 
 @dataclass(frozen=True)
 class Plan:
-    """What a patch would do: the result of ``patch(..., dry_run=True)``.
+    """The plan of a patch: the result of ``patch(..., dry_run=True)``.
 
     Attributes:
         name: the graft's name.
@@ -62,7 +62,7 @@ def _action(placement: Placement) -> tuple[str, str, str]:
 
 @dataclass(frozen=True)
 class GraftSummary:
-    """What one graft of a model is.
+    """A line of the summary: one graft of a model.
 
     Attributes:
         name: name of the graft, with the part's name before it where it is on a part.
@@ -104,7 +104,7 @@ class Summary:
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """Return it as plain dictionaries, lists, words and numbers, as JSON and YAML hold them."""
+        """Return the summary as plain dictionaries, lists, texts and numbers, as JSON and YAML hold them."""
         return {
             "model": self.model,
             "grafts": [

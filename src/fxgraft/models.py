@@ -69,7 +69,7 @@ def build_model(
         raise
     except (AssertionError, TypeError, ValueError, RuntimeError) as error:
         raise ConfigError(f"{library} could not build {model!r}: {error}") from error
-    except Exception as error:  # whatever a hub's client raises where it does not get through
+    except Exception as error:  # a hub's client without a connection may raise anything
         if not remote:
             raise
         raise ConfigError(

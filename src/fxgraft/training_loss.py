@@ -135,7 +135,7 @@ def _sum(parts: Mapping[str, Tensor]) -> Tensor:
 
 
 def _ask(model: nn.Module, out: Any, y: Any) -> None:
-    """Note that the loss of every patched part is asked for, and compare the labels with those its passes took."""
+    """Note in every patched part that its loss is asked for, and compare the labels with those that its passes took."""
     for path, part in patched_parts(model).items():
         registry = registry_of(part)
         if registry is not None:
@@ -172,7 +172,7 @@ def _compare_labels(context: Context, path: str, out: Any, y: Any) -> None:
         if path and not any(shape in record.shapes for shape in shapes):
             if y is record.labels:
                 _check_classes(path, record.shapes, shapes)
-            continue  # behind a part there may be a task of its own
+            continue  # the model around a part may have another task
         if record.version is not None and record.version != version_of(record.labels):
             raise TargetError(
                 "The labels of the pass were written to between the pass and its loss.\n"
@@ -202,14 +202,14 @@ def _compare_compiled(context: Context, path: str, out: Any, y: Any) -> None:
 
     Only for what a pass returned, as it is: from an output that was converted, compiled code finds no way back.
     """
-    # Looked at before the pass is: what is the same tensor is then read from where it is given.
+    # Before the pass is looked at: the compiler then reads a tensor that both hold from the argument.
     some, labels = some_of(out), some_of(y)
     record = context.outputs.compiled(out)
     if record is None:
         if not path and context.outputs.compiled_labels():
             _compare_labels(context, path, out, y)
         return
-    if path or record.labels is None:  # behind a part there may be a task of its own
+    if path or record.labels is None:  # the model around a part may have another task
         record.check(some, None)
         return
     wrong = differ(record.labels, y)
@@ -305,7 +305,7 @@ def _kind(value: Any) -> str:
 
 
 def _judging(model: nn.Module, logits: Any) -> list[Graft]:
-    """List the grafts of the one part that may stand in for the criterion.
+    """List the grafts that replace the criterion; only one part of a model may have some.
 
     Raises:
         ConfigError: there are several such parts.

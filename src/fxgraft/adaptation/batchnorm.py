@@ -1,4 +1,4 @@
-"""Adaptive batch normalisation: another domain's statistics, nothing else.
+"""Adaptive batch normalisation: estimates the statistics of BatchNorm again, on images of another domain.
 
 Li, Wang, Shi, Hou, Liu: "Adaptive Batch Normalization for practical domain adaptation" (Pattern Recognition,
 2018). The parameter-free relative of deep activation matching, usable alone.
@@ -91,7 +91,7 @@ def adapt_batchnorm(
 
 
 class _Images:
-    """The images of a loader, which are checked when all of them were read: a GPU is not waited for before.
+    """The images of a loader. They are checked once all are read, so that no batch waits for a GPU.
 
     Args:
         loader: a loader of batches.
@@ -172,7 +172,7 @@ def _estimate(
 
 
 class _Average:
-    """The average of a layer's moments over batches, kept beside the layer; on a GPU nothing waits for it.
+    """The average of a layer's moments over batches, stored outside of the layer; on a GPU nothing waits for it.
 
     Args:
         layer: BatchNorm, which gives the moments of a batch where it keeps running statistics of that batch alone.
@@ -193,24 +193,24 @@ class _Average:
         self.images: Tensor | None = None
 
     def clear(self) -> None:
-        """Let the layer forget: it then gives the moments of one batch, averaged over its calls."""
+        """Reset the layer, so that its next batch leaves the moments of that batch alone, averaged over its calls."""
         for buffer, value in zip(self.layer.buffers(recurse=False), (0, 1, 0), strict=False):
             buffer.fill_(value)
 
     def add(self, size: int, largest: int) -> None:
-        """Take in the moments of a batch; none where the layer was not called."""
+        """Add the moments of a batch; nothing if the layer was not called."""
         calls = self.layer.num_batches_tracked
         called = torch.ones_like(self.calls) if calls is None else (calls > 0).to(self.calls.dtype)
         if (
             self.images is None
-        ):  # what the layer knew counts as many images as there were, if they had been full
+        ):  # the old statistics count as many images as the batches so far, as if these had been full
             self.images = self.calls * largest
         if self.momentum is None:
             share = size / (self.images + size)
         else:
             share = torch.full_like(self.images, self.momentum * size / largest)
         share = share * called
-        # Where the share is 1, what was there before may be anything.
+        # With a share of 1 the old value doesn't count, and may be NaN.
         self.values = tuple(  # type: ignore[assignment]
             torch.where(share == 1, new, torch.lerp(old, new, share))
             for old, new in zip(self.values, _statistics(self.layer), strict=True)
@@ -227,11 +227,11 @@ class _Average:
 
 
 def _estimate_exactly(model: nn.Module, layers: list[BatchNorm], images: _Images) -> None:
-    """Take mean and variance over all images, of one layer after the other as they run."""
+    """Compute mean and variance over all images, layer by layer in running order."""
     pending = list(layers)
     while pending:
         gathered = _moments_of_first(model, pending, images)
-        if gathered is None:  # no image reaches those that are left: they keep what they knew
+        if gathered is None:  # no image reaches the remaining layers: they keep their statistics
             return
         layer, moments = gathered
         _write(layer, moments.statistics(), torch.tensor(images.batches))
@@ -241,7 +241,7 @@ def _estimate_exactly(model: nn.Module, layers: list[BatchNorm], images: _Images
 def _moments_of_first(
     model: nn.Module, pending: list[BatchNorm], images: _Images
 ) -> tuple[BatchNorm, _Moments] | None:
-    """Gather the moments at the first of some layers to run: what it sees depends on none of the others."""
+    """Gather the moments of the layer that runs first: its input depends on none of the others."""
     gathered: list[tuple[BatchNorm, _Moments]] = []
 
     def gather(layer: nn.Module, args: tuple[Tensor, ...]) -> None:
@@ -311,7 +311,7 @@ def _restored_on_failure(layers: list[BatchNorm]) -> Iterator[None]:
     programs = [state.training for state in states]
     failed = True
     try:
-        for state in states:  # what patches put on the layer in training has no part in this
+        for state in states:  # units that act in training have no part in this
             state.training = state.evaluation
         yield
         failed = False

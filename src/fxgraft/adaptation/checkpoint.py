@@ -103,7 +103,7 @@ class Checkpoint:
         def write_content(file: Path) -> None:
             try:
                 torch.save(content, file)
-            except RuntimeError as error:  # of its writer, for what the system refuses
+            except RuntimeError as error:  # the writer's own class, for errors of the system
                 raise OSError(
                     f"The checkpoint {str(self.path)!r} cannot be written: {error}\n"
                     "The disk is full, perhaps, or the folder cannot be written to.\n"
@@ -158,7 +158,7 @@ class Checkpoint:
             raise self._damaged(f"what it holds cannot be taken up ({error})") from error
         for name, values in content["history"].items():
             setattr(history, name, values)
-        # Last, since whatever ran above may have drawn.
+        # Last: the code above may have drawn random numbers.
         torch.set_rng_state(content["random"]["cpu"])
         if self.device.type == "cuda" and content["random"]["cuda"] is not None:
             torch.cuda.set_rng_state(content["random"]["cuda"], self.device)
@@ -179,7 +179,7 @@ class Checkpoint:
         try:
             # On the CPU: random states stay there, and load_state_dict moves the rest.
             content = torch.load(self.path, map_location="cpu", weights_only=True)
-        except Exception as error:  # of a damaged archive nearly anything can come
+        except Exception as error:  # a damaged archive can raise nearly anything
             raise RecipeError(
                 f"The checkpoint {str(self.path)!r} cannot be read: {error}\n"
                 "It is damaged, cut short, or no checkpoint.\nName another one, or remove it to start again."
@@ -201,7 +201,7 @@ class Checkpoint:
         return content
 
     def _check(self, content: dict[str, Any], history: Any) -> None:
-        """Raise for whatever could not be taken up, before any of it is: half of a run is none."""
+        """Raise for anything in the file that doesn't fit, before any of it is loaded."""
         for name, module in (("model", self.model), ("discriminators", self.players)):
             own, kept = module.state_dict(), content[name]
             differing = [
@@ -253,7 +253,7 @@ def _is_like(state: Any, own: dict[str, Any]) -> bool:
 
 
 def _is_slot(value: Any) -> bool:
-    """Say whether an optimiser may keep this for a parameter: tensors and numbers, or lists of them."""
+    """Say whether a value can be state that an optimiser keeps for a parameter: tensors, numbers, or lists of them."""
     if isinstance(value, (list, tuple)):
         return all(map(_is_slot, value))
     return value is None or isinstance(value, (Tensor, int, float))
@@ -329,7 +329,7 @@ def _settings(model: nn.Module) -> list[str]:
 
 
 def _plain(value: Any) -> str:
-    """Show an option without what differs from process to process."""
+    """Write an option as a text that is the same in every process."""
     if isinstance(value, Mapping):
         return str([(str(key), _plain(item)) for key, item in value.items()])
     if isinstance(value, (tuple, list)):

@@ -1,4 +1,4 @@
-"""What an adaptation leaves behind, and what can be told from it while it runs."""
+"""The record of an adaptation: losses and accuracies by step, and the warnings that they give rise to."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ PERFECT, CHANCE = 0.995, 0.01
 
 @dataclass
 class AdaptationHistory:
-    """What an adaptation leaves behind, one value per step.
+    """The record of an adaptation, one value per step.
 
     Attributes:
         losses: "discriminator", "mapping" and the named parts of both.
@@ -35,7 +35,7 @@ class AdaptationHistory:
 
 
 class Recorder:
-    """Keep the values of each step on their device, and read many at once."""
+    """Collects the values of every step on their device, and reads many at once."""
 
     def __init__(self, history: AdaptationHistory, done: int) -> None:
         self.history, self.done = history, done
@@ -43,7 +43,7 @@ class Recorder:
         self.warned: set[tuple[str, str]] = set()
 
     def add(self, game: Any) -> None:
-        """Take in the losses and accuracies of a step."""
+        """Add the losses and accuracies of a step."""
         values = {"discriminator": game.discriminator, "mapping": game.mapping, **game.parts}
         named = {("losses", name): value for name, value in values.items()}
         named |= {("accuracy", name): value for name, value in game.accuracy.items()}

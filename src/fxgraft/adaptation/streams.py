@@ -148,7 +148,7 @@ class Endless:
 
     @contextmanager
     def _own_randomness(self) -> Iterator[None]:
-        # A stream whose loader has failed is not read on, so only a block that came through moves its place.
+        # Only a block without an error moves the place: a stream whose loader has failed isn't read on.
         with restoring(partial(torch.set_rng_state, torch.get_rng_state())):
             torch.set_rng_state(self._random)
             yield

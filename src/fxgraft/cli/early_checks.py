@@ -1,4 +1,4 @@
-"""What can be refused before torch is imported, which takes seconds: mistyped methods, files that are not there."""
+"""Checks that run before torch is imported, which takes seconds: for mistyped methods and missing files."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from fxgraft.errors import ConfigError, no_method
 
 
 def check_method(name: str) -> None:
-    """Raise for a method that nobody has, as far as that is known without importing what other packages offer.
+    """Raise for an unknown method, as far as that is known without importing other packages' methods.
 
     Raises:
         UnknownGraftError: no such method; lists close matches.

@@ -1,4 +1,4 @@
-"""From what a training has left to a file of stock weights: ``fxgraft merge``."""
+"""``fxgraft merge``: folds the grafts of a trained model into a file of stock weights."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How far something long has come, and how long it will take: a bar on a terminal, lines in a pipe or a log."""
+"""Progress of long commands, with the time left: a bar on a terminal, lines in a pipe or a log."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Images as they lie on disk: domains, splits, one folder of classes, tars of these, and data sets that timm reads."""
+"""Finds images: in folders or tars of domains, splits or classes, and in data sets that timm reads."""
 
 from __future__ import annotations
 
@@ -403,7 +403,7 @@ def _of_timm(name: str) -> dict[str, list[_Named]]:
         place = f"{name}#{split_name}"
         try:
             data = _timm_data(place)
-        except Exception as error:  # whatever the data set's library raises is its reason
+        except Exception as error:  # the data set's library may raise anything
             failed[split_name] = error
             continue
         labels = _timm_labels(data)
@@ -421,7 +421,7 @@ def _of_timm(name: str) -> dict[str, list[_Named]]:
     return splits
 
 
-@functools.lru_cache(maxsize=16)
+@functools.lru_cache(maxsize=16)  # opening one lists all of its images, and every image asks for it
 def _timm_data(place: str) -> Any:
     from timm.data.dataset_factory import create_dataset
 

@@ -1,4 +1,4 @@
-"""The comparison itself: which runs there are, where they run, what is kept, when it ends."""
+"""`fxgraft.compare`: lists the runs, carries them out side by side, and keeps their records."""
 
 from __future__ import annotations
 
@@ -239,7 +239,7 @@ def _check_numbers(
 
 
 def _grid(values: Mapping[str, Sequence[Any]]) -> list[dict[str, Any]]:
-    """List every combination of the values to try; none where nothing is tuned."""
+    """List every combination of the values to try; empty where nothing is tuned."""
     for name, tried in values.items():
         if isinstance(tried, str) or not isinstance(tried, Sequence) or not tried:
             raise ConfigError(f'tune takes values to try, as {{"lr": [0.003, 0.01]}}; got {name}={tried!r}.')
@@ -295,7 +295,7 @@ def _protocol(
 
 
 def _seen(training: Training) -> dict[str, Any]:
-    """Return the settings that a loop of one's own is under too: those of the images, and of their evaluation."""
+    """Return the settings that hold for a user's own loop, too: those of images and evaluation."""
     names = ("batch_size", "amp", "channels_last", "train_crop", "hflip", "color_jitter", "grayscale")
     return {name: getattr(training, name) for name in names}
 

@@ -1,4 +1,4 @@
-"""What a comparison found: its runs, its verdicts, and these as a table."""
+"""The result of a comparison: its runs, its verdicts, and a table of them."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _PLAIN = frozenset({"nll"})
 
 @dataclass(kw_only=True)
 class Comparison:
-    """Runs in pairs, and what they say.
+    """Runs in pairs, and the verdicts that follow from them.
 
     Attributes:
         protocol: data, model and training: what all runs share.
@@ -156,7 +156,7 @@ class Comparison:
 
     @property
     def power_sentence(self) -> str:
-        """What so many pairs can show, in standard deviations of the differences and, once known, in the unit."""
+        """The difference that so many pairs can show, in standard deviations and, once these are known, as a score."""
         pairs, tests = len(self.seeds) * len(self.tasks), len(self.variants) - 1
         level = self.level / tests
         if pairs < 2:

@@ -24,7 +24,7 @@ equal differences are chance. Six of one sign are below 5 % in a sign test."""
 
 @dataclass(frozen=True, kw_only=True)
 class Verdict:
-    """What the pairs of one variant say.
+    """The verdict on one variant, from its pairs.
 
     Scores and differences are on the scale of the score: shares for accuracies.
 

@@ -105,7 +105,7 @@ class Training:
 
 @dataclass(kw_only=True)
 class Fit:
-    """What training leaves beside the weights.
+    """The results of a training apart from the weights.
 
     Attributes:
         loss: mean training loss of each epoch.

@@ -87,6 +87,6 @@ def restoring(restore: Callable[[], object]) -> Iterator[None]:
         finally:
             restore()
             done = True
-    finally:
+    finally:  # reached also when an interruption hits the inner one, at any of its lines
         if not done:
             restore()

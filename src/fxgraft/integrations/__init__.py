@@ -1,1 +1,1 @@
-"""What other training libraries call: callbacks, trainers, launchers."""
+"""Bridges to other training libraries: callbacks, trainers, launchers."""

@@ -66,7 +66,7 @@ class Grafts(Callback):
         self._published = ExitStack()
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Make sure that there is something to tell."""
+        """Raise unless the module has patched parts that the callback can serve."""
         if not patched_parts(pl_module):
             raise UnknownGraftError(
                 f"No part of this {type(pl_module).__name__} is patched.\n"

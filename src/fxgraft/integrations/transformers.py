@@ -92,7 +92,7 @@ class Grafts(transformers.TrainerCallback):
             state.log_history[-1].update(scalars)
 
     def on_train_end(self, *args: Any, **kwargs: Any) -> None:
-        """Leave the loss as the model has it."""
+        """Take the hook off the loss."""
         self._unhook()
 
     def _unhook(self) -> None:

@@ -14,7 +14,7 @@ Write = Callable[[Path], object]
 
 
 def write_file(target: Path, write: Write) -> None:
-    """Write a file in one move: whatever stops the writer leaves the old file or the new one, whole.
+    """Write a file in one move: if the writer is stopped, there is the whole old file or the whole new one.
 
     It is written in a folder of its own beside its target, and moved into place when the disk has it. What a killed
     process left there is gone after the next save. Savers into the same folder take turns where the file system has
@@ -34,8 +34,8 @@ def write_file(target: Path, write: Write) -> None:
         draft.touch()
         mode = draft.stat().st_mode
         write(draft)
-        draft.chmod(mode)  # some writers keep a file from everybody else
-        _flush(draft)  # the move may reach the disk before the content otherwise
+        draft.chmod(mode)  # some writers make files that only the owner can read
+        _flush(draft)  # otherwise the move may reach the disk before the content
         draft.replace(target)
 
 
@@ -95,7 +95,7 @@ def write_text(path: Path, text: str) -> None:
 
 @contextlib.contextmanager
 def _alone_in(folder: Path) -> Iterator[None]:
-    """Keep other savers out of a folder; where it cannot be locked, savers have to be told apart by the user."""
+    """Keep other savers out of a folder. On systems without locks, the user has to see to it."""
     try:
         import fcntl
     except ImportError:  # Windows

@@ -1,4 +1,4 @@
-"""Which library and constructor made a model, with which arguments: found out, proved, written down and called again.
+"""Constructors: finds out which library and arguments made a model, proves it, and calls them again.
 
 What a model says of itself (timm's ``pretrained_cfg``, torchvision's module, a ``config`` of transformers) is a guess
 at its constructor. The guess is carried out without memory (on the device "meta"), and counts where the result is the
@@ -108,7 +108,7 @@ class Constructor:
 
 
 def constructor_of(model: nn.Module) -> Constructor | str:
-    """Find out how a model was made, by what is provable; otherwise say what keeps it from being known.
+    """Find out how a model was made, and prove it by building it again; if that fails, say why.
 
     Args:
         model: bare or patched; in the second case the model without its grafts is meant.
@@ -129,7 +129,9 @@ def _tried(guess: Constructor, model: nn.Module) -> Constructor | str:
         return proved(guess, model)
     except FxgraftError as error:
         return str(error).splitlines()[0]
-    except Exception as error:  # of a constructor that is called with what another was
+    except (
+        Exception
+    ) as error:  # the wrong constructor, called with another one's arguments, may raise anything
         return f"{guess} fails: {error}"
 
 
@@ -174,7 +176,7 @@ def given_constructor(given: Mapping[str, Any], model: nn.Module) -> Constructor
 
 
 def proved(guess: Constructor, model: nn.Module) -> Constructor:
-    """Carry a constructor out, and return it with the settings that make its result the same as a model.
+    """Call a constructor, and return it with the settings that make its result equal to a model.
 
     Raises:
         ConfigError: it is another model; lists differences.
@@ -188,7 +190,7 @@ def proved(guess: Constructor, model: nn.Module) -> Constructor:
         more = f", and {len(others) - _SHOWN} more" if len(others) > _SHOWN else ""
         raise ConfigError(f"{guess} differs from it in {', '.join(others[:_SHOWN])}{more}.")
     unsaved = dict(_unsaved(model))
-    if unsaved:  # their values are the constructor's to make, so it has to run with memory
+    if unsaved:  # the constructor computes these values, so it has to run with memory
         made = dict(_unsaved(make(guess)))
         others = sorted(path for path, value in unsaved.items() if not _same_values(value, made.get(path)))
         if others:
@@ -262,7 +264,7 @@ def load_constructed(made: Constructor, trust: bool, file: Path) -> nn.Module:
         )
     try:
         return make(made)
-    except Exception as error:  # whatever the constructor raises
+    except Exception as error:  # a constructor may raise anything
         if isinstance(error, ImportError) or isinstance(error.__cause__, ImportError):
             raise RecipeError(
                 f"{which}, which cannot be imported: {str(error).splitlines()[0]}\n"
@@ -309,7 +311,7 @@ def _of_timm(model: nn.Module, config: dict[str, Any]) -> Iterator[Constructor]:
     head = dict(model.named_modules()).get(
         classifier if isinstance(classifier, str) else (classifier or ("",))[0]
     )
-    if isinstance(head, (nn.Linear, nn.Conv2d)):  # another one since, perhaps
+    if isinstance(head, (nn.Linear, nn.Conv2d)):  # the attribute may have been set since
         options["num_classes"] = head.weight.shape[0]
     yield Constructor("timm", name, options, _plain_config(config))
 
@@ -428,7 +430,7 @@ def _differences(model: nn.Module, other: nn.Module) -> tuple[dict[str, dict[str
                 continue
             noted = name not in its and name.startswith("_") and _is_plain(own[name])
             if noted and name not in _names_in(type(twin)):
-                continue  # a note of a trainer, as accelerate's, which the class does not read
+                continue  # set by a trainer, such as accelerate; the class doesn't read it
             if both and not name.startswith("_") and _is_plain(own[name]) and _is_plain(its[name]):
                 settings.setdefault(path, {})[name] = own[name]
             else:
@@ -470,7 +472,7 @@ def _shape(value: Any) -> Any:
 
 
 def _alike(a: Any, b: Any, seen: dict[int, Any], names: list[dict[int, str]]) -> bool:
-    """Say whether two attributes are the same by what they hold.
+    """Say whether two attributes have equal contents.
 
     Args:
         a: one of them, of the model.
@@ -489,7 +491,7 @@ def _alike(a: Any, b: Any, seen: dict[int, Any], names: list[dict[int, str]]) ->
     seen[id(a)] = b
     if isinstance(a, Tensor):
         return a.shape == b.shape
-    if isinstance(a, nn.Module):  # compared where it is a part
+    if isinstance(a, nn.Module):  # compared by itself, as a part of the model
         return names[0].get(id(a)) == names[1].get(id(b))
     if isinstance(a, Mapping):
         return list(a) == list(b) and all(_alike(a[key], b[key], seen, names) for key in a)
@@ -512,7 +514,7 @@ def _alike(a: Any, b: Any, seen: dict[int, Any], names: list[dict[int, str]]) ->
 
 
 def _is_plain(value: Any) -> bool:
-    """Say whether a setting may be this: a number, a word, nothing, or a row of those."""
+    """Say whether a value can be a setting: a number, a text, None, or a list of these."""
     if isinstance(value, (tuple, list)):
         return all(map(_is_plain, value))
     return value is None or isinstance(value, (bool, int, float, str))

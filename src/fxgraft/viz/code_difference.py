@@ -1,4 +1,4 @@
-"""What a patch changed in a model, as text: the forward of each grafted module before and after."""
+"""The code that a patch changed in a model, as text: each grafted forward before and after."""
 
 from __future__ import annotations
 

@@ -211,13 +211,13 @@ def pictures_of_grafts(model: nn.Module, inputs: Tensor, seed: int = 0) -> dict[
                     view = View(alone, colours, shown, labels, given, seed=seed, layouts=layouts)
                     picture = _middle_frame(own.patch.picture(own, view))
                 except (FxgraftError, AttributeError, RuntimeError, ValueError):
-                    continue  # a part whose output isn't logits, a site without positions
+                    continue  # the part's output isn't logits, or the site has no positions
             pictures[".".join(filter(None, (path, graft.name)))] = picture
     return pictures
 
 
 def _layouts(model: nn.Module, images: Tensor) -> Callable[[], dict[str, str]]:
-    """Return what lists the layouts of a model's sites, by name, when it is asked."""
+    """Return a function that lists the layouts of a model's sites, by name."""
     size: Any = tuple(images.shape[1:])
     return lambda: {site.name: site.layout for site in fxgraft.sites(model, input_size=size)}
 

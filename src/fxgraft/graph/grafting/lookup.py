@@ -199,7 +199,7 @@ def copy_with(model: M, keep: Callable[[Graft], bool]) -> M:
     registry = registry_of(model)
     if registry is None:
         return copy.deepcopy(model)
-    token = KEPT.set((registry, keep))
+    token = KEPT.set((registry, keep))  # deepcopy passes no arguments on to the modules that copy themselves
     try:
         return copy.deepcopy(model)
     finally:

@@ -78,7 +78,7 @@ def positions(trace: ModelTrace, position: str | None = None, layers: SiteSpec |
         SiteError: no such layer, or one without maps or tokens.
     """
 
-    @functools.cache
+    @functools.cache  # on demand and once: with named layers it may not be needed, and it searches the whole model
     def blocks() -> tuple[str, list[Site]]:
         wanted = usual(trace) if position is None else (position,)
         for layer in wanted:

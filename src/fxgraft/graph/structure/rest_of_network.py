@@ -219,7 +219,7 @@ class Rest:
             for module in model.get_submodule(name).modules()
             if module.training
         ]
-        for module in switched:
+        for module in switched:  # flag by flag: train() on the way out would thaw what the user froze
             module.training = False
         try:
             yield

@@ -56,7 +56,7 @@ def compile_graph(graph: fx.Graph, constants: dict[str, Any], label: str) -> Cal
     # torch.fx keeps the globals of wrapped functions. Without the function in them it can be collected.
     function = namespace.pop("forward")
     wrapped = [key for key in wrapped_functions if key[0] == id(namespace)]
-    weakref.finalize(function, _forget, filename, wrapped).atexit = False
+    weakref.finalize(function, _forget, filename, wrapped).atexit = False  # at exit all of it goes anyway
     return function
 
 

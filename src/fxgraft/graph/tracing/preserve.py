@@ -289,7 +289,7 @@ def replaced_functions(
 
     Its forward would be traced, and its backward be lost.
     """
-    original = torch.autograd.Function.__dict__["apply"]
+    original = torch.autograd.Function.__dict__["apply"]  # the classmethod itself, not bound to Function
 
     def apply(cls: Any, *args: Any, **kwargs: Any) -> Any:
         if any(isinstance(leaf, fx.Proxy) for leaf in pytree.tree_leaves((args, kwargs))):

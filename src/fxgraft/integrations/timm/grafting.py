@@ -174,7 +174,7 @@ class Grafting:
                 raise
             model = create(*args, **kwargs)
         if self.model is not None:
-            gc.collect()  # that the script has dropped one shows only when its circles are collected
+            gc.collect()  # a model that the script dropped is gone only once its reference cycles are collected
         if self.model is not None:
             self._say(f"left {model._get_name()} alone: {self.model._get_name()} has the grafts")
             return model
@@ -206,7 +206,7 @@ class Grafting:
             return listing(*args, **kwargs)
         kept = {id(p) for p in model_parameters(self.model, exclude_head=True)}
         own = {id(p) for p in self.model.parameters()}
-        # What a task trains beside the model is clipped as ever.
+        # Other parameters that a task trains are clipped as before.
         return [p for p in listing(*given.values()) if id(p) in kept or id(p) not in own]
 
     def _distil(self, start: Callable[..., None], task: nn.Module, *args: Any, **kwargs: Any) -> None:
@@ -217,7 +217,7 @@ class Grafting:
 
     def _judge(self, forward: Callable[..., Any], criterion: nn.Module, *args: Any, **kwargs: Any) -> Any:
         model = self.model
-        # Losses call others, and in evaluation they are what they always are.
+        # A loss may call another one, and in evaluation losses stay as they are.
         if self._judging or model is None or not model.training or not torch.is_grad_enabled():
             return forward(criterion, *args, **kwargs)
         if isinstance(criterion, JsdCrossEntropy):

@@ -136,7 +136,7 @@ def _as_program(script: Path, arguments: Sequence[str]) -> Iterator[None]:
 
 
 def _mismatch(message: str, grafts: Sequence[str]) -> str:
-    """Say in other words what torch says of a checkpoint that does not fit."""
+    """Explain torch's message about a checkpoint that does not fit."""
     lines = [line.strip() for line in message.splitlines()[1:]]
     shown = "\n".join(line if len(line) < 300 else f"{line[:300]} …" for line in lines[:4])
     unexpected = " ".join(line for line in lines if line.startswith("Unexpected"))

@@ -93,7 +93,7 @@ class Game(Unit):
     def __init__(self, rules: Rules) -> None:
         super().__init__()
         self.rules = rules
-        self.__dict__["source"] = None
+        self.__dict__["source"] = None  # past nn.Module, which would register it as a child
         self.begun = self.moved = self.warned = False
         self.discriminators = ByTap()
         self.layouts: dict[str, Layout] = {}
