@@ -38,7 +38,7 @@ from benchmarks.studies.study import FOLDER as STUDIES_FOLDER
 from benchmarks.studies.study import Study, evidence_table, progress_line
 from benchmarks.zoo import Zoo
 from benchmarks.zoo import run as run_zoo
-from benchmarks.zoo_tables import coverage, summary
+from benchmarks.zoo_tables import claim, coverage, summary
 from benchmarks.zoo_tables import plot as plot_zoo
 from fxgraft.bench.report import read_size
 from fxgraft.errors import ConfigError, candidates
@@ -181,7 +181,10 @@ def engine(rounds: Annotated[int, typer.Option(help="Epochs of each loop.")] = 7
 
 def readme_parts() -> dict[str, str]:
     """Return what the README says of the committed results, by the name of its part."""
-    return {"evidence": evidence_table(STUDIES.values(), headlines=True)}
+    return {
+        "evidence": evidence_table(STUDIES.values(), headlines=True),
+        "places": claim(Zoo(FOLDER / "zoo.json")),
+    }
 
 
 def result_tables() -> dict[str, str]:
