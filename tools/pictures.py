@@ -85,7 +85,12 @@ def draw(pictures: dict[str, Path], colours: int | None = None) -> None:
         with Image.open(path) as drawn:
             whole = drawn.convert("RGB")
         whole.thumbnail((WIDTH, WIDTH))
-        (whole if colours is None else whole.quantize(colours)).save(path, optimize=True)
+        (whole if colours is None else in_few_colours(whole, colours)).save(path, optimize=True)
+
+
+def in_few_colours(image: Image.Image, colours: int) -> Image.Image:
+    """Reduce an image to a palette in which no colour is far off: peaks of heat maps keep theirs."""
+    return image.quantize(colours, Image.Quantize.MAXCOVERAGE)
 
 
 def small(panel: Panel) -> Image.Image:
@@ -128,16 +133,14 @@ def scheme() -> Image.Image:
 def draw_small() -> None:
     """Draw the thumbnail of every method."""
     SMALL.mkdir(parents=True, exist_ok=True)
-    panels = {method: picture(method).rows[row][column] for method, (row, column, _) in THUMBNAILS.items()}
-    images = {**{method: small(panel) for method, panel in panels.items()}, "selfnorm": scheme()}
+    images = {"selfnorm": scheme()}
+    for method, (row, column, _) in THUMBNAILS.items():
+        images[method] = small(picture(method).rows[row][column])
     for method, image in images.items():
         fitted = image.resize((SIDE, SIDE), Image.Resampling.LANCZOS)
-        photograph = method in panels and panels[method].image is not None
-        # The fewest colours that look right: of a drawing, those of its thin lines have to be among them.
-        chosen = Image.Quantize.MEDIANCUT if photograph else Image.Quantize.MAXCOVERAGE
-        fitted.quantize(64, chosen).save(SMALL / f"{method}.png", optimize=True)
+        in_few_colours(fitted, 160).save(SMALL / f"{method}.png", optimize=True)
 
 
 if __name__ == "__main__":
-    draw({"rsc": README_PICTURE}, colours=128)
+    draw({"rsc": README_PICTURE}, colours=256)
     draw_small()

@@ -61,26 +61,18 @@ def method_table(methods: Mapping[str, type[fxgraft.Patch]], link: str = "", pic
 
     steps, calls = (ratios_of(OVERHEAD, "resnet50", what) for what in (TRAINING_STEP, FORWARD))
     rows = [
-        (
-            "",
-            "*none*",
-            "a second bare network: shows the noise",
-            "",
-            f"× {noise_of(OVERHEAD, 'resnet50')}",
-            "",
-        )
+        ("*none*", "a second bare network: shows the noise", "", f"× {noise_of(OVERHEAD, 'resnet50')}", "")
     ]
     for name, method in methods.items():
         if name not in IN_SHORT:
             raise ConfigError(f"The method {name!r} has no entry in IN_SHORT of tools/readme.py.")
         does, when = IN_SHORT[name]
-        shown = f'<img src="{pictures}/{name}.png" width="72" alt="{ALT[name]}">'
+        # In one cell with the name: a column of pictures alone is squeezed to nothing on a narrow screen.
+        shown = f'<img src="{pictures}/{name}.png" width="72" alt="{ALT[name]}"><br>' if pictures else ""
         step = f"× {steps[name]:.2f}" if name in steps else "–"
         call = "same graph" if method.train_only else f"× {calls[name]:.2f}" if name in calls else "–"
-        rows.append((shown, f"[`{name}`]({link.format(name=name) or method.url})", does, when, step, call))
-    headings = ("", "method", "what it does", "when", "training step", "evaluation")
-    first = 0 if pictures else 1
-    return markdown_table(headings[first:], [row[first:] for row in rows])
+        rows.append((f"{shown}[`{name}`]({link.format(name=name) or method.url})", does, when, step, call))
+    return markdown_table(("method", "what it does", "when", "training step", "evaluation"), rows)
 
 
 def regenerated(text: str) -> str:
