@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# timm's own train.py with grafts on the model that it builds, then its validate.py, then a stock file without fxgraft.
+# timm's own train.py with grafts on the model that it builds, then a file of weights that needs no fxgraft.
 #
 #   bash examples/timm_train.sh TIMM DATA [further options of train.py]
 #

@@ -26,7 +26,7 @@ from fxgraft.cli.method_facts import card_sections, option_rows, preset_rows
 from fxgraft.io import save_load
 from fxgraft.io.atomic_write import write_text
 from fxgraft.viz.pictures import methods_with_pictures
-from tools.pictures import ALT, MADE_WITH, draw
+from tools.pictures import ALT, MADE_WITH, SCHEME_MADE_OF, SCHEMES, draw
 from tools.readme import method_table, own_methods
 from tools.where import drawings, planned
 
@@ -102,6 +102,9 @@ def card_page(name: str, method: Any) -> str:
         parts.append(
             f"```{{figure}} {name}.png\n:alt: What {method.title} does with two photographs\n\n{MADE_WITH}\n```"
         )
+    if name in SCHEMES:
+        picture = f"../_static/small/{name}.png\n:alt: {ALT[name]}"
+        parts.append(f"```{{figure}} {picture}\n\n{SCHEME_MADE_OF}\n```")
     if equation:
         parts += ["## Equation", fence(equation.replace("; ", "\n"), "text")]
     headings = {"where": "Where it goes", "acts": "When it acts", "cost": "Cost", "hurts": "When it hurts"}

@@ -51,6 +51,11 @@ THUMBNAILS: dict[str, tuple[int, int, str]] = {
 SCHEMES = {"selfnorm": "a drawing: bars of several heights, each scaled by a factor of its own"}
 """Methods whose thumbnail is a drawing: the gates of SelfNorm change nothing before they are trained."""
 
+SCHEME_MADE_OF = (
+    "A drawing. Each outline is a statistic of one channel, each bar what the channel's gate makes of it. The gates "
+    "are learned; before training they change nothing."
+)
+
 ALT = {**{method: text for method, (_, _, text) in THUMBNAILS.items()}, **SCHEMES}
 """What the thumbnail of each method shows, for those who do not see it."""
 

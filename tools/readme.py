@@ -41,7 +41,7 @@ IN_SHORT: dict[str, tuple[str, str]] = {
     "mixstyle": ("mixes styles of two images", "training images come from several domains"),
     "rsc": ("hides what the prediction leans on", "test domains were never seen"),
     "selfnorm": ("learns to recalibrate channel statistics", "styles vary; evaluation may cost a little"),
-    "taps": ("records values inside the network", "you want to look, or to add losses"),
+    "taps": ("records values inside the network", "you want to look inside, or add losses"),
 }
 """What each method does in about five words, and when to think of it."""
 

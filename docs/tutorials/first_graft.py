@@ -117,8 +117,8 @@ print(type(model).__name__, list(model.state_dict()) == before)
 # %%
 # Train
 # -----
-# Squares cut out of the two photographs at random places have to do as data here. In your script ``loader``
-# is your own ``DataLoader``.
+# Squares cut out of the two photographs at random places stand in for a data set here. In your script
+# ``loader`` is your own ``DataLoader``.
 
 from torch.utils.data import DataLoader
 
@@ -137,8 +137,8 @@ loader = DataLoader(
 # ``set_progress`` says which share of the training is done; options that change during training need it.
 #
 # ``diagnostics`` says what RSC did in the last pass. ``samples`` is the share of the batch in which it hid
-# something, and ``muted`` the share of positions or channels that it hid there. It draws for each batch which
-# of the two it hides.
+# something, and ``muted`` the share of positions or channels that it hid there. Which of the two it hides is
+# chosen at random for each batch.
 
 optimizer = torch.optim.SGD(
     model.parameters(), lr=0.01

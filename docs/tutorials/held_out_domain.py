@@ -13,9 +13,9 @@ How well does the network do on a *domain* that it has never seen? This is domai
 # %%
 # The folder
 # ----------
-# The images lie in folders as ``DATA/domain/class/image``. Yours are photographs; this page makes do with
-# scikit-learn's digits in four styles, which ``write_digits`` writes as such a folder. No digit is in two
-# domains.
+# The images lie in folders as ``DATA/domain/class/image``. This page takes scikit-learn's handwritten digits in
+# place of photographs. ``write_digits`` writes them as such a folder, in four styles. Each image is in one
+# domain only.
 
 import shutil
 import tempfile
@@ -142,8 +142,8 @@ for method in ("", "mixstyle"):
     predictions[name] = said
 
 # %%
-# The bars show the accuracy on domains that were trained on, and on the one that was not. The digits below
-# are of the latter, with what the network with MixStyle says.
+# The bars show the accuracy on the domains that were trained on, and on the one that was not. Below are digits
+# of that one. Above each stands what the network with MixStyle takes it for.
 
 figure = plt.figure(figsize=(8, 5), layout="constrained")
 grid = figure.add_gridspec(3, 8)

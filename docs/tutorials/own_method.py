@@ -60,9 +60,9 @@ plt.show()
 # and ``p=``, the probability that a batch is changed. A method on it says where it goes by default, and what
 # it does there.
 #
-# ``change`` is given maps of shape (images, channels, positions …), whatever the layout of the network, and
-# ``run``, the pass that runs, which knows for example the labels. Random decisions of ``extend.draws`` also work
-# in compiled and exported models.
+# ``change`` is given maps of shape (images, channels, positions …), whatever the layout of the network. ``run``
+# is the current forward pass, which knows the labels, for example. Random numbers come from ``extend.draws``:
+# these also work in compiled and exported models.
 
 from dataclasses import dataclass
 
@@ -169,10 +169,10 @@ plt.show()
 # %%
 # Other kinds of methods
 # ----------------------
-# A method that doesn't change maps in training alone derives from ``LayeredPatch`` or from ``Patch``. It
-# brings a *unit*, a small ``nn.Module`` that computes at one site, and says in ``place`` which unit goes
-# where. ``make`` builds a unit from its class and the arguments of its constructor. This one learns a scale
-# for each channel, and stays in evaluation:
+# Some methods act in evaluation too, or change something other than maps. They derive from ``LayeredPatch`` or
+# from ``Patch``. Such a method brings a *unit*, a small ``nn.Module`` that computes at one site, and says in
+# ``place`` which unit goes where. ``make`` builds a unit from its class and the arguments of its constructor.
+# The unit below learns a scale for each channel, and stays in evaluation:
 
 
 @fxgraft.register("channel_scale")

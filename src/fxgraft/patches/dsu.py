@@ -97,8 +97,8 @@ class DSU(MapPatch):
     )
     url = "https://arxiv.org/abs/2202.03958"
     idea = (
-        "Every style in a batch is taken for one draw from a distribution, and another one is drawn around it in "
-        "training: as far away as the styles of the batch lie apart."
+        "In training, the style of each image is replaced by one drawn at random around it. The further apart the "
+        "styles in a batch are, the wider it is drawn."
     )
     equation = (
         "y = (σ + ε_σ Σ_σ) · (x − μ) / σ + μ + ε_μ Σ_μ, with Σ the deviation over the batch, and ε ~ N(0, 1)"

@@ -113,7 +113,10 @@ class MixStyle(MapPatch):
         "Zhou, Yang, Qiao, Xiang: Domain Generalization with MixStyle. ICLR 2021; EFDMix: Zhang, Li, Li, Jia, Zhang: "
         "Exact Feature Distribution Matching for Arbitrary Style Transfer and Domain Generalization. CVPR 2022"
     )
-    idea = "In training, early maps take on styles between two images', so that the network meets styles of no domain."
+    idea = (
+        "In training, early maps get a mixture of the styles of two images, so that the network meets styles that no "
+        "domain has."
+    )
     equation = (
         "y = σ_mix · (x − μ) / σ + μ_mix, with σ_mix = λσ + (1 − λ)σ', μ_mix alike, λ ~ Beta(α, α); "
         "EFDMix: y = x + (1 − λ) · (the partner's value of the same rank − x)"

@@ -40,7 +40,7 @@ def draw_graph(parts: Sequence[PartView], path: Path, title: str) -> None:
     rows = max(max(plan.rows.values()) for plan in plans) + 1
     widths = [plan.right - plan.left for plan in plans]
     figure = matplotlib_figure(figsize=(sum(widths) + 0.3, ROW * rows + 1.1), layout="constrained")
-    figure.suptitle(title, fontsize=11)
+    figure.suptitle(title, fontsize=11, wrap=True)
     axes = figure.subplots(1, len(parts), squeeze=False, width_ratios=widths)[0]
     for axis, part, plan in zip(axes, parts, plans, strict=True):
         _draw_part(axis, part, plan, colours, rows)
