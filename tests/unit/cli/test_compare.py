@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import io
 import re
 
 import pytest
+from rich.console import Console
 from typer.testing import CliRunner
 
 from fxgraft.cli.commands import app
+from fxgraft.cli.compare import _duration, _Running, _variants
 from fxgraft.comparison import experiment
 from unit.comparison.images import write_domains
 
@@ -75,3 +78,32 @@ def test_errors_are_one_plain_message(arguments, message):
     text = run(*arguments, code=2)
     assert re.search(message, text)
     assert "Traceback" not in text
+
+
+def test_on_a_terminal_the_table_grows_and_a_stop_says_what_is_kept():
+    console = Console(file=io.StringIO(), force_terminal=True, width=80)
+
+    def stopped() -> None:
+        with _Running(console) as running:
+            running("the table so far", 200.0)
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        stopped()
+    text = re.sub(r"\x1b\[[0-9;?]*\w", "", console.file.getvalue())
+    assert "the table so far" in text
+    assert "about 3 min left" in text
+    assert "Stopped. 1 runs of this call are kept" in text
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(99.4, "99 s"), (100, "2 min"), (5000, "83 min"), (7200, "2.0 h")]
+)
+def test_times_are_said_in_words(seconds, text):
+    assert _duration(seconds) == text
+
+
+def test_variants_of_a_file_come_first(tmp_path):
+    (tmp_path / "grafts.yaml").write_text("- rsc + selfnorm\n- {method: mixstyle, p: 1.0}\n")
+    found = _variants(["dsu"], tmp_path / "grafts.yaml")
+    assert found == ["rsc + selfnorm", "mixstyle:p=1.0", "dsu"]

@@ -10,12 +10,14 @@ from typing import Any
 import pytest
 import timm
 import torch
+from safetensors.torch import save_file
 from timm.utils import CheckpointSaver, ModelEmaV3
 from torch import nn
 from typer.testing import CliRunner
 
 import fxgraft
 from fxgraft.cli.commands import app
+from fxgraft.cli.merging import read_checkpoint
 from models.toys import net
 from sweeping import some
 
@@ -174,3 +176,16 @@ def test_errors_are_one_plain_message(what: str, folder: Path, monkeypatch: pyte
     assert re.search(message, error, re.DOTALL), error
     assert "Traceback" not in error
     assert sorted(folder.rglob("*")) == before
+
+
+def test_checkpoints_say_what_they_were_built_with(tmp_path):
+    weights = {"fc.weight": torch.ones(2, 3)}
+    given = argparse.Namespace(model="resnet18", num_classes=2, in_chans=1, model_kwargs={"width": 8})
+    torch.save({"state_dict": weights, "args": given}, tmp_path / "last.pth.tar")
+    trained = read_checkpoint(tmp_path)
+    assert (trained.model, trained.classes, trained.options) == ("resnet18", 2, {"width": 8, "in_chans": 1})
+    save_file(
+        {f"module._orig_mod.{key}": value for key, value in weights.items()}, tmp_path / "w.safetensors"
+    )
+    plain = read_checkpoint(tmp_path / "w.safetensors")
+    assert (plain.model, list(plain.weights)) == (None, ["fc.weight"])

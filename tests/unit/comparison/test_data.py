@@ -67,6 +67,9 @@ def test_without_a_test_split_validation_is_tested_and_selects_nothing(tmp_path)
     (task,) = read_data(tmp_path / "data").tasks
     assert {item.path.split("/")[-3] for item in task.test} == {"valid"}
     assert {item.path.split("/")[-3] for item in task.validation} == {"train"}
+    write_classes(tmp_path / "alone" / "train")
+    with pytest.raises(ConfigError, match=r"has a train split alone.\nAdd test/ beside it"):
+        read_data(tmp_path / "alone")
 
 
 def test_one_folder_of_classes_is_split_by_a_fixed_draw(tmp_path):
@@ -184,6 +187,16 @@ def test_bad_tars(domains, tmp_path):
     (tmp_path / "cut.tar").write_bytes((tmp_path / "mixed" / "a.tar").read_bytes()[:700])
     with pytest.raises(ConfigError, match=r"Cannot read .*cut.tar"):
         read_data(tmp_path / "cut.tar")
+    for folder, other in (("same", "a.tar.gz"), ("whole", "b.tar")):
+        (tmp_path / folder).mkdir()
+        for name in ("a.tar", other):
+            write_tar(tmp_path / folder / name, domains / "red" if folder == "same" else domains)
+    with pytest.raises(ConfigError, match=r"names of the tars do not tell the domains apart: a, a"):
+        read_data(tmp_path / "same")
+    with pytest.raises(
+        ConfigError, match=r"a.tar should hold class folders with images, and holds blue, green, red"
+    ):
+        read_data(tmp_path / "whole")
 
 
 def test_an_image_that_does_not_decode_is_named(domains):
