@@ -93,8 +93,8 @@ def patch(
         FxgraftError: what is wrong, why, and what to do; the model is then as it was.
     """
     check_model(model)
-    given = {"preset": preset, "name": name, "input_size": input_size}
-    asked = _asked(method, {key: value for key, value in given.items() if value is not None} | options)
+    arguments = {"preset": preset, "name": name, "input_size": input_size}
+    asked = _asked(method, {key: value for key, value in arguments.items() if value is not None} | options)
     registry = registry_of(model)
     wanted: list[Graft] = list(registry.grafts) if registry is not None else []
     present = len(wanted)
@@ -302,8 +302,8 @@ def summary(
     Raises:
         ConfigError: ``optimizer`` is none, or holds no parameter of this model.
     """
-    given = () if optimizer is None else optimizer
-    several = [*given] if isinstance(given, Iterable) else [given]
+    optimizers = () if optimizer is None else optimizer
+    several = [*optimizers] if isinstance(optimizers, Iterable) else [optimizers]
     return summary_of(unwrapped(model), named_grafts(model), several)
 
 

@@ -20,8 +20,8 @@ def checked_device(device: str | torch.device) -> torch.device:
         ConfigError: the name means nothing to torch, or this machine has no such device.
     """
     try:
-        place = torch.device(device)
-        torch.empty(0, device=place)
+        checked = torch.device(device)
+        torch.empty(0, device=checked)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         known = ["cpu", *(f"cuda:{index}" for index in range(torch.cuda.device_count()))]
         raise ConfigError(
@@ -29,11 +29,11 @@ def checked_device(device: str | torch.device) -> torch.device:
             f"It sees {', '.join(known)}; an accelerator needs its driver, and a torch that was built for it.\n"
             "Name one of these, or leave the device out."
         ) from error
-    if place.type == "meta":
+    if checked.type == "meta":
         raise ConfigError(
             "The 'meta' device computes nothing, so nothing can be measured on it.\nTake \"cpu\", or an accelerator."
         )
-    return place
+    return checked
 
 
 def processor(device: torch.device) -> str:

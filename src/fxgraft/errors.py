@@ -115,9 +115,9 @@ def candidates(word: str, known: Iterable[str], limit: int = 8) -> str:
     return f"There are: {shown}{more}."
 
 
-def no_module(given: object) -> WrappedModelError:
+def no_module(value: object) -> WrappedModelError:
     """Say that something isn't a model."""
     return WrappedModelError(
-        f"A model is a torch.nn.Module, and this is of type {type(given).__name__}.\n"
+        f"A model is a torch.nn.Module, and this is of type {type(value).__name__}.\n"
         "Pass the model itself, as timm.create_model returns it."
     )

@@ -47,9 +47,9 @@ def plan_of(graft: Graft, placed: Iterable[Placement]) -> Plan:
 
 def _action(placement: Placement) -> tuple[str, str, str]:
     edit = placement.edit
-    given = {f.name: getattr(edit, f.name) for f in dataclasses.fields(edit)}
+    entries = {f.name: getattr(edit, f.name) for f in dataclasses.fields(edit)}
     fields = ", ".join(
-        name if value is True else str(value) for name, value in given.items() if value is not False
+        name if value is True else str(value) for name, value in entries.items() if value is not False
     )
     modes = [m for m, on in (("training", placement.training), ("evaluation", placement.evaluation)) if on]
     unit = type(placement.unit).__name__

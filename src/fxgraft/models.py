@@ -82,11 +82,11 @@ def build_model(
 
 def _build_own(model: Model, num_classes: int | None, options: dict[str, Any]) -> nn.Module:
     function = imported(model) if isinstance(model, str) else model
-    given = options if num_classes is None else {"num_classes": num_classes, **options}
+    arguments = options if num_classes is None else {"num_classes": num_classes, **options}
     try:
-        built = function(**given)
+        built = function(**arguments)
     except TypeError as error:
-        text = ", ".join(f"{key}={value!r}" for key, value in given.items())
+        text = ", ".join(f"{key}={value!r}" for key, value in arguments.items())
         raise ConfigError(f"{model!r} could not be called with {text}: {error}") from error
     if not isinstance(built, nn.Module):
         raise ConfigError(f"{model!r} returned a {type(built).__name__}, and not a torch.nn.Module.")

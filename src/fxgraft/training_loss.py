@@ -51,14 +51,14 @@ def losses(
     logits = take_logits(out, names)
     own = criterion
     for graft in _judging(model, logits):
-        given = graft.patch.criterion(graft, criterion)
+        replacement = graft.patch.criterion(graft, criterion)
         # Compiled code knows no attributes of a function that it has made itself.
-        if not torch.compiler.is_compiling() and not hasattr(given, "__call__"):  # noqa: B004 - `callable` narrows
+        if not torch.compiler.is_compiling() and not hasattr(replacement, "__call__"):  # noqa: B004 - `callable` narrows
             raise MethodError(
-                f"{type(graft.patch).__name__}.criterion returned {_kind(given)}.\n"
+                f"{type(graft.patch).__name__}.criterion returned {_kind(replacement)}.\n"
                 "criterion() returns a criterion, called as criterion(logits, y): at least the one it was given."
             )
-        criterion = given
+        criterion = replacement
     if criterion is own:  # where a graft stands in for it, the logits may be of several rows each
         check_criterion(own, logits.shape[1] if logits.ndim > 1 else 1)
     return {"criterion": criterion(logits, y), **_terms(model, out, y, criterion)}

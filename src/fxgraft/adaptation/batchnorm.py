@@ -77,11 +77,11 @@ def adapt_batchnorm(
             "exact=True takes the moments over all images, and momentum= or reset=False asks for a moving average.\n"
             "Leave exact= out, or the other two."
         )
-    place = torch.device(device) if device is not None else layers[0].running_mean.device  # type: ignore[union-attr]
+    target_device = torch.device(device) if device is not None else layers[0].running_mean.device  # type: ignore[union-attr]
     renew_sources(model)
     with preserved_modes(model), _restored_on_failure(layers), torch.no_grad():
         model.eval()
-        images = _Images(loader, place)
+        images = _Images(loader, target_device)
         if exact:
             _estimate_exactly(model, layers, images)
         else:

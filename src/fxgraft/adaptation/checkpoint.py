@@ -61,8 +61,8 @@ class Checkpoint:
         pair: tuple[Optimizer, Optimizer],
         streams: tuple[Endless, Endless],
     ) -> None:
-        given = Path(path)
-        self.path = given / FILE if given.is_dir() or not given.suffix else given
+        target = Path(path)
+        self.path = target / FILE if target.is_dir() or not target.suffix else target
         self.model, self.players, self.pair, self.streams = model, players, pair, streams
         self.device = next(model.parameters()).device
         if {id(g) for g in streams[0].generators} & {id(g) for g in streams[1].generators}:

@@ -105,9 +105,9 @@ def adapt(
             "It would not see the patches of what is wrapped, nor average discriminators over processes.\n"
             "Pass the model (model.compile() compiles it in place), or write the loop with fxgraft.gam.gam_losses."
         )
-    place = torch.device(device) if device is not None else next(model.parameters()).device
+    target_device = torch.device(device) if device is not None else next(model.parameters()).device
     for network in (model, players, frozen):
-        network.to(place)
+        network.to(target_device)
     pair = _optimizers(model, players, optimizers, lr, betas)
     chance = torch.get_rng_state()
     saved = None
@@ -129,8 +129,8 @@ def adapt(
             set_progress(model, step / steps)
             if schedule is not None:
                 _scale_rates(pair, schedule(step / steps))
-            images = [stream.next().to(place, non_blocking=True) for stream in streams]
-            with _autocast(place, amp):
+            images = [stream.next().to(target_device, non_blocking=True) for stream in streams]
+            with _autocast(target_device, amp):
                 game = gam_losses(model, *images, name=name)
             _update(game, pair)
             recorder.add(game)

@@ -107,11 +107,11 @@ def compare(
         check_there(weights, "The checkpoint")
     from fxgraft.comparison.experiment import compare as run
 
-    given = {
+    settings = {
         "epochs": epochs, "batch_size": batch_size, "opt": opt, "lr": lr, "weight_decay": weight_decay, "sched": sched,
         "warmup_epochs": warmup_epochs,
     }  # fmt: skip
-    training = {name: value for name, value in given.items() if value is not None} | _pairs(set_, "--set")
+    training = {name: value for name, value in settings.items() if value is not None} | _pairs(set_, "--set")
     held = None if not hold_out else "all" if hold_out == ["all"] else hold_out
     console = _console()
     with _Running(console) as running:

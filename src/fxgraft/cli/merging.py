@@ -164,12 +164,12 @@ def read_checkpoint(source: Path, ema: bool = False) -> Trained:
             f"{', '.join(map(repr, list(content)[:8]))}.\n"
             "Pass a state dict, or a dictionary with one under 'state_dict'."
         )
-    given = vars(content["args"]) if isinstance(content.get("args"), argparse.Namespace) else {}
-    options = dict(given.get("model_kwargs") or {})
-    if given.get("in_chans") is not None:
-        options["in_chans"] = given["in_chans"]
+    arguments = vars(content["args"]) if isinstance(content.get("args"), argparse.Namespace) else {}
+    options = dict(arguments.get("model_kwargs") or {})
+    if arguments.get("in_chans") is not None:
+        options["in_chans"] = arguments["in_chans"]
     # Without arguments beside it, "arch" is the name of the class.
-    return Trained(source, _unwrapped(weights), given.get("model"), given.get("num_classes"), options)
+    return Trained(source, _unwrapped(weights), arguments.get("model"), arguments.get("num_classes"), options)
 
 
 def _read(file: Path) -> dict[str, Any]:

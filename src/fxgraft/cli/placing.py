@@ -116,8 +116,8 @@ class Placing:
             smallest = min(small.values(), key=_side)
             reason = f"maps of {_size(smallest)} at {_names(list(small))}; it wants {least}×{least} or more"
         elif method.example:
-            given = ", ".join(f"{key}=" for key in method.example)
-            reason = f"you say where, as {given}; here with {_options(method.example)}"
+            needed = ", ".join(f"{key}=" for key in method.example)
+            reason = f"you say where, as {needed}; here with {_options(method.example)}"
         count = sum(parameter.numel() for parameter in graft.parameters())
         return Suggestion(name, tuple(places), tuple(maps), count, **price, advised=not small, reason=reason)
 
@@ -126,8 +126,8 @@ class Placing:
         """Return the methods that go to a site by default, by the site's name."""
         marks: dict[str, list[str]] = {}
         for name, method in methods().items():
-            for place in () if method.example else self.suggestion(name).sites:
-                marks.setdefault(place, []).append(name)
+            for site in () if method.example else self.suggestion(name).sites:
+                marks.setdefault(site, []).append(name)
         return marks
 
     def groups(self, chosen: Sequence[Site]) -> list[tuple[str, list[Site]]]:

@@ -124,7 +124,7 @@ def compare(
     chosen = _variants(grafts, baseline)
     numbers = list(range(seeds)) if isinstance(seeds, int) else list(seeds)
     _check_numbers(numbers, seeds, metric, interest, level, workers)
-    place = checked_device(device)
+    chosen_device = checked_device(device)
     settings = training if isinstance(training, Training) else settings_of(Training(), training or {})
     images = read_data(
         data,
@@ -162,7 +162,7 @@ def compare(
     with folder.opened() as records:
         result = Comparison(
             protocol=folder.protocol,
-            environment=environment(place),
+            environment=environment(chosen_device),
             variants=[variant.text for variant in chosen],
             baseline=chosen[0].text,
             tasks=[task.name for task in images.tasks],
@@ -174,9 +174,9 @@ def compare(
             classes=list(images.classes),
             pictures=functools.partial(_pictures, setup, chosen, images),
         )
-        runner = _Runner(setup, folder, result, workers, backend, place, progress)
+        runner = _Runner(setup, folder, result, workers, backend, chosen_device, progress)
         tuned = runner.tune(chosen, images.tasks, grid, tune_each)
-        runner.run(_jobs(result, chosen, images.tasks, tuned, place))
+        runner.run(_jobs(result, chosen, images.tasks, tuned, chosen_device))
     return result
 
 

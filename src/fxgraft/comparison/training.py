@@ -412,9 +412,9 @@ def calibration_error(logits: Tensor, labels: Tensor, bins: int = 15) -> float:
     """
     confidence, guess = logits.softmax(1).max(1)
     edges = torch.linspace(0, 1, bins + 1)[1:-1]
-    place = torch.bucketize(confidence, edges)  # a probability on an edge belongs to the bin below
+    bin_index = torch.bucketize(confidence, edges)  # a probability on an edge belongs to the bin below
     gaps = torch.zeros(bins, dtype=torch.double)
-    gaps.index_add_(0, place, (guess == labels).double() - confidence.double())
+    gaps.index_add_(0, bin_index, (guess == labels).double() - confidence.double())
     return float(gaps.abs().sum() / len(labels))
 
 

@@ -113,8 +113,8 @@ def _digest(recipe: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
 
 def file_at(path: str | Path) -> Path:
     """Return the file for a path: the path itself, or `FILE` in a folder (which exists, or has no suffix)."""
-    given = Path(path)
-    return given / FILE if given.is_dir() or not given.suffix else given
+    target = Path(path)
+    return target / FILE if target.is_dir() or not target.suffix else target
 
 
 def save(

@@ -106,14 +106,14 @@ class Patch(Placer):
                 f"fxgraft info {cls.method} shows what each sets."
             )
         check_known(cls, cls.method, overrides)
-        given = {"layers" if key == "layer" else key for key, value in overrides.items() if value is not None}
-        missing = [need for need in published.needs if need not in given]
+        names = {"layers" if key == "layer" else key for key, value in overrides.items() if value is not None}
+        missing = [need for need in published.needs if need not in names]
         if missing:
             raise ConfigError(
                 f"The preset {name!r} of {cls.method!r} needs {' and '.join(missing)}, which depends on your "
                 f"network or training.\nPass {', '.join(f'{option}=...' for option in missing)} with it."
             )
-        options = {key: value for key, value in published.options.items() if key not in given}
+        options = {key: value for key, value in published.options.items() if key not in names}
         made = cls(**{**options, **overrides})
         object.__setattr__(made, "published_as", published)
         return made

@@ -166,11 +166,11 @@ def build(method: str, options: Mapping[str, Any]) -> Patch:
     if preset is not None:
         return cls.preset(preset, **given_options)
     fields = [f for f in dataclasses.fields(cls) if f.init]
-    given = {"layers", *options} if "layer" in options else set(options)
+    names = {"layers", *options} if "layer" in options else set(options)
     missing = [
         f.name
         for f in fields
-        if f.name not in given
+        if f.name not in names
         and f.default is dataclasses.MISSING
         and f.default_factory is dataclasses.MISSING
     ]

@@ -146,7 +146,7 @@ def picture_of(
         raise ConfigError(f"There must be at least one class to draw, got top={top}.")
     config: Any = getattr(model, "pretrained_cfg", None) or {}
     mean, std = (config.get(key) or default for key, default in zip(("mean", "std"), IMAGENET, strict=True))
-    given, images = len(images), _at_least_two(images)
+    count, images = len(images), _at_least_two(images)
     mean, std = (torch.tensor(each).view(-1, *[1] * (images.ndim - 2)) for each in (mean, std))
     inputs = (images - mean) / std
     with torch.no_grad():
@@ -166,7 +166,7 @@ def picture_of(
             fxgraft.patch(model, method, **{"input_size": tuple(images.shape[1:]), **(options or {})})
         (graft,) = fxgraft.grafts(model)
         layouts = _layouts(model, images)
-        view = View(model, images, inputs, logits.argmax(1), given, top, seed, names, layouts)
+        view = View(model, images, inputs, logits.argmax(1), count, top, seed, names, layouts)
         picture = _middle_frame(graft.patch.picture(graft, view))
     notes = [] if trained else [UNTRAINED]
     return replace(picture, note="; ".join([*notes, *([picture.note] if picture.note else [])]))
@@ -190,8 +190,8 @@ def pictures_of_grafts(model: nn.Module, inputs: Tensor, seed: int = 0) -> dict[
     shown = inputs[:2].detach().cpu().float()
     ones = [1] * (shown.ndim - 1)
     low, high = (getattr(shown.flatten(1), which)(1).values.view(-1, *ones) for which in ("min", "max"))
-    colours, given = _at_least_two((shown - low) / (high - low).clamp(min=1e-6)), len(shown)
-    shown = shown if given > 1 else torch.cat((shown, -shown.flip(-1)))
+    colours, count = _at_least_two((shown - low) / (high - low).clamp(min=1e-6)), len(shown)
+    shown = shown if count > 1 else torch.cat((shown, -shown.flip(-1)))
     pictures: dict[str, Picture] = {}
     for path, part in patched_parts(model).items():
         for graft in grafts_on(part):
@@ -208,7 +208,7 @@ def pictures_of_grafts(model: nn.Module, inputs: Tensor, seed: int = 0) -> dict[
                     with torch.no_grad():
                         labels = alone(shown).argmax(1)
                     layouts = _layouts(alone, shown)
-                    view = View(alone, colours, shown, labels, given, seed=seed, layouts=layouts)
+                    view = View(alone, colours, shown, labels, count, seed=seed, layouts=layouts)
                     picture = _middle_frame(own.patch.picture(own, view))
                 except (FxgraftError, AttributeError, RuntimeError, ValueError):
                     continue  # the part's output isn't logits, or the site has no positions

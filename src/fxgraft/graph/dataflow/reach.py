@@ -103,7 +103,7 @@ class Reach(Flow):
             return True
         axes = self._known(args[0]) if isinstance(args[0], Tensor) else None
         if name in _PRODUCTS:
-            left, right = (self._known(args[place]) for place in _PRODUCTS[name])
+            left, right = (self._known(args[position]) for position in _PRODUCTS[name])
             if (left is None) == (right is None):
                 return False
             contracted = left[-1] if left is not None else right[-2] if right is not None else ()

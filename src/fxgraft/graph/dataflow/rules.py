@@ -68,10 +68,10 @@ class Operation:
 
     def get(self, name: str, default: Any = None) -> Any:
         """Return an argument by its name in the schema."""
-        for place, argument in enumerate(self.schema.arguments):
+        for index, argument in enumerate(self.schema.arguments):
             if argument.name == name:
-                if place < len(self.args):
-                    return self.args[place]
+                if index < len(self.args):
+                    return self.args[index]
                 return self.kwargs.get(name, argument.default_value if default is None else default)
         return default
 
@@ -134,8 +134,8 @@ def _reduces(operation: Operation) -> bool:
 
 def _reduced(operation: Operation) -> Axes:
     axes = operation.axes(0)
-    given = operation.get("dim")
-    dims = [given] if isinstance(given, int) else list(given or range(len(axes)))
+    listed = operation.get("dim")
+    dims = [listed] if isinstance(listed, int) else list(listed or range(len(axes)))
     dims = [dim % len(axes) for dim in dims] if axes else []
     if operation.get("keepdim"):
         return tuple((Factor(ONE, 1),) if dim in dims else axis for dim, axis in enumerate(axes))
@@ -166,8 +166,8 @@ def _unsqueeze(operation: Operation) -> Axes:
 
 def _squeeze(operation: Operation) -> Axes:
     axes = operation.axes(0)
-    given = operation.get("dim")
-    dims = range(len(axes)) if given is None else [given] if isinstance(given, int) else given
+    listed = operation.get("dim")
+    dims = range(len(axes)) if listed is None else [listed] if isinstance(listed, int) else listed
     dims = {dim % len(axes) for dim in dims}
     shape = operation.args[0].shape
     return tuple(axis for dim, axis in enumerate(axes) if dim not in dims or shape[dim] != 1)
@@ -215,10 +215,10 @@ def _cat(operation: Operation) -> Axes:
     dim = (operation.get("dim") or 0) % len(operation.shape)
     known = [operation.known(value) for value in values]
     axes = []
-    for place, size in enumerate(operation.shape):
-        said = [axes[place] for axes in known if axes is not None]
-        if place == dim:
-            parts = [None if axes is None else axes[place] for axes in known]
+    for axis, size in enumerate(operation.shape):
+        said = [axes[axis] for axes in known if axes is not None]
+        if axis == dim:
+            parts = [None if axes is None else axes[axis] for axes in known]
             axes.append(joined(parts, [value.shape[dim] for value in values]))
         else:
             axes.append(best(said, size))

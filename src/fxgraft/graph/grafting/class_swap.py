@@ -151,8 +151,10 @@ def _outer_call(
                 run.labels.served()
             if not replica:  # what several replicas of DataParallel leave could not be told apart
                 takes = declared.takes(TARGET)
-                given = {name: options[name] for name in options if name not in (TARGET, LABELS, *kwargs)}
-                again = Arguments(args, kwargs, takes and target is not None, takes, options=given)
+                own_options = {
+                    name: options[name] for name in options if name not in (TARGET, LABELS, *kwargs)
+                }
+                again = Arguments(args, kwargs, takes and target is not None, takes, options=own_options)
                 context.leave(run, out, again)  # only of a pass that did not fail
             return out
         finally:

@@ -197,8 +197,8 @@ def checked_placements(graft: Graft, placed: Any) -> list[Placement]:
     if isinstance(placed, Placement):
         return [placed]
     if placed is None or isinstance(placed, (str, nn.Module)) or not isinstance(placed, Iterable):
-        given = "nothing" if placed is None else f"a {type(placed).__name__}"
-        raise MethodError(f"{what}.place returned {given}.\n{how}")
+        returned = "nothing" if placed is None else f"a {type(placed).__name__}"
+        raise MethodError(f"{what}.place returned {returned}.\n{how}")
     flat: list[Placement] = []
     for placement in placed:
         inner = placement if isinstance(placement, list) else [placement]

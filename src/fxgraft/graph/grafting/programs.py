@@ -280,9 +280,9 @@ def _labelled(trace: ModelTrace, traced: Traced, edits: Sequence[Edit], training
     names = Declared.of(traced.signature).labels
     edited = {name for edit in edits for name in _edited(edit)}
     forms_with_labels = []
-    for given in dict.fromkeys((*((name,) for name in names), names)) if names else ():
+    for labels in dict.fromkeys((*((name,) for name in names), names)) if names else ():
         try:
-            other = trace.fresh_graph("", training, labels=given)
+            other = trace.fresh_graph("", training, labels=labels)
         except TraceError:
             continue
         if edited <= _in_common(traced, other):

@@ -123,8 +123,8 @@ def _view(trace: ModelTrace, state: GraftState, placed: Placed, training: bool) 
         for node in graph.nodes:
             if node not in known:
                 grafts[node.name], labels[node.name] = graft.name, type(placement.unit).__name__
-                given = node.all_input_nodes[0].name if node.all_input_nodes else ""
-                shapes[node.name] = shapes.get(at or given)
+                source = node.all_input_nodes[0].name if node.all_input_nodes else ""
+                shapes[node.name] = shapes.get(at or source)
     nodes = tuple(
         NodeView(
             node.name,

@@ -261,11 +261,11 @@ class Outputs:
         self._tie_recent()
         if not self._tied:  # no pass is known: don't walk through a long graph of autograd
             return []
-        given = tensors(out)
-        records = [self._records[tensor] for tensor in given if tensor in self._records]
-        records = records or [record for tensor in given for record in self._behind(tensor)]
+        outputs = tensors(out)
+        records = [self._records[tensor] for tensor in outputs if tensor in self._records]
+        records = records or [record for tensor in outputs for record in self._behind(tensor)]
         if not records:
-            places = [place for tensor in given if (place := place_of(tensor)) is not None]
+            places = [place for tensor in outputs if (place := place_of(tensor)) is not None]
             known = [(place_of(tensor), record) for tensor, record in self._records.items()]
             records = [record for own, record in known if own and any(own.holds(place) for place in places)]
         return list({id(record): record for record in records}.values())

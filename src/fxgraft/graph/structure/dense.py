@@ -153,8 +153,12 @@ def _base(trace: ModelTrace, owner: str, returned: fx.Node) -> fx.Node | None:
     nodes: list[Any] = list(parts)
     for base, new in (nodes, nodes[::-1]):
         before = {*upstream_of(base), base}
-        given = any(node.op == "placeholder" for node in before)
-        if given and base in upstream_of(new) and not any(_convolves(trace, owner, node) for node in before):
+        from_input = any(node.op == "placeholder" for node in before)
+        if (
+            from_input
+            and base in upstream_of(new)
+            and not any(_convolves(trace, owner, node) for node in before)
+        ):
             return base
     return None
 
@@ -171,10 +175,10 @@ def _joined_onward(trace: ModelTrace, owner: str) -> bool:
     called_as = relative(owner, block)
     graph = trace.graph(block, training=False).graph
     for call in (node for node in graph.nodes if node.op == "call_module" and node.target == called_as):
-        given = set(call.all_input_nodes)
+        arguments = set(call.all_input_nodes)
         for node in downstream_of(call):
             joins = _joins(node) or (node.op == "call_module" and len(node.all_input_nodes) > 1)
-            if joins and given & set(node.all_input_nodes):
+            if joins and arguments & set(node.all_input_nodes):
                 return True
     return False
 
@@ -212,15 +216,15 @@ def _edges(trace: ModelTrace, owner: str, block: str, mode: bool) -> list[Edge]:
     called_as = relative(owner, block)
     graph = trace.graph(block, mode).graph
     calls = [node for node in graph.nodes if node.op == "call_module" and node.target == called_as]
-    given = calls[0].all_input_nodes if len(calls) == 1 else []
+    operands = calls[0].all_input_nodes if len(calls) == 1 else []
     inputs = placeholders(inner)
-    if len(given) != len(inputs):
+    if len(operands) != len(inputs):
         raise SiteError(
-            f"it is called {len(calls)} times, with {len(given)} values for {len(inputs)} inputs."
+            f"it is called {len(calls)} times, with {len(operands)} values for {len(inputs)} inputs."
         )
     layer = _layer(trace, owner, mode)
     joined = [] if layer is None else layer.joined.all_input_nodes
-    sources = [given[inputs.index(node)] for node in joined]
+    sources = [operands[inputs.index(node)] for node in joined]
     return [Edge(x.name, tuple(user.name for user in sorted(x.users) if calls[0] < user)) for x in sources]
 
 

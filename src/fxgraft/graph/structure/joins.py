@@ -186,8 +186,8 @@ class _Search:
     def __init__(self, trace: ModelTrace) -> None:
         self.trace = trace
         self.steps: Steps = steps_of(trace)
-        given = next(iter(tensors(trace.observation.calls[""][0].args)), None)
-        self.images = 0 if given is None else given.shape[0]
+        images = next(iter(tensors(trace.observation.calls[""][0].args)), None)
+        self.images = 0 if images is None else images.shape[0]
         self.found: dict[str, list[_Parts]] = {}
 
     def joins(self) -> list[Join]:
@@ -430,10 +430,10 @@ class _Search:
             return None
         target = relative(owner, caller)
         call = next((n for n in outer.nodes if n.op == "call_module" and n.target == target), None)
-        given = [] if call is None else call.all_input_nodes
-        for source in given[1:]:
+        arguments = [] if call is None else call.all_input_nodes
+        for source in arguments[1:]:
             way, forks = _back_to(
-                source, computed_from(given[:1]) | {given[0]}, self.steps.data(caller, outer)
+                source, computed_from(arguments[:1]) | {arguments[0]}, self.steps.data(caller, outer)
             )
             if len(forks) == 1 and not self.steps.all_of(caller, way) & _HEAVY:
                 between = frozenset(_between(inputs[0], branch, upstream))

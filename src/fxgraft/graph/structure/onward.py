@@ -247,10 +247,10 @@ class _Follower:
             return whole
         try:
             traced = self.trace.graph(path, training=False)
-            given = fx.map_arg(
+            spread = fx.map_arg(
                 (node.args, dict(node.kwargs)), lambda source: _spread(values(source), held.get(source))
             )
-            leaves = pytree.tree_leaves(bind(traced.signature, *given))  # type: ignore[misc]
+            leaves = pytree.tree_leaves(bind(traced.signature, *spread))  # type: ignore[misc]
             flows = [leaf.carried if isinstance(leaf, _Held) else None for leaf in leaves]
             inputs = iter(placeholders(traced.graph))
             carried: dict[str, Carried] = {}

@@ -264,12 +264,12 @@ def _holds_stages(trace: ModelTrace, path: str, main: dict[str, _Map | None]) ->
     """
     own = {name: value for name, value in main.items() if value and inside(name, path) and name != path}
     out = main[path]
-    given = next(
+    first_input = next(
         (value for value in tensors(trace.observation.calls[path][0].args) if places_in(value) > 1), None
     )
-    if out is None or given is None:
+    if out is None or first_input is None:
         return bool(own)
-    before = places_in(given)
+    before = places_in(first_input)
     if len(
         _last_of_each([("", before), ("", out.places), *(("", value.places) for value in own.values())])
     ) > (1 + (len(_last_of_each([("", before), ("", out.places)])) > 1)):
@@ -279,7 +279,7 @@ def _holds_stages(trace: ModelTrace, path: str, main: dict[str, _Map | None]) ->
     blocks = [own[name] for name in own if own[name].places == before and _is_composite(trace, name)]
     if type(trace.module(path)) is nn.Sequential:
         return bool(blocks)
-    return any(value.shape == given.shape for value in blocks)
+    return any(value.shape == first_input.shape for value in blocks)
 
 
 def _is_composite(trace: ModelTrace, path: str) -> bool:
@@ -361,8 +361,8 @@ def _read_by_the_heads(trace: ModelTrace, end: int) -> list[int]:
             new = set(observation.flow.sources[number]) - seen
             seen |= new
             waiting += new
-    given = (value for path in heads for value in tensors(observation.calls[path][0].args))
-    marks = (observation.flow.settled(value) for value in given)
+    inputs = (value for path in heads for value in tensors(observation.calls[path][0].args))
+    marks = (observation.flow.settled(value) for value in inputs)
     return [mark.number for mark in marks if mark is not None] or [end]
 
 

@@ -138,13 +138,13 @@ class ModelTrace:
 
     def _wanted(self) -> str:
         """Say which size to pass: that of images, or of clips where the first convolution is a 3-D one."""
-        first, given = first_convolution(self.model), len(self.image_size)
+        first, dims = first_convolution(self.model), len(self.image_size)
         if isinstance(first, nn.Conv3d):
             why = "Its first convolution is a Conv3d, which takes clips or volumes, and not images.\n"
             size, what = "(C, T, H, W)", "clips or volumes"
-            return f"{why if given < 4 else ''}Pass input_size={size} of the {what} you train on."
+            return f"{why if dims < 4 else ''}Pass input_size={size} of the {what} you train on."
         why = "Its first convolution is a Conv2d, which takes images, and not clips or volumes.\n"
-        return f"{why if given > 3 and first is not None else ''}Pass input_size=(C, H, W) of the images you train on."
+        return f"{why if dims > 3 and first is not None else ''}Pass input_size=(C, H, W) of the images you train on."
 
     def _check_arguments(self, error: Exception) -> None:
         """Raise where the forward cannot be called with images alone, which explains why it did not run."""

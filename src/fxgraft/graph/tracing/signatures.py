@@ -90,11 +90,11 @@ class Declared:
         if not kwargs and len(args) == 1 and isinstance(args[0], Tensor):
             return {}
         unnamed = range(len(self.positional), len(args))
-        given = {**dict(zip((*self.positional, *map(str, unnamed)), args, strict=False)), **kwargs}
-        given = {name: value for name, value in given.items() if name not in (TARGET, LABELS)}
-        first = next((name for name in (*self.positional[:1], *given) if name in given), None)
-        extra = {} if first is None else dict(_of_another_kind(given.pop(first)))
-        for name, value in given.items():
+        named = {**dict(zip((*self.positional, *map(str, unnamed)), args, strict=False)), **kwargs}
+        named = {name: value for name, value in named.items() if name not in (TARGET, LABELS)}
+        first = next((name for name in (*self.positional[:1], *named) if name in named), None)
+        extra = {} if first is None else dict(_of_another_kind(named.pop(first)))
+        for name, value in named.items():
             if self._tells(name, value):
                 extra[name] = value
         return extra

@@ -197,8 +197,8 @@ class ShallowTracer(fx.Tracer):
             pairs = [(key, self.create_arg(value)) for key, value in a.items()]
             return self.create_node("call_function", OrderedDict, (pairs,), {})
         if isinstance(a, dict) and is_dataclass(a):
-            given = {slot.name: self.create_arg(getattr(a, slot.name)) for slot in fields(a)}
-            return self.create_node("call_function", type(a), (), given)
+            entries = {slot.name: self.create_arg(getattr(a, slot.name)) for slot in fields(a)}
+            return self.create_node("call_function", type(a), (), entries)
         return super().create_arg(a)
 
     def retire(self) -> set[str]:
@@ -293,9 +293,9 @@ class ShallowTracer(fx.Tracer):
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Let the pre-hooks of an opened module act on the tensors among its arguments when the graph is run."""
         owner = self.create_proxy("get_attr", path, (), {})
-        given: Any = self.create_proxy("call_function", hooked_inputs, (owner, args, kwargs), {})
-        inner = [given[0][i] if isinstance(arg, fx.Proxy) else arg for i, arg in enumerate(args)]
-        named = {k: given[1][k] if isinstance(v, fx.Proxy) else v for k, v in kwargs.items()}
+        hooked: Any = self.create_proxy("call_function", hooked_inputs, (owner, args, kwargs), {})
+        inner = [hooked[0][i] if isinstance(arg, fx.Proxy) else arg for i, arg in enumerate(args)]
+        named = {k: hooked[1][k] if isinstance(v, fx.Proxy) else v for k, v in kwargs.items()}
         return tuple(inner), named
 
     def _hooked_output(
@@ -446,9 +446,9 @@ def trace(
         return Traced(graph, spec, tensors_only, signature)
     # Sizes that a caller hands down (a token grid) change with the image, so they are inputs as well,
     # unless the forward branches on them.
-    given = {id(leaf) for leaf in pytree.tree_leaves((call.args, call.kwargs))}
+    own_leaves = {id(leaf) for leaf in pytree.tree_leaves((call.args, call.kwargs))}
     with_sizes = tuple(
-        INPUT if type(leaf) is int and id(leaf) in given else value
+        INPUT if type(leaf) is int and id(leaf) in own_leaves else value
         for leaf, value in zip(leaves, tensors_only, strict=True)
     )
     names = leaf_names(signature, args, kwargs)
@@ -466,9 +466,9 @@ def trace(
     # By identity: an argument may have no hash, or compare tensors entry by entry in its ``==``.
     different = {(tuple(map(id, fixed)), *rest): (fixed, *rest) for fixed, *rest in attempts}
     for fixed, branching, buffers in different.values():
-        given = (path, observed or {}, bare_forward(module), spec, fixed, names, leaves)
+        prepared = (path, observed or {}, bare_forward(module), spec, fixed, names, leaves)
         try:
-            start = partial(_tracer, module, opened, deep, given, branching, buffers, hooks)
+            start = partial(_tracer, module, opened, deep, prepared, branching, buffers, hooks)
             first = _attempt(module, start(), training, CALLERS[0])
             # Where nothing asks for the modes or sets them, another caller makes no difference.
             second = _attempt(module, start(), training, CALLERS[1]) if first.recorder.touched else first

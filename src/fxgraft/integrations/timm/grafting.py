@@ -154,10 +154,10 @@ class Grafting:
         def replacement(*args: Any, **kwargs: Any) -> Any:
             return wrapper(original, *args, **kwargs)
 
-        for place in (home, *others, sys.modules["__main__"]):
-            if vars(place).get(name) is original:
-                setattr(place, name, replacement)
-                self._undo.callback(setattr, place, name, original)
+        for module in (home, *others, sys.modules["__main__"]):
+            if vars(module).get(name) is original:
+                setattr(module, name, replacement)
+                self._undo.callback(setattr, module, name, original)
 
     def _create_model(self, create: Callable[..., nn.Module], *args: Any, **kwargs: Any) -> nn.Module:
         if kwargs.get("scriptable"):
@@ -188,8 +188,8 @@ class Grafting:
 
     def _create_loader(self, create: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         loader = create(*args, **kwargs)
-        given = inspect.signature(create).bind(*args, **kwargs).arguments
-        return fxgraft.with_targets(loader) if given.get("is_training") else loader
+        arguments = inspect.signature(create).bind(*args, **kwargs).arguments
+        return fxgraft.with_targets(loader) if arguments.get("is_training") else loader
 
     def _mix(self, mix: Callable[..., Any], mixup: Mixup, *args: Any, **kwargs: Any) -> Any:
         x, y = mix(mixup, *args, **kwargs)
@@ -197,17 +197,17 @@ class Grafting:
         return x, y
 
     def _model_parameters(self, listing: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        given = inspect.signature(listing).bind(*args, **kwargs).arguments
-        return model_parameters(**given)
+        arguments = inspect.signature(listing).bind(*args, **kwargs).arguments
+        return model_parameters(**arguments)
 
     def _clip_parameters(self, listing: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        given = inspect.signature(listing).bind(*args, **kwargs).arguments
-        if not given.pop("exclude_head", False) or self.model is None:
+        arguments = inspect.signature(listing).bind(*args, **kwargs).arguments
+        if not arguments.pop("exclude_head", False) or self.model is None:
             return listing(*args, **kwargs)
         kept = {id(p) for p in model_parameters(self.model, exclude_head=True)}
         own = {id(p) for p in self.model.parameters()}
         # Other parameters that a task trains are clipped as before.
-        return [p for p in listing(*given.values()) if id(p) in kept or id(p) not in own]
+        return [p for p in listing(*arguments.values()) if id(p) in kept or id(p) not in own]
 
     def _distil(self, start: Callable[..., None], task: nn.Module, *args: Any, **kwargs: Any) -> None:
         self._refuse_paired(
@@ -248,7 +248,7 @@ class Grafting:
         self._set_progress(num_updates, self._epochs * self._updates)
 
     def _update_summary(self, update: Callable[..., None], epoch: int, *args: Any, **kwargs: Any) -> None:
-        given = inspect.signature(update).bind(epoch, *args, **kwargs)
+        bound = inspect.signature(update).bind(epoch, *args, **kwargs)
         if self.model is not None:
             scalars = fxgraft.diagnostics(self.model)
             # The file has the columns of its first row: all that there may be, whatever a pass has measured.
@@ -259,8 +259,8 @@ class Grafting:
                 if "<" not in name  # one of each site
             ]
             measured = {name: scalars.get(name, math.nan) for name in names}
-            given.arguments["train_metrics"] = {**given.arguments["train_metrics"], **measured}
-        update(*given.args, **given.kwargs)
+            bound.arguments["train_metrics"] = {**bound.arguments["train_metrics"], **measured}
+        update(*bound.args, **bound.kwargs)
 
     def _set_progress(self, done: int, total: int) -> None:
         if self.model is not None and total:

@@ -67,13 +67,13 @@ def split_arguments(words: Sequence[str]) -> tuple[list[str], Path, list[str]]:
         if option not in ("--graft", "--graft-file"):
             others.append(word)
             continue
-        given = value if equals else next(rest, None)
-        if given is None:
+        text = value if equals else next(rest, None)
+        if text is None:
             raise ConfigError(f"{option} is the last word, and what to graft is missing.\n{_EXAMPLE}")
         if option == "--graft":
-            grafts.append(given)
+            grafts.append(text)
         else:
-            grafts += [spec.text for spec in read_graft_file(Path(given))]
+            grafts += [spec.text for spec in read_graft_file(Path(text))]
     if not others:
         raise ConfigError(f"There is no script to run.\n{_EXAMPLE}")
     if others[0].startswith("-"):

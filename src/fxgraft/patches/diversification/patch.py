@@ -213,16 +213,16 @@ class Diversification(Patch):
         (unit,) = graft.units_of(DiversificationUnit)
         if self.loss is None or not unit.boosts:
             return criterion
-        given: Any = criterion  # a subclass, or one with hooks, may compute something else
-        forward = getattr(type(given), "forward", None)
-        hooked = getattr(given, "_forward_hooks", None) or getattr(given, "_forward_pre_hooks", None)
-        if forward is nn.CrossEntropyLoss.forward and "forward" not in vars(given) and not hooked:
+        plain: Any = criterion  # a subclass, or one with hooks, may compute something else
+        forward = getattr(type(plain), "forward", None)
+        hooked = getattr(plain, "_forward_hooks", None) or getattr(plain, "_forward_pre_hooks", None)
+        if forward is nn.CrossEntropyLoss.forward and "forward" not in vars(plain) and not hooked:
             return GradientBoostingCrossEntropy(
                 self.loss_k,
-                label_smoothing=given.label_smoothing,
-                weight=given.weight,
-                ignore_index=given.ignore_index,
-                reduction=given.reduction,
+                label_smoothing=plain.label_smoothing,
+                weight=plain.weight,
+                ignore_index=plain.ignore_index,
+                reduction=plain.reduction,
             )
         options: dict[str, Any] = {}
         inner = criterion

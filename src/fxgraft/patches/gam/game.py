@@ -231,9 +231,9 @@ class Game(Unit):
             raise ConfigError(
                 f"{model._get_name()} has no weights, so there is nothing to adapt.\nPatch a network that was trained."
             )
-        place = (like.device, like.dtype)
-        if any((p.device, p.dtype) != place for p in source.parameters() if p.is_floating_point()):
-            source.to(*place)
+        device_and_dtype = (like.device, like.dtype)
+        if any((p.device, p.dtype) != device_and_dtype for p in source.parameters() if p.is_floating_point()):
+            source.to(*device_and_dtype)
         self.discriminators.to(like.device, torch.promote_types(like.dtype, torch.float32))
         return source.eval() if source.training else source
 

@@ -224,8 +224,10 @@ class EnsembleMetrics(nn.Module):
             return fitted.compute()
         values = {name: metric.compute() for name, metric in self._named()}
         device = values["disagreement"].device
-        given = {f"{k}/temperature": torch.tensor(t, device=device) for k, t in self._temperatures.items()}
-        return values | given
+        temperatures = {
+            f"{k}/temperature": torch.tensor(t, device=device) for k, t in self._temperatures.items()
+        }
+        return values | temperatures
 
     def temperatures(self) -> dict[str, float]:
         """The temperature of every member and of all together, by name: as given, or as fitted to all batches.

@@ -206,9 +206,9 @@ class Pairing:
     def _check_batch(self, y: Any) -> None:
         repeats = self.rows // max(len(self.labels), 1)  # a batch may be empty
         if not isinstance(y, (Tensor, MixedLabels)) or len(y) * repeats != self.rows:
-            given = f"{len(y)} labels" if isinstance(y, (Tensor, MixedLabels)) else f"a {type(y).__name__}"
+            shown = f"{len(y)} labels" if isinstance(y, (Tensor, MixedLabels)) else f"a {type(y).__name__}"
             raise TargetError(
-                f"The pass of this output had labels for {len(self.labels)} samples; the loss was given {given}.\n"
+                f"The pass of this output had labels for {len(self.labels)} samples; the loss was given {shown}.\n"
                 "Which sample each member saw is known for all rows of the pass together.\n"
                 "Call fxgraft.loss with the whole output and the labels of its batch."
             )

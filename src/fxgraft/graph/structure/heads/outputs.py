@@ -44,9 +44,9 @@ def logits_node(values: Values, output: str | int | None, model: str) -> fx.Node
     if wanted is None:
         wanted = next((key for key in LOGITS_KEYS if key in entries), None)
     if wanted is None and output is None:
-        given = {key: values(node) for key, node in entries.items() if isinstance(node, fx.Node)}
-        alone = [key for key, entry in given.items() if isinstance(entry, Tensor)]
-        wanted = alone[0] if len(alone) == 1 and _rows(given[alone[0]]) else None
+        held = {key: values(node) for key, node in entries.items() if isinstance(node, fx.Node)}
+        alone = [key for key, entry in held.items() if isinstance(entry, Tensor)]
+        wanted = alone[0] if len(alone) == 1 and _rows(held[alone[0]]) else None
     if wanted not in entries or not isinstance(entries[wanted], fx.Node):
         raise _no_entry(model, wanted, [key for key, node in entries.items() if isinstance(node, fx.Node)])
     return entries[wanted]

@@ -63,8 +63,8 @@ def normed_alike(
     """Normalise rows with the statistics of their pooled vector, for norms written as functions."""
     function = getattr(F, name)
     middle = function(pooled, *args, **kwargs)
-    given = inspect.signature(NORMS[function]).bind(pooled, *args, **kwargs).arguments
-    return middle, around(pooled, middle, rows, positions, NORMS[function](**given))
+    bound = inspect.signature(NORMS[function]).bind(pooled, *args, **kwargs).arguments
+    return middle, around(pooled, middle, rows, positions, NORMS[function](**bound))
 
 
 def layer_scale(

@@ -125,10 +125,10 @@ def pooling_of(node: fx.Node, values: Values) -> Pooling | None:
     if name != "mean":
         return None
     rest = node.args[1:]
-    given = node.kwargs.get("dim", rest[0] if rest else None)
-    if node.op == "call_method" and isinstance(given, int) and all(type(d) is int for d in rest):
-        given = rest or (given,)
-    dims = (given,) if isinstance(given, int) else given
+    listed = node.kwargs.get("dim", rest[0] if rest else None)
+    if node.op == "call_method" and isinstance(listed, int) and all(type(d) is int for d in rest):
+        listed = rest or (listed,)
+    dims = (listed,) if isinstance(listed, int) else listed
     if not isinstance(dims, (tuple, list)) or not all(type(d) is int for d in dims):
         return None
     left = set(range(1, value.ndim)) - {d % value.ndim for d in dims}  # type: ignore[operator]
