@@ -38,9 +38,9 @@ OPTIONS: dict[str, dict[str, Any]] = {"gam": {"layers": ["global_pool"]}, "taps"
 
 THUMBNAILS: dict[str, tuple[int, int, str]] = {
     "crossnorm": (0, 2, "a temple in the colours of a flower"),
-    "diversification": (0, 1, "evidence for the class palace, hatched where it is damped"),
-    "dsu": (0, 1, "a temple in colours that were drawn at random"),
-    "gam": (1, 0, "channel means of an image before and after they are matched to another's"),
+    "diversification": (0, 1, "evidence for a palace, hatched where it is damped"),
+    "dsu": (0, 1, "a temple in random colours"),
+    "gam": (1, 0, "channel means before and after matching"),
     "mixmo": (0, 2, "a temple and a flower in one image"),
     "mixstyle": (0, 1, "a temple, halfway to the colours of a flower"),
     "rsc": (0, 1, "activations on a temple, hatched where they are hidden"),
@@ -48,7 +48,7 @@ THUMBNAILS: dict[str, tuple[int, int, str]] = {
 }
 """Row and column of the panel that a method's thumbnail shows, and what is to be seen there."""
 
-SCHEMES = {"selfnorm": "a drawing: bars of several heights, each scaled by a factor of its own"}
+SCHEMES = {"selfnorm": "a drawing: bars, each scaled by its own factor"}
 """Methods whose thumbnail is a drawing: the gates of SelfNorm change nothing before they are trained."""
 
 SCHEME_MADE_OF = (
