@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 
 from fxgraft.graph.grafting.placement import Placement
+from fxgraft.graph.grafting.state import state_of
 from fxgraft.graph.grafting.unit import Unit
 from fxgraft.graph.structure.affine_fold import Absorber, absorber_of
 from fxgraft.graph.structure.heads.head import Head, find_head, pooled_map
@@ -186,6 +187,7 @@ class Backbone:
         site: Site,
         output: str | int | None = None,
         behind: Collection[str] | None = None,
+        bare: Rest | None = None,
     ) -> Rest:
         """Split off the rest of the network after a site, as a function of its value.
 
@@ -194,9 +196,21 @@ class Backbone:
             output: which entry of a structured output holds the logits.
             behind: in `Patch.on_installed`, the grafts before this one: the rest starts after their change of the
                 site's value, and their units record what else it needs.
+            bare: the rest of the bare model. Where no unit acts in what it runs, it is that of the patched one as well.
         """
+        if bare is not None and not self._acts_in(bare):
+            return bare
         acted = None if behind is None else lambda unit: getattr(unit, "graft", None) in behind
         return rest_of_network(self.trace, site, output, acted)
+
+    def _acts_in(self, rest: Rest) -> bool:
+        """Say whether a unit acts in evaluation in a forward that a rest runs."""
+        states = (
+            (path, state_of(module)) for path, module in self.model.named_modules(remove_duplicate=False)
+        )
+        return any(
+            state is not None and not state.evaluation.empty and rest.runs(path) for path, state in states
+        )
 
     def reads_places(self, rest: Rest, prefix: int, compute: bool = False) -> bool:
         """Say whether the logits read anything of a site's value but its first ``prefix`` tokens.

@@ -118,13 +118,13 @@ class GraftRegistry:
         wanted = list(self.grafts if grafts is None else grafts)
         names = {} if self.plan is None else self.plan.names()
         with Transaction(model, self) as change:
-            after = None
+            after = known = None
             if wanted:
                 seen, known = (look, None) if look is not None else self.look(model, again=grafts is None)
                 after = plan(model, wanted, seen, self, self.context, known, records)
             change.apply(after, wanted)
             if after is not None:
-                connect(model, self, after)
+                connect(model, self, after, known)
             self.news = _news(change.units, wanted, names)
             for unit in [unit for graft in wanted for unit in graft.units.values() if unit.restarts]:
                 unit.restart(model)
@@ -305,13 +305,14 @@ def _some(names: Sequence[str]) -> tuple[str, ...]:
     return (*names[: -1 : -(-len(names) // REFERENCES) or 1], *names[-1:])
 
 
-def connect(model: nn.Module, registry: GraftRegistry, plan: Plan) -> None:
+def connect(model: nn.Module, registry: GraftRegistry, plan: Plan, known: Plan | None = None) -> None:
     """Tell the units what they work with, now that all of them are in place.
 
     Args:
         model: the model.
         registry: the registry of the model's grafts.
         plan: what is written on the model.
+        known: the plan whose placements were taken: a graft beside which the same acts in evaluation looks no more.
     """
     context, grafts = registry.context, plan.grafts
     for path, state in plan.states.items():
@@ -338,11 +339,13 @@ def connect(model: nn.Module, registry: GraftRegistry, plan: Plan) -> None:
         for unit in graft.units.values():
             unit.context = context
             unit.set_progress(context.progress)
-    if any(placement.evaluation for _, placement in plan.placements):
+    looking = [graft for graft in grafts if type(graft.patch).on_installed is not Placer.on_installed]
+    # One that was placed now has looked at the bare model, where nothing acts.
+    changed = [g for g in looking if plan.evaluated(g) != (([], []) if known is None else known.evaluated(g))]
+    if changed:
         look = Look(Shadow(model))  # with the grafts
-        for graft in grafts:
-            if type(graft.patch).on_installed is not Placer.on_installed:
-                graft.patch.on_installed(graft, Backbone(look.trace(graft.input_size)))
+        for graft in changed:
+            graft.patch.on_installed(graft, Backbone(look.trace(graft.input_size)))
     context.forget()
     context.measured = {}
 

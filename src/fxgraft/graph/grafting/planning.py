@@ -115,6 +115,15 @@ class Plan:
         """List the placements of one graft."""
         return [placement for owner, placement in self.placements if owner is graft]
 
+    def evaluated(self, graft: Graft) -> tuple[list[Placement], list[Placement]]:
+        """List what acts in evaluation, in front of one graft and from it on; nothing where the graft isn't planned."""
+        before = [id(each) for each in self.grafts]
+        if id(graft) not in before:
+            return [], []
+        del before[before.index(id(graft)) :]
+        acting = [(id(owner) in before, each) for owner, each in self.placements if each.evaluation]
+        return [each for first, each in acting if first], [each for first, each in acting if not first]
+
     def names(self) -> dict[int, str]:
         """Return the qualified names of the units that join the module tree, by identity."""
         names = {

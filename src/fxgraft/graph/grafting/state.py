@@ -32,6 +32,11 @@ class Program:
     skipped: frozenset[str] = frozenset()
 
     @property
+    def empty(self) -> bool:
+        """Whether it is the module's own forward and nothing else."""
+        return self.function is None and not self.units and not self.inputs
+
+    @property
     def acts(self) -> bool:
         """Whether it does more than the module's own forward, not counting units that a call may go around."""
         return self.function is not None or not all(u.optional for u in (*self.units, *self.inputs))

@@ -131,9 +131,9 @@ def position_sites(trace: ModelTrace) -> list[Site]:
 
 
 def _all(trace: ModelTrace, position: str) -> list[Site]:
-    if position in RESIDUAL:
-        return _residual(trace, position)
-    return dense_layers(trace, position) if position in DENSE else _plain(trace, position)
+    """Find all sites of a position, once for all grafts that are planned with a trace."""
+    find = _residual if position in RESIDUAL else dense_layers if position in DENSE else _plain
+    return list(trace.once(("positions", position), lambda own: tuple(find(own, position))))
 
 
 def _residual(trace: ModelTrace, position: str) -> list[Site]:
@@ -332,7 +332,7 @@ def _named(trace: ModelTrace, word: str | int, every: Callable[[], list[Site]]) 
             raise SiteError(
                 f"{word!r} names no position of a residual join.\nThey are {', '.join(map(repr, RESIDUAL))}."
             )
-        sites = _residual(trace, position)
+        sites = _all(trace, position)
         exact = [dataclasses.replace(site, name=word) for site in sites if site.name == name]
         if exact:
             return exact[:1]
@@ -400,17 +400,17 @@ def _nowhere(trace: ModelTrace, position: str, sites: list[Site]) -> StructureEr
         )
     joined = [residual.name for residual in residual_joins(trace)] if position in RESIDUAL else []
     if joined:
-        have = [names for names in RESIDUAL if names != position and _residual(trace, names)]
+        have = [names for names in RESIDUAL if names != position and _all(trace, names)]
         return StructureError(
             f"No residual join of {model} has a position {position!r}: {_few(joined)}.\n"
             "They add several branches one after the other, and no value is the end of all of them.\n"
             f"Pass position= one of {', '.join(map(repr, have))}, or layers= with the name of a site at the end of one "
             "branch."
         )
-    joins = len(_residual(trace, "post"))
-    dense = len(dense_layers(trace, DENSE[0]))
+    joins = len(_all(trace, "post"))
+    dense = len(_all(trace, DENSE[0]))
     parts = [f"{joins} residual joins", f"{dense} dense layers"]
-    parts += [f"{len(_plain(trace, kind))} {plural}" for kind, plural in _KINDS.items()]
+    parts += [f"{len(_all(trace, kind))} {plural}" for kind, plural in _KINDS.items()]
     have = [p for p, n in zip((RESIDUAL, DENSE, *([k] for k in PLAIN)), parts, strict=True) if n[0] != "0"]
     offers = ", ".join(repr(name) for group in have for name in group if name != position)
     what = "residual join" if position in RESIDUAL else "dense layer" if position in DENSE else position

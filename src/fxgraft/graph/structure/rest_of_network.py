@@ -40,7 +40,7 @@ from fxgraft.graph.tracing.branches import held
 from fxgraft.graph.tracing.compile import compile_graph
 from fxgraft.graph.tracing.editing import After, is_unit
 from fxgraft.graph.tracing.model_trace import ModelTrace
-from fxgraft.graph.tracing.names import ancestors
+from fxgraft.graph.tracing.names import ancestors, inside
 from fxgraft.graph.tracing.observe import bare_calls, tensors
 from fxgraft.graph.tracing.preserve import preserved_attributes, preserved_modes, preserved_random_state
 from fxgraft.graph.tracing.regions import region_of
@@ -139,6 +139,7 @@ class Rest:
         captured: values from before the site that it needs, recorded as the pass goes by; their names are the same on
             every model of this structure.
         inputs: which of the model's own positional inputs it needs (for their shape, mostly).
+        opened: qualified names of the modules whose forwards it goes through, the model's own ('') among them.
         children: qualified names of the modules it calls.
         tail: the pooling and the linear layer, when the rest is just these; else None.
         settings: plain attributes of the modules it was traced through, by qualified name.
@@ -153,6 +154,7 @@ class Rest:
     function: Callable[..., Tensor]
     captured: tuple[Site, ...]
     inputs: tuple[int, ...]
+    opened: tuple[str, ...]
     children: tuple[str, ...]
     tail: LinearTail | None
     settings: dict[str, dict[str, Any]] = field(default_factory=dict)
@@ -161,6 +163,10 @@ class Rest:
     forwards: dict[str, Any] = field(default_factory=dict)
     whole: bool = False
     output: str | int | None = None
+
+    def runs(self, path: str) -> bool:
+        """Say whether it runs the forward of a module, by going through it or within a module that it calls."""
+        return path in self.opened or any(inside(path, each) for each in self.children)
 
     def stale(self, model: nn.Module) -> bool:
         """Say whether the model changed since: a module replaced, or an attribute the trace may have read."""
@@ -333,7 +339,7 @@ def rest_of_network(
     downstream = downstream_of(start)
     model = trace.name
     whole = output_hooked(trace.model)
-    inside = ({logits} | upstream_of(logits)) & downstream
+    way = ({logits} | upstream_of(logits)) & downstream
     last = squashing(logits, trace.values("", traced)) if squashed_end(trace, output, False) else None
     if last is not None and (whole or last not in downstream):
         raise StructureError(
@@ -342,7 +348,7 @@ def rest_of_network(
             "Return the logits, and take their sigmoid or softmax behind the model."
         )
     without = {} if last is None else {last: tensor_inputs(last, trace.values("", traced))[0]}
-    graph, needed, inputs = _cut(traced, start, _all_of_it(traced) if whole else logits, inside, without)
+    graph, needed, inputs = _cut(traced, start, _all_of_it(traced) if whole else logits, way, without)
     keys = {node: f"{name}:{node.name}" for node in needed}
     captured = tuple(
         Site(key, "") if acted is not None else _captured(trace, node, key) for node, key in keys.items()
@@ -359,6 +365,7 @@ def rest_of_network(
         compile_graph(graph, constants, f"rest of {model} after {site.name}"),
         captured,
         inputs,
+        ("", *opened),
         children,
         tail,
         settings=traced.settings,
@@ -404,7 +411,7 @@ def _cut(
     traced: Traced,
     start: fx.Node,
     end: fx.Node,
-    inside: set[fx.Node],
+    within: set[fx.Node],
     without: Mapping[fx.Node, fx.Node],
 ) -> tuple[fx.Graph, list[fx.Node], tuple[int, ...]]:
     """Copy the nodes from ``start`` to ``end`` into a graph of their own; return what else it needs as well.
@@ -414,18 +421,18 @@ def _cut(
     order = {node: index for index, node in enumerate(traced.graph.nodes)}
     holds = {node for node in downstream_of(start) if node.target is held}
     behind = {node for hold in holds for node in upstream_of(hold)} & downstream_of(start)
-    inside, frontier = {*inside, *holds, *behind, end}, set()
-    waiting = list(inside)
+    within, frontier = {*within, *holds, *behind, end}, set()
+    waiting = list(within)
     while waiting:
         for source in waiting.pop().all_input_nodes:
-            if source is start or source in inside or source in frontier:
+            if source is start or source in within or source in frontier:
                 continue
             # A value that isn't computed yet at the site is computed from earlier ones, and so is one that costs
             # nothing. Pre-hooks of modules around the site run once more, since only the module itself could record
             # their result.
             free = _cheap(source) or HOOKED in source.meta or order[source] > order[start]
             if source.op != "placeholder" and free:
-                inside.add(source)
+                within.add(source)
                 waiting.append(source)
             else:
                 frontier.add(source)

@@ -179,7 +179,7 @@ class RSC(LayeredPatch):
         backbone.check_logits(self.output)
         for site, layout, rest in found_sites(backbone, self.layers, self.output, self.layout):
             unit = make(site.name, RSCUnit, self)
-            unit.bind(site=site, layout=layout, rest=rest)
+            unit.bind(site=site, layout=layout, rest=rest, bare=rest)
             for capture in rest.captured:
                 yield backbone.place(capture, make(capture.name, Capture, capture.name), evaluation=False)
             yield backbone.place(site, unit, evaluation=False)
@@ -193,11 +193,11 @@ class RSC(LayeredPatch):
                 )
 
     def on_installed(self, graft: Graft, backbone: Backbone) -> None:
-        """Trace the rest again with the grafts on, since some of them act in it."""
+        """Trace the rest again with the grafts on, where some of them act in it."""
         names = [known.name for known in grafts_on(backbone.model)]
         behind = names[: names.index(graft.name)]
         for unit in graft.units_of(RSCUnit):
-            unit.bind(rest=backbone.rest(unit.site, self.output, behind))
+            unit.bind(rest=backbone.rest(unit.site, self.output, behind, unit.bare))
 
     def picture(self, graft: Graft, view: View) -> Picture:
         """Show what a training pass mutes in an image."""
@@ -235,6 +235,7 @@ class RSCUnit(Unit):
     site: Site
     layout: Layout
     rest: Rest
+    bare: Rest
     records: list[RSCRecord] | None = None
 
     def __init__(self, config: RSC) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import operator
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -16,8 +17,11 @@ from torch import Tensor, nn
 import fxgraft
 from fxgraft.extend import Backbone, Make, Placement
 from fxgraft.graph.grafting.lookup import registry_of
+from fxgraft.graph.structure import positions
+from fxgraft.graph.tracing import model_trace
 from fxgraft.graph.tracing.editing import After, Output
 from fxgraft.patches.blocks import Part
+from fxgraft.patches.rsc.patch import RSCUnit
 from models.toys import Net, Toy, assert_same, images, names, net, state_of_everything
 
 SIZE = (3, 8, 8)
@@ -192,3 +196,130 @@ def test_two_grafts_in_dense_blocks_call_every_unit_once(monkeypatch: pytest.Mon
     assert sorted(map(id, called)) == sorted(map(id, parts))
     fxgraft.unpatch(model, "first")
     assert not torch.allclose(model(x), out)
+
+
+STACK: tuple[tuple[str, dict[str, Any]], ...] = (
+    ("taps", {"layers": -1}),
+    ("rsc", {"layer": -1}),
+    ("crossnorm", {}),
+    ("selfnorm", {}),
+    ("diversification", {}),
+)
+
+
+class Work:
+    """Counts the passes of fake images and the traces that planning makes."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.passes = 0
+        self.traces: list[Any] = []
+        run, make = model_trace.observe, model_trace.trace
+
+        def observe(*args: Any, **kwargs: Any) -> Any:
+            self.passes += 1
+            return run(*args, **kwargs)
+
+        def trace(module: nn.Module, call: Any, training: bool, *rest: Any) -> Any:
+            self.traces.append((training, *rest[:3]))  # what is opened, and the module's name
+            return make(module, call, training, *rest)
+
+        monkeypatch.setattr(model_trace, "observe", observe)
+        monkeypatch.setattr(model_trace, "trace", trace)
+
+
+def small(name: str) -> nn.Module:
+    options = {"densenet121": {"block_config": (2, 3, 2), "growth_rate": 4}}.get(name, {})
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return timm.create_model(name, num_classes=3, **options).eval()
+
+
+def stacked(model: nn.Module, together: bool, stack: Any = STACK) -> nn.Module:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        if together:
+            text = " + ".join(
+                ":".join([method, *(f"{key}={value}" for key, value in options.items())])
+                for method, options in stack
+            )
+            return fxgraft.patch(model, text, input_size=(3, 96, 96))
+        for method, options in stack:
+            fxgraft.patch(model, method, input_size=(3, 96, 96), **options)
+        return model
+
+
+@pytest.mark.parametrize("together", [True, False])
+@pytest.mark.parametrize("name", ["densenet121", "test_resnet"])
+def test_grafts_beside_each_other_trace_nothing_twice(
+    monkeypatch: pytest.MonkeyPatch, name: str, together: bool
+) -> None:
+    work = Work(monkeypatch)
+    stacked(small(name), together)
+    assert work.passes == 1
+    assert len(work.traces) == len(set(map(repr, work.traces)))
+
+
+def test_positions_are_looked_for_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+    find = positions.dense_layers
+    monkeypatch.setattr(
+        positions, "dense_layers", lambda trace, position: (asked.append(position), find(trace, position))[1]
+    )
+    stacked(small("densenet121"), together=False)
+    assert asked == ["conv1_pre"]
+
+
+@pytest.mark.parametrize("name", ["densenet121", "test_resnet"])
+def test_one_by_one_gives_what_together_gives(name: str) -> None:
+    one, both = stacked(small(name), together=False), stacked(small(name), together=True)
+    registries = [registry for model in (one, both) if (registry := registry_of(model)) is not None]
+    assert registries[0].recorded() == registries[1].recorded()
+    assert names(one) == names(both)
+    x, y = images(4, 96), torch.arange(4) % 3
+    for training in (False, True):
+        outs = []
+        for model in (one, both):
+            model.train(training)
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(1)
+                outs.append(model(x, target=y))
+        assert torch.equal(*outs)
+
+
+@pytest.mark.parametrize("name", ["densenet121", "test_resnet"])
+def test_a_model_is_as_it_was_after_grafts_one_by_one(name: str) -> None:
+    model = small(name)
+    before = state_of_everything(model)
+    assert_same(before, state_of_everything(fxgraft.unpatch(stacked(model, together=False))))
+
+
+def rests(model: nn.Module) -> list[Any]:
+    return [
+        unit.rest
+        for graft in fxgraft.grafts(model)
+        if graft.name == "rsc"
+        for unit in graft.units_of(RSCUnit)
+    ]
+
+
+def test_the_rest_of_the_network_is_followed_again_where_a_unit_acts_in_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model = small("test_resnet")
+    fxgraft.patch(model, "rsc", layer="layer2", input_size=(3, 96, 96))
+    bare = rests(model)
+    fxgraft.patch(model, "selfnorm", name="early", layers="layer1", input_size=(3, 96, 96))
+    assert all(map(operator.is_, rests(model), bare))
+    fxgraft.patch(model, "selfnorm", name="late", layers="layer4", input_size=(3, 96, 96))
+    late = rests(model)
+    assert not any(map(operator.is_, late, bare))
+    work = Work(monkeypatch)
+    fxgraft.patch(model, "crossnorm", input_size=(3, 96, 96))  # for training alone
+    assert all(map(operator.is_, rests(model), late))
+    assert work.passes == 0
+    fxgraft.unpatch(model, "late")
+    assert all(map(operator.is_, rests(model), bare))
+    registry = registry_of(model)
+    assert registry is not None
+    model.train()(images(4, 96), target=torch.arange(4) % 3)
+    assert registry.renewals == 0
