@@ -30,6 +30,13 @@ def monai(name: str, *args: Any, **options: Any) -> nn.Module:
     return getattr(pytest.importorskip("monai.networks.nets"), name)(*args, **options)
 
 
+def swin_unetr() -> nn.Module:
+    """Build one without its check of the input's size, which hands a shape to NumPy: that cannot be traced."""
+    model = monai("SwinUNETR", 1, CLASSES, feature_size=12, depths=(1, 1, 1, 1))
+    model._check_input_size = lambda spatial_shape: None
+    return model
+
+
 def smp(name: str, encoder: str) -> nn.Module:
     library = pytest.importorskip("segmentation_models_pytorch")
     return getattr(library, name)(encoder, encoder_weights=None, classes=CLASSES)
@@ -80,6 +87,7 @@ NETWORKS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
         lambda: monai("UNet", 3, 1, CLASSES, channels=(8, 16, 24), strides=(2, 2), num_res_units=1),
         VOLUME,
     ),
+    "monai/SwinUNETR": (lambda: swin_unetr(), (1, 64, 64, 64)),
     **{
         f"smp/{name}, {encoder}": ((lambda n, e: lambda: smp(n, e))(name, encoder), (3, 64, 64))
         for name in ("Unet", "FPN", "DeepLabV3Plus")
@@ -121,6 +129,20 @@ def test_networks_of_other_libraries(name: str) -> None:
         model.load_state_dict(before)
         assert [type(each) for each in model.modules()] == kinds
         assert torch.equal(take_logits(model.eval()(x)), expected), method
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_line_that_cannot_be_traced_is_named() -> None:
+    """What SwinUNETR's own check does with a shape; methods inside of its blocks go on none the less."""
+    model = monai("SwinUNETR", 1, CLASSES, feature_size=12, depths=(1, 1, 1, 1))
+    size = (1, 64, 64, 64)
+    with pytest.raises(fxgraft.TraceError, match=r"(?s)np\.array\(spatial_shape\).*a module of its own"):
+        fxgraft.patch(model, "rsc", input_size=size)
+    with pytest.raises(
+        fxgraft.StructureError, match=r"shape \(2, 5, 64, 64, 64\), and not one tensor of logits"
+    ):
+        fxgraft.patch(model, "mixmo", input_size=size)
+    fxgraft.patch(model, "selfnorm", input_size=size)
 
 
 def assert_finite(model: nn.Module) -> None:

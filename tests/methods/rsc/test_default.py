@@ -42,6 +42,37 @@ def test_a_network_of_one_position_is_refused() -> None:
         sites(model)
 
 
+class Dense(nn.Module):
+    """Its last block gives the logits: the sum of a convolution and of an activation, as a residual U-Net's does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.num_classes = 5
+        self.stages = nn.Sequential(
+            nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU()),
+            nn.Sequential(nn.Conv2d(8, 6, 3, padding=1), nn.ReLU()),
+            nn.Sequential(nn.Conv2d(6, 5, 3, padding=1), nn.PReLU(), Around(nn.Conv2d(5, 5, 3, padding=1))),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.stages(x)
+
+
+class Around(nn.Module):
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x) + x
+
+
+@pytest.mark.parametrize("device", ["meta", "cpu"])
+def test_logits_are_not_what_is_muted(device: str) -> None:
+    assert sites(Dense().to(device)) == ["stages.1"]
+    assert sites(Dense().to(device), layers=-1) == ["stages.1"]
+
+
 def test_stage_numbers_count_what_the_logits_read() -> None:
     """The last block of a network that reads its class token isn't a stage to mute, so no number means another's."""
 

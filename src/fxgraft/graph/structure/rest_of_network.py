@@ -522,7 +522,7 @@ def _gradient(trace: ModelTrace, rest: Rest, value: Tensor, others: list[Any]) -
     model = trace.model
     modules = {module for name in rest.children for module in model.get_submodule(name).modules()}
     held = [tensor for module in modules for tensor in (*module.parameters(False), *module.buffers(False))]
-    if any(tensor.is_meta or isinstance(tensor, FakeTensor) for tensor in held):
+    if value.device.type == "meta" or any(each.is_meta or isinstance(each, FakeTensor) for each in held):
         return None
     generator = torch.Generator().manual_seed(0)
 

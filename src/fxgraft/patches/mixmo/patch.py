@@ -210,7 +210,7 @@ class MixMo(Patch):
             "Several stems and classifiers fold into one only where the image enters through linear layers and the "
             "logits, one row per image, are linear in the classifiers' weights."
         ):
-            stems, heads = backbone.stems(), backbone.classifiers(self.output)
+            heads, stems = backbone.classifiers(self.output), backbone.stems()
         self._check_stems(stems)
         inputs = make(INPUTS, Inputs, self)
         inputs.bind(classifier=heads[0])

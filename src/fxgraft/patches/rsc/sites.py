@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Sequence
 
 from torch import Tensor
 
-from fxgraft.extend import Backbone, Layout, Rest, Site, SiteError, SiteSpec, StructureError
+from fxgraft.extend import Backbone, Layout, Rest, Site, SiteError, SiteSpec, StructureError, take_logits
 
 Found = tuple[Site, Layout, Rest]
 
@@ -93,7 +93,10 @@ class _Search:
     def _first_read(self, sites: Sequence[Site], compute: bool = False) -> Found:
         """Find the first of several sites whose positions the logits read."""
         failed: SiteError | None = None
+        logits = take_logits(self.backbone.output, (self.output,))
         for site in sites:
+            if site.value is logits:  # the last block of a dense network may give them itself
+                continue
             try:
                 layout, rest = self.read_at(site, compute)
             except SiteError as error:  # no logit depends on it, or it cannot be followed

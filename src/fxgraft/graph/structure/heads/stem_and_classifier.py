@@ -99,6 +99,9 @@ def find_classifiers(trace: ModelTrace, output: str | int | None = None) -> tupl
     Raises:
         StructureError: the logits are made in another way; says what stands in the place.
     """
+    out = trace.observation.output("")
+    if isinstance(out, Tensor):  # known before a trace of the forward, which may be impossible
+        _check_rows(trace, out)
 
     def search(traced: Traced) -> list[str]:
         return _last_layers(trace, traced, output)
@@ -190,6 +193,19 @@ def _check_passable(trace: ModelTrace, node: fx.Node, traced: Traced, values: Va
             )
 
 
+def _check_rows(trace: ModelTrace, out: object) -> None:
+    """Raise unless logits are one row for each image."""
+    if isinstance(out, Tensor) and out.ndim == 2:
+        return
+    shape = f"a value of shape {tuple(out.shape)}" if isinstance(out, Tensor) else "several values"
+    advice = "Build the model as a classifier, without auxiliary or distillation outputs."
+    if isinstance(out, Tensor) and out.shape.numel() == out.shape[0]:
+        advice = (
+            "Return the one logit as (B, 1), as a classifier gives it; change its shape in the criterion."
+        )
+    raise StructureError(f"{trace.name} returns {shape}, and not one tensor of logits (B, K).\n{advice}")
+
+
 def _shown(node: fx.Node, values: Values) -> str:
     return "the output" if node.op == "output" else describe_node(node, values)
 
@@ -223,15 +239,7 @@ def _last_layers(trace: ModelTrace, traced: Traced, output: str | int | None) ->
     """Follow the logits back to the layers that give them."""
     values = trace.values("", traced)
     end = logits_node(values, output, trace.name)
-    out = values(end)
-    if not isinstance(out, Tensor) or out.ndim != 2:
-        shape = f"a value of shape {tuple(out.shape)}" if isinstance(out, Tensor) else "several values"
-        advice = "Build the model as a classifier, without auxiliary or distillation outputs."
-        if isinstance(out, Tensor) and out.shape.numel() == out.shape[0]:
-            advice = (
-                "Return the one logit as (B, 1), as a classifier gives it; change its shape in the criterion."
-            )
-        raise StructureError(f"{trace.name} returns {shape}, and not one tensor of logits (B, K).\n{advice}")
+    _check_rows(trace, values(end))
     carrying = downstream_of(next(node for node in traced.graph.nodes if node.op == "placeholder"))
     waiting, paths = [end], list[str]()
     while waiting:
