@@ -96,7 +96,7 @@ def layout_of(
 
     The operations that made the value tell its dimensions: layers give features; operations that reshape, permute,
     cut or concatenate are followed; tokens that don't come from the image aren't places. A dimension that stays
-    unknown is told by a larger image: places become more, features don't.
+    unknown is resolved with a larger image: places become more, features don't.
 
     Args:
         trace: the trace of the bare model.

@@ -192,7 +192,7 @@ class _Device(Attribute):
 
 
 class BakedBuffers(TorchFunctionMode):
-    """Finds the constants that a trace computes from tensors of modules: tensors that are no proxies while it runs.
+    """Finds the constants that a trace computes from tensors of modules: tensors that aren't proxies while it runs.
 
     Args:
         modules: the modules that the trace opens.
