@@ -59,7 +59,9 @@ def stages(trace: ModelTrace) -> list[Site]:
             for entry in declared
             if (site := _declared(trace, entry["module"], entry.get("num_chs"))) is not None
         ]
-    sites = sorted({site.name: site for site in sites}.values(), key=_made) or _by_places(trace)
+    sites = sorted(
+        {site.name: site for site in sites}.values(), key=lambda site: _made(trace, site)
+    ) or _by_places(trace)
     if not sites:
         raise StructureError(
             f"{trace.name} has no feature_info and no feature maps to number stages by.\n"
@@ -129,10 +131,16 @@ def _declared(trace: ModelTrace, name: str, channels: int | None = None) -> Site
     return entry_site(trace, path, as_said)
 
 
-def _made(site: Site) -> int:
-    """Return when a stage's value is made, which `mark_of` knows of all that have places."""
+def _made(trace: ModelTrace, site: Site) -> int:
+    """Return when a stage's value is made, as the pass took it down.
+
+    Questions that were asked since may have written to the value, and its mark is then a later one.
+    """
+    calls = trace.observation.calls.get(site.path or site.owner, ())
+    made = (each for call in calls for each in zip(tensors(call.output), call.made, strict=True))
     mark = mark_of(site.value)
-    return 0 if mark is None else mark.number
+    later = 0 if mark is None else mark.number
+    return next((number for value, number in made if value is site.value and number is not None), later)
 
 
 def _by_places(trace: ModelTrace) -> list[Site]:

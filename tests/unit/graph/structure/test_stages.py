@@ -5,10 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import timm
 from torch import Tensor, nn
 
+from fxgraft.graph.structure.positions import positions
 from fxgraft.graph.structure.sites import resolve
-from fxgraft.graph.structure.stages import blocks_before
+from fxgraft.graph.structure.stages import blocks_before, stages
 from fxgraft.graph.tracing.model_trace import ModelTrace
 
 WIDTH = 6
@@ -72,3 +74,10 @@ def test_what_is_before_a_block() -> None:
     trace = ModelTrace(Tokens("tokens"), (3, 4, 4))
     (site,) = resolve(trace, "stages.1.blocks.1")
     assert [each.name for each in blocks_before(trace, site)][:2] == ["stages.1.blocks.0", "stages.0"]
+
+
+def test_stages_stay_in_order_whatever_was_asked_before() -> None:
+    """Looking at blocks runs what works in place on values of the pass, also on those that stages give."""
+    trace = ModelTrace(timm.create_model("test_resnet", num_classes=3), (3, 96, 96))
+    positions(trace, "post")
+    assert [site.name for site in stages(trace)] == ["act1", "layer1", "layer2", "layer3", "layer4"]
