@@ -1,4 +1,7 @@
-"""Networks of other libraries: of volumes (MONAI), dense (segmentation_models_pytorch), image towers (open_clip)."""
+"""Networks of other libraries: of volumes (MONAI), dense (segmentation_models_pytorch), image towers (open_clip).
+
+And those of transformers for clips, whose frames come before their channels.
+"""
 
 from __future__ import annotations
 
@@ -56,7 +59,24 @@ def tower(kind: str) -> nn.Module:
     return nn.Sequential(own, nn.Linear(16, CLASSES))
 
 
+def video(name: str, **options: Any) -> nn.Module:
+    """Build a network of transformers for clips (B, T, C, H, W)."""
+    transformers = pytest.importorskip("transformers")
+    config = getattr(transformers, f"{name}Config")(
+        image_size=32,
+        num_frames=4,
+        hidden_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=3,
+        intermediate_size=96,
+        num_labels=CLASSES,
+        **options,
+    )
+    return getattr(transformers, f"{name}ForVideoClassification")(config)
+
+
 VOLUME = (1, 16, 32, 32)
+FRAMES = (4, 3, 32, 32)
 LOGITS = {"num_classes": CLASSES, "post_activation": None}
 NETWORKS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "monai/DenseNet": (
@@ -96,6 +116,9 @@ NETWORKS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "open_clip/ViT": (lambda: tower("ViT"), (3, 32, 32)),
     "open_clip/ModifiedResNet": (lambda: tower("ModifiedResNet"), (3, 64, 64)),
     "open_clip/TimmModel": (lambda: tower("TimmModel"), (3, 64, 64)),
+    "transformers/VideoMAE": (lambda: video("VideoMAE", patch_size=8), FRAMES),
+    "transformers/Vivit": (lambda: video("Vivit", tubelet_size=[2, 8, 8]), FRAMES),
+    "transformers/Timesformer": (lambda: video("Timesformer", patch_size=8), FRAMES),
 }
 
 

@@ -15,10 +15,11 @@ from fxgraft.graph.dataflow.axes import (
     Axes,
     Axis,
     Factor,
+    kind_of,
     resized,
     unknown,
 )
-from fxgraft.graph.dataflow.rules import Operation, axes_after
+from fxgraft.graph.dataflow.rules import CONVOLUTION, LAYERS, Operation, axes_after
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,7 @@ class Flow:
     Attributes:
         sources: for each operation, by number, the operations whose results it works on; the images are number 0.
         vectors: numbers of the operations that concatenate values without places, such as pooled vectors.
+        first_taken: what the first layer takes for channels, one of the kinds of `axes`, if it is a convolution.
         mark: the attribute of a tensor that holds its `Mark`.
     """
 
@@ -52,14 +54,21 @@ class Flow:
 
     def __init__(self) -> None:
         self.sources: list[tuple[int, ...]] = []
+        self.first_taken: str | None = None
         self.vectors: set[int] = set()
         # Each with its tensor, which keeps the storage alive: a new storage could get the number of a freed one.
         self._written: dict[int, tuple[Mark, Tensor]] = {}
 
-    def start(self, image: Tensor) -> None:
-        """Begin with images (B, C, H, W), or with signals or tokens (B, *, *), whose meaning the first layers tell."""
-        beside = CHANNEL if image.ndim != 3 else POSITION
-        kinds = [BATCH, beside, *[POSITION] * (image.ndim - 2)]
+    def start(self, image: Tensor, channels: int = 1) -> None:
+        """Begin with images (B, C, H, W), or with signals or tokens (B, *, *), whose meaning the first layers tell.
+
+        Args:
+            image: the input of the pass.
+            channels: the dimension of its channels; `first_taken` says afterwards whether the first layer agrees.
+        """
+        kinds = [BATCH, *[POSITION] * (image.ndim - 1)]
+        if image.ndim not in (1, 3):
+            kinds[channels] = CHANNEL
         axes = tuple((Factor(kind, size),) for kind, size in zip(kinds, image.shape, strict=True))
         self._put([image], [axes], ())
 
@@ -76,6 +85,9 @@ class Flow:
                     used.append(mark)
         if not used:
             return
+        if self.first_taken is None and name in LAYERS:
+            axes = self._known(args[0]) if name == CONVOLUTION else None
+            self.first_taken = UNKNOWN if axes is None else kind_of(axes[1])
         outs = [out] if isinstance(out, Tensor) else [item for item in out or () if isinstance(item, Tensor)]
         axes = [
             axes_after(Operation(func, args, kwargs, self._known, tensor, index, outs), name)

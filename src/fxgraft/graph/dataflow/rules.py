@@ -341,6 +341,10 @@ def _matmul_added(operation: Operation) -> Axes | None:
     return _product(operation, operation.args[1], operation.args[2])
 
 
+CONVOLUTION = "aten::convolution"
+LAYERS = frozenset((CONVOLUTION, *(f"aten::{name}" for name in ("linear", "mm", "bmm", "addmm", "baddbmm"))))
+"""The operations that layers with weights come down to."""
+
 _RULES: dict[str, Callable[[Operation], Axes | None]] = {
     **dict.fromkeys(("aten::view", "aten::_unsafe_view", "aten::reshape", "aten::_reshape_alias"), _view),
     **dict.fromkeys(("aten::split", "aten::split_with_sizes", "aten::unsafe_split", "aten::chunk"), _split),
@@ -366,7 +370,7 @@ _RULES: dict[str, Callable[[Operation], Axes | None]] = {
     "aten::im2col": _columns,
     "aten::col2im": _from_columns,
     "aten::linear": _linear,
-    "aten::convolution": _convolution,
+    CONVOLUTION: _convolution,
     "aten::mm": _matmul,
     "aten::bmm": _matmul,
     "aten::addmm": _matmul_added,

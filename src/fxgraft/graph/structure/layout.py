@@ -133,7 +133,7 @@ def layout_of(
     if value.ndim not in DIMENSIONS.values():
         raise SiteError(_too_many(what, value))
     raise SiteError(
-        f"The layout of {what} cannot be told: {_reason(kinds)}.\n"
+        f"The layout of {what} cannot be told: {_reason(kinds, axes)}.\n"
         "Which dimension holds the channels follows from the layers and reshapes that made a value, and from what a "
         f"larger image changes.\nPass layout=, one of {', '.join(NAMES)}, or choose another site."
     )
@@ -174,9 +174,9 @@ def _layout(kinds: list[str], axes: Axes) -> Layout | None:
 _BY_CHANNEL = {(len(name), name.index("C")): name for name in NAMES}
 
 
-def _reason(kinds: list[str]) -> str:
+def _reason(kinds: list[str], axes: Axes) -> str:
     words = {CHANNEL: "features", POSITION: "places", ONE: "one entry", UNKNOWN: "unknown", BATCH: "images"}
-    if kinds.count(CHANNEL) == 1 and UNKNOWN not in kinds:
+    if any(factor.runs for axis in axes for factor in axis) and UNKNOWN not in kinds:
         return "tokens that aren't places stand elsewhere than in front of the others"
     return f"its dimensions are {', '.join(words[kind] for kind in kinds)}"
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from fxgraft._torch import FakeTensor, FakeTensorMode, TorchDispatchMode, pytree
 from fxgraft.errors import ConfigError
 from fxgraft.graph.atomic import restoring, synchronized, within
+from fxgraft.graph.dataflow.axes import CHANNEL, POSITION
 from fxgraft.graph.dataflow.flow import Flow
 from fxgraft.graph.tracing.preserve import (
     preserved_attributes,
@@ -136,7 +137,7 @@ def default_input_size(model: nn.Module) -> tuple[int, ...]:
     """Find the (C, H, W) a backbone expects: its fixed image size, timm's configuration, or 3×224×224.
 
     One whose first convolution is a `torch.nn.Conv3d` takes clips or volumes (C, T, H, W): of its fixed size, or of
-    the first of `CLIPS` that it runs on.
+    the first of `CLIPS` that it runs on, tried at last as (T, C, H, W).
 
     The channels come from the first convolution or patch projection when there is one; timm's configuration
     lists none where the images are first transformed by hand. Where the two disagree, the network was built for
@@ -151,7 +152,10 @@ def default_input_size(model: nn.Module) -> tuple[int, ...]:
     if isinstance(first, nn.Conv3d):
         fixed = getattr(model, "img_size", None)
         own = tuple(fixed) if isinstance(fixed, (tuple, list)) and len(fixed) == 3 else CLIPS[0]
-        sizes = [(first.in_channels, *clip) for clip in dict.fromkeys((own, *CLIPS))]
+        clips = dict.fromkeys((own, *CLIPS))
+        channels = first.in_channels
+        sizes = [(channels, *clip) for clip in clips]
+        sizes += [(frames, channels, *sides) for frames, *sides in clips]
         return next((candidate for candidate in sizes if _runs(model, candidate)), sizes[0])
     for holder in (getattr(model, "patch_embed", None), model):
         fixed = getattr(holder, "img_size", None) or getattr(holder, "image_size", None)
@@ -217,6 +221,9 @@ def observe(
     traces. Other threads pass through the replacement: what they call runs as ever, with its hooks. The model
     that is looked at must not run in them, since its modes change.
 
+    The channels of an input of four or more dimensions are the second, unless a first convolution takes other ones, as
+    in networks of clips (B, T, C, H, W): then it runs again for each dimension, until the convolution agrees.
+
     Args:
         model: any module that takes one tensor.
         input_size: (C, H, W) of the input, of clips and volumes (C, T, H, W); by default what `default_input_size`
@@ -230,6 +237,19 @@ def observe(
     Raises:
         Exception: whatever the model raises on such an input.
     """
+    seen, dimensions = _observed(model, input_size, batch, training, 1)
+    if dimensions > 3 and seen.flow.first_taken == POSITION:
+        for channels in range(2, dimensions):
+            other, _ = _observed(model, input_size, batch, training, channels)
+            if other.flow.first_taken == CHANNEL:
+                return other
+    return seen
+
+
+def _observed(
+    model: nn.Module, input_size: tuple[int, ...] | None, batch: int, training: bool, channels: int
+) -> tuple[Observation, int]:
+    """Observe one pass with its channels in a dimension of the input; also return how many dimensions that has."""
     seen = Observation()
     mode = seen.mode
     names = {module: name for name, module in model.named_modules()}
@@ -270,7 +290,7 @@ def observe(
         nn.Module.__call__ = original
 
     inputs = fake_inputs(model, mode, input_size, batch)
-    seen.flow.start(inputs[0])
+    seen.flow.start(inputs[0], channels)
     with (
         preserved_modes(model),
         preserved_data(model) as faked,
@@ -292,7 +312,7 @@ def observe(
                 if faked():
                     raise DataSetError(", ".join(map(repr, faked()))) from error
                 raise
-    return seen
+    return seen, inputs[0].ndim
 
 
 @contextlib.contextmanager

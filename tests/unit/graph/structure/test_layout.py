@@ -90,6 +90,8 @@ def test_preserved_modes_is_flag_by_flag() -> None:
         (lambda: torchvision.models.resnet18(), (3, 224, 224)),
         (lambda: nn.Sequential(nn.Conv2d(7, 2, 1)), (7, 224, 224)),
         (lambda: nn.ReLU(), (3, 224, 224)),
+        (lambda: Moved(1, nn.Conv3d(3, 8, 2, 2)), (3, 16, 224, 224)),
+        (lambda: Moved(2, nn.Conv3d(3, 8, 2, 2)), (16, 3, 224, 224)),
     ],
 )
 def test_the_input_size_is_what_the_model_says(build: object, expected: tuple[int, int, int]) -> None:
@@ -115,7 +117,7 @@ def test_a_size_the_model_cannot_take_is_named() -> None:
         fxgraft.sites(model, input_size=(3, 48, 48))
 
 
-def layout(model: nn.Module, path: str, size: tuple[int, int, int] | None = None) -> str:
+def layout(model: nn.Module, path: str, size: tuple[int, ...] | None = None) -> str:
     trace = ModelTrace(model, size)
     return str(layout_of(trace, trace.observation.output(path), path))
 
@@ -145,6 +147,52 @@ def test_layouts_of_backbones(name: str, kwargs: dict[str, object], path: str, e
 def test_a_map_as_wide_as_it_has_channels_is_told_by_a_larger_image() -> None:
     assert layout(nn.Sequential(nn.Conv2d(3, 8, 1)), "0", (3, 8, 8)) == "NCHW"
     assert layout(timm.create_model("test_mambaout", num_classes=5), "stages.0", (3, 128, 128)) == "NHWC"
+
+
+class Moved(nn.Module):
+    """Takes its channels in another dimension of the input."""
+
+    def __init__(self, channels: int, convolution: nn.Module) -> None:
+        super().__init__()
+        self.channels, self.conv = channels, convolution
+        self.tokens, self.head = nn.Identity(), nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv(x.movedim(self.channels, 1))
+        return self.head(self.tokens(x.flatten(2).transpose(1, 2)).mean(1))
+
+
+@pytest.mark.parametrize(
+    ("channels", "convolution", "size", "expected"),
+    [
+        (1, nn.Conv3d(3, 8, 2, 2), (3, 4, 8, 8), "NCDHW"),
+        (2, nn.Conv3d(3, 8, 2, 2), (4, 3, 8, 8), "NCDHW"),  # clips (B, T, C, H, W)
+        (4, nn.Conv3d(3, 8, 2, 2), (4, 8, 8, 3), "NCDHW"),
+        (3, nn.Conv2d(3, 8, 2, 2), (8, 8, 3), "NCHW"),
+    ],
+)
+def test_the_first_convolution_tells_where_an_input_has_its_channels(
+    channels: int, convolution: nn.Module, size: tuple[int, ...], expected: str
+) -> None:
+    model = Moved(channels, convolution)
+    assert layout(model, "conv", size) == expected
+    assert layout(model, "tokens", size) == "NLC"
+
+
+def test_a_reshape_that_merges_frames_with_images_keeps_their_channels() -> None:
+    class Frames(Moved):
+        def forward(self, x: Tensor) -> Tensor:
+            maps = self.conv(x.reshape(-1, *x.shape[2:]))
+            tokens = maps.flatten(2).transpose(1, 2).reshape(x.shape[0], -1, 8)
+            return self.head(self.tokens(tokens).mean(1))
+
+    assert layout(Frames(2, nn.Conv2d(3, 8, 2, 2)), "tokens", (4, 3, 8, 8)) == "NLC"
+
+
+def test_frames_before_channels_are_no_layout_of_an_input() -> None:
+    model = Moved(2, nn.Conv3d(3, 8, 2, 2))
+    with pytest.raises(SiteError, match=r"its dimensions are images, places, features, places, places"):
+        fxgraft.patch(model, "crossnorm", layers="input", input_size=(4, 3, 8, 8))
 
 
 class Odd(nn.Module):
