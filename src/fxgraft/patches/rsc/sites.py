@@ -93,18 +93,17 @@ class _Search:
     def _first_read(self, sites: Sequence[Site], compute: bool = False) -> Found:
         """Find the first of several sites whose positions the logits read."""
         failed: SiteError | None = None
-        logits = take_logits(self.backbone.output, (self.output,))
         for site in sites:
-            if site.value is logits:  # the last block of a dense network may give them itself
-                continue
             try:
                 layout, rest = self.read_at(site, compute)
             except SiteError as error:  # no logit depends on it, or it cannot be followed
                 failed = failed or error
                 continue
-            if rest is not None:
+            if rest is None:
+                failed = failed or _idle(site)
+            # The last block of a dense network may give the logits itself.
+            elif site.value is not take_logits(self.backbone.output, (self.output,)):
                 return site, layout, rest
-            failed = failed or _idle(site)
         raise failed or SiteError(
             f"No map of {self.backbone.name} in front of its pooling has more than one position.\n"
             "Muting the only one leaves the classifier nothing but its bias.\n"
