@@ -17,7 +17,7 @@ LITE0 = "ImageNet EfficientNet-Lite0, 96 px"
 
 PACS_DOMAINS = ("art_painting", "cartoon", "photo", "sketch")
 PACS: dict[str, Any] = {
-    "about": f"PACS, each domain held out, 950 images, {LITE0}",
+    "about": f"PACS, each domain held out, {LITE0}",
     "needs": tuple(f"pacs96_{name}.tar" for name in PACS_DOMAINS),
     "data": lambda data, _: data / "pacs96_*.tar",
     "folder": "pacs",
@@ -87,7 +87,7 @@ GONE = "it ran in a training loop that the comparison replaced; its protocol sta
 _ALL = (
     Study(
         name="digits_adabn",
-        about="MNIST and USPS, trained on the one and tested on the other, LeNet with BatchNorm",
+        about="MNIST and USPS, each held out, LeNet with BatchNorm",
         claims=(
             Claim(
                 variant="adapt_batchnorm",
@@ -174,7 +174,7 @@ _ALL = (
     ),
     Study(
         name="grocery",
-        about=f"Grocery Store, 81 look-alike classes, 24 epochs, stride 16, {LITE0}",
+        about=f"Grocery Store, 81 look-alike classes, stride 16, {LITE0}",
         seeds=12,
         deviation=0.02,
         gain=0.022,

@@ -74,7 +74,9 @@ def write_report(result: Comparison, path: Path, pictures: Sequence[Photo] = ())
         figures=list(_figures(result)),
         tables=list(_tables(result)),
         pictures=pictures,
-        protocol=list(_flat({**result.protocol, "seeds": result.seeds, **result.environment})),
+        protocol=list(
+            _flat({**result.protocol, "seeds": result.seeds, **result.environment, "device": result.devices})
+        ),
     )
     write_text(path, text)
     return path

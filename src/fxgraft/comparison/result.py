@@ -279,8 +279,18 @@ class Comparison:
         return (
             f"Seeds {', '.join(map(str, self.seeds))}; {self.protocol['size']} px; "
             + ", ".join(f"{name} {value}" for name, value in training.items() if value not in (None, False))
-            + f"; {self.environment['device']}."
+            + f"; {self.devices}."
         )
+
+    @property
+    def devices(self) -> str:
+        """The devices that the runs shown were made on, which a folder that is carried on elsewhere has several of."""
+        used = [
+            record.get("device", self.environment["device"])
+            for record in self.records
+            if record["variant"] in self.variants
+        ]
+        return ", ".join(dict.fromkeys(used)) or str(self.environment["device"])
 
     def __rich__(self) -> Table:
         """Lay the verdicts out as a table."""

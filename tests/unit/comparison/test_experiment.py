@@ -461,6 +461,21 @@ def test_result_as_text_json_and_markdown(run):
     assert found.step_ratio("rsc") > 0
 
 
+def test_all_devices_of_a_folder_are_named(run, tmp_path):
+    found = run()
+    here = found.environment["device"]
+    assert found.devices == here
+    lines = [json.loads(line) for line in (tmp_path / "out" / "runs.jsonl").read_text().splitlines()]
+    elsewhere = [
+        {**line, "device": "an accelerator"} if line["variant"] == "bare" else line for line in lines
+    ]
+    (tmp_path / "out" / "runs.jsonl").write_text("".join(json.dumps(line) + "\n" for line in elsewhere))
+    found = run()
+    assert set(found.devices.split(", ")) == {"an accelerator", here}
+    assert found.devices in found.to_markdown()
+    assert found.devices in found.to_html(tmp_path / "report.html").read_text()
+
+
 def test_the_report_is_one_file_that_asks_for_nothing(run, tmp_path):
     found = run(grafts=["rsc", "crossnorm:layers=input"], hold_out=["red", "blue"])
     page = found.to_html(tmp_path / "report.html").read_text()
