@@ -11,6 +11,7 @@ import math
 from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -196,7 +197,8 @@ def _p(values: np.ndarray) -> float:
         return float(not np.any(values))
     from scipy import stats
 
-    return float(stats.ttest_1samp(values, 0.0).pvalue)
+    tested: Any = stats.ttest_1samp(values, 0.0)  # scipy's own types know less than it returns
+    return float(tested.pvalue)
 
 
 def power(difference: float, deviation: float, pairs: int, level: float = LEVEL) -> float:
@@ -240,7 +242,8 @@ def detectable(deviation: float, pairs: int, level: float = LEVEL, wanted: float
     top = 1.0
     while power(top, 1.0, pairs, level) < wanted:
         top *= 2
-    return deviation * float(optimize.brentq(lambda d: power(d, 1.0, pairs, level) - wanted, 0.0, top))
+    root: Any = optimize.brentq(lambda d: power(d, 1.0, pairs, level) - wanted, 0.0, top)
+    return deviation * float(root)
 
 
 def pairs_needed(deviation: float, difference: float, level: float = LEVEL, wanted: float = POWER) -> int:

@@ -48,12 +48,12 @@ class Reach(Flow):
         super().__init__()
         self.prefix = prefix
 
-    def start(self, image: Tensor) -> None:
-        """Begin with the tokens."""
-        batch, tokens, channels = image.shape
+    def start_at(self, value: Tensor) -> None:
+        """Begin with tokens (B, L, C), in the middle of a network."""
+        batch, tokens, channels = value.shape
         rows = with_runs([(self.prefix, False), (tokens - self.prefix, True)])
-        self._put([image], [((Factor(BATCH, batch),), rows, (Factor(CHANNEL, channels),))], ())
-        object.__setattr__(image, _STATE, _ROWS)
+        self._put([value], [((Factor(BATCH, batch),), rows, (Factor(CHANNEL, channels),))], ())
+        object.__setattr__(value, _STATE, _ROWS)
 
     def note(self, func: Any, args: Any, kwargs: Any, out: Any) -> None:
         """Record an operation, and which entries of its output depend on places."""

@@ -494,7 +494,7 @@ def reads_places(trace: ModelTrace, rest: Rest, prefix: int, compute: bool = Fal
         reach = Reach(prefix)
         observation = trace.observation
         z = observation.run(torch.empty_like, value)
-        reach.start(z)
+        reach.start_at(z)
         with _left_alone(trace), rest.evaluation_mode(trace.model):
             out = observation.follow(reach, rest.function, trace.model, z, *others)
         if not any(reach.reads(tensor) for tensor in tensors(out)):
