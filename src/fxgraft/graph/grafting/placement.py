@@ -4,11 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Any, get_args
+from typing import TYPE_CHECKING, Any, TypeAlias, get_args
 
 from fxgraft.graph.grafting.unit import Unit
 from fxgraft.graph.structure.layout import Layout
-from fxgraft.graph.tracing.editing import Edit
+from fxgraft.graph.tracing.editing import Edge, Edit
+
+if TYPE_CHECKING:
+    from fxgraft.graph.grafting.graft import Graft
+
+Placed: TypeAlias = "list[tuple[Graft, Placement]]"
+"""Placements with their grafts, in the order in which they act."""
 
 _EDITS = {kind.__name__: kind for kind in get_args(Edit)}
 
@@ -99,3 +105,50 @@ def is_plain(value: Any) -> bool:
     if isinstance(value, list):
         return all(map(is_plain, value))
     return value is None or isinstance(value, (bool, int, float, str))
+
+
+def by_rank(placed: Placed) -> None:
+    """Sort the placements of one group at one site by rank; everything else stays where it is."""
+    groups: dict[Any, list[int]] = {}
+    for index, (graft, placement) in enumerate(placed):
+        if graft.patch.order is not None:
+            groups.setdefault((placement.edit, graft.patch.order[0]), []).append(index)
+    for slots in groups.values():
+        ranked = sorted((placed[i] for i in slots), key=_rank)
+        for slot, edit in zip(slots, ranked, strict=True):
+            placed[slot] = edit
+
+
+def by_edge(placed: Placed) -> Placed:
+    """Sort units on the edges of one value by edge, where several grafts act on exactly the same edges.
+
+    Every edge then has one chain of calls. Sorted by graft, the unit of the second graft would be called once for every
+    user of the value, since each user has got another unit of the first graft by then: of densely connected blocks,
+    whose values have as many users as there are layers, the graph would grow with the third power of that.
+
+    Args:
+        placed: the placements that act in one mode.
+    """
+    values: dict[str, list[int]] = {}
+    for index, (_, placement) in enumerate(placed):
+        if isinstance(placement.edit, Edge):
+            values.setdefault(placement.edit.node, []).append(index)
+    ordered = list(placed)
+    for slots in values.values():
+        edges: dict[str, list[Edit]] = {}
+        for index in slots:
+            graft, placement = placed[index]
+            edges.setdefault(graft.name, []).append(placement.edit)
+        first, *others = edges.values()
+        if not others or any(other != first for other in others):
+            continue
+        number = {edit: index for index, edit in reversed(list(enumerate(first)))}
+        ranked = sorted(slots, key=lambda index: number[placed[index][1].edit])
+        for slot, index in zip(slots, ranked, strict=True):
+            ordered[slot] = placed[index]
+    return ordered
+
+
+def _rank(placed: tuple[Graft, Placement]) -> int:
+    order = placed[0].patch.order
+    return 0 if order is None else order[1]

@@ -14,8 +14,8 @@ from fxgraft.graph.atomic import synchronized
 from fxgraft.graph.grafting.backbone import Backbone
 from fxgraft.graph.grafting.class_swap import grafted_class
 from fxgraft.graph.grafting.graft import Graft, Make, Placer, U, checked_placements
-from fxgraft.graph.grafting.placement import Placement, PlacementRecord
-from fxgraft.graph.grafting.programs import Part, Placed, compile_placements
+from fxgraft.graph.grafting.placement import Placed, Placement, PlacementRecord
+from fxgraft.graph.grafting.programs import Part, compile_placements
 from fxgraft.graph.grafting.state import GraftState, Keeper, foreign_forward, state_of
 from fxgraft.graph.grafting.unit import Unit
 from fxgraft.graph.runtime.forward_context import Context

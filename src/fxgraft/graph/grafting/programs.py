@@ -19,18 +19,16 @@ from fxgraft.graph.atomic import restoring
 from fxgraft.graph.dataflow.graph_utils import downstream_of, placeholders
 from fxgraft.graph.grafting.forwards import Passing, as_forward, restore_checkpointing
 from fxgraft.graph.grafting.graft import Graft
-from fxgraft.graph.grafting.placement import Placement
+from fxgraft.graph.grafting.placement import Placed, Placement, by_edge, by_rank
 from fxgraft.graph.grafting.state import GraftState, Program, foreign_forward, state_of
 from fxgraft.graph.grafting.unit import Unit
 from fxgraft.graph.runtime.forward_context import Context
 from fxgraft.graph.tracing.compile import MORE
-from fxgraft.graph.tracing.editing import Edge, Edit, Editor, Input, Instead, Output
+from fxgraft.graph.tracing.editing import Edit, Editor, Input, Instead, Output
 from fxgraft.graph.tracing.model_trace import ModelTrace
 from fxgraft.graph.tracing.names import PREFIX, STATE, inside, join
 from fxgraft.graph.tracing.signatures import Declared
 from fxgraft.graph.tracing.trace import Traced
-
-Placed = list[tuple[Graft, Placement]]
 
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 _LISTINGS = {"children", "named_children", "modules", "named_modules", "_modules"}
@@ -106,53 +104,6 @@ def compile_placements(
         parts[path] = Part(state, tuple(placed), tuple(beside))
     _check_reached(parts)
     return parts
-
-
-def by_rank(placed: Placed) -> None:
-    """Sort the placements of one group at one site by rank; everything else stays where it is."""
-    groups: dict[Any, list[int]] = {}
-    for index, (graft, placement) in enumerate(placed):
-        if graft.patch.order is not None:
-            groups.setdefault((placement.edit, graft.patch.order[0]), []).append(index)
-    for slots in groups.values():
-        ranked = sorted((placed[i] for i in slots), key=_rank)
-        for slot, edit in zip(slots, ranked, strict=True):
-            placed[slot] = edit
-
-
-def by_edge(placed: Placed) -> Placed:
-    """Sort units on the edges of one value by edge, where several grafts act on exactly the same edges.
-
-    Every edge then has one chain of calls. Sorted by graft, the unit of the second graft would be called once for every
-    user of the value, since each user has got another unit of the first graft by then: of densely connected blocks,
-    whose values have as many users as there are layers, the graph would grow with the third power of that.
-
-    Args:
-        placed: the placements that act in one mode.
-    """
-    values: dict[str, list[int]] = {}
-    for index, (_, placement) in enumerate(placed):
-        if isinstance(placement.edit, Edge):
-            values.setdefault(placement.edit.node, []).append(index)
-    ordered = list(placed)
-    for slots in values.values():
-        edges: dict[str, list[Edit]] = {}
-        for index in slots:
-            graft, placement = placed[index]
-            edges.setdefault(graft.name, []).append(placement.edit)
-        first, *others = edges.values()
-        if not others or any(other != first for other in others):
-            continue
-        number = {edit: index for index, edit in reversed(list(enumerate(first)))}
-        ranked = sorted(slots, key=lambda index: number[placed[index][1].edit])
-        for slot, index in zip(slots, ranked, strict=True):
-            ordered[slot] = placed[index]
-    return ordered
-
-
-def _rank(placed: tuple[Graft, Placement]) -> int:
-    order = placed[0].patch.order
-    return 0 if order is None else order[1]
 
 
 def _check_owner(module: nn.Module, path: str) -> None:

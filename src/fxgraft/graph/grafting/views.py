@@ -9,7 +9,7 @@ from torch import fx, nn
 
 from fxgraft.errors import TraceError, UnknownGraftError
 from fxgraft.graph.grafting.lookup import registry_of
-from fxgraft.graph.grafting.programs import Placed, by_edge, by_rank
+from fxgraft.graph.grafting.placement import Placed, by_edge, by_rank
 from fxgraft.graph.grafting.state import GraftState
 from fxgraft.graph.tracing.editing import Editor, Input, Instead, Output, unit_call
 from fxgraft.graph.tracing.model_trace import ModelTrace
