@@ -5,6 +5,8 @@ import gc
 import os
 import sys
 import tempfile
+import warnings
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -53,3 +55,14 @@ def _seed() -> None:
 def toy_methods(monkeypatch: pytest.MonkeyPatch) -> None:
     """Register the toys for the time of a test."""
     register_toys(monkeypatch)
+
+
+@pytest.fixture
+def fresh_compiler() -> Iterator[None]:
+    """Compile as a new process would: what other tests have compiled is gone, and so is what this one does."""
+    torch.compiler.reset()
+    with warnings.catch_warnings():
+        # Raised inside torch's own compiler, not by what is compiled.
+        warnings.filterwarnings("ignore", category=DeprecationWarning, module=r"torch\..*")
+        yield
+    torch.compiler.reset()

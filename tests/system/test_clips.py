@@ -13,7 +13,7 @@ from torchvision.models.video import resnet, swin_transformer
 
 import fxgraft
 
-pytestmark = pytest.mark.sweep
+pytestmark = [pytest.mark.sweep, pytest.mark.usefixtures("fresh_compiler")]
 SIZE, LABELS = (3, 4, 32, 32), torch.tensor([0, 1, 2, 3])
 NETWORKS: dict[str, Callable[[], nn.Module]] = {
     "r3d": lambda: resnet.VideoResNet(
@@ -51,11 +51,6 @@ def step(model: nn.Module, call: Callable[..., Any]) -> list[Tensor]:
     out = call(clips(), target=LABELS)
     fxgraft.loss(model, out, LABELS).backward()
     return [out.detach(), *(p.grad.clone() for p in model.parameters() if p.grad is not None)]
-
-
-@pytest.fixture(autouse=True)
-def _compiled_anew() -> None:
-    torch.compiler.reset()
 
 
 @pytest.mark.parametrize("stack", STACKS)

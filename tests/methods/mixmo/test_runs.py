@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -21,16 +20,7 @@ from methods.mixmo.mixing import SMALL, last_pairing, patched, trained, unit
 from models.small import CLASSES, batch, net
 
 
-@pytest.fixture
-def _fresh_compiler() -> Any:
-    torch.compiler.reset()
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", category=DeprecationWarning, module=r"torch\..*")
-        yield
-    torch.compiler.reset()
-
-
-@pytest.mark.usefixtures("_fresh_compiler")
+@pytest.mark.usefixtures("fresh_compiler")
 @pytest.mark.parametrize("methods", [["mixmo", "rsc"], ["rsc", "mixmo"]], ids="+".join)
 def test_others_see_the_labels_of_the_mixtures_in_one_graph(methods: list[str]) -> None:
     model, (x, y) = net(), batch()
@@ -41,7 +31,7 @@ def test_others_see_the_labels_of_the_mixtures_in_one_graph(methods: list[str]) 
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
 
 
-@pytest.mark.usefixtures("_fresh_compiler")
+@pytest.mark.usefixtures("fresh_compiler")
 @pytest.mark.parametrize(
     "options", [{}, {"members": 3, "mixing": "cow", "repetitions": 2, "init": "random"}], ids=["cut", "cow"]
 )

@@ -6,7 +6,7 @@ import copy
 import io
 import pickle
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -28,21 +28,11 @@ from sweeping import some
 SITES = ("stage1.0.conv2", "stage1.1.add", "stage1", "stem.act_1", "fc")
 
 
-@pytest.fixture
-def _compiler() -> Iterator[None]:
-    torch.compiler.reset()
-    with warnings.catch_warnings():
-        # Raised inside torch's own compiler, not by what is compiled.
-        warnings.filterwarnings("ignore", category=DeprecationWarning, module=r"torch\..*")
-        yield
-    torch.compiler.reset()
-
-
 def close(actual: Tensor, expected: Tensor) -> None:
     torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.usefixtures("_compiler")
+@pytest.mark.usefixtures("fresh_compiler")
 @pytest.mark.parametrize(
     ("training", "detach"),
     [
@@ -77,7 +67,7 @@ def test_compiled_taps_give_the_eager_values_and_gradients(training: bool, detac
             torch.testing.assert_close(mine.grad, theirs.grad, rtol=1e-4, atol=1e-5, msg=name)
 
 
-@pytest.mark.usefixtures("_compiler")
+@pytest.mark.usefixtures("fresh_compiler")
 def test_compiled_passes_that_nobody_fetches_from_do_not_recompile() -> None:
     model = tapped_net(SITES)
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
@@ -234,7 +224,7 @@ def test_a_look_ahead_of_another_method_is_not_recorded() -> None:
     assert list(acts) == ["stage1.1.conv2", "down", "fc"]
 
 
-@pytest.mark.usefixtures("_compiler")
+@pytest.mark.usefixtures("fresh_compiler")
 @pytest.mark.sweep
 def test_compiled_beside_a_method_that_looks_ahead() -> None:
     model = fxgraft.patch(net(), "rsc", layer="stage1", scope="channel", batch_share=1.0, input_size=SIZE)
@@ -338,7 +328,7 @@ def test_replicas_keep_their_values_to_themselves() -> None:
     assert list(fxgraft.activations(model)) == list(SITES)
 
 
-@pytest.mark.usefixtures("_compiler")
+@pytest.mark.usefixtures("fresh_compiler")
 def test_compiled_containers() -> None:
     model = fxgraft.patch(odd(), "taps", layers=["conv", "pair", "grown"], input_size=SIZE).eval()
     wanted = fxgraft.tapped(copy.deepcopy(model), images())[1]

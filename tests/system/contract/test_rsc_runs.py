@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-import warnings
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -64,16 +62,6 @@ def patched(layer: Any, scope: str = "channel", name: str = "", **options: Any) 
     )
 
 
-@pytest.fixture
-def _compiler() -> Iterator[None]:
-    torch.compiler.reset()
-    with warnings.catch_warnings():
-        # Raised inside torch's own compiler, not by what is compiled.
-        warnings.filterwarnings("ignore", category=DeprecationWarning, module=r"torch\..*")
-        yield
-    torch.compiler.reset()
-
-
 def compiled(model: nn.Module, backend: str = "aot_eager") -> Any:
     return torch.compile(model, fullgraph=True, backend=backend)
 
@@ -104,7 +92,7 @@ def check(layer: str, scope: str, name: str, batch_share: float) -> None:
     close(program.eval()(x), twin.eval()(x))
 
 
-@pytest.mark.usefixtures("_compiler")
+@pytest.mark.usefixtures("fresh_compiler")
 @pytest.mark.parametrize(("layer", "scope"), [("layer1", "spatial"), ("act2", "channel")])
 @pytest.mark.sweep
 def test_compiled_training_and_evaluation_are_the_eager_ones(layer: str, scope: str) -> None:
@@ -112,7 +100,7 @@ def test_compiled_training_and_evaluation_are_the_eager_ones(layer: str, scope: 
 
 
 @pytest.mark.sweep
-@pytest.mark.usefixtures("_compiler")
+@pytest.mark.usefixtures("fresh_compiler")
 @pytest.mark.parametrize(("name", "layer", "scope"), LARGER)
 def test_larger_backbones_compile(name: str, layer: str, scope: str) -> None:
     # Fresh weights start these so even that no label loses enough to be selected: mute all samples.
@@ -120,7 +108,7 @@ def test_larger_backbones_compile(name: str, layer: str, scope: str) -> None:
 
 
 @pytest.mark.sweep
-@pytest.mark.usefixtures("_compiler")
+@pytest.mark.usefixtures("fresh_compiler")
 @SITES
 def test_inductor(layer: str) -> None:
     model = patched(layer, batch_share=0.5)
@@ -130,7 +118,7 @@ def test_inductor(layer: str) -> None:
     torch.testing.assert_close(program(x, target=y), twin(x, target=y), rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.usefixtures("_compiler")
+@pytest.mark.usefixtures("fresh_compiler")
 @SITES
 def test_both_scopes_are_drawn_in_one_graph(layer: str) -> None:
     """The draw is data there: over some seeds, both scopes come out."""
@@ -161,7 +149,7 @@ def frozen(model: nn.Module) -> nn.Module:
     return model
 
 
-@pytest.mark.usefixtures("_compiler")
+@pytest.mark.usefixtures("fresh_compiler")
 def test_start_recompiles_once_and_then_mutes() -> None:
     model = patched("act2", start=0.5, batch_share=1.0)
     twin = copy.deepcopy(model)

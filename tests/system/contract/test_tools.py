@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -63,16 +62,6 @@ def subject(request: pytest.FixtureRequest) -> Subject:
     return Subject(request.param)
 
 
-@pytest.fixture
-def _compiler() -> Iterator[None]:
-    torch.compiler.reset()
-    with warnings.catch_warnings():
-        # Raised inside torch's own compiler, not by what is compiled.
-        warnings.filterwarnings("ignore", category=DeprecationWarning, module=r"torch\..*")
-        yield
-    torch.compiler.reset()
-
-
 def learns(subject: Subject, model: nn.Module, loss: Tensor) -> None:
     """Every parameter gets a finite gradient of its own dtype."""
     loss.backward()
@@ -86,7 +75,7 @@ def learns(subject: Subject, model: nn.Module, loss: Tensor) -> None:
 
 
 @pytest.mark.works_with("`torch.compile(fullgraph=True)`")
-@pytest.mark.usefixtures("_compiler")
+@pytest.mark.usefixtures("fresh_compiler")
 def test_compiled_in_one_graph(subject: Subject) -> None:
     """Training learns and evaluation is the eager one; schedules and other labels do not compile again."""
     model = subject.patched()
