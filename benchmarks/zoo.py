@@ -17,8 +17,8 @@ import multiprocessing
 import os
 import threading
 import time
-from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Executor, Future, ProcessPoolExecutor, wait
 from pathlib import Path
 from typing import Any
@@ -110,7 +110,7 @@ class Zoo:
             for name, record in self.records.items()
             if lacking(record) and fnmatch.fnmatch(name, pattern)
         ]
-        return sorted(names, key=self._rare)
+        return self._commonest_first(names)
 
     def unchecked(self, pattern: str = "*") -> list[str]:
         """Return the architectures whose places were not checked yet, the smallest of each structure.
@@ -128,14 +128,17 @@ class Zoo:
         for name in smallest.values():
             if (family := self.structures[name]["family"]) not in files:
                 first.setdefault(family, name)
-        return [*dict.fromkeys([*first.values(), *sorted(smallest.values(), key=self._rare)])]
+        return [*dict.fromkeys([*first.values(), *self._commonest_first(smallest.values())])]
 
-    def _rare(self, name: str) -> tuple[int, int]:
+    def _commonest_first(self, names: Iterable[str]) -> list[str]:
         """Sort architectures whose structure many have before others, and small ones before large ones."""
-        common = sum(
-            each.get("structure") == self.structures[name]["structure"] for each in self.structures.values()
-        )
-        return -common, self.structures[name]["modules"]
+        counts = Counter(each.get("structure") for each in self.structures.values())
+
+        def rank(name: str) -> tuple[int, int]:
+            own = self.structures[name]
+            return -counts[own["structure"]], own["modules"]
+
+        return sorted(names, key=rank)
 
     def known(self) -> dict[str, Record]:
         """Return what is known by architecture: its own record, or that of the smallest tried of its structure."""
