@@ -342,9 +342,6 @@ def _matmul_added(operation: Operation) -> Axes | None:
 
 
 CONVOLUTION = "aten::convolution"
-LAYERS = frozenset((CONVOLUTION, *(f"aten::{name}" for name in ("linear", "mm", "bmm", "addmm", "baddbmm"))))
-"""The operations that layers with weights come down to."""
-
 _RULES: dict[str, Callable[[Operation], Axes | None]] = {
     **dict.fromkeys(("aten::view", "aten::_unsafe_view", "aten::reshape", "aten::_reshape_alias"), _view),
     **dict.fromkeys(("aten::split", "aten::split_with_sizes", "aten::unsafe_split", "aten::chunk"), _split),
@@ -377,3 +374,7 @@ _RULES: dict[str, Callable[[Operation], Axes | None]] = {
     "aten::baddbmm": _matmul_added,
     "aten::as_strided": lambda operation: unknown(operation.shape),
 }
+LAYERS = frozenset(
+    name for name, rule in _RULES.items() if rule in (_linear, _convolution, _matmul, _matmul_added)
+)
+"""The operations that layers with weights come down to."""
