@@ -11,7 +11,7 @@ import ast
 import functools
 import inspect
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -69,10 +69,10 @@ def shown_methods() -> list[str]:
     return [name for name in methods_with_pictures() if name in own_methods() and name != "selfnorm"]
 
 
-def method_pages() -> dict[str, str]:
-    """Write the cards of the methods, and their index."""
+def method_pages(networks: Sequence[str] = EXAMPLE_NETWORKS) -> dict[str, str]:
+    """Write the cards of the methods, with the places of each on timm's ``networks``, and their index."""
     methods = own_methods()
-    pages = {f"methods/{name}.md": card_page(name, method) for name, method in methods.items()}
+    pages = {f"methods/{name}.md": card_page(name, method, networks) for name, method in methods.items()}
     cards = [
         f":::{{grid-item-card}} {method.title}\n:link: {name}\n:link-type: doc\n"
         f":img-top: ../_static/small/{name}.png\n:img-alt: {ALT[name]}\n\n{method.idea}\n:::\n"
@@ -90,7 +90,7 @@ def method_pages() -> dict[str, str]:
     return pages
 
 
-def card_page(name: str, method: Any) -> str:
+def card_page(name: str, method: Any, networks: Sequence[str]) -> str:
     """Write the card of one method."""
     facts = card_sections(method)
     idea = facts.pop("idea", "")
@@ -120,11 +120,11 @@ def card_page(name: str, method: Any) -> str:
             else sentence(fact),
         ]
         if label == "where":
-            drawn = drawings(name, EXAMPLE_NETWORKS)
+            drawn = drawings(name, networks)
             parts += [
                 fence(drawn, "{raw} html"),
                 "::::{dropdown} The units, one by one",
-                *plans(name),
+                *plans(name, networks),
                 "::::",
             ]
     options = "".join(f", {option}={value!r}" for option, value in method.example.items())
@@ -168,10 +168,10 @@ def card_page(name: str, method: Any) -> str:
     return page(f"{name}: {method.title}", *parts)
 
 
-def plans(name: str) -> list[str]:
-    """Write the plans of a method on the example networks, where it goes on them."""
+def plans(name: str, networks: Sequence[str]) -> list[str]:
+    """Write the plans of a method on the networks where it goes on them."""
     parts = []
-    for model in EXAMPLE_NETWORKS:
+    for model in networks:
         try:
             plan = planned(model, name)
         except fxgraft.FxgraftError:

@@ -134,12 +134,12 @@ def worker(rank: int, folder: str, modules: list[str], cases: list[tuple[str, st
         importlib.import_module(module)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=WORLD)
     try:
-        for index, (kind, name) in enumerate(cases):
+        for kind, name in cases:
             try:
                 result: Any = case(kind, name)
             except Exception as error:  # reported by the test of this case
                 result = f"{type(error).__name__}: {error}"
-            torch.save(result, f"{folder}/{index}-{rank}.pt")
+            torch.save(result, f"{folder}/{kind}-{name}-{rank}.pt")
         for name in GAMES:
             original = game(name)
             model = DistributedDataParallel(original)
@@ -151,11 +151,16 @@ def worker(rank: int, folder: str, modules: list[str], cases: list[tuple[str, st
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What two processes left behind; started once, since starting them is most of the time."""
+def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What two processes left behind of the cases to run; started once, since starting them takes long."""
     folder = tmp_path_factory.mktemp("processes")
     modules = sorted({method.__module__ for method in fxgraft.methods().values()})
-    mp.spawn(worker, (str(folder), modules, CASES), nprocs=WORLD)
+    wanted = {
+        (item.callspec.params["kind"], item.callspec.params["name"])
+        for item in request.session.items
+        if isinstance(item, pytest.Function) and item.originalname == "test_two_processes_train_as_one"
+    }
+    mp.spawn(worker, (str(folder), modules, [case for case in CASES if case in wanted]), nprocs=WORLD)
     return folder
 
 
@@ -164,8 +169,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.works_with("FSDP2, parts of blocks sharded as well", where={"kind": "fsdp2_nested"})
 @pytest.mark.parametrize(("kind", "name"), CASES)
 def test_two_processes_train_as_one(kind: str, name: str, folder: Path) -> None:
-    index = CASES.index((kind, name))
-    ranks = [torch.load(folder / f"{index}-{rank}.pt") for rank in range(WORLD)]
+    ranks = [torch.load(folder / f"{kind}-{name}-{rank}.pt") for rank in range(WORLD)]
     assert not [rank for rank in ranks if isinstance(rank, str)], ranks
     reference = patched(name)
     expected = trained(reference, reference, *batch())
