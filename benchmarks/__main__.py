@@ -173,7 +173,7 @@ def overhead(
 
 @app.command()
 def engine(rounds: Annotated[int, typer.Option(help="Epochs of each loop.")] = 7, out: Out = FOLDER) -> None:
-    """Measure what a comparison costs beside a bare training loop: steps, reading, memory of many runs."""
+    """Measure what a comparison costs beside a bare training loop: steps, reading, memory of many runs, workers."""
     found = json.dumps(measure(rounds), indent=1, ensure_ascii=False) + "\n"
     write_text(out / "engine.json", found)
     typer.echo(found)

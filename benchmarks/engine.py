@@ -1,13 +1,15 @@
-"""What `fxgraft.compare` costs beside a training loop: time of a step, time of reading, memory of many runs.
+"""What `fxgraft.compare` costs beside a training loop (steps, reading, memory), and what a second worker gains.
 
     python -m benchmarks engine
 
-Times are CPU seconds of this process, measured in turns, so that other work beside it counts little.
+Times are CPU seconds of this process, measured in turns, so that other work beside it counts little; those of workers
+are seconds of the clock, on a machine with nothing else to do.
 """
 
 from __future__ import annotations
 
 import gc
+import os
 import resource
 import statistics
 import tempfile
@@ -24,6 +26,7 @@ from timm.optim import create_optimizer_v2
 from timm.scheduler.scheduler_factory import create_scheduler_v2
 from torch.utils.data import DataLoader, Dataset
 
+import fxgraft
 from fxgraft.comparison import training
 from fxgraft.comparison.data import Item, Items, open_image
 from fxgraft.comparison.training import Images, Training, fit, transform_of
@@ -146,16 +149,52 @@ def memory_of_runs(folder: Path, runs: int = 40) -> dict[str, Any]:
     return {"runs": runs, "megabytes": found}
 
 
+def gain_of_workers(folder: Path, pairs: int = 4, rounds: int = 2) -> dict[str, Any]:
+    """Compare on photographs that are read from disk, with one worker and with two in turns; return pairs per hour."""
+    images = folder / "images"
+    for label in range(CLASSES):
+        (images / str(label)).mkdir(parents=True)
+    for item in write_images(folder, COUNT, (500, 375)):
+        path = Path(item.path)
+        path.rename(images / str(item.label) / path.name)
+    seconds: dict[int, list[float]] = {1: [], 2: []}
+    for turn in range(rounds):
+        for workers, found in seconds.items():
+            began = time.perf_counter()
+            fxgraft.compare(
+                images,
+                model=MODEL,
+                grafts="rsc",
+                seeds=pairs,
+                size=SIZE,
+                training={"epochs": 4, "batch_size": BATCH},
+                workers=workers,
+                out=folder / f"{workers}-{turn}",
+            )
+            found.append(time.perf_counter() - began)
+    one, two = (pairs * 3600 / statistics.median(found) for found in seconds.values())
+    return {
+        "model": MODEL,
+        "size": SIZE,
+        "pairs": pairs,
+        "rounds": rounds,
+        "cores": os.cpu_count(),
+        "seconds": {str(workers): [round(each, 2) for each in found] for workers, found in seconds.items()},
+        "pairs_per_hour": {"1": round(one, 1), "2": round(two, 1)},
+        "gain": round(two / one, 3),
+    }
+
+
 def _resident() -> float:
     pages = int(Path("/proc/self/statm").read_text(encoding="utf-8").split()[1])
     return pages * resource.getpagesize() / 2**20
 
 
 def measure(rounds: int = 7) -> dict[str, Any]:
-    """Measure all three, on one thread."""
+    """Measure all four, on one thread."""
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as name:
-        parts = [Path(name, part) for part in ("steps", "reading", "memory")]
+        parts = [Path(name, part) for part in ("steps", "reading", "memory", "workers")]
         for part in parts:
             part.mkdir()
         return {
@@ -163,4 +202,5 @@ def measure(rounds: int = 7) -> dict[str, Any]:
             "step": step_cost(parts[0], rounds),
             "reading": reading_cost(parts[1]),
             "memory": memory_of_runs(parts[2]),
+            "workers": gain_of_workers(parts[3]),
         }
