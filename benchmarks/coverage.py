@@ -149,8 +149,9 @@ def examine(name: str, known: Record | None = None) -> Record:
         record["build"] = _since(began)
         record["bare"] = steps(model, size)
     record["methods"] = dict(record.get("methods", {}))
-    for method in lacking(record):
-        tried = record["methods"][method] = graft(model, [method], size)
+    for row in lacking(record):
+        method, options = tried_methods()[row]
+        tried = record["methods"][row] = graft(model, [method], size, options)
         if "refused" not in tried and "failed" not in tried:
             tried |= inexact(model)
             tried["steps"] = record["bare"] or steps(model, size)
@@ -164,9 +165,15 @@ def examine(name: str, known: Record | None = None) -> Record:
     return record
 
 
+def tried_methods() -> dict[str, tuple[str, dict[str, Any]]]:
+    """Return what is tried on every architecture: the methods and their options, EFDMix as one of its own."""
+    own = {method: (method, dict[str, Any]()) for method in own_methods()}
+    return {**own, "mixstyle:match=histogram": ("mixstyle", {"match": "histogram"})}
+
+
 def lacking(record: Record) -> list[str]:
     """List the methods that a record says nothing of."""
-    return [method for method in own_methods() if method not in record["methods"]]
+    return [row for row in tried_methods() if row not in record["methods"]]
 
 
 def inexact(model: nn.Module) -> Record:

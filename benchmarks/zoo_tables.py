@@ -7,9 +7,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import yaml
-from tools.readme import markdown_table, own_methods
+from tools.readme import markdown_table
 
-from benchmarks.coverage import Record, category
+from benchmarks.coverage import Record, category, tried_methods
 from benchmarks.zoo import PROTOCOL, Zoo
 
 
@@ -54,7 +54,7 @@ def coverage(zoo: Zoo) -> str:
     unbuilt = sum("unbuilt" in each for each in zoo.structures.values())
     rows = [
         (
-            f"`{method}`" if method in own_methods() else method,
+            f"`{method}`" if method in tried_methods() else method,
             str(good),
             str(total),
             f"{good / total:.1%}",

@@ -10,11 +10,19 @@ from typing import Any
 import pytest
 from benchmarks import coverage
 from benchmarks import zoo as benchmark
-from benchmarks.coverage import architectures, category, examine, family, lacking, meta_dirichlet, structure
+from benchmarks.coverage import (
+    architectures,
+    category,
+    examine,
+    family,
+    lacking,
+    meta_dirichlet,
+    structure,
+    tried_methods,
+)
 from benchmarks.zoo import Zoo, run
 from benchmarks.zoo_tables import claim, plot, shares, summary
 from rich.console import Console
-from tools.readme import own_methods
 
 from fxgraft.errors import ConfigError
 from sweeping import some
@@ -55,7 +63,7 @@ def test_an_architecture(name: str) -> None:
     finally:
         put_back()
     assert found["bare"] is None
-    assert set(found["methods"]) == set(own_methods())
+    assert set(found["methods"]) == set(tried_methods())
     dense = name.startswith("torchvision/lraspp")
     for method, tried in found["methods"].items():
         assert "failed" not in tried
@@ -176,7 +184,7 @@ def test_a_run_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tried: list[str] = []
     complete = {
         **RECORDS["timm/a"],
-        "methods": dict.fromkeys(own_methods(), RECORDS["timm/a"]["methods"]["rsc"]),
+        "methods": dict.fromkeys(tried_methods(), RECORDS["timm/a"]["methods"]["rsc"]),
     }
 
     def examined(name: str, known: dict[str, Any] | None = None) -> dict[str, Any]:
