@@ -47,7 +47,9 @@ def pytest_collection_finish() -> None:
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
-    # torch leaves these hooks off where compiled code raises inside of a gradient of torch.func.
+    # Where compiled code raises, the "eager" backend leaves gradients off if it raises inside of no_grad, and these
+    # hooks off inside of a gradient of torch.func.
+    torch.set_grad_enabled(True)
     torch._C._autograd._saved_tensors_hooks_enable()
 
 
