@@ -149,7 +149,7 @@ def memory_of_runs(folder: Path, runs: int = 40) -> dict[str, Any]:
     return {"runs": runs, "megabytes": found}
 
 
-def gain_of_workers(folder: Path, pairs: int = 4, rounds: int = 2) -> dict[str, Any]:
+def gain_of_workers(folder: Path, pairs: int = 4, rounds: int = 1, epochs: int = 16) -> dict[str, Any]:
     """Compare on photographs that are read from disk, with one worker and with two in turns; return pairs per hour."""
     images = folder / "images"
     for label in range(CLASSES):
@@ -167,7 +167,7 @@ def gain_of_workers(folder: Path, pairs: int = 4, rounds: int = 2) -> dict[str, 
                 grafts="rsc",
                 seeds=pairs,
                 size=SIZE,
-                training={"epochs": 4, "batch_size": BATCH},
+                training={"epochs": epochs, "batch_size": BATCH},
                 workers=workers,
                 out=folder / f"{workers}-{turn}",
             )
@@ -177,6 +177,7 @@ def gain_of_workers(folder: Path, pairs: int = 4, rounds: int = 2) -> dict[str, 
         "model": MODEL,
         "size": SIZE,
         "pairs": pairs,
+        "epochs": epochs,
         "rounds": rounds,
         "cores": os.cpu_count(),
         "seconds": {str(workers): [round(each, 2) for each in found] for workers, found in seconds.items()},
