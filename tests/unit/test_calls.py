@@ -179,9 +179,19 @@ def test_the_logits_of_structured_outputs_are_found(wrap: Any) -> None:
     assert torch.equal(fxgraft.loss(net(), wrap(out), LABELS), F.cross_entropy(out, LABELS))
 
 
-@pytest.mark.parametrize("out", [(torch.zeros(1),), {"x": torch.zeros(1)}, None])
-def test_logits_that_cannot_be_found(out: Any) -> None:
-    with pytest.raises(StructureError, match="not clear what in it are the logits"):
+@pytest.mark.parametrize(
+    ("out", "held"),
+    [
+        ((torch.zeros(1),), "\nIt has: 0"),
+        ({"x": torch.zeros(1), "y": torch.zeros(1)}, "\nIt has: 'x', 'y'"),
+        (None, ""),
+    ],
+)
+def test_logits_that_cannot_be_found(out: Any, held: str) -> None:
+    with pytest.raises(
+        StructureError,
+        match=f"not clear what in it are the logits.{held}(?s:.*)a method that has this option",
+    ):
         fxgraft.loss(net(), out, LABELS)
 
 

@@ -53,8 +53,9 @@ def logits_node(values: Values, output: str | int | None, model: str) -> fx.Node
 
 
 def _no_entry(model: str, wanted: Any, names: Iterable[Any]) -> StructureError:
+    problem = "which of them holds the logits is not clear" if wanted is None else f"{wanted!r} is not one of them"
     return StructureError(
-        f"{model} returns several values, and {wanted!r} is not one of them.\n"
+        f"{model} returns several values, and {problem}.\n"
         f"It has: {', '.join(map(repr, names))}.\n"
         "Say which one holds the logits, as output=... A part of a model, as the backbone of a detector or of a dense "
         "predictor, ends before them: patch the whole model, whose output they are."
@@ -86,10 +87,12 @@ def take_logits(out: Any, names: Iterable[str | int | None] = ()) -> Any:
         3,
     ):  # in training there may be several rows for each image
         return alone
+    held = out if isinstance(out, dict) else range(len(out)) if isinstance(out, (tuple, list)) else ()
     raise StructureError(
         f"The model returned a {type(out).__name__}, and it is not clear what in it are the logits.\n"
-        "Pass the logits themselves to fxgraft.loss, or set output= on the patch. Where a model around the patched "
-        "part computes them, patch that whole model."
+        + (f"It has: {', '.join(map(repr, held))}.\n" if held else "")
+        + "Pass the logits themselves to fxgraft.loss, or set output= on the patch of a method that has this option. "
+        "Where a model around the patched part computes them, patch that whole model."
     )
 
 
