@@ -120,7 +120,7 @@ def test_studies_are_sized_by_power(name: str) -> None:
     assert all(each.options == study.options and each.tasks == study.tasks for each in shared)
 
 
-@pytest.mark.filterwarnings("ignore:The preset 'cifar10_wrn' of .* was published for WRN-40-2")
+@pytest.mark.filterwarnings("ignore:The preset 'cifar10_wrn.* was published for WRN-40-2")
 @pytest.mark.parametrize("name", [name for name, study in STUDIES.items() if not study.closed])
 def test_what_is_studied_goes_on_its_network(name: str) -> None:
     options = STUDIES[name].options
