@@ -116,7 +116,7 @@ _TABLE = """
   unit/graph/runtime/test_labels.py::test_compiled_passes_refuse_where_the_loop_is_ahead
   unit/graph/runtime/test_labels.py::test_compiled_passes_remember_their_labels
   unit/graph/runtime/test_labels.py::test_labels_that_a_compiled_step_writes_to_are_compared
-  unit/graph/runtime/test_loss_watch.py::test_compiled_passes_are_counted_where_the_loss_is_asked_for
+  unit/graph/runtime/test_progress_watch.py::test_compiled_passes_are_counted_where_the_loss_is_asked_for
   unit/graph/structure/test_dense.py::test_both_together_in_either_order_and_taken_off
   unit/graph/structure/test_joins.py::test_an_adapter_is_no_join
   unit/graph/structure/test_sites.py::test_every_second_tensor_that_is_listed_can_be_patched
@@ -217,8 +217,8 @@ _TABLE = """
   system/trainers/test_timm.py::test_members_take_every_loss
   system/trainers/test_transformers.py::test_class_maps_where_a_module_holds_map_and_pooling
   unit/cli/test_merging.py::test_a_run_of_timms_script
-  unit/graph/runtime/test_loss_watch.py::test_a_schedule_that_nobody_feeds
-  unit/graph/runtime/test_loss_watch.py::test_an_optimiser_that_knows_of_them
+  unit/graph/runtime/test_progress_watch.py::test_a_schedule_that_nobody_feeds
+  unit/graph/runtime/test_parameter_watch.py::test_an_optimiser_that_knows_of_them
   unit/graph/structure/heads/test_pooling.py::test_averages_are_recognised_and_the_rewrite_is_exact
   unit/graph/structure/test_joins.py::test_joins_of_well_known_models
   unit/graph/structure/test_joins.py::test_what_a_residual_join_is
@@ -329,7 +329,7 @@ _TABLE = """
   system/contract/test_wrappers.py::test_networks_side_by_side
   system/contract/test_wrappers.py::test_networks_trained_side_by_side
   system/test_constructor.py::test_a_saved_model_is_made_again
-  unit/graph/runtime/test_loss_watch.py::test_what_follows_no_schedule
+  unit/graph/runtime/test_progress_watch.py::test_what_follows_no_schedule
   unit/io/test_backbone_weights.py::test_what_the_readme_says_of_strict_loading
 10
   system/properties/test_volumes.py::test_a_network_of_depth_one
@@ -344,7 +344,7 @@ _TABLE = """
   system/test_adapters.py::test_copies_of_a_patched_model_with_adapters_have_its_placements
   unit/adaptation/test_checkpoint.py::test_a_checkpoint_that_is_not_whole_changes_nothing
   unit/graph/runtime/test_labels.py::test_compiled_code_refuses_what_is_no_class
-  unit/graph/runtime/test_loss_watch.py::test_an_optimiser_from_before_the_patch
+  unit/graph/runtime/test_parameter_watch.py::test_an_optimiser_from_before_the_patch
 13
   system/contract/test_processes.py::test_two_processes_train_as_one
 16

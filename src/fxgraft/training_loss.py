@@ -15,7 +15,7 @@ from fxgraft.graph.grafting.graft import Graft
 from fxgraft.graph.grafting.lookup import grafts_on, named_grafts, patched_parts, registry_of
 from fxgraft.graph.runtime.forward_context import ARGUMENTS, Context
 from fxgraft.graph.runtime.labels import batch_of, check_criterion, differ, version_of
-from fxgraft.graph.runtime.loss_watch import OTHER_LABELS, some_of
+from fxgraft.graph.runtime.pass_records import OTHER_LABELS, some_of
 from fxgraft.graph.structure.heads.outputs import take_logits
 from fxgraft.graph.tracing.observe import tensors
 
@@ -147,7 +147,7 @@ def _ask(model: nn.Module, out: Any, y: Any) -> None:
             if torch.compiler.is_compiling():
                 _compare_compiled(registry.context, path, out, y)
             else:
-                registry.context.doubts.answers()
+                registry.context.checks.answers()
                 _compare_labels(registry.context, path, out, y)
 
 
@@ -183,7 +183,7 @@ def _compare_labels(context: Context, path: str, out: Any, y: Any) -> None:
             continue  # outputs of several passes, joined
         wrong = differ(record.labels, y)
         if wrong is not None and wrong is not False:
-            context.doubts.check(wrong, TargetError(_OTHER_LABELS))
+            context.checks.check(wrong, TargetError(_OTHER_LABELS))
 
 
 def _check_classes(path: str, own: Sequence[tuple[int, ...]], shapes: Sequence[tuple[int, ...]]) -> None:

@@ -164,7 +164,7 @@ class Graft(Generic[P]):
             error: what to raise.
         """
         if self.context is not None:
-            self.context.doubts.check(wrong, error)
+            self.context.checks.check(wrong, error)
 
     def arguments(self, out: Any) -> Arguments | None:
         """Return the arguments of the pass that gave ``out``, if it was a training pass and the patch replays."""

@@ -30,7 +30,7 @@ from fxgraft.graph.grafting.state import hidden_forward, state_of
 from fxgraft.graph.grafting.transaction import Transaction, UnitSnapshot
 from fxgraft.graph.runtime.forward_context import Context
 from fxgraft.graph.runtime.living import note_patched
-from fxgraft.graph.runtime.loss_watch import REFERENCES, ParameterWatch
+from fxgraft.graph.runtime.parameter_watch import REFERENCES, ParameterWatch
 from fxgraft.graph.tracing.names import class_name, join
 from fxgraft.graph.tracing.preserve import own_random_state, preserved_random_state
 from fxgraft.graph.tracing.reads import plain_value
@@ -167,7 +167,7 @@ class GraftRegistry:
         self.renew_stale(model)
         if self.plan is not None:  # it is used now, and no more grafts are coming
             self.plan.look.forget()
-        self.context.doubts.answers()
+        self.context.checks.answers()
         for graft in self.grafts if model.training else ():
             if not graft.started:
                 graft.started = True

@@ -183,7 +183,7 @@ class PassView:
             wrong: () bool.
             error: what to raise.
         """
-        self.model_pass.context.doubts.check(wrong, error)
+        self.model_pass.context.checks.check(wrong, error)
 
 
 def recomputed() -> bool:

@@ -18,7 +18,11 @@ import torch
 from torch import Tensor, nn
 
 from fxgraft.errors import ConfigError, TargetError
-from fxgraft.graph.runtime.loss_watch import Doubts, LossWatch, Outputs, ParameterWatch, ProgressWatch
+from fxgraft.graph.runtime.deferred_checks import DeferredChecks
+from fxgraft.graph.runtime.loss_watch import LossWatch
+from fxgraft.graph.runtime.parameter_watch import ParameterWatch
+from fxgraft.graph.runtime.pass_records import Outputs
+from fxgraft.graph.runtime.progress_watch import ProgressWatch
 from fxgraft.graph.runtime.published_labels import PassLabels, targets
 from fxgraft.graph.tracing.observe import tensors
 
@@ -134,7 +138,7 @@ class Context:
         samples: names of some of the model's parameters, to notice when other tensors stand in for these.
         loss_grafts: names of the grafts that have a share in the loss.
         watch: notices that the loss is never asked for.
-        doubts: checks on a device, whose answers are not waited for.
+        checks: checks on a device, whose answers are not waited for.
         outputs: the table that finds the pass of an output.
         told: the warnings that grafts have given.
         progress_watch: notices that schedules are not fed, or end too early.
@@ -153,7 +157,7 @@ class Context:
         self.progress_watch = ProgressWatch()
         self.parameter_watch = ParameterWatch()
         self.model: weakref.ref[nn.Module] | None = None
-        self.doubts = Doubts()
+        self.checks = DeferredChecks()
         self.outputs = Outputs()
         self.told: set[tuple[str, str]] = set()
         self._local = threading.local()

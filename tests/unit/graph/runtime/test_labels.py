@@ -366,7 +366,7 @@ def test_answers_of_a_device_come_in_a_later_step() -> None:
             return self.ready
 
     model = fxgraft.patch(net(), "rsc", layer="stage2", input_size=SIZE)
-    doubts, done = fxgraft.grafts(model)[0].context.doubts, Done()  # type: ignore[union-attr]
+    doubts, done = fxgraft.grafts(model)[0].context.checks, Done()  # type: ignore[union-attr]
     doubts._waiting.append((torch.tensor(True), done, TargetError("other labels")))
     model(images(), target=LABELS)
     done.ready = True
