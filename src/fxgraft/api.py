@@ -32,10 +32,10 @@ from fxgraft.graph.grafting.lookup import (
     registry_of,
     unwrapped,
 )
+from fxgraft.graph.names import class_name
 from fxgraft.graph.structure.positions import position_sites
 from fxgraft.graph.structure.site import Sites
 from fxgraft.graph.structure.sites import list_sites
-from fxgraft.graph.tracing.names import class_name
 from fxgraft.graph.tracing.preserve import preserved_random_state
 from fxgraft.inspection import Plan, Summary, plan_of, summary_of
 from fxgraft.patches.base import Patch

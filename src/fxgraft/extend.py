@@ -133,6 +133,7 @@ from fxgraft.graph.grafting.lookup import add_graft, copy_with, grafts_in, graft
 from fxgraft.graph.grafting.placement import Placement
 from fxgraft.graph.grafting.taps import Tap, take, tap_placements
 from fxgraft.graph.grafting.unit import Capture, PassView, Unit, look_ahead, recomputed
+from fxgraft.graph.names import is_graft_key
 from fxgraft.graph.runtime.forward_context import Arguments, Context
 from fxgraft.graph.runtime.labels import binary_labels, check_criterion, check_label_range, check_soft_labels
 from fxgraft.graph.structure.affine_fold import Absorber
@@ -154,7 +155,6 @@ from fxgraft.graph.structure.layout import DIMENSIONS, Layout, LayoutName
 from fxgraft.graph.structure.rest_of_network import Rest, tail_layer
 from fxgraft.graph.structure.site import Site
 from fxgraft.graph.structure.sites import SiteSpec
-from fxgraft.graph.tracing.names import is_graft_key
 from fxgraft.graph.tracing.observe import tensors
 from fxgraft.graph.tracing.preserve import preserved_modes
 from fxgraft.graph.tracing.settings import acted_on

@@ -14,7 +14,7 @@ from fxgraft.errors import ConfigError, MethodError
 from fxgraft.graph.grafting.graft import Graft
 from fxgraft.graph.grafting.lookup import named_grafts
 from fxgraft.graph.grafting.placement import Placement
-from fxgraft.graph.tracing.names import class_name
+from fxgraft.graph.names import class_name
 from fxgraft.patches.base import Patch, mean_of
 
 

@@ -36,7 +36,7 @@ LAYERS: list[tuple[str, ...]] = [
         "models.py",
         "spec.py",
     ),
-    ("graph/dataflow/", "graph/tracing/", "graph/atomic.py", "graph/__init__.py"),
+    ("graph/dataflow/", "graph/tracing/", "graph/atomic.py", "graph/names.py", "graph/__init__.py"),
     ("graph/runtime/",),
     ("graph/structure/",),
     ("graph/grafting/",),

@@ -17,13 +17,13 @@ from fxgraft.graph.grafting.graft import Graft
 from fxgraft.graph.grafting.graft_registry import GraftRegistry
 from fxgraft.graph.grafting.placement import Placement
 from fxgraft.graph.grafting.planning import plan
+from fxgraft.graph.names import class_name, join
 from fxgraft.graph.structure.layout import layout_of
 from fxgraft.graph.structure.site import Site, Sites
 from fxgraft.graph.structure.sites import list_sites
 from fxgraft.graph.structure.stages import stages
 from fxgraft.graph.tracing.editing import Input, Output, Span
 from fxgraft.graph.tracing.model_trace import ModelTrace
-from fxgraft.graph.tracing.names import class_name, join
 from fxgraft.graph.tracing.preserve import preserved_random_state
 from fxgraft.patches.registry import build, methods
 

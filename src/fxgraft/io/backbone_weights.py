@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from fxgraft.errors import RecipeError
 from fxgraft.graph.atomic import synchronized
 from fxgraft.graph.grafting.lookup import grafts_on, own_keys, patched_parts, unwrapped
-from fxgraft.graph.tracing.names import is_graft_key
+from fxgraft.graph.names import is_graft_key
 
 M = TypeVar("M", bound=nn.Module)
 

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from fxgraft.errors import ConfigError, FxgraftError, RecipeError
 from fxgraft.graph.grafting.state import foreign_forward, state_of
 from fxgraft.graph.grafting.unit import Unit
-from fxgraft.graph.tracing.names import STATE, join
+from fxgraft.graph.names import STATE, join
 from fxgraft.graph.tracing.preserve import preserved_random_state
 from fxgraft.models import build_model, imported
 

@@ -36,9 +36,9 @@ from fxgraft._torch import (
     ReplicationPadNd,
 )
 from fxgraft.errors import FxgraftError
+from fxgraft.graph.names import join
 from fxgraft.graph.tracing.branches import iadd
 from fxgraft.graph.tracing.model_trace import ModelTrace
-from fxgraft.graph.tracing.names import join
 from fxgraft.graph.tracing.settings import acted_on
 
 Words = frozenset[str]

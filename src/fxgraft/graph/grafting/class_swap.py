@@ -33,12 +33,12 @@ from fxgraft.graph.grafting.state import (
     state_of,
 )
 from fxgraft.graph.grafting.unit import Unit
+from fxgraft.graph.names import STATE
 from fxgraft.graph.runtime.forward_context import Arguments, Context, ForwardContext
 from fxgraft.graph.runtime.living import note_patched
-from fxgraft.graph.tracing.names import STATE
 from fxgraft.graph.tracing.settings import output_hooked
 from fxgraft.graph.tracing.signatures import LABELS, TARGET, Declared
-from fxgraft.graph.tracing.trace import ShallowTracer
+from fxgraft.graph.tracing.tracer import ShallowTracer
 
 ENTRY_POINTS = ("forward_features", "forward_head", "forward_intermediates", "get_intermediate_layers")
 """Methods through which users run part of a backbone, apart from calling it."""

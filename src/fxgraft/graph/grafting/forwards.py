@@ -16,7 +16,8 @@ from fxgraft.graph.tracing.editing import (
 )
 from fxgraft.graph.tracing.regions import REGION, region_of
 from fxgraft.graph.tracing.signatures import INPUT, Declared, bind
-from fxgraft.graph.tracing.trace import CHECKPOINT_REGION, Traced
+from fxgraft.graph.tracing.trace import Traced
+from fxgraft.graph.tracing.tracer import CHECKPOINT_REGION
 
 
 def restore_checkpointing(traced: Traced) -> None:

@@ -28,10 +28,10 @@ from fxgraft.graph.grafting.placement import PlacementRecord
 from fxgraft.graph.grafting.planning import Look, Plan, bare_shadow, plan
 from fxgraft.graph.grafting.state import hidden_forward, state_of
 from fxgraft.graph.grafting.transaction import Transaction, UnitSnapshot
+from fxgraft.graph.names import class_name, join
 from fxgraft.graph.runtime.forward_context import Context
 from fxgraft.graph.runtime.living import note_patched
 from fxgraft.graph.runtime.parameter_watch import REFERENCES, ParameterWatch
-from fxgraft.graph.tracing.names import class_name, join
 from fxgraft.graph.tracing.preserve import own_random_state, preserved_random_state
 from fxgraft.graph.tracing.reads import plain_value
 from fxgraft.graph.tracing.settings import settings_changed

@@ -17,8 +17,8 @@ from fxgraft.graph.grafting.graft import Graft
 from fxgraft.graph.grafting.graft_registry import KEPT, GraftRegistry
 from fxgraft.graph.grafting.state import state_of
 from fxgraft.graph.grafting.unit import Unit
+from fxgraft.graph.names import join
 from fxgraft.graph.runtime.living import last_change, noted_models
-from fxgraft.graph.tracing.names import join
 
 M = TypeVar("M", bound=nn.Module)
 

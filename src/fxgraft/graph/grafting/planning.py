@@ -18,9 +18,9 @@ from fxgraft.graph.grafting.placement import Placed, Placement, PlacementRecord
 from fxgraft.graph.grafting.programs import Part, compile_placements
 from fxgraft.graph.grafting.state import GraftState, Keeper, foreign_forward, state_of
 from fxgraft.graph.grafting.unit import Unit
+from fxgraft.graph.names import STATE, join
 from fxgraft.graph.runtime.forward_context import Context
 from fxgraft.graph.tracing.model_trace import ModelTrace
-from fxgraft.graph.tracing.names import STATE, join
 from fxgraft.graph.tracing.shadow import Shadow
 
 

@@ -22,11 +22,11 @@ from fxgraft.graph.grafting.graft import Graft
 from fxgraft.graph.grafting.placement import Placed, Placement, by_edge, by_rank
 from fxgraft.graph.grafting.state import GraftState, Program, foreign_forward, state_of
 from fxgraft.graph.grafting.unit import Unit
+from fxgraft.graph.names import PREFIX, STATE, inside, join
 from fxgraft.graph.runtime.forward_context import Context
 from fxgraft.graph.tracing.compile import MORE
 from fxgraft.graph.tracing.editing import Edit, Editor, Input, Instead, Output
 from fxgraft.graph.tracing.model_trace import ModelTrace
-from fxgraft.graph.tracing.names import PREFIX, STATE, inside, join
 from fxgraft.graph.tracing.signatures import Declared
 from fxgraft.graph.tracing.trace import Traced
 

@@ -11,8 +11,8 @@ from torch import nn
 
 from fxgraft.errors import no_module
 from fxgraft.graph.grafting.unit import Unit
+from fxgraft.graph.names import STATE
 from fxgraft.graph.runtime.forward_context import Context
-from fxgraft.graph.tracing.names import STATE
 
 
 @dataclass

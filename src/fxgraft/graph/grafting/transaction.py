@@ -15,7 +15,7 @@ from fxgraft.graph.grafting.class_swap import grafted_class
 from fxgraft.graph.grafting.graft import Graft
 from fxgraft.graph.grafting.planning import Plan, parts_without_model
 from fxgraft.graph.grafting.state import GraftState, foreign_forward, state_of
-from fxgraft.graph.tracing.names import STATE
+from fxgraft.graph.names import STATE
 
 if TYPE_CHECKING:
     from fxgraft.graph.grafting.graft_registry import GraftRegistry

@@ -11,9 +11,9 @@ from fxgraft.errors import TraceError, UnknownGraftError
 from fxgraft.graph.grafting.lookup import registry_of
 from fxgraft.graph.grafting.placement import Placed, by_edge, by_rank
 from fxgraft.graph.grafting.state import GraftState
+from fxgraft.graph.names import STATE, class_name
 from fxgraft.graph.tracing.editing import Editor, Input, Instead, Output, unit_call
 from fxgraft.graph.tracing.model_trace import ModelTrace
-from fxgraft.graph.tracing.names import STATE, class_name
 from fxgraft.graph.tracing.preserve import preserved_random_state
 from fxgraft.graph.tracing.regions import python_code
 from fxgraft.graph.tracing.trace import Traced

@@ -17,6 +17,7 @@ from torchvision.models.convnext import LayerNorm2d
 
 from fxgraft.errors import SiteError, StructureError, TraceError
 from fxgraft.graph.dataflow.graph_utils import modules_in
+from fxgraft.graph.names import ancestors, join
 from fxgraft.graph.structure.heads.linear import sharers
 from fxgraft.graph.structure.heads.pooling import (
     DROPOUTS,
@@ -29,9 +30,9 @@ from fxgraft.graph.structure.layout import Layout
 from fxgraft.graph.structure.rest_of_network import passes
 from fxgraft.graph.structure.site import Site
 from fxgraft.graph.tracing.model_trace import ModelTrace
-from fxgraft.graph.tracing.names import ancestors, join
 from fxgraft.graph.tracing.settings import acted_on, output_hooked
-from fxgraft.graph.tracing.trace import Traced, is_primitive
+from fxgraft.graph.tracing.trace import Traced
+from fxgraft.graph.tracing.tracer import is_primitive
 from fxgraft.graph.tracing.values import node_name
 
 LAYERS = (

@@ -17,11 +17,11 @@ from torch import fx, nn
 from fxgraft._torch import ConvNd
 from fxgraft.errors import SiteError, StructureError, TraceError
 from fxgraft.graph.dataflow.graph_utils import downstream_of, placeholders, upstream_of
+from fxgraft.graph.names import join, relative
 from fxgraft.graph.structure.site import Edits, Site, edits_of, module_site
 from fxgraft.graph.tracing.editing import After, Edge
 from fxgraft.graph.tracing.model_trace import ModelTrace
-from fxgraft.graph.tracing.names import join, relative
-from fxgraft.graph.tracing.trace import is_primitive
+from fxgraft.graph.tracing.tracer import is_primitive
 
 DENSE = ("conv1_pre", "conv1_post", "conv2_post")
 

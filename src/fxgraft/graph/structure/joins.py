@@ -41,14 +41,14 @@ from fxgraft.graph.dataflow.steps import (
     sources_of,
     steps_of,
 )
+from fxgraft.graph.names import inside, join, relative
 from fxgraft.graph.structure.layout import layout_of
 from fxgraft.graph.structure.onward import goes_on
 from fxgraft.graph.structure.site import Edits, Site
 from fxgraft.graph.tracing.editing import After, Edge
 from fxgraft.graph.tracing.model_trace import ModelTrace
-from fxgraft.graph.tracing.names import inside, join, relative
 from fxgraft.graph.tracing.observe import tensors
-from fxgraft.graph.tracing.trace import is_primitive
+from fxgraft.graph.tracing.tracer import is_primitive
 from fxgraft.graph.tracing.values import Values
 
 POSITIONS = ("pre", "residual", "identity", "post")

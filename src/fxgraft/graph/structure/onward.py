@@ -30,12 +30,12 @@ from fxgraft.graph.dataflow.steps import (
     squashes,
     steps_of,
 )
+from fxgraft.graph.names import join, relative
 from fxgraft.graph.structure.site import Site, edits_of, layout_at
 from fxgraft.graph.tracing.editing import After, Edge, Output
 from fxgraft.graph.tracing.model_trace import ModelTrace
-from fxgraft.graph.tracing.names import join, relative
 from fxgraft.graph.tracing.signatures import INPUT, bind
-from fxgraft.graph.tracing.trace import is_primitive
+from fxgraft.graph.tracing.tracer import is_primitive
 from fxgraft.graph.tracing.values import Values
 
 _ROLES = ("value", "squashed", "gate")

@@ -24,6 +24,7 @@ from fxgraft._torch import PRELU, ConvNd, NormBase, OpOverload, TorchDispatchMod
 from fxgraft.errors import FxgraftError, SiteError, StructureError, TraceError, candidates
 from fxgraft.graph.dataflow.graph_utils import downstream_of, upstream_of
 from fxgraft.graph.dataflow.steps import steps_of
+from fxgraft.graph.names import join, relative
 from fxgraft.graph.structure.dense import DENSE, dense_layers
 from fxgraft.graph.structure.joins import POSITIONS as OF_JOINS
 from fxgraft.graph.structure.joins import (
@@ -46,7 +47,6 @@ from fxgraft.graph.structure.site import (
 from fxgraft.graph.structure.sites import SiteSpec, is_glob, matches, resolve
 from fxgraft.graph.tracing.editing import After, Edge, Edit, Input
 from fxgraft.graph.tracing.model_trace import ModelTrace
-from fxgraft.graph.tracing.names import join, relative
 from fxgraft.graph.tracing.preserve import preserved_modes, preserved_random_state
 
 RESIDUAL = (*OF_JOINS, "pre_with_projection", "output")

@@ -23,6 +23,7 @@ from fxgraft.graph.dataflow.graph_utils import (
     upstream_of,
 )
 from fxgraft.graph.dataflow.reach import Reach
+from fxgraft.graph.names import ancestors, inside
 from fxgraft.graph.structure.heads.outputs import check_logits, logits_node, take_logits
 from fxgraft.graph.structure.heads.pooling import head_in, is_classifier, logits_before
 from fxgraft.graph.structure.heads.probabilities import squashed_end, squashing
@@ -40,7 +41,6 @@ from fxgraft.graph.tracing.branches import held
 from fxgraft.graph.tracing.compile import compile_graph
 from fxgraft.graph.tracing.editing import After, is_unit
 from fxgraft.graph.tracing.model_trace import ModelTrace
-from fxgraft.graph.tracing.names import ancestors, inside
 from fxgraft.graph.tracing.observe import bare_calls, tensors
 from fxgraft.graph.tracing.preserve import preserved_attributes, preserved_modes, preserved_random_state
 from fxgraft.graph.tracing.regions import region_of
@@ -51,7 +51,8 @@ from fxgraft.graph.tracing.settings import (
     output_hooked,
     settings_changed,
 )
-from fxgraft.graph.tracing.trace import HOOKED, Traced, is_primitive, readdressed
+from fxgraft.graph.tracing.trace import Traced, readdressed
+from fxgraft.graph.tracing.tracer import HOOKED, is_primitive
 from fxgraft.graph.tracing.values import tensor_inputs
 
 

@@ -14,11 +14,12 @@ from torch import Tensor, fx, nn
 from fxgraft._torch import pytree
 from fxgraft.errors import SiteError, TraceError
 from fxgraft.graph.dataflow.graph_utils import scope_of
+from fxgraft.graph.names import inside, join, relative
 from fxgraft.graph.structure.layout import Layout, layout_of, layout_of_value, named_layout
 from fxgraft.graph.tracing.editing import After, Edit, Output, is_unit
 from fxgraft.graph.tracing.model_trace import ModelTrace
-from fxgraft.graph.tracing.names import inside, join, relative
-from fxgraft.graph.tracing.trace import HOOKED, Traced
+from fxgraft.graph.tracing.trace import Traced
+from fxgraft.graph.tracing.tracer import HOOKED
 from fxgraft.graph.tracing.values import shape_of
 
 

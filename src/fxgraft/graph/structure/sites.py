@@ -9,7 +9,7 @@ from fxgraft.errors import SiteError, TraceError, candidates
 from fxgraft.graph.structure.site import Site, last_called, module_site, node_sites
 from fxgraft.graph.structure.stages import stage_at
 from fxgraft.graph.tracing.model_trace import ModelTrace
-from fxgraft.graph.tracing.trace import is_primitive
+from fxgraft.graph.tracing.tracer import is_primitive
 
 SiteSpec = str | int | Sequence[str | int]
 """How users name sites: a qualified name, a glob, a node name, a stage number, or several of these."""

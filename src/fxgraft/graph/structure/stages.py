@@ -12,12 +12,12 @@ from fxgraft.errors import SiteError, StructureError
 from fxgraft.graph.dataflow.flow import mark_of, passed_by_all
 from fxgraft.graph.dataflow.graph_utils import downstream_of
 from fxgraft.graph.dataflow.steps import PROJECTIONS
+from fxgraft.graph.names import ancestors, inside
 from fxgraft.graph.structure.heads.outputs import take_logits
 from fxgraft.graph.structure.heads.pooling import is_classifier
 from fxgraft.graph.structure.layout import layout_of_value
 from fxgraft.graph.structure.site import Site, entry_site, last_called, module_site, node_sites, places_in
 from fxgraft.graph.tracing.model_trace import ModelTrace
-from fxgraft.graph.tracing.names import ancestors, inside
 from fxgraft.graph.tracing.observe import Call, tensors
 
 

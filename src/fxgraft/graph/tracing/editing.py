@@ -8,7 +8,7 @@ from typing import Any
 from torch import fx
 
 from fxgraft.errors import SiteError, candidates
-from fxgraft.graph.tracing.names import UNIT
+from fxgraft.graph.names import UNIT
 from fxgraft.graph.tracing.regions import REGION, region_of
 from fxgraft.graph.tracing.trace import Traced
 

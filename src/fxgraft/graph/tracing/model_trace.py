@@ -14,7 +14,7 @@ from torch import nn
 
 from fxgraft._torch import DataDependentOutputException, DynamicOutputShapeException
 from fxgraft.errors import SiteError, StructureError
-from fxgraft.graph.tracing.names import class_name, join
+from fxgraft.graph.names import class_name, join
 from fxgraft.graph.tracing.observe import (
     Call,
     DataSetError,

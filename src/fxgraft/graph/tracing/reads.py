@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from fxgraft.graph.atomic import restoring
-from fxgraft.graph.tracing.names import STATE, UNIT
+from fxgraft.graph.names import STATE, UNIT
 from fxgraft.graph.tracing.preserve import MISSING
 
 _TORCH = str(Path(torch.__file__).parent)

@@ -19,7 +19,7 @@ from timm.layers import get_notrace_functions, get_notrace_modules  # pyright: i
 from torch import Tensor, fx, nn
 from torch.nn.parameter import is_lazy
 
-from fxgraft.graph.tracing.names import STATE
+from fxgraft.graph.names import STATE
 from fxgraft.graph.tracing.preserve import Reachable
 
 _CONTAINERS = (list, dict, set, deque, OrderedDict, defaultdict)

@@ -10,7 +10,7 @@ from torch import Tensor, fx, nn
 from fxgraft._torch import pytree
 from fxgraft.errors import FxgraftError, StructureError
 from fxgraft.graph.dataflow.graph_utils import scope_of
-from fxgraft.graph.tracing.names import class_name, join
+from fxgraft.graph.names import class_name, join
 from fxgraft.graph.tracing.observe import Call, Observation
 from fxgraft.graph.tracing.preserve import preserved_attributes, preserved_modes, preserved_random_state
 from fxgraft.graph.tracing.regions import entered, region_of

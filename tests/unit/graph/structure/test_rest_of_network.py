@@ -10,7 +10,7 @@ from torch import Tensor, fx, nn
 
 import fxgraft
 from fxgraft.errors import SiteError
-from fxgraft.graph.tracing.names import ancestors
+from fxgraft.graph.names import ancestors
 from models.backbones import BACKBONES
 from models.toys import Net, assert_same, evaluate, images, net, rest, state_of_everything, value_at
 

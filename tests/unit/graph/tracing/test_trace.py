@@ -19,7 +19,8 @@ from fxgraft.graph.grafting.forwards import as_forward
 from fxgraft.graph.tracing.model_trace import ModelTrace
 from fxgraft.graph.tracing.preserve import preserved_globals
 from fxgraft.graph.tracing.signatures import INPUT
-from fxgraft.graph.tracing.trace import CHECKPOINT_REGION, Traced, is_primitive
+from fxgraft.graph.tracing.trace import Traced
+from fxgraft.graph.tracing.tracer import CHECKPOINT_REGION, is_primitive
 from models.toys import Block, Net, assert_same, images, net, state_of_everything
 
 

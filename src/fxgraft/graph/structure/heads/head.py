@@ -8,6 +8,7 @@ from torch import Tensor, fx, nn
 
 from fxgraft.errors import SiteError, StructureError, TraceError
 from fxgraft.graph.dataflow.graph_utils import downstream_of, scope_of, upstream_of
+from fxgraft.graph.names import ancestors, inside, join, relative
 from fxgraft.graph.structure.heads.linear import made_by_hooks
 from fxgraft.graph.structure.heads.outputs import logits_node
 from fxgraft.graph.structure.heads.pooling import (
@@ -22,7 +23,6 @@ from fxgraft.graph.structure.layout import layout_of_value
 from fxgraft.graph.structure.site import Site, counterpart, module_site, node_sites, own_nodes
 from fxgraft.graph.tracing.editing import Span
 from fxgraft.graph.tracing.model_trace import ModelTrace
-from fxgraft.graph.tracing.names import ancestors, inside, join, relative
 from fxgraft.graph.tracing.trace import Traced
 from fxgraft.graph.tracing.values import Values, describe_node, node_name
 

@@ -25,6 +25,7 @@ from torch import Tensor, fx, nn
 from fxgraft._torch import NormBase
 from fxgraft.errors import BypassError, SiteError, StructureError
 from fxgraft.graph.dataflow.graph_utils import cut, modules_in, placeholders, upstream_of
+from fxgraft.graph.names import class_name, join
 from fxgraft.graph.structure.heads import pooled_vectors
 from fxgraft.graph.structure.heads.head import Head, token_grid
 from fxgraft.graph.structure.heads.linear import made_by_hooks
@@ -40,7 +41,6 @@ from fxgraft.graph.structure.heads.pooling import (
 )
 from fxgraft.graph.tracing.compile import compile_graph
 from fxgraft.graph.tracing.model_trace import ModelTrace
-from fxgraft.graph.tracing.names import class_name, join
 from fxgraft.graph.tracing.preserve import preserved_modes
 from fxgraft.graph.tracing.settings import acted_on, plain_settings, settings_changed
 from fxgraft.graph.tracing.trace import Traced

@@ -16,11 +16,12 @@ from fxgraft._torch import AdaptiveAvgPoolNd, AvgPoolNd, ConvNd
 from fxgraft.errors import StructureError, candidates
 from fxgraft.graph.dataflow.flow import mark_of
 from fxgraft.graph.dataflow.graph_utils import scope_of, upstream_of
+from fxgraft.graph.names import ancestors, class_name, join
 from fxgraft.graph.structure.heads.outputs import logits_node
 from fxgraft.graph.structure.heads.progressive_trace import OpaqueError, opening
 from fxgraft.graph.tracing.model_trace import ModelTrace
-from fxgraft.graph.tracing.names import ancestors, class_name, join
-from fxgraft.graph.tracing.trace import Traced, is_primitive
+from fxgraft.graph.tracing.trace import Traced
+from fxgraft.graph.tracing.tracer import is_primitive
 from fxgraft.graph.tracing.values import Values, describe_node, node_name, tensor_inputs
 
 # timm's own Linear differs under TorchScript only.

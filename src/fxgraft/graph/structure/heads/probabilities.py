@@ -9,12 +9,13 @@ from torch import fx
 from fxgraft._torch import ConvNd
 from fxgraft.errors import StructureError, TraceError
 from fxgraft.graph.dataflow.graph_utils import scope_of
+from fxgraft.graph.names import ancestors
 from fxgraft.graph.structure.heads.outputs import logits_node
 from fxgraft.graph.structure.heads.pooling import DROPOUTS, SCALES, SHAPES, SQUASHING, SUMS
 from fxgraft.graph.structure.heads.progressive_trace import OpaqueError, opening
 from fxgraft.graph.tracing.model_trace import ModelTrace
-from fxgraft.graph.tracing.names import ancestors
-from fxgraft.graph.tracing.trace import Traced, is_primitive
+from fxgraft.graph.tracing.trace import Traced
+from fxgraft.graph.tracing.tracer import is_primitive
 from fxgraft.graph.tracing.values import Values, describe_node, node_name, tensor_inputs
 
 _STRAIGHT = SHAPES | DROPOUTS | {"float", "to", "double", "half", "type_as"}

@@ -16,6 +16,7 @@ from torch import Tensor, fx, nn
 from fxgraft._torch import ConvNd, NormBase
 from fxgraft.errors import StructureError, TraceError
 from fxgraft.graph.dataflow.graph_utils import cut, downstream_of, placeholders
+from fxgraft.graph.names import ancestors
 from fxgraft.graph.structure.heads.linear import is_derived, is_linear
 from fxgraft.graph.structure.heads.outputs import logits_node, take_logits
 from fxgraft.graph.structure.heads.pooling import (
@@ -31,10 +32,10 @@ from fxgraft.graph.structure.heads.progressive_trace import OpaqueError, opening
 from fxgraft.graph.structure.layout import Layout, LayoutName
 from fxgraft.graph.tracing.compile import compile_graph
 from fxgraft.graph.tracing.model_trace import ModelTrace
-from fxgraft.graph.tracing.names import ancestors
 from fxgraft.graph.tracing.observe import tensors
 from fxgraft.graph.tracing.settings import input_hooked
-from fxgraft.graph.tracing.trace import Traced, is_primitive
+from fxgraft.graph.tracing.trace import Traced
+from fxgraft.graph.tracing.tracer import is_primitive
 from fxgraft.graph.tracing.values import Values, describe_node, node_name, tensor_inputs
 
 _LINEAR: dict[int, LayoutName] = {2: "NC", 3: "NLC", 4: "NHWC", 5: "NDHWC"}
