@@ -40,7 +40,7 @@ from benchmarks.zoo import Zoo
 from benchmarks.zoo import run as run_zoo
 from benchmarks.zoo_tables import claim, coverage, summary
 from benchmarks.zoo_tables import plot as plot_zoo
-from fxgraft.bench.report import read_size
+from fxgraft.bench.overhead_report import read_size
 from fxgraft.errors import ConfigError, candidates
 from fxgraft.io.atomic_write import write_text
 

@@ -29,7 +29,7 @@ from benchmarks.by_hand import BY_HAND
 from benchmarks.coverage import STACK
 from fxgraft.bench.models_under_test import BARE, CONTROL, FORWARD, MEASURES, PATCHED, RIVAL, TRAINING_STEP
 from fxgraft.bench.overhead import measure
-from fxgraft.bench.report import OverheadReport, Row
+from fxgraft.bench.overhead_report import OverheadReport, Row
 from fxgraft.errors import ConfigError, SiteError, StructureError
 from fxgraft.io.atomic_write import write_text
 from fxgraft.spec import describe, parse_patch_spec

@@ -25,7 +25,7 @@ from fxgraft.cli.commands import app
 from fxgraft.cli.method_facts import card_sections, option_rows, preset_rows
 from fxgraft.io import save_load
 from fxgraft.io.atomic_write import write_text
-from fxgraft.viz.pictures import methods_with_pictures
+from fxgraft.viz.method_pictures import methods_with_pictures
 from tools.pictures import ALT, MADE_WITH, SCHEME_MADE_OF, SCHEMES, draw
 from tools.readme import method_table, own_methods
 from tools.where import drawings, planned

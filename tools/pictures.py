@@ -20,7 +20,7 @@ from fxgraft.cli.shown_model import shown_model
 from fxgraft.io.packaged_weights import MODEL, WEIGHTS
 from fxgraft.patches.pictures import Panel, Picture
 from fxgraft.viz.drawing import figure_of, matplotlib_figure, save_picture
-from fxgraft.viz.pictures import picture_of, read_images, size_and_crop
+from fxgraft.viz.method_pictures import picture_of, read_images, size_and_crop
 
 STATIC = Path(__file__).parents[1] / "docs/_static"
 README_PICTURE = STATIC / "rsc.png"

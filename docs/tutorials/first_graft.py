@@ -85,7 +85,7 @@ plt.show()
 # are those of the hidden channels alone.
 
 from fxgraft.viz.drawing import pixels
-from fxgraft.viz.pictures import picture_of
+from fxgraft.viz.method_pictures import picture_of
 
 picture = picture_of(copy.deepcopy(model), "rsc", squares, names=words)
 figure, axis = plt.subplots(figsize=(9, 5.9), layout="constrained")

@@ -40,7 +40,7 @@ from fxgraft.graph.tracing.preserve import preserved_random_state
 from fxgraft.inspection import Plan, Summary, plan_of, summary_of
 from fxgraft.patches.base import Patch
 from fxgraft.patches.options import is_number
-from fxgraft.patches.presets import Preset
+from fxgraft.patches.preset import Preset
 from fxgraft.patches.registry import build, check_beside
 from fxgraft.spec import parse_grafts
 

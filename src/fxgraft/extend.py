@@ -131,7 +131,7 @@ from fxgraft.graph.grafting.backbone import Backbone
 from fxgraft.graph.grafting.graft import Graft, Make
 from fxgraft.graph.grafting.lookup import add_graft, copy_with, grafts_in, grafts_on, unwrapped
 from fxgraft.graph.grafting.placement import Placement
-from fxgraft.graph.grafting.taps import Tap, take, tap_placements
+from fxgraft.graph.grafting.tap_unit import Tap, take, tap_placements
 from fxgraft.graph.grafting.unit import Capture, PassView, Unit, look_ahead, recomputed
 from fxgraft.graph.names import is_graft_key
 from fxgraft.graph.runtime.forward_context import Arguments, Context
@@ -164,7 +164,7 @@ from fxgraft.patches.blocks import BlockPatch
 from fxgraft.patches.maps import MapPatch
 from fxgraft.patches.options import check_count, check_positive, check_share, is_count, is_number
 from fxgraft.patches.pictures import Panel, Picture, View
-from fxgraft.patches.presets import Preset, Structure, Training, presets_by_name
+from fxgraft.patches.preset import Preset, Structure, Training, presets_by_name
 from fxgraft.patches.registry import register
 
 __all__ = [

@@ -48,7 +48,7 @@ LAYERS: list[tuple[str, ...]] = [
         "patches/draws.py",
         "patches/maps.py",
         "patches/registry.py",
-        "patches/presets.py",
+        "patches/preset.py",
         "patches/pictures.py",
     ),
     ("extend.py", "patches/__init__.py"),

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import fxgraft
-from fxgraft.bench.report import shown_sides, sides_of
+from fxgraft.bench.overhead_report import shown_sides, sides_of
 from fxgraft.errors import ConfigError
 
 FORWARD = "forward"

@@ -21,7 +21,7 @@ from torch.utils.benchmark import Timer
 
 from fxgraft.bench.memory import memory_kind, peak_memory
 from fxgraft.bench.models_under_test import BARE, MEASURES, STEP, Call, Contestant, Loss, line_up
-from fxgraft.bench.report import OverheadReport, Row, Spread, sides_of
+from fxgraft.bench.overhead_report import OverheadReport, Row, Spread, sides_of
 from fxgraft.environment import checked_device, processor, versions
 from fxgraft.errors import ConfigError
 from fxgraft.models import build_model

@@ -21,8 +21,8 @@ from fxgraft.cli.completion import complete_method
 from fxgraft.cli.early_checks import check_method, check_there
 from fxgraft.cli.graft_options import GraftFileOption, GraftOption, chosen_grafts
 from fxgraft.cli.show import show
-from fxgraft.cli.sites import ModelArgument, sites, suggest
-from fxgraft.cli.sites import show as show_table
+from fxgraft.cli.site_commands import ModelArgument, sites, suggest
+from fxgraft.cli.site_commands import show as show_table
 from fxgraft.errors import ConfigError, FxgraftError
 
 
@@ -147,7 +147,7 @@ def bench(
         raise ConfigError(
             "Nothing to measure: give at least one --graft, for example --graft rsc:layer=layer4."
         )
-    from fxgraft.bench.report import read_size
+    from fxgraft.bench.overhead_report import read_size
 
     sides = read_size(size)
     if out is not None:

@@ -118,7 +118,7 @@ def effect(
     specs = chosen_grafts(graft, graft_file)
     from fxgraft.cli.shown_model import shown_model
     from fxgraft.viz.drawing import check_ending, save_picture
-    from fxgraft.viz.pictures import (
+    from fxgraft.viz.method_pictures import (
         check_picture,
         picture_of,
         read_class_names,

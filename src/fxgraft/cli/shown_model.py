@@ -12,7 +12,7 @@ import fxgraft
 from fxgraft.io import packaged_weights
 from fxgraft.io.save_load import is_recipe
 from fxgraft.models import build_model, load_weights, split_name
-from fxgraft.viz.pictures import IMAGENET_NAMES, read_class_names
+from fxgraft.viz.method_pictures import IMAGENET_NAMES, read_class_names
 
 
 @dataclass(frozen=True)

@@ -250,7 +250,7 @@ def method_pictures(setup: Setup, variants: Sequence[Variant], images: Sequence[
         variants: the variants whose methods are drawn, once each.
         images: decoded, two or more.
     """
-    from fxgraft.viz.pictures import methods_with_pictures, picture_of, squares
+    from fxgraft.viz.method_pictures import methods_with_pictures, picture_of, squares
 
     known = methods_with_pictures()
     batch = squares(images, setup.size)

@@ -137,7 +137,7 @@ def _takes_pictures(logger: Any) -> bool:
 def _log_pictures(trainer: Trainer, pl_module: LightningModule, batch: Any, step: int) -> None:
     """Hand pictures of the first images of a batch to the loggers that take them."""
     from fxgraft.viz.drawing import pixels
-    from fxgraft.viz.pictures import pictures_of_grafts
+    from fxgraft.viz.method_pictures import pictures_of_grafts
 
     images = next(
         (tensor for tensor in tensors(batch) if tensor.ndim in (4, 5) and tensor.is_floating_point()), None

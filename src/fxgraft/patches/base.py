@@ -24,7 +24,7 @@ from fxgraft.graph.grafting.unit import Unit
 from fxgraft.graph.structure.sites import SiteSpec
 from fxgraft.patches.options import check_choices, check_known
 from fxgraft.patches.pictures import Picture, View
-from fxgraft.patches.presets import Preset, Structure
+from fxgraft.patches.preset import Preset, Structure
 
 P = TypeVar("P", bound="Patch")
 

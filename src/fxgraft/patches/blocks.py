@@ -18,7 +18,7 @@ from fxgraft.graph.structure.positions import RESIDUAL
 from fxgraft.graph.structure.site import Site
 from fxgraft.graph.tracing.editing import Edge
 from fxgraft.patches.base import LayeredPatch
-from fxgraft.patches.presets import Structure
+from fxgraft.patches.preset import Structure
 
 Position = Literal[
     "pre",

@@ -12,7 +12,7 @@ from torch import nn
 from fxgraft.bench.memory import memory_kind, peak_memory, peak_of_events
 from fxgraft.bench.models_under_test import BARE, CONTROL, FORWARD, MEASURES, PATCHED, RIVAL, TRAINING_STEP
 from fxgraft.bench.overhead import ALLOCATOR, measure, turn_order
-from fxgraft.bench.report import OverheadReport, Spread, read_size
+from fxgraft.bench.overhead_report import OverheadReport, Spread, read_size
 from fxgraft.environment import checked_device
 from fxgraft.errors import ConfigError
 from fxgraft.spec import describe

@@ -12,7 +12,7 @@ from tools.readme import own_methods
 from typer.testing import CliRunner
 
 import fxgraft
-from fxgraft.bench.report import OverheadReport
+from fxgraft.bench.overhead_report import OverheadReport
 from fxgraft.cli import completion
 from fxgraft.cli.commands import app
 from fxgraft.cli.method_facts import option_docs

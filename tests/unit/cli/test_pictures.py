@@ -21,7 +21,7 @@ from fxgraft.errors import ConfigError
 from fxgraft.patches import registry
 from fxgraft.patches.diversification.patch import maps
 from fxgraft.viz.drawing import figure_of, pixels, save_picture
-from fxgraft.viz.pictures import (
+from fxgraft.viz.method_pictures import (
     IMAGENET,
     methods_with_pictures,
     picture_of,
@@ -154,7 +154,7 @@ def test_untrained_weights_are_written_into_the_picture_and_signs_are_explained(
 
 def test_the_models_own_size_and_crop(photo):
     from fxgraft.cli.shown_model import shown_model
-    from fxgraft.viz.pictures import size_and_crop
+    from fxgraft.viz.method_pictures import size_and_crop
 
     assert size_and_crop(timm.create_model("test_resnet")) == (160, 0.95)
     assert size_and_crop(torch.nn.Identity()) == (224, 0.875)

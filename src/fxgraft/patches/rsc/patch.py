@@ -40,10 +40,10 @@ from fxgraft.extend import (
     register,
 )
 from fxgraft.patches.rsc import tensors as core
+from fxgraft.patches.rsc.locate import found_sites
 from fxgraft.patches.rsc.picture import mute_panels
 from fxgraft.patches.rsc.presets import PRESETS
 from fxgraft.patches.rsc.probe import Probe
-from fxgraft.patches.rsc.sites import found_sites
 
 
 @register("rsc")
