@@ -1,5 +1,5 @@
 """CrossNorm (Tang, Gao, Zhu, Zhang, Li, Metaxas, ICCV 2021)."""
 
-from fxgraft.patches.crossnorm.patch import CrossNorm, CrossNormUnit
+from fxgraft.patches.crossnorm.patch import CrossNorm
 
-__all__ = ["CrossNorm", "CrossNormUnit"]
+__all__ = ["CrossNorm"]

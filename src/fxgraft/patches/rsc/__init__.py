@@ -1,5 +1,5 @@
 """Representation Self-Challenging (Huang, Wang, Xing, Huang, ECCV 2020)."""
 
-from fxgraft.patches.rsc.patch import RSC, RSCRecord, RSCUnit, record
+from fxgraft.patches.rsc.patch import RSC, record
 
-__all__ = ["RSC", "RSCRecord", "RSCUnit", "record"]
+__all__ = ["RSC", "record"]
