@@ -15,7 +15,7 @@ from typing import Any
 import timm
 
 import fxgraft
-from fxgraft.cli.placing import NOTHING
+from fxgraft.cli.placing import NOTHING, first_to_last
 
 WIDTH, ROW, BAR = 352, 30, 20
 """Of a drawing, from one row to the next, and of the bar in a row, in pixels."""
@@ -105,11 +105,7 @@ def marks(plan: fxgraft.Plan, layers: Sequence[Row]) -> Marks:
 def described(marked: Marks) -> str:
     """Say in words what a drawing shows."""
     said = {"on": "after {}", "in": "inside {}", "instead": "in place of {}", "ends": "at the model's {}"}
-    return "; ".join(text.format(_names(marked[mark])) for mark, text in said.items() if marked[mark])
-
-
-def _names(names: Sequence[str]) -> str:
-    return ", ".join(names) if len(names) < 8 else f"{len(names)} blocks, {names[0]} to {names[-1]}"
+    return "; ".join(text.format(first_to_last(marked[mark])) for mark, text in said.items() if marked[mark])
 
 
 def drawings(method: str, models: Sequence[str]) -> str:

@@ -114,7 +114,9 @@ class Placing:
         reason = ""
         if small:
             smallest = min(small.values(), key=_side)
-            reason = f"maps of {_size(smallest)} at {_names(list(small))}; it wants {least}×{least} or more"
+            reason = (
+                f"maps of {_size(smallest)} at {first_to_last(list(small))}; it wants {least}×{least} or more"
+            )
         elif method.example:
             needed = ", ".join(f"{key}=" for key in method.example)
             reason = f"you say where, as {needed}; here with {_options(method.example)}"
@@ -187,7 +189,7 @@ def table_of(suggestions: Sequence[Suggestion], title: str) -> Table:
         sizes = list(dict.fromkeys(_size(size) for size in suggestion.maps if size))
         row = (
             suggestion.method,
-            _names([name or "(the model)" for name in suggestion.sites]),
+            first_to_last([name or "(the model)" for name in suggestion.sites]),
             " to ".join([*sizes[:1], *sizes[1:][-1:]]),
             f"{suggestion.parameters:,}",
             f"{suggestion.cost}\n{price}" if price else suggestion.cost,
@@ -268,7 +270,8 @@ def _size(size: Sequence[int]) -> str:
     return "×".join(map(str, size)) if len(size) > 1 else f"{size[0]} tokens"
 
 
-def _names(names: Sequence[str]) -> str:
+def first_to_last(names: Sequence[str]) -> str:
+    """Write names of modules in running order: all of a few, and of many the first, the last and how many."""
     return ", ".join(names) if len(names) < 4 else f"{names[0]} to {names[-1]} ({len(names)})"
 
 

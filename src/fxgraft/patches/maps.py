@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Iterable, Iterator
 from types import MappingProxyType
@@ -55,16 +56,21 @@ class MapPatch(LayeredPatch):
 
     def place(self, backbone: Backbone, make: Make) -> Iterator[list[Placement]]:
         """Put a unit at every site, for training alone."""
-        sites = self._default(backbone) if self.layers is None else backbone.sites(self.layers)
+        layouts: dict[str, Layout] = {}
+        if self.layers is None:
+            sites = list(self.default_sites(backbone))
+            for (
+                site
+            ) in sites:  # one that holds no maps or tokens of one image each is left out, if another is left
+                with contextlib.suppress(SiteError):
+                    layouts[site.name] = backbone.layout(site, places=True)
+            sites = [site for site in sites if site.name in layouts] or sites
+        else:
+            sites = backbone.sites(self.layers)
         for site in backbone.read(sites):
             unit = make(site.name, MapUnit, self)
-            unit.bind(layout=backbone.layout(site, places=True))
+            unit.bind(layout=layouts.get(site.name) or backbone.layout(site, places=True))
             yield backbone.place(site, unit, evaluation=False)
-
-    def _default(self, backbone: Backbone) -> list[Site]:
-        """Leave out the places that hold no maps or tokens of one image each, but where no other is left."""
-        sites = list(self.default_sites(backbone))
-        return [site for site in sites if _fits(backbone, site)] or sites
 
     def describe(self, graft: Graft) -> str:
         """Say where the units are and how often they act."""
@@ -91,10 +97,3 @@ class MapUnit(Unit):
             run.check_images_alone("Statistics of channels would count padding.", all_positions=True)
             run.measure("on", on)
         return draws.choose(on, lambda: layout.restore(x, config.change(layout.canonical(x), self.run)), x)
-
-
-def _fits(backbone: Backbone, site: Site) -> bool:
-    try:
-        return bool(backbone.layout(site, places=True))
-    except SiteError:
-        return False
