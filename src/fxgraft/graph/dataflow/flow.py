@@ -58,6 +58,14 @@ class Flow:
         self.vectors: set[int] = set()
         # Each with its tensor, which keeps the storage alive: a new storage could get the number of a freed one.
         self._written: dict[int, tuple[Mark, Tensor]] = {}
+        self._in_pass, self._end = self._written, 0
+
+    def end_pass(self) -> None:
+        """Settle what is known of the pass's values. Operations that are run on them later are recorded as well.
+
+        Those may write to the values in place, as they did in the pass, and must not seem to be what made these.
+        """
+        self._in_pass, self._end = dict(self._written), len(self.sources)
 
     def start(self, image: Tensor, channels: int = 1) -> None:
         """Begin with images (B, C, H, W), or with signals or tokens (B, *, *), whose meaning the first layers tell.
@@ -120,15 +128,23 @@ class Flow:
         number = len(self.sources)
         self.sources.append(used)
         for tensor, known in zip(outs, axes, strict=True):
-            object.__setattr__(tensor, self.mark, Mark(known, number))
+            if not self._of_pass(self._own(tensor)):
+                object.__setattr__(tensor, self.mark, Mark(known, number))
+
+    def _own(self, value: Tensor) -> Mark | None:
+        return getattr(value, self.mark, None)
+
+    def _of_pass(self, mark: Mark | None) -> bool:
+        return mark is not None and mark.number < self._end
 
     def _known(self, value: Any) -> Axes | None:
         mark = self._mark(value) if isinstance(value, Tensor) else None
         return None if mark is None else mark.axes
 
     def _mark(self, value: Tensor) -> Mark | None:
-        own: Mark | None = getattr(value, self.mark, None)
-        written, _ = self._written.get(_storage(value), (None, None))
+        own = self._own(value)
+        writes = self._in_pass if self._of_pass(own) else self._written
+        written, _ = writes.get(_storage(value), (None, None))
         if written is None or (own is not None and own.number >= written.number):
             return own
         if own is not None:

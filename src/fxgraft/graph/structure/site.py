@@ -265,8 +265,13 @@ def entry_site(trace: ModelTrace, path: str, wanted: Callable[[Any], bool]) -> S
     values = pytree.tree_leaves(output)
     if len(returned) != len(values):
         return None
-    name = next(node.name for node, value in zip(returned, values, strict=True) if wanted(value))
-    return next((site for site in node_sites(trace, path) if site.node == name), None)
+    name, value = next(
+        (node.name, value) for node, value in zip(returned, values, strict=True) if wanted(value)
+    )
+    site = next((site for site in node_sites(trace, path) if site.node == name), None)
+    return site and dataclasses.replace(
+        site, value=value
+    )  # as the pass gave it: its mark says when it was made
 
 
 def places_in(value: Any) -> int:

@@ -132,10 +132,7 @@ def _declared(trace: ModelTrace, name: str, channels: int | None = None) -> Site
 
 
 def _made(trace: ModelTrace, site: Site) -> int:
-    """Return when a stage's value is made, as the pass took it down.
-
-    Questions that were asked since may have written to the value, and its mark is then a later one.
-    """
+    """Return when a stage's value is made. What the pass wrote to it behind the stage doesn't count."""
     calls = trace.observation.calls.get(site.path or site.owner, ())
     made = (each for call in calls for each in zip(tensors(call.output), call.made, strict=True))
     mark = mark_of(site.value)

@@ -308,6 +308,7 @@ def _observed(
             nn.Module.__call__ = call  # type: ignore[method-assign]
             try:
                 seen.run(call, model, *inputs)
+                seen.flow.end_pass()
             except Exception as error:
                 if faked():
                     raise DataSetError(", ".join(map(repr, faked()))) from error

@@ -9,7 +9,7 @@ import timm
 from torch import Tensor, nn
 
 from fxgraft.graph.structure.positions import positions
-from fxgraft.graph.structure.sites import resolve
+from fxgraft.graph.structure.sites import list_sites, resolve
 from fxgraft.graph.structure.stages import blocks_before, stages
 from fxgraft.graph.tracing.model_trace import ModelTrace
 
@@ -81,3 +81,59 @@ def test_stages_stay_in_order_whatever_was_asked_before() -> None:
     trace = ModelTrace(timm.create_model("test_resnet", num_classes=3), (3, 96, 96))
     positions(trace, "post")
     assert [site.name for site in stages(trace)] == ["act1", "layer1", "layer2", "layer3", "layer4"]
+
+
+class Residual(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(WIDTH, WIDTH, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        shortcut = x
+        x = self.conv(x)
+        x += shortcut
+        return x
+
+
+class Maps(nn.Module):
+    """Three numbers of places; the head reads a map that was written to in place."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.pool = nn.Conv2d(3, WIDTH, 3, padding=1), nn.MaxPool2d(2)
+        self.first, self.second, self.third = Residual(), Residual(), Residual()
+        self.head = nn.Conv2d(WIDTH, 4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(self.stem(x))
+        x = self.second(self.pool(x))
+        x = self.third(self.pool(x))
+        return self.head(x).mean((2, 3))
+
+
+class Pairs(nn.Module):
+    """Stages that give a pair, and are declared."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.feature_info = [{"module": name, "num_chs": WIDTH} for name in ("first", "second")]
+        self.embed, self.fc = nn.Linear(3, WIDTH), nn.Linear(WIDTH, 4)
+        self.first, self.second = Block("first"), Block("first")
+
+    def forward(self, x: Tensor) -> Tensor:
+        x, _ = self.first(self.embed(x.flatten(2).mT))
+        x, _ = self.second(x)
+        return self.fc(x.mean(1))
+
+
+@pytest.mark.parametrize(
+    ("model", "words", "expected"),
+    [
+        (Maps, "**", ["first", "second", "third"]),
+        (Pairs, "second.add", ["first.add", "second.add"]),
+    ],
+)
+def test_what_was_asked_before_changes_no_stage(model: Any, words: str, expected: list[str]) -> None:
+    fresh, asked = ModelTrace(model(), (3, 16, 16)), ModelTrace(model(), (3, 16, 16))
+    assert all(site.shape is not None for site in list_sites(asked, words))
+    assert [site.name for site in stages(asked)] == [site.name for site in stages(fresh)] == expected
