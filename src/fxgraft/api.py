@@ -321,7 +321,10 @@ def set_progress(model: nn.Module, fraction: float) -> None:
     """
     single = is_number(fraction) or (isinstance(fraction, torch.Tensor) and fraction.numel() == 1)
     if not single or not 0.0 <= fraction <= 1.0:
-        raise ConfigError(f"Progress is the share of training done, in [0, 1]; got {fraction!r}.")
+        raise ConfigError(
+            f"Progress is the share of training done, in [0, 1]; got {fraction!r}.\n"
+            "Pass epoch / epochs at the start of every epoch, counted from 0, or step / steps before every step."
+        )
     for part in patched_parts(model).values():
         registry = registry_of(part)
         if registry is not None:

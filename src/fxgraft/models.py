@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import importlib
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -68,7 +68,11 @@ def build_model(
     except ConfigError:
         raise
     except (AssertionError, TypeError, ValueError, RuntimeError) as error:
-        raise ConfigError(f"{library} could not build {model!r}: {error}") from error
+        given = {**({} if num_classes is None else {"num_classes": num_classes}), **options}
+        raise ConfigError(
+            f"{library} could not build {model!r}: {error}"
+            + (f"\nCorrect what it was given, or leave it out: {_arguments(given)}." if given else "")
+        ) from error
     except Exception as error:  # a hub's client without a connection may raise anything
         if not remote:
             raise
@@ -86,11 +90,20 @@ def _build_own(model: Model, num_classes: int | None, options: dict[str, Any]) -
     try:
         built = function(**arguments)
     except TypeError as error:
-        text = ", ".join(f"{key}={value!r}" for key, value in arguments.items())
-        raise ConfigError(f"{model!r} could not be called with {text}: {error}") from error
+        raise ConfigError(
+            f"{model!r} could not be called with {_arguments(arguments) or 'no arguments'}: {error}\n"
+            "Let it take these arguments, or leave them out."
+        ) from error
     if not isinstance(built, nn.Module):
-        raise ConfigError(f"{model!r} returned a {type(built).__name__}, and not a torch.nn.Module.")
+        raise ConfigError(
+            f"{model!r} returned a {type(built).__name__}, and not a torch.nn.Module.\n"
+            "Return the model alone, which is then patched and trained."
+        )
     return built
+
+
+def _arguments(given: Mapping[str, Any]) -> str:
+    return ", ".join(f"{key}={value!r}" for key, value in given.items())
 
 
 def imported(path: str) -> Any:
@@ -185,6 +198,9 @@ def _build_torchvision(
     return models.get_model(model, weights="DEFAULT" if pretrained else None, **options)
 
 
+_WEIGHTS = "Pass a state dict that torch.save wrote, or safetensors."
+
+
 def load_weights(model: nn.Module, path: str | Path, *, new_classifier: bool = False) -> None:
     """Load a ``state_dict`` from a file of safetensors, or one that ``torch.save`` wrote.
 
@@ -200,11 +216,11 @@ def load_weights(model: nn.Module, path: str | Path, *, new_classifier: bool = F
 
     file = Path(path)
     if not file.is_file():
-        raise RecipeError(f"There is no file {str(file)!r} with weights.")
+        raise RecipeError(f"There is no file {str(file)!r} with weights.\n{_WEIGHTS}")
     try:
         weights = load_state_dict(str(file), device="cpu")
     except Exception as error:  # torch's and safetensors' own, of many classes
-        raise RecipeError(f"{file} holds no weights that can be read: {error}") from error
+        raise RecipeError(f"{file} holds no weights that can be read: {error}\n{_WEIGHTS}") from error
     own = model.state_dict()
     classifiers = _classifiers(model) if new_classifier else ()
     head = {f"{name}.{kind}" for name in classifiers for kind in ("weight", "bias")}

@@ -27,6 +27,7 @@ from fxgraft.errors import ConfigError, WrappedModelError
 from fxgraft.graph.grafting.lookup import registry_of
 from fxgraft.graph.tracing.preserve import preserved_modes
 from fxgraft.patches.gam.step import begin, discriminators, gam_losses, source
+from fxgraft.patches.options import is_count
 
 
 def adapt(
@@ -96,7 +97,7 @@ def adapt(
         "checkpoint_every": checkpoint_every,
         "log_every": log_every,
     }.items():
-        if not isinstance(value, int) or value < 1:
+        if not is_count(value):
             raise ConfigError(f"{option} must be a whole number of at least 1, got {value!r}.")
     players, frozen = discriminators(model, name), source(model, name)
     if registry_of(model) is None:

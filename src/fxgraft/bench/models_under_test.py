@@ -80,7 +80,8 @@ def line_up(
     except (AssertionError, RuntimeError, ValueError) as error:
         what = "images" if len(sides_of(size)) < 3 else "clips"
         raise ConfigError(
-            f"{type(bare).__name__} does not run on {shown_sides(size)} {what}: {error}"
+            f"{type(bare).__name__} does not run on {shown_sides(size)} {what}: {error}\n"
+            f"Pass the size of the {what} that it takes, as size= or --size."
         ) from error
     if not (isinstance(logits, torch.Tensor) and logits.ndim == 2 and len(logits) == batch):
         raise ConfigError(

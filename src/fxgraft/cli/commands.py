@@ -153,7 +153,10 @@ def bench(
     if out is not None:
         # Before the measurement: a file that cannot be written should not cost minutes first.
         if out.suffix != ".json":
-            raise ConfigError(f"The numbers are written as JSON, and {str(out)!r} does not end in .json.")
+            raise ConfigError(
+                f"The numbers are written as JSON, and {str(out)!r} does not end in .json.\n"
+                f"Pass --out {out.with_suffix('.json')}."
+            )
         _open_for_writing(out)
     # torch's profiler, which reads the memory, logs its start and stop to stderr unless told otherwise.
     os.environ.setdefault("KINETO_LOG_LEVEL", "6")
@@ -186,4 +189,6 @@ def _open_for_writing(path: Path) -> None:
         with path.open("a"):
             pass
     except OSError as error:
-        raise ConfigError(f"Cannot write {str(path)!r}: {error.strerror}.") from None
+        raise ConfigError(
+            f"Cannot write {str(path)!r}: {error.strerror}.\nPass another file as --out."
+        ) from None

@@ -77,7 +77,10 @@ def merge_file(
         MergeError: a graft cannot be folded.
     """
     if out.suffix != ".safetensors":
-        raise ConfigError(f"The file to write must end in .safetensors, got {str(out)!r}.")
+        raise ConfigError(
+            f"The file to write must end in .safetensors, got {str(out)!r}.\n"
+            f"Pass {str(out.with_suffix('.safetensors'))!r}."
+        )
     if is_recipe(source):
         if grafts or ema:
             raise ConfigError(
@@ -101,7 +104,9 @@ def merge_file(
     try:
         write_file(out, lambda file: save_file(tensors, file, {"format": "pt"}))
     except OSError as error:
-        raise ConfigError(f"Cannot write {str(out)!r}: {error.strerror or error}.") from error
+        raise ConfigError(
+            f"Cannot write {str(out)!r}: {error.strerror or error}.\nPass another file to write."
+        ) from error
     library, plain = split_name(name)
     how = str(Constructor("timm", plain, {**options, "checkpoint_path": str(out)}))
     return f"{out}: {name} with {folded} folded in, {len(tensors)} tensors" + (
@@ -172,6 +177,9 @@ def read_checkpoint(source: Path, ema: bool = False) -> Trained:
     return Trained(source, _unwrapped(weights), arguments.get("model"), arguments.get("num_classes"), options)
 
 
+_CHECKPOINTS = "Pass a checkpoint of timm's train.py, a state dict that torch.save wrote, or safetensors."
+
+
 def _read(file: Path) -> dict[str, Any]:
     try:
         if file.suffix == ".safetensors":
@@ -180,11 +188,10 @@ def _read(file: Path) -> dict[str, Any]:
             content = torch.load(file, map_location="cpu", weights_only=True)
     except (OSError, SafetensorError, RuntimeError, EOFError, pickle.UnpicklingError, ValueError) as error:
         reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
-        raise ConfigError(f"The checkpoint {str(file)!r} cannot be read: {reason}") from error
+        raise ConfigError(f"The checkpoint {str(file)!r} cannot be read: {reason}\n{_CHECKPOINTS}") from error
     if not isinstance(content, dict):
         raise ConfigError(
-            f"{str(file)!r} holds a {type(content).__name__}, not a dictionary of weights.\n"
-            "Pass a checkpoint of timm's train.py, a state dict that torch.save wrote, or safetensors."
+            f"{str(file)!r} holds a {type(content).__name__}, not a dictionary of weights.\n{_CHECKPOINTS}"
         )
     return content
 

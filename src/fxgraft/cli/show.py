@@ -133,7 +133,10 @@ def effect(
     options: dict[str, object] = {} if head is None else {"head": head}
     for spec in specs:
         if spec.method != wanted:
-            raise ConfigError(f"--graft {spec.text!r} is for {spec.method!r}, and {wanted!r} is shown.")
+            raise ConfigError(
+                f"--graft {spec.text!r} is for {spec.method!r}, and {wanted!r} is shown.\n"
+                f"Give options of {wanted!r}, as --graft {wanted}:option=value, or leave --graft out."
+            )
         options |= spec.options
     shown = shown_model(model, classes, pretrained, weights, size, seed)
     own, crop = size_and_crop(shown.network)

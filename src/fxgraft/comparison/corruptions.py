@@ -56,7 +56,10 @@ def check_corruptions(size: int) -> None:
         ConfigError: the package is not installed, or images are smaller than 32 pixels.
     """
     if size < 32:
-        raise ConfigError(f"Corruptions need images of 32 pixels or more, got size={size}.")
+        raise ConfigError(
+            f"Corruptions need images of 32 pixels or more, got size={size}.\n"
+            "Pass a larger size, or test without corruptions."
+        )
     try:
         import imagecorruptions  # noqa: F401
     except ImportError as error:

@@ -17,6 +17,7 @@ from PIL import Image
 
 from fxgraft.errors import ConfigError, candidates
 from fxgraft.io.images import read_rgb
+from fxgraft.patches.options import is_count
 
 _TARS = (".tar", ".tar.gz", ".tgz")
 _SPLITS = {"train": "train", "training": "train", "val": "validation", "valid": "validation", "test": "test"}
@@ -122,7 +123,7 @@ def read_data(
             one class only, or a domain that is named does not exist.
     """
     for name, count in (("per_class", per_class), ("test_per_class", test_per_class)):
-        if count is not None and (isinstance(count, bool) or not isinstance(count, int) or count < 1):
+        if count is not None and not is_count(count):
             raise ConfigError(f"{name} must be a whole number of at least 1, got {count!r}.")
     kind, groups = _groups(data)
     if hold_out is not None and kind != "domains":

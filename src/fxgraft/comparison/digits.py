@@ -42,7 +42,9 @@ def write_digits(folder: Path, size: int) -> Path:
                 Image.fromarray(pixels).save(draft / name / str(label) / f"{index:04d}.png")
         draft.rename(folder)
     except OSError as error:
-        raise ConfigError(f"Cannot write the digits to {str(folder)!r}: {error.strerror}.") from error
+        raise ConfigError(
+            f"Cannot write the digits to {str(folder)!r}: {error.strerror}.\nPass another folder."
+        ) from error
     return folder
 
 

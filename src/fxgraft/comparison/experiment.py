@@ -256,7 +256,8 @@ def _check_images(images: Data, settings: Training, train: Any) -> None:
             )
         if not task.validation and settings.select == "best":
             raise ConfigError(
-                'select="best" needs images that are set apart, and every class has one image only.'
+                'select="best" needs images that are set apart, and every class has one image only.\n'
+                'Pass select="last", or more images of each class.'
             )
 
 

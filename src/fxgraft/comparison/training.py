@@ -21,6 +21,7 @@ from torch.utils.data import DataLoader, Dataset, get_worker_info
 import fxgraft
 from fxgraft.comparison.data import Item, Items, open_image
 from fxgraft.errors import ConfigError, candidates
+from fxgraft.patches.options import is_count
 
 SCORES = ("accuracy", "macro_accuracy", "top5", "nll", "ece")
 """What is measured of every run; a verdict is about one of them."""
@@ -80,7 +81,7 @@ class Training:
 
         for name in ("epochs", "batch_size"):
             value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            if not is_count(value):
                 raise ConfigError(f"{name} must be a whole number of at least 1, got {value!r}.")
         for name in ("hflip", "grayscale", "smoothing"):
             if not 0 <= getattr(self, name) <= 1:

@@ -14,27 +14,34 @@ from typing import Any
 from fxgraft.errors import ConfigError, candidates
 
 
+def wrong_option(patch: Any, name: str, must: str) -> ConfigError:
+    """Say what an option of a patch must be, what it was, and the default."""
+    default = next(f.default for f in dataclasses.fields(patch) if f.name == name)
+    again = "" if default is dataclasses.MISSING else f"\nLeave it out for the default, {default!r}."
+    return ConfigError(f"{type(patch).__name__}: {name} must be {must}, got {getattr(patch, name)!r}.{again}")
+
+
 def check_share(patch: Any, *names: str) -> None:
     """Raise `ConfigError` unless each of these options is a number in [0, 1]."""
-    for name, value in _values(patch, names):
+    for name in names:
+        value = getattr(patch, name)
         if not is_number(value) or not 0 <= value <= 1:
-            raise ConfigError(f"{type(patch).__name__}: {name} must be a share in [0, 1], got {value!r}.")
+            raise wrong_option(patch, name, "a share in [0, 1]")
 
 
 def check_positive(patch: Any, *names: str) -> None:
     """Raise `ConfigError` unless each of these options is a finite number above 0."""
-    for name, value in _values(patch, names):
+    for name in names:
+        value = getattr(patch, name)
         if not is_number(value) or not 0 < value < math.inf:
-            raise ConfigError(f"{type(patch).__name__}: {name} must be a positive number, got {value!r}.")
+            raise wrong_option(patch, name, "a positive number")
 
 
 def check_count(patch: Any, *names: str) -> None:
     """Raise `ConfigError` unless each of these options is a whole number of at least 1."""
-    for name, value in _values(patch, names):
-        if not is_count(value):
-            raise ConfigError(
-                f"{type(patch).__name__}: {name} must be a whole number of at least 1, got {value!r}."
-            )
+    for name in names:
+        if not is_count(getattr(patch, name)):
+            raise wrong_option(patch, name, "a whole number of at least 1")
 
 
 def check_known(cls: type, who: str, options: Iterable[str]) -> None:
@@ -73,16 +80,13 @@ def check_choices(patch: Any) -> None:
         )
         value = getattr(patch, f.name)
         if hint is bool and not isinstance(value, bool):
-            raise ConfigError(f"{type(patch).__name__}: {f.name} must be True or False, got {value!r}.")
+            raise wrong_option(patch, f.name, "True or False")
         literals = [part for part in parts if typing.get_origin(part) is typing.Literal]
         if not literals:
             continue
         allowed = [choice for part in literals for choice in typing.get_args(part)]
         if value not in allowed and not (value is None and types.NoneType in parts):
-            raise ConfigError(
-                f"{type(patch).__name__}: {f.name} must be one of {', '.join(map(repr, allowed))}, "
-                f"got {value!r}."
-            )
+            raise wrong_option(patch, f.name, f"one of {', '.join(map(repr, allowed))}")
 
 
 def is_number(value: Any) -> bool:
@@ -93,7 +97,3 @@ def is_number(value: Any) -> bool:
 def is_count(value: Any) -> bool:
     """Say whether a value is a whole number of at least 1."""
     return isinstance(value, int) and not isinstance(value, bool) and value >= 1
-
-
-def _values(patch: Any, names: tuple[str, ...]) -> list[tuple[str, Any]]:
-    return [(name, getattr(patch, name)) for name in names]

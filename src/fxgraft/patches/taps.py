@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from fxgraft.extend import (
     Backbone,
     BypassError,
-    ConfigError,
     Graft,
     LayeredPatch,
     Layout,
@@ -20,7 +19,6 @@ from fxgraft.extend import (
     Panel,
     Picture,
     Placement,
-    SiteSpec,
     Unit,
     UnknownGraftError,
     View,
@@ -80,12 +78,6 @@ class Taps(LayeredPatch):
 
     detach: bool = False
     copy: bool = False
-
-    def __post_init__(self, layer: SiteSpec | None) -> None:
-        super().__post_init__(layer)
-        for name in ("detach", "copy"):
-            if not isinstance(getattr(self, name), bool):
-                raise ConfigError(f"Taps: {name} must be True or False, got {getattr(self, name)!r}.")
 
     def place(self, backbone: Backbone, make: Make) -> list[Placement]:
         """Put one tap at every site."""

@@ -25,7 +25,10 @@ def check_ending(path: Path) -> None:
         ConfigError: its name ends otherwise.
     """
     if path.suffix not in ENDINGS:
-        raise ConfigError(f"A picture is written to {', '.join(ENDINGS)}, and {str(path)!r} ends otherwise.")
+        raise ConfigError(
+            f"A picture is written to {', '.join(ENDINGS)}, and {str(path)!r} ends otherwise.\n"
+            f"Pass for example {str(path.with_suffix('.png'))!r}."
+        )
 
 
 def save_picture(picture: Picture, path: Path) -> None:
@@ -123,7 +126,7 @@ def write_picture(figure: Any, path: Path, title: str = "") -> None:
         page = f'<!doctype html>\n<meta charset="utf-8">\n<title>{escape(title)}</title>\n'
         write_text(path, page + svg[svg.index("<svg") :])
     except (OSError, ValueError) as error:
-        raise ConfigError(f"Cannot write the picture {str(path)!r}: {error}.") from error
+        raise ConfigError(f"Cannot write the picture {str(path)!r}: {error}.\nPass another file.") from error
 
 
 def _draw(figure: Any, axis: Any, panel: Panel) -> None:

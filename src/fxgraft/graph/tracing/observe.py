@@ -200,7 +200,8 @@ def fake_inputs(
     """Make the fake image batch for ``model`` on its own device and dtype."""
     if input_size is not None and (not input_size or any(n < 1 for n in input_size)):
         raise ConfigError(
-            f"input_size must be positive, as (C, H, W), of clips and volumes (C, T, H, W); got {tuple(input_size)}."
+            f"input_size must be positive, as (C, H, W), of clips and volumes (C, T, H, W); got {tuple(input_size)}.\n"
+            "Pass for example input_size=(3, 224, 224), or leave it out for the model's own."
         )
     reference = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
     size = input_size or default_input_size(model)

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fxgraft.errors import ConfigError, TargetError
-from fxgraft.extend import binary_labels
+from fxgraft.extend import binary_labels, is_count
 from fxgraft.functional.binary import two_classes
 
 Reduction = Literal["mean", "sum", "none"]
@@ -142,7 +142,7 @@ def _boosted(
 
 
 def _check_options(k: int, label_smoothing: float, reduction: str) -> None:
-    if isinstance(k, bool) or not isinstance(k, int) or k < 1:
+    if not is_count(k):
         raise ConfigError(
             f"The gradient-boosting loss compares the label with its k highest wrong classes; k is {k!r}.\n"
             "It must be a whole number of at least 1. The paper uses 15."

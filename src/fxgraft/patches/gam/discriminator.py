@@ -87,7 +87,10 @@ def check_discriminator(module: Any, value: Tensor, outputs: int, dim: int, name
         ConfigError: it isn't a module, does not run, or returns another shape.
     """
     if not isinstance(module, nn.Module):
-        raise ConfigError(f"The discriminator for {name!r} must be a torch.nn.Module, got {module!r}.")
+        raise ConfigError(
+            f"The discriminator for {name!r} must be a torch.nn.Module, got {module!r}.\n"
+            "What discriminator= names is called with the shape of a tap, and has to return one."
+        )
     try:
         decisions = _tried(module, value)
     except Exception as error:

@@ -171,19 +171,26 @@ class GAM(LayeredPatch):
         check_share(self, "momentum")
         weights = self.weights if self.weights is not None else ()
         if not isinstance(weights, tuple):
-            raise ConfigError(f"GAM: weights are one number per tap, in order; got {weights!r}.")
+            raise ConfigError(
+                f"GAM: weights are one number per tap, in order; got {weights!r}.\n"
+                "Pass for example weights=[1.0, 0.5] for two layers."
+            )
         for name, value in (("eps", self.eps), ("drift", self.drift), *(("weights", w) for w in weights)):
             if not is_number(value) or not 0 <= value < float("inf"):  # type: ignore[operator]
                 raise ConfigError(f"GAM: {name} must be 0 or more, got {value!r}.")
         check_count(self, "hidden")
         if self.discriminator is not None and not callable(self.discriminator):
             raise ConfigError(
-                f"GAM: discriminator is called with a tap's shape and returns a module; got {self.discriminator!r}."
+                f"GAM: discriminator is called with a tap's shape and returns a module; got {self.discriminator!r}.\n"
+                "Pass the function or class that builds it, or leave it out for two layers of hidden= features."
             )
         if self.source is None:
             return
         if not isinstance(self.source, nn.Module):
-            raise ConfigError(f"GAM: source must be a network (torch.nn.Module), got {self.source!r}.")
+            raise ConfigError(
+                f"GAM: source must be a network (torch.nn.Module), got {self.source!r}.\n"
+                "Pass the trained network itself, or leave source= out to take a copy of the model as it is."
+            )
         learning = [name for name, p in self.source.named_parameters() if p.requires_grad]
         if learning:
             raise ConfigError(

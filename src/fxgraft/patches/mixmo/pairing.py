@@ -34,7 +34,10 @@ class MixMoInput:
     def __init__(self, inputs: Sequence[Tensor]) -> None:
         self.inputs = tuple(inputs)
         if not self.inputs or not all(isinstance(member, Tensor) for member in self.inputs):
-            raise ConfigError("MixMoInput takes a list of tensors, one batch of images per member.")
+            raise ConfigError(
+                "MixMoInput takes a list of tensors, one batch of images per member.\n"
+                "Pass for example MixMoInput([images, other_images])."
+            )
         if any(member.shape != self.inputs[0].shape for member in self.inputs):
             shapes = ", ".join(str(tuple(member.shape)) for member in self.inputs)
             raise ConfigError(

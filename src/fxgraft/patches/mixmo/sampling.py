@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader, Dataset, RandomSampler, Sampler
 
 from fxgraft.errors import ConfigError
+from fxgraft.extend import is_count
 from fxgraft.patches.mixmo.masks import box_mask, draw_centres
 from fxgraft.patches.mixmo.pairing import MixMoInput
 from fxgraft.patches.mixmo.tensors import MixedLabels, dirichlet
@@ -46,7 +47,7 @@ class RepeatedBatchSampler(BatchSampler):
         drop_last: bool = False,
     ) -> None:
         for name, value in (("repetitions", repetitions), ("batch_size", batch_size)):
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            if not is_count(value):
                 raise ConfigError(f"{name} must be a whole number of at least 1, got {value!r}.")
         if batch_size % repetitions:
             lower = batch_size // repetitions * repetitions
@@ -96,7 +97,7 @@ class PairedBatchSampler(RepeatedBatchSampler):
         members: int = 2,
     ) -> None:
         super().__init__(sampler, batch_size, repetitions, drop_last)
-        if not isinstance(members, int) or isinstance(members, bool) or members < 1:
+        if not is_count(members):
             raise ConfigError(f"members must be a whole number of at least 1, got {members!r}.")
         self.members = members
 

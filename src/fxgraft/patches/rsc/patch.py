@@ -162,12 +162,16 @@ class RSC(LayeredPatch):
         check_share(self, "spatial_drop", "channel_drop", "vector_drop", "batch_share", "start")
         if self.epochs is None and self.batch_schedule != "constant":
             raise ConfigError(
-                f'RSC: batch_schedule="{self.batch_schedule}" counts epochs; epochs must be their number, got None.'
+                f'RSC: batch_schedule="{self.batch_schedule}" counts epochs; epochs must be their number, got None.\n'
+                "Pass the number of epochs that you train, as epochs=30."
             )
         if self.epochs is not None:
             check_count(self, "epochs")
         if isinstance(self.ignore_index, bool) or not isinstance(self.ignore_index, int):
-            raise ConfigError(f"RSC: ignore_index must be a whole number, got {self.ignore_index!r}.")
+            raise ConfigError(
+                f"RSC: ignore_index must be a whole number, got {self.ignore_index!r}.\n"
+                "Leave it out for that of torch's losses, -100."
+            )
 
     def schedules(self) -> tuple[str, ...]:
         """Name ``start``, and the schedule of the batch share."""
