@@ -90,13 +90,16 @@ _Named = tuple[str, str, str]
 """Path, name in the archive, and class name of an image."""
 
 
+VALIDATION = 0.1
+"""Share of the training images of each domain and class that is set apart where the data has no validation split."""
+
+
 def read_data(
     data: str | os.PathLike[str],
     *,
     hold_out: str | Sequence[str] | None = None,
     test: str | os.PathLike[str] | None = None,
     target: str | os.PathLike[str] | None = None,
-    validation_share: float = 0.1,
     per_class: int | None = None,
     test_per_class: int | None = None,
 ) -> Data:
@@ -110,8 +113,6 @@ def read_data(
         hold_out: of domains, those that are tested, each by itself while all others are trained on; "all" for each.
         test: another such place with images to test on: of each of its domains, or of all of its images.
         target: images of the domain to adapt to. Their folders' names are not read. Without it, what is tested.
-        validation_share: share of the training images of each domain and class that is set apart, where
-            the data has no validation split.
         per_class: the largest number of training images of each class of each domain, by a fixed draw.
         test_per_class: the largest number of test images of each class.
 
@@ -148,9 +149,7 @@ def read_data(
         else tuple(Item(p, m, -1) for rows in _groups(target)[1].values() for p, m, _ in rows)
     )
     asked = {} if tests is None else {name: _items(rows, classes, name) for name, rows in tests.items()}
-    make = functools.partial(
-        _task, share=validation_share, per_class=per_class, test_per_class=test_per_class
-    )
+    make = functools.partial(_task, per_class=per_class, test_per_class=test_per_class)
     tasks = list(_tasks(kind, items, hold_out, asked, make, str(data)))
     counts = {name: len(rows) for name, rows in (items | asked).items()}
     with_target = tuple(replace(task, target=adapted or task.test) for task in tasks)
@@ -209,14 +208,13 @@ def _task(
     validation: Items,
     test: Items,
     *,
-    share: float,
     per_class: int | None,
     test_per_class: int | None,
 ) -> Task:
     groups, test = [_few(rows, per_class) for rows in groups], _few(test, test_per_class)
     if validation:
         return Task(name, tuple(item for rows in groups for item in rows), validation, test)
-    kept, apart = zip(*(split(rows, share, seed=0) for rows in groups), strict=True)
+    kept, apart = zip(*(split(rows, VALIDATION, seed=0) for rows in groups), strict=True)
     return Task(
         name,
         tuple(item for rows in kept for item in rows),

@@ -120,13 +120,13 @@ class Comparison:
     @property
     def verdicts(self) -> list[Verdict]:
         """The verdict on each variant with a finished pair, over all tasks: every pair counts the same."""
-        return self._verdicts(None)
+        return self.verdicts_on(None)
 
-    def verdicts_on(self, task: str) -> list[Verdict]:
-        """Return the verdicts from the pairs of one task alone, corrected for the number of variants and of tasks."""
-        return self._verdicts(task)
+    def verdicts_on(self, task: str | None) -> list[Verdict]:
+        """Return the verdicts from the pairs of one task alone, corrected for the number of variants and of tasks.
 
-    def _verdicts(self, task: str | None) -> list[Verdict]:
+        None stands for all tasks together.
+        """
         pairs_of = {name: self.pairs(name, task) for name in self.variants if name != self.baseline}
         return verdicts(
             {

@@ -246,14 +246,13 @@ def detectable(deviation: float, pairs: int, level: float = LEVEL, wanted: float
     return deviation * float(root)
 
 
-def pairs_needed(deviation: float, difference: float, level: float = LEVEL, wanted: float = POWER) -> int:
-    """Return the number of pairs that show a true difference with the wanted power, at most 10 000.
+def pairs_needed(deviation: float, difference: float, level: float = LEVEL) -> int:
+    """Return the number of pairs that show a true difference with the power `POWER`, at most 10 000.
 
     Args:
         deviation: standard deviation of the differences, from a pilot.
         difference: true mean difference, not zero.
         level: two-sided error level.
-        wanted: probability of showing it.
     """
     counts = range(2, _MOST_PAIRS)
-    return 2 + bisect_left(counts, wanted, key=lambda pairs: power(difference, deviation, pairs, level))
+    return 2 + bisect_left(counts, POWER, key=lambda pairs: power(difference, deviation, pairs, level))

@@ -172,7 +172,7 @@ def picture_of(
     return replace(picture, note="; ".join([*notes, *([picture.note] if picture.note else [])]))
 
 
-def pictures_of_grafts(model: nn.Module, inputs: Tensor, seed: int = 0) -> dict[str, Picture]:
+def pictures_of_grafts(model: nn.Module, inputs: Tensor) -> dict[str, Picture]:
     """Have the grafts of a model show what they do with images, with the weights that it has now.
 
     The model is left as it is: a copy of each patched part, on the CPU, is used up. Grafts without a picture, and
@@ -182,7 +182,6 @@ def pictures_of_grafts(model: nn.Module, inputs: Tensor, seed: int = 0) -> dict[
         model: patched, or with patched parts that take images and return logits.
         inputs: (B, C, H, W), or clips or volumes (B, C, T, H, W), as the model takes them; two are drawn, their values
             stretched to [0, 1], of clips and volumes the middle frame.
-        seed: the seed of all draws.
 
     Returns:
         Pictures by the names of the grafts, with the part's name before it where it is on a part.
@@ -203,12 +202,12 @@ def pictures_of_grafts(model: nn.Module, inputs: Tensor, seed: int = 0) -> dict[
                 fxgraft.unpatch(alone, *others)
             (own,) = grafts_on(alone)
             with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(seed)
+                torch.manual_seed(0)
                 try:
                     with torch.no_grad():
                         labels = alone(shown).argmax(1)
                     layouts = _layouts(alone, shown)
-                    view = View(alone, colours, shown, labels, count, seed=seed, layouts=layouts)
+                    view = View(alone, colours, shown, labels, count, layouts=layouts)
                     picture = _middle_frame(own.patch.picture(own, view))
                 except (FxgraftError, AttributeError, RuntimeError, ValueError):
                     continue  # the part's output isn't logits, or the site has no positions

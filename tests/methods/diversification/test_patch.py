@@ -28,6 +28,13 @@ class TestHead:
         for name, parameter in bare.named_parameters():
             torch.testing.assert_close(model.get_parameter(name).grad, parameter.grad, msg=name)
 
+    @pytest.mark.parametrize("options", [{"alpha": 1.0}, {"p_peak": 0.0, "p_patch": 0.0}])
+    def test_nothing_is_drawn_where_nothing_can_be_damped(self, options):
+        x, _ = images()
+        state = torch.get_rng_state()
+        patched(**options).train()(x)
+        assert torch.equal(torch.get_rng_state(), state)
+
     def test_evaluation_is_the_bare_model_bit_for_bit(self):
         x, _ = images()
         state = torch.get_rng_state()

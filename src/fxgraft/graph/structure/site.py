@@ -190,13 +190,13 @@ def layout_word(trace: ModelTrace, value: Any, path: str = "") -> str:
     return "" if layout is None else str(layout)
 
 
-def module_site(trace: ModelTrace, path: str, call: int = 0) -> Site:
-    """Describe the output of a module's call as a site."""
+def module_site(trace: ModelTrace, path: str) -> Site:
+    """Describe the output of a module's first call as a site."""
     calls = trace.observation.calls[path]
-    record = calls[call]
+    record = calls[0]
     owner = trace.caller(path)
     return Site(
-        name=path if call == 0 else f"{path}_{call}",
+        name=path,
         owner=owner,
         path=path,
         calls=len(calls),

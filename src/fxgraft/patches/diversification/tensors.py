@@ -12,7 +12,7 @@ Damped entries are multiplied by α, all others pass: logits = mean over S of M 
 Masks come out of comparisons, so no gradient passes through them, and no input is written to. Damping is
 scaling whatever the sign, as in the reference code: a damped negative entry rises towards zero.
 
-`draw` makes the random numbers, `suppression_mask` the mask from given ones, `diversify` the logits.
+`draw` makes the random numbers, `suppression_mask` the mask from given ones, and `damp` multiplies.
 """
 
 from __future__ import annotations
@@ -187,28 +187,3 @@ def suppression_mask(maps: Tensor, draws: Draws, *, patch: Patch = 3, ties: Ties
 def damp(maps: Tensor, mask: Tensor, alpha: float = 0.1) -> Tensor:
     """Multiply the masked entries of the maps (B, K, *S) by α in one multiplication; the gradient alike."""
     return maps * torch.ones_like(maps, requires_grad=False).masked_fill(mask, alpha)
-
-
-def diversify(
-    maps: Tensor,
-    *,
-    alpha: float = 0.1,
-    p_peak: float = 0.5,
-    p_patch: float = 0.5,
-    patch: Patch = 3,
-    border: Border = "skip",
-    ties: Ties = "first",
-    generator: torch.Generator | None = None,
-) -> Tensor:
-    """Draw masks for class maps (B, K, *S), damp them and average: logits (B, K).
-
-    At α = 1, or with both probabilities 0, nothing is drawn and the logits are the plain averages. Arguments
-    as `draw` and `damp`.
-    """
-    if alpha == 1 or (p_peak <= 0 and p_patch <= 0):
-        return maps.mean(tuple(range(2, maps.ndim)))
-    draws = draw(
-        maps, p_peak=p_peak, p_patch=p_patch, patch=patch, border=border, ties=ties, generator=generator
-    )
-    mask = suppression_mask(maps, draws, patch=patch, ties=ties)
-    return damp(maps, mask, alpha).mean(tuple(range(2, maps.ndim)))

@@ -27,8 +27,7 @@ class Discriminator(nn.Module):
         positions: how many dimensions follow the channels where these are dimension 1: 3 for (B, C, D, H, W), 2
             for (B, C, H, W), 1 for (B, C, L); 0 where channels are the last dimension, as in vectors, tokens and
             (B, H, W, C).
-        hidden: width of the hidden layers.
-        layers: how many of them.
+        hidden: width of the two hidden layers.
         activation: "relu", as the authors' scripts ask for, or "leaky" (slope 0.1), their code's default.
     """
 
@@ -39,12 +38,11 @@ class Discriminator(nn.Module):
         positions: int = 0,
         *,
         hidden: int = 500,
-        layers: int = 2,
         activation: Activation = "relu",
     ) -> None:
         super().__init__()
         self.activation = activation
-        widths = [channels, *[hidden] * layers, outputs]
+        widths = [channels, hidden, hidden, outputs]
         made: list[nn.Module] = []
         for inner, outer in pairwise(widths):
             if positions == 0:

@@ -220,7 +220,7 @@ class GAM(LayeredPatch):
         values = {key: _value(site, "target") for key, site in sites.items()}
         if self.source is not None:
             source = Backbone.of(self.source, backbone.input_size)
-            _check_alike(values, source, _sites(source, layers, "source"))
+            _check_alike(values, _sites(source, layers, "source"))
             if self.drift:
                 paired_weights(self.source, backbone.model)
         game.weights = dict(zip(sites, weights, strict=True))
@@ -336,7 +336,7 @@ def _value(site: Site, network: str) -> Tensor:
     return value
 
 
-def _check_alike(values: Mapping[str, Tensor], source: Backbone, sites: Mapping[str, Site]) -> None:
+def _check_alike(values: Mapping[str, Tensor], sites: Mapping[str, Site]) -> None:
     """Raise unless the taps of the source network have the shapes of the target's."""
     if len(sites) != len(values):
         raise ConfigError(
