@@ -10,7 +10,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from fxgraft.io import save_load as recipes
+from fxgraft.io.recipe import recipe_digest
 
 
 def read(file: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -25,7 +25,7 @@ def read(file: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
 def write(file: Path, recipe: Any, tensors: dict[str, Tensor], *, signed: bool = True) -> None:
     """Write a file, by default with the digest that its content has."""
     if signed and isinstance(recipe, dict):
-        recipe = {**recipe, "sha256": recipes._digest(recipe, tensors)}
+        recipe = {**recipe, "sha256": recipe_digest(recipe, tensors)}
     metadata = {"format": "pt", "fxgraft": json.dumps(recipe)}
     save_file({key: value.contiguous() for key, value in tensors.items()}, file, metadata)
 

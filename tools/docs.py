@@ -23,7 +23,7 @@ import fxgraft
 from fxgraft import errors, extend, gam, mixmo, spec
 from fxgraft.cli.commands import app
 from fxgraft.cli.method_facts import card_sections, option_rows, preset_rows
-from fxgraft.io import save_load
+from fxgraft.io import recipe
 from fxgraft.io.atomic_write import write_text
 from fxgraft.viz.method_pictures import methods_with_pictures
 from tools.pictures import ALT, MADE_WITH, SCHEME_MADE_OF, SCHEMES, draw
@@ -249,7 +249,7 @@ def reference_pages() -> dict[str, str]:
         ),
         "reference/command-line.md": command_line_page(),
         "reference/grammar.md": page("Grafts as text", markdown(spec.__doc__ or "")),
-        "reference/file-format.md": page("The file format", markdown(save_load.__doc__ or "")),
+        "reference/file-format.md": page("The file format", markdown(recipe.__doc__ or "")),
         "reference/works-with.md": page(
             "Works with",
             "Each cell is a test. The tables are what the tests wrote down. Patch first, wrap after.",

@@ -60,6 +60,7 @@ LAYERS: list[tuple[str, ...]] = [
         "io/constructor.py",
         "io/hub.py",
         "io/hub_client.py",
+        "io/recipe.py",
         "io/save_load.py",
         "io/backbone_weights.py",
     ),

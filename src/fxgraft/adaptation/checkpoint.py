@@ -20,7 +20,7 @@ from fxgraft.graph.atomic import Step, apply_atomically, refilling
 from fxgraft.graph.grafting.state import state_of
 from fxgraft.io.atomic_write import clear_drafts, write_file
 from fxgraft.io.header import Header
-from fxgraft.io.save_load import content_digest
+from fxgraft.io.recipe import content_digest
 
 HEADER = Header(
     "fxgraft-adaptation",

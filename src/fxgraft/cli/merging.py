@@ -21,7 +21,8 @@ from fxgraft.errors import ConfigError, RecipeError
 from fxgraft.io.atomic_write import write_file
 from fxgraft.io.backbone_weights import WRAPPERS, differences
 from fxgraft.io.constructor import Constructor
-from fxgraft.io.save_load import file_at, is_recipe, read_recipe, unshared
+from fxgraft.io.recipe import file_at, is_recipe, read_recipe
+from fxgraft.io.save_load import unshared
 from fxgraft.models import LIBRARIES, build_model, split_name
 
 RUN_FILES = ("model_best.pth.tar", "last.pth.tar")

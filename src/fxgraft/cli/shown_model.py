@@ -10,7 +10,7 @@ from torch import nn
 
 import fxgraft
 from fxgraft.io import packaged_weights
-from fxgraft.io.save_load import is_recipe
+from fxgraft.io.recipe import is_recipe
 from fxgraft.models import build_model, load_weights, split_name
 from fxgraft.viz.method_pictures import IMAGENET_NAMES, read_class_names
 

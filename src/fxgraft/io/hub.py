@@ -14,7 +14,8 @@ from torch import nn
 from fxgraft.errors import ConfigError, RecipeError
 from fxgraft.graph.grafting.lookup import grafts_on
 from fxgraft.io.hub_client import problem_of
-from fxgraft.io.save_load import FILE, save
+from fxgraft.io.recipe import FILE
+from fxgraft.io.save_load import save
 
 _CARD = """\
 # {{ title }}

@@ -18,7 +18,7 @@ from torch import Tensor
 
 import fxgraft
 import recipes
-from fxgraft.io.save_load import content_digest
+from fxgraft.io.recipe import content_digest
 from models.toys import assert_same, net, state_of_everything
 from system.contract.cases import same
 from system.faults.lines import SIZE, bare

@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import fxgraft
 from fxgraft.errors import ConfigError, RecipeError
-from fxgraft.io.save_load import content_digest
+from fxgraft.io.recipe import content_digest
 from unit.adaptation.adapting import SOURCE, Net, adam, equal, everything, loaders, network, with_generators
 
 
