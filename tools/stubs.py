@@ -46,7 +46,7 @@ def patch(
     *,
     name: str | None = ...,
     dry_run: Literal[{dry}]{given},
-    input_size: tuple[int, int, int] | None = ...,
+    input_size: tuple[int, ...] | None = ...,
 {options}) -> {returned}: ...
 """
 _ANY = "    preset: str | None = ...,\n    **options: Any,\n"

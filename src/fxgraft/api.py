@@ -55,7 +55,7 @@ def patch(
     preset: str | None = None,
     name: str | None = None,
     dry_run: bool = False,
-    input_size: tuple[int, int, int] | None = None,
+    input_size: tuple[int, ...] | None = None,
     **options: Any,
 ) -> M | Plan:
     """Graft a method onto a model, in place.
@@ -83,7 +83,8 @@ def patch(
             given beside it win over the preset's. On a network of another structure than the published one it warns.
         name: what to call the graft, by default the method's name. Needed to use a method twice.
         dry_run: return the plan instead of carrying it out.
-        input_size: (C, H, W) of the images, where the model's own default is not the size it is trained at.
+        input_size: (C, H, W) of the images, or (C, T, H, W) of clips and volumes, where the model's own default is not
+            the size it is trained at.
         **options: the method's options, with a method given by name.
 
     Returns:
@@ -118,7 +119,7 @@ def patch(
 
 def _asked(
     method: str | Patch, options: dict[str, Any]
-) -> list[tuple[str | None, tuple[int, int, int] | None, Patch]]:
+) -> list[tuple[str | None, tuple[int, ...] | None, Patch]]:
     """Read the arguments of `patch`: for each graft its name and input size, None by default, and its settings."""
     if isinstance(method, Patch):
         further = {key: value for key, value in options.items() if key not in ("name", "input_size")}
@@ -255,7 +256,7 @@ def grafts(model: nn.Module) -> list[Graft]:
 
 @synchronized
 def sites(
-    model: nn.Module, pattern: str | None = None, *, input_size: tuple[int, int, int] | None = None
+    model: nn.Module, pattern: str | None = None, *, input_size: tuple[int, ...] | None = None
 ) -> Sites:
     """List where a model can be patched: module outputs and the values between them, in running order.
 

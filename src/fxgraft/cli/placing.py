@@ -76,7 +76,7 @@ class Placing:
         input_size: (C, H, W) of the images; None for the model's own.
     """
 
-    def __init__(self, model: nn.Module, input_size: tuple[int, int, int] | None = None) -> None:
+    def __init__(self, model: nn.Module, input_size: tuple[int, ...] | None = None) -> None:
         self.model, self.input_size = model, input_size
         self._registry, self._costs = GraftRegistry(), measured_costs()
         self._look, _ = self._registry.look(model)

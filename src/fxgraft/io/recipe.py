@@ -218,7 +218,7 @@ def check_recipe(recipe: dict[str, Any], file: Path) -> None:
         if not isinstance(entry, dict) or not all(isinstance(entry.get(k), t) for k, t in _ENTRIES.items()):
             raise _damaged(file, "a graft in it is not whole")
         if not _is_size(entry.setdefault("input_size", None)):
-            raise _damaged(file, f"the input_size of {entry['name']!r} isn't (C, H, W)")
+            raise _damaged(file, f"the input_size of {entry['name']!r} isn't a list of one to four sizes")
     names = [entry["name"] for entry in recipe["grafts"]]
     if not names or len(set(names)) < len(names) or not all(name.isidentifier() for name in names):
         raise _damaged(file, "its grafts are not named once each")
@@ -237,7 +237,7 @@ def _is_size(size: Any) -> bool:
     def side(n: Any) -> bool:
         return type(n) is int and 1 <= n <= _LARGEST_SIDE
 
-    return size is None or (isinstance(size, list) and len(size) == 3 and all(map(side, size)))
+    return size is None or (isinstance(size, list) and 0 < len(size) < 5 and all(map(side, size)))
 
 
 def check_counts(grafts: Sequence[Mapping[str, Any]], weights: Mapping[str, Tensor], file: Path) -> None:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 import fxgraft
 import recipes
+from models.volumes import video_net
 
 SIZE = (3, 24, 24)
 
@@ -235,6 +236,13 @@ def test_a_bare_model_has_no_recipe(tmp_path: Path) -> None:
     with pytest.raises(fxgraft.RecipeError, match="no graft on this Net, so there is no recipe"):
         fxgraft.save(net(), tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+def test_a_network_of_clips(tmp_path: Path) -> None:
+    size = (3, 4, 16, 16)
+    fxgraft.save(fxgraft.patch(video_net(), "rsc", layer="layer1", input_size=size), tmp_path)
+    loaded = fxgraft.load(video_net(), tmp_path)
+    assert [graft.input_size for graft in fxgraft.grafts(loaded)] == [size]
 
 
 def test_options_that_json_cannot_hold(tmp_path: Path) -> None:
