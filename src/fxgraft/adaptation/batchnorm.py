@@ -68,7 +68,7 @@ def adapt_batchnorm(
         raise StructureError(
             f"{model._get_name()} has no BatchNorm with running statistics.\n"
             "Adapting means to estimate those on other images, and there is nothing to estimate.\n"
-            "Models with LayerNorm or GroupNorm normalise every image by itself."
+            "Leave the call out: models with LayerNorm or GroupNorm normalise every image by itself."
         )
     if momentum is not None and (isinstance(momentum, bool) or not 0 < momentum <= 1):
         raise ConfigError(f"momentum is the share of each new batch, in (0, 1]; got {momentum!r}.")

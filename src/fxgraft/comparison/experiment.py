@@ -204,7 +204,8 @@ def _variants(grafts: str | Sequence[str], baseline: str) -> list[Variant]:
     if len(set(names)) < len(names):
         twice = next(name for name in names if names.count(name) > 1)
         raise ConfigError(
-            f"The variant {twice!r} is given twice.\nThe baseline is compared with each of the others."
+            f"The variant {twice!r} is given twice.\nThe baseline is compared with each of the others.\n"
+            "Leave one of the two out."
         )
     if len(names) < 2:
         raise ConfigError('Nothing to compare: give at least one graft, for example grafts="rsc".')

@@ -310,7 +310,7 @@ def _install(registry: GraftRegistry, model: nn.Module, recipe: Mapping[str, Any
         raise RecipeError(
             f"The recipe in {str(file)!r} asks for what this fxgraft does not have, or not on this model.\n"
             f"{error if isinstance(error, FxgraftError) else repr(error)}\n"
-            f"It was written with {_versions(recipe)}, or with other methods registered."
+            f"It was written with {_versions(recipe)}. Install these, or register the methods that it names."
         ) from error
 
 

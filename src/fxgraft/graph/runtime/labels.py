@@ -42,12 +42,12 @@ def checked_labels(graft: str, target: Any, batch: int) -> Tensor:
     if not isinstance(target, Tensor):
         raise TargetError(
             f"{graft!r} was given labels of type {type(target).__name__}.\n"
-            "It takes a tensor of class indices (B,) or of soft targets (B, K)."
+            "Pass a tensor of class indices (B,) or of soft targets (B, K)."
         )
     if target.is_complex():
         raise TargetError(
             f"{graft!r} was given complex labels.\n"
-            "It takes a tensor of class indices (B,) or of soft targets (B, K)."
+            "Pass a tensor of class indices (B,) or of soft targets (B, K)."
         )
     if target.ndim == 0 or target.shape[0] != batch:
         raise TargetError(

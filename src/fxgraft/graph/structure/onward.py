@@ -182,7 +182,10 @@ class _Follower:
         nodes = self.trace.graph(caller, training=False).graph.nodes
         calls = [node for node in nodes if node.op == "call_module" and node.target == target]
         if not calls:
-            raise SiteError(f"{path!r} is not called in the graph of {caller or 'the model'!r}.\n\n")
+            raise SiteError(
+                f"{path!r} is not called in the graph of {caller or 'the model'!r}.\n"
+                "So it cannot be followed to what the model returns.\nChoose the output of a module around it."
+            )
         return self.outward(caller, {node.name: out for node in calls})
 
     def _through(self, owner: str, carried: Mapping[str, Carried]) -> Carried:

@@ -226,7 +226,8 @@ class ModelTrace:
         if not calls:
             raise SiteError(
                 f"{path!r} is never called in the model's forward pass.\n"
-                "Its forward cannot be rewritten, since nothing would run it."
+                "Its forward cannot be rewritten, since nothing would run it.\n"
+                "Choose a site in the module that uses it; fxgraft.sites(model) lists them."
             )
         call = calls[0]
         if labels:

@@ -94,7 +94,7 @@ def check_discriminator(module: Any, value: Tensor, outputs: int, dim: int, name
     except Exception as error:
         raise ConfigError(
             f"The discriminator for {name!r} does not take a value of shape {tuple(value.shape)}: {error}\n"
-            f"It is built for the shape without the batch, {tuple(value.shape[1:])}."
+            f"Build it for the shape without the batch, {tuple(value.shape[1:])}."
         ) from error
     shaped = isinstance(decisions, Tensor) and decisions.ndim > 1 and decisions.shape[0] == value.shape[0]
     if not shaped or decisions.shape[1 if decisions.ndim == 2 else dim] != outputs:

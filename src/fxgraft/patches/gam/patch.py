@@ -213,7 +213,7 @@ class GAM(LayeredPatch):
         if self.weights is not None and len(self.weights) != len(sites):
             raise ConfigError(
                 f"GAM: {len(self.weights)} weights were given for {len(sites)} taps: {', '.join(sites)}.\n"
-                "Each tap has one, in the order of layers."
+                "Pass one for each tap, in the order of layers."
             )
         inner = 0.1 if self.task == "classification" else 1.0
         weights = self.weights or (*[inner] * (len(sites) - 1), 1.0)
@@ -319,7 +319,7 @@ def _sites(backbone: Backbone, layers: SiteSpec, network: str) -> dict[str, Site
         return backbone.named_sites(layers)
     except SiteError as error:
         raise SiteError(
-            f"GAM: the {network} network has no such tap.\n{error}\nBoth networks need all of them."
+            f"GAM: the {network} network has no such tap.\n{error}\nName layers that both networks have."
         ) from error
 
 

@@ -231,7 +231,7 @@ def check_pairs(graft: str, members: int, own: Sequence[Tensor], labels: Any) ->
     if own and len(own) != members:
         raise ConfigError(
             f"{graft!r} has {members} members, and MixMoInput holds {len(own)} inputs.\n"
-            "Every member gets one batch of images of its own."
+            "Give it one batch of images for each member."
         )
     several = isinstance(labels, (list, tuple))
     if labels is None or (several == (len(own) > 0) and (not own or len(labels) == members)):
@@ -239,7 +239,7 @@ def check_pairs(graft: str, members: int, own: Sequence[Tensor], labels: Any) ->
     what = f"a list of {len(labels)}" if several else f"a {type(labels).__name__}"
     raise TargetError(
         f"{graft!r} was given {'MixMoInput' if own else 'one batch of images'} with {what} as labels.\n"
-        f"One batch has one tensor of labels, MixMoInput a list of {members}."
+        f"Pass one tensor of labels with one batch, and a list of {members} with MixMoInput."
     )
 
 
