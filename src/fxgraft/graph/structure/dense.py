@@ -122,15 +122,11 @@ def _layer(trace: ModelTrace, owner: str, training: bool) -> _Layer | None:
         node: trace.module(join(owner, str(node.target))) for node in between if node.op == "call_module"
     }
     convs = sorted(node for node, module in modules.items() if isinstance(module, ConvNd))
-    if any(not _follows(a, b) for a, b in itertools.pairwise(convs)):
+    if any(second not in downstream_of(first) for first, second in itertools.pairwise(convs)):
         return None
     if not any(_convolves(trace, owner, node) for node in between):
         return None
     return _Layer(joined, tuple(node.name for node in convs), ends is not None)
-
-
-def _follows(first: fx.Node, second: fx.Node) -> bool:
-    return second in downstream_of(first)
 
 
 def _joins(node: fx.Node) -> bool:
