@@ -53,7 +53,9 @@ def logits_node(values: Values, output: str | int | None, model: str) -> fx.Node
 
 
 def _no_entry(model: str, wanted: Any, names: Iterable[Any]) -> StructureError:
-    problem = "which of them holds the logits is not clear" if wanted is None else f"{wanted!r} is not one of them"
+    problem = (
+        "which of them holds the logits is not clear" if wanted is None else f"{wanted!r} is not one of them"
+    )
     return StructureError(
         f"{model} returns several values, and {problem}.\n"
         f"It has: {', '.join(map(repr, names))}.\n"
