@@ -158,7 +158,11 @@ MISTAKES: dict[str, tuple[Act, type[Exception], str]] = {
         StructureError,
         r"does not run on a batch of shape \(2, 1, 16, 16\)",
     ),
-    "empty input size": (rsc(input_size=(3, 0, 16)), StructureError, r"input_size must be positive"),
+    "empty input size": (
+        rsc(input_size=(3, 0, 16)),
+        ConfigError,
+        r"^input_size must be positive.*\nPass for example input_size=\(3, 224, 224\)",
+    ),
     "name": (rsc(name="not a name"), ConfigError, r"must be an identifier, got 'not a name'"),
     "progress": (lambda m: fxgraft.set_progress(m, 2), ConfigError, r"in \[0, 1\]; got 2"),
     # What is there.

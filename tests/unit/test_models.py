@@ -35,8 +35,12 @@ def test_no_backbone_of_a_segmentation_model_is_fetched(monkeypatch):
 @pytest.mark.parametrize(
     ("arguments", "options", "message"),
     [
-        ((lambda num_classes: num_classes, 3), {}, "returned a int, and not a torch.nn.Module"),
-        ((nn.Linear, 3), {}, "could not be called with num_classes=3"),
+        (
+            (lambda num_classes: num_classes, 3),
+            {},
+            "returned a int, and not a torch.nn.Module.\nReturn the model",
+        ),
+        ((nn.Linear, 3), {}, r"could not be called with num_classes=3(.|\n)*Let it take these arguments"),
         (("torchvision/resnet18", 3), {"pretrained": True}, "keeps the classifier it was trained with"),
     ],
 )

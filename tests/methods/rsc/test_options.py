@@ -251,8 +251,11 @@ def test_a_layout_that_is_told_wins() -> None:
                 (-0.1, 1.5, True, "1/3"),
             )
         ],
-        ({"spatial_drop": float("nan")}, "spatial_drop must be a share"),
-        ({"batch_schedule": "authors"}, "epochs must be their number, got None"),
+        (
+            {"spatial_drop": float("nan")},
+            "spatial_drop must be a share.*\nLeave it out for the default, 0.33",
+        ),
+        ({"batch_schedule": "authors"}, "epochs must be their number, got None.\nPass .* epochs=30"),
         ({"epochs": 0}, "epochs must be a whole number of at least 1, got 0"),
         ({"epochs": 2.5}, "epochs must be a whole number of at least 1, got 2.5"),
         ({"ignore_index": "a"}, "ignore_index must be a whole number, got 'a'"),

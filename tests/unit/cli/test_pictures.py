@@ -432,4 +432,5 @@ def test_the_picture_of_a_method_is_written(photo, tmp_path):
 def test_a_method_is_shown_with_its_own_options(photo):
     wrong = run("show", "effect", "rsc", str(photo), *SIZE, "--graft", "mixmo", code=2)
     assert "is for 'mixmo', and 'rsc' is shown" in wrong
+    assert "Give options of 'rsc', as --graft rsc:option=value" in wrong
     assert "There is no method 'rcs'" in run("show", "effect", "rcs", str(photo), code=2)

@@ -202,7 +202,7 @@ def test_a_full_disk_keeps_what_is_finished(run, tmp_path, monkeypatch):
     ("options", "error", "message"),
     [
         ({"grafts": ()}, ConfigError, "Nothing to compare"),
-        ({"grafts": ["rsc", "rsc"]}, ConfigError, "'rsc' is given twice"),
+        ({"grafts": ["rsc", "rsc"]}, ConfigError, r"'rsc' is given twice(.|\n)*Leave one of the two out"),
         ({"grafts": "bare"}, ConfigError, "'bare' is given twice"),
         ({"grafts": "rsc:layer=layer9"}, SiteError, "layer9"),
         ({"grafts": "rcs"}, FxgraftError, "no method 'rcs'"),
@@ -239,7 +239,7 @@ def test_a_full_disk_keeps_what_is_finished(run, tmp_path, monkeypatch):
         (
             {"per_class": 1, "training": {"batch_size": 2, "select": "best"}},
             ConfigError,
-            "every class has one image only",
+            'every class has one image only.\nPass select="last"',
         ),
         (
             {"model": Plain, "grafts": "adapt_batchnorm"},

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from fxgraft._torch import DataDependentOutputException, DynamicOutputShapeException
-from fxgraft.errors import SiteError, StructureError
+from fxgraft.errors import ConfigError, SiteError, StructureError
 from fxgraft.graph.names import class_name, join
 from fxgraft.graph.tracing.observe import (
     Call,
@@ -108,10 +108,13 @@ class ModelTrace:
 
         Raises:
             StructureError: the model does not run on a batch of images of that size.
+            ConfigError: there are no images of that size.
         """
         if self._observation is None:
             try:
                 self._observation = observe(self.model, self.image_size)
+            except ConfigError:  # of the size itself
+                raise
             except (DataDependentOutputException, DynamicOutputShapeException) as error:
                 raise StructureError(
                     f"{self.name} chooses by the numbers in a tensor what it computes next: {error}.\n"
