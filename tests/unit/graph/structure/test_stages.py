@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import timm
 from torch import Tensor, nn
 
+from fxgraft.graph.structure.heads.head import pooled_map
 from fxgraft.graph.structure.positions import positions
 from fxgraft.graph.structure.sites import list_sites, resolve
-from fxgraft.graph.structure.stages import blocks_before, stages
+from fxgraft.graph.structure.stages import blocks_before, main_stages, stages, stem_output
 from fxgraft.graph.tracing.model_trace import ModelTrace
+from models.toys import net
 
 WIDTH = 6
 
@@ -137,3 +140,22 @@ def test_what_was_asked_before_changes_no_stage(model: Any, words: str, expected
     fresh, asked = ModelTrace(model(), (3, 16, 16)), ModelTrace(model(), (3, 16, 16))
     assert all(site.shape is not None for site in list_sites(asked, words))
     assert [site.name for site in stages(asked)] == [site.name for site in stages(fresh)] == expected
+
+
+QUESTIONS: dict[str, Callable[[ModelTrace], Any]] = {
+    "sites": lambda trace: [(site.name, site.shape, site.layout) for site in list_sites(trace)],
+    "positions": lambda trace: [site.name for site in positions(trace, "post")],
+    "stages": lambda trace: [site.name for site in stages(trace)],
+    "main stages": lambda trace: [site.name for site in main_stages(trace)],
+    "stem": lambda trace: site.name if (site := stem_output(trace)) else None,
+    "pooled map": lambda trace: site.name if (site := pooled_map(trace)) else None,
+    "blocks": lambda trace: [[block.name for block in blocks_before(trace, site)] for site in stages(trace)],
+}
+
+
+@pytest.mark.parametrize("model", [Maps, net])
+def test_no_question_changes_the_answer_to_another(model: Callable[[], nn.Module]) -> None:
+    fresh = {name: ask(ModelTrace(model(), (3, 16, 16))) for name, ask in QUESTIONS.items()}
+    for order in (list(QUESTIONS), list(QUESTIONS)[::-1]):
+        trace = ModelTrace(model(), (3, 16, 16))
+        assert {name: QUESTIONS[name](trace) for name in order} == fresh
