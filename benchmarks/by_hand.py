@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fxgraft.bench.models_under_test import Loss
+from fxgraft.bench.bare_and_patched import Loss
 
 LAST_MAPS = ("layer4", "stages", "bn2")
 """What gives the last map of a ResNet, a ConvNeXt, an EfficientNet of timm."""

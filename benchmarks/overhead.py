@@ -27,7 +27,7 @@ from tools.readme import markdown_table, own_methods
 
 from benchmarks.by_hand import BY_HAND
 from benchmarks.coverage import STACK
-from fxgraft.bench.models_under_test import BARE, CONTROL, FORWARD, MEASURES, PATCHED, RIVAL, TRAINING_STEP
+from fxgraft.bench.bare_and_patched import BARE, CONTROL, FORWARD, MEASURES, PATCHED, RIVAL, TRAINING_STEP
 from fxgraft.bench.overhead import measure
 from fxgraft.bench.overhead_report import OverheadReport, Row
 from fxgraft.errors import ConfigError, SiteError, StructureError

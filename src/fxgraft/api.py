@@ -11,15 +11,12 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
-from fxgraft._torch import OpOverload
 from fxgraft.errors import (
     ConfigError,
     FxgraftWarning,
     UnknownGraftError,
-    WrappedModelError,
     because,
     candidates,
-    no_module,
 )
 from fxgraft.graph.atomic import synchronized
 from fxgraft.graph.grafting.graft import Graft
@@ -37,6 +34,7 @@ from fxgraft.graph.structure.positions import position_sites
 from fxgraft.graph.structure.site import Sites
 from fxgraft.graph.structure.sites import list_sites
 from fxgraft.graph.tracing.preserve import preserved_random_state
+from fxgraft.graph.wrapped_models import check_model
 from fxgraft.inspection import Plan, Summary, plan_of, summary_of
 from fxgraft.patches.base import Patch
 from fxgraft.patches.options import is_number
@@ -356,35 +354,3 @@ def merge(model: M) -> M:
             graft.patch.merge(graft, part)
         unpatch(part)
     return merged
-
-
-def check_model(model: Any) -> None:
-    """Raise unless the model can be patched: a plain module that nothing has wrapped yet."""
-    if not isinstance(model, nn.Module):
-        if type(model).__name__ == "ExportedProgram":
-            raise WrappedModelError(
-                "The model is an exported program, whose graph is fixed.\nPatch the model first, export after."
-            )
-        raise no_module(model)
-    wrappers = {
-        "DistributedDataParallel": "DistributedDataParallel",
-        "DataParallel": "DataParallel",
-        "FullyShardedDataParallel": "FSDP",
-        "FSDPModule": "FSDP2 (fully_shard)",
-        "OptimizedModule": "torch.compile",
-        "ScriptModule": "TorchScript",
-    }
-    for path, module in model.named_modules():
-        wrapper = next((wrappers[c.__name__] for c in type(module).__mro__ if c.__name__ in wrappers), None)
-        if wrapper is None and module._compiled_call_impl is not None:
-            wrapper = "module.compile()"
-        nodes = module.graph.nodes if isinstance(module, torch.fx.GraphModule) else ()
-        if wrapper is None and any(isinstance(node.target, OpOverload) for node in nodes):
-            wrapper = "torch.export"
-        if wrapper is not None:
-            where = f"its part {path!r}" if path else "it"
-            raise WrappedModelError(
-                f"{model._get_name()} cannot be patched: {where} is already wrapped by {wrapper}.\n"
-                "The wrapper has taken hold of the bare forward, parameters and hooks, and would miss the patch.\n"
-                "Patch first, wrap after."
-            )

@@ -1,6 +1,6 @@
 """What belongs to MixMo alone: its inputs and loaders, the members' logits, the ensemble's metrics."""
 
-from fxgraft.patches.mixmo.ensemble import EnsembleMetrics, disagreement, ensemble_entropy
+from fxgraft.patches.mixmo.ensemble_metrics import EnsembleMetrics, disagreement, ensemble_entropy
 from fxgraft.patches.mixmo.members import MemberLogits, member_logits
 from fxgraft.patches.mixmo.pairing import MixMoInput
 from fxgraft.patches.mixmo.sampling import RepeatedBatchSampler, paired_loader

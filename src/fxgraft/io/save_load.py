@@ -14,7 +14,6 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from fxgraft.api import check_model
 from fxgraft.errors import FxgraftError, RecipeError
 from fxgraft.graph.atomic import synchronized
 from fxgraft.graph.grafting.graft import Graft
@@ -23,6 +22,7 @@ from fxgraft.graph.grafting.lookup import own_keys, patched_parts, registry_of
 from fxgraft.graph.grafting.placement import PlacementRecord
 from fxgraft.graph.grafting.state import state_of
 from fxgraft.graph.tracing.preserve import preserved_random_state
+from fxgraft.graph.wrapped_models import check_model
 from fxgraft.io.atomic_write import write_file
 from fxgraft.io.backbone_weights import Weights
 from fxgraft.io.constructor import Constructor, constructor_of, given_constructor, load_constructed

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fxgraft.patches.rsc.closed_form import linear_tail_gradient, linear_tail_logits
 from fxgraft.patches.rsc.tensors import (
     apply_selection,
     batch_count,
@@ -14,10 +15,8 @@ from fxgraft.patches.rsc.tensors import (
     feature_mask,
     label_probability,
     label_score,
-    linear_tail_gradient,
-    linear_tail_logits,
-    linear_tail_saliency,
     mute_count,
+    pooled_saliency,
     saliency,
     select_samples,
     vector_keep_mask,
@@ -73,7 +72,7 @@ def test_official_closed_form(case: GoldenCase, dtype: torch.dtype) -> None:
     close(channel_gradient, case.expected("channel_mean", dtype))
     logits = linear_tail_logits(z, None, weight, bias)
     close(logits, case.expected("logits_before", dtype))
-    mask = feature_mask(linear_tail_saliency(z, channel_gradient, scope), z, scope, FEATURE_SHARE[scope])
+    mask = feature_mask(pooled_saliency(z, channel_gradient, scope), z, scope, FEATURE_SHARE[scope])
     exactly(mask, case.outputs["mask_pre"])
     masked_logits = linear_tail_logits(z, mask, weight, bias)
     close(masked_logits, case.expected("logits_allmasked", dtype))

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from fxgraft.errors import ConfigError
+from fxgraft.patches.rsc.closed_form import linear_tail_gradient, linear_tail_logits
 from fxgraft.patches.rsc.tensors import (
     apply_selection,
     batch_count,
@@ -20,10 +21,8 @@ from fxgraft.patches.rsc.tensors import (
     keep_mask,
     label_probability,
     label_score,
-    linear_tail_gradient,
-    linear_tail_logits,
-    linear_tail_saliency,
     mute_count,
+    pooled_saliency,
     saliency,
     select_samples,
     vector_keep_mask,
@@ -235,7 +234,7 @@ def test_closed_form_is_the_general_path(
     pooled = linear_tail_gradient(weight, target, math.prod(space))
     close(pooled.reshape(batch, channels, *[1] * len(space)).expand_as(z), g)
     for kind in ("grad_cam", "gradient"):
-        close(linear_tail_saliency(z, pooled, scope, kind=kind), saliency(z, g, scope, kind=kind))
+        close(pooled_saliency(z, pooled, scope, kind=kind), saliency(z, g, scope, kind=kind))
 
     mask = feature_mask(saliency(z, None, scope, strategy="random"), z, scope, 1 / 3)
     z.requires_grad_()
@@ -253,7 +252,7 @@ def test_closed_form_is_the_general_path(
 
 def test_gradient_scores_after_a_linear_tail_mute_no_position() -> None:
     z, weight, _, y = random_case((4, 6, 7, 7), dtype=torch.float32)
-    scores = linear_tail_saliency(z, linear_tail_gradient(weight, y, 49), "spatial", kind="gradient")
+    scores = pooled_saliency(z, linear_tail_gradient(weight, y, 49), "spatial", kind="gradient")
     assert feature_mask(scores, z, "spatial", 1 / 3).all()
 
 
@@ -316,7 +315,7 @@ def every_step(z: Tensor, g: Tensor, weight: Tensor, bias: Tensor, y: Tensor) ->
             for kind in ("grad_cam", "gradient"):
                 mask = feature_mask(saliency(z, g, scope, kind=kind, strategy=strategy), z, scope, 1 / 3)
                 results.append(mask)
-        mask = feature_mask(linear_tail_saliency(z, pooled, scope), z, scope, 1 / 3)
+        mask = feature_mask(pooled_saliency(z, pooled, scope), z, scope, 1 / 3)
         after = label_probability(linear_tail_logits(z, mask, weight, bias), y)
         selected = select_samples(before, after, batch_count(len(z), 1 / 3))
         results.append(linear_tail_logits(z, apply_selection(mask, selected), weight, bias))

@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import nn
 
+from fxgraft.bench.bare_and_patched import BARE, CONTROL, FORWARD, MEASURES, PATCHED, RIVAL, TRAINING_STEP
 from fxgraft.bench.memory import memory_kind, peak_memory, peak_of_events
-from fxgraft.bench.models_under_test import BARE, CONTROL, FORWARD, MEASURES, PATCHED, RIVAL, TRAINING_STEP
 from fxgraft.bench.overhead import ALLOCATOR, measure, turn_order
 from fxgraft.bench.overhead_report import OverheadReport, Spread, read_size
 from fxgraft.environment import checked_device

@@ -17,7 +17,7 @@ from fxgraft.extend import (
     take_logits,
     with_logits,
 )
-from fxgraft.patches.mixmo.ensemble import disagreement, ensemble_entropy
+from fxgraft.patches.mixmo.ensemble_metrics import disagreement, ensemble_entropy
 from fxgraft.patches.mixmo.pairing import PAIRING, Pairing
 
 

@@ -36,8 +36,8 @@ from fxgraft.extend import (
     register,
 )
 from fxgraft.patches.mixmo import tensors as core
-from fxgraft.patches.mixmo.copies import LayerCopies, copies_key, fold
-from fxgraft.patches.mixmo.ensemble import disagreement
+from fxgraft.patches.mixmo.ensemble_metrics import disagreement
+from fxgraft.patches.mixmo.folding import LayerCopies, copies_key, fold
 from fxgraft.patches.mixmo.masks import BY_CHANNEL, WITHOUT_POSITIONS, Mixing
 from fxgraft.patches.mixmo.members import Members
 from fxgraft.patches.mixmo.pairing import PAIRING, MixMoInput, Pairing, check_labels, known_pairing

@@ -21,6 +21,7 @@ from fxgraft.extend import (
     tail_layer,
 )
 from fxgraft.functional.binary import two_classes
+from fxgraft.patches.rsc import closed_form
 from fxgraft.patches.rsc import tensors as core
 
 if TYPE_CHECKING:
@@ -67,7 +68,7 @@ class Probe:
         config = self.config
         z = self.canonical
         if gradient is not None and gradient.ndim == 2 and z.ndim > 2:
-            scores = core.linear_tail_saliency(z, gradient, scope, kind=config.saliency)
+            scores = core.pooled_saliency(z, gradient, scope, kind=config.saliency)
         else:
             scores = core.saliency(z, gradient, scope, kind=config.saliency, strategy=config.strategy)
         share = config.spatial_drop if scope == "spatial" else config.channel_drop
@@ -85,7 +86,7 @@ class Probe:
                 target = ((yes - 0.5) * counts).to(weight.dtype)
             else:
                 target = self._checked(classes)
-            return core.linear_tail_gradient(weight, target, self.canonical.shape[2:].numel())
+            return closed_form.linear_tail_gradient(weight, target, self.canonical.shape[2:].numel())
         if torch.compiler.is_exporting() or torch.jit.is_tracing():  # pyright: ignore[reportPrivateImportUsage]
             raise WrappedModelError(
                 f"torch.export and torch.jit.trace cannot hold a training pass of {self.run.graft!r} at "
@@ -130,8 +131,8 @@ class Probe:
         if self.layer is not None:
             weight = gathered(self.layer.weight.detach())
             bias = None if self.layer.bias is None else gathered(self.layer.bias.detach())
-            before = core.linear_tail_logits(self.canonical, None, weight, bias)
-            after = core.linear_tail_logits(self.canonical, mask, weight, bias)
+            before = closed_form.linear_tail_logits(self.canonical, None, weight, bias)
+            after = closed_form.linear_tail_logits(self.canonical, mask, weight, bias)
         else:
             before = self.logits
             if before is None:

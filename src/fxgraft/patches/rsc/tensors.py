@@ -10,8 +10,8 @@ for a map z of shape (B, C, *S), channels second (tokens: (B, C, N); a vector (B
 4. the caller runs the rest of the network on z · mask.
 
 Masks are 1 (keep) and 0 (mute) and come out of comparisons, so no gradient passes through them; run steps 1
-to 3 without autograd. When average pooling and one linear layer are all that follows z, the `linear_tail_*`
-functions give steps 1 and 4 in closed form. `vector_*` is DomainBed's variant for pooled features (B, D).
+to 3 without autograd. When average pooling and one linear layer are all that follows z,
+`rsc.closed_form` has steps 1 and 4. `vector_*` is DomainBed's variant for pooled features (B, D).
 
 Half precision is scored in float32. Nothing here waits for the device: counts come from shapes and shares.
 """
@@ -23,7 +23,6 @@ from contextlib import nullcontext
 from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from fxgraft.errors import ConfigError
@@ -89,12 +88,12 @@ def label_score(logits: Tensor, target: Tensor) -> Tensor:
 
     `logits` are (B, K); `target` holds indices (B,), or soft targets (B, K): Σ_b Σ_k t[b, k] · logit[b, k].
     """
-    return _at_label(logits.to(_score_dtype(logits)), target).sum()
+    return _at_label(logits.to(score_dtype(logits)), target).sum()
 
 
 def label_probability(logits: Tensor, target: Tensor) -> Tensor:
     """Softmax probability of the label, (B,); Σ_k t_k p_k for soft targets. Arguments as `label_score`."""
-    return _at_label(logits.softmax(dim=1, dtype=_score_dtype(logits)), target)
+    return _at_label(logits.softmax(dim=1, dtype=score_dtype(logits)), target)
 
 
 def label_rows(logits: Tensor, target: Tensor, ignore_index: int = -100) -> tuple[Tensor, Tensor, Tensor]:
@@ -139,14 +138,14 @@ def saliency(
     """
     if strategy == "random":
         shape = z.shape[:1] + (z.shape[1:2] if scope == "channel" else z.shape[2:])
-        return torch.rand(shape, dtype=_score_dtype(z), device=z.device)
+        return torch.rand(shape, dtype=score_dtype(z), device=z.device)
     if strategy == "top_activation":
-        return _spatial_mean(z) if scope == "channel" else _channel_mean(z)
+        return spatial_mean(z) if scope == "channel" else _channel_mean(z)
     if gradient is None:
         raise ConfigError(f'strategy="{strategy}" ranks by the gradient: pass gradient=.')
     if scope == "spatial" and kind == "gradient":
         return _channel_mean(gradient)
-    return linear_tail_saliency(z, _spatial_mean(gradient), scope)
+    return pooled_saliency(z, spatial_mean(gradient), scope)
 
 
 def feature_mask(
@@ -205,16 +204,7 @@ def vector_select(p_before: Tensor, p_after: Tensor, share: float) -> Tensor:
     return fall >= _quantile_entry(fall.unsqueeze(0), share).squeeze(0)
 
 
-def linear_tail_gradient(weight: Tensor, target: Tensor, positions: int) -> Tensor:
-    """The gradient g under mean over `positions` and one linear layer: W[y_b] / positions, at every position.
-
-    Returned once, as (B, C), from `weight` (K, C) and indices (B,) or soft targets (B, K): t · W / positions.
-    """
-    rows = weight[target] if target.ndim == 1 else _matmul(target, weight)
-    return rows.to(_score_dtype(weight)) / positions
-
-
-def linear_tail_saliency(
+def pooled_saliency(
     z: Tensor, channel_gradient: Tensor, scope: Scope, *, kind: Saliency = "grad_cam"
 ) -> Tensor:
     """What `saliency` gives when g is `channel_gradient` (B, C) at every position, without expanding it.
@@ -226,25 +216,7 @@ def linear_tail_saliency(
     if kind == "gradient":
         mean = _channel_mean(channel_gradient)
         return mean.reshape(-1, *[1] * (z.ndim - 2)).expand(z.shape[0], *z.shape[2:])
-    return _matmul(channel_gradient.unsqueeze(1), z.flatten(2)).reshape(z.shape[0], *z.shape[2:])
-
-
-def linear_tail_logits(z: Tensor, mask: Tensor | None, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """Logits linear(mean_S(z · mask)), (B, K), without forming z · mask; differentiable in z, weight, bias.
-
-    `mask` comes from `feature_mask`, or is None for the plain logits, or is one of (B, C, *S) that is chosen between
-    such ones as data, where z · mask is formed. The linear layer runs as it would in
-    the network: in the dtype of `weight` (K, C), or in autocast's.
-    """
-    if mask is None:
-        pooled = _spatial_mean(z)
-    elif mask.shape[2:].numel() == 1:  # constant over positions, so it commutes with their mean
-        pooled = _spatial_mean(z) * mask.flatten(1)
-    elif mask.shape[1] > 1:
-        pooled = _spatial_mean(z * mask)
-    else:  # this order of the factors is the fast one for both memory formats
-        pooled = _matmul(mask.flatten(2), z.flatten(2).transpose(1, 2)).squeeze(1) / mask.shape[2:].numel()
-    return F.linear(pooled.to(weight.dtype), weight, bias)
+    return matmul(channel_gradient.unsqueeze(1), z.flatten(2)).reshape(z.shape[0], *z.shape[2:])
 
 
 def _above_rank(scores: Tensor, count: int) -> Tensor:
@@ -278,23 +250,25 @@ def _at_label(values: Tensor, target: Tensor) -> Tensor:
     return (values * target.to(values.dtype)).sum(dim=1)
 
 
-def _matmul(a: Tensor, b: Tensor) -> Tensor:
+def matmul(a: Tensor, b: Tensor) -> Tensor:
     """Product in at least float32, also under autocast: rounded scores would be ranked wrongly."""
-    dtype = torch.promote_types(_score_dtype(a), b.dtype)
+    dtype = torch.promote_types(score_dtype(a), b.dtype)
     # The meta device has no autocast to switch off.
     full = nullcontext() if a.device.type == "meta" else torch.autocast(a.device.type, enabled=False)
     with full:
         return a.to(dtype) @ b.to(dtype)
 
 
-def _spatial_mean(x: Tensor) -> Tensor:
+def spatial_mean(x: Tensor) -> Tensor:
+    """Average (B, C, *S) over its positions, in at least float32; a vector (B, C) is its own average."""
     # mean(dim=()) would average over everything, not over nothing.
-    return x.mean(dim=tuple(range(2, x.ndim)), dtype=_score_dtype(x)) if x.ndim > 2 else x.to(_score_dtype(x))
+    return x.mean(dim=tuple(range(2, x.ndim)), dtype=score_dtype(x)) if x.ndim > 2 else x.to(score_dtype(x))
 
 
 def _channel_mean(x: Tensor) -> Tensor:
-    return x.mean(dim=1, dtype=_score_dtype(x))
+    return x.mean(dim=1, dtype=score_dtype(x))
 
 
-def _score_dtype(x: Tensor) -> torch.dtype:
+def score_dtype(x: Tensor) -> torch.dtype:
+    """Return the type in which scores are computed: float32, or more."""
     return torch.promote_types(x.dtype, torch.float32)

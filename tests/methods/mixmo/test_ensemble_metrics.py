@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fxgraft.errors import ConfigError, TargetError
 from fxgraft.patches.mixmo.calibration import fit_temperature
-from fxgraft.patches.mixmo.ensemble import EnsembleMetrics, disagreement, ensemble_entropy
+from fxgraft.patches.mixmo.ensemble_metrics import EnsembleMetrics, disagreement, ensemble_entropy
 
 
 def calibration_error(probabilities: Tensor, target: Tensor, bins: int) -> float:
