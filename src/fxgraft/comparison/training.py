@@ -10,7 +10,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader, Dataset, get_worker_info
 import fxgraft
 from fxgraft.comparison.data import Item, Items, open_image
 from fxgraft.errors import ConfigError, candidates
-from fxgraft.patches.options import is_count
+from fxgraft.patches.options import check_choices, check_count, check_positive, check_share
 
 SCORES = ("accuracy", "macro_accuracy", "top5", "nll", "ece")
 """What is measured of every run; a verdict is about one of them."""
@@ -62,7 +62,9 @@ class Training:
     lr: float = 1e-3
     momentum: float = 0.9
     weight_decay: float = 0.05
-    sched: str = "cosine"
+    sched: Literal["cosine", "tanh", "poly", "constant", "none"] = (
+        "cosine"  # timm's "step" comes after 90 epochs
+    )
     warmup_epochs: int = 0
     smoothing: float = 0.0
     clip_grad: float | None = None
@@ -74,34 +76,22 @@ class Training:
     hflip: float = 0.5
     color_jitter: float = 0.4
     grayscale: float = 0.1
-    select: str = "last"
+    select: Literal["last", "best"] = "last"
 
     def __post_init__(self) -> None:
         from timm.optim import list_optimizers  # pyright: ignore[reportPrivateImportUsage]
 
-        for name in ("epochs", "batch_size"):
-            value = getattr(self, name)
-            if not is_count(value):
-                raise ConfigError(f"{name} must be a whole number of at least 1, got {value!r}.")
-        for name in ("hflip", "grayscale", "smoothing"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ConfigError(f"{name} must be in [0, 1], got {getattr(self, name)!r}.")
+        check_choices(self)
+        check_count(self, "epochs", "batch_size")
+        check_share(self, "hflip", "grayscale", "smoothing")
+        check_positive(self, "lr")
         if not 0 < self.train_crop <= 1:
             raise ConfigError(
                 f"train_crop is a share of the image's area, in (0, 1]; got {self.train_crop!r}."
             )
-        if not self.lr > 0:
-            raise ConfigError(f"lr must be above 0, got {self.lr!r}.")
         known = [str(name) for name in list_optimizers()]
         if self.opt not in known:
             raise ConfigError(f"timm has no optimizer {self.opt!r}. {candidates(self.opt, known)}")
-        # Not "step": timm's steps come after 90 epochs, most often after the end.
-        if self.sched not in ("cosine", "tanh", "poly", "constant", "none"):
-            raise ConfigError(
-                f"sched must be one of cosine, tanh, poly, constant and none, got {self.sched!r}."
-            )
-        if self.select not in ("last", "best"):
-            raise ConfigError(f'select must be "last" or "best", got {self.select!r}.')
 
 
 @dataclass(kw_only=True)
