@@ -111,7 +111,7 @@ def zoo(
     minutes: Minutes = None,
     out: Out = FOLDER,
     places: Annotated[
-        bool, typer.Option("--places", help="Check as well whether methods are in their places.")
+        bool, typer.Option("--places", help="Check whether methods are in their places, instead.")
     ] = False,
 ) -> None:
     """Try every method on every architecture of timm and torchvision, on the meta device."""

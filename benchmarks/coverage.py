@@ -103,15 +103,20 @@ def structure(name: str) -> Record:
     a ViT.
 
     Returns:
-        "family"; "structure", a digest; "modules", how many there are. Or "family" and "unbuilt", the error.
+        "family"; "structure", a digest; "modules" and "parameters", how many there are. Or "family" and "unbuilt",
+        the error.
     """
     warnings.simplefilter("ignore")
     try:
         model = build(name)
     except Exception as error:  # some want packages that are not here
         return {"family": family(name), "unbuilt": _shown(error)}
-    modules = sum(1 for _ in model.modules())
-    return {"family": family(name), "structure": _digest(model), "modules": modules}
+    return {
+        "family": family(name),
+        "structure": _digest(model),
+        "modules": sum(1 for _ in model.modules()),
+        "parameters": sum(each.numel() for each in model.parameters()),
+    }
 
 
 def _digest(module: nn.Module) -> str:

@@ -84,9 +84,12 @@ class Zoo:
                 raise ConfigError(f"{path} is of another protocol: {known}.\nMove it away, or use --out.")
 
     def unseen(self, pattern: str = "*") -> list[str]:
-        """Return the architectures whose structure is not known yet."""
+        """Return the architectures whose structure is not known yet, or not how many parameters they have."""
         return [
-            name for name in architectures() if name not in self.structures and fnmatch.fnmatch(name, pattern)
+            name
+            for name in architectures()
+            if not {"parameters", "unbuilt"} & self.structures.get(name, {}).keys()
+            and fnmatch.fnmatch(name, pattern)
         ]
 
     def missing(self, pattern: str = "*") -> list[str]:
@@ -115,11 +118,12 @@ class Zoo:
     def unchecked(self, pattern: str = "*") -> list[str]:
         """Return the architectures whose places were not checked yet, the smallest of each structure.
 
-        One of each model file comes first, then the commonest structures.
+        The smallest has the fewest parameters, since networks are computed here. One of each model file comes first,
+        then the commonest structures.
         """
         known = {self.structures[name].get("structure") for name in self.places if name in self.structures}
         smallest: dict[str, str] = {}
-        for name in sorted(self.structures, key=lambda name: self.structures[name].get("modules", 0)):
+        for name in sorted(self.structures, key=lambda name: self.structures[name].get("parameters", 0)):
             what = self.structures[name].get("structure")
             if what is not None and what not in known and fnmatch.fnmatch(name, pattern):
                 smallest.setdefault(what, name)
@@ -128,15 +132,15 @@ class Zoo:
         for name in smallest.values():
             if (family := self.structures[name]["family"]) not in files:
                 first.setdefault(family, name)
-        return [*dict.fromkeys([*first.values(), *self._commonest_first(smallest.values())])]
+        return [*dict.fromkeys([*first.values(), *self._commonest_first(smallest.values(), "parameters")])]
 
-    def _commonest_first(self, names: Iterable[str]) -> list[str]:
+    def _commonest_first(self, names: Iterable[str], size: str = "modules") -> list[str]:
         """Sort architectures whose structure many have before others, and small ones before large ones."""
         counts = Counter(each.get("structure") for each in self.structures.values())
 
         def rank(name: str) -> tuple[int, int]:
             own = self.structures[name]
-            return -counts[own["structure"]], own["modules"]
+            return -counts[own["structure"]], own[size]
 
         return sorted(names, key=rank)
 
@@ -176,17 +180,22 @@ def run(
 ) -> None:
     """Try what is missing, until it is done or the time is over; write from time to time.
 
-    With ``places`` it is checked as well whether methods are in their places, which computes each network.
+    With ``places`` it is checked whether methods are in their places, which computes each network, and nothing else.
     """
     deadline = None if minutes is None else time.monotonic() + 60 * minutes
     context = multiprocessing.get_context("spawn")
     pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_start)
     written = time.monotonic()
-    stages = (
+    stages: tuple[tuple[str, Callable[..., Record], Callable[[str], list[str]], dict[str, Record]], ...] = (
         ("structures", structure, zoo.unseen, zoo.structures),
-        ("new methods", examine, zoo.incomplete, zoo.records),
-        ("architectures", examine, zoo.missing, zoo.records),
-        *([("places", check_places, zoo.unchecked, zoo.places)] if places else []),
+        *(
+            (("places", check_places, zoo.unchecked, zoo.places),)
+            if places
+            else (
+                ("new methods", examine, zoo.incomplete, zoo.records),
+                ("architectures", examine, zoo.missing, zoo.records),
+            )
+        ),
     )
     with pool, progress_bar(console) as bar:
         for title, task, todo, found in stages:

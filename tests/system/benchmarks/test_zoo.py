@@ -45,13 +45,13 @@ RECORDS: dict[str, Any] = {
     },
 }
 STRUCTURES: dict[str, Any] = {
-    "timm/a": {"family": "timm/x", "structure": "1", "modules": 5},
-    "timm/a_large": {"family": "timm/y", "structure": "1", "modules": 50},
-    "timm/a_larger": {"family": "timm/y", "structure": "1", "modules": 60},
-    "timm/b": {"family": "timm/x", "structure": "2", "modules": 7},
-    "timm/b_large": {"family": "timm/x", "structure": "2", "modules": 9},
+    "timm/a": {"family": "timm/x", "structure": "1", "modules": 5, "parameters": 50},
+    "timm/a_large": {"family": "timm/y", "structure": "1", "modules": 50, "parameters": 500},
+    "timm/a_larger": {"family": "timm/y", "structure": "1", "modules": 60, "parameters": 600},
+    "timm/b": {"family": "timm/x", "structure": "2", "modules": 7, "parameters": 70},
+    "timm/b_large": {"family": "timm/x", "structure": "2", "modules": 9, "parameters": 90},
     "timm/c": {"family": "timm/y", "unbuilt": "ImportError: a package"},
-    "timm/d": {"family": "timm/y", "structure": "3", "modules": 1},
+    "timm/d": {"family": "timm/y", "structure": "3", "modules": 1, "parameters": 10},
 }
 
 
@@ -172,12 +172,34 @@ def test_model_files_without_a_check_come_first_then_what_most_have(tmp_path: Pa
     found = Zoo(tmp_path / "zoo.json")
     found.structures, found.records = dict(STRUCTURES), {**RECORDS, "timm/d": RECORDS["timm/a"]}
     assert found.incomplete() == ["timm/a", "timm/b", "timm/d"]
-    found.structures["timm/e"] = {"family": "timm/x", "structure": "4", "modules": 1}
+    found.structures["timm/e"] = {"family": "timm/x", "structure": "4", "modules": 1, "parameters": 1}
     found.places = {"timm/e": {"wrong": []}}
     assert found.unchecked() == ["timm/d", "timm/a", "timm/b"]
     found.places["timm/other"] = {"wrong": []}
-    found.structures["timm/other"] = {"family": "timm/y", "structure": "5", "modules": 2}
+    found.structures["timm/other"] = {"family": "timm/y", "structure": "5", "modules": 2, "parameters": 2}
     assert found.unchecked() == ["timm/a", "timm/b", "timm/d"]
+
+
+def test_the_smallest_to_check_has_the_fewest_parameters(tmp_path: Path) -> None:
+    """The widths of a network say nothing about how many modules it has."""
+    found = Zoo(tmp_path / "zoo.json")
+    found.structures = {
+        "timm/giant": {"family": "timm/x", "structure": "1", "modules": 5, "parameters": 10**9},
+        "timm/deep": {"family": "timm/x", "structure": "1", "modules": 50, "parameters": 10},
+    }
+    assert found.unchecked() == ["timm/deep"]
+
+
+def test_parameters_are_counted_where_they_were_not(tmp_path: Path) -> None:
+    found = Zoo(tmp_path / "zoo.json")
+    known = structure("timm/test_resnet")
+    assert known["parameters"] == sum(
+        each.numel() for each in coverage.build("timm/test_resnet").parameters()
+    )
+    found.structures = {"timm/test_resnet": known, "timm/test_vit": {"family": "timm/x", "unbuilt": "no"}}
+    assert not {"timm/test_resnet", "timm/test_vit"} & set(found.unseen())
+    del known["parameters"]
+    assert "timm/test_resnet" in found.unseen()
 
 
 def test_a_run_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
