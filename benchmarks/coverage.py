@@ -88,7 +88,8 @@ def small_network(name: str) -> tuple[nn.Module, tuple[int, ...]] | None:
                     network = _built(name, **given)
                 if given and default_input_size(network)[1] != side:
                     continue
-                observe(network, (3, side, side))
+                for training in (False, True):  # auxiliary classifiers run in training alone
+                    observe(network, (3, side, side), training=training)
             except Exception:  # whatever it raises that is not built for such images
                 continue
             return _built(name, **given), (3, side, side)

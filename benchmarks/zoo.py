@@ -119,13 +119,19 @@ class Zoo:
         """Return the architectures whose places were not checked yet, the smallest of each structure.
 
         The smallest has the fewest parameters, since networks are computed here. One of each model file comes first,
-        then the commonest structures.
+        then the commonest structures. Encoders without classes have no logits to check by.
         """
+        alone = {name for name, record in self.known().items() if record["bare"] is not None}
         known = {self.structures[name].get("structure") for name in self.places if name in self.structures}
         smallest: dict[str, str] = {}
         for name in sorted(self.structures, key=lambda name: self.structures[name].get("parameters", 0)):
             what = self.structures[name].get("structure")
-            if what is not None and what not in known and fnmatch.fnmatch(name, pattern):
+            if (
+                what is not None
+                and what not in known
+                and name not in alone
+                and fnmatch.fnmatch(name, pattern)
+            ):
                 smallest.setdefault(what, name)
         files = {self.structures[name]["family"] for name in self.places if name in self.structures}
         first: dict[str, str] = {}

@@ -23,6 +23,7 @@ from benchmarks.coverage import (
 from benchmarks.zoo import Zoo, run
 from benchmarks.zoo_tables import claim, plot, shares, summary
 from rich.console import Console
+from torch import Tensor, nn
 
 from fxgraft.errors import ConfigError
 from sweeping import some
@@ -80,6 +81,28 @@ def test_both_libraries_are_there() -> None:
     assert not [name for name in names if "quantized" in name or "rcnn" in name]
     assert family("timm/resnet50") == "timm/resnet"
     assert family("torchvision/fcn_resnet50") == "torchvision/fcn"
+
+
+class Auxiliary(nn.Module):
+    """A network whose auxiliary classifier, which runs in training alone, needs larger images."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 1)
+        self.fc = nn.Linear(4, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        maps = self.conv(x)
+        if self.training:
+            nn.functional.max_pool2d(maps, 128)
+        return self.fc(maps.mean((2, 3)))
+
+
+def test_images_are_large_enough_for_training(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(coverage, "_built", lambda name, **_: Auxiliary())
+    found = coverage.small_network("torchvision/x")
+    assert found is not None
+    assert found[1] == (3, 128, 128)
 
 
 def test_refusals_of_one_kind() -> None:
@@ -187,6 +210,9 @@ def test_the_smallest_to_check_has_the_fewest_parameters(tmp_path: Path) -> None
         "timm/giant": {"family": "timm/x", "structure": "1", "modules": 5, "parameters": 10**9},
         "timm/deep": {"family": "timm/x", "structure": "1", "modules": 50, "parameters": 10},
     }
+    assert found.unchecked() == ["timm/deep"]
+    found.structures["timm/encoder"] = {"family": "timm/x", "structure": "2", "modules": 5, "parameters": 1}
+    found.records["timm/encoder"] = {**RECORDS["timm/a"], "bare": "training: no logits"}
     assert found.unchecked() == ["timm/deep"]
 
 

@@ -33,7 +33,7 @@ import yaml
 from benchmarks.zoo_tables import decided
 from torch import nn
 
-from fxgraft.errors import StructureError
+from fxgraft.errors import StructureError, TraceError
 from fxgraft.graph.structure.heads.head import find_head, pooled_map
 from fxgraft.graph.structure.heads.per_position_head import positionwise
 from fxgraft.graph.structure.heads.stem_and_classifier import find_classifiers, find_stems
@@ -50,17 +50,28 @@ PLACES: dict[str, dict[str, Any]] = {
     for name, places in yaml.safe_load(table.read_text(encoding="utf-8")).items()
 }
 IN_EVERY_RUN = {"hgnet_tiny", "resnet18", "tv:mnasnet0_5", "tv:squeezenet1_1", "vit_tiny_patch16_224"}
-AUXILIARY = {
-    "googlenet": {"aux_logits": False, "init_weights": False},
-    "inception_v3": {"aux_logits": False, "init_weights": False},
+CLASSES = {"num_classes": 10}  # of those that timm builds without any
+OPTIONS: dict[str, dict[str, Any]] = {
+    "davit_base_fl": CLASSES,
+    "deepseek_vit_412m": CLASSES,
+    "gemma4_vit_167m": CLASSES,
+    "qwen3_vit_88m": CLASSES,
+    "qwen3_vit_88m_merge": CLASSES,
+    "samvit_base_patch16": CLASSES,
+    "tv:deeplabv3_resnet50": {"weights_backbone": None},
+    "tv:fcn_resnet50": {"weights_backbone": None},
+    "tv:googlenet": {"aux_logits": False, "init_weights": False},
+    "tv:inception_v3": {"aux_logits": False, "init_weights": False},
+    "tv:lraspp_mobilenet_v3_large": {"weights_backbone": None},
 }
 
 
 def build(name: str) -> nn.Module:
     def built() -> nn.Module:
+        options = OPTIONS.get(name, {})
         if not name.startswith("tv:"):
-            return timm.create_model(name)
-        return torchvision.models.get_model(name[3:], weights=None, **AUXILIARY.get(name[3:], {}))
+            return timm.create_model(name, **options)
+        return torchvision.models.get_model(name[3:], weights=None, **options)
 
     try:
         with torch.device("meta"):
@@ -84,7 +95,7 @@ def reason(found: Callable[[], Any], wanted: Any) -> Any:
     """Return what is found; where it is refused and the table gives a reason why there is none, that reason."""
     try:
         return found()
-    except StructureError as error:
+    except (StructureError, TraceError) as error:
         return wanted if isinstance(wanted, str) and wanted.startswith("none: ") else f"refused: {error}"
 
 
