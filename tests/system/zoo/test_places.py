@@ -58,6 +58,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "qwen3_vit_88m": CLASSES,
     "qwen3_vit_88m_merge": CLASSES,
     "samvit_base_patch16": CLASSES,
+    "vit_base_patch16_siglip_224": CLASSES,
     "tv:deeplabv3_resnet50": {"weights_backbone": None},
     "tv:fcn_resnet50": {"weights_backbone": None},
     "tv:googlenet": {"aux_logits": False, "init_weights": False},
