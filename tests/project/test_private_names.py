@@ -91,9 +91,9 @@ def test_private_names_of_torch_stand_in_one_module() -> None:
 def test_names_are_found_in_every_form() -> None:
     source = (
         "from torch._x import y\nfrom torch import _z\nimport torch._w\ntorch._a.b\nm._c\ngetattr(m, '_d', 1)\n"
-        "_own = 1\nself._own\nm.__dict__"
+        "_not_ours = 1\nself._not_ours\nm.__dict__"
     )
-    assert {name for name, _ in used(ast.parse(source))} == {"_x", "_z", "_w", "_a", "_c", "_d", "_own"}
+    assert {name for name, _ in used(ast.parse(source))} == {"_x", "_z", "_w", "_a", "_c", "_d", "_not_ours"}
 
 
 def imported() -> list[tuple[str, str]]:
