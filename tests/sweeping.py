@@ -84,11 +84,8 @@ _TABLE = """
   unit/bench/test_overhead.py::test_measures_another_way_to_the_same
   unit/cli/test_commands.py::test_bench_prints_a_table_and_writes_the_same_numbers
   unit/cli/test_commands.py::test_bench_says_how_far_it_is_and_how_long_it_takes_where_no_bar_can_be_drawn
-  unit/cli/test_commands.py::test_sites_are_grouped_by_stage_and_say_which_methods_go_there
   unit/cli/test_commands.py::test_suggestions_are_one_table
   unit/cli/test_commands.py::test_what_is_suggested_for_small_images_and_for_large_ones
-  unit/cli/test_compare.py::test_a_comparison_from_the_command_line
-  unit/cli/test_merging.py::test_a_file_of_save
   unit/cli/test_merging.py::test_a_wrapped_runs_averaged_weights
   unit/cli/test_pictures.py::test_classes_are_shown_by_their_names
   unit/cli/test_pictures.py::test_crossnorm_shows_the_exchanged_styles
@@ -103,7 +100,6 @@ _TABLE = """
   unit/comparison/test_demo.py::test_the_surgery_holds_and_the_pairs_are_compared
   unit/comparison/test_experiment.py::test_all_devices_of_a_folder_are_named
   unit/comparison/test_experiment.py::test_corruptions_are_the_same_for_both_of_a_pair
-  unit/comparison/test_experiment.py::test_the_report_is_one_file_that_asks_for_nothing
   unit/graph/grafting/test_changed_reads.py::test_compiled_code_sees_numbers_texts_and_lists
   unit/graph/grafting/test_lookup.py::test_a_large_patched_model_costs_no_more_than_a_small_one
   unit/graph/grafting/test_lookup.py::test_a_loss_of_grafts_that_remember_nothing_costs_the_same_for_a_deep_network
