@@ -70,6 +70,7 @@ def mix_histograms(x: Tensor, partner: Tensor, ratio: Tensor) -> Tensor:
 PACS = dict[str, Any](network="ResNet-18 from ImageNet", data="PACS, 224 px", optimiser="SGD 0.001, cosine")
 OFFICE = dict[str, Any](PACS, data="Office-Home, 224 px", note="the script names both stages=2 and stages=3")
 REID = dict[str, Any](network="ResNet-50 from ImageNet", data="Market-1501", schedule="×0.1 at epoch 20")
+MIXES = {"moments": mix_moments, "histogram": mix_histograms}
 ACROSS, EXACT = {"mix": "crossdomain"}, {"match": "histogram"}
 ZHOU, ZHANG = "KaiyangZhou/mixstyle-release", "YBZh/EFDM, DomainGeneralization"
 PRESETS: tuple[tuple[str, str, dict[str, Any], dict[str, Any]], ...] = (
@@ -150,9 +151,8 @@ class MixStyle(MapPatch):
 
     def change(self, x: Tensor, run: PassView) -> Tensor:
         """Mix the styles of maps (B, C, *positions) with those of partners."""
-        mix = mix_moments if self.match == "moments" else mix_histograms
         partner = draws.permutation(len(x), x.device) if self.mix == "random" else self._across(x, run)
-        return mix(x, partner, draws.ratios(len(x), self.alpha, x.device))
+        return MIXES[self.match](x, partner, draws.ratios(len(x), self.alpha, x.device))
 
     def _across(self, x: Tensor, run: PassView) -> Tensor:
         """Draw the number of an image of another domain for each; its own where there is none."""
@@ -162,7 +162,6 @@ class MixStyle(MapPatch):
             shape = "none" if domains is None else f"{tuple(domains.shape)} for {len(x)} images"
             raise TargetError(
                 f"{run.graft!r} mixes across domains, and what the call gave as domains is {shape}.\n"
-                "It has to know which images are of one domain.\n"
                 'Pass one number per image: model(x, target=y, domains=d), or use mix="random".'
             )
         others = domains.unsqueeze(1) != domains
@@ -175,9 +174,7 @@ class MixStyle(MapPatch):
 
     def picture(self, graft: Graft, view: View) -> Picture:
         """Show two images in each other's style, by shares of their own."""
-        mix = mix_moments if self.match == "moments" else mix_histograms
-        shares, swapped = (1.0, 0.5, 0.0), torch.tensor([1, 0])
-        shown = [mix(view.images[:2], swapped, torch.full((2,), share)).clamp(0, 1) for share in shares]
-        titles = [f"{share:.0%} of its own style" for share in shares]
-        rows = [[Panel(title, pair[i]) for title, pair in zip(titles, shown, strict=True)] for i in range(2)]
+        images, partner, mix = view.images[:2], torch.tensor([1, 0]), MIXES[self.match]
+        shown = {own: mix(images, partner, torch.full((2,), own)).clamp(0, 1) for own in (1.0, 0.5, 0.0)}
+        rows = [[Panel(f"{own:.0%} of its own style", x[i]) for own, x in shown.items()] for i in (0, 1)]
         return Picture(rows, f"two images whose {self.match} are mixed, as if it were done to pixels")
