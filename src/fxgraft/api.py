@@ -25,6 +25,7 @@ from fxgraft.graph.grafting.lookup import (
     grafts_in,
     grafts_on,
     named_grafts,
+    patched_inside,
     patched_parts,
     registry_of,
     unwrapped,
@@ -227,15 +228,16 @@ def unpatch(model: M, *names: str | Graft) -> M:
     wanted = {item.name if isinstance(item, Graft) else item for item in names}
     known = {graft.name for graft in present}
     for name in sorted(wanted - known):
-        raise UnknownGraftError(
-            f"There is no graft {name!r} on this {model._get_name()}.\n"
-            f"{candidates(name, [g.name for g in present])}"
+        inside = patched_inside(model) if registry is None else ""
+        hint = (
+            f"{inside} is patched: unpatch that." if inside else candidates(name, [g.name for g in present])
         )
+        raise UnknownGraftError(f"There is no graft {name!r} on this {model._get_name()}.\n{hint}")
     if registry is None:
         if names:
             return model
-        inside = next(iter(patched_parts(model)), None)
-        hint = f"Its part {inside!r} is patched: unpatch that." if inside else "Patch it first."
+        inside = patched_inside(model)
+        hint = f"{inside} is patched: unpatch that." if inside else "Patch it first."
         raise UnknownGraftError(f"There is no graft on this {model._get_name()}.\n{hint}")
     registry.install(model, [g for g in present if names and g.name not in wanted])
     registry.tell()

@@ -184,6 +184,7 @@ def test_the_logits_of_structured_outputs_are_found(wrap: Any) -> None:
     [
         ((torch.zeros(1),), "\nIt has: 0"),
         ({"x": torch.zeros(1), "y": torch.zeros(1)}, "\nIt has: 'x', 'y'"),
+        ({"out": torch.zeros(4, 8), "logits": torch.zeros(4, 4)}, "\nIt has: 'out', 'logits'"),
         (None, ""),
     ],
 )

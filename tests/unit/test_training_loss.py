@@ -6,6 +6,8 @@ import copy
 import threading
 import warnings
 from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,7 +16,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fxgraft
-from fxgraft.errors import ConfigError, FxgraftWarning, StructureError, UnknownGraftError
+from fxgraft.errors import (
+    ConfigError,
+    FxgraftWarning,
+    RecipeError,
+    StructureError,
+    TargetError,
+    UnknownGraftError,
+)
 from fxgraft.patches.rsc import record
 from models.toys import CLASSES, LABELS, Net, images, net
 
@@ -239,6 +248,38 @@ def test_other_calls_find_the_part() -> None:
     assert torch.equal(merged.eval()(images()), whole.eval()(images()))
     with pytest.raises(UnknownGraftError, match="Its part 'backbone' is patched"):
         fxgraft.unpatch(whole)
+
+
+def test_a_wrapped_model_says_what_to_unpatch_and_save(tmp_path: Path) -> None:
+    wrapped: Any = nn.DataParallel(fxgraft.patch(net(), "rsc", layer="stage2", input_size=SIZE))
+    for names in ((), ("rsc",)):
+        with pytest.raises(UnknownGraftError, match="The Net that it wraps is patched: unpatch that"):
+            fxgraft.unpatch(wrapped, *names)
+    with pytest.raises(RecipeError, match="The Net that it wraps is patched: save that"):
+        fxgraft.save(wrapped, tmp_path / "run.safetensors")
+    assert [graft.name for graft in fxgraft.grafts(wrapped)] == ["rsc"]
+
+
+@dataclass
+class Logits:
+    logits: Tensor
+
+
+class Structured(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = net()
+
+    def forward(self, x: Tensor) -> Logits:
+        return Logits(self.net(x))
+
+
+def test_labels_are_compared_where_the_output_is_a_dataclass() -> None:
+    model = fxgraft.patch(Structured(), "rsc", layer="net.stage2", batch_share=1, input_size=SIZE)
+    out = model(images(), target=LABELS)
+    with pytest.raises(TargetError):
+        fxgraft.loss(model, out, (LABELS + 1) % CLASSES)
+    fxgraft.loss(model, out, LABELS).backward()
 
 
 class Pair(nn.Module):

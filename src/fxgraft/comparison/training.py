@@ -21,7 +21,14 @@ from torch.utils.data import DataLoader, Dataset, get_worker_info
 import fxgraft
 from fxgraft.comparison.data import Item, Items, open_image
 from fxgraft.errors import ConfigError, candidates
-from fxgraft.patches.options import check_choices, check_count, check_positive, check_share
+from fxgraft.patches.options import (
+    check_choices,
+    check_count,
+    check_not_negative,
+    check_positive,
+    check_share,
+    is_number,
+)
 
 SCORES = ("accuracy", "macro_accuracy", "top5", "nll", "ece")
 """What is measured of every run; a verdict is about one of them."""
@@ -83,15 +90,21 @@ class Training:
 
         check_choices(self)
         check_count(self, "epochs", "batch_size")
-        check_share(self, "hflip", "grayscale", "smoothing")
-        check_positive(self, "lr")
-        if not 0 < self.train_crop <= 1:
+        check_share(self, "hflip", "grayscale", "smoothing", "momentum", "model_ema_decay")
+        check_positive(self, "lr", *(() if self.clip_grad is None else ("clip_grad",)))
+        check_not_negative(self, "weight_decay", "color_jitter")
+        if not is_number(self.train_crop) or not 0 < self.train_crop <= 1:
             raise ConfigError(
                 f"train_crop is a share of the image's area, in (0, 1]; got {self.train_crop!r}."
             )
+        if self.warmup_epochs not in range(self.epochs + 1):
+            raise ConfigError(
+                f"warmup_epochs must be a whole number of at most epochs ({self.epochs}), got "
+                f"{self.warmup_epochs!r}."
+            )
         known = [str(name) for name in list_optimizers()]
         if self.opt not in known:
-            raise ConfigError(f"timm has no optimizer {self.opt!r}. {candidates(self.opt, known)}")
+            raise ConfigError(f"timm has no optimizer {self.opt!r}. {candidates(str(self.opt), known)}")
 
 
 @dataclass(kw_only=True)

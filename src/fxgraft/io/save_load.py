@@ -18,7 +18,7 @@ from fxgraft.errors import FxgraftError, RecipeError
 from fxgraft.graph.atomic import synchronized
 from fxgraft.graph.grafting.graft import Graft
 from fxgraft.graph.grafting.graft_registry import GraftRegistry
-from fxgraft.graph.grafting.lookup import own_keys, patched_parts, registry_of
+from fxgraft.graph.grafting.lookup import own_keys, patched_inside, patched_parts, registry_of
 from fxgraft.graph.grafting.placement import PlacementRecord
 from fxgraft.graph.grafting.state import state_of
 from fxgraft.graph.tracing.preserve import preserved_random_state
@@ -84,9 +84,14 @@ def save(
     """
     registry = registry_of(model)
     if registry is None:
+        inside = patched_inside(model)
         raise RecipeError(
             f"There is no graft on this {type(model).__name__}, so there is no recipe to save.\n"
-            "Use torch.save(model.state_dict(), ...) for a bare model."
+            + (
+                f"{inside} is patched: save that."
+                if inside
+                else "Use torch.save(model.state_dict(), ...) for a bare model."
+            )
         )
     for graft in registry.grafts:
         if not graft.patch.saves:

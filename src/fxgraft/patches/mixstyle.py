@@ -156,17 +156,17 @@ class MixStyle(MapPatch):
 
     def _across(self, x: Tensor, run: PassView) -> Tensor:
         """Draw the number of an image of another domain for each; its own where there is none."""
-        given = run.options.get("domains")
-        domains = None if given is None else torch.as_tensor(given, device=x.device)
-        if domains is None or domains.shape != x.shape[:1]:
-            shape = "none" if domains is None else f"{tuple(domains.shape)} for {len(x)} images"
+        try:
+            domains = torch.as_tensor(run.options.get("domains"), device=x.device)
+        except (TypeError, ValueError, RuntimeError):  # nothing, names, or lists of several lengths
+            domains = torch.empty(0, 0)
+        if domains.shape != x.shape[:1]:
             raise TargetError(
-                f"{run.graft!r} mixes across domains, and what the call gave as domains is {shape}.\n"
+                f"{run.graft!r} mixes across domains; the call gave shape {tuple(domains.shape)} for {len(x)} images.\n"
                 'Pass one number per image: model(x, target=y, domains=d), or use mix="random".'
             )
-        others = domains.unsqueeze(1) != domains
-        own = torch.eye(len(x), device=x.device) / 2
-        return torch.where(others, 1 + torch.rand(others.shape, device=x.device), own).argmax(1)
+        scores = torch.rand(len(x), len(x), dtype=torch.float32, device=x.device)
+        return scores.where(domains[:, None] != domains, torch.eye(len(x), device=x.device) - 2).argmax(1)
 
     def describe(self, graft: Graft) -> str:
         """Say what is mixed, where, and how often."""

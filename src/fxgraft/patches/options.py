@@ -37,6 +37,14 @@ def check_positive(patch: Any, *names: str) -> None:
             raise wrong_option(patch, name, "a positive number")
 
 
+def check_not_negative(patch: Any, *names: str) -> None:
+    """Raise `ConfigError` unless each of these options is a finite number of at least 0."""
+    for name in names:
+        value = getattr(patch, name)
+        if not is_number(value) or not 0 <= value < math.inf:
+            raise wrong_option(patch, name, "a number of at least 0")
+
+
 def check_count(patch: Any, *names: str) -> None:
     """Raise `ConfigError` unless each of these options is a whole number of at least 1."""
     for name in names:

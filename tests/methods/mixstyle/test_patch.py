@@ -88,8 +88,10 @@ def test_an_image_without_another_domain_stays_as_it_is() -> None:
 @pytest.mark.parametrize(
     ("given", "match"),
     [
-        ({}, r"'mixstyle' mixes across domains(?s:.*)is none(?s:.*)domains=d"),
-        ({"domains": DOMAINS[:5]}, r"is \(5,\) for 6 images(?s:.*)mix=.random"),
+        ({}, r"'mixstyle' mixes across domains; the call gave shape \(0, 0\)(?s:.*)domains=d"),
+        ({"domains": DOMAINS[:5]}, r"gave shape \(5,\) for 6 images(?s:.*)mix=.random"),
+        ({"domains": list("aabbcc")}, "Pass one number per image"),
+        ({"domains": [0, None, 1, 1, 2, 2]}, "Pass one number per image"),
     ],
 )
 def test_domains_that_are_missing_or_too_few(given: dict[str, Any], match: str) -> None:

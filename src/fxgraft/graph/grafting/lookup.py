@@ -42,6 +42,14 @@ def unwrapped(model: nn.Module) -> nn.Module:
     return model
 
 
+def patched_inside(model: nn.Module) -> str:
+    """Say where in an unpatched model the patched one is, for messages; empty where nothing is patched."""
+    inside = next(iter(patched_parts(model)), None)
+    if inside is None:
+        return ""
+    return f"Its part {inside!r}" if inside else f"The {unwrapped(model)._get_name()} that it wraps"
+
+
 def grafts_on(model: nn.Module) -> list[Graft]:
     """List the grafts of a model, wrapped or not, in the order they were added; empty for a bare one."""
     registry = registry_of(unwrapped(model))

@@ -58,7 +58,14 @@ def list_sites(trace: ModelTrace, pattern: str | None = None) -> list[Site]:
 def _regex(pattern: str) -> re.Pattern[str]:
     parts = re.split(r"(\*\*|\*|\?|\[[^\]]*\])", pattern)
     special = {"**": ".*", "*": r"[^.]*", "?": r"[^.]"}
-    return re.compile("".join(special.get(p, p if p.startswith("[") else re.escape(p)) for p in parts))
+    return re.compile("".join(special.get(part) or _literal_or_set(part) for part in parts))
+
+
+def _literal_or_set(part: str) -> str:
+    try:
+        return part if part.startswith("[") and re.compile(part) else re.escape(part)
+    except re.error:  # a bracket that opens no set stands for itself
+        return re.escape(part)
 
 
 def matches(pattern: str, name: str) -> bool:

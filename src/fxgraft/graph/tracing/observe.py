@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, is_dataclass
 from functools import partial
 from typing import Any
 
@@ -356,5 +356,11 @@ def _one_step(
 
 
 def tensors(tree: Any) -> list[Tensor]:
-    """List the tensors in a nest of containers."""
-    return [leaf for leaf in pytree.tree_leaves(tree) if isinstance(leaf, Tensor)]
+    """List the tensors in a nest of containers and dataclasses."""
+    found: list[Tensor] = []
+    for leaf in pytree.tree_leaves(tree):
+        if isinstance(leaf, Tensor):
+            found.append(leaf)
+        elif is_dataclass(leaf):
+            found += tensors([getattr(leaf, each.name, None) for each in fields(leaf)])
+    return found

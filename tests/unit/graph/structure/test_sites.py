@@ -77,6 +77,8 @@ def test_globs_are_in_running_order() -> None:
         ("second", r"no site 'second' in Net\.\nThere are: 'stem\.second'|Close matches: 'stem\.second'"),
         ("spare", r"'spare' is a module of Net, but its forward is never called"),
         ("zzzzzz", r"no site 'zzzzzz'(?s:.*)There are: .*… \(\d+ in all\)"),
+        ("[", r"no site '\['"),
+        ("stage1*[", r"No site matches 'stage1\*\['"),
         ("zz*", r"No site matches 'zz\*'(?s:.*)'\*' stands for one part of a name"),
         ("stem.act_2", r"no site 'stem\.act_2'"),
         ("", r"no site ''"),

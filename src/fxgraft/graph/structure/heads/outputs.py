@@ -42,7 +42,8 @@ def logits_node(values: Values, output: str | int | None, model: str) -> fx.Node
     entries: dict[Any, Any] = dict(value) if isinstance(value, dict) else dict(enumerate(value))  # type: ignore[arg-type]
     wanted = output
     if wanted is None:
-        wanted = next((key for key in LOGITS_KEYS if key in entries), None)
+        usual = [key for key in LOGITS_KEYS if key in entries]
+        wanted = usual[0] if len(usual) == 1 else None
     if wanted is None and output is None:
         held = {key: values(node) for key, node in entries.items() if isinstance(node, fx.Node)}
         alone = [key for key, entry in held.items() if isinstance(entry, Tensor)]
@@ -76,7 +77,8 @@ def take_logits(out: Any, names: Iterable[str | int | None] = ()) -> Any:
     """
     if isinstance(out, Tensor):
         return out
-    for key in (*names, *LOGITS_KEYS):
+    usual = [key for key in LOGITS_KEYS if (key in out if isinstance(out, dict) else hasattr(out, key))]
+    for key in (*names, *(usual if len(usual) == 1 else ())):  # with both nothing says which one it is
         if isinstance(out, dict) and key in out:
             return out[key]
         if isinstance(key, str) and isinstance(getattr(out, key, None), Tensor):
