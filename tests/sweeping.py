@@ -341,8 +341,6 @@ _TABLE = """
   unit/adaptation/test_checkpoint.py::test_a_checkpoint_that_is_not_whole_changes_nothing
   unit/graph/runtime/test_labels.py::test_compiled_code_refuses_what_is_no_class
   unit/graph/runtime/test_parameter_watch.py::test_an_optimiser_from_before_the_patch
-13
-  system/contract/test_processes.py::test_two_processes_train_as_one
 16
   project/test_readme.py::test_python_blocks_run_in_order
   unit/cli/test_merging.py::test_errors_are_one_plain_message
