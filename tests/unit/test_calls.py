@@ -172,7 +172,12 @@ def test_losses_hold_what_grafts_add_and_the_criterion_they_put_in_place() -> No
 
 @pytest.mark.parametrize(
     "wrap",
-    [lambda o: {"out": o, "aux": -o}, lambda o: SimpleNamespace(logits=o), lambda o: {"logits": o}],
+    [
+        lambda o: {"out": o, "aux": -o},
+        lambda o: SimpleNamespace(logits=o),
+        lambda o: {"logits": o},
+        lambda o: SimpleNamespace(out=None, logits=o),
+    ],
 )
 def test_the_logits_of_structured_outputs_are_found(wrap: Any) -> None:
     out = torch.randn(4, 4)

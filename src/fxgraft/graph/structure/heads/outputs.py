@@ -42,8 +42,7 @@ def logits_node(values: Values, output: str | int | None, model: str) -> fx.Node
     entries: dict[Any, Any] = dict(value) if isinstance(value, dict) else dict(enumerate(value))  # type: ignore[arg-type]
     wanted = output
     if wanted is None:
-        usual = [key for key in LOGITS_KEYS if key in entries]
-        wanted = usual[0] if len(usual) == 1 else None
+        wanted = _usual_key(entries)
     if wanted is None and output is None:
         held = {key: values(node) for key, node in entries.items() if isinstance(node, fx.Node)}
         alone = [key for key, entry in held.items() if isinstance(entry, Tensor)]
@@ -77,8 +76,7 @@ def take_logits(out: Any, names: Iterable[str | int | None] = ()) -> Any:
     """
     if isinstance(out, Tensor):
         return out
-    usual = [key for key in LOGITS_KEYS if (key in out if isinstance(out, dict) else hasattr(out, key))]
-    for key in (*names, *(usual if len(usual) == 1 else ())):  # with both nothing says which one it is
+    for key in (*names, _usual_key(out)):
         if isinstance(out, dict) and key in out:
             return out[key]
         if isinstance(key, str) and isinstance(getattr(out, key, None), Tensor):
@@ -98,6 +96,16 @@ def take_logits(out: Any, names: Iterable[str | int | None] = ()) -> Any:
         + "Pass the logits themselves to fxgraft.loss, or set output= on the patch of a method that has this option. "
         "Where a model around the patched part computes them, patch that whole model."
     )
+
+
+def _usual_key(out: Any) -> str | None:
+    """Return the usual key under which an output holds something; None with both, as nothing says which one it is."""
+    held = [
+        key
+        for key in LOGITS_KEYS
+        if (out[key] if isinstance(out, dict) and key in out else getattr(out, key, None)) is not None
+    ]
+    return held[0] if len(held) == 1 else None
 
 
 def _rows(value: Any) -> bool:
