@@ -192,17 +192,13 @@ def run(
     context = multiprocessing.get_context("spawn")
     pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_start)
     written = time.monotonic()
-    stages: tuple[tuple[str, Callable[..., Record], Callable[[str], list[str]], dict[str, Record]], ...] = (
-        ("structures", structure, zoo.unseen, zoo.structures),
-        *(
-            (("places", check_places, zoo.unchecked, zoo.places),)
-            if places
-            else (
-                ("new methods", examine, zoo.incomplete, zoo.records),
-                ("architectures", examine, zoo.missing, zoo.records),
-            )
-        ),
-    )
+    stages: list[tuple[str, Callable[..., Record], Callable[[str], list[str]], dict[str, Record]]]
+    stages = [("structures", structure, zoo.unseen, zoo.structures)]
+    if places:
+        stages.append(("places", check_places, zoo.unchecked, zoo.places))
+    else:
+        stages.append(("new methods", examine, zoo.incomplete, zoo.records))
+        stages.append(("architectures", examine, zoo.missing, zoo.records))
     with pool, progress_bar(console) as bar:
         for title, task, todo, found in stages:
             names = todo(pattern)

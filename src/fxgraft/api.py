@@ -227,18 +227,19 @@ def unpatch(model: M, *names: str | Graft) -> M:
     present = registry.grafts if registry is not None else []
     wanted = {item.name if isinstance(item, Graft) else item for item in names}
     known = {graft.name for graft in present}
+    inside = "" if registry is not None else patched_inside(model)
+    elsewhere = f"{inside} is patched: unpatch that." if inside else ""
     for name in sorted(wanted - known):
-        inside = patched_inside(model) if registry is None else ""
-        hint = (
-            f"{inside} is patched: unpatch that." if inside else candidates(name, [g.name for g in present])
+        raise UnknownGraftError(
+            f"There is no graft {name!r} on this {model._get_name()}.\n"
+            f"{elsewhere or candidates(name, [g.name for g in present])}"
         )
-        raise UnknownGraftError(f"There is no graft {name!r} on this {model._get_name()}.\n{hint}")
     if registry is None:
         if names:
             return model
-        inside = patched_inside(model)
-        hint = f"{inside} is patched: unpatch that." if inside else "Patch it first."
-        raise UnknownGraftError(f"There is no graft on this {model._get_name()}.\n{hint}")
+        raise UnknownGraftError(
+            f"There is no graft on this {model._get_name()}.\n{elsewhere or 'Patch it first.'}"
+        )
     registry.install(model, [g for g in present if names and g.name not in wanted])
     registry.tell()
     return model

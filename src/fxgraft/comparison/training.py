@@ -69,9 +69,8 @@ class Training:
     lr: float = 1e-3
     momentum: float = 0.9
     weight_decay: float = 0.05
-    sched: Literal["cosine", "tanh", "poly", "constant", "none"] = (
-        "cosine"  # timm's "step" comes after 90 epochs
-    )
+    # Not "step": timm's steps come after 90 epochs, most often after the end.
+    sched: Literal["cosine", "tanh", "poly", "constant", "none"] = "cosine"
     warmup_epochs: int = 0
     smoothing: float = 0.0
     clip_grad: float | None = None
@@ -91,7 +90,9 @@ class Training:
         check_choices(self)
         check_count(self, "epochs", "batch_size")
         check_share(self, "hflip", "grayscale", "smoothing", "momentum", "model_ema_decay")
-        check_positive(self, "lr", *(() if self.clip_grad is None else ("clip_grad",)))
+        check_positive(self, "lr")
+        if self.clip_grad is not None:
+            check_positive(self, "clip_grad")
         check_not_negative(self, "weight_decay", "color_jitter")
         if not is_number(self.train_crop) or not 0 < self.train_crop <= 1:
             raise ConfigError(

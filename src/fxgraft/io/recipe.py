@@ -162,8 +162,9 @@ def _read_former(file: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         recipe = _parsed(file.read_text(), file)
         FORMER.check(recipe, file)
         digests = recipe.pop("sha256", None)
-        signed = json.dumps([recipe, digest_of(weights)], sort_keys=True)
-        whole = {"weights": digest_of(weights), "recipe": hashlib.sha256(signed.encode()).hexdigest()}
+        own = digest_of(weights)
+        signed = json.dumps([recipe, own], sort_keys=True)
+        whole = {"weights": own, "recipe": hashlib.sha256(signed.encode()).hexdigest()}
         if digests != whole:
             raise _damaged(file, "its digests are missing, or those of another content or other weights")
         tensors = load_file(weights)

@@ -85,13 +85,10 @@ def save(
     registry = registry_of(model)
     if registry is None:
         inside = patched_inside(model)
+        bare = "Use torch.save(model.state_dict(), ...) for a bare model."
         raise RecipeError(
             f"There is no graft on this {type(model).__name__}, so there is no recipe to save.\n"
-            + (
-                f"{inside} is patched: save that."
-                if inside
-                else "Use torch.save(model.state_dict(), ...) for a bare model."
-            )
+            f"{f'{inside} is patched: save that.' if inside else bare}"
         )
     for graft in registry.grafts:
         if not graft.patch.saves:

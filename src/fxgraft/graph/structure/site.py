@@ -254,24 +254,22 @@ def last_called(trace: ModelTrace, path: str, containers: tuple[type, ...] = (nn
 
 def entry_site(trace: ModelTrace, path: str, wanted: Callable[[Any], bool]) -> Site | None:
     """Find the first of a module's returned values that fits; None where its place in the output cannot be named."""
-    output = trace.observation.output(path)
-    if not any(wanted(value) for value in pytree.tree_leaves(output)):
+    values = pytree.tree_leaves(trace.observation.output(path))
+    if not any(wanted(value) for value in values):
         return None
     try:
         graph = trace.graph(path, training=False).graph
     except TraceError:
         return None
     returned = pytree.tree_leaves(next(node.args[0] for node in graph.nodes if node.op == "output"))
-    values = pytree.tree_leaves(output)
     if len(returned) != len(values):
         return None
     name, value = next(
         (node.name, value) for node, value in zip(returned, values, strict=True) if wanted(value)
     )
     site = next((site for site in node_sites(trace, path) if site.node == name), None)
-    return site and dataclasses.replace(
-        site, value=value
-    )  # as the pass gave it: its mark says when it was made
+    # The value as the pass gave it: its mark says when it was made.
+    return site and dataclasses.replace(site, value=value)
 
 
 def places_in(value: Any) -> int:
