@@ -82,8 +82,8 @@ def _may_match(pattern: str, owner: str) -> bool:
 
 
 def is_glob(word: str) -> bool:
-    """Say whether a word is a pattern rather than a name."""
-    return any(sign in word for sign in "*?[")
+    """Say whether a word is a pattern rather than a name; a bracket that is not closed opens no set."""
+    return re.search(r"[*?]|\[[^\]]*\]", word) is not None
 
 
 def resolve(trace: ModelTrace, words: SiteSpec) -> list[Site]:
