@@ -11,7 +11,7 @@ import torch
 from torch.utils.data import DataLoader, TensorDataset
 
 import fxgraft
-from fxgraft.comparison.digits import digits_domains
+from fxgraft.comparison.demo_data import digits_domains
 
 
 def train(model: torch.nn.Module, loader: DataLoader, epochs: int) -> None:

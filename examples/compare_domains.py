@@ -17,7 +17,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true")
     args = parser.parse_args()
     if args.quick or args.data is None:
-        from fxgraft.comparison.digits import write_digits
+        from fxgraft.comparison.demo_data import write_digits
 
         result = fxgraft.compare(
             write_digits(Path("digits-24"), 24),

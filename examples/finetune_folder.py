@@ -54,7 +54,7 @@ def main() -> None:
     args = parser.parse_args()
     size, batch, epochs, options = 224, 32, 20, {"pretrained": True}
     if args.quick or args.data is None:
-        from fxgraft.comparison.digits import write_digits
+        from fxgraft.comparison.demo_data import write_digits
 
         args.data, args.model = write_digits(Path("digits-24"), 24), "test_resnet"
         size, batch, epochs, options = 24, 64, 1, {}

@@ -20,7 +20,7 @@ import matplotlib.pyplot as plt
 import torch
 from torch.utils.data import DataLoader, TensorDataset
 
-from fxgraft.comparison.digits import digits_domains
+from fxgraft.comparison.demo_data import digits_domains
 
 domains = {
     name: TensorDataset(images.float() / 255, labels)

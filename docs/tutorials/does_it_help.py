@@ -28,7 +28,7 @@ import tempfile
 from pathlib import Path
 
 import fxgraft
-from fxgraft.comparison.digits import write_digits
+from fxgraft.comparison.demo_data import write_digits
 
 folder = Path(tempfile.mkdtemp())
 data = write_digits(folder / "digits", size=24)

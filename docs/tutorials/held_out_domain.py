@@ -24,7 +24,7 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 from torchvision.datasets import ImageFolder
 
-from fxgraft.comparison.digits import write_digits
+from fxgraft.comparison.demo_data import write_digits
 
 data = write_digits(Path(tempfile.mkdtemp()) / "digits", size=48)
 for folder in data.glob("*/[5-9]"):  # to be quick: zero to four alone

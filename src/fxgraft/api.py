@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
+from fxgraft.arguments import check_arguments
 from fxgraft.errors import (
     ConfigError,
     FxgraftWarning,
@@ -94,6 +95,7 @@ def patch(
     """
     check_model(model)
     arguments = {"preset": preset, "name": name, "input_size": input_size}
+    check_arguments(patch, {"dry_run": dry_run})
     asked = _asked(method, {key: value for key, value in arguments.items() if value is not None} | options)
     registry = registry_of(model)
     wanted: list[Graft] = list(registry.grafts) if registry is not None else []
@@ -143,13 +145,15 @@ def _asked(
                 "Write them into the text, as METHOD:key=value."
             )
         specs = [(spec.method, {**spec.options, **shared}) for spec in parsed]
+    for _, own in specs:
+        check_arguments(patch, {key: own[key] for key in ("preset", "name", "input_size") if key in own})
     return [
         (own.pop("name", None), _size(own.pop("input_size", None)), build(known, own)) for known, own in specs
     ]
 
 
 def _size(given: Any) -> Any:
-    return tuple(given) if isinstance(given, list) else given
+    return tuple(int(length) for length in given) if isinstance(given, Iterable) else given
 
 
 @contextmanager
@@ -274,8 +278,9 @@ def sites(
     Raises:
         SiteError: nothing matches; lists close matches.
     """
+    check_arguments(sites, {"pattern": pattern, "input_size": input_size})
     look, _ = (registry_of(model) or GraftRegistry()).look(model)
-    trace = look.trace(input_size)
+    trace = look.trace(_size(input_size))
     with preserved_random_state():
         listed = position_sites(trace) if pattern == "residual" else list_sites(trace, pattern)
     return Sites(listed, f"{class_name(model)}, batch of 2")

@@ -96,16 +96,16 @@ def no_method(name: str, known: Iterable[str]) -> UnknownGraftError:
     )
 
 
-def candidates(word: str, known: Iterable[str], limit: int = 8) -> str:
+def candidates(word: object, known: Iterable[str], limit: int = 8) -> str:
     """Format what the user may have meant: close matches first, otherwise the first few that exist.
 
     Args:
-        word: what was asked for.
+        word: what was asked for; where that is no text, nothing is close to it.
         known: every name that would have worked.
         limit: how many names to show at most.
     """
     names = list(dict.fromkeys(known))
-    close = difflib.get_close_matches(word, names, n=3, cutoff=0.5)
+    close = difflib.get_close_matches(str(word), names, n=3, cutoff=0.5)
     if close:
         return "Close matches: " + ", ".join(repr(name) for name in close) + "."
     if not names:

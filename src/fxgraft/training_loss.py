@@ -49,6 +49,11 @@ def losses(
     _ask(model, out, y)
     names = [getattr(graft.patch, "output", None) for graft in grafts_on(model)]
     logits = take_logits(out, names)
+    if not callable(criterion):
+        raise ConfigError(
+            f"criterion is a function, called as criterion(logits, y), and {criterion!r} cannot be called.\n"
+            "Pass for example torch.nn.functional.cross_entropy, which is the default."
+        )
     own = criterion
     for graft in _judging(model, logits):
         replacement = graft.patch.criterion(graft, criterion)

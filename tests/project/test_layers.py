@@ -26,6 +26,7 @@ FILES = sorted(ROOT.rglob("*.py"))
 LAYERS: list[tuple[str, ...]] = [
     (
         "_torch.py",
+        "arguments.py",
         "errors.py",
         "io/atomic_write.py",
         "io/header.py",

@@ -98,7 +98,51 @@ MISTAKES: dict[str, tuple[Act, type[Exception], str]] = {
         ConfigError,
         r"RSC is given with its options; layer cannot be added(?s:.*)RSC\(layer=\.\.\.\)",
     ),
+    # Types of arguments.
+    "preset of no kind": (
+        lambda m: fxgraft.patch(m, "rsc", preset=["pacs"]),  # type: ignore[arg-type]
+        ConfigError,
+        r"patch: preset is declared as str \| None, and got \['pacs'\] \(list\)",
+    ),
+    "name of no kind": (
+        lambda m: fxgraft.patch(m, "rsc", name=3),  # type: ignore[arg-type]
+        ConfigError,
+        r"patch: name is declared as str \| None, and got 3 \(int\)",
+    ),
+    **{
+        f"size {size}": (
+            lambda m, size=size: fxgraft.patch(m, "rsc", input_size=size),
+            ConfigError,
+            r"patch: input_size is declared as tuple\[int, \.\.\.\] \| None, and got",
+        )
+        for size in (64, {3, 64}, (3, 64.0, 64.0), "3x64x64")
+    },
+    "pattern of no kind": (
+        lambda m: fxgraft.sites(m, 3),  # type: ignore[arg-type]
+        ConfigError,
+        r"sites: pattern is declared as str \| None, and got 3",
+    ),
+    "head of no kind": (
+        lambda m: fxgraft.patch(m, "diversification", head=-1),
+        ConfigError,
+        r"head must be a name or None, got -1",
+    ),
+    "output of no kind": (
+        lambda m: fxgraft.patch(m, "diversification", output=True),
+        ConfigError,
+        r"output must be a name or a position or None, got True",
+    ),
+    "criterion of no kind": (
+        lambda m: fxgraft.loss(m, torch.zeros(2, 4), torch.zeros(2).long(), "ce"),  # type: ignore[arg-type]
+        ConfigError,
+        r"criterion is a function, called as criterion\(logits, y\), and 'ce' cannot be called",
+    ),
     # Sites.
+    "layer of bytes": (
+        rsc(layer=b"layer1"),
+        ConfigError,
+        r"layers must be names or stage numbers, got b'layer1'",
+    ),
     "layer": (
         rsc(layer="stage3"),
         SiteError,

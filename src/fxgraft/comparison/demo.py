@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.text import Text
 
 from fxgraft.comparison.data import read_data
-from fxgraft.comparison.digits import write_digits
+from fxgraft.comparison.demo_data import write_digits
 from fxgraft.comparison.experiment import compare
 from fxgraft.comparison.result import Comparison
 from fxgraft.comparison.runs import Setup, parse_variant

@@ -12,11 +12,13 @@ from collections.abc import Callable, Generator, Mapping, Sequence
 from concurrent.futures import BrokenExecutor
 from contextlib import closing
 from dataclasses import asdict, replace
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from fxgraft.arguments import check_arguments
 from fxgraft.comparison.corruptions import check_corruptions
 from fxgraft.comparison.data import Data, Task, open_image, read_data
 from fxgraft.comparison.records import Folder, Record
@@ -120,10 +122,13 @@ def compare(
         RecipeError: a file of weights cannot be read, or does not fit the model.
         FxgraftError: what `fxgraft.patch` raises for a graft that does not fit.
     """
+    given = locals()  # those that are not checked here have checks, and words, of their own
+    own = ("tune", "per_class", "test_per_class")
+    check_arguments(compare, {name: value for name, value in given.items() if name not in own})
     _check_packages(backend)
     chosen = _variants(grafts, baseline)
-    numbers = list(range(seeds)) if isinstance(seeds, int) else list(seeds)
-    _check_numbers(numbers, seeds, metric, interest, level, workers)
+    numbers = [int(seed) for seed in (range(seeds) if isinstance(seeds, (int, Integral)) else seeds)]
+    _check_numbers(numbers, seeds, metric, interest, level, workers, size)
     chosen_device = checked_device(device)
     settings = training if isinstance(training, Training) else settings_of(Training(), training or {})
     images = read_data(
@@ -222,7 +227,13 @@ def _pictures(setup: Setup, chosen: Sequence[Variant], images: Data) -> Sequence
 
 
 def _check_numbers(
-    numbers: list[int], seeds: Any, metric: str, interest: float, level: float, workers: int | None
+    numbers: list[int],
+    seeds: Any,
+    metric: str,
+    interest: float,
+    level: float,
+    workers: int | None,
+    size: int | None,
 ) -> None:
     if not numbers or len(set(numbers)) < len(numbers):
         raise ConfigError(f"seeds is a number of at least 1, or different numbers; got {seeds!r}.")
@@ -237,10 +248,14 @@ def _check_numbers(
         raise ConfigError(f"interest must be above 0 and level in (0, 1); got {interest!r} and {level!r}.")
     if workers is not None and workers < 1:
         raise ConfigError(f"workers must be at least 1, got {workers!r}.")
+    if size is not None and size < 1:
+        raise ConfigError(f"size is the side of the images in pixels, at least 1; got {size!r}.")
 
 
 def _grid(values: Mapping[str, Sequence[Any]]) -> list[dict[str, Any]]:
     """List every combination of the values to try; empty where nothing is tuned."""
+    if not isinstance(values, Mapping):
+        raise ConfigError(f'tune takes values to try, as {{"lr": [0.003, 0.01]}}; got {values!r}.')
     for name, tried in values.items():
         if isinstance(tried, str) or not isinstance(tried, Sequence) or not tried:
             raise ConfigError(f'tune takes values to try, as {{"lr": [0.003, 0.01]}}; got {name}={tried!r}.')

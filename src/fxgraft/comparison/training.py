@@ -28,6 +28,7 @@ from fxgraft.patches.options import (
     check_positive,
     check_share,
     is_number,
+    plain_numbers,
 )
 
 SCORES = ("accuracy", "macro_accuracy", "top5", "nll", "ece")
@@ -87,6 +88,7 @@ class Training:
     def __post_init__(self) -> None:
         from timm.optim import list_optimizers  # pyright: ignore[reportPrivateImportUsage]
 
+        plain_numbers(self)
         check_choices(self)
         check_count(self, "epochs", "batch_size")
         check_share(self, "hflip", "grayscale", "smoothing", "momentum", "model_ema_decay")

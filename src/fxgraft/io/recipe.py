@@ -62,9 +62,22 @@ _FEW = 10_000
 
 
 def file_at(path: str | Path) -> Path:
-    """Return the file for a path: the path itself, or `FILE` in a folder (which exists, or has no suffix)."""
-    target = Path(path)
-    return target / FILE if target.is_dir() or not target.suffix else target
+    """Return the file for a path: the path itself, or `FILE` in a folder (which exists, or has no suffix).
+
+    A "~" at its start is the user's home.
+
+    Raises:
+        RecipeError: no system has files of that name.
+    """
+    try:
+        target = Path(path).expanduser()
+        target.resolve()  # `is_dir` passes over a zero byte
+        return target / FILE if target.is_dir() or not target.suffix else target
+    except (TypeError, ValueError, RuntimeError, OSError) as error:  # no text, a zero byte, no home, too long
+        raise RecipeError(
+            f"{str(path)[:80]!r} ({type(path).__name__}) cannot be the path of a file: {error}.\n"
+            'Pass a name such as "run.safetensors", or the folder that holds the file.'
+        ) from error
 
 
 def content_digest(content: Any) -> str:

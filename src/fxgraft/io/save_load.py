@@ -106,6 +106,11 @@ def save(
             "A recipe holds the grafts of one model.\n"
             "Put all grafts on the whole model, merge the parts first, or save the whole by torch.save(model, ...)."
         )
+    if str(path).startswith(SCHEME):
+        raise RecipeError(
+            f"{str(path)!r} is an address of the hub, and fxgraft.save writes a file.\n"
+            "Call fxgraft.push_to_hub(model, ...) with the name of the repository."
+        )
     file = file_at(path)
     if file.suffix != ".safetensors" or file.is_dir():
         raise RecipeError(

@@ -22,7 +22,7 @@ from fxgraft.graph.grafting.graft import Graft, Make, Placer
 from fxgraft.graph.grafting.placement import Placement
 from fxgraft.graph.grafting.unit import Unit
 from fxgraft.graph.structure.sites import SiteSpec
-from fxgraft.patches.options import check_choices, check_known
+from fxgraft.patches.options import check_choices, check_known, plain_numbers, wrong_option
 from fxgraft.patches.pictures import Picture, View
 from fxgraft.patches.preset import Preset, Structure
 
@@ -86,6 +86,7 @@ class Patch(Placer):
 
     def __post_init__(self) -> None:
         """Check the options that are declared as a choice; methods add their own checks after this."""
+        plain_numbers(self)
         check_choices(self)
 
     @classmethod
@@ -274,6 +275,8 @@ class LayeredPatch(Patch):
             object.__setattr__(self, "layers", layer)
         if isinstance(self.layers, list):  # a tuple, as a recipe gives it back, and which nobody can change
             object.__setattr__(self, "layers", tuple(self.layers))
+        if isinstance(self.layers, bytes):  # its items are numbers, and would count as stages
+            raise wrong_option(self, "layers", "names or stage numbers")
         single = self.layers if isinstance(self.layers, (str, int)) else None
         object.__setattr__(self, "layer", single)  # a form that the constructor takes
         if self.needs_layers and self.layers is None:

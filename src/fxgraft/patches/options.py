@@ -5,13 +5,17 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import math
+import numbers
 import sys
 import types
 import typing
 from collections.abc import Iterable
 from typing import Any
 
+from fxgraft.arguments import fits
 from fxgraft.errors import ConfigError, candidates
+
+_NAMES: dict[Any, str] = {str: "a name", int: "a position", types.NoneType: "None"}
 
 
 def wrong_option(patch: Any, name: str, must: str) -> ConfigError:
@@ -75,8 +79,16 @@ def option_hints(cls: type) -> dict[str, Any]:
     return hints
 
 
+def plain_numbers(patch: Any) -> None:
+    """Replace NumPy's scalars among the options by Python's numbers, which recipes and protocols hold."""
+    for f in dataclasses.fields(patch):
+        value = getattr(patch, f.name)
+        if isinstance(value, numbers.Number) and hasattr(value, "item"):
+            object.__setattr__(patch, f.name, value.item())  # type: ignore[attr-defined]
+
+
 def check_choices(patch: Any) -> None:
-    """Raise `ConfigError` for every option declared as a `typing.Literal` or a bool that holds something else."""
+    """Raise `ConfigError` for an option declared as a `typing.Literal`, a bool or a name that holds something else."""
     try:
         hints = option_hints(type(patch))
     except NameError:  # a name that only a type checker sees: nothing can be told of the choices
@@ -89,6 +101,8 @@ def check_choices(patch: Any) -> None:
         value = getattr(patch, f.name)
         if hint is bool and not isinstance(value, bool):
             raise wrong_option(patch, f.name, "True or False")
+        if {*parts} <= _NAMES.keys() and str in parts and not fits(value, hint):
+            raise wrong_option(patch, f.name, " or ".join(_NAMES[part] for part in parts))
         literals = [part for part in parts if typing.get_origin(part) is typing.Literal]
         if not literals:
             continue

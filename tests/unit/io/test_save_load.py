@@ -494,6 +494,24 @@ def test_a_damaged_folder_of_a_development_version(tmp_path: Path, damage: Any, 
     assert untouched(model, state)
 
 
+@pytest.mark.parametrize("path", [None, 3, "a\0b", "x" * 5000], ids=["none", "number", "zero byte", "long"])
+def test_what_no_system_calls_a_file(path: Any, tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(fxgraft.RecipeError, match="cannot be the path of a file"):
+        fxgraft.save(patched(), path)
+    if isinstance(path, str):
+        with pytest.raises(fxgraft.RecipeError, match="cannot be the path of a file"):
+            fxgraft.load(path)
+
+
+def test_the_users_home_and_the_hub(tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert fxgraft.save(patched(), "~/run.safetensors") == tmp_path / "run.safetensors"
+    assert fxgraft.grafts(fxgraft.load("~/run.safetensors", net()))
+    with pytest.raises(fxgraft.RecipeError, match=r"an address of the hub(.|\n)*push_to_hub"):
+        fxgraft.save(patched(), "hf-hub:me/run")
+
+
 def test_what_is_no_path() -> None:
     with pytest.raises(
         fxgraft.RecipeError, match=r"reads a file, and got None\.\nPass what fxgraft.save returned"

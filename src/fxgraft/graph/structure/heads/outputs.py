@@ -32,12 +32,21 @@ def logits_node(values: Values, output: str | int | None, model: str) -> fx.Node
     """
     value = next(node for node in values.traced.graph.nodes if node.op == "output").args[0]
     if isinstance(value, fx.Node) and value.op == "call_function" and isinstance(value.target, type):
-        value = dict(value.args[0]) if value.target is OrderedDict else dict(value.kwargs) or list(value.args)  # type: ignore[arg-type]
+        names = _field_names(value.target)
+        if isinstance(output, int) and hasattr(value.target, "_fields") and 0 <= output < len(names):
+            output = names[output]
+        filled = {**dict(zip(names, value.args, strict=False)), **value.kwargs}
+        value = dict(value.args[0]) if value.target is OrderedDict else filled or list(value.args)  # type: ignore[arg-type]
     elif isinstance(value, fx.Node):
         if output is None:
             return value
         raise StructureError(
             f"{model} returns a single value, which has no entry {output!r}.\nLeave output= out."
+        )
+    if not isinstance(value, (dict, tuple, list)):
+        raise StructureError(
+            f"{model} returns {value!r}, and the method follows what it does to the logits.\n"
+            "Let its forward return them."
         )
     entries: dict[Any, Any] = dict(value) if isinstance(value, dict) else dict(enumerate(value))  # type: ignore[arg-type]
     wanted = output
@@ -50,6 +59,13 @@ def logits_node(values: Values, output: str | int | None, model: str) -> fx.Node
     if wanted not in entries or not isinstance(entries[wanted], fx.Node):
         raise _no_entry(model, wanted, [key for key, node in entries.items() if isinstance(node, fx.Node)])
     return entries[wanted]
+
+
+def _field_names(kind: type) -> list[str]:
+    """Return what a class of outputs calls its entries, in the order in which its constructor takes them."""
+    if dataclasses.is_dataclass(kind):
+        return [field.name for field in dataclasses.fields(kind) if field.init]
+    return list(getattr(kind, "_fields", ()))
 
 
 def _no_entry(model: str, wanted: Any, names: Iterable[Any]) -> StructureError:
@@ -137,8 +153,13 @@ def with_logits(out: Any, logits: Any, name: str | int | None = None) -> Any:
         return logits
     old = take_logits(out, (name,))
     if dataclasses.is_dataclass(type(out)):
-        fields = {field.name: getattr(out, field.name) for field in dataclasses.fields(out)}
-        return type(out)(**{key: logits if value is old else value for key, value in fields.items()})
+        held = {field: getattr(out, field.name) for field in dataclasses.fields(out)}
+        new = {field: logits if value is old else value for field, value in held.items()}
+        made = type(out)(**{field.name: value for field, value in new.items() if field.init})
+        for field, value in new.items():
+            if not field.init:
+                object.__setattr__(made, field.name, value)
+        return made
     if isinstance(out, dict):
         new = {key: logits if value is old else value for key, value in out.items()}
         return new if type(out) is dict else type(out)(new)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import fxgraft
 from fxgraft.errors import StructureError
-from fxgraft.graph.structure.heads.outputs import logits_node
+from fxgraft.graph.structure.heads.outputs import logits_node, with_logits
 from fxgraft.graph.structure.rest_of_network import tail_layer
 from fxgraft.graph.tracing.model_trace import ModelTrace
 from models.toys import LABELS, assert_same, evaluate, images, net, rest, state_of_everything, value_at
@@ -122,6 +122,16 @@ def test_tails_with_anything_between_are_not(kind: str) -> None:
         assert torch.equal(evaluate(after, model, z, context), out)
 
 
+def test_entries_that_a_constructor_does_not_take_are_kept() -> None:
+    out = Filled(torch.zeros(2, 4))
+    out.note = "kept"
+    other = with_logits(out, torch.ones(2, 4))
+    assert type(other) is Filled
+    assert other.note == "kept"
+    assert torch.equal(other.logits, torch.ones(2, 4))
+    assert not out.logits.any()
+
+
 def test_a_tail_whose_layer_was_converted_is_no_plain_layer_any_more() -> None:
     model = net()
     _, after = rest(model, "stage2", (3, 16, 16))
@@ -141,6 +151,14 @@ class Output:
     hidden: Tensor
 
 
+@dataclasses.dataclass
+class Filled:
+    """An output with an entry that its constructor does not take."""
+
+    logits: Tensor
+    note: str = dataclasses.field(init=False, default="")
+
+
 class Returns(nn.Module):
     def __init__(self, wrap: Any) -> None:
         super().__init__()
@@ -156,9 +174,12 @@ STRUCTURED: dict[str, tuple[Any, list[Any]]] = {
     "dict": (lambda a, b: {"aux": b, "out": a}, [None, "out"]),
     "dict of logits": (lambda a, b: {"logits": a, "x": b}, [None, "logits"]),
     "dataclass": (lambda a, b: Output(logits=a, hidden=b), [None, "logits"]),
+    "dataclass by position": (lambda a, b: Output(a, b), [None, "logits"]),
+    "named tuple": (lambda a, b: Named(a, b), [None, "out", 0]),
     "tuple": (lambda a, b: (b, a), [1]),
     "list": (lambda a, b: [a, b], [0]),
     "tensor": (lambda a, b: a, [None]),
+    "nothing": (lambda a, b: None, []),
 }
 
 
@@ -183,6 +204,7 @@ def test_the_logits_of_structured_outputs(kind: str, output: Any) -> None:
         ),
         ("tuple", 2, r"2 is not one of them"),
         ("list", "out", r"It has: 0, 1(?s:.*)output="),
+        ("nothing", None, r"Returns returns None, and the method follows what it does to the logits"),
         ("tensor", "out", r"returns a single value, which has no entry 'out'"),
     ],
 )

@@ -9,8 +9,8 @@ import pytest
 import torch
 from PIL import Image
 
-from fxgraft.comparison import digits as drawing
-from fxgraft.comparison.digits import DIGIT_DOMAINS, digits_domains, write_digits
+from fxgraft.comparison import demo_data as drawing
+from fxgraft.comparison.demo_data import DIGIT_DOMAINS, digits_domains, write_digits
 from fxgraft.errors import ConfigError
 
 

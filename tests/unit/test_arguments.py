@@ -1,0 +1,59 @@
+"""Arguments of public calls, held against the types that the calls declare."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import pytest
+
+import fxgraft
+from fxgraft.arguments import check_arguments, fits
+from fxgraft.errors import ConfigError
+from models.toys import net
+
+
+@pytest.mark.parametrize(
+    ("hint", "right", "wrong"),
+    [
+        (int, [3, np.int64(3)], [True, 3.0, "3", None]),
+        (float, [3, 0.5, np.float32(0.5), np.int64(1)], [False, "0.5", 1j]),
+        (bool, [True], [1, "yes"]),
+        (str, ["a"], [b"a", Path("a")]),
+        (str | None, ["a", None], [3]),
+        (str | Path, ["a", Path("a")], [None]),
+        (Literal["a", "b"], ["a"], ["c", 3]),
+        (Sequence[int], [[1], (1, 2), range(3), np.arange(3), []], ["12", b"12", {1}, {1: 2}, [1.5], 3]),
+        (tuple[int, ...], [(3, 64), [3, 64]], [64, "64", {3, 64}]),
+        (Mapping[str, Any], [{}, {"a": None}], [{1: 2}, ["a"], 3]),
+        (Callable[..., Any], [len, print], ["len", None]),
+        (Any, [None, 3, object()], []),
+    ],
+)
+def test_what_fits_an_annotation(hint: Any, right: list[Any], wrong: list[Any]) -> None:
+    assert [value for value in right if not fits(value, hint)] == []
+    assert [value for value in wrong if fits(value, hint)] == []
+
+
+def test_the_first_that_does_not_fit_is_named() -> None:
+    def act(size: int, *, names: Sequence[str] = ()) -> None: ...
+
+    check_arguments(act, {"size": 3, "names": ["a"], "unknown": object()})
+    with pytest.raises(
+        ConfigError, match=r"act: names is declared as Sequence\[str\], and got \[3\] \(list\)"
+    ):
+        check_arguments(act, {"size": 3, "names": [3]})
+
+
+def test_numbers_and_sizes_of_numpy_are_taken(tmp_path: Path) -> None:
+    """They are Python's from then on, so that a recipe holds them."""
+    model = fxgraft.patch(
+        net(), "crossnorm", p=np.float32(0.25), views=np.int64(2), input_size=np.array([3, 16, 16])
+    )
+    graft = fxgraft.grafts(model)[0]
+    assert (type(graft.patch.p), graft.patch.p) == (float, 0.25)
+    assert graft.input_size == (3, 16, 16)
+    again = fxgraft.load(fxgraft.save(model, tmp_path / "run.safetensors"), net())
+    assert fxgraft.grafts(again)[0].patch == graft.patch
