@@ -44,10 +44,7 @@ def logits_node(values: Values, output: str | int | None, model: str) -> fx.Node
             f"{model} returns a single value, which has no entry {output!r}.\nLeave output= out."
         )
     if not isinstance(value, (dict, tuple, list)):
-        raise StructureError(
-            f"{model} returns {value!r}, and the method follows what it does to the logits.\n"
-            "Let its forward return them."
-        )
+        raise _no_entry(model, output, ())
     entries: dict[Any, Any] = dict(value) if isinstance(value, dict) else dict(enumerate(value))  # type: ignore[arg-type]
     wanted = output
     if wanted is None:
@@ -69,6 +66,12 @@ def _field_names(kind: type) -> list[str]:
 
 
 def _no_entry(model: str, wanted: Any, names: Iterable[Any]) -> StructureError:
+    names = list(names)
+    if not names:
+        return StructureError(
+            f"{model} returns nothing that could be logits, and the method follows what it does to them.\n"
+            "Let its forward return them."
+        )
     problem = (
         "which of them holds the logits is not clear" if wanted is None else f"{wanted!r} is not one of them"
     )

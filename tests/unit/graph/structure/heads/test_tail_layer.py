@@ -204,7 +204,7 @@ def test_the_logits_of_structured_outputs(kind: str, output: Any) -> None:
         ),
         ("tuple", 2, r"2 is not one of them"),
         ("list", "out", r"It has: 0, 1(?s:.*)output="),
-        ("nothing", None, r"Returns returns None, and the method follows what it does to the logits"),
+        ("nothing", None, r"Returns returns nothing that could be logits"),
         ("tensor", "out", r"returns a single value, which has no entry 'out'"),
     ],
 )
