@@ -21,14 +21,13 @@ from fxgraft.errors import (
 )
 from fxgraft.graph.atomic import synchronized
 from fxgraft.graph.grafting.graft import Graft
-from fxgraft.graph.grafting.graft_registry import GraftRegistry
+from fxgraft.graph.grafting.graft_registry import GraftRegistry, registry_of
 from fxgraft.graph.grafting.lookup import (
     grafts_in,
     grafts_on,
     named_grafts,
     patched_inside,
     patched_parts,
-    registry_of,
     unwrapped,
 )
 from fxgraft.graph.names import class_name

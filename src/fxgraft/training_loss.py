@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from fxgraft._torch import assert_later
 from fxgraft.errors import ConfigError, MethodError, StructureError, TargetError
 from fxgraft.graph.grafting.graft import Graft
-from fxgraft.graph.grafting.lookup import grafts_on, named_grafts, patched_parts, registry_of
+from fxgraft.graph.grafting.graft_registry import registry_of
+from fxgraft.graph.grafting.lookup import grafts_on, named_grafts, patched_parts
 from fxgraft.graph.runtime.forward_context import ARGUMENTS, Context
 from fxgraft.graph.runtime.labels import batch_of, check_criterion, differ, version_of
 from fxgraft.graph.runtime.pass_records import OTHER_LABELS, some_of

@@ -13,13 +13,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fxgraft
-from fxgraft.api import registry_of
 from fxgraft.errors import (
     ConfigError,
     MergeError,
     StructureError,
     TargetError,
 )
+from fxgraft.graph.grafting.graft_registry import registry_of
 from fxgraft.graph.tracing.editing import After, Output
 from fxgraft.patches import registry
 from models.toys import (

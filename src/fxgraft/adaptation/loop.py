@@ -24,7 +24,7 @@ from fxgraft.adaptation.history import AdaptationHistory, Recorder
 from fxgraft.adaptation.streams import Endless
 from fxgraft.api import set_progress
 from fxgraft.errors import ConfigError, WrappedModelError
-from fxgraft.graph.grafting.lookup import registry_of
+from fxgraft.graph.grafting.graft_registry import registry_of
 from fxgraft.graph.tracing.preserve import preserved_modes
 from fxgraft.patches.gam.step import begin, discriminators, gam_losses, source
 from fxgraft.patches.options import is_count

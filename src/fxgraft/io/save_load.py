@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from fxgraft.errors import FxgraftError, RecipeError
 from fxgraft.graph.atomic import synchronized
 from fxgraft.graph.grafting.graft import Graft
-from fxgraft.graph.grafting.graft_registry import GraftRegistry
-from fxgraft.graph.grafting.lookup import own_keys, patched_inside, patched_parts, registry_of
+from fxgraft.graph.grafting.graft_registry import GraftRegistry, registry_of
+from fxgraft.graph.grafting.lookup import own_keys, patched_inside, patched_parts
 from fxgraft.graph.grafting.placement import PlacementRecord
 from fxgraft.graph.grafting.state import state_of
 from fxgraft.graph.tracing.preserve import preserved_random_state

@@ -25,10 +25,10 @@ from fxgraft.graph.atomic import synchronized
 from fxgraft.graph.grafting.backbone import Backbone
 from fxgraft.graph.grafting.graft import Graft, Placer
 from fxgraft.graph.grafting.placement import PlacementRecord
-from fxgraft.graph.grafting.planning import Look, Plan, bare_shadow, plan
-from fxgraft.graph.grafting.state import hidden_forward, state_of
+from fxgraft.graph.grafting.planning import Look, Plan, plan
+from fxgraft.graph.grafting.state import hidden_forward, parts_without_model, state_of
 from fxgraft.graph.grafting.transaction import Transaction, UnitSnapshot
-from fxgraft.graph.names import class_name, join
+from fxgraft.graph.names import STATE, class_name, join
 from fxgraft.graph.runtime.forward_context import Context
 from fxgraft.graph.runtime.living import note_patched
 from fxgraft.graph.runtime.parameter_watch import REFERENCES, ParameterWatch
@@ -86,7 +86,7 @@ class GraftRegistry:
             the model was made, these are that plan and its look.
         """
         self._check_intact()
-        look = Look(bare_shadow(model, self.plan))
+        look = Look(self._bare(model))
         known = self.plan
         if known is None or again or self._stale(model) or not known.look.shadow.same_as(look.shadow):
             return look, None
@@ -117,7 +117,7 @@ class GraftRegistry:
         note_patched(model)
         wanted = list(self.grafts if grafts is None else grafts)
         names = {} if self.plan is None else self.plan.names()
-        with Transaction(model, self) as change:
+        with Transaction(model, self, parts_without_model(model)) as change:
             after = known = None
             if wanted:
                 seen, known = (look, None) if look is not None else self.look(model, again=grafts is None)
@@ -129,6 +129,14 @@ class GraftRegistry:
             for unit in [unit for graft in wanted for unit in graft.units.values() if unit.restarts]:
                 unit.restart(model)
                 unit.bind(restarts=False)
+
+    def _bare(self, model: nn.Module) -> Shadow:
+        """Make a shadow of the model as it is without its grafts."""
+        bases = {part: part.__dict__[STATE].base for part in parts_without_model(model)}
+        if self.plan is None:
+            return Shadow(model, bases)
+        bases |= {module: state.base for _, state, module in self.plan.modules()}
+        return Shadow(model, bases, [unit for _, _, unit in self.plan.units()])
 
     @synchronized
     def trial(self, model: nn.Module, graft: Graft) -> Plan:
@@ -298,6 +306,12 @@ class GraftRegistry:
     def paths(self) -> list[str]:
         """Name the grafted modules."""
         return list(self.plan.states) if self.plan else []
+
+
+def registry_of(model: nn.Module) -> GraftRegistry | None:
+    """Return the registry of a patched model, or None for a bare one."""
+    state = state_of(model)
+    return state.registry if state is not None and isinstance(state.registry, GraftRegistry) else None
 
 
 def _some(names: Sequence[str]) -> tuple[str, ...]:

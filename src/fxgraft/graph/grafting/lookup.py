@@ -14,19 +14,13 @@ from torch import nn
 from fxgraft.errors import FxgraftWarning
 from fxgraft.graph.atomic import synchronized
 from fxgraft.graph.grafting.graft import Graft
-from fxgraft.graph.grafting.graft_registry import KEPT, GraftRegistry
+from fxgraft.graph.grafting.graft_registry import KEPT, GraftRegistry, registry_of
 from fxgraft.graph.grafting.state import state_of
 from fxgraft.graph.grafting.unit import Unit
 from fxgraft.graph.names import join
 from fxgraft.graph.runtime.living import last_change, noted_models
 
 M = TypeVar("M", bound=nn.Module)
-
-
-def registry_of(model: nn.Module) -> GraftRegistry | None:
-    """Return the registry of a patched model, or None for a bare one."""
-    state = state_of(model)
-    return state.registry if state is not None and isinstance(state.registry, GraftRegistry) else None
 
 
 def unwrapped(model: nn.Module) -> nn.Module:

@@ -16,9 +16,9 @@ from fxgraft.graph.grafting.class_swap import grafted_class
 from fxgraft.graph.grafting.graft import Graft, Make, Placer, U, checked_placements
 from fxgraft.graph.grafting.placement import Placed, Placement, PlacementRecord
 from fxgraft.graph.grafting.programs import Part, compile_placements
-from fxgraft.graph.grafting.state import GraftState, Keeper, foreign_forward, state_of
+from fxgraft.graph.grafting.state import GraftState, Keeper, foreign_forward
 from fxgraft.graph.grafting.unit import Unit
-from fxgraft.graph.names import STATE, join
+from fxgraft.graph.names import join
 from fxgraft.graph.runtime.forward_context import Context
 from fxgraft.graph.tracing.model_trace import ModelTrace
 from fxgraft.graph.tracing.shadow import Shadow
@@ -147,26 +147,6 @@ class Plan:
         return next(
             (path or s.base.__name__ for path, s, part in self.modules() if foreign_forward(part)), None
         )
-
-
-def parts_without_model(model: nn.Module) -> list[nn.Module]:
-    """List the grafted parts of a model that were copied out of a patched model without the rest of it."""
-    states = ((module, state_of(module)) for module in model.modules())
-    return [module for module, state in states if state is not None and state.orphan]
-
-
-def bare_shadow(model: nn.Module, written: Plan | None) -> Shadow:
-    """Make a shadow of a model as it is without its grafts.
-
-    Args:
-        model: the model.
-        written: the plan that is written on it.
-    """
-    bases = {part: part.__dict__[STATE].base for part in parts_without_model(model)}
-    if written is None:
-        return Shadow(model, bases)
-    bases |= {module: state.base for _, state, module in written.modules()}
-    return Shadow(model, bases, [unit for _, _, unit in written.units()])
 
 
 @synchronized

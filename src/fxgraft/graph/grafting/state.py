@@ -175,6 +175,12 @@ def state_of(module: nn.Module) -> GraftState | None:
     return module.__dict__.get(STATE)
 
 
+def parts_without_model(model: nn.Module) -> list[nn.Module]:
+    """List the grafted parts of a model that were copied out of a patched model without the rest of it."""
+    states = ((module, state_of(module)) for module in model.modules())
+    return [module for module, state in states if state is not None and state.orphan]
+
+
 def localise(model: nn.Module) -> None:
     """Give a replica of DataParallel its own copies of the units that hold tensors: replicas run in threads.
 

@@ -13,7 +13,7 @@ from torch import nn
 from fxgraft.graph.atomic import Step, apply_atomically, refilling, setting
 from fxgraft.graph.grafting.class_swap import grafted_class
 from fxgraft.graph.grafting.graft import Graft
-from fxgraft.graph.grafting.planning import Plan, parts_without_model
+from fxgraft.graph.grafting.planning import Plan
 from fxgraft.graph.grafting.state import GraftState, foreign_forward, state_of
 from fxgraft.graph.names import STATE
 
@@ -43,15 +43,16 @@ class Transaction:
     Args:
         model: the model.
         registry: the registry of the model's grafts.
+        orphans: its parts that come from another patched model; they become plain modules again.
     """
 
-    def __init__(self, model: nn.Module, registry: GraftRegistry) -> None:
+    def __init__(self, model: nn.Module, registry: GraftRegistry, orphans: Sequence[nn.Module]) -> None:
         self.model = model
         self.registry = registry
         self.units = UnitSnapshot(registry.grafts)
         self._before = registry.plan
         self._after: Plan | None = None
-        self._orphans = parts_without_model(model)
+        self._orphans = orphans
         context = registry.context.__dict__
         self._undo = [
             *(_writing_again(self._before) if self._before is not None else ()),

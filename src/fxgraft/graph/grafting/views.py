@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from torch import fx, nn
 
 from fxgraft.errors import TraceError, UnknownGraftError
-from fxgraft.graph.grafting.lookup import registry_of
+from fxgraft.graph.grafting.graft_registry import registry_of
 from fxgraft.graph.grafting.placement import Placed, by_edge, by_rank
 from fxgraft.graph.grafting.state import GraftState
 from fxgraft.graph.names import STATE, class_name

@@ -15,8 +15,8 @@ import torch
 from torch import nn
 
 import fxgraft
-from fxgraft.api import registry_of
 from fxgraft.errors import BypassError
+from fxgraft.graph.grafting.graft_registry import registry_of
 from fxgraft.graph.tracing.editing import After, Output
 from fxgraft.patches.rsc.patch import record
 from models.toys import (

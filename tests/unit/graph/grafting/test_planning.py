@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 import fxgraft
 from fxgraft.extend import Backbone, Make, Placement
-from fxgraft.graph.grafting.lookup import registry_of
+from fxgraft.graph.grafting.graft_registry import registry_of
 from fxgraft.graph.structure import positions
 from fxgraft.graph.tracing import model_trace
 from fxgraft.graph.tracing.editing import After, Output
