@@ -269,7 +269,7 @@ def sites(
     ['layer1', 'layer2', 'layer3', 'layer4']
 
     Args:
-        model: bare or patched; the listing is that of the bare model.
+        model: bare or patched, wrapped or not; the listing is that of the bare model.
         pattern: a name or a glob: ``*`` within one part of a name, ``**`` across parts; or "residual" for
             every residual join with its positions.
         input_size: (C, H, W) to show shapes at; the model's own by default.
@@ -278,6 +278,7 @@ def sites(
         SiteError: nothing matches; lists close matches.
     """
     check_arguments(sites, {"pattern": pattern, "input_size": input_size})
+    model = unwrapped(model)  # what can be patched, by its names there
     look, _ = (registry_of(model) or GraftRegistry()).look(model)
     trace = look.trace(_size(input_size))
     with preserved_random_state():

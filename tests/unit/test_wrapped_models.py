@@ -144,6 +144,12 @@ def test_sharding_after_patching_and_taking_off_again() -> None:
         assert type(model) is kind
 
 
+def test_sites_of_a_wrapped_bare_model_are_those_that_can_be_patched():
+    model = net()
+    wrapped = torch.compile(model, backend="eager")
+    assert fxgraft.sites(wrapped, input_size=SIZE).names == fxgraft.sites(model, input_size=SIZE).names
+
+
 @pytest.mark.parametrize(
     "wrap", [nn.DataParallel, lambda model: torch.compile(nn.DataParallel(model), backend="eager")]
 )
@@ -152,6 +158,7 @@ def test_looking_on_needs_no_unwrapping(wrap):
     fxgraft.patch(model, "crossnorm", consistency=True, p=1.0, input_size=(3, 32, 32))
     wrapped = wrap(model)
     assert [graft.name for graft in fxgraft.grafts(wrapped)] == ["crossnorm"]
+    assert fxgraft.sites(wrapped).names == fxgraft.sites(model).names
     assert str(fxgraft.summary(wrapped)) == str(fxgraft.summary(model))
     fxgraft.set_progress(wrapped, 0.5)
     assert fxgraft.grafts(model)[0].units.popitem()[1].context.progress == 0.5
