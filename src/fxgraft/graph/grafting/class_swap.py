@@ -16,7 +16,7 @@ import sys
 from collections.abc import Callable, Mapping
 from functools import partial
 from types import MappingProxyType
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import fx, nn
@@ -26,7 +26,6 @@ from fxgraft.graph.atomic import restoring
 from fxgraft.graph.grafting.forwards import nests
 from fxgraft.graph.grafting.state import (
     GraftState,
-    Keeper,
     foreign_forward,
     hidden_forward,
     localise,
@@ -39,6 +38,9 @@ from fxgraft.graph.runtime.living import note_patched
 from fxgraft.graph.tracing.settings import output_hooked
 from fxgraft.graph.tracing.signatures import LABELS, TARGET, Declared
 from fxgraft.graph.tracing.tracer import ShallowTracer
+
+if TYPE_CHECKING:
+    from fxgraft.graph.grafting.graft_registry import GraftRegistry
 
 ENTRY_POINTS = ("forward_features", "forward_head", "forward_intermediates", "get_intermediate_layers")
 """Methods through which users run part of a backbone, apart from calling it."""
@@ -492,7 +494,7 @@ def _setstate(self: nn.Module, state: Any) -> None:
     _restore(self, registry)
 
 
-def _portable(self: nn.Module) -> Keeper | None:
+def _portable(self: nn.Module) -> GraftRegistry | None:
     """Return what travels with a copy of the patched model, once its grafts fit the model as it is now."""
     state = state_of(self)
     if state is None or not state.outer or state.registry is None:
@@ -521,7 +523,7 @@ def _shallow_copy(self: nn.Module) -> nn.Module:
     return new
 
 
-def _restore(module: nn.Module, registry: Keeper | None) -> nn.Module:
+def _restore(module: nn.Module, registry: GraftRegistry | None) -> nn.Module:
     """Graft a copied model again, or mark a copied part as one that waits for its model."""
     if registry is not None:
         registry.restore(module)

@@ -311,7 +311,7 @@ class GraftRegistry:
 def registry_of(model: nn.Module) -> GraftRegistry | None:
     """Return the registry of a patched model, or None for a bare one."""
     state = state_of(model)
-    return state.registry if state is not None and isinstance(state.registry, GraftRegistry) else None
+    return None if state is None else state.registry
 
 
 def _some(names: Sequence[str]) -> tuple[str, ...]:

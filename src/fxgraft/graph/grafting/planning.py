@@ -5,7 +5,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from torch import nn
 
@@ -16,12 +16,15 @@ from fxgraft.graph.grafting.class_swap import grafted_class
 from fxgraft.graph.grafting.graft import Graft, Make, Placer, U, checked_placements
 from fxgraft.graph.grafting.placement import Placed, Placement, PlacementRecord
 from fxgraft.graph.grafting.programs import Part, compile_placements
-from fxgraft.graph.grafting.state import GraftState, Keeper, foreign_forward
+from fxgraft.graph.grafting.state import GraftState, foreign_forward
 from fxgraft.graph.grafting.unit import Unit
 from fxgraft.graph.names import join
 from fxgraft.graph.runtime.forward_context import Context
 from fxgraft.graph.tracing.model_trace import ModelTrace
 from fxgraft.graph.tracing.shadow import Shadow
+
+if TYPE_CHECKING:
+    from fxgraft.graph.grafting.graft_registry import GraftRegistry
 
 
 @dataclass(frozen=True, eq=False)
@@ -154,7 +157,7 @@ def plan(
     model: nn.Module,
     grafts: Sequence[Graft],
     look: Look,
-    keeper: Keeper,
+    registry: GraftRegistry,
     context: Context,
     known: Plan | None = None,
     records: Sequence[PlacementRecord] = (),
@@ -165,7 +168,7 @@ def plan(
         model: the model, bare or with grafts.
         grafts: all grafts that the model is to have.
         look: what is known of the bare model.
-        keeper: the registry of the grafts.
+        registry: the registry of the grafts.
         context: state that the grafts share during a pass.
         known: an earlier plan that was made from this very look: its placements and programs are taken.
         records: the placements to repeat, where the model is a copy.
@@ -188,7 +191,7 @@ def plan(
     parts = compile_placements(look.shadow.model, placements, traces, context, known.parts if known else {})
     for placement in (placement for _, placement in placements if id(placement.unit) not in before):
         _settle(placement, model, look)
-    parts[""].state.registry = keeper
+    parts[""].state.registry = registry
     return Plan(model, look, grafts, placements, parts)
 
 

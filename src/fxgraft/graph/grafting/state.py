@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from types import SimpleNamespace
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
@@ -13,6 +13,9 @@ from fxgraft.errors import no_module
 from fxgraft.graph.grafting.unit import Unit
 from fxgraft.graph.names import STATE
 from fxgraft.graph.runtime.forward_context import Context
+
+if TYPE_CHECKING:
+    from fxgraft.graph.grafting.graft_registry import GraftRegistry
 
 
 @dataclass
@@ -42,58 +45,6 @@ class Program:
         return self.function is not None or not all(u.optional for u in (*self.units, *self.inputs))
 
 
-class Keeper(Protocol):
-    """What a patched model asks of the registry that keeps its grafts.
-
-    Attributes:
-        owners: the grafted parts of the model, and in which modes (training, evaluation) they run a graft.
-        options: keyword arguments of a call that are meant for the grafts and not for the model.
-    """
-
-    owners: dict[str, tuple[bool, bool]]
-    options: tuple[str, ...]
-
-    def check(self, model: nn.Module) -> None:
-        """Notice what would run an old graph in silence, and plan again."""
-        ...
-
-    def renew_stale(self, model: nn.Module) -> None:
-        """Plan all grafts again if the model has changed in something that they depend on."""
-        ...
-
-    def changed_for_compiler(self, model: nn.Module) -> bool:
-        """Say in a compiled pass whether anything that forwards have read has changed."""
-        ...
-
-    def renew(self, model: nn.Module) -> None:
-        """Plan all grafts again on the model as it is now."""
-        ...
-
-    def restore(self, model: nn.Module) -> None:
-        """Put the grafts on a copy of the model."""
-        ...
-
-    def paths(self) -> list[str]:
-        """Name the grafted modules."""
-        ...
-
-    def names(self, owner: str) -> list[str]:
-        """Name the grafts that act on one module."""
-        ...
-
-    def describe(self) -> str:
-        """Name the grafts, for the model's repr."""
-        ...
-
-    def counterparts(self) -> dict[str, str]:
-        """Map graft parameters that are further copies of a parameter of the model to that one, by qualified names."""
-        ...
-
-    def portable(self) -> Keeper:
-        """Return what travels with a copy of the model."""
-        ...
-
-
 @dataclass
 class GraftState:
     """Everything a grafted module needs beyond its own attributes.
@@ -121,7 +72,7 @@ class GraftState:
     units: SimpleNamespace = field(default_factory=SimpleNamespace)
     registered: dict[str, Unit] = field(default_factory=dict)
     settings: dict[str, dict[str, Any]] = field(default_factory=dict)
-    registry: Keeper | None = None
+    registry: GraftRegistry | None = None
     orphan: bool = False
     twin: bool = False
 
