@@ -90,9 +90,9 @@ def claim(zoo: Zoo) -> str:
     files = {each["family"] for each in zoo.structures.values()}
     seen = {zoo.structures[name]["family"] for name in right}
     return (
-        f"Of {len(zoo.structures)} architectures of timm and torchvision, {trained} train with all methods that fit. "
-        f"The right place was decided from the source for {len(decided())}, and checked by invariants "
-        f"on {len(right)}, from {len(seen)} of {len(files)} model files."
+        f"Of {len(zoo.structures)} architectures of timm and torchvision, {trained} train with every method they "
+        f"allow: one of each structure was tried. Where methods belong was read from the source for {len(decided())}, "
+        f"and checked by invariants on {len(right)}, from {len(seen)} of {len(files)} model files."
     )
 
 

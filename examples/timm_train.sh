@@ -7,6 +7,6 @@
 set -euo pipefail
 timm=$1 data=$2
 shift 2
-python -m fxgraft.timm "$timm/train.py" --data-dir "$data" --model resnet50 --graft rsc --graft selfnorm \
+python -m fxgraft.timm "$timm/train.py" --data-dir "$data" --model resnet50 --graft rsc \
   --output output --experiment grafted "$@"
-fxgraft merge output/grafted --out output/model.safetensors
+fxgraft merge output/grafted --graft rsc --out output/model.safetensors

@@ -126,7 +126,8 @@ plt.show()
 #
 # More to ask
 # -----------
-# - ``--test DIR`` tests on the images in another folder, as above; ``--corrupt`` on the corruptions of ImageNet-C.
+# - ``--test DIR`` tests on the images in another folder, as above; ``--corrupt`` on the corruptions of ImageNet-C
+#   (``pip install -e ".[corruptions]"``).
 # - ``--per-class 50`` trains on at most 50 images of each class and domain.
 # - ``--tune lr=0.003,0.01`` first finds the best of these values for the bare network.
 # - ``--graft "gam:layers=[global_pool,fc]"`` adapts the trained network to the test images, as

@@ -67,10 +67,10 @@ def patch(
     selfnorm
 
     The patched model is called as before, and also takes ``target``, the labels of the batch, and what its methods
-    declare as `Patch.call_options`. All of these follow one rule: the grafts read the argument, given by name or, where
-    the model's own forward has it, by position; and the model gets it as well if its forward names it or takes
-    ``**kwargs``. Where a call has no ``target`` and none is published (`targets`, `with_targets`), a model's own
-    argument ``labels`` stands for it. A forward that names ``labels`` gets ``target`` only if it names that too.
+    declare as `Patch.call_options`. The grafts read such an argument, given by name or, where the model's own forward
+    has it, by position. The model gets it as well if its forward names it or takes ``**kwargs``. Where a call has no
+    ``target`` and none is published (`targets`, `with_targets`), a model's own argument ``labels`` stands for it. A
+    forward that names ``labels`` gets ``target`` only if it names that too.
 
     Args:
         model: a timm or torchvision backbone, or any module from one image batch to logits. It keeps its class
@@ -82,8 +82,8 @@ def patch(
             given beside it win over the preset's. On a network of another structure than the published one it warns.
         name: what to call the graft, by default the method's name. Needed to use a method twice.
         dry_run: return the plan instead of carrying it out.
-        input_size: (C, H, W) of the images, or (C, T, H, W) of clips and volumes, where the model's own default is not
-            the size it is trained at.
+        input_size: (C, H, W) of the images, or (C, T, H, W) of clips and volumes, in the order in which the model takes
+            them (transformers' take (T, C, H, W)), where the model's own default isn't the size it is trained at.
         **options: the method's options, with a method given by name.
 
     Returns:

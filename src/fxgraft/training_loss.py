@@ -30,8 +30,8 @@ def losses(
 
     Args:
         model: bare, patched, or with patched parts (a backbone inside a model of your own). Every graft of every part
-            adds its terms, except for parts that the output does not train while it trains others: a teacher beside a
-            student, whose output it is not, or that is frozen or runs under ``torch.no_grad``. A graft that stands in
+            adds its terms, except for those that this output doesn't depend on while it depends on others, such as a
+            teacher beside a student, frozen or under ``torch.no_grad``. A graft that stands in
             for the criterion (MixMo, the gradient-boosting loss) may be on one part, whose output is then the model's.
         out: what the model returned; of a structured output the logits are taken: "out" of torchvision's
             segmentation models, whose "aux" is left to you, or "logits".

@@ -81,7 +81,7 @@ def compare(
             ``num_classes=``. A function has to be importable from other processes where ``workers`` is above 1.
         grafts: variants, each ``"METHOD:key=value,..."``, or several on one network with " + " between.
             ``adapt_batchnorm`` and ``gam`` act after training on the target's images without labels.
-        hold_out: of domains, the one, those or "all" of them that are tested and not trained on.
+        hold_out: the domain or domains to test on and leave out of training; "all" takes each of them in turn.
         test: other images to test on.
         target: images to adapt to, without labels; by default those that are tested.
         corrupt: test on the fifteen corruptions of ImageNet-C at five severities; scores are means over the 75.

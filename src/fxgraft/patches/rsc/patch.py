@@ -61,7 +61,7 @@ class RSC(LayeredPatch):
     between that map and the logits there is then no BatchNorm, whose statistics zeros would change in training
     alone, and where one linear layer is all that follows, what RSC needs to know of the network has a closed form.
     Elsewhere the rest of the network runs twice more on the map's batch, once with a gradient to the map. Small
-    maps lose too much: below about 3×3 positions the spatial scope mutes most of what there is.
+    maps lose more than a third, which is rounded up: of 2×2 positions the spatial scope mutes two.
 
     The network behind the site is looked at as it predicts: in evaluation, on images alone, without the labels that a
     margin head takes. Calls that give the model more, such as a mask of padded patches, are refused.
@@ -127,8 +127,8 @@ class RSC(LayeredPatch):
         "every training pass needs its labels"
     )
     hurts = (
-        "maps of less than about 3×3 positions, of which it mutes most; sites behind which a class token alone "
-        "is read, where there is nothing to mute"
+        "maps smaller than 3×3, of which it mutes more than a third (of 2×2 positions two); sites behind which a "
+        "class token alone is read, where there is nothing to mute"
     )
     smallest_map = 3
     measures = MappingProxyType(
