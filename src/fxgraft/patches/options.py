@@ -101,7 +101,8 @@ def check_choices(patch: Any) -> None:
         value = getattr(patch, f.name)
         if hint is bool and not isinstance(value, bool):
             raise wrong_option(patch, f.name, "True or False")
-        if {*parts} <= _NAMES.keys() and str in parts and not fits(value, hint):
+        named = {*parts} <= _NAMES.keys() and str in parts
+        if named and value is not f.default and not fits(value, hint):
             raise wrong_option(patch, f.name, " or ".join(_NAMES[part] for part in parts))
         literals = [part for part in parts if typing.get_origin(part) is typing.Literal]
         if not literals:
