@@ -1,7 +1,8 @@
-"""Which parameters of a test are tried in every run, and which in the sweep alone."""
+"""Which parameters of a test are tried in every run, which in the sweep alone, and which by hand alone."""
 
 from __future__ import annotations
 
+import zlib
 from collections import Counter
 from collections.abc import Iterable
 from typing import Any
@@ -18,7 +19,10 @@ def some(values: Iterable[Any], first: int) -> list[Any]:
 
 
 def thin(items: Iterable[pytest.Item]) -> None:
-    """Mark most cases of the tests that take longest for the sweep, so that a run of all tests ends within minutes."""
+    """Mark most cases of the tests that take longest for the sweep, so that a run of all tests ends within minutes.
+
+    Of the longest of the sweep, most are marked as exhaustive as well: continuous integration leaves these out.
+    """
     seen: Counter[str] = Counter()
     for item in items:
         test = item.nodeid.partition("[")[0].removeprefix("tests/")
@@ -27,6 +31,10 @@ def thin(items: Iterable[pytest.Item]) -> None:
             if not share or seen[test] % share:
                 item.add_marker(pytest.mark.sweep)
             seen[test] += 1
+        swept = test in _SWEPT and item.get_closest_marker("sweep") is not None
+        # By name and not by number: neighbours are one network's, and tests of one cell share its patched model.
+        if swept and zlib.crc32(item.nodeid.partition("[")[2].encode()) % _SWEPT[test]:
+            item.add_marker(pytest.mark.exhaustive)
 
 
 _TABLE = """
@@ -370,3 +378,18 @@ def _read(table: str) -> dict[str, int]:
 
 _SHARES = _read(_TABLE)
 """Of which tests one case in so many is tried in every run, the first among them; 0 is none."""
+_SWEPT = _read("""
+2
+  system/contract/test_copies.py::test_merged
+  system/contract/test_heads.py::test_head_rewrite
+  system/contract/test_members.py::test_members
+  system/contract/test_positions.py::test_the_other_positions
+  system/zoo/test_invariants.py::test_methods_are_in_their_places
+  system/zoo/test_places.py::test_places
+3
+  system/contract/test_alone.py::test_evaluation
+  system/contract/test_alone.py::test_taking_it_off
+  system/contract/test_alone.py::test_training
+  system/contract/test_alone.py::test_what_it_leaves_alone
+""")
+"""Of which tests about one case in so many of the sweep is tried in continuous integration."""

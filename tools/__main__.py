@@ -39,7 +39,7 @@ def run_tests(further: Further = None) -> None:
 
 @app.command(context_settings=PASSED_ON)
 def sweep(further: Further = None) -> None:
-    """Run the long sweeps: most of an hour on two cores."""
+    """Run all of the long sweeps: an hour on two cores. Continuous integration leaves out what is exhaustive."""
     _python("-m", "pytest", "-m", "sweep", *(further or ()))
 
 

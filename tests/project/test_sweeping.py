@@ -12,7 +12,7 @@ import sweeping
 TESTS = Path(sweeping.__file__).parent
 
 
-@pytest.mark.parametrize("name", sweeping._SHARES)
+@pytest.mark.parametrize("name", [*sweeping._SHARES, *sweeping._SWEPT])
 def test_a_test_that_is_thinned_exists(name: str) -> None:
     file, _, function = name.partition("::")
     tree = ast.parse((TESTS / file).read_text())
