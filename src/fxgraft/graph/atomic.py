@@ -63,11 +63,6 @@ def apply_atomically(steps: Iterable[Step]) -> None:
     deque(map(partial.__call__, steps), maxlen=0)
 
 
-def setting(thing: Any, name: str, value: Any) -> Step:
-    """Return the step that sets an attribute, past what the class makes of it."""
-    return partial(object.__setattr__, thing, name, value)
-
-
 def refilling(mapping: dict[Any, Any], content: dict[Any, Any] | None = None) -> list[Step]:
     """Return the steps that give a dictionary the content it has now, or another, in its order."""
     return [partial(mapping.clear), partial(mapping.update, dict(mapping if content is None else content))]

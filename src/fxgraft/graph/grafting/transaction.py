@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from fxgraft.graph.atomic import Step, apply_atomically, refilling, setting
+from fxgraft.graph.atomic import Step, apply_atomically, refilling
 from fxgraft.graph.grafting.class_swap import grafted_class
 from fxgraft.graph.grafting.graft import Graft
 from fxgraft.graph.grafting.planning import Plan
@@ -101,7 +101,7 @@ def _writing(plan: Plan, before: Plan | None = None) -> list[Step]:
     steps: list[Step] = []
     for _, state, module in plan.modules():
         steps.append(partial(operator.setitem, module.__dict__, STATE, state))
-        steps.append(setting(module, "__class__", grafted_class(state.base, state.outer)))
+        steps.append(_to_class(module, grafted_class(state.base, state.outer)))
     units, model = list(plan.units()), plan.model
     steps += [
         partial(operator.setitem, holder._modules, name, unit)
@@ -129,7 +129,7 @@ def _erasing(plan: Plan) -> list[Step]:
         if state_of(module) is not None and not foreign_forward(module):
             # Undoing a wrapper may leave the grafted class's forward on the instance, where it would outlive the graft.
             steps.append(partial(module.__dict__.pop, "forward", None))
-        steps.append(setting(module, "__class__", state.base))
+        steps.append(_to_class(module, state.base))
     return steps
 
 
@@ -142,10 +142,15 @@ def _writing_again(plan: Plan) -> list[Step]:
 def _releasing(part: nn.Module) -> list[Step]:
     """Return the steps that make a part that was copied without its model a plain module again."""
     state: GraftState = part.__dict__[STATE]
-    return [partial(part.__dict__.pop, STATE, None), setting(part, "__class__", state.base)]
+    return [partial(part.__dict__.pop, STATE, None), _to_class(part, state.base)]
 
 
 def _orphaning(part: nn.Module) -> list[Step]:
     """Return the steps that undo `_releasing`."""
     state: GraftState = part.__dict__[STATE]
-    return [partial(operator.setitem, part.__dict__, STATE, state), setting(part, "__class__", type(part))]
+    return [partial(operator.setitem, part.__dict__, STATE, state), _to_class(part, type(part))]
+
+
+def _to_class(module: nn.Module, cls: type[nn.Module]) -> Step:
+    """Return the step that changes a module's class, past what the class makes of attributes."""
+    return partial(object.__setattr__, module, "__class__", cls)
