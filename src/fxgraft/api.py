@@ -35,7 +35,7 @@ from fxgraft.graph.structure.positions import position_sites
 from fxgraft.graph.structure.site import Sites
 from fxgraft.graph.structure.sites import list_sites
 from fxgraft.graph.tracing.preserve import preserved_random_state
-from fxgraft.graph.wrapped_models import check_model
+from fxgraft.graph.wrapped_models import check_model, without_wrappers
 from fxgraft.inspection import Plan, Summary, plan_of, summary_of
 from fxgraft.patches.base import Patch
 from fxgraft.patches.options import is_number
@@ -122,13 +122,14 @@ def _asked(
 ) -> list[tuple[str | None, tuple[int, ...] | None, Patch]]:
     """Read the arguments of `patch`: for each graft its name and input size, None by default, and its settings."""
     if isinstance(method, Patch):
+        _check_own(options)
         further = {key: value for key, value in options.items() if key not in ("name", "input_size")}
         if further:
             raise ConfigError(
                 f"{type(method).__name__} is given with its options; {', '.join(further)} cannot be added here.\n"
                 f"Pass fxgraft.{type(method).__name__}({', '.join(f'{k}=...' for k in further)})."
             )
-        return [(options.get("name"), options.get("input_size"), method)]
+        return [(options.get("name"), _size(options.get("input_size")), method)]
     if not isinstance(method, str) or not set(method) & set(":+"):
         specs = [(method.strip() if isinstance(method, str) else method, dict(options))]
     else:
@@ -145,10 +146,15 @@ def _asked(
             )
         specs = [(spec.method, {**spec.options, **shared}) for spec in parsed]
     for _, own in specs:
-        check_arguments(patch, {key: own[key] for key in ("preset", "name", "input_size") if key in own})
+        _check_own(own)
     return [
         (own.pop("name", None), _size(own.pop("input_size", None)), build(known, own)) for known, own in specs
     ]
+
+
+def _check_own(options: dict[str, Any]) -> None:
+    """Hold what isn't an option of the method against the declared types of `patch`."""
+    check_arguments(patch, {key: options[key] for key in ("preset", "name", "input_size") if key in options})
 
 
 def _size(given: Any) -> Any:
@@ -225,7 +231,14 @@ def unpatch(model: M, *names: str | Graft) -> M:
 
     Raises:
         UnknownGraftError: there is no such graft; nothing was taken off.
+        ConfigError: what is given is neither a name nor a graft.
     """
+    for item in names:
+        if not isinstance(item, (str, Graft)):
+            raise ConfigError(
+                f"unpatch takes names or grafts, one after the other; got {item!r}.\n"
+                "Write fxgraft.unpatch(model, *names), or leave them out to take off all."
+            )
     registry = registry_of(model)
     present = registry.grafts if registry is not None else []
     wanted = {item.name if isinstance(item, Graft) else item for item in names}
@@ -278,7 +291,7 @@ def sites(
         SiteError: nothing matches; lists close matches.
     """
     check_arguments(sites, {"pattern": pattern, "input_size": input_size})
-    model = unwrapped(model)  # what can be patched, by its names there
+    model = without_wrappers(model)  # what can be patched, by its names there
     look, _ = (registry_of(model) or GraftRegistry()).look(model)
     trace = look.trace(_size(input_size))
     with preserved_random_state():

@@ -68,4 +68,4 @@ def _is_sequence(value: Any) -> bool:
     """Say whether a value is a row of values, arrays included: texts are one value, sets and mappings have no order."""
     if isinstance(value, (str, bytes, collections.abc.Set, collections.abc.Mapping)):
         return False
-    return hasattr(value, "__len__") and hasattr(value, "__getitem__")
+    return hasattr(value, "__len__") and hasattr(value, "__getitem__") and getattr(value, "ndim", 1) > 0

@@ -47,6 +47,33 @@ def test_the_first_that_does_not_fit_is_named() -> None:
         check_arguments(act, {"size": 3, "names": [3]})
 
 
+@pytest.mark.parametrize(
+    ("layers", "kept"),
+    [
+        ([np.int64(-1)], (-1,)),
+        (np.array([-1]), (-1,)),
+        (np.array(-1), -1),
+        (range(2), (0, 1)),
+        ((name for name in ["stage2"]), ("stage2",)),
+    ],
+)
+def test_layers_become_names_and_numbers_that_a_recipe_holds(layers: Any, kept: Any) -> None:
+    assert fxgraft.RSC(layers=layers).layers == kept
+
+
+@pytest.mark.parametrize("layers", [{"stage1"}, {"stage1": 1}, b"stage1"])
+def test_layers_without_an_order_are_refused(layers: Any) -> None:
+    with pytest.raises(ConfigError, match="layers must be names or stage numbers, in order"):
+        fxgraft.RSC(layers=layers)
+
+
+def test_a_patch_that_was_made_takes_the_same_arguments() -> None:
+    graft = fxgraft.grafts(fxgraft.patch(net(), fxgraft.RSC(layer="stage2"), input_size=[3, 16, 16]))[0]
+    assert graft.input_size == (3, 16, 16)
+    with pytest.raises(ConfigError, match=r"patch: name is declared as str \| None, and got 3"):
+        fxgraft.patch(net(), fxgraft.RSC(), name=3)  # type: ignore[arg-type]
+
+
 def test_numbers_and_sizes_of_numpy_are_taken(tmp_path: Path) -> None:
     """They are Python's from then on, so that a recipe holds them."""
     model = fxgraft.patch(

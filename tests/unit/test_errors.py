@@ -99,6 +99,11 @@ MISTAKES: dict[str, tuple[Act, type[Exception], str]] = {
         r"RSC is given with its options; layer cannot be added(?s:.*)RSC\(layer=\.\.\.\)",
     ),
     # Types of arguments.
+    "unpatch of a list": (
+        lambda m: fxgraft.unpatch(m, ["rsc"]),  # type: ignore[arg-type]
+        ConfigError,
+        r"unpatch takes names or grafts, one after the other; got \['rsc'\]",
+    ),
     "preset of no kind": (
         lambda m: fxgraft.patch(m, "rsc", preset=["pacs"]),  # type: ignore[arg-type]
         ConfigError,
@@ -141,7 +146,7 @@ MISTAKES: dict[str, tuple[Act, type[Exception], str]] = {
     "layer of bytes": (
         rsc(layer=b"layer1"),
         ConfigError,
-        r"layers must be names or stage numbers, got b'layer1'",
+        r"layers must be names or stage numbers, in order, got b'layer1'",
     ),
     "layer": (
         rsc(layer="stage3"),

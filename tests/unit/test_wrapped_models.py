@@ -148,6 +148,9 @@ def test_sites_of_a_wrapped_bare_model_are_those_that_can_be_patched():
     model = net()
     wrapped = torch.compile(model, backend="eager")
     assert fxgraft.sites(wrapped, input_size=SIZE).names == fxgraft.sites(model, input_size=SIZE).names
+    own = nn.Sequential()
+    own.module = model  # a model of the user's with one part, and no wrapper
+    assert fxgraft.sites(own, "**stage2", input_size=SIZE).names == ["module.stage2"]
 
 
 @pytest.mark.parametrize(

@@ -171,7 +171,11 @@ def _tasks(
                 f"{data} has one domain, {names[0]}. Holding one out needs two or more, or pass test=."
             )
         chosen = (
-            names if hold_out == "all" else [hold_out] if isinstance(hold_out, str) else list(hold_out or ())
+            names
+            if hold_out == "all"
+            else [hold_out]
+            if isinstance(hold_out, str)
+            else list(dict.fromkeys(hold_out or ()))
         )
         if not chosen:
             raise ConfigError(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 import itertools
+import json
 import math
 import os
 import time
@@ -30,6 +31,7 @@ from fxgraft.environment import checked_device, environment
 from fxgraft.errors import ConfigError
 from fxgraft.io.atomic_write import digest_of
 from fxgraft.models import Model
+from fxgraft.patches.options import plain_number
 
 TUNING_SEED = 10_000
 """Seed of the runs that choose settings; no pair has it."""
@@ -65,7 +67,7 @@ def compare(
     adapt_lr: float = 2e-4,
     workers: int | None = None,
     backend: str = "loky",
-    device: str = "cpu",
+    device: str | torch.device = "cpu",
     out: str | os.PathLike[str] = "fxgraft-compare",
     progress: Callable[[Comparison, float], Any] | None = None,
 ) -> Comparison:
@@ -129,8 +131,12 @@ def compare(
     chosen = _variants(grafts, baseline)
     numbers = [int(seed) for seed in (range(seeds) if isinstance(seeds, (int, Integral)) else seeds)]
     _check_numbers(numbers, seeds, metric, interest, level, workers, size)
+    _check_adaptation(adapt_steps, adapt_lr)
+    model_options = {name: plain_number(value) for name, value in (model_options or {}).items()}
+    _check_model_options(model_options)
     chosen_device = checked_device(device)
     settings = training if isinstance(training, Training) else settings_of(Training(), training or {})
+    interest, level, adapt_lr = float(interest), float(level), float(adapt_lr)
     images = read_data(
         data,
         hold_out=hold_out,
@@ -139,12 +145,12 @@ def compare(
         per_class=per_class,
         test_per_class=test_per_class,
     )
-    side = _own_size(model) if size is None else size
+    side = _own_size(model) if size is None else int(size)
     if corrupt:
         check_corruptions(side)
     setup = Setup(
         model=model,
-        model_options=dict(model_options or {}),
+        model_options=model_options,
         pretrained=pretrained,
         weights=None if weights is None else str(weights),
         classes=len(images.classes),
@@ -153,7 +159,7 @@ def compare(
         train=train,
         measure=measure,
         corrupt=corrupt,
-        adapt_steps=adapt_steps,
+        adapt_steps=int(adapt_steps),
         adapt_lr=adapt_lr,
     )
     grid = _grid(tune or {})
@@ -163,7 +169,7 @@ def compare(
         setup.check(variant)
     protocol = _protocol(setup, images, data, tune, tune_each)
     protocol |= {"per_class": per_class, "test_per_class": test_per_class}
-    folder = Folder(Path(out), protocol)
+    folder = Folder(Path(out).expanduser(), protocol)
     with folder.opened() as records:
         result = Comparison(
             protocol=folder.protocol,
@@ -237,6 +243,8 @@ def _check_numbers(
 ) -> None:
     if not numbers or len(set(numbers)) < len(numbers):
         raise ConfigError(f"seeds is a number of at least 1, or different numbers; got {seeds!r}.")
+    if not all(0 <= seed < 2**32 for seed in numbers):
+        raise ConfigError(f"A seed is a whole number from 0 to 2**32 - 1; got {seeds!r}.")
     if TUNING_SEED in numbers:
         raise ConfigError(
             f"The seed {TUNING_SEED} is that of tuning.\n"
@@ -252,6 +260,29 @@ def _check_numbers(
         raise ConfigError(f"size is the side of the images in pixels, at least 1; got {size!r}.")
 
 
+def _check_adaptation(steps: int, lr: float) -> None:
+    if steps < 1 or not 0 < lr < math.inf:
+        raise ConfigError(
+            f"adapt_steps must be at least 1 and adapt_lr a positive number; got {steps!r} and {lr!r}."
+        )
+
+
+def _check_model_options(options: Mapping[str, Any]) -> None:
+    for name in ("num_classes", "pretrained"):
+        if name in options:
+            raise ConfigError(
+                f"model_options holds {name}, which the comparison sets.\n"
+                "The number of classes is that of the images; pretrained= is an argument of its own. Leave it out."
+            )
+    try:
+        json.dumps(options)
+    except TypeError as error:
+        raise ConfigError(
+            f"model_options holds what the protocol's file cannot: {error}.\n"
+            "Pass numbers, texts and lists, or a function of your own as model=."
+        ) from error
+
+
 def _grid(values: Mapping[str, Sequence[Any]]) -> list[dict[str, Any]]:
     """List every combination of the values to try; empty where nothing is tuned."""
     if not isinstance(values, Mapping):
@@ -260,7 +291,7 @@ def _grid(values: Mapping[str, Sequence[Any]]) -> list[dict[str, Any]]:
         if isinstance(tried, str) or not isinstance(tried, Sequence) or not tried:
             raise ConfigError(f'tune takes values to try, as {{"lr": [0.003, 0.01]}}; got {name}={tried!r}.')
     rows = itertools.product(*values.values()) if values else ()
-    return [dict(zip(values, row, strict=True)) for row in rows]
+    return [dict(zip(values, map(plain_number, row), strict=True)) for row in rows]
 
 
 def _check_images(images: Data, settings: Training, train: Any) -> None:
@@ -306,7 +337,7 @@ def _protocol(
         "corrupt": setup.corrupt,
         "measure": None if setup.measure is None else _path(setup.measure),
         "adapt": {"steps": setup.adapt_steps, "lr": setup.adapt_lr},
-        "tune": {name: list(values) for name, values in (tune or {}).items()},
+        "tune": {name: [plain_number(value) for value in values] for name, values in (tune or {}).items()},
         "tune_each": tune_each,
     }
 

@@ -10,6 +10,32 @@ from torch import nn
 from fxgraft._torch import OpOverload
 from fxgraft.errors import WrappedModelError, no_module
 
+_WRAPPERS = {
+    "DistributedDataParallel": "DistributedDataParallel",
+    "DataParallel": "DataParallel",
+    "FullyShardedDataParallel": "FSDP",
+    "FSDPModule": "FSDP2 (fully_shard)",
+    "OptimizedModule": "torch.compile",
+    "ScriptModule": "TorchScript",
+}
+
+
+def _wrapper(module: nn.Module) -> str | None:
+    return next((_WRAPPERS[c.__name__] for c in type(module).__mro__ if c.__name__ in _WRAPPERS), None)
+
+
+def without_wrappers(model: Any) -> nn.Module:
+    """Return the model inside of what is wrapped around it.
+
+    Raises:
+        WrappedModelError: it is no model, or one of TorchScript, which holds none.
+    """
+    if not isinstance(model, nn.Module) or isinstance(model, torch.jit.ScriptModule):
+        check_model(model)
+    while _wrapper(model) is not None and len(model._modules) == 1 and "FSDP" not in str(_wrapper(model)):
+        model = next(iter(model._modules.values()))
+    return model
+
 
 def check_model(model: Any) -> None:
     """Raise unless the model can be patched: a plain module that nothing has wrapped yet."""
@@ -19,16 +45,8 @@ def check_model(model: Any) -> None:
                 "The model is an exported program, whose graph is fixed.\nPatch the model first, export after."
             )
         raise no_module(model)
-    wrappers = {
-        "DistributedDataParallel": "DistributedDataParallel",
-        "DataParallel": "DataParallel",
-        "FullyShardedDataParallel": "FSDP",
-        "FSDPModule": "FSDP2 (fully_shard)",
-        "OptimizedModule": "torch.compile",
-        "ScriptModule": "TorchScript",
-    }
     for path, module in model.named_modules():
-        wrapper = next((wrappers[c.__name__] for c in type(module).__mro__ if c.__name__ in wrappers), None)
+        wrapper = _wrapper(module)
         if wrapper is None and module._compiled_call_impl is not None:
             wrapper = "module.compile()"
         nodes = module.graph.nodes if isinstance(module, torch.fx.GraphModule) else ()

@@ -15,12 +15,14 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from fxgraft.errors import FxgraftError, RecipeError
-from fxgraft.graph.atomic import synchronized
+from fxgraft.graph.atomic import apply_atomically, synchronized
 from fxgraft.graph.grafting.graft import Graft
 from fxgraft.graph.grafting.graft_registry import GraftRegistry, registry_of
 from fxgraft.graph.grafting.lookup import own_keys, patched_inside, patched_parts
 from fxgraft.graph.grafting.placement import PlacementRecord
-from fxgraft.graph.grafting.state import state_of
+from fxgraft.graph.grafting.state import parts_without_model, state_of
+from fxgraft.graph.grafting.transaction import restoring_parts
+from fxgraft.graph.grafting.unit import Unit
 from fxgraft.graph.tracing.preserve import preserved_random_state
 from fxgraft.graph.wrapped_models import check_model
 from fxgraft.io.atomic_write import write_file
@@ -111,6 +113,13 @@ def save(
             f"{str(path)!r} is an address of the hub, and fxgraft.save writes a file.\n"
             "Call fxgraft.push_to_hub(model, ...) with the name of the repository."
         )
+    own = {id(part) for graft in registry.grafts for unit in graft.units.values() for part in unit.modules()}
+    for name, module in model.named_modules():
+        if isinstance(module, Unit) and id(module) not in own:
+            raise RecipeError(
+                f"{name!r} belongs to a graft of another model, with which this {type(model).__name__} shares a part.\n"
+                "A recipe holds the grafts of one model.\nGive each model parts of its own (copy.deepcopy)."
+            )
     file = file_at(path)
     if file.suffix != ".safetensors" or file.is_dir():
         raise RecipeError(
@@ -287,11 +296,14 @@ def _put_on(model: nn.Module, recipe: Mapping[str, Any], tensors: dict[str, Tens
     registry.context.progress = float(recipe["progress"])
     kept = Weights(model)
     flags = [(module, module.training) for module in model.modules()]
+    parts = restoring_parts(parts_without_model(model))
     try:
         _install(registry, model, recipe, file)
         _load_weights(model, tensors, recipe["weights"] == "all", file)
     except BaseException:
-        registry.install(model, [])
+        if registry.plan is not None:
+            registry.install(model, [])
+            apply_atomically(parts)
         kept.put_back(model)
         for module, flag in flags:
             module.training = flag

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Set
 from contextlib import contextmanager
 from types import MappingProxyType
 from typing import Any, ClassVar, TypeVar
@@ -22,7 +22,7 @@ from fxgraft.graph.grafting.graft import Graft, Make, Placer
 from fxgraft.graph.grafting.placement import Placement
 from fxgraft.graph.grafting.unit import Unit
 from fxgraft.graph.structure.sites import SiteSpec
-from fxgraft.patches.options import check_choices, check_known, plain_numbers, wrong_option
+from fxgraft.patches.options import check_choices, check_known, plain_number, plain_numbers, wrong_option
 from fxgraft.patches.pictures import Picture, View
 from fxgraft.patches.preset import Preset, Structure
 
@@ -100,7 +100,7 @@ class Patch(Placer):
         Raises:
             ConfigError: no such preset (lists close matches), no such option, or one missing that it needs.
         """
-        published = cls.presets.get(name)
+        published = cls.presets.get(name) if isinstance(name, str) else None
         if published is None:
             raise ConfigError(
                 f"{cls.method!r} has no preset {name!r}.\n{candidates(str(name), cls.presets, 30)}\n"
@@ -273,10 +273,7 @@ class LayeredPatch(Patch):
                     "Pass layers= alone."
                 )
             object.__setattr__(self, "layers", layer)
-        if isinstance(self.layers, list):  # a tuple, as a recipe gives it back, and which nobody can change
-            object.__setattr__(self, "layers", tuple(self.layers))
-        if isinstance(self.layers, bytes):  # its items are numbers, and would count as stages
-            raise wrong_option(self, "layers", "names or stage numbers")
+        object.__setattr__(self, "layers", self._listed(self.layers))
         single = self.layers if isinstance(self.layers, (str, int)) else None
         object.__setattr__(self, "layer", single)  # a form that the constructor takes
         if self.needs_layers and self.layers is None:
@@ -285,6 +282,18 @@ class LayeredPatch(Patch):
                 'Say where, as layers="layer4", layers=-1 (a stage) or a list; fxgraft.sites(model) lists names.'
             )
         super().__post_init__()
+
+    def _listed(self, layers: Any) -> Any:
+        """Return a name or a number as it is, and several of them as a tuple, which nobody can change."""
+        if isinstance(layers, (bytes, Set, Mapping)):  # numbers in place of names, and no order
+            raise wrong_option(self, "layers", "names or stage numbers, in order")
+        if isinstance(layers, str) or not isinstance(layers, Iterable):
+            return layers
+        return (
+            tuple(plain_number(layer) for layer in layers)
+            if getattr(layers, "ndim", 1)
+            else plain_number(layers)
+        )
 
 
 @contextmanager

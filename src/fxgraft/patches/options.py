@@ -82,9 +82,13 @@ def option_hints(cls: type) -> dict[str, Any]:
 def plain_numbers(patch: Any) -> None:
     """Replace NumPy's scalars among the options by Python's numbers, which recipes and protocols hold."""
     for f in dataclasses.fields(patch):
-        value = getattr(patch, f.name)
-        if isinstance(value, numbers.Number) and hasattr(value, "item"):
-            object.__setattr__(patch, f.name, value.item())  # type: ignore[attr-defined]
+        object.__setattr__(patch, f.name, plain_number(getattr(patch, f.name)))
+
+
+def plain_number(value: Any) -> Any:
+    """Return Python's number for a scalar of NumPy, and anything else as it is."""
+    own = isinstance(value, numbers.Number) or getattr(value, "ndim", None) == 0
+    return value.item() if own and hasattr(value, "item") else value  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def check_choices(patch: Any) -> None:
@@ -114,9 +118,9 @@ def check_choices(patch: Any) -> None:
 
 def is_number(value: Any) -> bool:
     """Say whether a value is a number, which True and False are not."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
+    return isinstance(value, numbers.Real) and not isinstance(value, bool)
 
 
 def is_count(value: Any) -> bool:
     """Say whether a value is a whole number of at least 1."""
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool) and int(value) >= 1

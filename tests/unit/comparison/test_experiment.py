@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from filelock import FileLock
@@ -267,6 +268,11 @@ def test_a_full_disk_keeps_what_is_finished(run, tmp_path, monkeypatch):
         ),
         ({"tune": [1]}, ConfigError, r"tune takes values to try.*got \[1\]"),
         ({"size": 0}, ConfigError, "size is the side of the images in pixels, at least 1; got 0"),
+        ({"seeds": [-1]}, ConfigError, r"A seed is a whole number from 0 to 2\*\*32 - 1"),
+        ({"grafts": "gam:layers=features", "adapt_steps": -3}, ConfigError, "adapt_steps must be at least 1"),
+        ({"adapt_lr": float("nan")}, ConfigError, "adapt_lr a positive number"),
+        ({"model_options": {"pretrained": True}}, ConfigError, "pretrained, which the comparison sets"),
+        ({"model_options": {"act_layer": torch.nn.ReLU}}, ConfigError, "what the protocol's file cannot"),
         ({"seeds": "5"}, ConfigError, r"seeds is declared as int \| Sequence\[int\], and got '5' \(str\)"),
         ({"training": 3}, ConfigError, "training is declared as Training"),
         ({"grafts": 3}, ConfigError, "grafts is declared as str"),
@@ -571,3 +577,9 @@ def test_workers_give_the_numbers_of_one_process(data, tmp_path, backend):
         found.append(sorted(without_times(records), key=lambda each: (each["seed"], each["variant"])))
         assert (out / "report.html").exists()
     assert found[0] == found[1]
+
+
+def test_a_domain_that_is_named_twice_is_tested_once(run):
+    found = run(hold_out=["red", "red"], seeds=[np.int64(0)], size=np.int64(16), level=np.float32(0.05))
+    assert len(found.records) == 2
+    assert json.loads(found.to_json())

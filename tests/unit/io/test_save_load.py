@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import shutil
 import subprocess
@@ -529,3 +530,22 @@ def test_the_same_model_makes_the_same_bytes(tmp_path: Path) -> None:
     model = fxgraft.patch(net(), "rsc")
     contents = {fxgraft.save(model, tmp_path / f"{n}.safetensors").read_bytes() for n in range(8)}
     assert len(contents) == 1
+
+
+def test_a_part_that_another_patched_model_has_as_well(tmp_path: Path) -> None:
+    other, model = fxgraft.patch(net(), "selfnorm"), net()
+    model.layer2 = other.layer2
+    fxgraft.patch(model, "rsc", layer="layer1")
+    with pytest.raises(fxgraft.RecipeError, match="belongs to a graft of another model"):
+        fxgraft.save(model, tmp_path / "run.safetensors")
+
+
+def test_a_failed_load_leaves_parts_of_other_models_as_they_were(tmp_path: Path, monkeypatch: Any) -> None:
+    file = fxgraft.save(patched(), tmp_path / "run.safetensors")
+    model = net()
+    model.layer2 = copy.deepcopy(fxgraft.patch(net(), "rsc", layer="layer2").layer2)
+    kind = [type(module) for module in model.modules()]
+    monkeypatch.setattr("fxgraft.io.save_load._load_weights", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        fxgraft.load(file, model)
+    assert [type(module) for module in model.modules()] == kind

@@ -59,7 +59,7 @@ class Transaction:
             *refilling(registry.__dict__),
             partial(context.update, dict(context)),
             *self.units.restoring(),
-            *(step for orphan in self._orphans for step in _orphaning(orphan)),
+            *restoring_parts(self._orphans),
             partial(torch.set_rng_state, torch.get_rng_state()),  # new units draw their weights
         ]
 
@@ -143,6 +143,11 @@ def _releasing(part: nn.Module) -> list[Step]:
     """Return the steps that make a part that was copied without its model a plain module again."""
     state: GraftState = part.__dict__[STATE]
     return [partial(part.__dict__.pop, STATE, None), _to_class(part, state.base)]
+
+
+def restoring_parts(parts: Sequence[nn.Module]) -> list[Step]:
+    """Return the steps that make parts of other patched models again what they are now; see `parts_without_model`."""
+    return [step for part in parts for step in _orphaning(part)]
 
 
 def _orphaning(part: nn.Module) -> list[Step]:

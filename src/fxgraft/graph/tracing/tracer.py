@@ -14,6 +14,7 @@ from timm.layers import get_notrace_functions, get_notrace_modules  # pyright: i
 from torch import fx, nn
 
 from fxgraft._torch import NormBase, pytree
+from fxgraft.errors import TraceError
 from fxgraft.graph.atomic import apply_atomically, refilling
 from fxgraft.graph.names import UNIT, join
 from fxgraft.graph.tracing.branches import InPlaceProxy, Known, held, user_line
@@ -28,6 +29,18 @@ HOOKED = "fxgraft_hooked"
 
 CHECKPOINT_REGION = "fxgraft_checkpoint_region"
 """Key in ``node.meta`` of the checkpointed region that a node was traced in."""
+
+
+def _check_constructor(cls: type) -> None:
+    """Raise where a dataclass does more than to keep its fields: the graph makes it again, from their values."""
+    own = cls.__dict__.get("__dataclass_fields__", {}).values()
+    computed = hasattr(cls, "__post_init__") or any(not slot.init for slot in fields(cls))
+    if computed or len(own) > len(fields(cls)):  # an InitVar or a ClassVar is listed there alone
+        raise TraceError(
+            f"torch.fx cannot repeat how a {cls.__name__} is made: its constructor computes something, or takes what "
+            "isn't a field.\nThe graph would do it twice.\n"
+            "Compute it in the forward and let the dataclass hold the result, or return a dictionary."
+        )
 
 
 def is_primitive(module: nn.Module) -> bool:
@@ -133,6 +146,8 @@ class ShallowTracer(fx.Tracer):
         if isinstance(a, dict) and is_dataclass(a):
             entries = {slot.name: self.create_arg(getattr(a, slot.name)) for slot in fields(a)}
             return self.create_node("call_function", type(a), (), entries)
+        if is_dataclass(a) and not isinstance(a, type):
+            _check_constructor(type(a))
         return super().create_arg(a)
 
     def retire(self) -> set[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from collections import OrderedDict
 from collections.abc import Iterable
@@ -40,9 +41,7 @@ def logits_node(values: Values, output: str | int | None, model: str) -> fx.Node
     elif isinstance(value, fx.Node):
         if output is None:
             return value
-        raise StructureError(
-            f"{model} returns a single value, which has no entry {output!r}.\nLeave output= out."
-        )
+        raise _no_entries(model, output)
     if not isinstance(value, (dict, tuple, list)):
         raise _no_entry(model, output, ())
     entries: dict[Any, Any] = dict(value) if isinstance(value, dict) else dict(enumerate(value))  # type: ignore[arg-type]
@@ -56,6 +55,12 @@ def logits_node(values: Values, output: str | int | None, model: str) -> fx.Node
     if wanted not in entries or not isinstance(entries[wanted], fx.Node):
         raise _no_entry(model, wanted, [key for key, node in entries.items() if isinstance(node, fx.Node)])
     return entries[wanted]
+
+
+def _no_entries(model: str, output: Any) -> StructureError:
+    return StructureError(
+        f"{model} returns a single value, which has no entry {output!r}.\nLeave output= out."
+    )
 
 
 def _field_names(kind: type) -> list[str]:
@@ -88,20 +93,24 @@ def take_logits(out: Any, names: Iterable[str | int | None] = ()) -> Any:
 
     Args:
         out: a tensor, dictionary, dataclass or tuple.
-        names: keys, attributes or positions to try before the usual names; None is passed over.
+        names: keys, attributes or positions, of which the first that is there is taken; without any, or with None
+            alone, the usual names.
 
     Raises:
         StructureError: none of them is there.
     """
     if isinstance(out, Tensor):
         return out
-    for key in (*names, _usual_key(out)):
+    named = [name for name in names if name is not None]
+    for key in named or [_usual_key(out)]:
         if isinstance(out, dict) and key in out:
             return out[key]
         if isinstance(key, str) and isinstance(getattr(out, key, None), Tensor):
             return getattr(out, key)
-        if isinstance(key, int) and isinstance(out, (tuple, list)):
+        if isinstance(key, int) and isinstance(out, (tuple, list)) and 0 <= key < len(out):
             return out[key]
+    if named:
+        raise _no_entry(f"The model, with a {type(out).__name__},", named[0], _entry_names(out))
     alone = _only_tensor(out)
     if isinstance(alone, Tensor) and alone.ndim in (
         2,
@@ -156,12 +165,13 @@ def with_logits(out: Any, logits: Any, name: str | int | None = None) -> Any:
         return logits
     old = take_logits(out, (name,))
     if dataclasses.is_dataclass(type(out)):
-        held = {field: getattr(out, field.name) for field in dataclasses.fields(out)}
-        new = {field: logits if value is old else value for field, value in held.items()}
-        made = type(out)(**{field.name: value for field, value in new.items() if field.init})
-        for field, value in new.items():
-            if not field.init:
-                object.__setattr__(made, field.name, value)
+        held = {field.name: getattr(out, field.name) for field in dataclasses.fields(out)}
+        new = {key: logits if value is old else value for key, value in held.items()}
+        if isinstance(out, dict):
+            return type(out)(**new)
+        made = copy.copy(out)  # a constructor might compute something, and would do so twice
+        for key, value in new.items():
+            object.__setattr__(made, key, value)
         return made
     if isinstance(out, dict):
         new = {key: logits if value is old else value for key, value in out.items()}
@@ -182,6 +192,7 @@ def check_logits(out: Any, output: str | int | None, model: str) -> None:
         StructureError: there are none; says where they may be.
     """
     if output is not None:
+        _check_entry(out, output, model)
         return
     named = any((isinstance(out, dict) and key in out) or hasattr(out, key) for key in LOGITS_KEYS)
     try:
@@ -189,5 +200,20 @@ def check_logits(out: Any, output: str | int | None, model: str) -> None:
     except StructureError:
         logits = None
     if not isinstance(logits, Tensor) or (logits is _only_tensor(out) and not named and not _rows(logits)):
-        count = len(out) if isinstance(out, (tuple, list)) else 0
-        raise _no_entry(model, None, out if isinstance(out, dict) else range(count))
+        raise _no_entry(model, None, _entry_names(out))
+
+
+def _check_entry(out: Any, output: str | int, model: str) -> None:
+    """Raise unless an output has an entry of that name or at that position."""
+    if isinstance(out, Tensor):
+        raise _no_entries(model, output)
+    positions = range(len(out)) if isinstance(out, (tuple, list)) else ()
+    if output not in [*_entry_names(out), *positions]:
+        raise _no_entry(model, output, _entry_names(out))
+
+
+def _entry_names(out: Any) -> list[Any]:
+    """Return by what the entries of an output are named: keys, fields or positions."""
+    if isinstance(out, dict):
+        return [*out]
+    return _field_names(type(out)) or ([*range(len(out))] if isinstance(out, (tuple, list)) else [])

@@ -12,7 +12,7 @@ import torchvision
 from torch import Tensor, nn
 
 import fxgraft
-from fxgraft.errors import StructureError
+from fxgraft.errors import StructureError, TraceError
 from fxgraft.graph.structure.heads.outputs import logits_node, with_logits
 from fxgraft.graph.structure.rest_of_network import tail_layer
 from fxgraft.graph.tracing.model_trace import ModelTrace
@@ -226,3 +226,31 @@ def test_structured_outputs_train(kind: str, output: Any) -> None:
     out = model(images(), target=LABELS)
     fxgraft.loss(model, out, LABELS).backward()
     assert model.fc.weight.grad is not None
+
+
+@dataclasses.dataclass
+class Halved:
+    """An output whose constructor computes."""
+
+    logits: Tensor
+
+    def __post_init__(self) -> None:
+        self.logits = self.logits / 2
+
+
+def test_a_constructor_that_computes_is_not_repeated() -> None:
+    model = Returns(lambda a, b: Halved(a))
+    before = state_of_everything(model)
+    with pytest.raises(TraceError, match=r"how a Halved is made(?s:.*)The graph would do it twice"):
+        fxgraft.patch(model, "rsc", layer="conv", input_size=(3, 8, 8))
+    assert_same(before, state_of_everything(model))
+    out = Halved(torch.ones(2, 4))
+    assert torch.equal(with_logits(out, torch.full((2, 4), 3.0)).logits, torch.full((2, 4), 3.0))
+
+
+@pytest.mark.parametrize("output", ["typo", 5])
+def test_an_entry_that_is_not_there_is_never_another(output: Any) -> None:
+    model = Returns(lambda a, b: {"logits": a, "aux": b} if output == "typo" else (a, b))
+    fxgraft.patch(model, "crossnorm", consistency=True, layers="conv", output=output, input_size=(3, 8, 8))
+    with pytest.raises(StructureError, match=rf"{output!r} is not one of them"):
+        fxgraft.loss(model, model(images(), target=LABELS), LABELS)
