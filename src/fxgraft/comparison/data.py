@@ -170,13 +170,8 @@ def _tasks(
             raise ConfigError(
                 f"{data} has one domain, {names[0]}. Holding one out needs two or more, or pass test=."
             )
-        chosen = (
-            names
-            if hold_out == "all"
-            else [hold_out]
-            if isinstance(hold_out, str)
-            else list(dict.fromkeys(hold_out or ()))
-        )
+        named = [hold_out] if isinstance(hold_out, str) else list(dict.fromkeys(hold_out or ()))
+        chosen = names if hold_out == "all" else named
         if not chosen:
             raise ConfigError(
                 f"{data} holds the domains {', '.join(names)}, and nothing says which is tested.\n"

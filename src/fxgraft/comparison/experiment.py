@@ -162,7 +162,8 @@ def compare(
         adapt_steps=int(adapt_steps),
         adapt_lr=adapt_lr,
     )
-    grid = _grid(tune or {})
+    tune = _values_to_try(tune or {})
+    grid = [dict(zip(tune, row, strict=True)) for row in itertools.product(*tune.values())] if tune else []
     for values in ({}, *grid):
         _check_images(images, settings_of(settings, values), train)
     for variant in chosen:
@@ -283,15 +284,14 @@ def _check_model_options(options: Mapping[str, Any]) -> None:
         ) from error
 
 
-def _grid(values: Mapping[str, Sequence[Any]]) -> list[dict[str, Any]]:
-    """List every combination of the values to try; empty where nothing is tuned."""
+def _values_to_try(values: Mapping[str, Sequence[Any]]) -> dict[str, list[Any]]:
+    """Check the values to try, by setting, and give them as a file holds them."""
     if not isinstance(values, Mapping):
         raise ConfigError(f'tune takes values to try, as {{"lr": [0.003, 0.01]}}; got {values!r}.')
     for name, tried in values.items():
         if isinstance(tried, str) or not isinstance(tried, Sequence) or not tried:
             raise ConfigError(f'tune takes values to try, as {{"lr": [0.003, 0.01]}}; got {name}={tried!r}.')
-    rows = itertools.product(*values.values()) if values else ()
-    return [dict(zip(values, map(plain_number, row), strict=True)) for row in rows]
+    return {name: [plain_number(value) for value in tried] for name, tried in values.items()}
 
 
 def _check_images(images: Data, settings: Training, train: Any) -> None:
@@ -319,7 +319,7 @@ def _own_size(model: Model) -> int:
 
 
 def _protocol(
-    setup: Setup, images: Data, data: Any, tune: Mapping[str, Sequence[Any]] | None, tune_each: bool
+    setup: Setup, images: Data, data: Any, tune: Mapping[str, Sequence[Any]], tune_each: bool
 ) -> dict[str, Any]:
     name = setup.model if isinstance(setup.model, str) else _path(setup.model)
     loop = None if setup.train is None else _path(setup.train)
@@ -337,7 +337,7 @@ def _protocol(
         "corrupt": setup.corrupt,
         "measure": None if setup.measure is None else _path(setup.measure),
         "adapt": {"steps": setup.adapt_steps, "lr": setup.adapt_lr},
-        "tune": {name: [plain_number(value) for value in values] for name, values in (tune or {}).items()},
+        "tune": tune,
         "tune_each": tune_each,
     }
 

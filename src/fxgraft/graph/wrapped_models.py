@@ -20,6 +20,10 @@ _WRAPPERS = {
 }
 
 
+_AROUND = frozenset({"DistributedDataParallel", "DataParallel", "OptimizedModule"})
+"""Those that are a module of their own, whose one child is the model."""
+
+
 def _wrapper(module: nn.Module) -> str | None:
     return next((_WRAPPERS[c.__name__] for c in type(module).__mro__ if c.__name__ in _WRAPPERS), None)
 
@@ -32,7 +36,7 @@ def without_wrappers(model: Any) -> nn.Module:
     """
     if not isinstance(model, nn.Module) or isinstance(model, torch.jit.ScriptModule):
         check_model(model)
-    while _wrapper(model) is not None and len(model._modules) == 1 and "FSDP" not in str(_wrapper(model)):
+    while any(c.__name__ in _AROUND for c in type(model).__mro__) and len(model._modules) == 1:
         model = next(iter(model._modules.values()))
     return model
 

@@ -287,13 +287,10 @@ class LayeredPatch(Patch):
         """Return a name or a number as it is, and several of them as a tuple, which nobody can change."""
         if isinstance(layers, (bytes, Set, Mapping)):  # numbers in place of names, and no order
             raise wrong_option(self, "layers", "names or stage numbers, in order")
+        layers = plain_number(layers)
         if isinstance(layers, str) or not isinstance(layers, Iterable):
             return layers
-        return (
-            tuple(plain_number(layer) for layer in layers)
-            if getattr(layers, "ndim", 1)
-            else plain_number(layers)
-        )
+        return tuple(plain_number(layer) for layer in layers)
 
 
 @contextmanager

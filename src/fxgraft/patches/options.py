@@ -118,9 +118,9 @@ def check_choices(patch: Any) -> None:
 
 def is_number(value: Any) -> bool:
     """Say whether a value is a number, which True and False are not."""
-    return isinstance(value, numbers.Real) and not isinstance(value, bool)
+    return fits(value, float)
 
 
 def is_count(value: Any) -> bool:
     """Say whether a value is a whole number of at least 1."""
-    return isinstance(value, numbers.Integral) and not isinstance(value, bool) and int(value) >= 1
+    return fits(value, int) and value >= 1
