@@ -6,14 +6,39 @@ import collections.abc
 import functools
 import inspect
 import numbers
+import os
 import types
 import typing
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
-from fxgraft.errors import ConfigError
+from fxgraft.errors import ConfigError, FxgraftError
 
 _NUMBERS = {int: numbers.Integral, float: numbers.Real}  # NumPy's scalars are registered as these
+
+
+def path_at(path: str | os.PathLike[str], error: type[FxgraftError] = ConfigError) -> Path:
+    """Return a path that a user gave; a "~" at its start is the user's home.
+
+    Raises:
+        ConfigError: no system has files of that name. Or ``error``, where another says more.
+    """
+    try:
+        target = Path(path).expanduser()
+        target.resolve()  # `is_dir` passes over a zero byte
+        target.is_dir()
+    except (
+        TypeError,
+        ValueError,
+        RuntimeError,
+        OSError,
+    ) as problem:  # no text, a zero byte, no home, too long
+        raise error(
+            f"{str(path)[:80]!r} ({type(path).__name__}) cannot be the path of a file: {problem}.\n"
+            "Pass the name of a file or of a folder."
+        ) from problem
+    return target
 
 
 def check_arguments(function: Callable[..., Any], arguments: Mapping[str, Any]) -> None:

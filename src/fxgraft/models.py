@@ -16,6 +16,7 @@ from typing import Any
 
 from torch import nn
 
+from fxgraft.arguments import path_at
 from fxgraft.errors import ConfigError, RecipeError, candidates
 from fxgraft.io.reachable import offline_where_unreachable
 
@@ -206,7 +207,7 @@ def load_weights(model: nn.Module, path: str | Path, *, new_classifier: bool = F
 
     Args:
         model: the model whose weights they are.
-        path: the file.
+        path: the file; a "~" at its start is the user's home.
         new_classifier: leave a classifier of another number of classes as it is in the model.
 
     Raises:
@@ -214,7 +215,7 @@ def load_weights(model: nn.Module, path: str | Path, *, new_classifier: bool = F
     """
     from timm.models import load_state_dict
 
-    file = Path(path)
+    file = path_at(path)
     if not file.is_file():
         raise RecipeError(f"There is no file {str(file)!r} with weights.\n{_WEIGHTS}")
     try:

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import functools
+import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import pytest
+import torch
 
 import fxgraft
-from fxgraft.arguments import check_arguments, fits
+from fxgraft.arguments import check_arguments, fits, path_at
+from fxgraft.comparison.data import read_data
 from fxgraft.errors import ConfigError
-from models.toys import net
+from fxgraft.models import load_weights
+from models.toys import Net, net
 
 
 @pytest.mark.parametrize(
@@ -84,3 +89,24 @@ def test_numbers_and_sizes_of_numpy_are_taken(tmp_path: Path) -> None:
     assert graft.input_size == (3, 16, 16)
     again = fxgraft.load(fxgraft.save(model, tmp_path / "run.safetensors"), net())
     assert fxgraft.grafts(again)[0].patch == graft.patch
+    patch = fxgraft.Diversification(patch=(np.int64(3), np.int64(2)))
+    assert json.dumps(patch.to_dict()["patch"]) == "[3, 2]"
+
+
+def test_paths_are_of_the_users_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert path_at("~/runs") == tmp_path / "runs"
+    assert path_at(tmp_path) == tmp_path
+    torch.save(net().state_dict(), tmp_path / "net.pt")
+    model = Net()
+    load_weights(model, "~/net.pt")
+    assert all(torch.equal(value, model.state_dict()[key]) for key, value in net().state_dict().items())
+    with pytest.raises(ConfigError, match=f"There is no {tmp_path}/photos"):
+        fxgraft.compare("~/photos", grafts="rsc", out=tmp_path / "out")
+
+
+@pytest.mark.parametrize("path", [3, "a\0b", "x" * 5000], ids=["number", "zero byte", "long"])
+def test_what_no_system_calls_a_path(path: Any) -> None:
+    for act in (path_at, functools.partial(load_weights, net()), read_data):
+        with pytest.raises(ConfigError, match="cannot be the path of a file"):
+            act(path)

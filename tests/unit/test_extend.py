@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import copy
+import dataclasses
 import inspect
 import subprocess
 import sys
@@ -268,6 +269,9 @@ def test_layer_and_layers_are_one_option() -> None:
         assert cls(layer=-1).layer == cls(layers=-1).layers == -1  # type: ignore[call-arg]
         with pytest.raises(fxgraft.ConfigError, match="the same option, and both are given"):
             cls(layer="a", layers="b")  # type: ignore[call-arg]
+        patch = cls(layer="layer3")  # type: ignore[call-arg]
+        assert dataclasses.replace(patch) == patch
+        assert dataclasses.replace(patch, layers="layer4", layer=None) == cls(layers="layer4")  # type: ignore[call-arg]
 
 
 def test_a_method_for_training_alone_places_nothing_in_evaluation() -> None:

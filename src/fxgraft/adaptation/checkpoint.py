@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 
 from fxgraft.adaptation.streams import Endless
 from fxgraft.api import grafts
+from fxgraft.arguments import path_at
 from fxgraft.errors import ConfigError, RecipeError
 from fxgraft.graph.atomic import Step, apply_atomically, refilling
 from fxgraft.graph.grafting.state import state_of
@@ -61,7 +62,7 @@ class Checkpoint:
         pair: tuple[Optimizer, Optimizer],
         streams: tuple[Endless, Endless],
     ) -> None:
-        target = Path(path)
+        target = path_at(path)
         self.path = target / FILE if target.is_dir() or not target.suffix else target
         self.model, self.players, self.pair, self.streams = model, players, pair, streams
         self.device = next(model.parameters()).device

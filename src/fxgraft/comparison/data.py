@@ -15,6 +15,7 @@ from typing import IO, Any
 import torch
 from PIL import Image
 
+from fxgraft.arguments import path_at
 from fxgraft.errors import ConfigError, candidates
 from fxgraft.io.images import read_rgb
 from fxgraft.patches.options import is_count
@@ -280,7 +281,7 @@ def _groups(data: str | os.PathLike[str]) -> tuple[str, dict[str, list[_Named]]]
     """List the images by domain or split, and say which of the two these are."""
     if str(data).startswith(_SCHEMES):
         return "splits", _of_timm(str(data))
-    path = Path(data)
+    path = path_at(data)
     if path.is_dir():
         entries = sorted(entry for entry in path.iterdir() if not entry.name.startswith((".", "_")))
         tars = [entry for entry in entries if entry.name.lower().endswith(_TARS)]

@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from fxgraft.arguments import check_arguments
+from fxgraft.arguments import check_arguments, path_at
 from fxgraft.comparison.corruptions import check_corruptions
 from fxgraft.comparison.data import Data, Task, open_image, read_data
 from fxgraft.comparison.records import Folder, Record
@@ -152,7 +152,7 @@ def compare(
         model=model,
         model_options=model_options,
         pretrained=pretrained,
-        weights=None if weights is None else str(weights),
+        weights=None if weights is None else str(path_at(weights)),
         classes=len(images.classes),
         size=side,
         training=settings,
@@ -170,7 +170,7 @@ def compare(
         setup.check(variant)
     protocol = _protocol(setup, images, data, tune, tune_each)
     protocol |= {"per_class": per_class, "test_per_class": test_per_class}
-    folder = Folder(Path(out).expanduser(), protocol)
+    folder = Folder(path_at(out), protocol)
     with folder.opened() as records:
         result = Comparison(
             protocol=folder.protocol,

@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from fxgraft.arguments import path_at
 from fxgraft.comparison.records import Record, finite
 from fxgraft.comparison.statistics import Verdict, detectable, verdicts
 from fxgraft.comparison.training import LOWER_IS_BETTER
@@ -272,7 +273,7 @@ class Comparison:
         """
         from fxgraft.comparison.report import write_report
 
-        return write_report(self, Path(path), self.pictures())
+        return write_report(self, path_at(path), self.pictures())
 
     def _settings(self) -> str:
         training = self.protocol["training"]

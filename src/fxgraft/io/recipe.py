@@ -31,6 +31,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
+from fxgraft.arguments import path_at
 from fxgraft.errors import FxgraftWarning, RecipeError
 from fxgraft.io.atomic_write import digest_of
 from fxgraft.io.constructor import Constructor
@@ -69,15 +70,8 @@ def file_at(path: str | Path) -> Path:
     Raises:
         RecipeError: no system has files of that name.
     """
-    try:
-        target = Path(path).expanduser()
-        target.resolve()  # `is_dir` passes over a zero byte
-        return target / FILE if target.is_dir() or not target.suffix else target
-    except (TypeError, ValueError, RuntimeError, OSError) as error:  # no text, a zero byte, no home, too long
-        raise RecipeError(
-            f"{str(path)[:80]!r} ({type(path).__name__}) cannot be the path of a file: {error}.\n"
-            'Pass a name such as "run.safetensors", or the folder that holds the file.'
-        ) from error
+    target = path_at(path, RecipeError)
+    return target / FILE if target.is_dir() or not target.suffix else target
 
 
 def content_digest(content: Any) -> str:

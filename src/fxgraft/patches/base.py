@@ -267,10 +267,10 @@ class LayeredPatch(Patch):
         """Take ``layer`` for ``layers``."""
         default = next(f.default for f in dataclasses.fields(self) if f.name == "layers")
         if layer is not None:
-            if self.layers != default and self.layers is not None:
+            if self.layers not in (default, None, layer):  # the same twice is what dataclasses.replace gives
                 raise ConfigError(
                     f"{type(self).__name__}: layer= and layers= are the same option, and both are given.\n"
-                    "Pass layers= alone."
+                    "Pass layers= alone; dataclasses.replace takes layers=..., layer=None."
                 )
             object.__setattr__(self, "layers", layer)
         object.__setattr__(self, "layers", self._listed(self.layers))
@@ -290,7 +290,7 @@ class LayeredPatch(Patch):
         layers = plain_number(layers)
         if isinstance(layers, str) or not isinstance(layers, Iterable):
             return layers
-        return tuple(plain_number(layer) for layer in layers)
+        return plain_number(tuple(layers))
 
 
 @contextmanager

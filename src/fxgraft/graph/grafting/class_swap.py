@@ -55,7 +55,7 @@ def _run(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         raise BypassError(
             f"This {state.base.__name__} was copied out of a patched model, without the model.\n"
             "Its grafts work with the rest of the network only.\n"
-            "Copy the whole model, or fxgraft.unpatch it first."
+            "Copy the whole model, or take the part after fxgraft.unpatch(model)."
         )
     run = state.context.current
     if run is not None:

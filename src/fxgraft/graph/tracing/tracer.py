@@ -12,6 +12,7 @@ from typing import Any
 
 from timm.layers import get_notrace_functions, get_notrace_modules  # pyright: ignore[reportPrivateImportUsage]
 from torch import fx, nn
+from torch.fx.immutable_collections import immutable_dict
 
 from fxgraft._torch import NormBase, pytree
 from fxgraft.errors import TraceError
@@ -146,6 +147,11 @@ class ShallowTracer(fx.Tracer):
         if isinstance(a, dict) and is_dataclass(a):
             entries = {slot.name: self.create_arg(getattr(a, slot.name)) for slot in fields(a)}
             return self.create_node("call_function", type(a), (), entries)
+        if isinstance(a, dict) and type(a) not in (dict, immutable_dict):
+            raise TraceError(
+                f"torch.fx makes a plain dictionary of a {type(a).__name__}: let the model return dict(...), or a "
+                "dataclass.\nOr choose a site for which the module that returns it stays closed."
+            )
         if is_dataclass(a) and not isinstance(a, type):
             _check_constructor(type(a))
         return super().create_arg(a)

@@ -174,8 +174,9 @@ def with_logits(out: Any, logits: Any, name: str | int | None = None) -> Any:
             object.__setattr__(made, key, value)
         return made
     if isinstance(out, dict):
-        new = {key: logits if value is old else value for key, value in out.items()}
-        return new if type(out) is dict else type(out)(new)
+        made = copy.copy(out)  # a constructor need not take entries: that of a defaultdict does not
+        made.update({key: logits for key, value in out.items() if value is old})
+        return made
     values = [logits if value is old else value for value in out]
     return type(out)(*values) if hasattr(out, "_fields") else type(out)(values)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections import defaultdict
 from typing import Any, NamedTuple
 
 import pytest
@@ -246,6 +247,20 @@ def test_a_constructor_that_computes_is_not_repeated() -> None:
     assert_same(before, state_of_everything(model))
     out = Halved(torch.ones(2, 4))
     assert torch.equal(with_logits(out, torch.full((2, 4), 3.0)).logits, torch.full((2, 4), 3.0))
+
+
+def test_dictionaries_of_other_classes() -> None:
+    """torch.fx makes a plain dictionary of them; where no graph makes the output, it keeps its class."""
+    model = Returns(lambda a, b: defaultdict(list, logits=a))
+    before = state_of_everything(model)
+    with pytest.raises(TraceError, match=r"plain dictionary of a defaultdict.*dict\(\.\.\.\)"):
+        fxgraft.patch(model, "rsc", layer="conv", input_size=(3, 8, 8))
+    assert_same(before, state_of_everything(model))
+    out = defaultdict(list, logits=torch.ones(2, 4), aux=torch.ones(1))
+    made = with_logits(out, torch.zeros(2, 4))
+    assert (type(made), made["unknown"], list(out)) == (defaultdict, [], ["logits", "aux"])
+    assert torch.equal(made["logits"], torch.zeros(2, 4))
+    assert torch.equal(out["logits"], torch.ones(2, 4))
 
 
 @pytest.mark.parametrize("output", ["typo", 5])
