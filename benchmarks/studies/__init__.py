@@ -68,6 +68,7 @@ CIFAR: dict[str, Any] = {
     "data": lambda data, _: data / "cifar10_*.tar",
 }
 CIFAR_TRAINING: dict[str, Any] = {
+    "amp": True,  # 1.6 times as many steps a second on a core
     "opt": "sgd",
     "lr": 0.1,
     "weight_decay": 5e-4,
