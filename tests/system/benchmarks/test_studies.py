@@ -196,7 +196,9 @@ def test_the_engine_is_measured_beside_a_bare_loop(tmp_path: Path, monkeypatch: 
     found = engine.step_cost(tmp_path, rounds=1)
     assert found["ratio"] == pytest.approx(found["engine_seconds"] / found["bare_seconds"], rel=0.01)
     assert len(engine.memory_of_runs(tmp_path, runs=4)["megabytes"]) == 4
-    found = engine.gain_of_workers(tmp_path, pairs=1, epochs=1)
-    hours = {workers: 1 / found["pairs_per_hour"][workers] for workers in ("1", "2")}
+    found = engine.gain_of_workers(tmp_path, pairs=3, epochs=1)
+    hours = {workers: 3 / found["pairs_per_hour"][workers] for workers in ("1", "2")}
     assert hours["1"] * 3600 == pytest.approx(found["seconds"]["1"][0], rel=0.01)
     assert found["gain"] == pytest.approx(hours["1"] / hours["2"], rel=0.01)
+    alone, beside = found["run_seconds"].values()  # tiny runs, and rounded
+    assert found["gain_started"] == pytest.approx(2 * alone / beside, rel=0.2)
