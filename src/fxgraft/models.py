@@ -14,10 +14,10 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from fxgraft.arguments import path_at
-from fxgraft.errors import ConfigError, RecipeError, candidates
+from fxgraft.errors import ConfigError, FxgraftError, RecipeError, candidates
 from fxgraft.io.reachable import offline_where_unreachable
 
 Model = str | Callable[..., nn.Module]
@@ -90,10 +90,17 @@ def _build_own(model: Model, num_classes: int | None, options: dict[str, Any]) -
     arguments = options if num_classes is None else {"num_classes": num_classes, **options}
     try:
         built = function(**arguments)
+    except FxgraftError:
+        raise
     except TypeError as error:
         raise ConfigError(
             f"{model!r} could not be called with {_arguments(arguments) or 'no arguments'}: {error}\n"
             "Let it take these arguments, or leave them out."
+        ) from error
+    except Exception as error:  # code of the user's may raise anything
+        raise ConfigError(
+            f"{model!r} fails with {_arguments(arguments) or 'no arguments'}: {type(error).__name__}: {error}\n"
+            "Mend the function; what it was called with is above."
         ) from error
     if not isinstance(built, nn.Module):
         raise ConfigError(
@@ -118,6 +125,10 @@ def imported(path: str) -> Any:
         return getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError, ValueError) as error:
         raise ConfigError(f"Cannot import {path!r}: {error}\nWrite it as package.module:function.") from error
+    except Exception as error:  # a module of the user's may raise anything
+        raise ConfigError(
+            f"Cannot import {path!r}: {type(error).__name__}: {error}\nMend the module {module!r}."
+        ) from error
     finally:
         if added:
             sys.path.remove(here)
@@ -222,6 +233,8 @@ def load_weights(model: nn.Module, path: str | Path, *, new_classifier: bool = F
         weights = load_state_dict(str(file), device="cpu")
     except Exception as error:  # torch's and safetensors' own, of many classes
         raise RecipeError(f"{file} holds no weights that can be read: {error}\n{_WEIGHTS}") from error
+    if not isinstance(weights, Mapping) or not all(isinstance(value, Tensor) for value in weights.values()):
+        raise RecipeError(f"{file} holds something other than tensors by name.\n{_WEIGHTS}")
     own = model.state_dict()
     classifiers = _classifiers(model) if new_classifier else ()
     head = {f"{name}.{kind}" for name in classifiers for kind in ("weight", "bias")}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 import os
 import tarfile
 from collections import Counter
@@ -14,6 +15,7 @@ from typing import IO, Any
 
 import torch
 from PIL import Image
+from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from fxgraft.arguments import path_at
 from fxgraft.errors import ConfigError, candidates
@@ -24,9 +26,12 @@ _TARS = (".tar", ".tar.gz", ".tgz")
 _SPLITS = {"train": "train", "training": "train", "val": "validation", "valid": "validation", "test": "test"}
 _SPLITS |= {"validation": "validation", "testing": "test"}
 _SCHEMES = ("torch/", "hfds/", "tfds/")
+_EXTENSIONS = (*IMG_EXTENSIONS, ".gif")
+_LEFT_BY_TOOLS = ("__MACOSX", "__pycache__")
 LAYOUTS = (
     "It should hold one folder a domain, domain/class/image.jpg; or train/, val/ and test/, each with class folders; "
-    "or class folders with images; or tars of these."
+    "or class folders with images; or tars of these.\n"
+    f"Images are files that end in {', '.join(_EXTENSIONS)}."
 )
 
 
@@ -71,6 +76,21 @@ class Task:
 
 
 @dataclass(frozen=True)
+class Source:
+    """Images at one place: what a second look at the same data should find.
+
+    Attributes:
+        name: of the folder or the file.
+        images: their number, by domain or split.
+        digest: of the names and sizes of their files, by domain and class. Where they lie isn't part of it.
+    """
+
+    name: str
+    images: dict[str, int]
+    digest: str
+
+
+@dataclass(frozen=True)
 class Data:
     """All tasks of a comparison.
 
@@ -78,13 +98,17 @@ class Data:
         kind: "domains", "splits" or "classes".
         classes: names of the classes; labels are indices into them.
         tasks: in the order they are tested.
-        counts: number of images by domain or split: what a second look at the same data should find.
+        source: the images.
+        test: other images to test on, if these were given.
+        target: images to adapt to, if these were given.
     """
 
     kind: str
     classes: tuple[str, ...]
     tasks: tuple[Task, ...]
-    counts: dict[str, int]
+    source: Source
+    test: Source | None = None
+    target: Source | None = None
 
 
 _Named = tuple[str, str, str]
@@ -112,7 +136,8 @@ def read_data(
             (``data/pacs96_*.tar``); one tar of any of the three; or a data set by timm's name, such as
             ``torch/cifar10`` or ``hfds/owner/name``.
         hold_out: of domains, those that are tested, each by itself while all others are trained on; "all" for each.
-        test: another such place with images to test on: of each of its domains, or of all of its images.
+        test: another such place with images to test on, in place of ``hold_out``: its test split if it has splits,
+            each of its domains, or all of its images.
         target: images of the domain to adapt to. Their folders' names are not read. Without it, what is tested.
         per_class: the largest number of training images of each class of each domain, by a fixed draw.
         test_per_class: the largest number of test images of each class.
@@ -122,18 +147,25 @@ def read_data(
 
     Raises:
         ConfigError: nothing is found, images lie outside class folders, domains differ in their classes, there is
-            one class only, or a domain that is named does not exist.
+            one class only, a domain that is named does not exist, or images are tested that are trained on.
     """
     for name, count in (("per_class", per_class), ("test_per_class", test_per_class)):
         if count is not None and not is_count(count):
             raise ConfigError(f"{name} must be a whole number of at least 1, got {count!r}.")
     kind, groups = _groups(data)
-    if hold_out is not None and kind != "domains":
+    if hold_out is not None and test is not None:
         raise ConfigError(
-            f"hold_out names domains, and {data} holds {kind}: {', '.join(sorted(groups))}.\n"
+            "hold_out= and test= both say what is tested.\n"
+            "Leave test= out to test on a domain that training does not see, or hold_out= to train on all domains."
+        )
+    if hold_out is not None and kind != "domains":
+        parts = f": {', '.join(sorted(groups))}" if kind == "splits" else " alone"
+        raise ConfigError(
+            f"hold_out names domains, and {data} holds {kind}{parts}.\n"
             f"{LAYOUTS}\nLeave hold_out away to test on the test split, or pass the folder of domains."
         )
-    tests = None if test is None else _groups(test)[1]
+    tests = None if test is None else _tested(test)
+    targets = None if target is None else _groups(target)[1]
     trained = {name: rows for name, rows in groups.items() if not (kind == "splits" and name != "train")}
     classes = tuple(sorted({row[2] for rows in trained.values() for row in rows}))
     if len(classes) < 2:
@@ -144,23 +176,58 @@ def read_data(
     if kind == "domains":
         _check_same(trained, classes)
     items = {name: _items(rows, classes, name) for name, rows in groups.items()}
-    adapted = (
-        ()
-        if target is None
-        else tuple(Item(p, m, -1) for rows in _groups(target)[1].values() for p, m, _ in rows)
-    )
+    adapted = tuple(Item(p, m, -1) for rows in (targets or {}).values() for p, m, _ in rows)
     asked = {} if tests is None else {name: _items(rows, classes, name) for name, rows in tests.items()}
     make = functools.partial(_task, per_class=per_class, test_per_class=test_per_class)
-    tasks = list(_tasks(kind, items, hold_out, asked, make, str(data)))
-    counts = {name: len(rows) for name, rows in (items | asked).items()}
+    chosen = (
+        [hold_out]
+        if isinstance(hold_out, str)
+        else [str(name) for name in (() if hold_out is None else hold_out)]
+    )
+    tasks = list(_tasks(kind, items, list(dict.fromkeys(chosen)), asked, make, str(data)))
+    for task in tasks if asked else ():
+        _check_apart(task, str(test))
     with_target = tuple(replace(task, target=adapted or task.test) for task in tasks)
-    return Data(kind, classes, with_target, counts)
+    return Data(
+        kind,
+        classes,
+        with_target,
+        _source(data, groups),
+        None if tests is None else _source(test, tests),
+        None if targets is None else _source(target, targets),
+    )
+
+
+def _tested(test: str | os.PathLike[str]) -> dict[str, list[_Named]]:
+    kind, groups = _groups(test)
+    return {"test": groups["test"]} if kind == "splits" and "test" in groups else groups
+
+
+def _check_apart(task: Task, test: str) -> None:
+    """Raise where images are tested that are trained on, or that choose settings."""
+    known = {(os.path.realpath(item.path), item.member) for item in (*task.train, *task.validation)}
+    twice = [item for item in task.test if (os.path.realpath(item.path), item.member) in known]
+    if twice:
+        raise ConfigError(
+            f"{len(twice)} of the {len(task.test)} images of {test} are trained on, too: {twice[0]}.\n"
+            "Their score says nothing about new images. Pass a test= of other images, or leave it out."
+        )
+
+
+def _source(place: Any, groups: Mapping[str, Sequence[_Named]]) -> Source:
+    digest = hashlib.sha256()
+    for group, rows in sorted(groups.items()):
+        for path, member, label in rows:
+            name = f"{group}/{label}/{PurePosixPath(member or path).name}: {_size(path, member)}\n"
+            digest.update(name.encode("utf-8", "surrogateescape"))
+    counts = {name: len(rows) for name, rows in groups.items()}
+    return Source(Path(str(place)).name or str(path_at(place).resolve().name), counts, digest.hexdigest())
 
 
 def _tasks(
     kind: str,
     items: Mapping[str, Items],
-    hold_out: str | Sequence[str] | None,
+    hold_out: list[str],
     asked: Mapping[str, Items],
     make: Callable[[str, Sequence[Items], Items, Items], Task],
     data: str,
@@ -171,8 +238,7 @@ def _tasks(
             raise ConfigError(
                 f"{data} has one domain, {names[0]}. Holding one out needs two or more, or pass test=."
             )
-        named = [hold_out] if isinstance(hold_out, str) else list(dict.fromkeys(hold_out or ()))
-        chosen = names if hold_out == "all" else named
+        chosen = names if hold_out == ["all"] else hold_out
         if not chosen:
             raise ConfigError(
                 f"{data} holds the domains {', '.join(names)}, and nothing says which is tested.\n"
@@ -279,13 +345,13 @@ def _check_same(groups: Mapping[str, Sequence[_Named]], classes: Sequence[str]) 
 
 def _groups(data: str | os.PathLike[str]) -> tuple[str, dict[str, list[_Named]]]:
     """List the images by domain or split, and say which of the two these are."""
-    if str(data).startswith(_SCHEMES):
+    path = path_at(data).absolute()  # what reads the images may do so in another folder
+    if str(data).startswith(_SCHEMES) and not path.exists():
         return "splits", _of_timm(str(data))
-    path = path_at(data)
     if path.is_dir():
-        entries = sorted(entry for entry in path.iterdir() if not entry.name.startswith((".", "_")))
+        entries = sorted(entry for entry in path.iterdir() if not _is_hidden(entry.name))
         tars = [entry for entry in entries if entry.name.lower().endswith(_TARS)]
-        folders = [entry for entry in entries if entry.is_dir()]
+        folders = [entry for entry in entries if entry.is_dir() and not entry.name.startswith("_")]
         if tars and folders:
             raise ConfigError(
                 f"{path} mixes folders ({folders[0].name}, …) and tars ({tars[0].name}, …).\n"
@@ -303,16 +369,28 @@ def _groups(data: str | os.PathLike[str]) -> tuple[str, dict[str, list[_Named]]]
         raise ConfigError(f"There is no {path}. In {path.parent}: {candidates(path.name, known)}")
     if not any(groups.values()):
         raise ConfigError(f"{path} holds no images in class folders.\n{LAYOUTS}")
-    return _named_groups(groups)
+    return _named_groups(path, groups)
 
 
-def _named_groups(groups: dict[str, list[_Named]]) -> tuple[str, dict[str, list[_Named]]]:
+def _named_groups(path: Path, groups: dict[str, list[_Named]]) -> tuple[str, dict[str, list[_Named]]]:
     if "" in groups:
         return "classes", groups
-    splits = {_SPLITS.get(name.lower(), ""): rows for name, rows in groups.items()}
-    if "train" in splits and "" not in splits:
-        return "splits", splits
-    return "domains", groups
+    meant = {name: _SPLITS.get(name.lower(), "") for name in groups}
+    if "train" not in meant.values() or "" in meant.values():
+        return "domains", groups
+    for name, split_name in meant.items():
+        twin = next(other for other, what in meant.items() if what == split_name)
+        if twin != name:
+            raise ConfigError(
+                f"{path} has two parts for {split_name}: {twin} and {name}.\n"
+                "Put their images together, or pass a folder with one of them."
+            )
+    return "splits", {meant[name]: rows for name, rows in groups.items()}
+
+
+def _is_hidden(name: str) -> bool:
+    """Say whether a name is of what the system or a tool keeps beside one's data."""
+    return name.startswith(".") or name in _LEFT_BY_TOOLS
 
 
 def _by_folders(root: Path, rows: list[tuple[str, str, PurePosixPath]]) -> dict[str, list[_Named]]:
@@ -330,16 +408,16 @@ def _by_folders(root: Path, rows: list[tuple[str, str, PurePosixPath]]) -> dict[
 
 
 def _files(root: Path) -> list[tuple[str, str, PurePosixPath]]:
-    places = sorted(
-        PurePosixPath(Path(folder, name).relative_to(root).as_posix())
-        for folder, _, names in os.walk(root, followlinks=True)
-        for name in names
-        if _is_image(name)
-    )
+    places = []
+    for folder, inside, names in os.walk(root, followlinks=True):
+        inside[:] = [name for name in inside if not _is_hidden(name)]
+        parts = Path(folder).relative_to(root).parts
+        places += [PurePosixPath(*parts, name) for name in names if _is_image(name)]
+    places.sort()
     empty = [
         folder.name for folder in sorted(root.iterdir()) if folder.is_dir() and folder.name[0] not in "._"
     ]
-    empty = sorted(set(empty) - {place.parts[0] for place in places})
+    empty = sorted(set(empty) - {place.parts[0] for place in places} - {*_LEFT_BY_TOOLS})
     if empty:
         raise ConfigError(f"{root} has folders without images: {', '.join(empty)}.\n{LAYOUTS}")
     return [(str(root / place), "", place) for place in places]
@@ -347,10 +425,7 @@ def _files(root: Path) -> list[tuple[str, str, PurePosixPath]]:
 
 def _members(path: Path) -> list[tuple[str, str, PurePosixPath]]:
     try:
-        with tarfile.open(path) as archive:
-            names = sorted(
-                member.name for member in archive.getmembers() if member.isreg() and _is_image(member.name)
-            )
+        names = sorted(name for name, member in _opened(path)[1].items() if _holds_image(path, member))
     except (tarfile.TarError, EOFError, OSError) as error:
         raise ConfigError(
             f"Cannot read {path}: {error}\nThe archive may be incomplete: copy or download it again."
@@ -360,12 +435,35 @@ def _members(path: Path) -> list[tuple[str, str, PurePosixPath]]:
         PurePosixPath(*(part for part in PurePosixPath(name).parts if part not in (".", "/")))
         for name in names
     ]
-    return [(str(path), name, place) for name, place in zip(names, places, strict=True)]
+    return [
+        (str(path), name, place)
+        for name, place in zip(names, places, strict=True)
+        if not any(map(_is_hidden, place.parts))
+    ]
+
+
+def _holds_image(path: Path, member: tarfile.TarInfo) -> bool:
+    if not _is_image(member.name) or member.isdir():
+        return False
+    if member.isreg():
+        return True
+    try:
+        return _opened(path)[0].extractfile(member) is not None
+    except KeyError:
+        raise ConfigError(
+            f"{path}:{member.name} is a link to what isn't in the archive.\nRemove it, or pack what it links to."
+        ) from None
 
 
 def _of_tars(tars: Sequence[Path]) -> dict[str, list[_Named]]:
     """Read one tar of class folders for each domain or split; what all names begin with is left out."""
-    stems = [tar.name[: tar.name.lower().index(".t")] for tar in tars]
+    suffixes = [next((end for end in _TARS if tar.name.lower().endswith(end)), "") for tar in tars]
+    if not all(suffixes):
+        raise ConfigError(
+            f"{tars[suffixes.index('')]} is no tar. A pattern names tars, one for each domain or split.\n"
+            "Pass the folder that holds these folders, or a pattern that ends in .tar."
+        )
+    stems = [tar.name[: -len(suffix)] for tar, suffix in zip(tars, suffixes, strict=True)]
     # These are names, not paths: character by character is what is meant.
     shared = os.path.commonprefix(stems) if len(stems) > 1 else ""  # noqa: RUF071
     cut = max(shared.rfind(sign) for sign in "_-.") + 1
@@ -388,10 +486,8 @@ def _of_tars(tars: Sequence[Path]) -> dict[str, list[_Named]]:
 
 
 def _is_image(name: str) -> bool:
-    from timm.data.readers.img_extensions import is_img_extension
-
     base = PurePosixPath(name)
-    return not base.name.startswith(".") and is_img_extension(base.suffix)
+    return not base.name.startswith(".") and base.suffix.lower() in _EXTENSIONS
 
 
 def _of_timm(name: str) -> dict[str, list[_Named]]:
@@ -443,16 +539,48 @@ def open_image(item: Item) -> Image.Image:
         ConfigError: it cannot be read as an image; names it.
     """
     try:
-        if "#" in item.path and item.path.startswith(_SCHEMES):
+        if _of_a_library(item.path):
             return _timm_data(item.path)[int(item.member)][0].convert("RGB")
         source: IO[bytes] | Path = Path(item.path)
         if item.member:
-            source = BytesIO(_archive(item.path, os.getpid()).extractfile(item.member).read())  # type: ignore[union-attr]
-    except (OSError, ValueError, tarfile.TarError, Image.DecompressionBombError) as error:
+            archive, members = _opened(source)
+            source = BytesIO(archive.extractfile(members[item.member]).read())  # type: ignore[union-attr]
+    except (OSError, ValueError, KeyError, tarfile.TarError, Image.DecompressionBombError) as error:
         raise ConfigError(f"Cannot read {item} as an image: {error}\nRemove or replace it.") from error
     return read_rgb(source, str(item))
 
 
+def _of_a_library(path: str) -> bool:
+    return "#" in path and path.startswith(_SCHEMES)
+
+
+def version_of(item: Item) -> tuple[int, int]:
+    """Return size and time of the file that holds an image, by which a changed one is told from what it was."""
+    if _of_a_library(item.path):
+        return 0, 0
+    try:
+        found = Path(item.path).stat()
+    except OSError:  # whoever opens it says so
+        return 0, 0
+    return found.st_size, found.st_mtime_ns
+
+
+def _size(path: str, member: str) -> int:
+    if _of_a_library(path):
+        return 0
+    return _opened(Path(path))[1][member].size if member else Path(path).stat().st_size
+
+
+def _opened(path: Path) -> tuple[tarfile.TarFile, dict[str, tarfile.TarInfo]]:
+    return _archive(str(path), os.getpid(), version_of(Item(str(path), "", 0)))
+
+
 @functools.lru_cache(maxsize=16)
-def _archive(path: str, process: int) -> tarfile.TarFile:  # an open file is not shared with a fork
-    return tarfile.open(path)
+def _archive(
+    path: str,
+    process: int,  # an open file is not shared with a fork
+    version: tuple[int, int],
+) -> tuple[tarfile.TarFile, dict[str, tarfile.TarInfo]]:
+    """Open a tar, and list its members by name: of two with one name the last counts, as for any program."""
+    archive = tarfile.open(path)  # noqa: SIM115  (it stays open for the images)
+    return archive, {member.name: member for member in archive.getmembers()}

@@ -3,38 +3,48 @@
 from __future__ import annotations
 
 import functools
-import importlib.util
 import itertools
-import json
 import math
 import os
+import pickle
 import time
 from collections.abc import Callable, Generator, Mapping, Sequence
 from concurrent.futures import BrokenExecutor
 from contextlib import closing
-from dataclasses import asdict, replace
+from dataclasses import replace
 from numbers import Integral
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from fxgraft.arguments import check_arguments, path_at
+from fxgraft.comparison.checks import (
+    TUNING_SEED,
+    check_adaptation,
+    check_images,
+    check_model,
+    check_model_options,
+    check_numbers,
+    check_numerics,
+    check_outside,
+    check_own_loop,
+    check_packages,
+    values_to_try,
+)
 from fxgraft.comparison.corruptions import check_corruptions
 from fxgraft.comparison.data import Data, Task, open_image, read_data
+from fxgraft.comparison.protocol import protocol_of
 from fxgraft.comparison.records import Folder, Record
 from fxgraft.comparison.result import Comparison
 from fxgraft.comparison.runs import BARE, Job, Setup, Variant, carry_out, parse_variant, settings_of
 from fxgraft.comparison.statistics import LEVEL
-from fxgraft.comparison.training import LOWER_IS_BETTER, SCORES, Training, reading_processes
+from fxgraft.comparison.training import LOWER_IS_BETTER, Training, reading_processes
 from fxgraft.environment import checked_device, environment
 from fxgraft.errors import ConfigError
-from fxgraft.io.atomic_write import digest_of
 from fxgraft.models import Model
 from fxgraft.patches.options import plain_number
+from fxgraft.patches.registry import methods
 
-TUNING_SEED = 10_000
-"""Seed of the runs that choose settings; no pair has it."""
 INTEREST = 0.02
 
 
@@ -97,6 +107,8 @@ def compare(
         training: settings, see `Training`; a mapping changes the defaults.
         train: a training loop of one's own instead, called as ``train(model, images, validation, seed)`` with two
             map-style data sets of (image, label). It trains the model in place, and may return each epoch's loss.
+            Each reading of an image is another crop; set ``images.epoch = 0``, 1, … before each epoch for crops
+            that depend on seed, epoch and image alone, so that the runs of a pair share them.
         measure: further numbers of each run, called as ``measure(model, validation, test)`` with the scored model and
             two map-style data sets of (image, label), as evaluation transforms them. They stand in the run's
             "measured"; no verdict is about them.
@@ -127,13 +139,16 @@ def compare(
     given = locals()  # those that are not checked here have checks, and words, of their own
     own = ("tune", "per_class", "test_per_class")
     check_arguments(compare, {name: value for name, value in given.items() if name not in own})
-    _check_packages(backend)
+    check_packages(backend)
+    check_numerics()
+    out = path_at(out)
+    check_outside(data, test, target, out=out)
     chosen = _variants(grafts, baseline)
     numbers = [int(seed) for seed in (range(seeds) if isinstance(seeds, (int, Integral)) else seeds)]
-    _check_numbers(numbers, seeds, metric, interest, level, workers, size)
-    _check_adaptation(adapt_steps, adapt_lr)
+    check_numbers(numbers, seeds, metric, interest, level, workers, size)
+    check_adaptation(adapt_steps, adapt_lr)
     model_options = {name: plain_number(value) for name, value in (model_options or {}).items()}
-    _check_model_options(model_options)
+    check_model_options(model_options)
     chosen_device = checked_device(device)
     settings = training if isinstance(training, Training) else settings_of(Training(), training or {})
     interest, level, adapt_lr = float(interest), float(level), float(adapt_lr)
@@ -152,61 +167,49 @@ def compare(
         model=model,
         model_options=model_options,
         pretrained=pretrained,
-        weights=None if weights is None else str(path_at(weights)),
+        weights=None if weights is None else str(path_at(weights).absolute()),
         classes=len(images.classes),
         size=side,
         training=settings,
         train=train,
         measure=measure,
+        methods=_own_methods(chosen),
         corrupt=corrupt,
         adapt_steps=int(adapt_steps),
         adapt_lr=adapt_lr,
     )
-    tune = _values_to_try(tune or {})
+    tune = values_to_try(tune or {})
     grid = [dict(zip(tune, row, strict=True)) for row in itertools.product(*tune.values())] if tune else []
+    check_own_loop(train, measure, settings, tune)
     for values in ({}, *grid):
-        _check_images(images, settings_of(settings, values), train)
-    for variant in chosen:
-        setup.check(variant)
-    protocol = _protocol(setup, images, data, tune, tune_each)
-    protocol |= {"per_class": per_class, "test_per_class": test_per_class}
-    folder = Folder(path_at(out), protocol)
-    with folder.opened() as records:
-        result = Comparison(
-            protocol=folder.protocol,
-            environment=environment(chosen_device),
-            variants=[variant.text for variant in chosen],
-            baseline=chosen[0].text,
-            tasks=[task.name for task in images.tasks],
-            seeds=numbers,
-            metric=metric,
-            interest=interest,
-            level=level,
-            records=records,
-            classes=list(images.classes),
-            pictures=functools.partial(_pictures, setup, chosen, images),
-        )
-        runner = _Runner(setup, folder, result, workers, backend, chosen_device, progress)
-        tuned = runner.tune(chosen, images.tasks, grid, tune_each)
-        runner.run(_jobs(result, chosen, images.tasks, tuned, chosen_device))
+        check_images(images, settings_of(settings, values), train, bool(tune))
+    limits = {"per_class": plain_number(per_class), "test_per_class": plain_number(test_per_class)}
+    # Outside of a block without gradients, which the caller may be in.
+    with torch.inference_mode(False), torch.enable_grad():
+        bare = check_model(setup)
+        for variant in chosen:
+            setup.check(variant)
+        folder = Folder(out, protocol_of(setup, images, bare, tune, tune_each, limits))
+        del bare
+        with folder.opened() as records:
+            result = Comparison(
+                protocol=folder.protocol,
+                environment=environment(chosen_device),
+                variants=[variant.text for variant in chosen],
+                baseline=chosen[0].text,
+                tasks=[task.name for task in images.tasks],
+                seeds=numbers,
+                metric=metric,
+                interest=interest,
+                level=level,
+                records=records,
+                classes=list(images.classes),
+                pictures=functools.partial(_pictures, setup, chosen, images),
+            )
+            runner = _Runner(setup, folder, result, workers, backend, chosen_device, progress)
+            tuned = runner.tune(chosen, images.tasks, grid, tune_each)
+            runner.run(_jobs(result, chosen, images.tasks, tuned, chosen_device))
     return result
-
-
-def _check_packages(backend: str) -> None:
-    wanted = ("scipy", "joblib", "matplotlib")
-    missing = [name for name in wanted if importlib.util.find_spec(name) is None]
-    if missing:
-        raise ConfigError(
-            f"Comparisons need {', '.join(missing)}, which is not installed.\n"
-            'Install it with: pip install "fxgraft[compare]".'
-        )
-    if backend not in ("loky", "ray", "dask"):
-        raise ConfigError(f'backend must be "loky", "ray" or "dask", got {backend!r}.')
-    if backend != "loky" and importlib.util.find_spec(backend) is None:
-        raise ConfigError(
-            f"The backend {backend!r} needs the package {backend}, which is not installed.\n"
-            'Install it, or leave backend at "loky", which runs on this machine.'
-        )
 
 
 def _variants(grafts: str | Sequence[str], baseline: str) -> list[Variant]:
@@ -224,6 +227,13 @@ def _variants(grafts: str | Sequence[str], baseline: str) -> list[Variant]:
     return chosen
 
 
+def _own_methods(chosen: Sequence[Variant]) -> dict[str, type[Any]]:
+    """Return the methods that aren't fxgraft's own: other processes may not have registered them."""
+    known = methods()
+    used = {method for variant in chosen for method, _ in variant.grafts} & known.keys()
+    return {method: known[method] for method in used if not known[method].__module__.startswith("fxgraft.")}
+
+
 def _pictures(setup: Setup, chosen: Sequence[Variant], images: Data) -> Sequence[Any]:
     from fxgraft.comparison.report import method_pictures
 
@@ -231,81 +241,6 @@ def _pictures(setup: Setup, chosen: Sequence[Variant], images: Data) -> Sequence
     return method_pictures(
         setup, chosen, [open_image(item) for item in (tested[0], tested[len(tested) // 2])]
     )
-
-
-def _check_numbers(
-    numbers: list[int],
-    seeds: Any,
-    metric: str,
-    interest: float,
-    level: float,
-    workers: int | None,
-    size: int | None,
-) -> None:
-    if not numbers or len(set(numbers)) < len(numbers):
-        raise ConfigError(f"seeds is a number of at least 1, or different numbers; got {seeds!r}.")
-    if not all(0 <= seed < 2**32 for seed in numbers):
-        raise ConfigError(f"A seed is a whole number from 0 to 2**32 - 1; got {seeds!r}.")
-    if TUNING_SEED in numbers:
-        raise ConfigError(
-            f"The seed {TUNING_SEED} is that of tuning.\n"
-            "Runs that choose settings must not be among those that are compared. Take another."
-        )
-    if metric not in SCORES:
-        raise ConfigError(f"metric must be one of {', '.join(SCORES)}, got {metric!r}.")
-    if not interest > 0 or not 0 < level < 1:
-        raise ConfigError(f"interest must be above 0 and level in (0, 1); got {interest!r} and {level!r}.")
-    if workers is not None and workers < 1:
-        raise ConfigError(f"workers must be at least 1, got {workers!r}.")
-    if size is not None and size < 1:
-        raise ConfigError(f"size is the side of the images in pixels, at least 1; got {size!r}.")
-
-
-def _check_adaptation(steps: int, lr: float) -> None:
-    if steps < 1 or not 0 < lr < math.inf:
-        raise ConfigError(
-            f"adapt_steps must be at least 1 and adapt_lr a positive number; got {steps!r} and {lr!r}."
-        )
-
-
-def _check_model_options(options: Mapping[str, Any]) -> None:
-    for name in ("num_classes", "pretrained"):
-        if name in options:
-            raise ConfigError(
-                f"model_options holds {name}, which the comparison sets.\n"
-                "The number of classes is that of the images; pretrained= is an argument of its own. Leave it out."
-            )
-    try:
-        json.dumps(options)
-    except TypeError as error:
-        raise ConfigError(
-            f"model_options holds what the protocol's file cannot: {error}.\n"
-            "Pass numbers, texts and lists, or a function of your own as model=."
-        ) from error
-
-
-def _values_to_try(values: Mapping[str, Sequence[Any]]) -> dict[str, list[Any]]:
-    """Check the values to try, by setting, and give them as a file holds them."""
-    if not isinstance(values, Mapping):
-        raise ConfigError(f'tune takes values to try, as {{"lr": [0.003, 0.01]}}; got {values!r}.')
-    for name, tried in values.items():
-        if isinstance(tried, str) or not isinstance(tried, Sequence) or not tried:
-            raise ConfigError(f'tune takes values to try, as {{"lr": [0.003, 0.01]}}; got {name}={tried!r}.')
-    return {name: [plain_number(value) for value in tried] for name, tried in values.items()}
-
-
-def _check_images(images: Data, settings: Training, train: Any) -> None:
-    for task in images.tasks:
-        if train is None and len(task.train) < settings.batch_size:
-            raise ConfigError(
-                f"{len(task.train)} training images do not fill a batch of {settings.batch_size}.\n"
-                "Pass a smaller batch_size."
-            )
-        if not task.validation and settings.select == "best":
-            raise ConfigError(
-                'select="best" needs images that are set apart, and every class has one image only.\n'
-                'Pass select="last", or more images of each class.'
-            )
 
 
 def _own_size(model: Model) -> int:
@@ -318,40 +253,6 @@ def _own_size(model: Model) -> int:
     return 224 if config is None else config.input_size[-1]
 
 
-def _protocol(
-    setup: Setup, images: Data, data: Any, tune: Mapping[str, Sequence[Any]], tune_each: bool
-) -> dict[str, Any]:
-    name = setup.model if isinstance(setup.model, str) else _path(setup.model)
-    loop = None if setup.train is None else _path(setup.train)
-    return {
-        "data": Path(str(data)).name,
-        "kind": images.kind,
-        "images": images.counts,
-        "classes": list(images.classes),
-        "model": name,
-        "model_options": setup.model_options,
-        "pretrained": setup.pretrained,
-        "weights_sha256": None if setup.weights is None else digest_of(Path(setup.weights)),
-        "size": setup.size,
-        "training": asdict(setup.training) if loop is None else {"loop": loop, **_seen(setup.training)},
-        "corrupt": setup.corrupt,
-        "measure": None if setup.measure is None else _path(setup.measure),
-        "adapt": {"steps": setup.adapt_steps, "lr": setup.adapt_lr},
-        "tune": tune,
-        "tune_each": tune_each,
-    }
-
-
-def _seen(training: Training) -> dict[str, Any]:
-    """Return the settings that hold for a user's own loop, too: those of images and evaluation."""
-    names = ("batch_size", "amp", "channels_last", "train_crop", "hflip", "color_jitter", "grayscale")
-    return {name: getattr(training, name) for name in names}
-
-
-def _path(function: Callable[..., Any]) -> str:
-    return f"{function.__module__}:{function.__qualname__}"
-
-
 def _jobs(
     result: Comparison,
     chosen: Sequence[Variant],
@@ -362,14 +263,45 @@ def _jobs(
     """List the runs that are missing, pair by pair; variants that differ in their adaptation alone share one."""
     jobs = []
     for seed, task in itertools.product(result.seeds, tasks):
-        missing = [other for other in chosen if result.record(other.text, task.name, seed) is None]
+        done = {variant.text: result.record(variant.text, task.name, seed) for variant in chosen}
+        _check_tuned(result, done)
+        missing = [variant for variant in chosen if done[variant.text] is None]
         shared: dict[tuple[str, str], list[Variant]] = {}
         for variant in missing:
             shared.setdefault((variant.trained, str(settings[variant.text])), []).append(variant)
         jobs += [
-            Job(tuple(group), task, seed, str(device), settings[group[0].text]) for group in shared.values()
+            Job(
+                tuple(group),
+                task,
+                seed,
+                str(device),
+                settings[group[0].text],
+                tuned=_tuned(result, group[0].text),
+            )
+            for group in shared.values()
         ]
     return jobs
+
+
+def _tuned(result: Comparison, variant: str) -> Mapping[str, Any] | None:
+    """Return the settings that tuning chose for a variant: its own, or those of the baseline."""
+    return result.tuned.get(variant, result.tuned.get(result.baseline))
+
+
+def _check_tuned(result: Comparison, done: Mapping[str, Record | None]) -> None:
+    """Raise where a run was trained with other settings than tuning chooses now."""
+    for name, record in done.items():
+        chosen = _tuned(result, name)
+        if record is None or chosen is None or record.get("tuned", chosen) == chosen:
+            continue
+        before, now = (
+            ", ".join(f"{k}={v}" for k, v in values.items()) for values in (record["tuned"], chosen)
+        )
+        raise ConfigError(
+            f"The folder holds runs of {name!r} trained with {before}, and tuning chooses {now} now.\n"
+            "Which it chooses depends on the metric, the baseline and what is held out. "
+            "Pass those of the first call, or another out=."
+        )
 
 
 class _Runner:
@@ -476,6 +408,11 @@ class _Runner:
                     round_ = dealt[first : first + count]
                     done: Any = parallel(delayed(carry_out)(self.setup, job) for job in round_)
                     yield from done
+            except pickle.PicklingError as error:
+                raise ConfigError(
+                    f"What runs need cannot be sent to another process: {error.__cause__ or error}\n"
+                    "Most often a function holds a lock, a file or a logger. Pass workers=1, or make them inside."
+                ) from error
             except BrokenExecutor as error:
                 raise ConfigError(
                     "A process of a run was killed, most often for lack of memory.\n"

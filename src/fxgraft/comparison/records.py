@@ -56,8 +56,15 @@ class Folder:
                 f"Cannot write to {str(self.path)!r}: {error.strerror}.\nPass another out=."
             ) from error
         try:
-            self._check()
-            yield self._read()
+            try:
+                self._check()
+                records = self._read()
+            except OSError as error:  # a full disk, or a folder of that name
+                raise ConfigError(
+                    f"Cannot read or write {error.filename or self.path}: {error.strerror or error}.\n"
+                    "Pass another out=."
+                ) from error
+            yield records
         finally:
             lock.release()
 
@@ -85,16 +92,24 @@ class Folder:
         """Read the records; a last line that was cut off in the middle is removed, and its run is done again."""
         if not self._runs.exists():
             return []
-        text = self._runs.read_text(encoding="utf-8")
-        whole = text[: text.rfind("\n") + 1]
+        text = self._runs.read_bytes()
+        whole = text[: text.rfind(b"\n") + 1]
         if whole != text:
-            write_text(self._runs, whole)
+            write_text(self._runs, whole.decode("utf-8", "surrogateescape"))
+        return [self._record(line, number) for number, line in enumerate(whole.splitlines(), 1)]
+
+    def _record(self, line: bytes, number: int) -> Record:
         try:
-            return [json.loads(line) for line in whole.splitlines()]
+            record = json.loads(line.decode("utf-8"))
         except ValueError as error:
-            raise ConfigError(
-                f"{self._runs} is damaged: {error}\nRemove the line, or pass another out=."
-            ) from error
+            problem = str(error)
+        else:
+            if _is_record(record):
+                return record
+            problem = "it is no record of a run"
+        raise ConfigError(
+            f"{self._runs} is damaged in line {number}: {problem}.\nRemove that line, or pass another out=."
+        )
 
     def add(self, record: Record) -> Record:
         """Write a record, and return it as it is read again: numbers that are not finite are None.
@@ -104,18 +119,31 @@ class Folder:
         """
         plain = finite(record)
         line = json.dumps(plain, allow_nan=False) + "\n"
-        size = self._runs.stat().st_size if self._runs.exists() else 0
         try:
-            with self._runs.open("a", encoding="utf-8") as file:
-                file.write(line)
+            with self._runs.open("ab") as file:
+                size = file.tell()
+                try:
+                    file.write(line.encode("utf-8"))
+                    file.flush()
+                except OSError:
+                    file.truncate(size)
+                    raise
         except OSError as error:
-            with self._runs.open("r+b") as file:
-                file.truncate(size)
             raise ConfigError(
                 f"Cannot write to {self._runs}: {error.strerror}.\n"
                 "The runs before this one are kept. Make room; the same command goes on."
             ) from error
         return plain
+
+
+def _is_record(value: Any) -> bool:
+    """Say whether a line holds what every record has."""
+    return (
+        isinstance(value, dict)
+        and {"variant", "task", "diverged"} <= value.keys()
+        and ("tuning" in value or "seed" in value)
+        and isinstance(value.get("scores"), dict)
+    )
 
 
 def finite(value: Any) -> Any:

@@ -62,23 +62,27 @@ def write_report(result: Comparison, path: Path, pictures: Sequence[Photo] = ())
         path: the file.
         pictures: of the methods, from `method_pictures`.
     """
+    import matplotlib
+
     source = resources.files("fxgraft.comparison").joinpath("report.html").read_text(encoding="utf-8")
     page = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined).from_string(source)
     count = len(result.tasks)
     weighting = "Every pair counts the same" + (
         f", and so does each of the {count} domains." if count > 1 else "."
     )
+    with matplotlib.rc_context({"text.parse_math": False}):  # a "$" in the name of a domain is no formula
+        figures = list(_figures(result))
     text = page.render(
         result=result,
         weighting=weighting,
-        figures=list(_figures(result)),
+        figures=figures,
         tables=list(_tables(result)),
         pictures=pictures,
         protocol=list(
             _flat({**result.protocol, "seeds": result.seeds, **result.environment, "device": result.devices})
         ),
     )
-    write_text(path, text)
+    write_text(path, text.encode("utf-8", "replace").decode("utf-8"))  # names of files may be no text
     return path
 
 

@@ -19,6 +19,7 @@ from fxgraft.arguments import path_at
 from fxgraft.comparison.records import Record, finite
 from fxgraft.comparison.statistics import Verdict, detectable, verdicts
 from fxgraft.comparison.training import LOWER_IS_BETTER
+from fxgraft.errors import ConfigError
 
 _PLAIN = frozenset({"nll"})
 """Scores that aren't shares, and not written in per cent."""
@@ -269,11 +270,19 @@ class Comparison:
             path: the file.
 
         Raises:
-            ConfigError: matplotlib is missing.
+            ConfigError: matplotlib is missing, or the file cannot be written.
         """
         from fxgraft.comparison.report import write_report
 
-        return write_report(self, path_at(path), self.pictures())
+        file = path_at(path)
+        if file.is_dir():
+            raise ConfigError(f"{str(file)!r} is a folder.\nPass the name of a file, as report.html in it.")
+        try:
+            return write_report(self, file, self.pictures())
+        except OSError as error:
+            raise ConfigError(
+                f"Cannot write the report {str(file)!r}: {error.strerror or error}.\nPass another file."
+            ) from error
 
     def _settings(self) -> str:
         training = self.protocol["training"]

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -102,6 +103,7 @@ class Setup:
         training: how every variant is trained.
         train: a training loop instead, called as ``train(model, images, validation, seed)``.
         measure: further numbers of a run, called as ``measure(model, validation, test)``.
+        methods: classes of the methods that aren't fxgraft's own, by name.
         corrupt: score corrupted test images instead of clean ones.
         adapt_steps: steps of "gam".
         adapt_lr: its learning rate.
@@ -117,6 +119,7 @@ class Setup:
     weights: str | None = None
     train: Callable[..., Any] | None = None
     measure: Callable[..., Mapping[str, float]] | None = None
+    methods: dict[str, type[Any]] = field(default_factory=dict)
     corrupt: bool = False
     adapt_steps: int = 1000
     adapt_lr: float = 2e-4
@@ -165,6 +168,7 @@ class Job:
         device: where to train.
         tuning: settings that replace those of the comparison; the run is then scored on validation images.
         training: the settings of the run.
+        tuned: those of them that tuning chose.
     """
 
     variants: tuple[Variant, ...]
@@ -173,6 +177,7 @@ class Job:
     device: str
     training: Training
     tuning: Mapping[str, Any] | None = None
+    tuned: Mapping[str, Any] | None = None
 
 
 def carry_out(setup: Setup, job: Job) -> list[Record]:
@@ -181,11 +186,15 @@ def carry_out(setup: Setup, job: Job) -> list[Record]:
     The generators of the calling process are left as they were. On a CPU one thread computes: two that share a core
     wait for each other, and numbers do not depend on how many runs go side by side.
     """
+    for name, cls in setup.methods.items():
+        if name not in fxgraft.methods():  # this is a process in which nobody has registered it
+            fxgraft.register(name)(cls)
     threads = torch.get_num_threads()
     if torch.device(job.device).type == "cpu":
         torch.set_num_threads(1)
     try:
-        with own_randomness(job.seed):
+        # The caller may be in a block without gradients.
+        with own_randomness(job.seed), torch.inference_mode(False), torch.enable_grad():
             return _carry_out(replace(setup, training=job.training), job)
     finally:
         torch.set_num_threads(threads)
@@ -233,8 +242,9 @@ def _recorded(setup: Setup, job: Job, variant: Variant, model: nn.Module, fitted
         record |= _scored(setup, adapted, job)
         if setup.measure is not None:
             sets = (_evaluated(setup, adapted, items) for items in (job.task.validation, job.task.test))
-            numbers = setup.measure(adapted, *sets)
-            record["measured"] = {name: float(value) for name, value in numbers.items()}
+            record["measured"] = _measured(setup.measure(adapted, *sets))
+        if job.tuned is not None:
+            record["tuned"] = dict(job.tuned)
     record["diverged"] |= not record.pop("finite", True)
     return record
 
@@ -258,8 +268,32 @@ def _fitted(setup: Setup, model: nn.Module, job: Job) -> Fit:
     images = Images(
         task.train, transform_of(model, setup.training, setup.size, training=True), setup.size, job.seed
     )
-    loss = setup.train(model, images, _evaluated(setup, model, task.validation), job.seed)
-    return Fit(loss=[float(value) for value in loss] if isinstance(loss, Sequence) else [])
+    images.epoch = None
+    losses = _losses(setup.train(model, images, _evaluated(setup, model, task.validation), job.seed))
+    return Fit(loss=losses, diverged=not all(map(math.isfinite, losses)))
+
+
+def _losses(returned: Any) -> list[float]:
+    """Return the loss of each epoch, where a user's loop gives any."""
+    if returned is None:
+        return []
+    try:
+        return [float(loss) for loss in ([returned] if isinstance(returned, (int, float)) else returned)]
+    except (TypeError, ValueError) as error:
+        raise ConfigError(
+            f"train= returned {returned!r:.80}, which is no list of losses: {error}.\n"
+            "Return the mean loss of each epoch, or nothing."
+        ) from error
+
+
+def _measured(returned: Any) -> dict[str, float]:
+    try:
+        return {name: float(value) for name, value in returned.items()}
+    except (AttributeError, TypeError, ValueError) as error:
+        raise ConfigError(
+            f"measure= returned {returned!r:.80}, which is no dictionary of numbers: {error}.\n"
+            'Return numbers by name, as {"margin": 0.3}.'
+        ) from error
 
 
 def _evaluated(setup: Setup, model: nn.Module, items: Items) -> Images:

@@ -8,6 +8,7 @@ import math
 import random
 import statistics
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -19,8 +20,9 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 import fxgraft
-from fxgraft.comparison.data import Item, Items, open_image
+from fxgraft.comparison.data import Item, Items, open_image, version_of
 from fxgraft.errors import ConfigError, candidates
+from fxgraft.graph.structure.heads.outputs import take_logits
 from fxgraft.patches.options import (
     check_choices,
     check_count,
@@ -160,7 +162,8 @@ class Transform:
 class Images(Dataset[tuple[Tensor, int]]):
     """Images with their transform; every draw depends on seed, epoch and image alone.
 
-    So all variants see the same crops and colours, whatever their methods draw.
+    So all variants see the same crops and colours, whatever their methods draw. Where ``epoch`` is None nobody counts
+    epochs, and every reading of an image draws again.
     """
 
     def __init__(
@@ -171,7 +174,9 @@ class Images(Dataset[tuple[Tensor, int]]):
         seed: int = 0,
         prepare: Callable[[Any], Any] | None = None,
     ) -> None:
-        self.items, self.transform, self.seed, self.epoch = items, transform, seed, 0
+        self.items, self.transform, self.seed = items, transform, seed
+        self.epoch: int | None = 0
+        self._readings: Counter[int] = Counter()
         self.side, self.prepare = round(size * 8 / 7), prepare
 
     def __len__(self) -> int:
@@ -186,22 +191,31 @@ class Images(Dataset[tuple[Tensor, int]]):
         made = []
         with own_randomness(0):
             for index in indices:
-                _seed_generators(hash((self.seed, self.epoch, index)) % (1 << 32))
+                _seed_generators(hash((self.seed, self._turn(index), index)) % (1 << 32))
                 image = _decoded(self.items[index], self.side, self.prepare)
                 made.append(transform.pixels(image) if isinstance(transform, Transform) else transform(image))
         if isinstance(transform, Transform):
             made = transform.normalised(made)
         return [(image, self.items[index].label) for image, index in zip(made, indices, strict=True)]
 
+    def _turn(self, index: int) -> int | tuple[int, int]:
+        """Return what draws depend on beside seed and image."""
+        if self.epoch is not None:
+            return self.epoch
+        self._readings[index] += 1
+        worker = get_worker_info()
+        # A loader's process has a copy of these counts, made again for each epoch; its seed is another one then.
+        return self._readings[index], 0 if worker is None else worker.seed - worker.id
 
-_cache: dict[tuple[Item, int, Any], Any] = {}
+
+_cache: dict[tuple[Item, tuple[int, int], int, Any], Any] = {}
 _cached_bytes = 0
 
 
 def _decoded(item: Item, side: int, prepare: Callable[[Any], Any] | None = None) -> Any:
     """Decode and prepare an image, its shorter side no longer than ``side``; keep up to a gigabyte in this process."""
     global _cached_bytes
-    key = (item, side, prepare)
+    key = (item, version_of(item), side, prepare)
     if key in _cache:
         return _cache[key]
     if prepare is not None:
@@ -443,7 +457,7 @@ def predict(
     rows, labels = [], []
     with torch.inference_mode(), _precision(device, settings):
         for x, y in loader:
-            rows.append(model(_on(x, device, settings)).float().cpu())
+            rows.append(take_logits(model(_on(x, device, settings))).float().cpu())
             labels.append(y)
     return torch.cat(rows), torch.cat(labels)
 

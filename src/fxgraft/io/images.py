@@ -22,6 +22,18 @@ def read_rgb(source: Path | IO[bytes], name: str) -> Image.Image:
     """
     try:
         with Image.open(source) as image:
-            return image.convert("RGB")
-    except (UnidentifiedImageError, OSError, ValueError, Image.DecompressionBombError) as error:
+            return _with_8_bits(image).convert("RGB")
+    # Pillow raises a SyntaxError for a PNG that is broken inside.
+    except (UnidentifiedImageError, OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise ConfigError(f"Cannot read {name} as an image: {error}\nRemove or replace it.") from error
+
+
+def _with_8_bits(image: Image.Image) -> Image.Image:
+    """Scale 16 bits to 8, which Pillow would cut off at 255."""
+    if image.mode in ("I", "F"):
+        raise ValueError("its 32 bits a pixel have no range that is known; save it with 8 or 16")
+    if not image.mode.startswith("I;16"):
+        return image
+    import numpy as np
+
+    return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))

@@ -22,17 +22,18 @@ import dataclasses
 import hashlib
 import json
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from fxgraft.arguments import path_at
 from fxgraft.errors import FxgraftWarning, RecipeError
+from fxgraft.graph.grafting.state import state_of
 from fxgraft.io.atomic_write import digest_of
 from fxgraft.io.constructor import Constructor
 from fxgraft.io.header import Header
@@ -72,6 +73,20 @@ def file_at(path: str | Path) -> Path:
     """
     target = path_at(path, RecipeError)
     return target / FILE if target.is_dir() or not target.suffix else target
+
+
+def architecture_of(model: nn.Module, own: Set[str] = frozenset()) -> dict[str, str]:
+    """Fingerprint a backbone: its class, and a digest of its tensors' names and shapes.
+
+    Args:
+        model: the backbone, bare or patched.
+        own: names of the tensors that the grafts added, which are left out.
+    """
+    state = state_of(model)
+    cls = state.base if state is not None else type(model)
+    lines = [f"{key} {tuple(value.shape)}" for key, value in model.state_dict().items() if key not in own]
+    digest = hashlib.sha256("\n".join(sorted(lines)).encode()).hexdigest()
+    return {"class": cls.__name__, "tensors": digest}
 
 
 def content_digest(content: Any) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import hashlib
 import importlib.metadata
 import json
 from collections.abc import Mapping
@@ -20,7 +19,7 @@ from fxgraft.graph.grafting.graft import Graft
 from fxgraft.graph.grafting.graft_registry import GraftRegistry, registry_of
 from fxgraft.graph.grafting.lookup import own_keys, patched_inside, patched_parts
 from fxgraft.graph.grafting.placement import PlacementRecord
-from fxgraft.graph.grafting.state import parts_without_model, state_of
+from fxgraft.graph.grafting.state import parts_without_model
 from fxgraft.graph.grafting.transaction import restoring_parts
 from fxgraft.graph.grafting.unit import Unit
 from fxgraft.graph.tracing.preserve import preserved_random_state
@@ -28,22 +27,13 @@ from fxgraft.graph.wrapped_models import check_model
 from fxgraft.io.atomic_write import write_file
 from fxgraft.io.backbone_weights import Weights
 from fxgraft.io.constructor import Constructor, constructor_of, given_constructor, load_constructed
-from fxgraft.io.recipe import ENTRY, FORMAT, HEADER, file_at, read_recipe, recipe_digest
+from fxgraft.io.recipe import ENTRY, FORMAT, HEADER, architecture_of, file_at, read_recipe, recipe_digest
 from fxgraft.patches.registry import build
 
 M = TypeVar("M", bound=nn.Module)
 
 SCHEME = "hf-hub:"
 """What the address of a repository of the hub starts with."""
-
-
-def _architecture(model: nn.Module, own: set[str]) -> dict[str, str]:
-    """Fingerprint a backbone: its class, and a digest of its tensors' names and shapes without the grafts'."""
-    state = state_of(model)
-    cls = state.base if state is not None else type(model)
-    lines = [f"{key} {tuple(value.shape)}" for key, value in model.state_dict().items() if key not in own]
-    digest = hashlib.sha256("\n".join(sorted(lines)).encode()).hexdigest()
-    return {"class": cls.__name__, "tensors": digest}
 
 
 def save(
@@ -135,7 +125,7 @@ def save(
         **HEADER.entries(),
         "versions": {name: importlib.metadata.version(name) for name in sorted(libraries)},
         "build": made.as_data() if isinstance(made, Constructor) else made,
-        "architecture": _architecture(model, own),
+        "architecture": architecture_of(model, own),
         "progress": registry.context.progress,
         "weights": "all" if weights else "grafts",
         "grafts": [_entry(graft) for graft in registry.grafts],
@@ -278,7 +268,7 @@ def _made(recipe: Mapping[str, Any], tensors: Mapping[str, Tensor], trust: bool,
 
 def _put_on(model: nn.Module, recipe: Mapping[str, Any], tensors: dict[str, Tensor], file: Path) -> None:
     """Put the grafts and tensors of a recipe on a bare model; on failure it is as before."""
-    saved, present = recipe["architecture"], _architecture(model, set())
+    saved, present = recipe["architecture"], architecture_of(model, set())
     if saved != present:
         what = (
             f"{saved['class']}, not {present['class']}"

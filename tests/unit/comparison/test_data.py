@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import io
+import os
+import shutil
 import struct
+import tarfile
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from fxgraft.comparison.data import Item, open_image, read_data, split
 from fxgraft.errors import ConfigError
@@ -31,7 +37,7 @@ def test_a_domain_is_held_out(domains):
     assert len(task.validation) == 4  # one of eight of each class and domain
     assert not set(task.train) & set(task.validation)
     assert task.target == task.test
-    assert found.counts == dict.fromkeys(DOMAINS, 16)
+    assert found.source.images == dict.fromkeys(DOMAINS, 16)
 
 
 def test_all_domains_or_some(domains):
@@ -204,3 +210,160 @@ def test_an_image_that_does_not_decode_is_named(domains):
     task = read_data(domains, hold_out="red").tasks[0]
     with pytest.raises(ConfigError, match=r"Cannot read .*red/dots/3.png as an image"):
         [open_image(item) for item in task.test]
+
+
+def test_any_spelling_of_an_extension_is_read(tmp_path):
+    folder = write_classes(tmp_path / "data")
+    for number, suffix in enumerate((".PNG", ".Png")):
+        (folder / "bars" / f"{number}.png").rename(folder / "bars" / f"{number}{suffix}")
+    for number, suffix in enumerate((".webp", ".bmp", ".TIF", ".gif"), 2):
+        with Image.open(folder / "bars" / f"{number}.png") as image:
+            image.save(folder / "bars" / f"{number}{suffix}")
+        (folder / "bars" / f"{number}.png").unlink()
+    found = read_data(folder)
+    assert found.source.images == {"": 16}
+    assert {open_image(item).size for task in found.tasks for item in task.train} == {(24, 24)}
+    for file in (folder / "dots").iterdir():
+        file.rename(file.with_suffix(".pict"))
+    with pytest.raises(ConfigError, match=r"folders without images: dots(?s:.*)end in \.jpg, .*\.webp"):
+        read_data(folder)
+
+
+def test_what_tools_leave_beside_images_is_no_class(tmp_path):
+    folder = write_classes(tmp_path / "data")
+    for name in (".ipynb_checkpoints", "__MACOSX"):
+        shutil.copytree(folder / "bars", folder / name)
+    assert read_data(folder).classes == CLASSES
+    tar = write_tar(tmp_path / "all.tar", folder)
+    assert read_data(tar).source.images == {"": 16}
+
+
+def test_two_names_of_one_split(tmp_path):
+    for name in ("train", "Training", "test"):
+        write_classes(tmp_path / "data" / name)
+    with pytest.raises(ConfigError, match=r"two parts for train: Training and train.*\n.*together"):
+        read_data(tmp_path / "data")
+
+
+def test_members_of_tars_with_one_name_and_links(tmp_path):
+    folder = write_classes(tmp_path / "classes")
+    path = write_tar(tmp_path / "data.tar", folder)
+    with tarfile.open(path, "a") as archive:
+        archive.add(folder / "dots" / "0.png", arcname="./bars/0.png")  # the last of a name counts
+        for kind, name, target in (
+            (tarfile.LNKTYPE, "./bars/hard.png", "./bars/1.png"),
+            (tarfile.SYMTYPE, "./bars/soft.png", "2.png"),
+        ):
+            link = tarfile.TarInfo(name)
+            link.type, link.linkname = kind, target
+            archive.addfile(link)
+    found = read_data(path)
+    assert found.source.images == {"": 18}
+
+    def pixels(member):
+        return np.asarray(open_image(Item(str(path), f"./bars/{member}.png", 0)))
+
+    with Image.open(folder / "dots" / "0.png") as last:
+        assert (pixels(0) == np.asarray(last)).all()
+    assert (pixels("hard") == pixels(1)).all()
+    assert (pixels("soft") == pixels(2)).all()
+    with tarfile.open(path, "a") as archive:
+        link = tarfile.TarInfo("./bars/broken.png")
+        link.type, link.linkname = tarfile.SYMTYPE, "nowhere.png"
+        archive.addfile(link)
+    with pytest.raises(ConfigError, match=r"broken.png is a link to what isn't in the archive"):
+        read_data(path)
+
+
+def test_a_tar_that_was_written_again_is_opened_again(tmp_path):
+    path = write_tar(tmp_path / "data.tar", write_classes(tmp_path / "first"))
+    item = read_data(path).tasks[0].train[0]
+    before = np.asarray(open_image(item))
+    write_tar(path, write_classes(tmp_path / "second", domain=1))
+    assert (np.asarray(open_image(item)) != before).any()
+    write_tar(path, tmp_path / "second" / "bars")
+    with pytest.raises(ConfigError, match=r"Cannot read .*as an image"):
+        open_image(item)
+
+
+def test_sixteen_bits_keep_their_shades(tmp_path):
+    shades = np.arange(16, dtype=np.uint16).reshape(4, 4) * 4096
+    Image.fromarray(shades).save(tmp_path / "grey.png")
+    found = np.asarray(open_image(Item(str(tmp_path / "grey.png"), "", 0)))[..., 0]
+    assert (found == shades >> 8).all()
+    Image.fromarray(shades.astype(np.float32)).save(tmp_path / "float.tiff")
+    with pytest.raises(ConfigError, match=r"float.tiff as an image: its 32 bits a pixel have no range"):
+        open_image(Item(str(tmp_path / "float.tiff"), "", 0))
+
+
+def test_a_png_that_is_broken_inside(tmp_path):
+    stream = io.BytesIO()
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (64, 64, 3), dtype=np.uint8)).save(
+        stream, "PNG"
+    )
+    content = bytearray(stream.getvalue())
+    at = content.index(b"IDAT")
+    content[at : at + 4] = b"\0\0\0\0"
+    (tmp_path / "broken.png").write_bytes(bytes(content))
+    with pytest.raises(ConfigError, match=r"Cannot read .*broken.png as an image"):
+        open_image(Item(str(tmp_path / "broken.png"), "", 0))
+
+
+def test_what_is_tested_is_said_once_and_never_trained_on(domains, tmp_path):
+    other = write_domains(tmp_path / "other", count=4)
+    with pytest.raises(ConfigError, match=r"hold_out= and test= both say what is tested"):
+        read_data(domains, hold_out="red", test=other)
+    with pytest.raises(
+        ConfigError, match=r"48 of the .* images of .* are trained on, too|16 of the 16 images"
+    ):
+        read_data(domains, test=domains)
+    (tmp_path / "link").symlink_to(domains / "red")
+    with pytest.raises(ConfigError, match=r"images of .*link are trained on, too"):
+        read_data(domains, test=tmp_path / "link")
+    splits = tmp_path / "splits"
+    for name in ("train", "test"):
+        write_classes(splits / name, count=4)
+    (task,) = read_data(domains, test=splits).tasks
+    assert {item.path.split("/")[-3] for item in task.test} == {"test"}
+
+
+def test_domains_in_an_array(domains):
+    found = read_data(domains, hold_out=np.array(["red", "blue"]))
+    assert [task.name for task in found.tasks] == ["red", "blue"]
+
+
+def test_patterns_are_of_tars(domains):
+    with pytest.raises(ConfigError, match=r"blue is no tar\. A pattern names tars"):
+        read_data(domains / "*")
+
+
+def test_names_of_tars_with_dots(tmp_path):
+    for name in ("train", "test"):
+        write_tar(tmp_path / f"pets.{name}.tar", write_classes(tmp_path / name))
+    found = read_data(tmp_path / "pets.*.tar")
+    assert (found.kind, found.source.images) == ("splits", {"test": 16, "train": 16})
+
+
+def test_a_folder_of_ones_own_named_as_a_library(tmp_path, monkeypatch):
+    write_classes(tmp_path / "torch" / "pets")
+    monkeypatch.chdir(tmp_path)
+    assert read_data("torch/pets").classes == CLASSES
+
+
+def test_a_relative_place_is_kept_when_the_working_directory_changes(tmp_path, monkeypatch):
+    write_classes(tmp_path / "data")
+    monkeypatch.chdir(tmp_path)
+    items = read_data("data").tasks[0].train
+    monkeypatch.chdir("/")
+    assert open_image(items[0]).size == (24, 24)
+
+
+def test_the_digest_is_of_the_images_and_not_of_their_place(tmp_path):
+    first = read_data(write_classes(tmp_path / "first")).source
+    moved = tmp_path / "elsewhere" / "first"
+    shutil.copytree(tmp_path / "first", moved)
+    assert read_data(moved).source == first
+    os.truncate(moved / "bars" / "0.png", 10)
+    assert read_data(moved).source.digest != first.digest
+    packed = read_data(write_tar(tmp_path / "first.tar", tmp_path / "first")).source
+    assert packed.digest == first.digest

@@ -14,30 +14,14 @@ import torch
 from filelock import FileLock
 from torch import nn
 
-import fxgraft
-from fxgraft.comparison import experiment, runs
+from fxgraft.comparison import checks, experiment, runs
 from fxgraft.comparison.runs import Job, Setup, Variant, carry_out, parse_variant
 from fxgraft.comparison.training import Images, Training
 from fxgraft.errors import ConfigError, FxgraftError, RecipeError, SiteError
-from unit.comparison.images import write_classes, write_domains
+from unit.comparison.images import write_classes
+from unit.comparison.small import Small
 
 ROOT = Path(__file__).parents[3]
-
-
-class Small(nn.Module):
-    """A convolution, a norm, average pooling and a classifier."""
-
-    def __init__(self, num_classes: int, width: int = 6) -> None:
-        super().__init__()
-        self.stem = nn.Conv2d(3, width, 3, stride=2, padding=1)
-        self.norm = nn.BatchNorm2d(width)
-        self.act = nn.ReLU()
-        self.pool = nn.AdaptiveAvgPool2d(1)
-        self.fc = nn.Linear(width, num_classes)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Return logits (N, num_classes)."""
-        return self.fc(self.pool(self.act(self.norm(self.stem(x)))).flatten(1))
 
 
 class Plain(Small):
@@ -46,27 +30,6 @@ class Plain(Small):
     def __init__(self, num_classes: int) -> None:
         super().__init__(num_classes)
         self.norm = nn.Identity()  # type: ignore[assignment]
-
-
-@pytest.fixture
-def data(tmp_path):
-    return write_domains(tmp_path / "data")
-
-
-@pytest.fixture
-def run(data, tmp_path):
-    """`fxgraft.compare` on small data, in this process."""
-    options = {
-        "model": Small,
-        "grafts": "rsc",
-        "hold_out": "red",
-        "seeds": 2,
-        "size": 16,
-        "training": {"epochs": 1, "batch_size": 8},
-        "workers": 1,
-        "out": tmp_path / "out",
-    }
-    return lambda **changes: fxgraft.compare(**{"data": data, **options, **changes})
 
 
 def without_times(records):
@@ -134,7 +97,9 @@ def test_another_protocol_is_refused_by_name(run, data):
     [
         ("protocol.json", None, "holds runs without their protocol"),
         ("protocol.json", "{", r"protocol.json is damaged"),
-        ("runs.jsonl", "{\n", r"runs.jsonl is damaged.*\nRemove the line"),
+        ("runs.jsonl", "{\n", r"runs.jsonl is damaged in line 1: .*\nRemove that line"),
+        ("runs.jsonl", "{}\n", r"runs.jsonl is damaged in line 1: it is no record of a run"),
+        ("runs.jsonl", "[1]\n", r"runs.jsonl is damaged in line 1: it is no record of a run"),
     ],
 )
 def test_a_damaged_folder_is_refused(run, tmp_path, name, text, message):
@@ -142,6 +107,26 @@ def test_a_damaged_folder_is_refused(run, tmp_path, name, text, message):
     file = tmp_path / "out" / name
     file.unlink() if text is None else file.write_text(text)
     with pytest.raises(ConfigError, match=message):
+        run(seeds=1)
+
+
+def test_the_damaged_line_is_named(run, tmp_path):
+    run(seeds=1)
+    file = tmp_path / "out" / "runs.jsonl"
+    first, second = file.read_bytes().splitlines()
+    file.write_bytes(first + b"\n" + second.replace(b'"task"', b'"t\xff"') + b"\n")
+    with pytest.raises(ConfigError, match=r"damaged in line 2: .*utf-8"):
+        run(seeds=1)
+    file.write_bytes(first + b"\n" + second + b"\n{")  # cut off: done again
+    assert run(seeds=1).complete
+
+
+@pytest.mark.parametrize("name", ["protocol.json", "runs.jsonl"])
+def test_folders_in_place_of_its_files(run, tmp_path, name):
+    run(seeds=1)
+    (tmp_path / "out" / name).unlink()
+    (tmp_path / "out" / name).mkdir()
+    with pytest.raises(ConfigError, match=rf"Cannot read or write .*{name}"):
         run(seeds=1)
 
 
@@ -182,6 +167,9 @@ def test_a_full_disk_keeps_what_is_finished(run, tmp_path, monkeypatch):
         def __exit__(self, *_):
             self.file.close()
 
+        def __getattr__(self, name):
+            return getattr(self.file, name)
+
         def write(self, text):
             self.file.write(text[:10])
             self.file.flush()
@@ -189,7 +177,7 @@ def test_a_full_disk_keeps_what_is_finished(run, tmp_path, monkeypatch):
 
     def open_(path, mode="r", *args, **kwargs):
         file = opened(path, mode, *args, **kwargs)
-        return Full(file) if mode == "a" and path.name == "runs.jsonl" else file
+        return Full(file) if mode == "ab" and path.name == "runs.jsonl" else file
 
     monkeypatch.setattr(Path, "open", open_)
     with pytest.raises(ConfigError, match=r"Cannot write .*No space left on device.\nThe runs before this"):
@@ -259,7 +247,7 @@ def test_a_full_disk_keeps_what_is_finished(run, tmp_path, monkeypatch):
         (
             {"per_class": 1, "training": {"batch_size": 2, "select": "best"}},
             ConfigError,
-            'every class has one image only.\nPass select="last"',
+            'every class has one image only.\nLeave select="best" out',
         ),
         (
             {"model": Plain, "grafts": "adapt_batchnorm"},
@@ -287,7 +275,7 @@ def test_a_full_disk_keeps_what_is_finished(run, tmp_path, monkeypatch):
         ({"progress": 3}, ConfigError, "progress is declared as Callable"),
         ({"adapt_lr": "a"}, ConfigError, "adapt_lr is declared as float"),
         ({"out": 3}, ConfigError, "out is declared as"),
-        ({"weights": "nowhere.pth"}, RecipeError, "There is no file 'nowhere.pth'"),
+        ({"weights": "nowhere.pth"}, RecipeError, "There is no file '.*nowhere.pth'"),
         ({"corrupt": True, "size": 24}, ConfigError, "images of 32 pixels or more"),
     ],
 )
@@ -311,9 +299,9 @@ def test_a_folder_without_runs_holds_nobody_to_its_protocol(run, monkeypatch):
 
 @pytest.mark.parametrize("package", ["scipy", "joblib", "matplotlib"])
 def test_a_missing_package_is_named_first(run, monkeypatch, package):
-    found = experiment.importlib.util.find_spec
+    found = checks.importlib.util.find_spec
     monkeypatch.setattr(
-        experiment.importlib.util, "find_spec", lambda name: None if name == package else found(name)
+        checks.importlib.util, "find_spec", lambda name: None if name == package else found(name)
     )
     with pytest.raises(ConfigError, match=rf'need {package}.*\n.*pip install "fxgraft\[compare\]"'):
         run()
@@ -416,7 +404,7 @@ def test_a_training_loop_of_ones_own(run):
         seen.append((type(model).__name__, seed, len(images)))
         return [0.5]
 
-    found = run(train=train)
+    found = run(train=train, training={"batch_size": 8})
     assert len(seen) == 4
     assert [each["epoch_loss"] for each in found.records] == [[0.5]] * 4
     assert "loop" in found.protocol["training"]

@@ -20,9 +20,10 @@ def mixture_panels(view: View, graft: Graft, members: int) -> Picture:
         members: M.
     """
     chosen = [index % len(view.images) for index in range(members)]
-    inputs = MixMoInput([view.inputs[i : i + 1] for i in chosen])
+    # Each twice: BatchNorm takes no batch of one value a channel.
+    inputs = MixMoInput([view.inputs[[i, i]] for i in chosen])
     with torch.no_grad():
-        out = view.model.train()(inputs, target=[view.labels[i : i + 1] for i in chosen])
+        out = view.model.train()(inputs, target=[view.labels[[i, i]] for i in chosen])
     pairing = graft.recall(out)
     images = view.images[chosen]
     if pairing.masks is None:  # one member alone
