@@ -232,7 +232,8 @@ def load_weights(model: nn.Module, path: str | Path, *, new_classifier: bool = F
     try:
         weights = load_state_dict(str(file), device="cpu")
     except Exception as error:  # torch's and safetensors' own, of many classes
-        raise RecipeError(f"{file} holds no weights that can be read: {error}\n{_WEIGHTS}") from error
+        problem = str(error).partition(chr(10))[0]  # torch goes on with advice that can't be followed here
+        raise RecipeError(f"{file} holds no weights that can be read: {problem}\n{_WEIGHTS}") from error
     if not isinstance(weights, Mapping) or not all(isinstance(value, Tensor) for value in weights.values()):
         raise RecipeError(f"{file} holds something other than tensors by name.\n{_WEIGHTS}")
     own = model.state_dict()

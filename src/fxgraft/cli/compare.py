@@ -111,7 +111,8 @@ def compare(
         "epochs": epochs, "batch_size": batch_size, "opt": opt, "lr": lr, "weight_decay": weight_decay, "sched": sched,
         "warmup_epochs": warmup_epochs,
     }  # fmt: skip
-    training = {name: value for name, value in settings.items() if value is not None} | _pairs(set_, "--set")
+    training = {name: value for name, value in settings.items() if value is not None}
+    training |= {name: _tried(name, value, "--set")[0] for name, value in _pairs(set_, "--set").items()}
     held = None if not hold_out else "all" if hold_out == ["all"] else hold_out
     console = _console()
     with _Running(console) as running:
@@ -128,10 +129,10 @@ def compare(
             seeds=_seeds(seeds),
             pretrained=pretrained,
             weights=weights,
-            model_options=_pairs(model_option, "--model-option"),
+            model_options={k: _values(v)[0] for k, v in _pairs(model_option, "--model-option").items()},
             size=size,
             training=training,
-            tune={name: _values(value) for name, value in _pairs(tune, "--tune", plain=True).items()} or None,
+            tune={k: _tried(k, v, "--tune") for k, v in _pairs(tune, "--tune").items()} or None,
             tune_each=tune_each,
             baseline=baseline,
             metric=metric,
@@ -242,14 +243,24 @@ def _seeds(text: str) -> int | list[int]:
     return numbers if "," in text else numbers[0]
 
 
-def _pairs(texts: list[str] | None, option: str, plain: bool = False) -> dict[str, Any]:
-    pairs: dict[str, Any] = {}
+def _pairs(texts: list[str] | None, option: str) -> dict[str, str]:
+    pairs = {}
     for text in texts or ():
         key, equals, value = text.partition("=")
         if not equals or not value or not key.isidentifier():
             raise ConfigError(f"{option} takes KEY=VALUE, got {text!r}.")
-        pairs[key] = value if plain else _values(value)[0]
+        pairs[key] = value
     return pairs
+
+
+def _tried(name: str, text: str, option: str) -> list[Any]:
+    """Read values of a setting of the training; one that is a name stays text, also where it is "none"."""
+    from fxgraft.comparison.training import Training
+
+    if not all(part.strip() for part in text.split(",")):
+        raise ConfigError(f"{option} {name} takes a value, or values with commas between; got {text!r}.")
+    named = isinstance(getattr(Training(), name, None), str)
+    return [part.strip() for part in text.split(",")] if named else _values(text)
 
 
 def _values(text: str) -> list[Any]:

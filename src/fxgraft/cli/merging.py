@@ -78,9 +78,9 @@ def merge_file(
         MergeError: a graft cannot be folded.
     """
     if out.suffix != ".safetensors":
+        named = out / "model.safetensors" if out.is_dir() else out.with_suffix(".safetensors")
         raise ConfigError(
-            f"The file to write must end in .safetensors, got {str(out)!r}.\n"
-            f"Pass {str(out.with_suffix('.safetensors'))!r}."
+            f"The file to write must end in .safetensors, got {str(out)!r}.\nPass {str(named)!r}."
         )
     if is_recipe(source):
         if grafts or ema:

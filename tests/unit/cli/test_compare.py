@@ -52,14 +52,18 @@ def test_options_become_arguments(tmp_path, monkeypatch):
             *("compare", "DATA", "--graft", "rsc", "--graft", "rsc + selfnorm", "--hold-out", "all"),
             *("--seeds", "3,4", "--lr", "0.1", "--set", "amp=true", "--set", "train_crop=0.5"),
             *("--model-option", "output_stride=8", "--tune", "lr=0.1,0.2", "--tune", "opt=sgd,adamw"),
+            *("--tune", "sched=cosine, none", "--set", "select=last", "--set", "clip_grad=none"),
             *("--baseline", "adapt_batchnorm", "--corrupt"),
         ],
     )
     assert given["grafts"] == ["rsc", "rsc + selfnorm"]
     assert (given["hold_out"], given["seeds"], given["corrupt"]) == ("all", [3, 4], True)
-    assert given["training"] == {"lr": 0.1, "amp": True, "train_crop": 0.5}
+    assert given["training"] == {
+        **{"lr": 0.1, "amp": True, "train_crop": 0.5},
+        **{"select": "last", "clip_grad": None},
+    }
     assert given["model_options"] == {"output_stride": 8}
-    assert given["tune"] == {"lr": [0.1, 0.2], "opt": ["sgd", "adamw"]}
+    assert given["tune"] == {"lr": [0.1, 0.2], "opt": ["sgd", "adamw"], "sched": ["cosine", "none"]}
     assert given["baseline"] == "adapt_batchnorm"
 
 
@@ -71,6 +75,7 @@ def test_options_become_arguments(tmp_path, monkeypatch):
         (("DATA", "--seeds", "one"), r"--seeds takes a number of seeds"),
         (("DATA", "--set", "amp"), r"--set takes KEY=VALUE"),
         (("DATA", "--tune", "lr"), r"--tune takes KEY=VALUE"),
+        (("DATA", "--graft", "rsc", "--tune", "lr=0.1,"), r"--tune lr takes a value, or values with commas"),
         (("DATA", "--graft", "rsc:"), r"a colon and no options"),
     ],
 )

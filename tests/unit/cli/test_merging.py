@@ -147,6 +147,7 @@ ERRORS: dict[str, tuple[tuple[object, ...], str]] = {
     ),
     "no average": (("plain.pt", "--model", NAME, "--ema"), "no averaged weights"),
     "suffix": (("plain.pt", "--model", NAME, "--out", "stock.pth"), r"must end in \.safetensors"),
+    "folder for a file": (("plain.pt", "--model", NAME, "--out", "."), r"Pass 'model\.safetensors'"),
     "no place": (
         ("plain.pt", "--model", NAME, "--graft", "mixmo", "--out", "text.pt/stock.safetensors"),
         "Cannot write",
