@@ -28,7 +28,8 @@ from torch.utils.data import DataLoader, Dataset
 
 import fxgraft
 from fxgraft.comparison import training
-from fxgraft.comparison.data import Item, Items, open_image
+from fxgraft.comparison.data import Items
+from fxgraft.comparison.image_files import Item, open_image
 from fxgraft.comparison.training import Images, Training, fit, transform_of
 from fxgraft.environment import environment
 

@@ -12,13 +12,16 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import Dataset
 
 from fxgraft._torch import BatchNorm
 from fxgraft.adaptation.streams import images_of
+from fxgraft.environment import checked_device
 from fxgraft.errors import ConfigError, StructureError, no_module
 from fxgraft.graph.grafting.state import state_of
 from fxgraft.graph.tracing.preserve import preserved_modes
 from fxgraft.patches.gam.step import renew_sources
+from fxgraft.patches.options import is_number
 
 M = TypeVar("M", bound=nn.Module)
 Statistics = tuple[Tensor, Tensor]
@@ -45,8 +48,9 @@ def adapt_batchnorm(
             under "image", "x" or another usual name. Labels are not read.
         reset: forget the statistics of the domain that the model was trained on.
         momentum: share of each new batch, in (0, 1]; a batch with fewer images than the largest before it has
-            proportionally less. None: the average of the moments of all batches, weighed by their images, or without
-            ``reset`` every layer's own momentum.
+            proportionally less. With ``reset`` it starts from mean 0 and variance 1, as torch does, whose share is
+            small after many batches only. None: the average of the moments of all batches, weighed by their images, or
+            without ``reset`` every layer's own momentum.
         exact: mean and variance over all images instead, layer by layer, so that each layer sees what the layers before
             it give with their new statistics. It takes a pass for each BatchNorm and a loader that can be iterated
             again and again; batches may be of any size. Not with ``momentum`` or ``reset=False``.
@@ -70,14 +74,19 @@ def adapt_batchnorm(
             "Adapting means to estimate those on other images, and there is nothing to estimate.\n"
             "Leave the call out: models with LayerNorm or GroupNorm normalise every image by itself."
         )
-    if momentum is not None and (isinstance(momentum, bool) or not 0 < momentum <= 1):
+    if momentum is not None and (not is_number(momentum) or not 0 < momentum <= 1):
         raise ConfigError(f"momentum is the share of each new batch, in (0, 1]; got {momentum!r}.")
     if exact and (momentum is not None or not reset):
         raise ConfigError(
             "exact=True takes the moments over all images, and momentum= or reset=False asks for a moving average.\n"
             "Leave exact= out, or the other two."
         )
-    target_device = torch.device(device) if device is not None else layers[0].running_mean.device  # type: ignore[union-attr]
+    if not isinstance(loader, Iterable) or isinstance(loader, (Tensor, Dataset)):
+        raise ConfigError(
+            f"The loader gives batches of images (B, C, H, W), and {type(loader).__name__} does not.\n"
+            "Pass a DataLoader or a list of batches; [x] for one batch."
+        )
+    target_device = checked_device(device) if device is not None else layers[0].running_mean.device  # type: ignore[union-attr]
     renew_sources(model)
     with preserved_modes(model), _restored_on_failure(layers), torch.no_grad():
         model.eval()

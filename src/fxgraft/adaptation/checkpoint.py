@@ -41,6 +41,12 @@ _DIFFERENCES = {
 }
 
 
+def _of_group(group: Mapping[str, Any]) -> list[Any]:
+    """Return what a run that goes on must have given: the state that is loaded has the values of the first call."""
+    named = [group[name] for name in ("betas", "momentum", "weight_decay") if name in group]
+    return [len(group["params"]), group.get("initial_lr", group["lr"]), *named]
+
+
 class Checkpoint:
     """The file of a run, and what goes into it.
 
@@ -77,7 +83,7 @@ class Checkpoint:
             "source": _digest(_contents(frozen)),
             "discriminators": _digest(_shapes(players)),
             "optimizers": _digest(
-                f"{type(optimizer).__name__} {[len(group['params']) for group in optimizer.param_groups]}"
+                f"{type(optimizer).__name__} {[_of_group(group) for group in optimizer.param_groups]}"
                 for optimizer in pair
             ),
         }

@@ -73,7 +73,8 @@ class Recorder:
             raise ConfigError(
                 f"Not finite in step {self.done}: {', '.join(map(repr, parts))}.\n"
                 "The weights are spoilt from there on; a checkpoint holds those before.\n"
-                'Try a lower lr, or matching="gaussian", which keeps the scale of what discriminators see.'
+                "Look for images that aren't finite first. Otherwise try a lower lr, or "
+                'matching="gaussian", which keeps the scale of what discriminators see.'
             )
         for (kind, name), value in row.items():
             getattr(self.history, kind).setdefault(name, []).append(value)

@@ -8,6 +8,7 @@ and then updates both sides, as in the authors' release.
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -23,11 +24,12 @@ from fxgraft.adaptation.checkpoint import Checkpoint
 from fxgraft.adaptation.history import AdaptationHistory, Recorder
 from fxgraft.adaptation.streams import Endless
 from fxgraft.api import set_progress
+from fxgraft.environment import checked_device
 from fxgraft.errors import ConfigError, WrappedModelError
 from fxgraft.graph.grafting.graft_registry import registry_of
 from fxgraft.graph.tracing.preserve import preserved_modes
 from fxgraft.patches.gam.step import begin, discriminators, gam_losses, source
-from fxgraft.patches.options import is_count
+from fxgraft.patches.options import is_count, is_number, plain_number
 
 
 def adapt(
@@ -106,7 +108,10 @@ def adapt(
             "It would not see the patches of what is wrapped, nor average discriminators over processes.\n"
             "Pass the model (model.compile() compiles it in place), or write the loop with fxgraft.gam.gam_losses."
         )
-    target_device = torch.device(device) if device is not None else next(model.parameters()).device
+    for option, function in {"schedule": schedule, "callback": callback}.items():
+        if function is not None and not callable(function):
+            raise ConfigError(f"{option} is a function, got {function!r}.")
+    target_device = checked_device(device) if device is not None else next(model.parameters()).device
     for network in (model, players, frozen):
         network.to(target_device)
     pair = _optimizers(model, players, optimizers, lr, betas)
@@ -129,7 +134,7 @@ def adapt(
         for step in range(done, steps):
             set_progress(model, step / steps)
             if schedule is not None:
-                _scale_rates(pair, schedule(step / steps))
+                _scale_rates(pair, _factor(schedule, step / steps))
             images = [stream.next().to(target_device, non_blocking=True) for stream in streams]
             with _autocast(target_device, amp):
                 game = gam_losses(model, *images, name=name)
@@ -175,13 +180,17 @@ def _optimizers(
             "Set requires_grad on those to train."
         )
     if given is None:
-        if lr <= 0:
-            raise ConfigError(f"lr must be above 0, got {lr!r}.")
+        if not is_number(lr) or not 0 < lr < math.inf:
+            raise ConfigError(f"lr must be a number above 0, got {lr!r}.")
+        if not isinstance(betas, (tuple, list)) or not all(is_number(b) and 0 <= b < 1 for b in betas):
+            raise ConfigError(f"betas are two numbers in [0, 1), those of Adam; got {betas!r}.")
         return torch.optim.Adam(players.parameters(), lr, betas), torch.optim.Adam(mapping, lr, betas)
     if not isinstance(given, (tuple, list)) or len(given) != 2:
         raise ConfigError(
             "The two sides have an optimiser each.\nPass optimizers=(discriminators, target network)."
         )
+    if not all(isinstance(optimizer, Optimizer) for optimizer in given):
+        raise ConfigError(f"optimizers= takes two of torch.optim, got {given!r:.80}.")
     held = [{id(p) for group in optimizer.param_groups for p in group["params"]} for optimizer in given]
     if not held[0] <= judging or held[1] & judging:
         raise ConfigError(
@@ -190,7 +199,21 @@ def _optimizers(
             "Build them from fxgraft.patches.gam.discriminators(model).parameters() and from the rest of "
             "model.parameters()."
         )
+    if not held[1] & {id(p) for p in mapping}:
+        raise ConfigError(
+            "The second optimiser holds no parameter of this model, and nothing would be adapted.\n"
+            "Build it from model.parameters(), of the model that is adapted, without the discriminators'."
+        )
     return given[0], given[1]
+
+
+def _factor(schedule: Callable[[float], float], share: float) -> float:
+    factor = plain_number(schedule(share))
+    if not is_number(factor) or not 0 <= factor < math.inf:
+        raise ConfigError(
+            f"schedule({share:.3f}) returned {factor!r}, and rates are multiplied with a number from 0 on."
+        )
+    return factor
 
 
 def _scale_rates(pair: tuple[Optimizer, Optimizer], factor: float) -> None:

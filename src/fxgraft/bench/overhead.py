@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -196,8 +197,8 @@ def _check(
     for name, value in {"batch": batch, "size": smallest, "rounds": rounds, "threads": threads}.items():
         if value is not None and value < 1:
             raise ConfigError(f"{name} must be at least 1, got {value}.")
-    if min_run_time < 0:
-        raise ConfigError(f"min_run_time must not be negative, got {min_run_time}.")
+    if not 0 <= min_run_time < math.inf:
+        raise ConfigError(f"min_run_time is a number of seconds, 0 or more; got {min_run_time}.")
     if isinstance(what, str) or not what or not set(what) <= set(MEASURES):
         raise ConfigError(f"what must be one or more of {', '.join(map(repr, MEASURES))}, got {what!r}.")
     return checked_device(device)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import pickle
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -12,7 +11,6 @@ from typing import Any
 
 import timm
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -187,8 +185,8 @@ def _read(file: Path) -> dict[str, Any]:
             return load_file(file)
         with torch.serialization.safe_globals([argparse.Namespace]):  # timm keeps its arguments in one
             content = torch.load(file, map_location="cpu", weights_only=True)
-    except (OSError, SafetensorError, RuntimeError, EOFError, pickle.UnpicklingError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+    except Exception as error:  # torch's unpickler raises whatever bytes that are no checkpoint lead to
+        reason = getattr(error, "strerror", None) or str(error).partition("\n")[0] or type(error).__name__
         raise ConfigError(f"The checkpoint {str(file)!r} cannot be read: {reason}\n{_CHECKPOINTS}") from error
     if not isinstance(content, dict):
         raise ConfigError(

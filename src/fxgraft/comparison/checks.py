@@ -194,27 +194,27 @@ def check_model(setup: Setup) -> nn.Module:
         ConfigError: the function gives the same weights twice, the model fails on a batch, or its output isn't
             one row of logits for each image.
     """
-    bare = Variant(BARE)
-    model = setup.build(bare, 0)
+    model = setup.build(Variant(BARE), 0)
     if not isinstance(setup.model, str) or ":" in setup.model:
-        trainable = {id(p) for p in setup.build(bare, 0).parameters() if p.requires_grad}
-        if any(id(parameter) in trainable for parameter in model.parameters()):
+        again = setup.build(Variant(BARE), 0)
+        tensors = {id(tensor) for tensor in (*again.parameters(), *again.buffers())}
+        if any(id(tensor) in tensors for tensor in (*model.parameters(), *model.buffers())):
             raise ConfigError(
-                "The function of the model returns the same weights each time it is called.\n"
-                "Every run would go on from the one before. Let it build a new model in each call."
+                "The function of the model returns the same weights each time it is called, or a part of them.\n"
+                "Every run would go on from the one before. Let it build a new model in each call, of a "
+                "copy.deepcopy of what is shared."
             )
-    own = setup.train is not None
-    count = min(2, setup.training.batch_size)
+    # A loop of one's own need not train on batches as they are here.
+    count = 2 if setup.train is not None else min(32, setup.training.batch_size)
     with own_randomness(0), torch.no_grad():
         x = torch.randn(count, 3, setup.size, setup.size)
-        tried = setup.build(bare, 0).train(not own)  # statistics of BatchNorm change
         try:
-            out = tried(x)
+            out = model.train(setup.train is None)(x)
         except Exception as error:  # the model may raise anything
             raise ConfigError(
-                f"The model fails on a batch of {count} images of {setup.size} × {setup.size}: "
+                f"The model fails on a batch of {count} images (3, {setup.size}, {setup.size}): "
                 f"{str(error).partition(chr(10))[0]}\n"
-                "Pass a size= or a batch_size that it takes."
+                "Take a model of RGB images in float32, or another size= or batch_size."
             ) from error
     logits = take_logits(out)
     if not isinstance(logits, Tensor) or logits.shape != (count, setup.classes):

@@ -9,48 +9,36 @@ import tarfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from io import BytesIO
 from pathlib import Path, PurePosixPath
-from typing import IO, Any
+from typing import Any
 
 import torch
-from PIL import Image
-from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from fxgraft.arguments import path_at
+from fxgraft.comparison.image_files import (
+    EXTENSIONS,
+    LEFT_BY_TOOLS,
+    SCHEMES,
+    Item,
+    content_of,
+    file_of,
+    holds_image,
+    is_hidden,
+    is_image,
+    opened,
+    timm_data,
+)
 from fxgraft.errors import ConfigError, candidates
-from fxgraft.io.images import read_rgb
 from fxgraft.patches.options import is_count
 
 _TARS = (".tar", ".tar.gz", ".tgz")
 _SPLITS = {"train": "train", "training": "train", "val": "validation", "valid": "validation", "test": "test"}
 _SPLITS |= {"validation": "validation", "testing": "test"}
-_SCHEMES = ("torch/", "hfds/", "tfds/")
-_EXTENSIONS = (*IMG_EXTENSIONS, ".gif")
-_LEFT_BY_TOOLS = ("__MACOSX", "__pycache__")
 LAYOUTS = (
     "It should hold one folder a domain, domain/class/image.jpg; or train/, val/ and test/, each with class folders; "
     "or class folders with images; or tars of these.\n"
-    f"Images are files that end in {', '.join(_EXTENSIONS)}."
+    f"Images are files that end in {', '.join(EXTENSIONS)}."
 )
-
-
-@dataclass(frozen=True)
-class Item:
-    """One image.
-
-    Attributes:
-        path: the file, the tar that holds it, or the name of a timm data set.
-        member: name inside the tar, index in the data set; empty for a file.
-        label: index of its class; -1 where labels do not count.
-    """
-
-    path: str
-    member: str
-    label: int
-
-    def __str__(self) -> str:
-        return f"{self.path}:{self.member}" if self.member else self.path
 
 
 Items = tuple[Item, ...]
@@ -82,7 +70,7 @@ class Source:
     Attributes:
         name: of the folder or the file.
         images: their number, by domain or split.
-        digest: of the names and sizes of their files, by domain and class. Where they lie isn't part of it.
+        digest: of their files, by domain and class: names, sizes and how each begins. Where they lie isn't part of it.
     """
 
     name: str
@@ -175,9 +163,13 @@ def read_data(
         )
     if kind == "domains":
         _check_same(trained, classes)
-    items = {name: _items(rows, classes, name) for name, rows in groups.items()}
+    items = {name: _items(rows, classes, name or str(data)) for name, rows in groups.items()}
     adapted = tuple(Item(p, m, -1) for rows in (targets or {}).values() for p, m, _ in rows)
-    asked = {} if tests is None else {name: _items(rows, classes, name) for name, rows in tests.items()}
+    asked = (
+        {}
+        if tests is None
+        else {name: _items(rows, classes, name or str(test)) for name, rows in tests.items()}
+    )
     make = functools.partial(_task, per_class=per_class, test_per_class=test_per_class)
     chosen = (
         [hold_out]
@@ -185,8 +177,9 @@ def read_data(
         else [str(name) for name in (() if hold_out is None else hold_out)]
     )
     tasks = list(_tasks(kind, items, list(dict.fromkeys(chosen)), asked, make, str(data)))
-    for task in tasks if asked else ():
-        _check_apart(task, str(test))
+    files: dict[Item, Any] = {}
+    for task in tasks:
+        _check_apart(task, files)
     with_target = tuple(replace(task, target=adapted or task.test) for task in tasks)
     return Data(
         kind,
@@ -203,14 +196,22 @@ def _tested(test: str | os.PathLike[str]) -> dict[str, list[_Named]]:
     return {"test": groups["test"]} if kind == "splits" and "test" in groups else groups
 
 
-def _check_apart(task: Task, test: str) -> None:
-    """Raise where images are tested that are trained on, or that choose settings."""
-    known = {(os.path.realpath(item.path), item.member) for item in (*task.train, *task.validation)}
-    twice = [item for item in task.test if (os.path.realpath(item.path), item.member) in known]
+def _check_apart(task: Task, files: dict[Item, Any]) -> None:
+    """Raise where images are tested that are trained on, or that choose settings.
+
+    Args:
+        task: the task.
+        files: what is known of the items' files; it grows.
+    """
+    for item in (*task.train, *task.validation, *task.test):
+        if item not in files:
+            files[item] = file_of(item)
+    known = {files[item] for item in (*task.train, *task.validation)}
+    twice = [item for item in task.test if files[item] in known]
     if twice:
         raise ConfigError(
-            f"{len(twice)} of the {len(task.test)} images of {test} are trained on, too: {twice[0]}.\n"
-            "Their score says nothing about new images. Pass a test= of other images, or leave it out."
+            f"{len(twice)} of the {len(task.test)} images to test on are trained on, too: {twice[0]}.\n"
+            "Their score says nothing about new images. Test on others: hold_out=, test= or a test split."
         )
 
 
@@ -218,10 +219,10 @@ def _source(place: Any, groups: Mapping[str, Sequence[_Named]]) -> Source:
     digest = hashlib.sha256()
     for group, rows in sorted(groups.items()):
         for path, member, label in rows:
-            name = f"{group}/{label}/{PurePosixPath(member or path).name}: {_size(path, member)}\n"
+            name = f"{group}/{label}/{PurePosixPath(member or path).name}: {content_of(path, member)}\n"
             digest.update(name.encode("utf-8", "surrogateescape"))
     counts = {name: len(rows) for name, rows in groups.items()}
-    return Source(Path(str(place)).name or str(path_at(place).resolve().name), counts, digest.hexdigest())
+    return Source(Path(os.path.normpath(path_at(place).absolute())).name, counts, digest.hexdigest())
 
 
 def _tasks(
@@ -346,10 +347,10 @@ def _check_same(groups: Mapping[str, Sequence[_Named]], classes: Sequence[str]) 
 def _groups(data: str | os.PathLike[str]) -> tuple[str, dict[str, list[_Named]]]:
     """List the images by domain or split, and say which of the two these are."""
     path = path_at(data).absolute()  # what reads the images may do so in another folder
-    if str(data).startswith(_SCHEMES) and not path.exists():
+    if str(data).startswith(SCHEMES) and not path.exists():
         return "splits", _of_timm(str(data))
     if path.is_dir():
-        entries = sorted(entry for entry in path.iterdir() if not _is_hidden(entry.name))
+        entries = sorted(entry for entry in path.iterdir() if not is_hidden(entry.name))
         tars = [entry for entry in entries if entry.name.lower().endswith(_TARS)]
         folders = [entry for entry in entries if entry.is_dir() and not entry.name.startswith("_")]
         if tars and folders:
@@ -388,11 +389,6 @@ def _named_groups(path: Path, groups: dict[str, list[_Named]]) -> tuple[str, dic
     return "splits", {meant[name]: rows for name, rows in groups.items()}
 
 
-def _is_hidden(name: str) -> bool:
-    """Say whether a name is of what the system or a tool keeps beside one's data."""
-    return name.startswith(".") or name in _LEFT_BY_TOOLS
-
-
 def _by_folders(root: Path, rows: list[tuple[str, str, PurePosixPath]]) -> dict[str, list[_Named]]:
     """Sort images by their folders: class/image, or group/class/image."""
     depths = Counter(len(place.parts) for _, _, place in rows)
@@ -410,14 +406,14 @@ def _by_folders(root: Path, rows: list[tuple[str, str, PurePosixPath]]) -> dict[
 def _files(root: Path) -> list[tuple[str, str, PurePosixPath]]:
     places = []
     for folder, inside, names in os.walk(root, followlinks=True):
-        inside[:] = [name for name in inside if not _is_hidden(name)]
+        inside[:] = [name for name in inside if not is_hidden(name)]
         parts = Path(folder).relative_to(root).parts
-        places += [PurePosixPath(*parts, name) for name in names if _is_image(name)]
+        places += [PurePosixPath(*parts, name) for name in names if is_image(name)]
     places.sort()
     empty = [
         folder.name for folder in sorted(root.iterdir()) if folder.is_dir() and folder.name[0] not in "._"
     ]
-    empty = sorted(set(empty) - {place.parts[0] for place in places} - {*_LEFT_BY_TOOLS})
+    empty = sorted(set(empty) - {place.parts[0] for place in places} - {*LEFT_BY_TOOLS})
     if empty:
         raise ConfigError(f"{root} has folders without images: {', '.join(empty)}.\n{LAYOUTS}")
     return [(str(root / place), "", place) for place in places]
@@ -425,7 +421,7 @@ def _files(root: Path) -> list[tuple[str, str, PurePosixPath]]:
 
 def _members(path: Path) -> list[tuple[str, str, PurePosixPath]]:
     try:
-        names = sorted(name for name, member in _opened(path)[1].items() if _holds_image(path, member))
+        names = sorted(name for name, member in opened(path)[1].items() if holds_image(path, member))
     except (tarfile.TarError, EOFError, OSError) as error:
         raise ConfigError(
             f"Cannot read {path}: {error}\nThe archive may be incomplete: copy or download it again."
@@ -438,21 +434,8 @@ def _members(path: Path) -> list[tuple[str, str, PurePosixPath]]:
     return [
         (str(path), name, place)
         for name, place in zip(names, places, strict=True)
-        if not any(map(_is_hidden, place.parts))
+        if not any(map(is_hidden, place.parts))
     ]
-
-
-def _holds_image(path: Path, member: tarfile.TarInfo) -> bool:
-    if not _is_image(member.name) or member.isdir():
-        return False
-    if member.isreg():
-        return True
-    try:
-        return _opened(path)[0].extractfile(member) is not None
-    except KeyError:
-        raise ConfigError(
-            f"{path}:{member.name} is a link to what isn't in the archive.\nRemove it, or pack what it links to."
-        ) from None
 
 
 def _of_tars(tars: Sequence[Path]) -> dict[str, list[_Named]]:
@@ -485,11 +468,6 @@ def _of_tars(tars: Sequence[Path]) -> dict[str, list[_Named]]:
     return groups
 
 
-def _is_image(name: str) -> bool:
-    base = PurePosixPath(name)
-    return not base.name.startswith(".") and base.suffix.lower() in _EXTENSIONS
-
-
 def _of_timm(name: str) -> dict[str, list[_Named]]:
     """Read the splits of a data set by timm's name."""
     splits: dict[str, list[_Named]] = {}
@@ -497,7 +475,7 @@ def _of_timm(name: str) -> dict[str, list[_Named]]:
     for split_name in ("train", "validation", "test"):
         place = f"{name}#{split_name}"
         try:
-            data = _timm_data(place)
+            data = timm_data(place)
         except Exception as error:  # the data set's library may raise anything
             failed[split_name] = error
             continue
@@ -516,71 +494,8 @@ def _of_timm(name: str) -> dict[str, list[_Named]]:
     return splits
 
 
-@functools.lru_cache(maxsize=16)  # opening one lists all of its images, and every image asks for it
-def _timm_data(place: str) -> Any:
-    from timm.data.dataset_factory import create_dataset
-
-    name, _, split_name = place.partition("#")
-    name, _, root = name.partition(":")
-    return create_dataset(name, root=root or None, split=split_name, download=False)
-
-
 def _timm_labels(data: Any) -> list[int]:
     if hasattr(data, "targets"):
         return [int(label) for label in data.targets]
     reader = data.reader  # of the Hugging Face datasets library: a column, without decoding an image
     return [int(label) for label in reader.dataset[reader.label_key]]
-
-
-def open_image(item: Item) -> Image.Image:
-    """Decode an image to RGB.
-
-    Raises:
-        ConfigError: it cannot be read as an image; names it.
-    """
-    try:
-        if _of_a_library(item.path):
-            return _timm_data(item.path)[int(item.member)][0].convert("RGB")
-        source: IO[bytes] | Path = Path(item.path)
-        if item.member:
-            archive, members = _opened(source)
-            source = BytesIO(archive.extractfile(members[item.member]).read())  # type: ignore[union-attr]
-    except (OSError, ValueError, KeyError, tarfile.TarError, Image.DecompressionBombError) as error:
-        raise ConfigError(f"Cannot read {item} as an image: {error}\nRemove or replace it.") from error
-    return read_rgb(source, str(item))
-
-
-def _of_a_library(path: str) -> bool:
-    return "#" in path and path.startswith(_SCHEMES)
-
-
-def version_of(item: Item) -> tuple[int, int]:
-    """Return size and time of the file that holds an image, by which a changed one is told from what it was."""
-    if _of_a_library(item.path):
-        return 0, 0
-    try:
-        found = Path(item.path).stat()
-    except OSError:  # whoever opens it says so
-        return 0, 0
-    return found.st_size, found.st_mtime_ns
-
-
-def _size(path: str, member: str) -> int:
-    if _of_a_library(path):
-        return 0
-    return _opened(Path(path))[1][member].size if member else Path(path).stat().st_size
-
-
-def _opened(path: Path) -> tuple[tarfile.TarFile, dict[str, tarfile.TarInfo]]:
-    return _archive(str(path), os.getpid(), version_of(Item(str(path), "", 0)))
-
-
-@functools.lru_cache(maxsize=16)
-def _archive(
-    path: str,
-    process: int,  # an open file is not shared with a fork
-    version: tuple[int, int],
-) -> tuple[tarfile.TarFile, dict[str, tarfile.TarInfo]]:
-    """Open a tar, and list its members by name: of two with one name the last counts, as for any program."""
-    archive = tarfile.open(path)  # noqa: SIM115  (it stays open for the images)
-    return archive, {member.name: member for member in archive.getmembers()}

@@ -32,7 +32,8 @@ from fxgraft.comparison.checks import (
     values_to_try,
 )
 from fxgraft.comparison.corruptions import check_corruptions
-from fxgraft.comparison.data import Data, Task, open_image, read_data
+from fxgraft.comparison.data import Data, Task, read_data
+from fxgraft.comparison.image_files import open_image
 from fxgraft.comparison.protocol import protocol_of
 from fxgraft.comparison.records import Folder, Record
 from fxgraft.comparison.result import Comparison

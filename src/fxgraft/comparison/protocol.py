@@ -5,18 +5,20 @@ from __future__ import annotations
 import functools
 import hashlib
 import types
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+import numpy as np
+import torch
+from torch import Tensor, nn
 
 from fxgraft.comparison.checks import SEEN
 from fxgraft.comparison.data import Data
 from fxgraft.comparison.runs import Setup
 from fxgraft.io.atomic_write import digest_of
-from fxgraft.io.recipe import architecture_of
+from fxgraft.io.recipe import architecture_of, content_digest
 
 
 def protocol_of(
@@ -70,16 +72,50 @@ def _seen(training: Any) -> dict[str, Any]:
 def _path(function: Callable[..., Any]) -> str:
     """Name a function so that another one isn't taken for it when the folder is opened again."""
     if isinstance(function, functools.partial):
-        return f"partial({_path(function.func)}, {function.args!r}, {function.keywords!r})"
+        return f"partial({_path(function.func)})#{_digest(function)}"
     named = function if hasattr(function, "__qualname__") else type(function)
     name = f"{named.__module__}:{named.__qualname__}"
-    code = getattr(function, "__code__", None)
-    # Lambdas, and functions that a function makes, all have the same name.
-    return f"{name}#{_code_digest(code)[:12]}" if "<" in name and code is not None else name
+    if isinstance(function, types.FunctionType) and "<" not in name:
+        return name
+    # Lambdas, functions that a function makes, methods and objects have the same name and differ in what they hold.
+    return f"{name}#{_digest(function)}"
 
 
-def _code_digest(code: types.CodeType) -> str:
-    held = [
-        _code_digest(value) if isinstance(value, types.CodeType) else repr(value) for value in code.co_consts
-    ]
-    return hashlib.sha256(code.co_code + repr((held, code.co_names)).encode()).hexdigest()
+def _digest(function: Callable[..., Any]) -> str:
+    return hashlib.sha256(repr(_held(function, ())).encode()).hexdigest()[:12]
+
+
+def _held(value: Any, around: tuple[int, ...]) -> Any:
+    """Describe a value by its content, the same way in every process."""
+    if id(value) in around:
+        return "itself"
+    inside = (*around, id(value))
+
+    def all_of(values: Iterable[Any]) -> list[Any]:
+        return [_held(item, inside) for item in values]
+
+    if value is None or isinstance(value, (bool, int, float, complex, str, bytes, Path, np.generic)):
+        return repr(value)
+    if isinstance(value, (list, tuple)):
+        return all_of(value)
+    if isinstance(value, Set):
+        return sorted(map(repr, all_of(value)))
+    if isinstance(value, Mapping):
+        return [(repr(key), _held(item, inside)) for key, item in value.items()]
+    if isinstance(value, (Tensor, np.ndarray)):
+        return content_digest(torch.as_tensor(value))
+    if isinstance(value, types.CodeType):
+        return [value.co_code.hex(), value.co_names, all_of(value.co_consts)]
+    if isinstance(value, functools.partial):
+        return all_of((value.func, value.args, value.keywords))
+    if isinstance(value, types.MethodType):
+        return all_of((value.__func__, value.__self__))
+    if isinstance(value, types.FunctionType):
+        cells = [cell.cell_contents for cell in value.__closure__ or ()]
+        name = f"{value.__module__}:{value.__qualname__}"
+        return [name, *all_of((value.__code__, value.__defaults__, value.__kwdefaults__, cells))]
+    if isinstance(value, (type, types.ModuleType, types.BuiltinFunctionType)):
+        return value.__name__
+    if isinstance(value, nn.Module):
+        return [type(value).__qualname__, content_digest(dict(value.state_dict()))]
+    return [type(value).__qualname__, _held(getattr(value, "__dict__", {}), inside)]

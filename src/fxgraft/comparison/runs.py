@@ -30,6 +30,7 @@ from fxgraft.comparison.training import (
 from fxgraft.environment import processor
 from fxgraft.errors import ConfigError
 from fxgraft.models import Model, build_model, load_weights
+from fxgraft.patches.options import is_number, plain_number
 from fxgraft.spec import describe, parse_patch_spec, split_grafts
 
 BARE = "bare"
@@ -278,7 +279,7 @@ def _losses(returned: Any) -> list[float]:
     if returned is None:
         return []
     try:
-        return [float(loss) for loss in ([returned] if isinstance(returned, (int, float)) else returned)]
+        return [float(loss) for loss in ([returned] if is_number(plain_number(returned)) else returned)]
     except (TypeError, ValueError) as error:
         raise ConfigError(
             f"train= returned {returned!r:.80}, which is no list of losses: {error}.\n"

@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 import fxgraft
-from fxgraft.comparison.data import Item, Items, open_image, version_of
+from fxgraft.comparison.data import Items
+from fxgraft.comparison.image_files import Item, open_image, version_of
 from fxgraft.errors import ConfigError, candidates
 from fxgraft.graph.structure.heads.outputs import take_logits
 from fxgraft.patches.options import (

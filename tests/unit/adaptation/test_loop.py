@@ -227,7 +227,7 @@ def test_counts(option: str, value: Any) -> None:
 
 
 def test_rates() -> None:
-    with pytest.raises(ConfigError, match="lr must be above 0"):
+    with pytest.raises(ConfigError, match="lr must be a number above 0"):
         fxgraft.adapt(network(), *loaders(), steps=1, lr=0.0)
 
 

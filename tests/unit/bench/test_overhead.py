@@ -168,7 +168,7 @@ def test_peak_of_a_trace_without_memory_events_is_unknown():
         ({"size": (4, 0, 12)}, "size must be at least 1"),
         ({"rounds": 0}, "rounds must be at least 1"),
         ({"threads": 0}, "threads must be at least 1"),
-        ({"min_run_time": -1.0}, "min_run_time must not be negative"),
+        ({"min_run_time": -1.0}, "min_run_time is a number of seconds, 0 or more"),
         ({"what": ["backward"]}, "'forward', 'training step'"),
         ({"what": "forward"}, "one or more of"),
         ({"what": []}, "one or more of"),

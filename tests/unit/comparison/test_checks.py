@@ -8,6 +8,7 @@ import threading
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 import fxgraft
 from fxgraft.errors import ConfigError
@@ -43,8 +44,8 @@ def fails(num_classes):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"model": Two}, r"returns \(2, 1\) for 2 images of 2 classes"),
-        ({"model": Dense}, r"returns \(2, 2, 1, 1\) for 2 images of 2 classes"),
+        ({"model": Two}, r"returns \(8, 1\) for 8 images of 2 classes"),
+        ({"model": Dense}, r"returns \(8, 2, 1, 1\) for 8 images of 2 classes"),
         ({"model": fails}, r"fails with num_classes=2: ZeroDivisionError: division by zero"),
         ({"model": "timm/test_vit", "size": 20}, r"(?s)size"),
         (
@@ -68,13 +69,13 @@ def test_found_before_the_first_step(run, tmp_path, changes, message):
 
 def test_a_batch_of_one_where_a_norm_has_one_value(run):
     with pytest.raises(
-        ConfigError, match=r"fails on a batch of 1 images of 16 × 16: Expected more than 1 value"
+        ConfigError, match=r"fails on a batch of 1 images \(3, 16, 16\): Expected more than 1 value"
     ):
         run(model="timm/test_resnet", size=16, training={"epochs": 1, "batch_size": 1})
 
 
-def test_structured_outputs_are_scored(run):
-    named, plain = run(model=Named, seeds=1), run(model=Returns, seeds=1, out="elsewhere")
+def test_structured_outputs_are_scored(run, tmp_path):
+    named, plain = run(model=Named, seeds=1), run(model=Returns, seeds=1, out=tmp_path / "plain")
     assert [r["scores"] for r in named.records] == [r["scores"] for r in plain.records]
 
 
@@ -83,6 +84,38 @@ def test_a_function_that_returns_one_model_again(run):
     with pytest.raises(ConfigError, match="returns the same weights each time"):
         run(model=lambda num_classes: shared)
     assert fxgraft.grafts(shared) == []
+
+
+def test_a_function_whose_models_share_a_part(run):
+    trunk = Small(2).requires_grad_(False)
+    before = {key: value.clone() for key, value in trunk.state_dict().items()}
+
+    class Headed(nn.Module):
+        def __init__(self, num_classes):
+            super().__init__()
+            self.trunk, self.fc = trunk, nn.Linear(2, num_classes)
+
+        def forward(self, x):
+            return self.fc(self.trunk(x))
+
+    with pytest.raises(ConfigError, match=r"or a part of them(?s:.*)copy.deepcopy"):
+        run(model=Headed)
+    assert all(torch.equal(value, before[key]) for key, value in trunk.state_dict().items())
+
+
+def test_models_that_need_whole_batches_and_that_are_lazy(run, tmp_path):
+    class Quarters(Small):
+        def forward(self, x):
+            assert not self.training or len(x) % 4 == 0
+            return super().forward(x)
+
+    class Lazy(nn.Sequential):
+        def __init__(self, num_classes):
+            super().__init__(nn.LazyConv2d(4, 3), nn.BatchNorm2d(4), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+            self.append(nn.LazyLinear(num_classes))
+
+    assert run(model=Quarters, seeds=1).complete
+    assert run(model=Lazy, seeds=1, grafts="adapt_batchnorm", out=tmp_path / "lazy").complete
 
 
 def test_runs_do_not_lie_among_the_images(run, data):
@@ -113,6 +146,8 @@ def test_the_callers_modes_of_torch(run, tmp_path):
         (np.array([0.5, 0.25]), [0.5, 0.25], False),
         (torch.tensor([0.5]), [0.5], False),
         (0.5, [0.5], False),
+        (np.float32(0.5), [0.5], False),
+        (torch.tensor(0.5), [0.5], False),
         ([0.5, float("nan")], [0.5, None], True),
     ],
 )
@@ -158,7 +193,7 @@ def test_functions_of_any_kind(run):
             return [0.5]
 
     found = run(train=Loop(), training=None, seeds=1, model=functools.partial(Small, width=4))
-    assert found.protocol["training"]["loop"].endswith("Loop")
+    assert "Loop#" in found.protocol["training"]["loop"]
     assert found.protocol["model"].startswith("partial(")
 
 

@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fxgraft.comparison.data import Item, open_image, read_data, split
+from fxgraft.comparison.data import read_data, split
+from fxgraft.comparison.image_files import Item, open_image
 from fxgraft.errors import ConfigError
 from unit.comparison.images import CLASSES, DOMAINS, write_classes, write_domains, write_tar
 
@@ -318,13 +319,40 @@ def test_what_is_tested_is_said_once_and_never_trained_on(domains, tmp_path):
     ):
         read_data(domains, test=domains)
     (tmp_path / "link").symlink_to(domains / "red")
-    with pytest.raises(ConfigError, match=r"images of .*link are trained on, too"):
+    with pytest.raises(ConfigError, match=r"16 of the 16 images to test on are trained on, too: .*link"):
         read_data(domains, test=tmp_path / "link")
     splits = tmp_path / "splits"
     for name in ("train", "test"):
         write_classes(splits / name, count=4)
     (task,) = read_data(domains, test=splits).tasks
     assert {item.path.split("/")[-3] for item in task.test} == {"test"}
+
+
+def test_links_to_the_same_images(domains, tmp_path):
+    shared = tmp_path / "shared"
+    for kind in ("splits", "domains"):
+        (shared / kind).mkdir(parents=True)
+    for name in ("train", "test"):
+        (shared / "splits" / name).symlink_to(domains / "red")
+    for name in ("first", "second"):
+        (shared / "domains" / name).symlink_to(domains / "red")
+    with pytest.raises(ConfigError, match="16 of the 16 images to test on are trained on"):
+        read_data(shared / "splits")
+    with pytest.raises(ConfigError, match="16 of the 16 images to test on are trained on"):
+        read_data(shared / "domains", hold_out="first")
+    copies = tmp_path / "copies"
+    for kind in CLASSES:
+        (copies / kind).mkdir(parents=True)
+        os.link(domains / "red" / kind / "0.png", copies / kind / "0.png")
+    with pytest.raises(ConfigError, match="2 of the 2 images to test on are trained on"):
+        read_data(domains, test=copies)
+
+
+def test_classes_that_training_does_not_have_are_of_a_named_folder(domains, tmp_path):
+    write_classes(tmp_path / "more")
+    (tmp_path / "more" / "dots").rename(tmp_path / "more" / "stars")
+    with pytest.raises(ConfigError, match=r"'.*more' has classes that training does not have: stars"):
+        read_data(domains, test=tmp_path / "more")
 
 
 def test_domains_in_an_array(domains):

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import functools
+import os
 import shutil
+import subprocess
+import sys
 
 import pytest
+from PIL import Image
 
 import fxgraft
 from fxgraft.errors import ConfigError
-from unit.comparison.images import write_classes, write_domains
+from unit.comparison.images import DOMAINS, write_classes, write_domains
 from unit.comparison.small import Small
 
 
@@ -73,7 +77,7 @@ def test_models_and_loops_with_one_name(run, tmp_path):
 
 def test_another_partial(run):
     run(model=functools.partial(Small, width=4), seeds=1)
-    refused(run, "width", model=functools.partial(Small, width=5), seeds=1)
+    refused(run, "model: partial", model=functools.partial(Small, width=5), seeds=1)
 
 
 def test_settings_that_tuning_would_choose_now(run, monkeypatch):
@@ -101,3 +105,75 @@ def test_a_method_of_ones_own_goes_to_other_processes(run):
         from fxgraft.patches import registry
 
         registry._registry.pop("travelling")
+
+
+class Loop:
+    """A loop of a rate."""
+
+    def __init__(self, rate):
+        self.rate = rate
+
+    def __call__(self, model, images, validation, seed):
+        return [self.rate]
+
+    def run(self, model, images, validation, seed):
+        return [self.rate]
+
+
+def closed_over(rate):
+    return lambda model, images, validation, seed: [rate]
+
+
+def by_default(rate):
+    return lambda model, images, validation, seed, rate=rate: [rate]
+
+
+@pytest.mark.parametrize("make", [Loop, lambda rate: Loop(rate).run, closed_over, by_default])
+def test_functions_that_differ_in_what_they_hold(run, make):
+    shared = {"seeds": 1, "training": None}
+    run(train=make(0.5), **shared)
+    refused(run, "loop", train=make(0.25), **shared)
+    assert len(run(train=make(0.5), **shared).records) == 2
+
+
+IDENTITY = """
+import functools
+from fxgraft.comparison.protocol import _path
+names = {"alpha", "beta", "gamma", "delta"}
+def rate(step): return 0.5
+print(_path(lambda seed: seed in {"alpha", "beta", "gamma"} and names), _path(functools.partial(print, rate)))
+"""
+
+
+def test_names_of_functions_are_the_same_in_every_process():
+    said = {
+        subprocess.run(
+            [sys.executable, "-c", IDENTITY],
+            capture_output=True,
+            text=True,
+            check=True,
+            env={**os.environ, "PYTHONHASHSEED": seed},
+        ).stdout
+        for seed in "12"
+    }
+    assert len(said) == 1
+
+
+def test_other_images_of_the_same_size(run, tmp_path):
+    for seed in (0, 1):
+        place = write_domains(
+            tmp_path / f"{seed}" / "img", domains=("red", "green", "blue") if seed else DOMAINS
+        )
+        for file in place.rglob("*.png"):
+            with Image.open(file) as image:
+                image.save(file.with_suffix(".bmp"))
+            file.unlink()
+    run(data=tmp_path / "0" / "img", seeds=1)
+    refused(run, "digest", data=tmp_path / "1" / "img", seeds=1)
+
+
+def test_spellings_of_a_folder(run, data, monkeypatch):
+    run(seeds=1)
+    monkeypatch.chdir(data / "red")
+    for spelling in ("..", "../../data", f"{data}/red/.."):
+        assert len(run(data=spelling, seeds=1).records) == 2
