@@ -29,9 +29,9 @@ from torch.utils.data import DataLoader, Dataset
 import fxgraft
 from fxgraft.comparison import training
 from fxgraft.comparison.data import Items
-from fxgraft.comparison.image_files import Item, open_image
 from fxgraft.comparison.training import Images, Training, fit, transform_of
 from fxgraft.environment import environment
+from fxgraft.io.images import Item, open_image
 
 MODEL, SIZE, BATCH, COUNT, CLASSES = "resnet18", 64, 16, 160, 4
 

@@ -10,30 +10,6 @@ import timm
 import torch
 
 import fxgraft
-from fxgraft.errors import ConfigError
-
-
-def checked_device(device: str | torch.device) -> torch.device:
-    """Turn a device name into a device that is there.
-
-    Raises:
-        ConfigError: the name means nothing to torch, or this machine has no such device.
-    """
-    try:
-        checked = torch.device(device)
-        torch.empty(0, device=checked)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        known = ["cpu", *(f"cuda:{index}" for index in range(torch.cuda.device_count()))]
-        raise ConfigError(
-            f"This machine has no device {str(device)!r}, as far as torch can see.\n"
-            f"It sees {', '.join(known)}; an accelerator needs its driver, and a torch that was built for it.\n"
-            "Name one of these, or leave the device out."
-        ) from error
-    if checked.type == "meta":
-        raise ConfigError(
-            "The 'meta' device computes nothing, so nothing can be measured on it.\nTake \"cpu\", or an accelerator."
-        )
-    return checked
 
 
 def processor(device: torch.device) -> str:

@@ -16,7 +16,7 @@ from torch.utils.data import Dataset
 
 from fxgraft._torch import BatchNorm
 from fxgraft.adaptation.streams import images_of
-from fxgraft.environment import checked_device
+from fxgraft.arguments import checked_device
 from fxgraft.errors import ConfigError, StructureError, no_module
 from fxgraft.graph.grafting.state import state_of
 from fxgraft.graph.tracing.preserve import preserved_modes

@@ -24,7 +24,7 @@ from fxgraft.adaptation.checkpoint import Checkpoint
 from fxgraft.adaptation.history import AdaptationHistory, Recorder
 from fxgraft.adaptation.streams import Endless
 from fxgraft.api import set_progress
-from fxgraft.environment import checked_device
+from fxgraft.arguments import checked_device
 from fxgraft.errors import ConfigError, WrappedModelError
 from fxgraft.graph.grafting.graft_registry import registry_of
 from fxgraft.graph.tracing.preserve import preserved_modes

@@ -20,10 +20,11 @@ import torch
 from torch import nn
 from torch.utils.benchmark import Timer
 
+from fxgraft.arguments import checked_device
 from fxgraft.bench.bare_and_patched import BARE, MEASURES, STEP, Call, Contestant, Loss, line_up
 from fxgraft.bench.memory import memory_kind, peak_memory
 from fxgraft.bench.overhead_report import OverheadReport, Row, Spread, sides_of
-from fxgraft.environment import checked_device, processor, versions
+from fxgraft.environment import processor, versions
 from fxgraft.errors import ConfigError
 from fxgraft.models import build_model
 from fxgraft.spec import describe

@@ -15,7 +15,8 @@ from typing import Any
 import torch
 
 from fxgraft.arguments import path_at
-from fxgraft.comparison.image_files import (
+from fxgraft.errors import ConfigError, candidates
+from fxgraft.io.images import (
     EXTENSIONS,
     LEFT_BY_TOOLS,
     SCHEMES,
@@ -28,7 +29,6 @@ from fxgraft.comparison.image_files import (
     opened,
     timm_data,
 )
-from fxgraft.errors import ConfigError, candidates
 from fxgraft.patches.options import is_count
 
 _TARS = (".tar", ".tar.gz", ".tgz")

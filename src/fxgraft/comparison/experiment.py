@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from fxgraft.arguments import check_arguments, path_at
+from fxgraft.arguments import check_arguments, checked_device, path_at
 from fxgraft.comparison.checks import (
     TUNING_SEED,
     check_adaptation,
@@ -33,15 +33,15 @@ from fxgraft.comparison.checks import (
 )
 from fxgraft.comparison.corruptions import check_corruptions
 from fxgraft.comparison.data import Data, Task, read_data
-from fxgraft.comparison.image_files import open_image
 from fxgraft.comparison.protocol import protocol_of
 from fxgraft.comparison.records import Folder, Record
 from fxgraft.comparison.result import Comparison
 from fxgraft.comparison.runs import BARE, Job, Setup, Variant, carry_out, parse_variant, settings_of
 from fxgraft.comparison.statistics import LEVEL
 from fxgraft.comparison.training import LOWER_IS_BETTER, Training, reading_processes
-from fxgraft.environment import checked_device, environment
+from fxgraft.environment import environment
 from fxgraft.errors import ConfigError
+from fxgraft.io.images import open_image
 from fxgraft.models import Model
 from fxgraft.patches.options import plain_number
 from fxgraft.patches.registry import methods

@@ -21,9 +21,9 @@ from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 import fxgraft
 from fxgraft.comparison.data import Items
-from fxgraft.comparison.image_files import Item, open_image, version_of
 from fxgraft.errors import ConfigError, candidates
 from fxgraft.graph.structure.heads.outputs import take_logits
+from fxgraft.io.images import Item, open_image, version_of
 from fxgraft.patches.options import (
     check_choices,
     check_count,

@@ -9,11 +9,11 @@ import pytest
 import torch
 from torch import nn
 
+from fxgraft.arguments import checked_device
 from fxgraft.bench.bare_and_patched import BARE, CONTROL, FORWARD, MEASURES, PATCHED, RIVAL, TRAINING_STEP
 from fxgraft.bench.memory import memory_kind, peak_memory, peak_of_events
 from fxgraft.bench.overhead import ALLOCATOR, measure, turn_order
 from fxgraft.bench.overhead_report import OverheadReport, Spread, read_size
-from fxgraft.environment import checked_device
 from fxgraft.errors import ConfigError
 from fxgraft.spec import describe
 from models.volumes import video_net

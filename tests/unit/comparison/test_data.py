@@ -13,8 +13,8 @@ import pytest
 from PIL import Image
 
 from fxgraft.comparison.data import read_data, split
-from fxgraft.comparison.image_files import Item, open_image
 from fxgraft.errors import ConfigError
+from fxgraft.io.images import Item, open_image
 from unit.comparison.images import CLASSES, DOMAINS, write_classes, write_domains, write_tar
 
 
