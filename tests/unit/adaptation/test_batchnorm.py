@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import fxgraft
+from fxgraft.errors import ConfigError
 from models.small import exactly, net
 
 SIZE = (3, 24, 24)
@@ -295,3 +296,18 @@ def test_what_cannot_be_estimated_changes_nothing(
         exactly(value, before[key])
     assert [m.training for m in model.modules()] == modes
     assert all(norm.momentum == 0.1 for norm in norms(model))
+
+
+@pytest.mark.parametrize(
+    ("loader", "options", "message"),
+    [
+        (None, {}, "The loader gives batches of images.*NoneType does not"),
+        (torch.zeros(4, 3, 8, 8), {}, "The loader gives batches of images.*Tensor does not"),
+        (torch.utils.data.TensorDataset(torch.zeros(4, 3, 8, 8)), {}, "TensorDataset does not"),
+        ([torch.zeros(4, 3, 8, 8)], {"momentum": "a"}, "momentum is the share of each new batch"),
+        ([torch.zeros(4, 3, 8, 8)], {"device": "nowhere"}, "no device 'nowhere'"),
+    ],
+)
+def test_what_is_no_loader_and_no_option(loader: Any, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        fxgraft.adapt_batchnorm(net(), loader, **options)

@@ -131,6 +131,13 @@ def test_a_checkpoint_of_other_optimisers(tmp_path: Path) -> None:
         fxgraft.adapt(model, *loaders(), steps=2, checkpoint=tmp_path, optimizers=pair)
 
 
+def test_other_rates_are_not_passed_over(tmp_path: Path) -> None:
+    fxgraft.adapt(network(), *loaders(), steps=2, checkpoint=tmp_path, lr=1e-4)
+    with pytest.raises(RecipeError, match="of other optimisers"):
+        fxgraft.adapt(network(), *loaders(), steps=4, checkpoint=tmp_path, lr=1e-1)
+    assert len(fxgraft.adapt(network(), *loaders(), steps=4, checkpoint=tmp_path, lr=1e-4)) == 4
+
+
 def test_a_checkpoint_that_is_further(tmp_path: Path) -> None:
     fxgraft.adapt(network(), *loaders(), steps=3, checkpoint=tmp_path)
     with pytest.raises(ConfigError, match="has made 3 steps, more than steps=2"):

@@ -231,6 +231,28 @@ def test_rates() -> None:
         fxgraft.adapt(network(), *loaders(), steps=1, lr=0.0)
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"lr": math.nan}, "lr must be a number above 0"),
+        ({"lr": "a"}, "lr must be a number above 0"),
+        ({"betas": (1.5, 0.9)}, "betas are two numbers"),
+        ({"betas": 0.5}, "betas are two numbers"),
+        ({"schedule": 3}, "schedule is a function"),
+        ({"schedule": lambda share: None}, r"schedule\(0\.000\) returned None"),
+        ({"schedule": lambda share: -1}, r"schedule\(0\.000\) returned -1"),
+        ({"callback": 3}, "callback is a function"),
+        ({"device": "nowhere"}, "no device 'nowhere'"),
+    ],
+)
+def test_options_out_of_range(options: dict[str, Any], message: str) -> None:
+    model = network()
+    before = everything(model)
+    with pytest.raises(ConfigError, match=message):
+        fxgraft.adapt(model, *loaders(), steps=1, **options)
+    assert equal(everything(model), before)
+
+
 @pytest.mark.parametrize("empty", [0, 1])
 def test_an_empty_loader(empty: int) -> None:
     given: list[Any] = loaders()
@@ -245,6 +267,11 @@ def test_optimisers_of_the_wrong_side() -> None:
         fxgraft.adapt(model, *loaders(), steps=1, optimizers=adam(model)[::-1])
     with pytest.raises(ConfigError, match="an optimiser each"):
         fxgraft.adapt(model, *loaders(), steps=1, optimizers=adam(model)[:1])  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match=r"two of torch\.optim"):
+        fxgraft.adapt(model, *loaders(), steps=1, optimizers=("a", "b"))  # type: ignore[arg-type]
+    other = adam(network())[1]  # of another model: it would move nothing here
+    with pytest.raises(ConfigError, match="holds no parameter of this model"):
+        fxgraft.adapt(model, *loaders(), steps=1, optimizers=(adam(model)[0], other))
 
 
 def test_nothing_to_train() -> None:

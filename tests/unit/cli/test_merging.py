@@ -147,6 +147,8 @@ ERRORS: dict[str, tuple[tuple[object, ...], str]] = {
     ),
     "no average": (("plain.pt", "--model", NAME, "--ema"), "no averaged weights"),
     "suffix": (("plain.pt", "--model", NAME, "--out", "stock.pth"), r"must end in \.safetensors"),
+    "a word": (("word.pt", "--model", NAME), r"cannot be read"),
+    "an empty file": (("empty.pt", "--model", NAME), r"cannot be read: "),
     "folder for a file": (("plain.pt", "--model", NAME, "--out", "."), r"Pass 'model\.safetensors'"),
     "no place": (
         ("plain.pt", "--model", NAME, "--graft", "mixmo", "--out", "text.pt/stock.safetensors"),
@@ -159,6 +161,8 @@ ERRORS: dict[str, tuple[tuple[object, ...], str]] = {
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     place = tmp_path_factory.mktemp("errors")
     torch.save(trained().state_dict(), place / "plain.pt")
+    (place / "word.pt").write_text("hello")
+    (place / "empty.pt").touch()
     torch.save(trained("selfnorm").state_dict(), place / "selfnorm.pt")
     torch.save({"state_dict": run}, place / "code.pt")
     torch.save({"epoch": 3, "names": ["a"]}, place / "odd.pt")
