@@ -205,7 +205,7 @@ def check_model(setup: Setup) -> nn.Module:
                 "copy.deepcopy of what is shared."
             )
     # A loop of one's own need not train on batches as they are here.
-    count = 2 if setup.train is not None else min(32, setup.training.batch_size)
+    count = 2 if setup.train is not None else min(8, setup.training.batch_size)
     with own_randomness(0), torch.no_grad():
         x = torch.randn(count, 3, setup.size, setup.size)
         try:

@@ -70,7 +70,7 @@ class Source:
     Attributes:
         name: of the folder or the file.
         images: their number, by domain or split.
-        digest: of their files, by domain and class: names, sizes and how each begins. Where they lie isn't part of it.
+        digest: of their files, by domain and class: names, sizes and a part of each. Where they lie isn't part of it.
     """
 
     name: str
