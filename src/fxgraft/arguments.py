@@ -30,12 +30,8 @@ def path_at(path: str | os.PathLike[str], error: type[FxgraftError] = ConfigErro
         target = Path(path).expanduser()
         target.resolve()  # `is_dir` passes over a zero byte
         target.is_dir()
-    except (
-        TypeError,
-        ValueError,
-        RuntimeError,
-        OSError,
-    ) as problem:  # no text, a zero byte, no home, too long
+    # No text, a zero byte, no home, too long.
+    except (TypeError, ValueError, RuntimeError, OSError) as problem:
         raise error(
             f"{str(path)[:80]!r} ({type(path).__name__}) cannot be the path of a file: {problem}.\n"
             "Pass the name of a file or of a folder."

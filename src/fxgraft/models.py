@@ -51,7 +51,7 @@ def build_model(
         ConfigError: no such library, no such model (with close matches), options that the model refuses, or a function
             that cannot be imported or returns no module.
     """
-    if not isinstance(name, str) or (":" in name and not name.startswith(_TIMM_SCHEMES)):
+    if not isinstance(name, str) or is_own(name):
         if pretrained:
             raise ConfigError(
                 f"pretrained=True asks for a library's weights, and {name!r} is a function of one's own.\n"
@@ -83,6 +83,11 @@ def build_model(
             "Check the connection and the name; or leave pretrained weights out and load a file: --weights FILE on the "
             "command line, in Python weights=FILE of fxgraft.compare, or fxgraft.models.load_weights(model, FILE)."
         ) from error
+
+
+def is_own(model: Model) -> bool:
+    """Say whether a model is a function of one's own, or the path of one, and no library's name."""
+    return not isinstance(model, str) or (":" in model and not model.startswith(_TIMM_SCHEMES))
 
 
 def _build_own(model: Model, num_classes: int | None, options: dict[str, Any]) -> nn.Module:

@@ -12,10 +12,9 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import Dataset
 
 from fxgraft._torch import BatchNorm
-from fxgraft.adaptation.streams import images_of
+from fxgraft.adaptation.streams import gives_batches, images_of
 from fxgraft.arguments import checked_device
 from fxgraft.errors import ConfigError, StructureError, no_module
 from fxgraft.graph.grafting.state import state_of
@@ -81,7 +80,7 @@ def adapt_batchnorm(
             "exact=True takes the moments over all images, and momentum= or reset=False asks for a moving average.\n"
             "Leave exact= out, or the other two."
         )
-    if not isinstance(loader, Iterable) or isinstance(loader, (Tensor, Dataset)):
+    if not gives_batches(loader):
         raise ConfigError(
             f"The loader gives batches of images (B, C, H, W), and {type(loader).__name__} does not.\n"
             "Pass a DataLoader or a list of batches; [x] for one batch."

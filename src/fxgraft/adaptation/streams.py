@@ -22,6 +22,11 @@ IMAGE_KEYS = ("pixel_values", "image", "images", "x", "input", "inputs")
 _END = object()
 
 
+def gives_batches(loader: Any) -> bool:
+    """Say whether a loader can be iterated; a tensor would give single images."""
+    return isinstance(loader, Iterable) and not isinstance(loader, Tensor)
+
+
 class Endless:
     """Images of a loader, over and over.
 
@@ -38,7 +43,7 @@ class Endless:
     """
 
     def __init__(self, loader: Iterable[Any], name: str) -> None:
-        if not isinstance(loader, Iterable) or isinstance(loader, Tensor):
+        if not gives_batches(loader):
             raise ConfigError(
                 f"The {name} loader must give batches when iterated, got {type(loader).__name__}.\n"
                 "Pass a DataLoader, or a list of batches."

@@ -257,10 +257,11 @@ def _tried(name: str, text: str, option: str) -> list[Any]:
     """Read values of a setting of the training; one that is a name stays text, also where it is "none"."""
     from fxgraft.comparison.training import Training
 
-    if not all(part.strip() for part in text.split(",")):
+    parts = [part.strip() for part in text.split(",")]
+    if not all(parts):
         raise ConfigError(f"{option} {name} takes a value, or values with commas between; got {text!r}.")
     named = isinstance(getattr(Training(), name, None), str)
-    return [part.strip() for part in text.split(",")] if named else _values(text)
+    return parts if named else _values(text)
 
 
 def _values(text: str) -> list[Any]:

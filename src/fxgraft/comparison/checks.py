@@ -14,11 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fxgraft.arguments import path_at
 from fxgraft.comparison.data import Data
 from fxgraft.comparison.runs import BARE, Setup, Variant
 from fxgraft.comparison.training import SCORES, Training, own_randomness
 from fxgraft.errors import ConfigError
 from fxgraft.graph.structure.heads.outputs import take_logits
+from fxgraft.models import is_own
 from fxgraft.patches.options import plain_number
 
 TUNING_SEED = 10_000
@@ -170,7 +172,7 @@ def check_outside(*places: Any, out: Path) -> None:
     for place in places:
         if place is None:
             continue
-        folder = Path(str(place)).expanduser()
+        folder = path_at(place)
         if folder.is_dir() and out.resolve().is_relative_to(folder.resolve()):
             raise ConfigError(
                 f"The runs would be kept in {str(out)!r}, inside of the images' folder {str(folder)!r}, and would be "
@@ -195,7 +197,7 @@ def check_model(setup: Setup) -> nn.Module:
             one row of logits for each image.
     """
     model = setup.build(Variant(BARE), 0)
-    if not isinstance(setup.model, str) or ":" in setup.model:
+    if is_own(setup.model):
         again = setup.build(Variant(BARE), 0)
         tensors = {id(tensor) for tensor in (*again.parameters(), *again.buffers())}
         if any(id(tensor) in tensors for tensor in (*model.parameters(), *model.buffers())):

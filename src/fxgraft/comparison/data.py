@@ -18,7 +18,6 @@ from fxgraft.arguments import path_at
 from fxgraft.errors import ConfigError, candidates
 from fxgraft.io.images import (
     EXTENSIONS,
-    LEFT_BY_TOOLS,
     SCHEMES,
     Item,
     content_of,
@@ -164,20 +163,13 @@ def read_data(
     if kind == "domains":
         _check_same(trained, classes)
     items = {name: _items(rows, classes, name or str(data)) for name, rows in groups.items()}
+    asked = {name: _items(rows, classes, name or str(test)) for name, rows in (tests or {}).items()}
     adapted = tuple(Item(p, m, -1) for rows in (targets or {}).values() for p, m, _ in rows)
-    asked = (
-        {}
-        if tests is None
-        else {name: _items(rows, classes, name or str(test)) for name, rows in tests.items()}
-    )
     make = functools.partial(_task, per_class=per_class, test_per_class=test_per_class)
-    chosen = (
-        [hold_out]
-        if isinstance(hold_out, str)
-        else [str(name) for name in (() if hold_out is None else hold_out)]
-    )
-    tasks = list(_tasks(kind, items, list(dict.fromkeys(chosen)), asked, make, str(data)))
-    files: dict[Item, Any] = {}
+    named = [] if hold_out is None else [hold_out] if isinstance(hold_out, str) else hold_out
+    tasks = list(_tasks(kind, items, list(dict.fromkeys(map(str, named))), asked, make, str(data)))
+    every = {item for task in tasks for item in (*task.train, *task.validation, *task.test)}
+    files = {item: file_of(item) for item in every}
     for task in tasks:
         _check_apart(task, files)
     with_target = tuple(replace(task, target=adapted or task.test) for task in tasks)
@@ -196,16 +188,8 @@ def _tested(test: str | os.PathLike[str]) -> dict[str, list[_Named]]:
     return {"test": groups["test"]} if kind == "splits" and "test" in groups else groups
 
 
-def _check_apart(task: Task, files: dict[Item, Any]) -> None:
-    """Raise where images are tested that are trained on, or that choose settings.
-
-    Args:
-        task: the task.
-        files: what is known of the items' files; it grows.
-    """
-    for item in (*task.train, *task.validation, *task.test):
-        if item not in files:
-            files[item] = file_of(item)
+def _check_apart(task: Task, files: Mapping[Item, Any]) -> None:
+    """Raise where images are tested that are trained on, or that choose settings; by the files of the items."""
     known = {files[item] for item in (*task.train, *task.validation)}
     twice = [item for item in task.test if files[item] in known]
     if twice:
@@ -413,7 +397,7 @@ def _files(root: Path) -> list[tuple[str, str, PurePosixPath]]:
     empty = [
         folder.name for folder in sorted(root.iterdir()) if folder.is_dir() and folder.name[0] not in "._"
     ]
-    empty = sorted(set(empty) - {place.parts[0] for place in places} - {*LEFT_BY_TOOLS})
+    empty = sorted(set(empty) - {place.parts[0] for place in places})
     if empty:
         raise ConfigError(f"{root} has folders without images: {', '.join(empty)}.\n{LAYOUTS}")
     return [(str(root / place), "", place) for place in places]

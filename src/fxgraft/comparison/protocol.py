@@ -41,6 +41,7 @@ def protocol_of(
     """
     name = setup.model if isinstance(setup.model, str) else _path(setup.model)
     loop = None if setup.train is None else _path(setup.train)
+    seen = {name: getattr(setup.training, name) for name in SEEN}
     return {
         "data": images.source.name,
         "kind": images.kind,
@@ -55,7 +56,7 @@ def protocol_of(
         "pretrained": setup.pretrained,
         "weights_sha256": None if setup.weights is None else digest_of(Path(setup.weights)),
         "size": setup.size,
-        "training": asdict(setup.training) if loop is None else {"loop": loop, **_seen(setup.training)},
+        "training": asdict(setup.training) if loop is None else {"loop": loop, **seen},
         "corrupt": setup.corrupt,
         "measure": None if setup.measure is None else _path(setup.measure),
         "adapt": {"steps": setup.adapt_steps, "lr": setup.adapt_lr},
@@ -63,10 +64,6 @@ def protocol_of(
         "tune_each": tune_each,
         **limits,
     }
-
-
-def _seen(training: Any) -> dict[str, Any]:
-    return {name: getattr(training, name) for name in SEEN}
 
 
 def _path(function: Callable[..., Any]) -> str:

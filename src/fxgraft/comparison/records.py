@@ -12,7 +12,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from fxgraft.errors import ConfigError
-from fxgraft.io.atomic_write import write_text
+from fxgraft.io.atomic_write import write_file, write_text
 
 FORMAT = 1
 Record = dict[str, Any]
@@ -95,7 +95,7 @@ class Folder:
         text = self._runs.read_bytes()
         whole = text[: text.rfind(b"\n") + 1]
         if whole != text:
-            write_text(self._runs, whole.decode("utf-8", "surrogateescape"))
+            write_file(self._runs, lambda draft: draft.write_bytes(whole))
         return [self._record(line, number) for number, line in enumerate(whole.splitlines(), 1)]
 
     def _record(self, line: bytes, number: int) -> Record:

@@ -62,20 +62,16 @@ def write_report(result: Comparison, path: Path, pictures: Sequence[Photo] = ())
         path: the file.
         pictures: of the methods, from `method_pictures`.
     """
-    import matplotlib
-
     source = resources.files("fxgraft.comparison").joinpath("report.html").read_text(encoding="utf-8")
     page = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined).from_string(source)
     count = len(result.tasks)
     weighting = "Every pair counts the same" + (
         f", and so does each of the {count} domains." if count > 1 else "."
     )
-    with matplotlib.rc_context({"text.parse_math": False}):  # a "$" in the name of a domain is no formula
-        figures = list(_figures(result))
     text = page.render(
         result=result,
         weighting=weighting,
-        figures=figures,
+        figures=list(_figures(result)),
         tables=list(_tables(result)),
         pictures=pictures,
         protocol=list(
@@ -277,7 +273,10 @@ def method_pictures(setup: Setup, variants: Sequence[Variant], images: Sequence[
 def _svg(figure: Any) -> str:
     """Write a figure as SVG: without a ground, in the page's own colour of text, the same bytes every time."""
     import matplotlib
+    from matplotlib.text import Text
 
+    for text in figure.findobj(Text):  # a "$" in the name of a domain is no formula
+        text.set_parse_math(False)
     for axis in figure.axes:
         axis.patch.set_visible(False)
         axis.tick_params(colors=_INK)

@@ -194,8 +194,7 @@ def carry_out(setup: Setup, job: Job) -> list[Record]:
     if torch.device(job.device).type == "cpu":
         torch.set_num_threads(1)
     try:
-        # The caller may be in a block without gradients.
-        with own_randomness(job.seed), torch.inference_mode(False), torch.enable_grad():
+        with own_randomness(job.seed):
             return _carry_out(replace(setup, training=job.training), job)
     finally:
         torch.set_num_threads(threads)

@@ -18,7 +18,7 @@ from fxgraft.errors import ConfigError
 
 SCHEMES = ("torch/", "hfds/", "tfds/")
 EXTENSIONS = (*IMG_EXTENSIONS, ".gif")
-LEFT_BY_TOOLS = ("__MACOSX", "__pycache__")
+_LEFT_BY_TOOLS = ("__MACOSX", "__pycache__")
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Item:
 
 def is_hidden(name: str) -> bool:
     """Say whether a name is of what the system or a tool keeps beside one's data."""
-    return name.startswith(".") or name in LEFT_BY_TOOLS
+    return name.startswith(".") or name in _LEFT_BY_TOOLS
 
 
 def is_image(name: str) -> bool:
@@ -94,9 +94,13 @@ def content_of(path: str, member: str) -> tuple[int, int]:
     if member:
         return _contents(path, version_of(Item(path, "", 0)))[member]
     with Path(path).open("rb") as file:
-        size = file.seek(0, os.SEEK_END)
-        file.seek(size // 2)
-        return size, zlib.crc32(file.read(_PART))
+        return _part_of(file)
+
+
+def _part_of(file: IO[bytes]) -> tuple[int, int]:
+    size = file.seek(0, os.SEEK_END)
+    file.seek(size // 2)
+    return size, zlib.crc32(file.read(_PART))
 
 
 @functools.lru_cache(maxsize=16)
@@ -106,9 +110,7 @@ def _contents(path: str, version: tuple[int, int]) -> dict[str, tuple[int, int]]
     # In the order in which they lie: a way back in a .gz would begin at its start.
     for name, member in sorted(members.items(), key=lambda entry: entry[1].offset):
         if is_image(name) and not member.isdir():
-            content = archive.extractfile(member).read()  # type: ignore[union-attr]
-            middle = len(content) // 2
-            found[name] = len(content), zlib.crc32(content[middle : middle + _PART])
+            found[name] = _part_of(archive.extractfile(member))  # type: ignore[arg-type]
     return found
 
 

@@ -268,7 +268,7 @@ def _made(recipe: Mapping[str, Any], tensors: Mapping[str, Tensor], trust: bool,
 
 def _put_on(model: nn.Module, recipe: Mapping[str, Any], tensors: dict[str, Tensor], file: Path) -> None:
     """Put the grafts and tensors of a recipe on a bare model; on failure it is as before."""
-    saved, present = recipe["architecture"], architecture_of(model, set())
+    saved, present = recipe["architecture"], architecture_of(model)
     if saved != present:
         what = (
             f"{saved['class']}, not {present['class']}"

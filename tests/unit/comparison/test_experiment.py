@@ -117,6 +117,10 @@ def test_the_damaged_line_is_named(run, tmp_path):
     file.write_bytes(first + b"\n" + second.replace(b'"task"', b'"t\xff"') + b"\n")
     with pytest.raises(ConfigError, match=r"damaged in line 2: .*utf-8"):
         run(seeds=1)
+    with file.open("ab") as cut_off:
+        cut_off.write(b"{")
+    with pytest.raises(ConfigError, match=r"damaged in line 2: .*utf-8"):
+        run(seeds=1)
     file.write_bytes(first + b"\n" + second + b"\n{")  # cut off: done again
     assert run(seeds=1).complete
 
