@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -135,6 +136,26 @@ def test_what_is_studied_goes_on_its_network(name: str) -> None:
     )
     for variant in STUDIES[name].grafts:
         setup.check(parse_variant(variant))
+
+
+def test_cutmix_trains_on_mixed_labels() -> None:
+    model = fxgraft.patch(WideResNet(4), "cutmix", p=1.0)
+    x, y = torch.randn(8, 3, 32, 32), torch.arange(8) % 4
+    shown: list[torch.Tensor] = []
+    model.conv1.register_forward_pre_hook(lambda _, inputs: shown.append(inputs[0]))
+    with fxgraft.targets(y):
+        out = model.train()(x)
+    judged: list[torch.Tensor] = []
+    fxgraft.loss(model, out, y, lambda out, y: judged.append(y) or out.sum())
+    own = (shown[0] == x).all(1).float().mean((1, 2))  # share of the pixels that are still the image's own
+    same = judged[0][torch.arange(8), y]
+    assert bool((own < 1).any())
+    assert torch.allclose(judged[0].sum(1), torch.ones(8))
+    assert bool((same >= own - 1e-6).all())  # more where the partner is of the same class
+    partner = [row for row in range(8) if judged[0][row].count_nonzero() == 2]
+    assert torch.allclose(same[partner], own[partner])
+    bare = fxgraft.unpatch(copy.deepcopy(model))
+    assert torch.equal(model.eval()(x), bare.eval()(x))
 
 
 def test_missing_weights_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
