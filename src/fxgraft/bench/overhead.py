@@ -127,7 +127,15 @@ def _warm_up(contestant: Contestant, what: str, device: torch.device) -> int | N
     # The first calls allocate what stays (optimiser state, workspaces); the peak is read after them. Without
     # the gradients they leave, which the call would free and allocate again under the old peak.
     call = contestant.call(what)
-    call()
+    try:
+        call()
+    except ValueError as error:
+        if "more than 1 value per channel" not in str(error):
+            raise
+        raise ConfigError(
+            f"A training step leaves a BatchNorm with one value per channel, which has no variance: {error}\n"
+            "Pass a larger batch, as batch= or --batch, or larger images."
+        ) from error
     call()
     contestant.model.zero_grad(set_to_none=True)
     return peak_memory(call, device)

@@ -112,7 +112,10 @@ def compare(
         "warmup_epochs": warmup_epochs,
     }  # fmt: skip
     training = {name: value for name, value in settings.items() if value is not None}
-    training |= {name: _tried(name, value, "--set")[0] for name, value in _pairs(set_, "--set").items()}
+    training |= {
+        name: _one(_tried(name, value, "--set"), name, "--set")
+        for name, value in _pairs(set_, "--set").items()
+    }
     held = None if not hold_out else "all" if hold_out == ["all"] else hold_out
     console = _console()
     with _Running(console) as running:
@@ -129,7 +132,10 @@ def compare(
             seeds=_seeds(seeds),
             pretrained=pretrained,
             weights=weights,
-            model_options={k: _values(v)[0] for k, v in _pairs(model_option, "--model-option").items()},
+            model_options={
+                k: _one(_values(v), k, "--model-option")
+                for k, v in _pairs(model_option, "--model-option").items()
+            },
             size=size,
             training=training,
             tune={k: _tried(k, v, "--tune") for k, v in _pairs(tune, "--tune").items()} or None,
@@ -264,7 +270,20 @@ def _tried(name: str, text: str, option: str) -> list[Any]:
     return parts if named else _values(text)
 
 
+def _one(values: list[Any], name: str, option: str) -> Any:
+    if len(values) > 1:
+        raise ConfigError(
+            f"{option} {name} takes one value, got {len(values)}.\n"
+            "Several values of a setting are tried with --tune; one that has parts is written as (96,96)."
+        )
+    return values[0]
+
+
 def _values(text: str) -> list[Any]:
     from fxgraft.spec import parse_patch_spec
 
-    return [parse_patch_spec(f"x:value={part}").options["value"] for part in text.split(",")]
+    # As a list, in which commas inside of brackets and quotes belong to a value.
+    values = parse_patch_spec(f"x:value=[{text}]").options["value"]
+    if not isinstance(values, list):
+        raise ConfigError(f"{text!r} mixes words with brackets, which cannot be read.\nQuote the words.")
+    return values

@@ -106,7 +106,7 @@ class MixStyle(MapPatch):
     Raises:
         ConfigError: an option outside its range.
         SiteError: no such layer, or one without maps or tokens.
-        TargetError: in a pass, domains are missing or not one number per image.
+        TargetError: in a pass, domains are missing or not one whole number per image.
     """
 
     title, url = "MixStyle", "https://arxiv.org/abs/2104.02008"
@@ -164,6 +164,11 @@ class MixStyle(MapPatch):
             raise TargetError(
                 f"{run.graft!r} mixes across domains; the call gave shape {tuple(domains.shape)} for {len(x)} images.\n"
                 'Pass one number per image: model(x, target=y, domains=d), or use mix="random".'
+            )
+        if domains.is_floating_point():  # NaN would be of another domain than itself
+            raise TargetError(
+                f"{run.graft!r} mixes across domains, and was given {domains.dtype} for them.\n"
+                "A domain is a whole number.\nPass domains=d.long()."
             )
         scores = torch.rand(len(x), len(x), dtype=torch.float32, device=x.device)
         return scores.where(domains[:, None] != domains, torch.eye(len(x), device=x.device) - 2).argmax(1)

@@ -82,7 +82,7 @@ def test_partners_are_of_other_domains_each_as_often(domains: Any) -> None:
 
 
 def test_an_image_without_another_domain_stays_as_it_is() -> None:
-    assert torch.equal(partners(torch.zeros(6)), torch.arange(6).expand(300, 6))
+    assert torch.equal(partners(torch.zeros(6, dtype=torch.int32)), torch.arange(6).expand(300, 6))
 
 
 @pytest.mark.parametrize(
@@ -92,6 +92,7 @@ def test_an_image_without_another_domain_stays_as_it_is() -> None:
         ({"domains": DOMAINS[:5]}, r"gave shape \(5,\) for 6 images(?s:.*)mix=.random"),
         ({"domains": list("aabbcc")}, "Pass one number per image"),
         ({"domains": [0, None, 1, 1, 2, 2]}, "Pass one number per image"),
+        ({"domains": [0, 0, 1, 1, 2, float("nan")]}, r"given torch.float32 for them(?s:.*)domains=d.long"),
     ],
 )
 def test_domains_that_are_missing_or_too_few(given: dict[str, Any], match: str) -> None:

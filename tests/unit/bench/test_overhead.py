@@ -193,6 +193,14 @@ def test_refuses_images_the_model_cannot_take():
         quick(lambda: nn.Conv2d(3, 4, 3), size=(4, 12, 12))
 
 
+def test_refuses_a_batch_that_has_no_variance():
+    def norm_of_one_value():
+        return nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.BatchNorm2d(3), nn.Flatten(), nn.Linear(3, 2))
+
+    with pytest.raises(ConfigError, match=r"one value per channel(?s:.*)larger batch, as batch= or --batch"):
+        quick(norm_of_one_value, size=8, batch=1)
+
+
 def test_measures_a_network_of_clips():
     found = quick(video_net, [("rsc", {"layer": "layer1"})], size=(4, 12, 12), rounds=1)
     assert OverheadReport.from_json(found.to_json()) == found

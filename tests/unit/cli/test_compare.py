@@ -51,7 +51,8 @@ def test_options_become_arguments(tmp_path, monkeypatch):
         [
             *("compare", "DATA", "--graft", "rsc", "--graft", "rsc + selfnorm", "--hold-out", "all"),
             *("--seeds", "3,4", "--lr", "0.1", "--set", "amp=true", "--set", "train_crop=0.5"),
-            *("--model-option", "output_stride=8", "--tune", "lr=0.1,0.2", "--tune", "opt=sgd,adamw"),
+            *("--model-option", "output_stride=8", "--model-option", "img_size=(96,64)"),
+            *("--tune", "lr=0.1,0.2", "--tune", "opt=sgd,adamw"),
             *("--tune", "sched=cosine, none", "--set", "select=last", "--set", "clip_grad=none"),
             *("--baseline", "adapt_batchnorm", "--corrupt"),
         ],
@@ -62,7 +63,7 @@ def test_options_become_arguments(tmp_path, monkeypatch):
         **{"lr": 0.1, "amp": True, "train_crop": 0.5},
         **{"select": "last", "clip_grad": None},
     }
-    assert given["model_options"] == {"output_stride": 8}
+    assert given["model_options"] == {"output_stride": 8, "img_size": (96, 64)}
     assert given["tune"] == {"lr": [0.1, 0.2], "opt": ["sgd", "adamw"], "sched": ["cosine", "none"]}
     assert given["baseline"] == "adapt_batchnorm"
 
@@ -74,6 +75,9 @@ def test_options_become_arguments(tmp_path, monkeypatch):
         (("DATA",), r"at least one graft"),
         (("DATA", "--seeds", "one"), r"--seeds takes a number of seeds"),
         (("DATA", "--set", "amp"), r"--set takes KEY=VALUE"),
+        (("DATA", "--graft", "rsc", "--set", "lr=0.1,0.2"), r"--set lr takes one value, got 2.\n.*--tune"),
+        (("DATA", "--graft", "rsc", "--model-option", "x=1,2"), r"--model-option x takes one value, got 2"),
+        (("DATA", "--graft", "rsc", "--model-option", "x=(1,2),a"), r"mixes words with brackets"),
         (("DATA", "--tune", "lr"), r"--tune takes KEY=VALUE"),
         (("DATA", "--graft", "rsc", "--tune", "lr=0.1,"), r"--tune lr takes a value, or values with commas"),
         (("DATA", "--graft", "rsc:"), r"a colon and no options"),

@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from fxgraft._torch import DataDependentOutputException, DynamicOutputShapeException
 from fxgraft.errors import ConfigError, SiteError, StructureError
@@ -107,10 +108,11 @@ class ModelTrace:
         """The recorded calls of one evaluation pass.
 
         Raises:
-            StructureError: the model does not run on a batch of images of that size.
+            StructureError: the model does not run on a batch of images of that size, or is lazy.
             ConfigError: there are no images of that size.
         """
         if self._observation is None:
+            self._check_shapes()
             try:
                 self._observation = observe(self.model, self.image_size)
             except ConfigError:  # of the size itself
@@ -138,6 +140,16 @@ class ModelTrace:
                     f"{self._wanted()}"
                 ) from error
         return self._observation
+
+    def _check_shapes(self) -> None:
+        """Raise for parameters without a shape, which lazy modules get in their first call."""
+        lazy = [name for name, parameter in self.model.named_parameters() if is_lazy(parameter)]
+        if lazy:
+            raise StructureError(
+                f"{self.name} is lazy: {', '.join(map(repr, lazy[:3]))} and {len(lazy[3:])} others have no shape "
+                "before the first call.\nWhere a method goes depends on shapes.\n"
+                "Run one batch through the model first, model(x)."
+            )
 
     def _wanted(self) -> str:
         """Say which size to pass: that of images, or of clips where the first convolution is a 3-D one."""

@@ -272,8 +272,10 @@ class _Builder:
 
 def _content(tensor: Tensor) -> list[Any]:
     """List what tells whether a tensor, or its numbers, have changed since."""
+    if is_lazy(tensor):  # without numbers or a shape as yet, and it answers nearly nothing else
+        return [None, None, tensor.requires_grad, None, tensor.dtype]
     version = None if tensor.is_inference() else tensor._version
-    shape = None if is_lazy(tensor) else tuple(tensor.shape)
+    shape = tuple(tensor.shape)
     return [version, shape, tensor.requires_grad, tensor.device.type, tensor.dtype]
 
 

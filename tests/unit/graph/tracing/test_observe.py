@@ -8,6 +8,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import fxgraft
+from fxgraft.errors import StructureError
 from fxgraft.graph.tracing.observe import observe
 
 SIZE = (3, 8, 8)
@@ -55,3 +57,14 @@ def test_a_long_sequence_on_the_meta_device_is_one_step(monkeypatch: pytest.Monk
     model = Rows(nn.LSTM, batch_first=True, single=False).to("meta")
     assert observe(model, (3, 500, 8)).output("rnn")[0].shape == (2, 500, 5)
     assert lengths == [1]
+
+
+def test_lazy_modules_are_named_before_their_first_call() -> None:
+    head = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.LazyLinear(4))
+    model = nn.Sequential(nn.LazyConv2d(4, 3), nn.ReLU(), nn.Conv2d(4, 4, 3), nn.ReLU(), head)
+    with pytest.raises(
+        StructureError, match=r"Sequential is lazy: '0.weight', '0.bias', '4.2.weight' and 1 oth"
+    ):
+        fxgraft.patch(model, "rsc", layer="3")
+    model(torch.zeros(2, *SIZE))
+    assert fxgraft.grafts(fxgraft.patch(model, "rsc", layer="3", input_size=SIZE))
