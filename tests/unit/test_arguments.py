@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 from collections.abc import Callable, Mapping, Sequence
+from fractions import Fraction
 from pathlib import Path
 from typing import Any, Literal
 
@@ -89,6 +90,8 @@ def test_numbers_and_sizes_of_numpy_are_taken(tmp_path: Path) -> None:
     assert graft.input_size == (3, 16, 16)
     again = fxgraft.load(fxgraft.save(model, tmp_path / "run.safetensors"), net())
     assert fxgraft.grafts(again)[0].patch == graft.patch
+    third = fxgraft.RSC(layer=-1, spatial_drop=Fraction(1, 3)).spatial_drop
+    assert (type(third), third) == (float, 1 / 3)
     patch = fxgraft.Diversification(patch=(np.int64(3), np.int64(2)))
     assert json.dumps(patch.to_dict()["patch"]) == "[3, 2]"
 

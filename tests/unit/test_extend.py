@@ -146,6 +146,30 @@ def test_one_key_is_one_units() -> None:
         fxgraft.patch(net(), "twice", input_size=SIZE)
 
 
+def test_units_come_from_make() -> None:
+    """One that place() builds itself would be another one after the next plan, without what it has learned."""
+
+    @dataclass(frozen=True, kw_only=True)
+    class Itself(extend.Patch):
+        def place(self, backbone: extend.Backbone, make: extend.Make) -> Any:
+            yield backbone.place(backbone.sites("stage1")[0], Scale(3))
+
+    fxgraft.register("itself")(Itself)
+    model = net()
+    with pytest.raises(fxgraft.MethodError, match=r"a Scale at 'stage1' that make\(\) did not build"):
+        fxgraft.patch(model, "itself", input_size=SIZE)
+    assert type(model) is Net
+
+
+@pytest.mark.parametrize("option", ["name", "preset", "input_size"])
+def test_options_do_not_have_the_names_of_the_calls_arguments(option: str) -> None:
+    named = dataclasses.make_dataclass(
+        "Named", [(option, str, "a")], bases=(extend.MapPatch,), frozen=True, kw_only=True
+    )
+    with pytest.raises(fxgraft.MethodError, match=f"Named has an option '{option}', which is an argument of"):
+        fxgraft.register("named")(named)
+
+
 def test_what_a_class_must_be_is_said() -> None:
     class NoDataclass(extend.Patch):
         strength: float = 1.0

@@ -86,10 +86,12 @@ def plain_numbers(patch: Any) -> None:
 
 
 def plain_number(value: Any) -> Any:
-    """Return Python's number for a scalar of NumPy, also inside of tuples and lists, and anything else as it is."""
+    """Return Python's number for a scalar of NumPy or a fraction, also inside of tuples; anything else as it is."""
     if type(value) in (tuple, list):
         return type(value)(map(plain_number, value))
     own = isinstance(value, numbers.Number) or getattr(value, "ndim", None) == 0
+    if isinstance(value, numbers.Rational) and not isinstance(value, numbers.Integral):  # fractions.Fraction
+        return float(value)
     return value.item() if own and hasattr(value, "item") else value  # pyright: ignore[reportAttributeAccessIssue]
 
 

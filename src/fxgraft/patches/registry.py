@@ -22,6 +22,7 @@ _registry: dict[str, type[Patch]] = {}
 _entry_points_loaded = False
 
 ENTRY_POINT_GROUP = "fxgraft.patches"
+_OF_THE_CALL = frozenset({"model", "method", "preset", "name", "dry_run", "input_size"})
 
 
 def register(name: str, *, override: bool = False) -> Callable[[P], P]:
@@ -79,6 +80,12 @@ def _check_class(name: str, cls: Any) -> None:
             f"{cls.__name__} says pairs_labels = {cls.pairs_labels!r}, and not why.\n"
             "The reason is what users read where the method is refused beside another one.\n"
             'Write what follows the method\'s name: pairs_labels = "mixes images in every pass".'
+        )
+    shadowed = [f.name for f in dataclasses.fields(cls) if f.init and f.name in _OF_THE_CALL]
+    if shadowed:
+        raise MethodError(
+            f"{cls.__name__} has an option {shadowed[0]!r}, which is an argument of fxgraft.patch itself.\n"
+            "The option would never be given.\nChoose another name for it."
         )
     if cls.place is Patch.place:
         raise MethodError(

@@ -81,7 +81,7 @@ class Taps(LayeredPatch):
 
     def place(self, backbone: Backbone, make: Make) -> list[Placement]:
         """Put one tap at every site."""
-        sites = backbone.named_sites(self.layers or ())
+        sites = backbone.named_sites(() if self.layers is None else self.layers)
         return tap_placements(backbone, make, sites, self.detach, self.copy)
 
     def describe(self, graft: Graft) -> str:

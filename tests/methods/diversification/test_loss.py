@@ -155,6 +155,36 @@ def test_soft_targets_are_refused():
         gradient_boosting_cross_entropy(torch.randn(2, 5), torch.rand(2, 5), k=2)
 
 
+@pytest.mark.parametrize(
+    ("target", "options", "error", "match"),
+    [
+        (
+            [0, 9],
+            {},
+            TargetError,
+            r"the label 9, and there are 5 classes(?s:.*)0 to 4, or ignore_index \(-100\)",
+        ),
+        ([0, -1], {}, TargetError, "the label -1, and"),
+        (
+            [0, 1],
+            {"weight": torch.ones(6)},
+            ConfigError,
+            r"weight has the shape \(6,\), and there are 5 classes",
+        ),
+        ([0, 1], {"weight": torch.ones(3)}, ConfigError, r"weight has the shape \(3,\)"),
+    ],
+)
+def test_labels_and_weights_are_those_of_the_classes(target, options, error, match):
+    with pytest.raises(error, match=match):
+        gradient_boosting_cross_entropy(torch.randn(2, 5), torch.tensor(target), k=2, **options)
+
+
+def test_labels_may_be_bytes():
+    logits, target = scores(6, 20)
+    loss = gradient_boosting_cross_entropy(logits, target.to(torch.uint8), k=3)
+    assert torch.equal(loss, gradient_boosting_cross_entropy(logits, target, k=3))
+
+
 @pytest.mark.parametrize("k", [0, -1, 2.5, True])
 def test_k_must_be_a_whole_number_from_one(k):
     with pytest.raises(ConfigError, match="whole number of at least 1"):

@@ -31,6 +31,12 @@ def test_a_vector_behind_a_map_is_no_map() -> None:
     assert sites(model) == ["features"]
 
 
+def test_the_logits_themselves_are_no_place() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 8, 3, 2, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 5))
+    with pytest.raises(SiteError, match=r"'3' gives the logits themselves(?s:.*)in front of the classifier"):
+        fxgraft.patch(model, "rsc", layer="3", input_size=(3, SIDE, SIDE))
+
+
 def test_a_network_of_one_position_is_refused() -> None:
     model = nn.Sequential(
         nn.Conv2d(3, 8, SIDE), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 5)

@@ -29,6 +29,8 @@ def copies(model: nn.Module, graft: int = 0) -> dict[str, tuple[bool, bool]]:
         ("stage1", ["stage1"]),
         (["fc", "stage1", "stem"], ["fc", "stage1", "stem"]),
         (-1, ["stage2"]),
+        (0, ["stage1"]),
+        ("stem.act*", ["stem.act", "stem.act_1"]),
         ([-1, "stem.act_1", 0], ["stage2", "stem.act_1", "stage1"]),
         ("stage*", ["stage1", "stage2"]),
         (["fc", "stage1.*.add"], ["fc", "stage1.0.add", "stage1.1.add"]),

@@ -30,6 +30,15 @@ def other() -> dict[str, Tensor]:
     return Net().state_dict()
 
 
+@pytest.mark.parametrize("given", ["weights.pt", None, [1]])
+def test_what_is_no_state_dict_is_refused(given: Any) -> None:
+    model = fxgraft.patch(net(), "rsc", layer="stage2", input_size=SIZE)
+    with pytest.raises(
+        RecipeError, match=r"takes a state dict, got a (?s:.*)torch.load\(path, weights_only=True"
+    ):
+        fxgraft.load_backbone(model, given)
+
+
 def moved(model: nn.Module) -> nn.Module:
     """Change every tensor that a graft has added."""
     with torch.no_grad():

@@ -13,6 +13,7 @@ import fnmatch
 import functools
 import inspect
 import sys
+import warnings
 from collections.abc import Callable, Mapping
 from functools import partial
 from types import MappingProxyType
@@ -21,7 +22,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import fx, nn
 
-from fxgraft.errors import BypassError, ConfigError, WrappedModelError
+from fxgraft.errors import BypassError, ConfigError, FxgraftWarning, WrappedModelError
 from fxgraft.graph.atomic import restoring
 from fxgraft.graph.grafting.forwards import nests
 from fxgraft.graph.grafting.state import (
@@ -59,7 +60,8 @@ def _run(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         )
     run = state.context.current
     if run is not None:
-        run.visited[state.path] = True
+        # A module may run in evaluation first, where another graft looks ahead through it.
+        run.visited[state.path] = self.training or run.visited.get(state.path, False)
         if output_hooked(self):
             run.calls[state.path] = (args, kwargs)
     program = state.training if self.training else state.evaluation
@@ -192,7 +194,24 @@ def _whole_call(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
                     "The model now runs that module's parts by themselves, or not at all.\n"
                     "Call fxgraft.unpatch, then patch the model as it is now."
                 )
+            if self.training and training and not evaluation and not current.visited[path]:
+                _tell_idle(state.registry, path)
     return out
+
+
+def _tell_idle(registry: GraftRegistry, path: str) -> None:
+    """Warn, once for the model, of grafts that are off because their module is in evaluation mode alone."""
+    told = registry.context.told
+    if torch.compiler.is_compiling() or (path, "idle") in told:
+        return
+    told.add((path, "idle"))
+    warnings.warn(
+        f"{', '.join(map(repr, registry.names(path)))} did nothing in a training pass: {path!r} is in evaluation mode, "
+        "and each module follows its own flag.\n"
+        f"To freeze the norms in it, put these into evaluation mode, not {path!r} itself; or name another layer.",
+        FxgraftWarning,
+        stacklevel=2,
+    )
 
 
 def _entry_point(base: type[nn.Module], name: str) -> Callable[..., Any]:

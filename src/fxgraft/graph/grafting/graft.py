@@ -212,6 +212,12 @@ def checked_placements(graft: Graft, placed: Any) -> list[Placement]:
                     f"{what}.place puts a {type(one.unit).__name__} at {one.key!r}, which isn't a unit.\n"
                     f"Derive from fxgraft.extend.Unit: class {type(one.unit).__name__}(Unit)."
                 )
+            if all(one.unit is not unit for unit in graft.units.values()):
+                raise MethodError(
+                    f"{what}.place puts a {type(one.unit).__name__} at {one.key!r} that make() did not build.\n"
+                    "It would be built anew whenever the model is planned again, and lose what it has learned.\n"
+                    f"Build it by make(key, {type(one.unit).__name__}, ...)."
+                )
             if one.evaluation and graft.patch.train_only:
                 raise MethodError(
                     f"{what} says train_only = True, and places the unit {one.key!r} in evaluation as well.\n"

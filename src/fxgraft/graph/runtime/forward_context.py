@@ -263,7 +263,7 @@ class ForwardContext:
         notes: what grafts remember of this pass, by name.
         measured: what grafts measured in this pass.
         shared: what the units of one graft hand to each other, by the graft's name and a key.
-        visited: the owners reached so far.
+        visited: the owners reached so far, and whether any call of them was in training mode.
         calls: arguments that grafted modules with hooks were called with, by qualified name.
         recording: where taps put their values; None while a graft looks ahead.
         beside: what the call gave in addition to images and labels, by argument; see `PassView.check_images_alone`.

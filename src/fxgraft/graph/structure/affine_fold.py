@@ -176,7 +176,7 @@ def _reader(trace: ModelTrace, site: Site, layout: Layout, channels: int) -> str
             # Cells stay with their channel where the channels come first and all the rest is flattened.
             whole = not width % channels and not layout.channels_last and layout.name != "NC" and not pooled
             return path if width == channels or whole else None
-        average = pooling_of(user, values)
+        average = pooling_of(user, values, weighted=True)
         name = node_name(user, trace.model)
         if average is not None and not pooled:
             pooled = True

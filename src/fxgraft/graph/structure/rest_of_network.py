@@ -64,11 +64,13 @@ class LinearTail:
         linear: qualified name of the `torch.nn.Linear`.
         modules: qualified names of all modules behind the site that take part in it.
         around: those of the modules that contain the site, or give its value: their hooks act after it.
+        window: the sizes of the only map that the pooling averages whole; None where it does maps of any size.
     """
 
     linear: str
     modules: tuple[str, ...] = ()
     around: tuple[str, ...] = ()
+    window: tuple[int, ...] | None = None
 
 
 def linear_tail(
@@ -106,7 +108,7 @@ def linear_tail(
     around = ("", *ancestors(site.path or site.owner), site.path or site.owner)
     passed.append(logits)
     inner = tuple(dict.fromkeys(path for path in modules_in(passed) if path not in around))
-    return LinearTail(str(logits.target), inner, tuple(dict.fromkeys(around)))
+    return LinearTail(str(logits.target), inner, tuple(dict.fromkeys(around)), head.pooling.window)
 
 
 def passes(model: nn.Module, node: fx.Node) -> bool:
@@ -116,12 +118,20 @@ def passes(model: nn.Module, node: fx.Node) -> bool:
     return getattr(node.target, "__name__", "") == "dropout"
 
 
-def tail_layer(model: nn.Module, tail: LinearTail) -> nn.Linear | None:
+def tail_layer(model: nn.Module, tail: LinearTail, sizes: Sequence[int] | None = None) -> nn.Linear | None:
     """Return the linear layer of a tail as the model has it now.
 
     None where anything but pooling and a plain layer may act: another class of layer, or hooks or an own forward on one
     of the modules. Most hooks only read, but that cannot be known.
+
+    Args:
+        model: the model.
+        tail: its tail.
+        sizes: those of the map that is pooled in this pass. Where the window doesn't average such a map whole, there is
+            no such layer either.
     """
+    if sizes is not None and tail.window is not None and tuple(sizes) != tail.window:
+        return None
     layer = model.get_submodule(tail.linear)
     if type(layer) is not nn.Linear or not is_classifier(layer):
         return None

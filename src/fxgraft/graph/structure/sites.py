@@ -115,10 +115,16 @@ def resolve(trace: ModelTrace, words: SiteSpec) -> list[Site]:
 def _named(trace: ModelTrace, word: str) -> list[Site]:
     calls = trace.observation.calls
     if is_glob(word):
-        matching = [path for path in trace.in_order() if path and matches(word, path)]
-        if matching:
-            return [module_site(trace, path) for path in matching]
-        return list_sites(trace, word)
+        modules = {
+            path: module_site(trace, path) for path in trace.in_order() if path and matches(word, path)
+        }
+        try:
+            listed = {site.name: site for site in list_sites(trace, word)}
+        except SiteError:
+            if not modules:
+                raise
+            listed = {}
+        return list({**listed, **modules}.values())
     if word and word in calls:
         return [module_site(trace, word)]
     inner, _, number = word.rpartition("_")

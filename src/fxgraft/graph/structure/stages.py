@@ -171,7 +171,36 @@ def _by_places(trace: ModelTrace) -> list[Site]:
         paths = [
             path for path in blocks if not any(inside(path, other) for other in blocks if other != path)
         ] or paths
+    _check_blocks(trace, paths)
     return [site for path in paths if (site := _declared(trace, path)) is not None]
+
+
+def _check_blocks(trace: ModelTrace, found: list[str]) -> None:
+    """Raise where all stages that were found end before the blocks, whose values are not understood.
+
+    That is so where one block is called over and over, or its tokens have an order of their own.
+    """
+    calls = trace.observation.calls
+    blocks = [
+        path
+        for path in _before_the_heads(trace, trace.in_order()[:-1])
+        if path in calls
+        and _is_composite(trace, path)
+        and (len(calls[path]) > 1 or is_block(trace, path))
+        and isinstance(value := calls[path][-1].output, Tensor)
+        and sum(size > 1 for size in value.shape) > 2
+    ]
+    known = [path for path in found if any(inside(path, block) or inside(block, path) for block in blocks)]
+    end = max((calls[path][-1].order for path in found), default=-1)
+    late = [path for path in blocks if calls[path][0].order > end]
+    if late and not known:
+        shape, times = tuple(calls[late[0]][-1].output.shape), len(calls[late[0]])
+        why = f"it is called {times} times" if times > 1 else "which dimensions are positions isn't seen"
+        raise StructureError(
+            f"The stages of {trace.name} cannot be told: {late[0]!r} gives a value of shape {shape}, and {why}.\n"
+            f"Without it the stages would end at {found[-1] if found else 'the image'!r}.\n"
+            "Name the layer, as fxgraft.sites(model) lists it."
+        )
 
 
 def _last_of_each(

@@ -46,9 +46,9 @@ def gradient_boosting_cross_entropy(
         label_smoothing: share of the label that is spread evenly over the classes that count, in [0, 1].
 
     Raises:
-        ConfigError: k below 1, label smoothing outside [0, 1], no such reduction.
+        ConfigError: k below 1, label smoothing outside [0, 1], no such reduction, another number of weights.
         TargetError: soft targets or several labels for each image, which name no wrong classes; for one logit labels
-            outside [0, 1].
+            outside [0, 1]; labels of no class, on a CPU.
     """
     _check_options(k, label_smoothing, reduction)
     if logits.ndim > 1 and logits.shape[1] == 1:
@@ -63,6 +63,8 @@ def gradient_boosting_cross_entropy(
             "binary_cross_entropy_with_logits."
         )
     classes = logits.shape[1 if logits.ndim > 1 else 0]
+    _check_weight(weight, classes)
+    target = target.long()  # cross-entropy takes bytes as well
     if k >= classes - 1:
         return F.cross_entropy(
             logits,
@@ -92,6 +94,7 @@ def _answered(
     smoothing: float,
 ) -> Tensor:
     """Return the loss of one logit (B, 1, ...): cross-entropy between no and yes."""
+    _check_weight(weight, 2)
     yes, counts = binary_labels("The gradient-boosting loss", target, logits.shape, ignore_index)
     scores = two_classes(logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits)
     factor = counts.to(scores.dtype)[:, 0]
@@ -122,6 +125,14 @@ def _boosted(
         logits = logits.float()
     counts = target != ignore_index
     label = target.where(counts, torch.zeros_like(target)).unsqueeze(1)
+    if label.device.type == "cpu" and not torch.compiler.is_compiling():  # another device isn't waited for
+        wrong = label[(label < 0) | (label >= logits.shape[1])]
+        if len(wrong):
+            raise TargetError(
+                f"The gradient-boosting loss was given the label {int(wrong[0])}, and there are {logits.shape[1]} "
+                f"classes.\nLabels are 0 to {logits.shape[1] - 1}, or ignore_index ({ignore_index}).\n"
+                "Check num_classes of the model."
+            )
     # Only the choice of classes is made here; the values are gathered with their gradient.
     others = logits.detach().scatter(1, label, float("-inf")).topk(k, dim=1, sorted=False).indices
     chosen = logits.gather(1, torch.cat((label, others), dim=1))
@@ -139,6 +150,14 @@ def _boosted(
     if reduction == "sum":
         return loss.sum()
     return loss.sum() / factor.sum()
+
+
+def _check_weight(weight: Tensor | None, classes: int) -> None:
+    if weight is not None and tuple(weight.shape) != (classes,):
+        raise ConfigError(
+            f"weight has the shape {tuple(weight.shape)}, and there are {classes} "
+            f"{'answers to one logit' if classes == 2 else 'classes'}.\nPass one factor for each."
+        )
 
 
 def _check_options(k: int, label_smoothing: float, reduction: str) -> None:

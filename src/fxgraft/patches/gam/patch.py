@@ -251,7 +251,7 @@ class GAM(LayeredPatch):
         """Take the copy of the source network, once; `Game.begin` brings it up to date."""
         model = graft.model()
         if model is not None:
-            game_of(graft).take_source(model, self.source, graft, self.layers or ())
+            game_of(graft).take_source(model, self.source, graft, () if self.layers is None else self.layers)
 
     def describe(self, graft: Graft) -> str:
         """Name the taps, how they are matched and what they are told apart by."""

@@ -43,6 +43,11 @@ def found_sites(
         kind, rest = search.read_at(site)
         if rest is None:
             raise _idle(site)
+        if site.value is take_logits(backbone.output, (output,)):
+            raise SiteError(
+                f"{site.name!r} gives the logits themselves, and RSC mutes what they are computed from.\n"
+                "A prediction without its logits is the same for every class.\nName a layer in front of the classifier."
+            )
         yield site, kind, rest
 
 

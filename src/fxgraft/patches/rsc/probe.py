@@ -42,7 +42,8 @@ class Probe:
         self.config, self.rest, self.layout = unit.config, unit.rest, unit.layout
         self.z = z
         self.target = target
-        self.layer = tail_layer(self.run.model, self.rest.tail) if self.rest.tail is not None else None
+        tail, sizes = self.rest.tail, self.canonical.shape[2:]
+        self.layer = None if tail is None else tail_layer(self.run.model, tail, sizes)
         self.logits: Tensor | None = None
 
     @property

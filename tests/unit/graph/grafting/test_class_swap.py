@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -12,7 +13,14 @@ import torch
 from torch import Tensor, fx, nn
 
 import fxgraft
-from fxgraft.errors import BypassError, FxgraftError, SiteError, TargetError, WrappedModelError
+from fxgraft.errors import (
+    BypassError,
+    FxgraftError,
+    FxgraftWarning,
+    SiteError,
+    TargetError,
+    WrappedModelError,
+)
 from fxgraft.graph.tracing.editing import After, Output
 from fxgraft.patches.rsc.patch import record
 from models.toys import (
@@ -368,3 +376,18 @@ def test_a_unit_with_tensors_is_no_child_of_what_runs_its_children() -> None:
     assert len(list(model.stage.children())) == 2
     torch.testing.assert_close(model(x), expected)
     assert [key for key in model.state_dict() if "graft_" in key]
+
+
+def test_a_part_that_is_in_evaluation_mode_alone_is_told() -> None:
+    model, part = net(), "stage2"
+    rsc(model, batch_share=1.0).train().get_submodule(part).eval()
+    with pytest.warns(
+        FxgraftWarning, match=r"'rsc' did nothing in a training pass: 'stage2' is in evaluation mode"
+    ):
+        model(images(), target=LABELS)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model(images(), target=LABELS)  # told once
+        rsc(net()).eval()(images())  # no training pass
+        looked_through = fxgraft.patch(rsc(net(), "stage1"), "crossnorm", layers="stage2", p=1.0)
+        looked_through(images(), target=LABELS)  # RSC looks ahead through the other, in evaluation mode

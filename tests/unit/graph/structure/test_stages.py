@@ -7,8 +7,10 @@ from typing import Any
 
 import pytest
 import timm
+import torch
 from torch import Tensor, nn
 
+from fxgraft.errors import StructureError
 from fxgraft.graph.structure.heads.head import pooled_map
 from fxgraft.graph.structure.positions import positions
 from fxgraft.graph.structure.sites import list_sites, resolve
@@ -159,3 +161,54 @@ def test_no_question_changes_the_answer_to_another(model: Callable[[], nn.Module
     for order in (list(QUESTIONS), list(QUESTIONS)[::-1]):
         trace = ModelTrace(model(), (3, 16, 16))
         assert {name: QUESTIONS[name](trace) for name in order} == fresh
+
+
+class Called(nn.Module):
+    """A stem, then one block that is called three times."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.fc = nn.Conv2d(3, WIDTH, 3, 2, 1), nn.Linear(WIDTH, 5)
+        self.block = nn.Sequential(nn.Conv2d(WIDTH, WIDTH, 3, 1, 1), nn.ReLU())
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        for _ in range(3):
+            x = self.block(x)
+        return self.fc(x.mean((2, 3)))
+
+
+class Registers(nn.Module):
+    """Blocks on tokens behind which others stand that are no places."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.fc = nn.Conv2d(3, WIDTH, 4, 4), nn.Linear(WIDTH, 5)
+        self.registers = nn.Parameter(torch.randn(1, 2, WIDTH))
+        self.blocks = nn.Sequential(*(Behind() for _ in range(2)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x).flatten(2).transpose(1, 2)
+        x = torch.cat((x, self.registers.expand(len(x), -1, -1)), 1)
+        return self.fc(self.blocks(x)[:, :-2].mean(1))
+
+
+class Behind(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.mlp = nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.GELU(), nn.Linear(WIDTH, WIDTH))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.mlp(x)
+
+
+@pytest.mark.parametrize(
+    ("model", "why"),
+    [
+        (Called, "'block' gives .*it is called 3 times"),
+        (Registers, "'blocks.0' gives .*positions isn't seen"),
+    ],
+)
+def test_stages_that_would_end_in_front_of_the_blocks(model: Callable[[], nn.Module], why: str) -> None:
+    with pytest.raises(StructureError, match=f"cannot be told: {why}(?s:.*)would end at 'stem'"):
+        stages(ModelTrace(model(), (3, 16, 16)))

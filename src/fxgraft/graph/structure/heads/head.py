@@ -15,6 +15,7 @@ from fxgraft.graph.structure.heads.pooling import (
     DROPOUTS,
     SHAPES,
     HeadTrace,
+    averaged_before,
     head_in,
     logits_before,
     opened_head,
@@ -103,6 +104,13 @@ def find_head(trace: ModelTrace, head: str | None = None, output: str | int | No
         end = logits_before(logits_node(inner, None if owner else output, owner or trace.name), inner)
     training = head_in(trace, owner, traced, end)
     values = trace.values(owner, traced)
+    if averaged_before(training.maps, values) is not training.maps:
+        raise StructureError(
+            f"The head of {trace.name} averages in steps: {describe_node(training.maps, values)} averages some of the "
+            f"positions, {describe_node(training.pool, values)} the rest.\n"
+            "A class map has a score for every position, and these are gone after the first step.\n"
+            "Average in one step, as x.mean((2, 3)) or nn.AdaptiveAvgPool2d(1) do."
+        )
     span, ndim, apart = _span(trace, owner, traced, training, values)
     source = _map_site(trace, head, output) if apart else None
     if apart and source is None:
@@ -137,6 +145,7 @@ def _map_site(trace: ModelTrace, classifier: str | None, output: str | int | Non
             trace, node
         ):  # a placeholder for an option that was not taken: name what is before it
             (node,) = node.all_input_nodes
+        node = averaged_before(node, trace.values("", traced))
         if not head.classifiers or node.op in ("placeholder", "get_attr"):
             return None
         path, scope = str(node.target), scope_of(node)

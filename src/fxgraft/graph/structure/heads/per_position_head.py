@@ -166,6 +166,15 @@ class PositionwiseHead:
 
     def _space(self, x: Tensor) -> tuple[tuple[int, ...], int]:
         sizes = [size for d, size in enumerate(x.shape) if d not in (0, self.head.pooling.channel)]
+        window = self.head.pooling.window
+        if window is not None and tuple(sizes) != window:
+            raise SiteError(
+                f"A map of {'×'.join(map(str, sizes))} reaches the head, whose window averages maps of "
+                f"{'×'.join(map(str, window))} whole, and leaves out positions of this one.\n"
+                "A score per position stands for the average of all positions.\n"
+                "Train on images of one size, patched with input_size= of these, or pool by "
+                f"nn.AdaptiveAvgPool{len(window)}d(1)."
+            )
         if len(sizes) > 1:
             return tuple(sizes), math.prod(sizes)
         known = self.grid

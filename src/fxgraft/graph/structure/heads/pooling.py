@@ -6,9 +6,11 @@ average over all positions of a map. Modules on the way are opened as they are m
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
+import torch
 from timm.layers.linear import Linear as TimmLinear
 from torch import Tensor, fx, nn
 
@@ -57,10 +59,12 @@ class Pooling:
     Attributes:
         channel: the dimension of the map that remains.
         keeps: whether averaged dimensions stay, with size one.
+        window: the sizes of the only map that it averages whole; None where it does maps of any size.
     """
 
     channel: int
     keeps: bool
+    window: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -107,8 +111,15 @@ def is_classifier(module: nn.Module) -> bool:
     )
 
 
-def pooling_of(node: fx.Node, values: Values) -> Pooling | None:
-    """Return how a node averages over all positions; None if it doesn't."""
+def pooling_of(node: fx.Node, values: Values, weighted: bool = False) -> Pooling | None:
+    """Return how a node averages over all positions; None if it doesn't.
+
+    Args:
+        node: the node.
+        values: the values of its trace.
+        weighted: whether an average counts that leaves positions out or weighs them, as windows that are smaller than
+            the map, padded or divided by another number do. It is linear as well.
+    """
     sources = tensor_inputs(node, values)
     if len(sources) != 1:
         return None
@@ -120,9 +131,11 @@ def pooling_of(node: fx.Node, values: Values) -> Pooling | None:
     if node.op == "call_module" and isinstance(owner.get_submodule(str(node.target)), _AVERAGES):
         name = "avg_pool"
     if name == "avg_pool" or name[:-2] in ("adaptive_avg_pool", "avg_pool"):
-        # The kernel of an average over windows covers the map when one value per channel is left.
-        whole = result.ndim == value.ndim and all(size == 1 for size in result.shape[2:])
-        return Pooling(1, True) if whole else None
+        if result.ndim != value.ndim or any(size != 1 for size in result.shape[2:]):
+            return None
+        if not weighted and not _averages_whole(node, sources[0], values):
+            return None
+        return Pooling(1, True, _window(node, values))
     if name != "mean":
         return None
     rest = node.args[1:]
@@ -136,6 +149,50 @@ def pooling_of(node: fx.Node, values: Values) -> Pooling | None:
     if 0 in {d % value.ndim for d in dims} or len(left) != 1:  # type: ignore[operator]
         return None
     return Pooling(left.pop(), result.ndim == value.ndim)
+
+
+def averaged_before(node: fx.Node, values: Values) -> fx.Node:
+    """Return what a value is an average of over some of the positions, step by step; the value itself if of nothing."""
+    while True:
+        sources = tensor_inputs(node, values)
+        name = node_name(node, values.owner)
+        if len(sources) != 1 or not (name == "mean" or "adaptive_avg" in name or "adaptiveavg" in name):
+            return node
+        before, after = values(sources[0]), values(node)
+        if not all(isinstance(value, Tensor) for value in (before, after)) or len(before) != len(after):
+            return node
+        # Of positions alone: a mean over channels leaves fewer of these.
+        if before.ndim < 4 or before.shape[1] not in after.shape[1:] or before.numel() == after.numel():
+            return node
+        node = sources[0]
+
+
+def _averages_whole(node: fx.Node, source: fx.Node, values: Values) -> bool:
+    """Say whether an average over windows is the plain mean of a map of the size that was observed.
+
+    Kernel, padding, what padding counts for and the divisor have a part in it, so it is tried.
+    """
+    sizes = values(source).shape[2:]
+    drawn = torch.Generator().manual_seed(0)
+    tried = torch.rand((1, 1, *sizes), generator=drawn, dtype=torch.float64, device="cpu")
+    args, kwargs = fx.map_arg(  # type: ignore[misc]
+        (node.args, dict(node.kwargs)), lambda other: tried if other is source else values(other)
+    )
+    module = values.owner.get_submodule(str(node.target)) if node.op == "call_module" else None
+    run: Any = node.target if module is None else type(module).forward
+    found = run(*args, **kwargs) if module is None else run(module, *args, **kwargs)
+    return torch.allclose(found.flatten(), tried.mean().flatten())
+
+
+def _window(node: fx.Node, values: Values) -> tuple[int, ...] | None:
+    """Return the sizes that a window of fixed sides was observed to cover; None where it follows the map's."""
+    module = values.owner.get_submodule(str(node.target)) if node.op == "call_module" else None
+    (source,) = tensor_inputs(node, values)
+    if isinstance(module, AdaptiveAvgPoolNd) or "adaptive" in node_name(node, values.owner):
+        return None
+    if module is None and len(node.all_input_nodes) > 1:  # sides that are read off the map
+        return None
+    return tuple(values(source).shape[2:])
 
 
 def logits_before(end: fx.Node, values: Values) -> fx.Node:
@@ -180,8 +237,39 @@ def head_in(trace: ModelTrace, path: str, traced: Traced, end: fx.Node) -> HeadT
     owner = trace.module(path)
     steps = [node for node in (*between, last) if node is not classifiers[0] and tensor_inputs(node, values)]
     neutral = all(node_name(node, owner) in SHAPES | DROPOUTS for node in steps)
+    neutral = neutral and (len(classifiers) > 1 or _keeps_order(last, pool, between, values))
     affine = all(_affine(node, values) for node in steps)
     return HeadTrace(maps, pool, pooling, between, classifiers, last, neutral, affine)
+
+
+def _keeps_order(classifier: fx.Node, pool: fx.Node, between: Sequence[fx.Node], values: Values) -> bool:
+    """Say whether a classifier reads the features of a pooled vector in their order, each once.
+
+    Changes of shape may shuffle them, and an index may choose some; numbers are sent through, since no name tells.
+    """
+    pooled = values(pool)
+    numbered = torch.arange(pooled.numel(), dtype=torch.float64, device="cpu").reshape(pooled.shape)
+    known: dict[fx.Node, Any] = {pool: numbered}
+
+    def at(node: fx.Node) -> Any:
+        return known[node] if node in known else values(node)
+
+    try:
+        for node in between:
+            args, kwargs = fx.map_arg((node.args, dict(node.kwargs)), at)  # type: ignore[misc]
+            if node_name(node, values.owner) in DROPOUTS:
+                known[node] = args[0]
+            elif node.op == "call_function":
+                known[node] = node.target(*args, **kwargs)  # type: ignore[operator]
+            elif node.op == "call_method":
+                known[node] = getattr(args[0], str(node.target))(*args[1:], **kwargs)
+            elif node.op == "call_module":
+                module = values.owner.get_submodule(str(node.target))
+                known[node] = type(module).forward(module, *args, **kwargs)
+        (read,) = (known[source] for source in classifier.all_input_nodes if source in known)
+    except (RuntimeError, TypeError, ValueError, IndexError, AttributeError):
+        return False
+    return read.shape[0] == len(numbered) and torch.equal(read.flatten(1), numbered.flatten(1))
 
 
 def _affine(node: fx.Node, values: Values) -> bool:

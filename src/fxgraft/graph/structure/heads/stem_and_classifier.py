@@ -259,7 +259,7 @@ def _last_layers(trace: ModelTrace, traced: Traced, output: str | int | None) ->
             raise OpaqueError(_path(node))
         sources = [source for source in tensor_inputs(node, values) if source in carrying]
         linear = node_name(node, trace.model) in SHAPES | DROPOUTS | SCALES | SUMS | {"float", "to"}
-        if not sources or not (linear or pooling_of(node, values) is not None):
+        if not sources or not (linear or pooling_of(node, values, weighted=True) is not None):
             raise StructureError(
                 f"The logits of {trace.name} do not come from linear layers alone: "
                 f"{describe_node(node, values)} has a part in them.\n"
@@ -364,7 +364,7 @@ def _features(trace: ModelTrace, traced: Traced) -> str | None:
             return describe_node(node, values)
         if module is not None and not is_primitive(module):
             raise OpaqueError(_path(node))
-        if name in _PASSING or pooling_of(node, values) is not None:
+        if name in _PASSING or pooling_of(node, values, weighted=True) is not None:
             new = [source for source in tensor_inputs(node, values) if source not in seen]
             seen.update(new)
             waiting += new
