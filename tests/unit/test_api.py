@@ -221,6 +221,10 @@ def test_unpatching_a_bare_model() -> None:
 # All or nothing.
 
 
+FROZEN = "ignore:'.*' did nothing in a training pass.*is in evaluation mode"
+
+
+@pytest.mark.filterwarnings(FROZEN)
 @pytest.mark.parametrize("first", [False, True])
 @pytest.mark.parametrize("fail", [0, 1, 2])
 def test_a_failure_at_any_site_leaves_everything_as_it_was(fail: int, first: bool) -> None:
@@ -245,6 +249,7 @@ class RefusingToy(Toy):
         raise RuntimeError("injected")
 
 
+@pytest.mark.filterwarnings(FROZEN)
 @pytest.mark.parametrize("first", [False, True])
 def test_a_failure_after_writing_is_undone(first: bool) -> None:
     fxgraft.register("refuses")(RefusingToy)

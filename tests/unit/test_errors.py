@@ -309,7 +309,7 @@ LABEL_MISTAKES: dict[str, tuple[Any, str]] = {
 
 
 @pytest.mark.parametrize("ambient", [False, True])
-@pytest.mark.parametrize("layer", ["stage1", "stage2", "fc"])
+@pytest.mark.parametrize("layer", ["stage1", "stage2", "drop"])
 @pytest.mark.parametrize("mistake", LABEL_MISTAKES)
 def test_a_mistake_in_the_labels(mistake: str, layer: str, ambient: bool) -> None:
     labels, message = LABEL_MISTAKES[mistake]

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 import fxgraft
 from fxgraft import extend
 from fxgraft.patches import registry
-from models.toys import LABELS, Net, Scale, images, net
+from models.toys import LABELS, Gain, Net, Scale, images, net
 from sweeping import some
 from third_party_package import HERE, METHODS, install
 
@@ -152,11 +152,11 @@ def test_units_come_from_make() -> None:
     @dataclass(frozen=True, kw_only=True)
     class Itself(extend.Patch):
         def place(self, backbone: extend.Backbone, make: extend.Make) -> Any:
-            yield backbone.place(backbone.sites("stage1")[0], Scale(3))
+            yield backbone.place(backbone.sites("stage1")[0], Gain(3.0))
 
     fxgraft.register("itself")(Itself)
     model = net()
-    with pytest.raises(fxgraft.MethodError, match=r"a Scale at 'stage1' that make\(\) did not build"):
+    with pytest.raises(fxgraft.MethodError, match=r"a Gain at 'stage1' that make\(\) did not build"):
         fxgraft.patch(model, "itself", input_size=SIZE)
     assert type(model) is Net
 

@@ -63,13 +63,13 @@ def load_backbone(model: M, state_dict: Mapping[str, Any]) -> M:
         RecipeError: it is no state dict, or keys are missing, unexpected, or of another shape; lists them. The model is
             then as it was.
     """
+    inner = unwrapped(model)
+    own = own_keys(inner)
     if not isinstance(state_dict, Mapping):
         raise RecipeError(
             f"load_backbone takes a state dict, got a {type(state_dict).__name__}.\n"
             "Read the file first: torch.load(path, weights_only=True), or safetensors.torch.load_file(path)."
         )
-    inner = unwrapped(model)
-    own = own_keys(inner)
     stock = {key: value for key, value in inner.state_dict().items() if key not in own}
     misfit = differences(stock, state_dict)
     if misfit:

@@ -57,7 +57,7 @@ REFUSED: list[tuple[dict[str, Any], type[Exception], str]] = [
         ConfigError,
         r"'layer1' has shape \(8, 12, 12\) in the target network, and 'layer1' has \(9, 12, 12\) in the source",
     ),
-    ({"layers": ["*"], "source": wider()}, ConfigError, "for 6 taps in the target(.|\n)*for 2 in the source"),
+    ({"layers": ["*"], "source": wider()}, ConfigError, "for 7 taps in the target(.|\n)*for 3 in the source"),
     ({"layers": ["fc"], "source": wider()}, ConfigError, "does not pair with the target's(.|\n)*drift=0"),
     ({"source": Net()}, ConfigError, r"requires gradients(.|\n)*requires_grad_\(False\)"),
     ({"source": "model"}, ConfigError, "source must be a network(.|\n)*leave source= out"),

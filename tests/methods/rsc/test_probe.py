@@ -100,6 +100,7 @@ def test_the_closed_form_and_the_general_path_mute_the_same(linear: type, scope:
 @SITES
 @SCOPES
 @TAILS
+@pytest.mark.filterwarnings("ignore:'rsc' did nothing in a training pass. 'act2' is in evaluation mode")
 def test_no_flag_gradient_or_random_state_changes(linear: type, scope: str, layer: str) -> None:
     x, y = batch()
     model = net(linear=linear)

@@ -212,7 +212,8 @@ def checked_placements(graft: Graft, placed: Any) -> list[Placement]:
                     f"{what}.place puts a {type(one.unit).__name__} at {one.key!r}, which isn't a unit.\n"
                     f"Derive from fxgraft.extend.Unit: class {type(one.unit).__name__}(Unit)."
                 )
-            if all(one.unit is not unit for unit in graft.units.values()):
+            learned = next(one.unit.parameters(), None) is not None
+            if learned and all(one.unit is not unit for unit in graft.units.values()):
                 raise MethodError(
                     f"{what}.place puts a {type(one.unit).__name__} at {one.key!r} that make() did not build.\n"
                     "It would be built anew whenever the model is planned again, and lose what it has learned.\n"
