@@ -108,7 +108,7 @@ def find_head(trace: ModelTrace, head: str | None = None, output: str | int | No
         raise StructureError(
             f"The head of {trace.name} averages in steps: {describe_node(training.maps, values)} averages some of the "
             f"positions, {describe_node(training.pool, values)} the rest.\n"
-            "A class map has a score for every position, and these are gone after the first step.\n"
+            "Scores by position need all of them, and some are gone after the first step.\n"
             "Average in one step, as x.mean((2, 3)) or nn.AdaptiveAvgPool2d(1) do."
         )
     span, ndim, apart = _span(trace, owner, traced, training, values)
