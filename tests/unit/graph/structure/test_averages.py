@@ -127,3 +127,18 @@ def test_an_average_in_steps_leaves_the_map_in_front_of_it(pool: Any) -> None:
     assert site in ("act", "permute")
     with pytest.raises(StructureError, match=r"averages in steps(?s:.*)Average in one step"):
         quiet(model)
+
+
+def test_a_classifier_that_is_called_twice_is_named_once() -> None:
+    class Both(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = Net()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.net(x) + self.net(x.flip(-1))
+
+    with pytest.raises(
+        StructureError, match=r"Both calls its classifier 'net.fc' 2 times(?s:.*)Patch the part"
+    ):
+        quiet(Both())

@@ -225,6 +225,12 @@ def head_in(trace: ModelTrace, path: str, traced: Traced, end: fx.Node) -> HeadT
         pools.setdefault(*_pooled(classifier, values))
     if len(pools) > 1:
         names = sorted({join(path, str(node.target)) for node in classifiers})
+        if len(names) == 1:
+            raise StructureError(
+                f"{trace.name} calls its classifier {names[0]!r} {len(classifiers)} times, on averages of their own.\n"
+                "One call can be rewritten, and here the logits of several are put together.\n"
+                "Patch the part that is called, or give it the images of all calls in one batch."
+            )
         raise StructureError(
             f"{trace.name} ends in {len(names)} classifiers: {', '.join(map(repr, names))}.\n"
             "Their logits are put together, and each reads an average of its own.\n"
