@@ -180,7 +180,7 @@ HEADER = (
     "smallest gain it could show",
     "verdict",
 )
-MOST_ROWS = 8
+MOST_ROWS = 10
 
 
 def evidence_table(studies: Iterable[Study], out: Path = FOLDER, *, headlines: bool = False) -> str:
