@@ -117,9 +117,8 @@ def sample_dirichlet(concentration: Tensor) -> Tensor:
     Without ``torch._sample_dirichlet`` `torch.distributions` does the same, which compiled code cannot hold in one
     graph.
     """
-    if (
-        torch.compiler.is_dynamo_compiling()
-    ):  # it has no form for batches of several sizes, and gamma variates do
+    if torch.compiler.is_dynamo_compiling():
+        # It cannot be compiled for batches of several sizes. Gamma variates can, and give the same numbers.
         parts = torch._standard_gamma(concentration.double()).clamp_min(torch.finfo(torch.float64).tiny)  # pyright: ignore[reportPrivateImportUsage]
         return (parts / parts.sum(-1, keepdim=True)).to(concentration.dtype)
     if not hasattr(torch, "_sample_dirichlet"):

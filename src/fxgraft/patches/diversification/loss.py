@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fxgraft.errors import ConfigError, TargetError
-from fxgraft.extend import binary_labels, is_count
+from fxgraft.extend import binary_labels, draws, is_count
 from fxgraft.functional.binary import two_classes
 
 Reduction = Literal["mean", "sum", "none"]
@@ -63,7 +63,7 @@ def gradient_boosting_cross_entropy(
             "binary_cross_entropy_with_logits."
         )
     classes = logits.shape[1 if logits.ndim > 1 else 0]
-    _check_weight(weight, classes)
+    _check_weight(weight, classes, "classes")
     target = target.long()  # cross-entropy takes bytes as well
     if k >= classes - 1:
         return F.cross_entropy(
@@ -94,7 +94,7 @@ def _answered(
     smoothing: float,
 ) -> Tensor:
     """Return the loss of one logit (B, 1, ...): cross-entropy between no and yes."""
-    _check_weight(weight, 2)
+    _check_weight(weight, 2, "answers to one logit")
     yes, counts = binary_labels("The gradient-boosting loss", target, logits.shape, ignore_index)
     scores = two_classes(logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits)
     factor = counts.to(scores.dtype)[:, 0]
@@ -125,7 +125,7 @@ def _boosted(
         logits = logits.float()
     counts = target != ignore_index
     label = target.where(counts, torch.zeros_like(target)).unsqueeze(1)
-    if label.device.type == "cpu" and not torch.compiler.is_compiling():  # another device isn't waited for
+    if label.device.type == "cpu" and not draws.as_data():  # another device isn't waited for
         wrong = label[(label < 0) | (label >= logits.shape[1])]
         if len(wrong):
             raise TargetError(
@@ -152,11 +152,10 @@ def _boosted(
     return loss.sum() / factor.sum()
 
 
-def _check_weight(weight: Tensor | None, classes: int) -> None:
-    if weight is not None and tuple(weight.shape) != (classes,):
+def _check_weight(weight: Tensor | None, count: int, what: str) -> None:
+    if weight is not None and tuple(weight.shape) != (count,):
         raise ConfigError(
-            f"weight has the shape {tuple(weight.shape)}, and there are {classes} "
-            f"{'answers to one logit' if classes == 2 else 'classes'}.\nPass one factor for each."
+            f"weight has the shape {tuple(weight.shape)}, and there are {count} {what}.\nPass one factor for each."
         )
 
 

@@ -16,6 +16,7 @@ from torch import Tensor, fx, nn
 
 from fxgraft._torch import AdaptiveAvgPoolNd, AvgPoolNd, ConvNd
 from fxgraft.errors import StructureError, candidates
+from fxgraft.graph.dataflow.axes import BATCH, CHANNEL, kind_of
 from fxgraft.graph.dataflow.flow import mark_of
 from fxgraft.graph.dataflow.graph_utils import scope_of, upstream_of
 from fxgraft.graph.names import ancestors, class_name, join
@@ -159,10 +160,10 @@ def averaged_before(node: fx.Node, values: Values) -> fx.Node:
         if len(sources) != 1 or not (name == "mean" or "adaptive_avg" in name or "adaptiveavg" in name):
             return node
         before, after = values(sources[0]), values(node)
-        if not all(isinstance(value, Tensor) for value in (before, after)) or len(before) != len(after):
-            return node
-        # Of positions alone: a mean over channels leaves fewer of these.
-        if before.ndim < 4 or before.shape[1] not in after.shape[1:] or before.numel() == after.numel():
+        mark = mark_of(after) if isinstance(after, Tensor) else None
+        kinds = [] if mark is None else [kind_of(axis) for axis in mark.axes]
+        # Of positions alone: images and channels are left.
+        if kinds[:1] != [BATCH] or CHANNEL not in kinds or before.numel() == after.numel():
             return node
         node = sources[0]
 
