@@ -34,7 +34,12 @@ from models.toys import (
     step,
 )
 
-pytestmark = pytest.mark.usefixtures("toy_methods")
+pytestmark = [
+    pytest.mark.usefixtures("toy_methods"),
+    pytest.mark.filterwarnings(
+        "ignore:'.*' did nothing in a training pass.*is in evaluation mode"
+    ),  # as `prepared`
+]
 
 SIZE = (3, 16, 16)
 
@@ -221,10 +226,6 @@ def test_unpatching_a_bare_model() -> None:
 # All or nothing.
 
 
-FROZEN = "ignore:'.*' did nothing in a training pass.*is in evaluation mode"
-
-
-@pytest.mark.filterwarnings(FROZEN)
 @pytest.mark.parametrize("first", [False, True])
 @pytest.mark.parametrize("fail", [0, 1, 2])
 def test_a_failure_at_any_site_leaves_everything_as_it_was(fail: int, first: bool) -> None:
@@ -249,7 +250,6 @@ class RefusingToy(Toy):
         raise RuntimeError("injected")
 
 
-@pytest.mark.filterwarnings(FROZEN)
 @pytest.mark.parametrize("first", [False, True])
 def test_a_failure_after_writing_is_undone(first: bool) -> None:
     fxgraft.register("refuses")(RefusingToy)
