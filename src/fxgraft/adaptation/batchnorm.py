@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import Dataset
 
 from fxgraft._torch import BatchNorm
 from fxgraft.adaptation.streams import gives_batches, images_of
@@ -80,7 +81,7 @@ def adapt_batchnorm(
             "exact=True takes the moments over all images, and momentum= or reset=False asks for a moving average.\n"
             "Leave exact= out, or the other two."
         )
-    if not gives_batches(loader):
+    if not gives_batches(loader) or isinstance(loader, Dataset):
         raise ConfigError(
             f"The loader gives batches of images (B, C, H, W), and {type(loader).__name__} does not.\n"
             "Pass a DataLoader or a list of batches; [x] for one batch."

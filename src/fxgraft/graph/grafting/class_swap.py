@@ -13,7 +13,6 @@ import fnmatch
 import functools
 import inspect
 import sys
-import warnings
 from collections.abc import Callable, Mapping
 from functools import partial
 from types import MappingProxyType
@@ -22,7 +21,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import fx, nn
 
-from fxgraft.errors import BypassError, ConfigError, FxgraftWarning, WrappedModelError
+from fxgraft.errors import BypassError, ConfigError, WrappedModelError
 from fxgraft.graph.atomic import restoring
 from fxgraft.graph.grafting.forwards import nests
 from fxgraft.graph.grafting.state import (
@@ -34,7 +33,7 @@ from fxgraft.graph.grafting.state import (
 )
 from fxgraft.graph.grafting.unit import Unit
 from fxgraft.graph.names import STATE
-from fxgraft.graph.runtime.forward_context import Arguments, Context, ForwardContext
+from fxgraft.graph.runtime.forward_context import Arguments, Context, ForwardContext, tell_once
 from fxgraft.graph.runtime.living import note_patched
 from fxgraft.graph.tracing.settings import output_hooked
 from fxgraft.graph.tracing.signatures import LABELS, TARGET, Declared
@@ -201,16 +200,12 @@ def _whole_call(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
 
 def _tell_idle(registry: GraftRegistry, path: str) -> None:
     """Warn, once for the model, of grafts that are off because their module is in evaluation mode alone."""
-    told = registry.context.told
-    if torch.compiler.is_compiling() or (path, "idle") in told:
-        return
-    told.add((path, "idle"))
-    warnings.warn(
+    tell_once(
+        registry.context,
+        (path, "idle"),
         f"{', '.join(map(repr, registry.names(path)))} did nothing in a training pass: {path!r} is in evaluation mode, "
         "and each module follows its own flag.\n"
         f"To freeze the norms in it, put these into evaluation mode, not {path!r} itself; or name another layer.",
-        FxgraftWarning,
-        stacklevel=2,
     )
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import warnings
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, ClassVar, NoReturn, TypeVar, cast
 
@@ -11,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from fxgraft._torch import fsdp_state_before_backward, graph_task, transforms_active
-from fxgraft.errors import BypassError, FxgraftError, FxgraftWarning, SiteError
-from fxgraft.graph.runtime.forward_context import Context, ForwardContext
+from fxgraft.errors import BypassError, FxgraftError, SiteError
+from fxgraft.graph.runtime.forward_context import Context, ForwardContext, tell_once
 from fxgraft.graph.structure.rest_of_network import Rest
 
 T = TypeVar("T")
@@ -170,11 +169,7 @@ class PassView:
             key: a name for it.
             message: what follows the graft's name.
         """
-        told = self.model_pass.context.told
-        if torch.compiler.is_compiling() or (self.graft, key) in told:
-            return
-        told.add((self.graft, key))
-        warnings.warn(f"{self.graft!r} {message}", FxgraftWarning, stacklevel=2)
+        tell_once(self.model_pass.context, (self.graft, key), f"{self.graft!r} {message}")
 
     def doubt(self, wrong: Tensor | bool, error: FxgraftError) -> None:
         """Raise an error if something is wrong. An accelerator isn't waited for: its error comes in a later step.

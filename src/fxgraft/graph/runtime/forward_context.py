@@ -8,6 +8,7 @@ loss) belongs to that thread, too, and to the output that the pass returned.
 from __future__ import annotations
 
 import threading
+import warnings
 import weakref
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -17,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fxgraft.errors import ConfigError, TargetError
+from fxgraft.errors import ConfigError, FxgraftWarning, TargetError
 from fxgraft.graph.runtime.deferred_checks import DeferredChecks
 from fxgraft.graph.runtime.loss_watch import LossWatch
 from fxgraft.graph.runtime.parameter_watch import ParameterWatch
@@ -249,6 +250,20 @@ class Context:
                 "fxgraft.loss(model, out, y, criterion=...)."
             )
         return None
+
+
+def tell_once(context: Context, key: tuple[str, str], message: str) -> None:
+    """Warn of something once for the model, but not in compiled code.
+
+    Args:
+        context: what the grafts of the model share.
+        key: whom or what it is about, and a name for it.
+        message: the whole message.
+    """
+    if torch.compiler.is_compiling() or key in context.told:
+        return
+    context.told.add(key)
+    warnings.warn(message, FxgraftWarning, stacklevel=3)
 
 
 class ForwardContext:

@@ -43,7 +43,7 @@ def found_sites(
         kind, rest = search.read_at(site)
         if rest is None:
             raise _idle(site)
-        if site.value is take_logits(backbone.output, (output,)):
+        if search.gives_logits(site):
             raise SiteError(
                 f"{site.name!r} gives the logits themselves, and RSC mutes what they are computed from.\n"
                 "A prediction without its logits is the same for every class.\nName a layer in front of the classifier."
@@ -107,7 +107,7 @@ class _Search:
             if rest is None:
                 failed = failed or _idle(site)
             # The last block of a dense network may give the logits itself.
-            elif site.value is not take_logits(self.backbone.output, (self.output,)):
+            elif not self.gives_logits(site):
                 return site, layout, rest
         raise failed or SiteError(
             f"No map of {self.backbone.name} in front of its pooling has more than one position.\n"
@@ -120,6 +120,10 @@ class _Search:
         layout = self._layout(site)
         rest = self.backbone.rest(site, self.output)
         return layout, rest if self.backbone.reads_places(rest, layout.prefix, compute) else None
+
+    def gives_logits(self, site: Site) -> bool:
+        """Say whether a site's value is the logits themselves."""
+        return site.value is take_logits(self.backbone.output, (self.output,))
 
     def positions(self, site: Site) -> int:
         """Count the positions at a site."""

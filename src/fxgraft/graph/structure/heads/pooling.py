@@ -6,7 +6,7 @@ average over all positions of a map. Modules on the way are opened as they are m
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -136,7 +136,7 @@ def pooling_of(node: fx.Node, values: Values, weighted: bool = False) -> Pooling
             return None
         if not weighted and not _averages_whole(node, sources[0], values):
             return None
-        return Pooling(1, True, _window(node, values))
+        return Pooling(1, True, _window(node, sources[0], values))
     if name != "mean":
         return None
     rest = node.args[1:]
@@ -176,24 +176,29 @@ def _averages_whole(node: fx.Node, source: fx.Node, values: Values) -> bool:
     sizes = values(source).shape[2:]
     drawn = torch.Generator().manual_seed(0)
     tried = torch.rand((1, 1, *sizes), generator=drawn, dtype=torch.float64, device="cpu")
-    args, kwargs = fx.map_arg(  # type: ignore[misc]
-        (node.args, dict(node.kwargs)), lambda other: tried if other is source else values(other)
-    )
-    module = values.owner.get_submodule(str(node.target)) if node.op == "call_module" else None
-    run: Any = node.target if module is None else type(module).forward
-    found = run(*args, **kwargs) if module is None else run(module, *args, **kwargs)
+    found = _computed(node, {source: tried}, values)
     return torch.allclose(found.flatten(), tried.mean().flatten())
 
 
-def _window(node: fx.Node, values: Values) -> tuple[int, ...] | None:
+def _window(node: fx.Node, source: fx.Node, values: Values) -> tuple[int, ...] | None:
     """Return the sizes that a window of fixed sides was observed to cover; None where it follows the map's."""
-    module = values.owner.get_submodule(str(node.target)) if node.op == "call_module" else None
-    (source,) = tensor_inputs(node, values)
-    if isinstance(module, AdaptiveAvgPoolNd) or "adaptive" in node_name(node, values.owner):
-        return None
-    if module is None and len(node.all_input_nodes) > 1:  # sides that are read off the map
-        return None
-    return tuple(values(source).shape[2:])
+    adaptive = "adaptive" in node_name(node, values.owner)
+    read_off_the_map = node.op != "call_module" and len(node.all_input_nodes) > 1
+    return None if adaptive or read_off_the_map else tuple(values(source).shape[2:])
+
+
+def _computed(node: fx.Node, known: Mapping[fx.Node, Any], values: Values) -> Any:
+    """Compute a node on real values of some of its inputs; the others are as observed."""
+    args, kwargs = fx.map_arg(  # type: ignore[misc]
+        (node.args, dict(node.kwargs)),
+        lambda source: known[source] if source in known else values(source),
+    )
+    if node.op == "call_module":
+        module = values.owner.get_submodule(str(node.target))
+        return type(module).forward(module, *args, **kwargs)
+    if node.op == "call_method":
+        return getattr(args[0], str(node.target))(*args[1:], **kwargs)
+    return node.target(*args, **kwargs)  # type: ignore[operator]
 
 
 def logits_before(end: fx.Node, values: Values) -> fx.Node:
@@ -257,22 +262,12 @@ def _keeps_order(classifier: fx.Node, pool: fx.Node, between: Sequence[fx.Node],
     pooled = values(pool)
     numbered = torch.arange(pooled.numel(), dtype=torch.float64, device="cpu").reshape(pooled.shape)
     known: dict[fx.Node, Any] = {pool: numbered}
-
-    def at(node: fx.Node) -> Any:
-        return known[node] if node in known else values(node)
-
     try:
         for node in between:
-            args, kwargs = fx.map_arg((node.args, dict(node.kwargs)), at)  # type: ignore[misc]
             if node_name(node, values.owner) in DROPOUTS:
-                known[node] = args[0]
-            elif node.op == "call_function":
-                known[node] = node.target(*args, **kwargs)  # type: ignore[operator]
-            elif node.op == "call_method":
-                known[node] = getattr(args[0], str(node.target))(*args[1:], **kwargs)
-            elif node.op == "call_module":
-                module = values.owner.get_submodule(str(node.target))
-                known[node] = type(module).forward(module, *args, **kwargs)
+                known[node] = known[tensor_inputs(node, values)[0]]
+            elif node.op != "get_attr":
+                known[node] = _computed(node, known, values)
         (read,) = (known[source] for source in classifier.all_input_nodes if source in known)
     except (RuntimeError, TypeError, ValueError, IndexError, AttributeError):
         return False
