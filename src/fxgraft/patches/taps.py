@@ -124,7 +124,8 @@ def activations(model: nn.Module, name: str | None = None) -> dict[str, Any]:
 
     Returns:
         Tensors by the names of their sites, in the order asked for. A site that gives several tensors has its
-        tuple, list or dictionary of them.
+        tuple, list or dictionary of them. A site inside of a module that is called several times in a pass has a
+        tuple of the values, one for each call.
 
     Raises:
         UnknownGraftError: there are no taps on the model, or none of that name.

@@ -388,3 +388,41 @@ def test_summary_and_plan_name_the_sites() -> None:
     assert "records stage1, fc (gradients flow); 0 new parameters" in str(fxgraft.summary(model))
     plan = fxgraft.patch(net(), "taps", layers=["stage1.0.add"], detach=True, input_size=SIZE, dry_run=True)
     assert "records stage1.0.add (detached)" in str(plan)
+
+
+class Repeated(nn.Module):
+    """Calls one block three times, as heads of detectors and networks with shared weights do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 3, 2, 1)
+        self.block = nn.Sequential(nn.Conv2d(8, 8, 3, padding=1), nn.ReLU(inplace=True))
+        self.head = nn.Linear(8, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        for _ in range(3):
+            x = x + self.block(x)
+        return self.head(x.mean((2, 3)))
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("call", [lambda model: model, lambda model: torch.compile(model, backend="eager")])
+def test_a_site_inside_of_a_module_that_is_called_again_gives_every_value(training: bool, call: Any) -> None:
+    torch.manual_seed(0)
+    model = fxgraft.patch(Repeated(), "taps", layers=["block", "block.0", "block_2"]).train(training)
+    firsts: list[Tensor] = []
+    model.block[0].register_forward_hook(lambda module, args, out: firsts.append(out.clone()))
+    for _ in range(2):
+        firsts.clear()
+        acts = fxgraft.tapped(call(model), images())[1]
+        assert isinstance(acts["block.0"], tuple)
+        assert [torch.equal(a, b) for a, b in zip(acts["block.0"], firsts, strict=True)] == [True] * 3
+        assert torch.equal(acts["block"], firsts[0].relu())
+        assert torch.equal(acts["block_2"], firsts[2].relu())
+
+
+@pytest.mark.parametrize("method", ["rsc", "gam"])
+def test_methods_that_need_one_value_say_why_there_is_none(method: str) -> None:
+    with pytest.raises(SiteError, match="inside of 'block', which the model calls 3 times in one pass"):
+        fxgraft.patch(Repeated(), method, layer="block.0")

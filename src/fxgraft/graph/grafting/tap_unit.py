@@ -39,11 +39,13 @@ class Fate:
         reached: whether the pass computes the value.
         overwritten: whether something writes into the value's memory after the site; where the mode could not
             be looked at, it may.
+        repeated: whether the pass comes by the site more than once: inside a module that is called again.
     """
 
     value: Any = None
     reached: bool = True
     overwritten: bool = True
+    repeated: bool = False
 
 
 class _Witness(Unit):
@@ -62,7 +64,7 @@ class _Witness(Unit):
         """Return what happened to the values since, and forget them."""
         seen, self.seen = self.seen, []
         written = any(tensor._version != version for _, versions in seen for tensor, version in versions)
-        return Fate(seen[-1][0] if seen else None, bool(seen), written)
+        return Fate(seen[-1][0] if seen else None, bool(seen), written, len(seen) > 1)
 
 
 class _Witnesses(Placer):
@@ -124,6 +126,10 @@ class Tap(Unit):
     Args:
         key: the name its value is fetched by.
         detach: cut what is recorded off the graph, instead of letting gradients flow through it.
+
+    Attributes:
+        copies: whether to record a copy, in evaluation and in training.
+        repeated: whether a pass comes by more than once. What is recorded is then a tuple, of one value for each time.
     """
 
     def __init__(self, key: str, detach: bool = False) -> None:
@@ -131,6 +137,7 @@ class Tap(Unit):
         self.key = key
         self.detach = detach
         self.copies: tuple[bool, bool] = (True, True)
+        self.repeated = False
 
     @property
     def slot(self) -> str:
@@ -152,6 +159,8 @@ class Tap(Unit):
 
         # Containers are rebuilt: dense networks append to a list after they passed it on.
         value = kept(x) if isinstance(x, Tensor) else pytree.tree_map_only(Tensor, kept, x)
+        if self.repeated:
+            value = (*recording.get(self.slot, ((), None))[0], value)
         watched = not copied and not torch.compiler.is_compiling()
         recording[self.slot] = (value, _versions(value) if watched else None)
         return x
@@ -190,7 +199,10 @@ def tap_placements(
     for key, (evaluation, training) in fates(backbone.trace, sites, learns).items():
         _check(sites[key], evaluation, training)
         unit = make(key, kind, key, detach)
-        unit.bind(copies=(copy or evaluation.overwritten, copy or training.overwritten))
+        unit.bind(
+            copies=(copy or evaluation.overwritten, copy or training.overwritten),
+            repeated=evaluation.repeated or training.repeated,
+        )
         placed += backbone.place(sites[key], unit, key=key)
     return placed
 
@@ -218,7 +230,7 @@ def take(units: Iterable[Unit]) -> dict[str, Any]:
 
     Returns:
         The values by the taps' keys, in their order: the tensor of a site, or its tuple, list or dictionary
-        of tensors.
+        of tensors; a tuple of these, one for each time, where a pass comes by the site more than once.
 
     Raises:
         BypassError: there was no pass since the values were last fetched, or the pass went past a site or wrote

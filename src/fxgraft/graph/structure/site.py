@@ -409,6 +409,16 @@ def locate(trace: ModelTrace, site: Site, traced: Traced) -> fx.Node:
         node = counterpart(local[0], own_nodes(owner.graph, None), own_nodes(traced.graph, site.owner))
         if node is not None:
             return node
+    around = site.owner
+    while around and len(trace.observation.calls.get(around, ())) < 2:
+        around = around.rpartition(".")[0]
+    if around:
+        raise SiteError(
+            f"{site.name!r} stands inside of {around!r}, which the model calls "
+            f"{len(trace.observation.calls[around])} times in one pass.\n"
+            "There is no single value of it, behind which the rest of the network could be looked at.\n"
+            f"Name the call that you mean: {around!r}, \"{around}_1\" and so on, as fxgraft.sites(model) lists them."
+        )
     raise SiteError(
         f"{site.name!r} is not part of the model's forward pass in evaluation mode.\n"
         "The rest of the network after it cannot be evaluated.\nfxgraft.sites(model) lists what is."
