@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from typing import Any
 
 from torch import Tensor, fx, nn
 
-from fxgraft.errors import SiteError, StructureError
+from fxgraft.errors import SiteError, StructureError, TraceError
 from fxgraft.graph.dataflow.flow import mark_of, passed_by_all
 from fxgraft.graph.dataflow.graph_utils import downstream_of
 from fxgraft.graph.dataflow.steps import PROJECTIONS
@@ -142,9 +143,14 @@ def _made(trace: ModelTrace, site: Site) -> int:
 
 def _by_places(trace: ModelTrace) -> list[Site]:
     """Find the last value of the main path at each number of places, or the blocks where that number is one."""
-    if isinstance(trace.model, fx.GraphModule):
-        return _last_of_each(_graph_path(trace))
     main = main_path(trace)
+    # Between plain layers, functions such as F.relu are what modules are elsewhere.
+    if not any(
+        trace.caller(path) == "" and _is_composite(trace, path) and _gives_maps(trace, path)
+        for path in trace.in_order()[:-1]
+    ):
+        with suppress(TraceError):
+            return _last_of_each(_graph_path(trace))
     opened = {""}
     for path in sorted(main, key=lambda path: path.count(".")):
         if trace.caller(path) in opened and (main[path] is None or _holds_stages(trace, path, main)):
@@ -320,8 +326,12 @@ def _is_composite(trace: ModelTrace, path: str) -> bool:
     return next(trace.module(path).children(), None) is not None
 
 
+def _gives_maps(trace: ModelTrace, path: str) -> bool:
+    return any(places_in(value) > 1 for value in tensors(trace.observation.output(path)))
+
+
 def _graph_path(trace: ModelTrace) -> list[tuple[Site, int]]:
-    """Find the main path as `main_path` does, for a model that is a graph, by its nodes."""
+    """Find the main path as `main_path` does, for a model that is a graph of layers and functions, by its nodes."""
     nodes = list(trace.graph("", training=False).graph.nodes)
     carrying = {
         node for start in nodes if start.op == "placeholder" for node in (start, *downstream_of(start))

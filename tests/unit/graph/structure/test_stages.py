@@ -9,6 +9,7 @@ import pytest
 import timm
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from fxgraft.errors import StructureError
 from fxgraft.graph.structure.heads.head import pooled_map
@@ -212,3 +213,40 @@ class Behind(nn.Module):
 def test_stages_that_would_end_in_front_of_the_blocks(model: Callable[[], nn.Module], why: str) -> None:
     with pytest.raises(StructureError, match=f"cannot be told: {why}(?s:.*)would end at 'stem'"):
         stages(ModelTrace(model(), (3, 16, 16)))
+
+
+class OfLayers(nn.Module):
+    """A plain network as tutorials write it: activations and poolings are functions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1, self.bn1 = nn.Conv2d(3, 4, 3, padding=1), nn.BatchNorm2d(4)
+        self.conv2, self.bn2 = nn.Conv2d(4, 8, 3, padding=1), nn.BatchNorm2d(8)
+        self.head = nn.Sequential(nn.Linear(8 * 8 * 8, 16), nn.ReLU(), nn.Linear(16, 5))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = functional.max_pool2d(functional.relu(self.bn1(self.conv1(x))), 2)
+        x = functional.max_pool2d(self.bn2(self.conv2(x)).relu(), 2)
+        return self.head(x.flatten(1))
+
+
+class OfModules(nn.Module):
+    """The same with modules for all of it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.features = nn.Sequential(
+            nn.Conv2d(3, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU(), nn.MaxPool2d(2),
+            nn.Conv2d(4, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(), nn.MaxPool2d(2),
+        )  # fmt: skip
+        self.head = nn.Sequential(nn.Linear(8 * 8 * 8, 16), nn.ReLU(), nn.Linear(16, 5))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.features(x).flatten(1))
+
+
+def test_stages_of_plain_layers_end_behind_their_functions() -> None:
+    functions, modules = (ModelTrace(model, (3, 32, 32)) for model in (OfLayers(), OfModules()))
+    assert [site.name for site in stages(functions)] == ["relu", "relu_1", "max_pool2d_1"]
+    assert [site.name for site in stages(modules)] == ["features.2", "features.6", "features"]
+    assert [site.shape for site in stages(functions)] == [site.shape for site in stages(modules)]
