@@ -88,7 +88,8 @@ def adapt(
         UnknownGraftError: there is no ``"gam"`` on the model.
         WrappedModelError: the model is inside DistributedDataParallel or another wrapper.
         ConfigError: an argument is out of range, a loader is empty, the optimisers are not for the two sides,
-            or a loss stops being finite (names the part).
+            images aren't finite, or a loss stops being so (names the part). On a CPU such images are found before
+            they are trained on; elsewhere at the next look at the losses, when weights are spoilt.
         RecipeError: the checkpoint is damaged, or of another patch, source network or architecture.
 
     Warns:
@@ -136,6 +137,8 @@ def adapt(
             if schedule is not None:
                 _scale_rates(pair, _factor(schedule, step / steps))
             images = [stream.next().to(target_device, non_blocking=True) for stream in streams]
+            if target_device.type == "cpu":  # elsewhere the host would have to wait for the answer
+                _check_finite(images, step)
             with _autocast(target_device, amp):
                 game = gam_losses(model, *images, name=name)
             _update(game, pair)
@@ -151,6 +154,16 @@ def adapt(
                 saved.write(count, history)
     set_progress(model, 1.0)
     return history
+
+
+def _check_finite(images: list[torch.Tensor], step: int) -> None:
+    for domain, batch in zip(("source", "target"), images, strict=True):
+        if not batch.isfinite().all():
+            raise ConfigError(
+                f"Images of the {domain} loader hold NaN or infinity, in step {step + 1}.\n"
+                f"One such value would spoil all weights; the model is as after {step} steps.\n"
+                "Look for what the data set or its transforms make of the images."
+            )
 
 
 def _update(game: Any, pair: tuple[Optimizer, Optimizer]) -> None:

@@ -70,7 +70,8 @@ def save(
         The file.
 
     Raises:
-        RecipeError: there is no graft on the model, or one that a recipe cannot hold; or the name of the file.
+        RecipeError: there is no graft on the model, or one that a recipe cannot hold, or there are no values in it; or
+            the name of the file.
         ConfigError: ``build`` makes another model.
         OSError: the file cannot be written. An earlier one is then as it was.
     """
@@ -119,6 +120,7 @@ def save(
         )
     registry.renew_stale(model)
     own = own_keys(model)
+    _check_has_values(model)
     made = constructor_of(model) if build is None else given_constructor(build, model)
     libraries = {"torch", "timm"} | ({made.library} - {"python"} if isinstance(made, Constructor) else set())
     recipe = {
@@ -171,6 +173,17 @@ def _entry(graft: Graft) -> dict[str, Any]:
     options = graft.patch.to_dict()
     size = list(graft.input_size) if graft.input_size else None
     return {"name": graft.name, "method": options.pop("method"), "options": options, "input_size": size}
+
+
+def _check_has_values(model: nn.Module) -> None:
+    """Raise where a model's tensors are on the device "meta", which has no memory."""
+    empty = [key for key, value in model.state_dict().items() if value.is_meta]
+    if empty:
+        raise RecipeError(
+            f"{len(empty)} tensors of this {type(model).__name__} are on the device 'meta', which holds no values; "
+            f"the first is {empty[0]!r}.\n"
+            'Give it memory first, as by model.to_empty(device="cpu"); and to save it, its weights.'
+        )
 
 
 def unshared(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -268,6 +281,7 @@ def _made(recipe: Mapping[str, Any], tensors: Mapping[str, Tensor], trust: bool,
 
 def _put_on(model: nn.Module, recipe: Mapping[str, Any], tensors: dict[str, Tensor], file: Path) -> None:
     """Put the grafts and tensors of a recipe on a bare model; on failure it is as before."""
+    _check_has_values(model)
     saved, present = recipe["architecture"], architecture_of(model)
     if saved != present:
         what = (

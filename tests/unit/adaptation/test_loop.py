@@ -200,10 +200,31 @@ def test_a_loss_that_is_not_finite_names_its_part() -> None:
 
 
 def test_a_loss_that_stops_being_finite_is_not_kept(tmp_path: Path) -> None:
-    images = [SOURCE[:4], SOURCE[4:8], SOURCE[8:12] * math.nan]
-    with pytest.raises(ConfigError, match="Not finite in step 3"):
-        fxgraft.adapt(network(), images, [TARGET], steps=6, checkpoint=tmp_path, checkpoint_every=2)
+    def schedule(share: float) -> float:
+        return 1e38 if share == 0.5 else 1.0
+
+    with pytest.raises(ConfigError, match="Not finite in step 4"):
+        fxgraft.adapt(
+            network(), [SOURCE], [TARGET], steps=4, checkpoint=tmp_path, checkpoint_every=2, schedule=schedule
+        )
     assert torch.load(tmp_path / "adaptation.pt", weights_only=True)["step"] == 2
+
+
+@pytest.mark.parametrize("odd", [math.nan, math.inf])
+def test_images_that_are_not_finite_are_not_trained_on(odd: float) -> None:
+    model, states = network(), []
+
+    def keep(step: int, values: dict[str, float]) -> None:
+        states.append(copy.deepcopy(model.state_dict()))
+
+    images = [SOURCE[:4], SOURCE[4:8] * odd]
+    with pytest.raises(
+        ConfigError, match=r"(?s)source loader hold NaN or infinity, in step 2.*as after 1 steps"
+    ):
+        fxgraft.adapt(model, images, [TARGET], steps=6, callback=keep, log_every=1)
+    assert len(states) == 1
+    for key, value in model.state_dict().items():
+        assert torch.equal(states[0][key], value), key
 
 
 # ------------------------------------------------------------------------------------------- wrong input

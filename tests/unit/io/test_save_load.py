@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import timm
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -549,3 +550,19 @@ def test_a_failed_load_leaves_parts_of_other_models_as_they_were(tmp_path: Path,
     with pytest.raises(ZeroDivisionError):
         fxgraft.load(file, model)
     assert [type(module) for module in model.modules()] == kind
+
+
+def test_models_without_memory(tmp_path: Path) -> None:
+    file = fxgraft.save(
+        fxgraft.patch(timm.create_model("test_resnet"), "selfnorm"), tmp_path / "run.safetensors"
+    )
+    before = file.read_bytes()
+    with torch.device("meta"):
+        empty = timm.create_model("test_resnet")
+    with pytest.raises(fxgraft.RecipeError, match="tensors of this ResNet are on the device 'meta'"):
+        fxgraft.load(file, model=empty)
+    assert not fxgraft.grafts(empty)
+    with pytest.raises(fxgraft.RecipeError, match=r"device 'meta'(?s:.*)model\.to_empty"):
+        fxgraft.save(fxgraft.patch(empty, "rsc"), file)
+    assert file.read_bytes() == before
+    fxgraft.load(file, model=fxgraft.unpatch(empty).to_empty(device="cpu"))

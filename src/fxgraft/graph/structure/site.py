@@ -417,7 +417,7 @@ def locate(trace: ModelTrace, site: Site, traced: Traced) -> fx.Node:
             f"{site.name!r} stands inside of {around!r}, which the model calls "
             f"{len(trace.observation.calls[around])} times in one pass.\n"
             "There is no single value of it, behind which the rest of the network could be looked at.\n"
-            f"Name the call that you mean: {around!r}, \"{around}_1\" and so on, as fxgraft.sites(model) lists them."
+            f'Name the call that you mean: {around!r}, "{around}_1" and so on, as fxgraft.sites(model) lists them.'
         )
     raise SiteError(
         f"{site.name!r} is not part of the model's forward pass in evaluation mode.\n"

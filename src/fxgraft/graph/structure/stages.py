@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable
 from contextlib import suppress
 from typing import Any
 
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 
 from fxgraft.errors import SiteError, StructureError, TraceError
 from fxgraft.graph.dataflow.flow import mark_of, passed_by_all
