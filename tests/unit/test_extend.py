@@ -373,3 +373,25 @@ def test_the_summary_names_the_units_where_a_method_says_nothing() -> None:
 
     fxgraft.register("silent")(Silent)
     assert "silent = silent: stage1;" in str(fxgraft.summary(fxgraft.patch(net(), "silent", input_size=SIZE)))
+
+
+@pytest.mark.parametrize("value", [{1: 0.5}, ((1, 2), (3, 4)), {"a": (1, 2)}])
+def test_options_that_would_come_back_from_a_file_as_others(value: Any, tmp_path: Path) -> None:
+    @extend.register("told")
+    @dataclass(frozen=True, kw_only=True)
+    class Told(extend.Patch):
+        """Does nothing."""
+
+        told: Any = None
+
+        def place(self, backbone: extend.Backbone, make: extend.Make) -> list[extend.Placement]:
+            return []
+
+    file = fxgraft.save(
+        fxgraft.patch(net(), "told", told=(1, "a", [2], {"b": [3]})), tmp_path / "run.safetensors"
+    )
+    assert fxgraft.grafts(fxgraft.load(file, net()))[0].patch == Told(told=(1, "a", [2], {"b": [3]}))
+    before = file.read_bytes()
+    with pytest.raises(fxgraft.RecipeError, match=r"told=.* of 'told' would come back from the file as"):
+        fxgraft.save(fxgraft.patch(net(), "told", told=value), file)
+    assert file.read_bytes() == before

@@ -139,6 +139,8 @@ def save(
         raise RecipeError(
             f"A graft has an option that JSON cannot hold: {error}.\nUse plain values."
         ) from error
+    for graft, entry in zip(registry.grafts, recipe["grafts"], strict=True):
+        _check_comes_back(graft, json.loads(json.dumps(entry["options"])))
     tensors = unshared({k: v for k, v in model.state_dict().items() if weights or k in own})
     metadata = {**FORMAT, ENTRY: json.dumps({**recipe, "sha256": recipe_digest(recipe, tensors)})}
 
@@ -173,6 +175,19 @@ def _entry(graft: Graft) -> dict[str, Any]:
     options = graft.patch.to_dict()
     size = list(graft.input_size) if graft.input_size else None
     return {"name": graft.name, "method": options.pop("method"), "options": options, "input_size": size}
+
+
+def _check_comes_back(graft: Graft, read: dict[str, Any]) -> None:
+    """Raise where options come back from JSON as other values: tuples in tuples, and keys that aren't text."""
+    again = build(graft.patch.method, _options(read))
+    for option in read:
+        before, after = getattr(graft.patch, option), getattr(again, option)
+        if before != after:
+            raise RecipeError(
+                f"{option}={before!r} of {graft.name!r} would come back from the file as {after!r}: JSON has lists "
+                "and keys of text alone.\n"
+                "Let the method take such values and convert them in its __post_init__."
+            )
 
 
 def _check_has_values(model: nn.Module) -> None:
