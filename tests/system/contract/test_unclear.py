@@ -127,7 +127,10 @@ class Volume(Crops):
 @pytest.mark.parametrize(
     ("layout", "message"),
     [
-        (None, r"layout of 'volume', of shape .*, cannot be told(?s:.*)Pass layout=, one of .*NCDHW"),
+        (
+            None,
+            r"layout of 'volume', of shape .*, cannot be told(?s:.*)pass layout= to a method that takes it: .*NCDHW",
+        ),
         ("NCHW", r"'volume' was said to be NCHW, but its shape is .*\n.*pass one of .*NCDHW"),
     ],
 )

@@ -135,7 +135,7 @@ def layout_of(
     raise SiteError(
         f"The layout of {what} cannot be told: {_reason(kinds, axes)}.\n"
         "Which dimension holds the channels follows from the layers and reshapes that made a value, and from what a "
-        f"larger image changes.\nPass layout=, one of {', '.join(NAMES)}, or choose another site."
+        f"larger image changes.\nChoose another site, or pass layout= to a method that takes it: {', '.join(NAMES)}."
     )
 
 
