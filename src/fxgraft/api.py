@@ -15,6 +15,7 @@ from fxgraft.arguments import check_arguments
 from fxgraft.errors import (
     ConfigError,
     FxgraftWarning,
+    MergeError,
     UnknownGraftError,
     because,
     candidates,
@@ -241,6 +242,14 @@ def unpatch(model: M, *names: str | Graft) -> M:
             )
     registry = registry_of(model)
     present = registry.grafts if registry is not None else []
+    patches = {graft.name: graft.patch for graft in present}
+    for item in names:
+        if isinstance(item, Graft) and patches.get(item.name, item.patch) != item.patch:
+            raise UnknownGraftError(
+                f"The graft {item.name!r} that was given is another model's.\n"
+                f"On this {model._get_name()} that name is of {patches[item.name]!r:.200}.\n"
+                "Pass one of fxgraft.grafts(model), or a name."
+            )
     wanted = {item.name if isinstance(item, Graft) else item for item in names}
     known = {graft.name for graft in present}
     inside = "" if registry is not None else patched_inside(model)
@@ -364,12 +373,20 @@ def merge(model: M) -> M:
     of fxgraft. The patched model is left alone.
 
     Raises:
-        MergeError: a graft cannot be folded; names it.
+        MergeError: a graft cannot be folded; names it. Or the model cannot be copied.
     """
     for graft in grafts(model):
         if type(graft.patch).merge is Patch.merge:
             graft.patch.merge(graft, model)
-    merged = copy.deepcopy(model)
+    try:
+        merged = copy.deepcopy(model)
+    except RuntimeError as error:
+        raise MergeError(
+            f"This {model._get_name()} cannot be copied, which merge does: {error}\n"
+            "Some of its tensors were computed in a pass and still have their graph, as pruned weights and those of "
+            "weight_norm do after a training step.\n"
+            "Call the model once under torch.no_grad(), and merge then."
+        ) from error
     for part in reversed(patched_parts(merged).values()):  # from the inside
         for graft in grafts_on(part):
             graft.patch.merge(graft, part)

@@ -45,16 +45,13 @@ def losses(
     Raises:
         StructureError: it is not clear what in the output are the logits; or a graft on a part stands in for the
             criterion, and the model's output is not that part's.
-        ConfigError: grafts of several parts stand in for the criterion; or it is the cross-entropy of a single logit.
+        ConfigError: grafts of several parts stand in for the criterion; or it is a class, or the cross-entropy of a
+            single logit; or ``out`` and ``y`` changed places.
     """
     _ask(model, out, y)
     names = [getattr(graft.patch, "output", None) for graft in grafts_on(model)]
     logits = take_logits(out, names)
-    if not callable(criterion):
-        raise ConfigError(
-            f"criterion is a function, called as criterion(logits, y), and {criterion!r} cannot be called.\n"
-            "Pass for example torch.nn.functional.cross_entropy, which is the default."
-        )
+    _check_arguments(logits, criterion)
     own = criterion
     for graft in _judging(model, logits):
         replacement = graft.patch.criterion(graft, criterion)
@@ -89,6 +86,11 @@ def loss(model: nn.Module, out: Any, y: Any, criterion: Callable[..., Tensor] = 
         StructureError, ConfigError: as `losses`; or the criterion reduces nothing and grafts add terms.
     """
     parts = losses(model, out, y, criterion)
+    if len(parts) > 1 and not isinstance(parts["criterion"], Tensor):
+        raise ConfigError(
+            f"The criterion returned {_kind(parts['criterion'])}, to which the grafts add tensors.\n"
+            "A number or a tuple has no gradient to add to.\nReturn the loss alone, as a tensor."
+        )
     if len(parts) > 1 and parts["criterion"].numel() != 1:
         others = ", ".join(map(repr, list(parts)[1:]))
         raise ConfigError(
@@ -134,6 +136,25 @@ def extra_loss(
     return next(
         (tensor.new_zeros(()) for tensor in tensors(out) if tensor.is_floating_point()), torch.zeros(())
     )
+
+
+def _check_arguments(logits: Any, criterion: Any) -> None:
+    """Raise `ConfigError` for a criterion that cannot be called on logits, and for what isn't logits."""
+    if isinstance(criterion, type):
+        raise ConfigError(
+            f"criterion is a function, called as criterion(logits, y), and {criterion.__name__} is a class.\n"
+            f"It would build an object from the logits.\nPass an object of it: {criterion.__name__}()."
+        )
+    if not callable(criterion):
+        raise ConfigError(
+            f"criterion is a function, called as criterion(logits, y), and {criterion!r} cannot be called.\n"
+            "Pass for example torch.nn.functional.cross_entropy, which is the default."
+        )
+    if isinstance(logits, Tensor) and not logits.is_floating_point() and not logits.is_complex():
+        raise ConfigError(
+            f"The output of the model was given as a tensor of {logits.dtype}, which are labels and not logits.\n"
+            "Call fxgraft.loss(model, out, y), in this order."
+        )
 
 
 def _sum(parts: Mapping[str, Tensor]) -> Tensor:

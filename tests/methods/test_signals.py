@@ -80,7 +80,7 @@ def test_the_layout_of_a_signal_follows_from_its_layers() -> None:
 def test_where_no_layer_tells_it_is_asked() -> None:
     model = nn.Sequential(nn.Tanh(), nn.Flatten(), nn.Linear(3 * LENGTH, 4))
     with pytest.raises(
-        SiteError, match=r"layout of '0', of shape \(2, 3, 12\), cannot be told(?s:.*)Pass layout="
+        SiteError, match=r"layout of '0', of shape \(2, 3, 12\), cannot be told(?s:.*)pass layout="
     ):
         fxgraft.patch(model, "rsc", layer="0", input_size=(3, LENGTH))
     fxgraft.patch(model, "rsc", layer="0", input_size=(3, LENGTH), layout="NCL")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import json
 from typing import Any
@@ -9,11 +10,13 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import prune
 
 import fxgraft
 from fxgraft.errors import (
     ConfigError,
     FxgraftError,
+    MergeError,
     StructureError,
     UnknownGraftError,
 )
@@ -390,3 +393,25 @@ def test_gain_is_the_only_registered_unit_of_a_stack() -> None:
     model = net()
     stack(model)
     assert {type(m) for n, m in model.named_modules() if "graft_" in n} == {Gain}
+
+
+def test_a_graft_of_another_model_by_the_same_name() -> None:
+    own, other = net(), fxgraft.patch(net(), "selfnorm", input_size=SIZE)
+    fxgraft.patch(own, "dsu", name="selfnorm", input_size=SIZE)
+    with pytest.raises(UnknownGraftError, match=r"'selfnorm' that was given is another model's(?s:.*)DSU\("):
+        fxgraft.unpatch(own, fxgraft.grafts(other)[0])
+    assert len(fxgraft.grafts(own)) == 1
+    fxgraft.unpatch(copy.deepcopy(other), fxgraft.grafts(other)[0])
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
+def test_a_model_that_cannot_be_copied() -> None:
+    model = net()
+    prune.l1_unstructured(model.fc, "weight", 0.5)
+    fxgraft.patch(model, "dsu", input_size=SIZE)
+    model(images()).sum().backward()
+    with pytest.raises(MergeError, match=r"cannot be copied(?s:.*)torch\.no_grad\(\)"):
+        fxgraft.merge(model)
+    with torch.no_grad():
+        model(images())
+    assert not fxgraft.grafts(fxgraft.merge(model))

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import timm
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -509,3 +510,71 @@ def test_a_step_with_its_loss_compiles() -> None:
 
     compiled: Any = torch.compile(stepping, backend="eager")
     assert torch.isfinite(compiled(images(), LABELS))
+
+
+# What isn't a criterion, and what isn't logits.
+
+
+@pytest.mark.parametrize("method", [None, "selfnorm"])
+def test_arguments_in_another_order_and_classes(method: str | None) -> None:
+    model = net() if method is None else fxgraft.patch(net(), method, input_size=SIZE)
+    out = model(images())
+    with pytest.raises(
+        ConfigError, match=r"tensor of torch\.int64, which are labels(?s:.*)loss\(model, out, y\)"
+    ):
+        fxgraft.loss(model, LABELS, out)
+    with pytest.raises(ConfigError, match=r"CrossEntropyLoss is a class(?s:.*)CrossEntropyLoss\(\)"):
+        fxgraft.loss(model, out, LABELS, nn.CrossEntropyLoss)
+
+
+@pytest.mark.parametrize("returned", [0.5, (torch.tensor(0.5), 1)])
+def test_a_criterion_that_returns_no_tensor(returned: Any) -> None:
+    model = crossnorm(net())
+    out = model(images(), target=LABELS)
+    with pytest.raises(
+        ConfigError, match=r"criterion returned a (float|tuple), to which the grafts add tensors"
+    ):
+        fxgraft.loss(model, out, LABELS, lambda logits, y: returned)
+
+
+def test_evaluation_mode_between_a_pass_and_a_loss_that_runs_the_batch_again() -> None:
+    model = crossnorm(net()).train()
+    out = model(images(), target=LABELS)
+    with pytest.raises(ConfigError, match=r"put into evaluation mode since(?s:.*)fxgraft\.loss first"):
+        fxgraft.loss(model.eval(), out, LABELS)
+    assert "crossnorm.consistency" in fxgraft.losses(model.train(), out, LABELS)
+
+
+def test_one_number_in_the_place_of_predictions() -> None:
+    model = crossnorm(net()).train()
+    out = model(images(), target=LABELS)
+    with pytest.raises(StructureError, match="compares predictions, and was given one number"):
+        fxgraft.extra_loss(model, F.cross_entropy(out, LABELS), LABELS)
+
+
+def test_consistency_needs_predictions_in_the_output() -> None:
+    maps = timm.create_model("test_resnet", features_only=True)
+    with pytest.raises(StructureError, match="not clear what in it are the logits"):
+        fxgraft.patch(maps, "crossnorm", consistency=True)
+    fxgraft.patch(maps, "crossnorm")
+
+
+def test_the_gradient_boosting_loss_is_one_of_training() -> None:
+    model = fxgraft.patch(net(), "diversification", loss="gradient_boosting", loss_k=1, input_size=SIZE)
+    out = model(images())
+    assert not torch.equal(fxgraft.loss(model, out, LABELS), F.cross_entropy(out, LABELS))
+    out = model.eval()(images())
+    assert torch.equal(fxgraft.loss(model, out, LABELS), F.cross_entropy(out, LABELS))
+    soft = F.one_hot(LABELS, CLASSES).float()
+    binary = F.binary_cross_entropy_with_logits
+    assert torch.equal(fxgraft.loss(model, out, soft, binary), binary(out, soft))
+
+
+@pytest.mark.parametrize("made", [lambda out: out.mean(0), lambda out: out[1], lambda out: 2 * out[0]])
+def test_members_have_other_labels_than_the_batch(made: Callable[[Tensor], Tensor]) -> None:
+    model = fxgraft.patch(net(), "mixmo", input_size=SIZE)
+    out = model(images(), target=LABELS)
+    with pytest.raises(TargetError, match="computed from the logits of several members in a training pass"):
+        fxgraft.loss(model, made(out), LABELS)
+    out = model.eval()(images())
+    assert torch.equal(fxgraft.loss(model, out, LABELS), F.cross_entropy(out, LABELS))

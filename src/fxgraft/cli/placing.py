@@ -24,6 +24,7 @@ from fxgraft.graph.structure.sites import list_sites
 from fxgraft.graph.structure.stages import stages
 from fxgraft.graph.tracing.editing import Input, Output, Span
 from fxgraft.graph.tracing.model_trace import ModelTrace
+from fxgraft.graph.tracing.observe import tensors
 from fxgraft.graph.tracing.preserve import preserved_random_state
 from fxgraft.patches.registry import build, methods
 
@@ -158,8 +159,21 @@ class Placing:
         edit, owner = placement.edit, placement.owner
         if not owner and isinstance(edit, (Input, Output)):
             return ""
-        names = [join(owner, edit.start)] if isinstance(edit, Span) else [placement.key, owner]
-        return next((name for name in names if name in self._by_name), "")
+        if not isinstance(edit, Span):
+            return next((name for name in (placement.key, owner) if name in self._by_name), "")
+        start = join(owner, edit.start)
+        return start if start in self._by_name else self._given_to(owner)
+
+    def _given_to(self, path: str) -> str:
+        """Name the site whose value is an argument of a module: a stage where it is one; '' if no site is."""
+        given = tensors(self.trace.observation.calls[path][0].args)
+        names = [site.name for site in self.sites if any(site.value is value for value in given)]
+        computed = [name for name in names if self._by_name[name].op not in NOTHING]
+        try:
+            ends = {stage.name for stage in stages(self.trace)}
+        except StructureError:
+            ends = set()
+        return next((name for name in names if name in ends), (computed or names or [""])[-1])
 
     def _positions(self, name: str) -> tuple[int, ...]:
         site = self._by_name.get(name)

@@ -198,6 +198,30 @@ def proved(guess: Constructor, model: nn.Module) -> Constructor:
     return dataclasses.replace(guess, settings=settings)
 
 
+def differences_from(made: Constructor, model: nn.Module) -> list[str]:
+    """List in which classes and attributes a model differs from what a constructor makes; weights don't count.
+
+    Hooks and configurations, which have a history of their own, are left out, and where the constructor cannot be
+    called here, nothing is known.
+
+    Args:
+        made: of a library, or of a function that is trusted.
+        model: bare.
+    """
+    try:
+        with preserved_random_state(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            settings, others = _differences(model, _without_memory(functools.partial(make, made)))
+    except Exception:  # a constructor may raise anything
+        return []
+    named = [f"the attribute {join(path, name)!r}" for path, own in settings.items() for name in own]
+    return named + [
+        word
+        for word in others
+        if word.startswith(("the class", "the attribute")) and not word.endswith("config'")
+    ]
+
+
 def make(made: Constructor) -> nn.Module:
     """Call a constructor, and apply the settings.
 

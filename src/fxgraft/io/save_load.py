@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import importlib.metadata
 import json
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar, overload
@@ -13,7 +14,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from fxgraft.errors import FxgraftError, RecipeError
+from fxgraft.errors import FxgraftError, FxgraftWarning, RecipeError
 from fxgraft.graph.atomic import apply_atomically, synchronized
 from fxgraft.graph.grafting.graft import Graft
 from fxgraft.graph.grafting.graft_registry import GraftRegistry, registry_of
@@ -26,7 +27,13 @@ from fxgraft.graph.tracing.preserve import preserved_random_state
 from fxgraft.graph.wrapped_models import check_model
 from fxgraft.io.atomic_write import write_file
 from fxgraft.io.backbone_weights import Weights
-from fxgraft.io.constructor import Constructor, constructor_of, given_constructor, load_constructed
+from fxgraft.io.constructor import (
+    Constructor,
+    constructor_of,
+    differences_from,
+    given_constructor,
+    load_constructed,
+)
 from fxgraft.io.recipe import ENTRY, FORMAT, HEADER, architecture_of, file_at, read_recipe, recipe_digest
 from fxgraft.patches.registry import build
 
@@ -241,6 +248,9 @@ def load(path: Any, model: Any = None, *, trust: bool = False) -> Any:
     Raises:
         RecipeError: there is no recipe, it is damaged, of an unknown version, or made for another
             architecture; the model cannot be made, or is patched already. A given model is then as it was.
+
+    Warns:
+        FxgraftWarning: the given model has other attributes, or modules of other classes, than the one that was saved.
     """
     if isinstance(path, nn.Module):
         path, model = model, path
@@ -262,10 +272,30 @@ def load(path: Any, model: Any = None, *, trust: bool = False) -> Any:
     file = file_at(path)
     recipe, tensors = read_recipe(file)
     with preserved_random_state():  # constructors and units draw what they start from
+        given = model is not None
         if model is None:
             model = _made(recipe, tensors, trust, file)
         _put_on(model, recipe, tensors, file)
+        if given:
+            _tell_differences(model, recipe["build"], trust, file)
     return model
+
+
+def _tell_differences(model: nn.Module, made: Any, trust: bool, file: Path) -> None:
+    """Warn where a model that weights were loaded into was built otherwise than the one that they are of."""
+    if not isinstance(made, Constructor) or (made.library == "python" and not trust):
+        return
+    apart = differences_from(made, model)
+    if apart:
+        more = f", and {len(apart) - 3} more" if len(apart) > 3 else ""
+        warnings.warn(
+            f"The model in {str(file)!r} was made by {made}, and the one that was given differs from it in "
+            f"{', '.join(apart[:3])}{more}.\n"
+            "The weights fit, and what the model computes from them may be something else.\n"
+            "Build the model as it was built then, or leave model= out: fxgraft.load(file) makes it.",
+            FxgraftWarning,
+            stacklevel=4,
+        )
 
 
 def _made(recipe: Mapping[str, Any], tensors: Mapping[str, Tensor], trust: bool, file: Path) -> nn.Module:

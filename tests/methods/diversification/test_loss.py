@@ -198,3 +198,50 @@ def test_other_options_are_checked():
         GradientBoostingCrossEntropy(label_smoothing=1.5)
     with pytest.raises(ConfigError, match="reduction must be"):
         GradientBoostingCrossEntropy(reduction="max")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("k", [1, 2, 15])
+@pytest.mark.parametrize(
+    ("logits", "labels"),
+    [((2, 7, 4, 6), (2, 6, 4)), ((2, 7, 4, 6), (2, 1, 4, 6)), ((4, 7), (4, 1)), ((4, 7), (3,)), ((7,), (1,))],
+)
+def test_labels_of_another_shape(logits: tuple[int, ...], labels: tuple[int, ...], k: int) -> None:
+    with pytest.raises(TargetError, match=r"labels of shape .* for logits of shape(?s:.*)y\.squeeze\(1\)"):
+        gradient_boosting_cross_entropy(torch.randn(logits), torch.zeros(labels, dtype=torch.int64), k=k)
+
+
+@pytest.mark.parametrize("k", [2, 15])
+def test_labels_of_no_class_whatever_k_is(k: int) -> None:
+    with pytest.raises(TargetError, match="was given the label 12, and there are 10 classes"):
+        gradient_boosting_cross_entropy(torch.randn(2, 10), torch.tensor([3, 12]), k=k)
+    ignored = gradient_boosting_cross_entropy(torch.ones(2, 10), torch.tensor([3, -100]), k=k)
+    torch.testing.assert_close(ignored, torch.tensor(1.0 + min(k, 9)).log())
+
+
+def test_one_sample_of_one_logit_is_a_question() -> None:
+    expected = F.binary_cross_entropy_with_logits(torch.tensor([2.0, 1.0]), torch.zeros(2), reduction="none")
+    none = gradient_boosting_cross_entropy(torch.tensor([2.0]), torch.tensor(0), reduction="none")
+    torch.testing.assert_close(none, expected[0])
+    rows = torch.vmap(gradient_boosting_cross_entropy)(torch.tensor([[2.0], [1.0]]), torch.tensor([0, 0]))
+    torch.testing.assert_close(rows, expected)
+
+
+@pytest.mark.parametrize("k", [2, 15])
+@pytest.mark.parametrize("classes", [1, 5])
+def test_weights_of_another_type_than_logits(k: int, classes: int) -> None:
+    logits, weight = torch.randn(4, classes), torch.rand(max(classes, 2))
+    labels = torch.tensor([0, 1, 1, 0])
+    value = gradient_boosting_cross_entropy(logits.bfloat16(), labels, k=k, weight=weight)
+    expected = gradient_boosting_cross_entropy(logits, labels, k=k, weight=weight)
+    torch.testing.assert_close(value.float(), expected, atol=0.03, rtol=0.03)
+
+
+def test_what_is_not_a_tensor() -> None:
+    with pytest.raises(TargetError, match="labels as a tensor, and was given a list"):
+        gradient_boosting_cross_entropy(torch.randn(2, 5), [0, 1])  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="weight is a tensor"):
+        gradient_boosting_cross_entropy(torch.randn(2, 5), torch.tensor([0, 1]), weight=[1.0] * 5)  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="weight is a tensor"):
+        GradientBoostingCrossEntropy(weight=[1.0, 2.0])  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="label_smoothing must be a share"):
+        GradientBoostingCrossEntropy(label_smoothing="a")  # type: ignore[arg-type]

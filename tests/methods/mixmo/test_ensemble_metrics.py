@@ -213,9 +213,11 @@ def test_other_shapes_are_refused(logits: Tensor, target: Tensor):
         metrics.compute()
 
 
-@pytest.mark.parametrize("wrong", [{"members": 0}, {"num_classes": 0}, {"n_bins": 0}])
-def test_sizes_out_of_range(wrong: dict[str, int]):
-    with pytest.raises(ConfigError, match="1 or more members, bins and classes"):
+@pytest.mark.parametrize(
+    "wrong", [{"members": 0}, {"num_classes": 0}, {"n_bins": 0}, {"n_bins": 2.5}, {"num_classes": "7"}]
+)
+def test_sizes_out_of_range(wrong: dict[str, Any]):
+    with pytest.raises(ConfigError, match="whole numbers of members, bins and classes, 1 or more"):
         EnsembleMetrics(**{"num_classes": 4, "members": 2, **wrong})  # type: ignore[arg-type]
 
 
@@ -330,3 +332,15 @@ def test_temperatures_that_cannot_be(temperature: Any):
         EnsembleMetrics(4, 1, temperature=temperature)
     with pytest.raises(ConfigError, match="have no temperatures"):
         EnsembleMetrics(4, 1).temperatures()
+
+
+@pytest.mark.parametrize("measure", [disagreement, ensemble_entropy])
+@pytest.mark.parametrize("shape", [(4, 5), (5,), (2, 3, 4, 5)])
+def test_logits_without_members(measure: Any, shape: tuple[int, ...]):
+    with pytest.raises(TargetError, match=r"by their logits \(M, B, K\)"):
+        measure(torch.randn(shape))
+
+
+def test_no_such_average():
+    with pytest.raises(ConfigError, match="average must be 'logits' or 'probabilities', got 'mean'"):
+        ensemble_entropy(torch.randn(2, 4, 5), "mean")

@@ -4,6 +4,7 @@ from collections import Counter
 from itertools import chain
 from typing import Any
 
+import numpy as np
 import pytest
 import timm
 import torch
@@ -177,3 +178,29 @@ def test_a_step_with_the_loader_and_what_it_refuses() -> None:
     whole = torch.utils.data.TensorDataset(torch.zeros(4, 3, 8, 8, dtype=torch.uint8), torch.zeros(4))
     with pytest.raises(ConfigError, match=r"images are Tensor of torch.uint8.*\n.*\nPut ToTensor"):
         next(iter(fxgraft.mixmo.paired_loader(whole, 2)))
+
+
+@pytest.mark.parametrize("label", [0.7, torch.tensor(1.5), torch.tensor([0.2, 0.8]), "cat"])
+def test_labels_that_are_not_class_indices(label: Any) -> None:
+    data = [(torch.zeros(3, 8, 8), label)] * 4
+    with pytest.raises(ConfigError, match="labels are class indices"):
+        next(iter(fxgraft.mixmo.paired_loader(data, 4)))
+
+
+@pytest.mark.parametrize("label", [1, np.int64(1), torch.tensor(1, dtype=torch.uint8)])
+def test_labels_that_are_class_indices(label: Any) -> None:
+    _, labels = next(iter(fxgraft.mixmo.paired_loader([(torch.zeros(3, 8, 8), label)] * 4, 4)))
+    assert [each.tolist() for each in labels] == [[1] * 4] * 2
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"shuffle": True}, "takes a sampler"),
+        ({"alpha": "a"}, "alpha must be above 0"),
+        ({"cutmix": "a"}, "a probability"),
+    ],
+)
+def test_options_of_the_loader(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        fxgraft.mixmo.paired_loader([(torch.zeros(3, 8, 8), 1)] * 4, 4, **options)

@@ -96,6 +96,15 @@ def test_what_is_suggested_for_small_images_and_for_large_ones():
     assert "you say where" in large["taps"]["reason"]
 
 
+def test_a_head_that_is_given_its_map_is_judged_by_the_map():
+    """The head of timm's ConvNeXt is a module, whose own argument is the last stage's map."""
+    out, _ = run("suggest", "test_convnext", "--size", "96", "--json")
+    (block,) = [each for each in json.loads(out) if each["method"] == "diversification"]
+    assert block["sites"] == ["stages.3"]
+    assert block["maps"] == [[3, 3]]
+    assert block["reason"] == "maps of 3×3 at stages.3; it wants 7×7 or more"
+
+
 def test_suggestions_are_one_table():
     out, _ = run("suggest", "test_vit")
     assert re.search(r"rsc .* tokens .*yes", out)

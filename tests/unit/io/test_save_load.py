@@ -7,6 +7,7 @@ import json
 import shutil
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -566,3 +567,23 @@ def test_models_without_memory(tmp_path: Path) -> None:
         fxgraft.save(fxgraft.patch(empty, "rsc"), file)
     assert file.read_bytes() == before
     fxgraft.load(file, model=fxgraft.unpatch(empty).to_empty(device="cpu"))
+
+
+def test_a_model_that_was_built_otherwise(tmp_path: Path) -> None:
+    def built(**options: Any) -> nn.Module:
+        return timm.create_model("test_resnet", num_classes=5, **options)
+
+    file = fxgraft.save(fxgraft.patch(built(global_pool="max"), "dsu"), tmp_path / "run.safetensors")
+    with pytest.warns(
+        fxgraft.FxgraftWarning, match=r"global_pool='max'.*differs from it in .*'global_pool\.pool'"
+    ):
+        fxgraft.load(file, model=built())
+    other = built(global_pool="max")
+    other.bn1.eps = 0.1
+    with pytest.warns(fxgraft.FxgraftWarning, match=r"differs from it in the attribute 'bn1\.eps'"):
+        fxgraft.load(file, model=other)
+    same = built(global_pool="max")
+    same.register_forward_hook(lambda module, args, out: None)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        fxgraft.load(file, model=same)

@@ -55,7 +55,7 @@ def checked_labels(graft: str, target: Any, batch: int) -> Tensor:
             f"samples with a batch of {batch}.\n"
             "Labels and inputs must be of the same batch; labels set earlier may have been left over."
         )
-    # Narrow integers index as masks (uint8, bool) or not at all; cross-entropy takes them as indices.
+    # Narrow integers index as masks (uint8, bool) or not at all.
     return target if target.is_floating_point() or target.dtype == torch.int64 else target.long()
 
 

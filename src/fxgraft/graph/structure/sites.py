@@ -171,8 +171,9 @@ def _unknown(trace: ModelTrace, word: str) -> SiteError:
             f"{word!r} is a module of {trace.name}, but its forward is never called in a pass.\n"
             f"{candidates(word, paths)}\nName one of its parts, or the module that uses it."
         )
+    known = tails or [site.name for site in list_sites(trace)]
     return SiteError(
-        f"There is no site {word!r} in {trace.name}.\n{candidates(word, tails or paths)}\n"
+        f"There is no site {word!r} in {trace.name}.\n{candidates(word, known)}\n"
         "fxgraft.sites(model) lists all of them."
     )
 

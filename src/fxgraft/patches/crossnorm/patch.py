@@ -24,6 +24,7 @@ from fxgraft.extend import (
     Site,
     SiteError,
     SiteSpec,
+    StructureError,
     Unit,
     View,
     binary_labels,
@@ -209,7 +210,19 @@ class CrossNorm(BlockPatch):
         again, model = graft.arguments(out), graft.model()
         if again is None or model is None:  # the pass may have been made in evaluation
             return {}
-        clean = _rows(take_logits(out, [self.output]))
+        if not model.training:
+            raise ConfigError(
+                f"{graft.name!r} runs the batch of this loss again, and the model was put into evaluation mode since "
+                "its pass.\nThere it does nothing, and the predictions would be compared with themselves.\n"
+                "Call fxgraft.loss first, then model.eval()."
+            )
+        logits = take_logits(out, [self.output])
+        if not logits.ndim:
+            raise StructureError(
+                f"{graft.name!r} compares predictions, and was given one number in their place.\n"
+                "Pass what the model returned: fxgraft.extra_loss(model, out, y)."
+            )
+        clean = _rows(logits)
         again, clean = self._clean(graft, again, clean)
         self._check_labels(graft, clean, target)
         on = self.p == 1 or draws.coin(self.p, clean.device)

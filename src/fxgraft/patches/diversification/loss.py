@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fxgraft.errors import ConfigError, TargetError
-from fxgraft.extend import binary_labels, draws, is_count
+from fxgraft.extend import binary_labels, draws, is_count, is_number
 from fxgraft.functional.binary import two_classes
 
 Reduction = Literal["mean", "sum", "none"]
@@ -37,8 +37,9 @@ def gradient_boosting_cross_entropy(
     cross-entropy with logits, whatever k. Several labels for each image are refused: none of the others is wrong.
 
     Args:
-        logits: (B, K), or (B, K, ...) for dense predictions.
-        target: class indices (B,) or (B, ...); for one logit 0 and 1, or the probability of 1, (B, ...) or (B, 1, ...).
+        logits: (B, K), or (B, K, ...) for dense predictions; (K,) for one sample.
+        target: class indices (B,) or (B, ...), () for logits (K,); for one logit 0 and 1, or the probability of 1,
+            (B, ...) or (B, 1, ...).
         k: how many wrong classes count, at least 1.
         weight: (K,) factor of each class, (2,) for the answers to one logit; applied as in cross-entropy.
         ignore_index: label of entries that do not count.
@@ -47,11 +48,31 @@ def gradient_boosting_cross_entropy(
 
     Raises:
         ConfigError: k below 1, label smoothing outside [0, 1], no such reduction, another number of weights.
-        TargetError: soft targets or several labels for each image, which name no wrong classes; for one logit labels
-            outside [0, 1]; labels of no class, on a CPU.
+        TargetError: labels of another shape; soft targets or several labels for each image, which name no wrong
+            classes; for one logit labels outside [0, 1]; labels of no class, on a CPU.
     """
     _check_options(k, label_smoothing, reduction)
-    if logits.ndim > 1 and logits.shape[1] == 1:
+    if not isinstance(target, Tensor):
+        raise TargetError(
+            f"The gradient-boosting loss takes labels as a tensor, and was given a {type(target).__name__}.\n"
+            "Pass torch.tensor(labels)."
+        )
+    if logits.ndim < 2:  # one sample
+        if not logits.ndim:
+            raise TargetError(
+                "The gradient-boosting loss takes logits (B, K, ...), and was given one number."
+            )
+        value = gradient_boosting_cross_entropy(
+            logits.unsqueeze(0),
+            target.unsqueeze(0),
+            k=k,
+            weight=weight,
+            ignore_index=ignore_index,
+            reduction=reduction,
+            label_smoothing=label_smoothing,
+        )
+        return value.squeeze(0) if reduction == "none" else value
+    if logits.shape[1] == 1:
         return _answered(logits, target, weight, ignore_index, reduction, label_smoothing)
     if target.is_floating_point():
         raise TargetError(
@@ -62,22 +83,26 @@ def gradient_boosting_cross_entropy(
             "Leave mixing (mixup, cutmix) out, or use torch.nn.functional.cross_entropy, for several labels "
             "binary_cross_entropy_with_logits."
         )
-    classes = logits.shape[1 if logits.ndim > 1 else 0]
+    classes = logits.shape[1]
     _check_weight(weight, classes, "classes")
+    if target.shape != (own := logits.shape[:1] + logits.shape[2:]):
+        raise TargetError(
+            f"The gradient-boosting loss was given labels of shape {tuple(target.shape)} for logits of shape "
+            f"{tuple(logits.shape)}.\n"
+            f"There is one label for each row of {classes} logits, so that its labels have the shape {tuple(own)}.\n"
+            "Pass y.squeeze(1) for indices (B, 1), or maps of labels with rows and columns as those of the logits."
+        )
     target = target.long()  # cross-entropy takes bytes as well
+    _check_range(target, classes, ignore_index)
     if k >= classes - 1:
         return F.cross_entropy(
             logits,
             target,
-            weight,
+            None if weight is None else weight.to(logits.dtype),
             ignore_index=ignore_index,
             reduction=reduction,
             label_smoothing=label_smoothing,
         )
-    if logits.ndim == 1:
-        logits, target = logits.unsqueeze(0), target.unsqueeze(0)
-        reduced = _boosted(logits, target, k, weight, ignore_index, reduction, label_smoothing)
-        return reduced.squeeze(0) if reduction == "none" else reduced
     if logits.ndim > 2:
         rows = logits.movedim(1, -1).reshape(-1, classes)
         value = _boosted(rows, target.reshape(-1), k, weight, ignore_index, reduction, label_smoothing)
@@ -100,8 +125,8 @@ def _answered(
     factor = counts.to(scores.dtype)[:, 0]
     soft = torch.cat((1 - yes, yes), 1).to(scores.dtype)
     if weight is not None:
-        own = weight.to(scores.dtype).reshape(1, 2, *[1] * (logits.ndim - 2))
-        factor = factor * (own * soft).sum(1)
+        weight = weight.to(scores.dtype)
+        factor = factor * (weight.reshape(1, 2, *[1] * (logits.ndim - 2)) * soft).sum(1)
         scored = F.cross_entropy(scores, soft, weight, reduction="none", label_smoothing=smoothing)
     else:
         scored = F.cross_entropy(scores, soft, reduction="none", label_smoothing=smoothing)
@@ -125,14 +150,6 @@ def _boosted(
         logits = logits.float()
     counts = target != ignore_index
     label = target.where(counts, torch.zeros_like(target)).unsqueeze(1)
-    if label.device.type == "cpu" and not draws.as_data():  # another device isn't waited for
-        wrong = label[(label < 0) | (label >= logits.shape[1])]
-        if len(wrong):
-            raise TargetError(
-                f"The gradient-boosting loss was given the label {int(wrong[0])}, and there are {logits.shape[1]} "
-                f"classes.\nLabels are 0 to {logits.shape[1] - 1}, or ignore_index ({ignore_index}).\n"
-                "Check num_classes of the model."
-            )
     # Only the choice of classes is made here; the values are gathered with their gradient.
     others = logits.detach().scatter(1, label, float("-inf")).topk(k, dim=1, sorted=False).indices
     chosen = logits.gather(1, torch.cat((label, others), dim=1))
@@ -152,7 +169,20 @@ def _boosted(
     return loss.sum() / factor.sum()
 
 
+def _check_range(target: Tensor, classes: int, ignore_index: int) -> None:
+    if target.device.type != "cpu" or draws.as_data():  # another device isn't waited for
+        return
+    wrong = target[((target < 0) | (target >= classes)) & (target != ignore_index)]
+    if len(wrong):
+        raise TargetError(
+            f"The gradient-boosting loss was given the label {int(wrong[0])}, and there are {classes} classes.\n"
+            f"Labels are 0 to {classes - 1}, or ignore_index ({ignore_index}).\nCheck num_classes of the model."
+        )
+
+
 def _check_weight(weight: Tensor | None, count: int, what: str) -> None:
+    if weight is not None and not isinstance(weight, Tensor):
+        raise ConfigError(f"weight is a tensor with one factor for each class, got {weight!r}.")
     if weight is not None and tuple(weight.shape) != (count,):
         raise ConfigError(
             f"weight has the shape {tuple(weight.shape)}, and there are {count} {what}.\nPass one factor for each."
@@ -165,7 +195,7 @@ def _check_options(k: int, label_smoothing: float, reduction: str) -> None:
             f"The gradient-boosting loss compares the label with its k highest wrong classes; k is {k!r}.\n"
             "It must be a whole number of at least 1. The paper uses 15."
         )
-    if not 0 <= label_smoothing <= 1:
+    if not is_number(label_smoothing) or not 0 <= label_smoothing <= 1:
         raise ConfigError(f"label_smoothing must be a share in [0, 1], got {label_smoothing!r}.")
     if reduction not in ("mean", "sum", "none"):
         raise ConfigError(f"reduction must be 'mean', 'sum' or 'none', got {reduction!r}.")
@@ -182,7 +212,7 @@ class GradientBoostingCrossEntropy(nn.Module):
         k: how many wrong classes count, at least 1. With K − 1 or more this is cross-entropy.
 
     Raises:
-        ConfigError: k below 1, label smoothing outside [0, 1], no such reduction.
+        ConfigError: k below 1, label smoothing outside [0, 1], no such reduction, weights that aren't (K,).
     """
 
     weight: Tensor | None
@@ -198,6 +228,8 @@ class GradientBoostingCrossEntropy(nn.Module):
     ) -> None:
         super().__init__()
         _check_options(k, label_smoothing, reduction)
+        if weight is not None:
+            _check_weight(weight, weight.numel() if isinstance(weight, Tensor) else 0, "factors")
         self.k = k
         self.label_smoothing = label_smoothing
         self.ignore_index = ignore_index

@@ -209,9 +209,10 @@ class Diversification(Patch):
         return self.loss is not None
 
     def criterion(self, graft: Graft, criterion: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        """Return the gradient-boosting loss, with the settings of the cross-entropy it replaces."""
+        """Return the gradient-boosting loss, with the settings of the cross-entropy it replaces; none in evaluation."""
         (unit,) = graft.units_of(DiversificationUnit)
-        if self.loss is None or not unit.boosts:
+        model = graft.model()
+        if self.loss is None or not unit.boosts or (model is not None and not model.training):
             return criterion
         plain: Any = criterion  # a subclass, or one with hooks, may compute something else
         forward = getattr(type(plain), "forward", None)

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fxgraft.extend import ConfigError, TargetError, is_number
+from fxgraft.extend import ConfigError, TargetError, is_count, is_number
 from fxgraft.functional.binary import two_classes
 from fxgraft.patches.mixmo.calibration import IGNORED, fit_temperature, scaled
 
@@ -29,7 +29,11 @@ def disagreement(member_logits: Tensor) -> Tensor:
 
     Returns:
         A scalar in [0, 1]; 0 for a single member.
+
+    Raises:
+        TargetError: logits of another number of dimensions.
     """
+    _check_members(member_logits)
     return _row_disagreement(member_logits).mean()
 
 
@@ -43,8 +47,31 @@ def ensemble_entropy(member_logits: Tensor, average: Average = "logits") -> Tens
 
     Returns:
         (B,), in nats: from 0 to log K, for a single logit to log 2.
+
+    Raises:
+        TargetError: logits of another number of dimensions.
+        ConfigError: no such average.
     """
+    _check_members(member_logits)
+    _check_average(average)
     return torch.special.entr(_log_probabilities(member_logits, average).exp()).sum(-1)
+
+
+def _check_members(member_logits: Tensor) -> None:
+    if not isinstance(member_logits, Tensor) or member_logits.ndim != 3:
+        given = (
+            tuple(member_logits.shape) if isinstance(member_logits, Tensor) else type(member_logits).__name__
+        )
+        raise TargetError(
+            f"Members are compared by their logits (M, B, K), and were given as {given}.\n"
+            "Without a dimension of members, images would be counted as members.\n"
+            "Take fxgraft.mixmo.member_logits(model, x), or torch.stack the logits of each member."
+        )
+
+
+def _check_average(average: object) -> None:
+    if average not in ("logits", "probabilities"):
+        raise ConfigError(f"average must be 'logits' or 'probabilities', got {average!r}.")
 
 
 def _row_disagreement(member_logits: Tensor) -> Tensor:
@@ -98,7 +125,7 @@ class EnsembleMetrics(nn.Module):
             kept for that; None leaves the scaled metrics out.
 
     Raises:
-        ConfigError: torchmetrics is not installed; fewer than 1 member, bin or class, no such average,
+        ConfigError: torchmetrics is not installed; numbers of members, bins or classes below 1, no such average,
             temperatures that are not above 0 or not one for each.
     """
 
@@ -112,13 +139,12 @@ class EnsembleMetrics(nn.Module):
         temperature: Temperature = None,
     ) -> None:
         super().__init__()
-        if num_classes < 1 or members < 1 or n_bins < 1:
+        if not all(map(is_count, (num_classes, members, n_bins))):
             raise ConfigError(
-                "An ensemble is measured with 1 or more members, bins and classes; got "
+                "An ensemble is measured with whole numbers of members, bins and classes, 1 or more; got "
                 f"members={members!r}, n_bins={n_bins!r}, num_classes={num_classes!r}."
             )
-        if average not in ("logits", "probabilities"):
-            raise ConfigError(f"average must be 'logits' or 'probabilities', got {average!r}.")
+        _check_average(average)
         try:
             from torchmetrics import CatMetric, MeanMetric
             from torchmetrics.classification import MulticlassAccuracy, MulticlassCalibrationError

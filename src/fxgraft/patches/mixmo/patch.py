@@ -270,6 +270,14 @@ class MixMo(Patch):
         def members(out: Tensor, y: Any) -> Tensor:
             check_criterion(criterion, out.shape[-1])
             if out.ndim < 3:
+                if out.requires_grad and graft.recall(out) is not None:
+                    raise TargetError(
+                        f"{graft.name!r} was asked for the loss of {tuple(out.shape)}, computed from the logits of "
+                        "several members in a training pass.\n"
+                        "Each member saw the samples in an order of its own, so a mean over members, or one of them, "
+                        "has other labels than the batch.\n"
+                        "Call fxgraft.loss on what the pass returned, (M, B, K)."
+                    )
                 return criterion(out, y)
             record = known_pairing(graft.recall(out), out)
             targets = record.soft_labels(y, self.visible_labels)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import operator
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
@@ -11,7 +12,7 @@ from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader, Dataset, RandomSampler, Sampler
 
 from fxgraft.errors import ConfigError
-from fxgraft.extend import is_count
+from fxgraft.extend import is_count, is_number
 from fxgraft.patches.mixmo.masks import box_mask, draw_centres
 from fxgraft.patches.mixmo.pairing import MixMoInput
 from fxgraft.patches.mixmo.tensors import MixedLabels, dirichlet
@@ -118,7 +119,7 @@ class PairedDataset(Dataset[Any]):
     """
 
     def __init__(self, data: Any, cutmix: float = 0.0, alpha: float = 1.0) -> None:
-        if not 0 <= cutmix <= 1:
+        if not is_number(cutmix) or not 0 <= cutmix <= 1:
             raise ConfigError(f"cutmix must be a probability in [0, 1], got {cutmix!r}.")
         self.data, self.cutmix, self.alpha = data, cutmix, alpha
 
@@ -150,7 +151,14 @@ class PairedDataset(Dataset[Any]):
                 "Members' images are mixed in the network, so they have to be floating-point tensors (C, H, W).\n"
                 "Put ToTensor, or ToImage and ToDtype, last in the data set's transform."
             )
-        return image, int(label)
+        try:
+            return image, operator.index(label)
+        except TypeError as error:
+            raise ConfigError(
+                f"paired_loader was given data with the label {label!r:.60}, and labels are class indices.\n"
+                "CutMix names the classes of both images by them; soft labels and numbers to predict have none.\n"
+                "Convert them in the data set, as by its target_transform."
+            ) from error
 
 
 def paired_loader(
@@ -194,9 +202,15 @@ def paired_loader(
         **options: options of `torch.utils.data.DataLoader`: num_workers, pin_memory, generator, ...
 
     Raises:
-        ConfigError: repetitions that do not divide the batch, a probability outside [0, 1], images that aren't tensors.
+        ConfigError: repetitions that do not divide the batch, a probability outside [0, 1], ``shuffle=`` among the
+            options; in the loop, images that aren't tensors and labels that aren't class indices.
     """
-    if not alpha > 0:
+    if "shuffle" in options:
+        raise ConfigError(
+            "paired_loader was given shuffle=, and takes a sampler: by default one in random order.\n"
+            "Pass sampler=range(len(data)) for the order of the data."
+        )
+    if not is_number(alpha) or not alpha > 0:
         raise ConfigError(f"alpha must be above 0, got {alpha!r}.")
     if sampler is None:
         sampler = RandomSampler(data, generator=options.get("generator"))

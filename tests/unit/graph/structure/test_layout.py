@@ -208,7 +208,7 @@ def test_a_layout_that_cannot_be_told_asks_for_it() -> None:
         SiteError, match=r"layout of '0', of shape \(2, 3, 3, 3\), cannot be told(?s:.*)NCHW, NHWC"
     ):
         layout(model, "0")
-    with pytest.raises(SiteError, match="Pass layout="):
+    with pytest.raises(SiteError, match="pass layout="):
         fxgraft.patch(model, "rsc", layer="0")
     fxgraft.patch(model, "rsc", layer="0", layout="NCHW")
 

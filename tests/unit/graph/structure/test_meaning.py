@@ -120,9 +120,9 @@ def test_operations_keep_track_of_dimensions(
         (lambda m, x: m.scores(m.tokens(x)), "isn.t a map: it compares places with each other(?s:.*)Choose"),
         (
             lambda m, x: torch.cat((m.tokens(x), m.token.expand(2, -1, -1)), 1),
-            "tokens that aren't places stand elsewhere than in front(?s:.*)Pass layout=",
+            "tokens that aren't places stand elsewhere than in front(?s:.*)pass layout=",
         ),
-        (lambda m, x: x.mean(1), "its dimensions are images, places, places(?s:.*)Pass layout="),
+        (lambda m, x: x.mean(1), "its dimensions are images, places, places(?s:.*)pass layout="),
     ],
 )
 def test_what_has_no_layout_says_why(function: Callable[[Then, Tensor], Tensor], message: str) -> None:

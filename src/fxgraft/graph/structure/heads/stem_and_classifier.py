@@ -322,8 +322,10 @@ def check_classified(trace: ModelTrace, output: str | int | None = None, returne
         return
     try:
         value = take_logits(trace.observation.output(""))
-    except StructureError:  # several values: which of them are logits is asked elsewhere
-        return
+    except StructureError:
+        if returned:
+            raise
+        return  # several values: which of them are logits is asked elsewhere
     if not isinstance(value, Tensor) or value.ndim < 2 or _declared(trace) == value.shape[1]:
         return
     if _declared(trace) == 0:
