@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -148,6 +149,9 @@ def worker(rank: int, folder: str, modules: list[str], cases: list[tuple[str, st
         dist.barrier()  # neither leaves the group while the other one still talks to it
     finally:
         dist.destroy_process_group()
+    os._exit(
+        0
+    )  # all is written; on a busy machine the interpreter's end may abort over threads that gloo left
 
 
 @pytest.fixture(scope="module")

@@ -145,10 +145,8 @@ def _by_places(trace: ModelTrace) -> list[Site]:
     """Find the last value of the main path at each number of places, or the blocks where that number is one."""
     main = main_path(trace)
     # Between plain layers, functions such as F.relu are what modules are elsewhere.
-    if not any(
-        trace.caller(path) == "" and _is_composite(trace, path) and _gives_maps(trace, path)
-        for path in trace.in_order()[:-1]
-    ):
+    parts = {path for path in trace.in_order()[:-1] if not trace.caller(path) and _is_composite(trace, path)}
+    if not any(_gives_maps(trace, path) for path in trace.in_order() if {path, *ancestors(path)} & parts):
         with suppress(TraceError):
             return _last_of_each(_graph_path(trace))
     opened = {""}
