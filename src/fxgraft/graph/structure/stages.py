@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable
 from contextlib import suppress
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from fxgraft.errors import SiteError, StructureError, TraceError
 from fxgraft.graph.dataflow.flow import mark_of, passed_by_all
@@ -143,6 +143,8 @@ def _made(trace: ModelTrace, site: Site) -> int:
 
 def _by_places(trace: ModelTrace) -> list[Site]:
     """Find the last value of the main path at each number of places, or the blocks where that number is one."""
+    if isinstance(trace.model, fx.GraphModule):
+        return _last_of_each(_graph_path(trace))
     main = main_path(trace)
     # Between plain layers, functions such as F.relu are what modules are elsewhere.
     parts = {path for path in trace.in_order()[:-1] if not trace.caller(path) and _is_composite(trace, path)}
