@@ -150,7 +150,8 @@ def _by_places(trace: ModelTrace) -> list[Site]:
     parts = {path for path in trace.in_order()[:-1] if not trace.caller(path) and _is_composite(trace, path)}
     if not any(_gives_maps(trace, path) for path in trace.in_order() if {path, *ancestors(path)} & parts):
         with suppress(TraceError):
-            return _last_of_each(_graph_path(trace))
+            if found := _last_of_each(_graph_path(trace)):
+                return found
     opened = {""}
     for path in sorted(main, key=lambda path: path.count(".")):
         if trace.caller(path) in opened and (main[path] is None or _holds_stages(trace, path, main)):
