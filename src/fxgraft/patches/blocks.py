@@ -79,7 +79,7 @@ class BlockPatch(LayeredPatch):
             evaluation: whether it acts in evaluation, too.
         """
         unit.bind(position=site.position or "by name", block=_block(backbone, site), kind=site.kind)
-        unit.bind(left_out=site.left_out)
+        unit.bind(left_out=site.left_out, closed=site.closed)
         yield backbone.place(site, unit, evaluation=evaluation)
         if not any(_users(part) for part in site.onward):
             return
@@ -115,7 +115,10 @@ class BlockPatch(LayeredPatch):
         kinds = [unit.kind for unit in units]
         said += [f"{kinds.count(kind)} {text}" for kind, text in _KINDS.items() if kind in kinds]
         left_out = max((unit.left_out for unit in units), default=0)
-        return "; ".join([*said, f"{left_out} more {_LEFT_OUT}"] if left_out else said)
+        said += [f"{left_out} more {_LEFT_OUT}"] if left_out else []
+        closed = max((unit.closed for unit in units), default=0)
+        said += [f"{closed} modules {_CLOSED}"] if closed else []
+        return "; ".join(said)
 
 
 _KINDS = {
@@ -125,6 +128,7 @@ _KINDS = {
 _LEFT_OUT = (
     "have none: their values have other rows than one per image, or one position, or no prediction reads them"
 )
+_CLOSED = "cannot be looked into, and may be residual blocks: name their sites by layers= if so"
 
 
 def _block(backbone: Backbone, site: Site) -> Structure:

@@ -94,7 +94,8 @@ def positions(trace: ModelTrace, position: str | None = None, layers: SiteSpec |
         if not usable:
             raise _nowhere(trace, where, sites)
         left_out = len(sites) - len(usable) if where in RESIDUAL else 0
-        return [dataclasses.replace(site, left_out=left_out) for site in usable]
+        closed = len(closed_blocks(trace)) if where in PLAIN and position is None else 0
+        return [dataclasses.replace(site, left_out=left_out, closed=closed) for site in usable]
     words = list(layers) if isinstance(layers, Iterable) and not isinstance(layers, str) else [layers]
     chosen: dict[str, Site] = {}
     for word in words:

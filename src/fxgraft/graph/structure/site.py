@@ -57,6 +57,8 @@ class Site:
         kind: the kind of an unusual block, as in `Join`; "" otherwise.
         onward: edges to later users of the parts that this value was joined from: a unit that replaces the joined value
             has to hand its parts on to these. Empty where nothing else uses them.
+        closed: how many modules the same search could not look into, among which there may be residual blocks; told
+            where it then went on to other positions.
         left_out: how many positions the same search left out: values that don't have one row per image, have a single
             place, or that no prediction reads.
     """
@@ -76,6 +78,7 @@ class Site:
     kind: str = ""
     onward: tuple[Site, ...] = ()
     left_out: int = field(default=0, compare=False)
+    closed: int = field(default=0, compare=False)
 
     @property
     def shape(self) -> tuple[int, ...] | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterable
 from contextlib import suppress
+from itertools import takewhile
 from typing import Any
 
 from torch import Tensor, fx, nn
@@ -12,14 +13,16 @@ from torch import Tensor, fx, nn
 from fxgraft.errors import SiteError, StructureError, TraceError
 from fxgraft.graph.dataflow.flow import mark_of, passed_by_all
 from fxgraft.graph.dataflow.graph_utils import downstream_of
-from fxgraft.graph.dataflow.steps import PROJECTIONS
-from fxgraft.graph.names import ancestors, inside
+from fxgraft.graph.dataflow.steps import PROJECTIONS, is_addition
+from fxgraft.graph.names import ancestors, inside, join
 from fxgraft.graph.structure.heads.outputs import take_logits
 from fxgraft.graph.structure.heads.pooling import is_classifier
+from fxgraft.graph.structure.heads.stem_and_classifier import ACTIVATIONS, ends_in_features
 from fxgraft.graph.structure.layout import layout_of_value
 from fxgraft.graph.structure.site import Site, entry_site, last_called, module_site, node_sites, places_in
 from fxgraft.graph.tracing.model_trace import ModelTrace
 from fxgraft.graph.tracing.observe import Call, tensors
+from fxgraft.graph.tracing.values import node_name
 
 
 def stage_at(trace: ModelTrace, index: int) -> Site:
@@ -49,6 +52,26 @@ def stages(trace: ModelTrace) -> list[Site]:
     Raises:
         StructureError: there is none.
     """
+    return list(trace.once("stages", _stages))
+
+
+def _stages(trace: ModelTrace) -> list[Site]:
+    sites = _declared_stages(trace)
+    if not sites:
+        ends = _by_places(trace)
+        sites = [_behind(trace, site) for site in ends]
+        # A sum behind the last module has the blocks that come after it as branches.
+        if sites == ends and not isinstance(trace.model, fx.GraphModule):
+            _check_blocks(trace, [site.path for site in ends if site.path])
+    if not sites:
+        raise StructureError(
+            f"{trace.name} has no feature_info and no feature maps to number stages by.\n"
+            "Name the layer instead; fxgraft.sites(model) lists all of them."
+        )
+    return sites
+
+
+def _declared_stages(trace: ModelTrace) -> list[Site]:
     info = getattr(trace.model, "feature_info", None)
     entries = getattr(info, "info", info)
     declared = [entry for entry in entries or () if isinstance(entry, dict) and entry.get("module")]
@@ -60,15 +83,7 @@ def stages(trace: ModelTrace) -> list[Site]:
             for entry in declared
             if (site := _declared(trace, entry["module"], entry.get("num_chs"))) is not None
         ]
-    sites = sorted(
-        {site.name: site for site in sites}.values(), key=lambda site: _made(trace, site)
-    ) or _by_places(trace)
-    if not sites:
-        raise StructureError(
-            f"{trace.name} has no feature_info and no feature maps to number stages by.\n"
-            "Name the layer instead; fxgraft.sites(model) lists all of them."
-        )
-    return sites
+    return sorted({site.name: site for site in sites}.values(), key=lambda site: _made(trace, site))
 
 
 def main_stages(trace: ModelTrace, count: int = 4) -> list[Site]:
@@ -94,10 +109,12 @@ def stem_output(trace: ModelTrace) -> Site | None:
     """
     calls, sources = trace.observation.calls, trace.observation.flow.sources
     places = places_in(main_stages(trace)[0].value)
-    first = next(site for site in stages(trace) if places_in(site.value) == places)
+    known = _declared_stages(trace) or _by_places(trace)
+    first = next(site for site in known if places_in(site.value) == places)
     stage = first.path or first.owner
     if not _is_composite(trace, stage):
         return None
+    stage = _first_alike(trace, stage)
     made = {
         call[0].made[0]: path  # of nested modules that return one value, the outermost: its call begins first
         for path, call in reversed(calls.items())
@@ -109,7 +126,60 @@ def stem_output(trace: ModelTrace) -> Site | None:
     number = next((mark.number for mark in marks if mark is not None), 0)
     while number and number not in made and len(sources[number]) == 1:
         (number,) = sources[number]
-    return module_site(trace, made[number]) if number in made else None
+    return _behind(trace, module_site(trace, made[number]), pooled=True) if number in made else None
+
+
+def _first_alike(trace: ModelTrace, stage: str) -> str:
+    """Go back from the block in which a stage ends to the first of its blocks, where no module holds all of them.
+
+    Blocks are of one class, called by the same module, and have as many places.
+    """
+    main = main_path(trace)
+    cls, end = type(trace.module(stage)), main.get(stage)
+    if cls is nn.Sequential or end is None:
+        return stage
+    beside = [path for path in main if trace.caller(path) == trace.caller(stage) and not inside(path, stage)]
+    order = trace.observation.calls
+    for path in reversed([path for path in beside if order[path][0].order < order[stage][0].order]):
+        value = main[path]
+        if type(trace.module(path)) is not cls or value is None or value.places != end.places:
+            break
+        stage = path
+    return stage
+
+
+def _behind(trace: ModelTrace, site: Site, pooled: bool = False) -> Site:
+    """Follow a module's value through the functions right behind it that all of it goes through.
+
+    These are activations and sums, as ``F.relu(bn(x))`` and ``F.relu(x + block(x))``. The next module ends them, or
+    another number of places.
+
+    Args:
+        trace: the trace of the model.
+        site: the output of a module, called once.
+        pooled: whether poolings count as well, as in a stem.
+    """
+    if not site.path or site.calls > 1 or not isinstance(site.value, Tensor):
+        return site
+    try:
+        main = _main_nodes(trace, site.owner)
+        listed = {other.node: other for other in node_sites(trace, site.owner)}
+    except TraceError:
+        return site
+    start = next((node for node in main if join(site.owner, str(node.target)) == site.path), None)
+    for node in main[main.index(start) + 1 :] if start is not None and start.op == "call_module" else ():
+        other = listed.get(node.name)
+        if node.op not in ("call_function", "call_method") or other is None:
+            break
+        value, name = other.value, node_name(node, trace.module(site.owner)).rstrip("_")
+        if not isinstance(value, Tensor) or value.ndim != site.value.ndim or not places_in(value):
+            break
+        if name not in ACTIVATIONS and not is_addition(node) and not (pooled and "pool" in name):
+            break
+        if not pooled and places_in(value) != places_in(site.value):
+            break
+        site = other
+    return site
 
 
 def _declared(trace: ModelTrace, name: str, channels: int | None = None) -> Site | None:
@@ -178,7 +248,6 @@ def _by_places(trace: ModelTrace) -> list[Site]:
         paths = [
             path for path in blocks if not any(inside(path, other) for other in blocks if other != path)
         ] or paths
-    _check_blocks(trace, paths)
     return [site for path in paths if (site := _declared(trace, path)) is not None]
 
 
@@ -331,9 +400,9 @@ def _gives_maps(trace: ModelTrace, path: str) -> bool:
     return any(places_in(value) > 1 for value in tensors(trace.observation.output(path)))
 
 
-def _graph_path(trace: ModelTrace) -> list[tuple[Site, int]]:
-    """Find the main path as `main_path` does, for a model that is a graph of layers and functions, by its nodes."""
-    nodes = list(trace.graph("", training=False).graph.nodes)
+def _main_nodes(trace: ModelTrace, owner: str) -> list[fx.Node]:
+    """List the nodes of a module's forward that all of its inputs go through, in running order."""
+    nodes = list(trace.graph(owner, training=False).graph.nodes)
     carrying = {
         node for start in nodes if start.op == "placeholder" for node in (start, *downstream_of(start))
     }
@@ -342,9 +411,16 @@ def _graph_path(trace: ModelTrace) -> list[tuple[Site, int]]:
         tuple(number[source] for source in node.all_input_nodes if source in carrying) for node in nodes
     ]
     main = passed_by_all(sources, len(nodes) - 1)
+    return [node for node in nodes if number[node] in main]
+
+
+def _graph_path(trace: ModelTrace) -> list[tuple[Site, int]]:
+    """Find the main path as `main_path` does, for a model that is a graph of layers and functions, by its nodes."""
     values = trace.values("")
-    names = {node.name for node in nodes if number[node] in main}
+    names = {node.name for node in _main_nodes(trace, "")}
+    features = {"", *_before_the_heads(trace, trace.in_order()[:-1])}
     sites = [site for site in node_sites(trace, "")[:-1] if site.node in names]
+    sites = [*takewhile(lambda site: site.path in features, sites)]
     return [(site, count) for site in sites if (count := places_in(values.get(site.node))) > 1]
 
 
@@ -384,7 +460,7 @@ def _read_by_the_heads(trace: ModelTrace, end: int) -> list[int]:
         end: the operation that made the logits.
     """
     observation, logits = trace.observation, _logits(trace)
-    if logits is None:
+    if logits is None or ends_in_features(trace):
         return [end]
     heads = set(_dense_heads(trace, logits) or ())
     if not heads:
@@ -427,11 +503,13 @@ def _before_the_heads(trace: ModelTrace, ordered: list[str]) -> list[str]:
     if (
         last
         and is_classifier(trace.module(last))
+        and not ends_in_features(trace)
         and isinstance(value, Tensor)
         and classes in value.shape[1:]
     ):
         return ordered[: ordered.index(last)]
-    return ordered[:-1]
+    # What gives a map at the end is the last stage, with a head of functions behind it.
+    return ordered if ordered and _gives_maps(trace, ordered[-1]) else ordered[:-1]
 
 
 def is_block(trace: ModelTrace, path: str) -> bool:

@@ -272,7 +272,7 @@ def _last_layers(trace: ModelTrace, traced: Traced, output: str | int | None) ->
 
 _WEIGHTED = (nn.Linear, nn.Bilinear, ConvNd)
 _NORMS = (NormBase, nn.LayerNorm, nn.GroupNorm, nn.LocalResponseNorm)
-_ACTIVATIONS = {
+ACTIVATIONS = {
     "relu",
     "relu6",
     "gelu",
@@ -285,7 +285,8 @@ _ACTIVATIONS = {
     "prelu",
     "selu",
 }
-_ACTIVATIONS |= {"tanh", "hardsigmoid", "hardtanh", "softplus", "celu", "relu_"}
+ACTIVATIONS |= {"tanh", "hardsigmoid", "hardtanh", "softplus", "celu", "relu_"}
+"""Names of activations behind a layer, in small letters: of modules, functions and methods."""
 _NORM_FUNCTIONS = {"layer_norm", "batch_norm", "group_norm", "instance_norm", "rms_norm"}
 _PASSING = (
     SHAPES | DROPOUTS | SCALES | SUMS | {"float", "to", "interpolate", "upsample", "softmax", "sigmoid"}
@@ -326,15 +327,7 @@ def check_classified(trace: ModelTrace, output: str | int | None = None, returne
         if returned:
             raise
         return  # several values: which of them are logits is asked elsewhere
-    if not isinstance(value, Tensor) or value.ndim < 2 or _declared(trace) == value.shape[1]:
-        return
-    if _declared(trace) == 0:
-        node = "a model that says num_classes = 0"
-    else:
-        try:
-            _, node, _ = opening(trace, False, lambda traced: _features(trace, traced), alike=True)
-        except (TraceError, StructureError):
-            return
+    node = _given_by(trace, value)
     if node is None:
         return
     raise StructureError(
@@ -344,6 +337,27 @@ def check_classified(trace: ModelTrace, output: str | int | None = None, returne
         "Patch the whole model, layers= takes names inside of the part, or say with output= which entry of the output "
         f"holds logits. If these are logits, set model.num_classes = {value.shape[1]}."
     )
+
+
+def ends_in_features(trace: ModelTrace) -> bool:
+    """Say whether a model's output is seen to be features, as `check_classified` tells them from logits."""
+    try:
+        value = take_logits(trace.observation.output(""))
+    except StructureError:
+        return False
+    return _given_by(trace, value) is not None
+
+
+def _given_by(trace: ModelTrace, value: Any) -> str | None:
+    """Describe what gives features at the end of a model; None where its output counts as logits."""
+    if not isinstance(value, Tensor) or value.ndim < 2 or _declared(trace) == value.shape[1]:
+        return None
+    if _declared(trace) == 0:
+        return "a model that says num_classes = 0"
+    try:
+        return opening(trace, False, lambda traced: _features(trace, traced), alike=True)[1]
+    except (TraceError, StructureError):
+        return None
 
 
 def _declared(trace: ModelTrace) -> Any:
@@ -362,7 +376,7 @@ def _features(trace: ModelTrace, traced: Traced) -> str | None:
         module = trace.module(_path(node)) if node.op == "call_module" else None
         if isinstance(module, _WEIGHTED):
             continue
-        if isinstance(module, _NORMS) or name in _ACTIVATIONS | _NORM_FUNCTIONS:
+        if isinstance(module, _NORMS) or name in ACTIVATIONS | _NORM_FUNCTIONS:
             return describe_node(node, values)
         if module is not None and not is_primitive(module):
             raise OpaqueError(_path(node))
