@@ -46,7 +46,8 @@ def stages(trace: ModelTrace) -> list[Site]:
 
     They are the entries of timm's ``feature_info`` that give a map or tokens; of several values, the first with the
     declared number of channels. Without any, a stage ends in the last module at each number of places on the main path,
-    which everything goes through. Where the number never changes, every block is a stage. A module that runs several
+    which everything goes through, and behind the activations and sums that follow it as functions. Of plain layers, any
+    function counts as a module does. Where the number never changes, every block is a stage. A module that runs several
     stages is looked into. A norm behind a stage isn't one itself.
 
     Raises:
