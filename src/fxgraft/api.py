@@ -251,10 +251,9 @@ def unpatch(model: M, *names: str | Graft) -> M:
                 "Pass one of fxgraft.grafts(model), or a name."
             )
     wanted = {item.name if isinstance(item, Graft) else item for item in names}
-    known = {graft.name for graft in present}
     inside = "" if registry is not None else patched_inside(model)
     elsewhere = f"{inside} is patched: unpatch that." if inside else ""
-    for name in sorted(wanted - known):
+    for name in sorted(wanted - patches.keys()):
         raise UnknownGraftError(
             f"There is no graft {name!r} on this {model._get_name()}.\n"
             f"{elsewhere or candidates(name, [g.name for g in present])}"

@@ -86,19 +86,21 @@ def loss(model: nn.Module, out: Any, y: Any, criterion: Callable[..., Tensor] = 
         StructureError, ConfigError: as `losses`; or the criterion reduces nothing and grafts add terms.
     """
     parts = losses(model, out, y, criterion)
-    if len(parts) > 1 and not isinstance(parts["criterion"], Tensor):
+    if len(parts) == 1:
+        return parts["criterion"]
+    if not isinstance(parts["criterion"], Tensor):
         raise ConfigError(
             f"The criterion returned {_kind(parts['criterion'])}, to which the grafts add tensors.\n"
             "A number or a tuple has no gradient to add to.\nReturn the loss alone, as a tensor."
         )
-    if len(parts) > 1 and parts["criterion"].numel() != 1:
+    if parts["criterion"].numel() != 1:
         others = ", ".join(map(repr, list(parts)[1:]))
         raise ConfigError(
             f"The criterion gave {_kind(parts['criterion'])}, and the grafts add {others} to it, which are scalars.\n"
             "A sum of both would count them once for every value.\n"
             'Let the criterion reduce (reduction="mean"), or take fxgraft.losses(...) and add up its parts.'
         )
-    return _sum(parts) if len(parts) > 1 else parts["criterion"]
+    return _sum(parts)
 
 
 def extra_loss(

@@ -125,6 +125,13 @@ class Placing:
         return Suggestion(name, tuple(places), tuple(maps), count, **price, advised=not small, reason=reason)
 
     @cached_property
+    def _stages(self) -> list[Site]:
+        try:
+            return stages(self.trace)
+        except StructureError:
+            return []
+
+    @cached_property
     def marks(self) -> dict[str, list[str]]:
         """Return the methods that go to a site by default, by the site's name."""
         marks: dict[str, list[str]] = {}
@@ -136,10 +143,7 @@ class Placing:
     def groups(self, chosen: Sequence[Site]) -> list[tuple[str, list[Site]]]:
         """Sort sites by the stages that they are in: a heading and the sites, in running order."""
         order = {site.name: index for index, site in enumerate(self.sites)}
-        try:
-            ends = [(order[stage.name], stage) for stage in stages(self.trace) if stage.name in order]
-        except StructureError:
-            ends = []
+        ends = [(order[stage.name], stage) for stage in self._stages if stage.name in order]
         groups: dict[str, list[Site]] = {}
         for site in chosen:
             at = order.get(site.name)
@@ -169,10 +173,7 @@ class Placing:
         given = tensors(self.trace.observation.calls[path][0].args)
         names = [site.name for site in self.sites if any(site.value is value for value in given)]
         computed = [name for name in names if self._by_name[name].op not in NOTHING]
-        try:
-            ends = {stage.name for stage in stages(self.trace)}
-        except StructureError:
-            ends = set()
+        ends = {stage.name for stage in self._stages}
         return next((name for name in names if name in ends), (computed or names or [""])[-1])
 
     def _positions(self, name: str) -> tuple[int, ...]:

@@ -187,8 +187,7 @@ def proved(guess: Constructor, model: nn.Module) -> Constructor:
         raise ConfigError(f"JSON cannot hold its arguments: {error}.") from error
     settings, others = _differences(model, _without_memory(functools.partial(make, guess)))
     if others:
-        more = f", and {len(others) - _SHOWN} more" if len(others) > _SHOWN else ""
-        raise ConfigError(f"{guess} differs from it in {', '.join(others[:_SHOWN])}{more}.")
+        raise ConfigError(f"{guess} differs from it in {few(others)}.")
     unsaved = dict(_unsaved(model))
     if unsaved:  # the constructor computes these values, so it has to run with memory
         made = dict(_unsaved(make(guess)))
@@ -196,6 +195,12 @@ def proved(guess: Constructor, model: nn.Module) -> Constructor:
         if others:
             raise ConfigError(f"{guess} differs from it in the numbers of {', '.join(others[:_SHOWN])}.")
     return dataclasses.replace(guess, settings=settings)
+
+
+def few(differences: list[str]) -> str:
+    """Write the first differences, and how many more there are."""
+    left = len(differences) - _SHOWN
+    return ", ".join(differences[:_SHOWN]) + (f", and {left} more" if left > 0 else "")
 
 
 def differences_from(made: Constructor, model: nn.Module) -> list[str]:

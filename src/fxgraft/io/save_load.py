@@ -31,6 +31,7 @@ from fxgraft.io.constructor import (
     Constructor,
     constructor_of,
     differences_from,
+    few,
     given_constructor,
     load_constructed,
 )
@@ -287,10 +288,9 @@ def _tell_differences(model: nn.Module, made: Any, trust: bool, file: Path) -> N
         return
     apart = differences_from(made, model)
     if apart:
-        more = f", and {len(apart) - 3} more" if len(apart) > 3 else ""
         warnings.warn(
             f"The model in {str(file)!r} was made by {made}, and the one that was given differs from it in "
-            f"{', '.join(apart[:3])}{more}.\n"
+            f"{few(apart)}.\n"
             "The weights fit, and what the model computes from them may be something else.\n"
             "Build the model as it was built then, or leave model= out: fxgraft.load(file) makes it.",
             FxgraftWarning,

@@ -59,7 +59,7 @@ def stages(trace: ModelTrace) -> list[Site]:
 def _stages(trace: ModelTrace) -> list[Site]:
     sites = _declared_stages(trace)
     if not sites:
-        ends = _by_places(trace)
+        ends = trace.once("stages by places", _by_places)
         sites = [_behind(trace, site) for site in ends]
         # A sum behind the last module has the blocks that come after it as branches.
         if sites == ends and not isinstance(trace.model, fx.GraphModule):
@@ -110,7 +110,7 @@ def stem_output(trace: ModelTrace) -> Site | None:
     """
     calls, sources = trace.observation.calls, trace.observation.flow.sources
     places = places_in(main_stages(trace)[0].value)
-    known = _declared_stages(trace) or _by_places(trace)
+    known = _declared_stages(trace) or trace.once("stages by places", _by_places)
     first = next(site for site in known if places_in(site.value) == places)
     stage = first.path or first.owner
     if not _is_composite(trace, stage):
@@ -163,24 +163,25 @@ def _behind(trace: ModelTrace, site: Site, pooled: bool = False) -> Site:
     if not site.path or site.calls > 1 or not isinstance(site.value, Tensor):
         return site
     try:
-        main = _main_nodes(trace, site.owner)
-        listed = {other.node: other for other in node_sites(trace, site.owner)}
+        main, values = _main_nodes(trace, site.owner), trace.values(site.owner)
     except TraceError:
         return site
+    last = None
     start = next((node for node in main if join(site.owner, str(node.target)) == site.path), None)
     for node in main[main.index(start) + 1 :] if start is not None and start.op == "call_module" else ():
-        other = listed.get(node.name)
-        if node.op not in ("call_function", "call_method") or other is None:
+        if node.op not in ("call_function", "call_method"):
             break
-        value, name = other.value, node_name(node, trace.module(site.owner)).rstrip("_")
+        value, name = values.get(node.name), node_name(node, trace.module(site.owner)).rstrip("_")
         if not isinstance(value, Tensor) or value.ndim != site.value.ndim or not places_in(value):
             break
         if name not in ACTIVATIONS and not is_addition(node) and not (pooled and "pool" in name):
             break
         if not pooled and places_in(value) != places_in(site.value):
             break
-        site = other
-    return site
+        last = node.name
+    if last is None:
+        return site
+    return next(other for other in node_sites(trace, site.owner) if other.node == last)
 
 
 def _declared(trace: ModelTrace, name: str, channels: int | None = None) -> Site | None:

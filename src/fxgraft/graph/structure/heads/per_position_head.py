@@ -326,9 +326,8 @@ def _per_position(
         The function, and what in it does not commute with the average, for messages.
     """
     end = head.end if head.classifier is None else next(iter(head.classifier.all_input_nodes))
-    before = {
-        node for node in upstream_of(head.pool) if node.op != "get_attr"
-    }  # parameters may be read again
+    # Parameters that are read in front of the pooling may be read again behind it.
+    before = {node for node in upstream_of(head.pool) if node.op != "get_attr"}
     order = sorted(({end} | upstream_of(end)) - {head.pool} - before)
     roles = _Roles.of(order, head.pool, end, values)
     graph = fx.Graph()

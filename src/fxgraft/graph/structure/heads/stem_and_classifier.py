@@ -341,6 +341,10 @@ def check_classified(trace: ModelTrace, output: str | int | None = None, returne
 
 def ends_in_features(trace: ModelTrace) -> bool:
     """Say whether a model's output is seen to be features, as `check_classified` tells them from logits."""
+    return trace.once("ends in features", _ends_in_features)
+
+
+def _ends_in_features(trace: ModelTrace) -> bool:
     try:
         value = take_logits(trace.observation.output(""))
     except StructureError:
