@@ -21,15 +21,19 @@ _writing = threading.Lock()
 
 def note_patched(model: nn.Module) -> None:
     """Add a model to the list of patched ones, where it stays as long as it lives."""
-    global _patched
-    with _writing:
-        if not _patched:
-            # A module doesn't know its parent, so only this hook shows that a patched model is put into another one.
-            # It is set at the first patch: other programs don't pay for it.
-            register_module_module_registration_hook(_put_inside)
-        others = [known for known in _patched if (other := known()) is not None and other is not model]
-        _patched = (*others, weakref.ref(model))
+    # On one line: an interruption between the last line and the release would leave the lock held for good.
+    with _writing: _add(model)  # fmt: skip # noqa: E701
     note_change()
+
+
+def _add(model: nn.Module) -> None:
+    global _patched
+    if not _patched:
+        # A module doesn't know its parent, so only this hook shows that a patched model is put into another one.
+        # It is set at the first patch: other programs don't pay for it.
+        register_module_module_registration_hook(_put_inside)
+    others = [known for known in _patched if (other := known()) is not None and other is not model]
+    _patched = (*others, weakref.ref(model))
 
 
 def noted_models() -> list[nn.Module]:
