@@ -15,7 +15,7 @@ import types
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -107,6 +107,16 @@ class Constructor:
         return made
 
 
+class _Difference(NamedTuple):
+    """One thing in which two models differ: its kind, where it is, and in words."""
+
+    kind: Literal["structure", "class", "attribute", "configuration"]
+    words: str
+
+    def __str__(self) -> str:
+        return self.words
+
+
 def constructor_of(model: nn.Module) -> Constructor | str:
     """Find out how a model was made, and prove it by building it again; if that fails, say why.
 
@@ -187,7 +197,7 @@ def proved(guess: Constructor, model: nn.Module) -> Constructor:
         raise ConfigError(f"JSON cannot hold its arguments: {error}.") from error
     settings, others = _differences(model, _without_memory(functools.partial(make, guess)))
     if others:
-        raise ConfigError(f"{guess} differs from it in {few(others)}.")
+        raise ConfigError(f"{guess} differs from it in {few([str(other) for other in others])}.")
     unsaved = dict(_unsaved(model))
     if unsaved:  # the constructor computes these values, so it has to run with memory
         made = dict(_unsaved(make(guess)))
@@ -220,11 +230,7 @@ def differences_from(made: Constructor, model: nn.Module) -> list[str]:
     except Exception:  # a constructor may raise anything
         return []
     named = [f"the attribute {join(path, name)!r}" for path, own in settings.items() for name in own]
-    return named + [
-        word
-        for word in others
-        if word.startswith(("the class", "the attribute")) and not word.endswith("config'")
-    ]
+    return named + [str(other) for other in others if other.kind in ("class", "attribute")]
 
 
 def make(made: Constructor) -> nn.Module:
@@ -375,7 +381,11 @@ def _plain_config(config: Any) -> dict[str, Any] | None:
 
 def _config_data(config: Any) -> dict[str, Any] | None:
     """Return a configuration of transformers as data; None for something else."""
-    return json.loads(config.to_json_string(use_diff=False)) if hasattr(config, "to_json_string") else None
+    return json.loads(config.to_json_string(use_diff=False)) if _is_configuration(config) else None
+
+
+def _is_configuration(value: Any) -> bool:
+    return hasattr(value, "to_json_string")  # one of transformers, with entries of its own history
 
 
 # --- comparison
@@ -420,35 +430,35 @@ def _same_values(a: Tensor, b: Tensor | None) -> bool:
     )
 
 
-def _differences(model: nn.Module, other: nn.Module) -> tuple[dict[str, dict[str, Any]], list[str]]:
+def _differences(model: nn.Module, other: nn.Module) -> tuple[dict[str, dict[str, Any]], list[_Difference]]:
     """Compare the bare part of a model with another one.
 
     Returns:
-        Plain attributes in which they differ, as the model has them, by the name of the module; and all else, in words.
+        Plain attributes in which they differ, as the model has them, by the name of the module; and all else.
     """
     mine, theirs = _bare_modules(model), _bare_modules(other)
     if mine.keys() != theirs.keys():
-        return {}, sorted(f"the module {path!r}" for path in mine.keys() ^ theirs.keys())
+        return {}, [_structure(f"the module {path!r}") for path in sorted(mine.keys() ^ theirs.keys())]
     paths = [{id(module): path for path, module in reversed(modules.items())} for modules in (mine, theirs)]
     settings: dict[str, dict[str, Any]] = {}
-    apart = [f"the sharing of {path!r}" for path in _differently_shared(mine, theirs)]
     tensors = [dict(_bare_tensors(network)) for network in (model, other)]
-    apart += [f"the sharing of {path!r}" for path in _differently_shared(*tensors)]
+    shared = [*_differently_shared(mine, theirs), *_differently_shared(*tensors)]
+    apart = [_structure(f"the sharing of {path!r}") for path in shared]
     for path, module in mine.items():
         twin, state = theirs[path], state_of(module)
         if (type(module) if state is None else state.base) is not type(twin):
-            apart.append(f"the class of {path!r}")
+            apart.append(_Difference("class", f"the class of {path!r}"))
             continue
         for kind in ("_parameters", "_buffers"):
             own, its = vars(module)[kind], vars(twin)[kind]
             names = {n for n in own.keys() | its.keys() if _shape(own.get(n, ...)) != _shape(its.get(n, ...))}
-            apart += [f"the tensor {join(path, name)!r}" for name in sorted(names)]
+            apart += [_structure(f"the tensor {join(path, name)!r}") for name in sorted(names)]
         if module._non_persistent_buffers_set != twin._non_persistent_buffers_set:
-            apart.append(f"which buffers of {path!r} are saved")
+            apart.append(_structure(f"which buffers of {path!r} are saved"))
         if [name for name, _ in _bare_children(module)] != [name for name, _ in _bare_children(twin)]:
-            apart.append(f"the order of what is in {path!r}")
+            apart.append(_structure(f"the order of what is in {path!r}"))
         hooks = [kind for kind in _HOOKS if not _alike(_hooks(module, kind), _hooks(twin, kind), {}, paths)]
-        apart += [f"{kind[1:]} on {path!r}" for kind in hooks]
+        apart += [_structure(f"{kind[1:]} on {path!r}") for kind in hooks]
         own = {name: value for name, value in vars(module).items() if name not in _INTERNAL}
         its = {name: value for name, value in vars(twin).items() if name not in _INTERNAL}
         if state is not None and not foreign_forward(module):
@@ -463,8 +473,13 @@ def _differences(model: nn.Module, other: nn.Module) -> tuple[dict[str, dict[str
             if both and not name.startswith("_") and _is_plain(own[name]) and _is_plain(its[name]):
                 settings.setdefault(path, {})[name] = own[name]
             else:
-                apart.append(f"the attribute {join(path, name)!r}")
+                kept = _is_configuration(own.get(name, its.get(name)))
+                kind = "configuration" if kept else "attribute"
+                apart.append(_Difference(kind, f"the attribute {join(path, name)!r}"))
     return settings, apart
+
+
+_structure = functools.partial(_Difference, "structure")
 
 
 @functools.cache
@@ -535,7 +550,7 @@ def _alike(a: Any, b: Any, seen: dict[int, Any], names: list[dict[int, str]]) ->
             (f.__defaults__, f.__kwdefaults__, [c.cell_contents for c in f.__closure__ or ()]) for f in (a, b)
         ]
         return a.__code__ is b.__code__ and _alike(held[0], held[1], seen, names)
-    if hasattr(a, "to_json_string"):  # a configuration of transformers, with entries of its own history
+    if _is_configuration(a):
         return _config_data(a) == _config_data(b)
     if type(a).__eq__ is object.__eq__ and hasattr(a, "__dict__"):
         return _alike(vars(a), vars(b), seen, names)
