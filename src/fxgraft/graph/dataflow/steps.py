@@ -21,6 +21,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, fx, nn
 
+from fxgraft._einops import is_einops_layer
 from fxgraft._torch import (
     AdaptiveAvgPoolNd,
     AdaptiveMaxPoolNd,
@@ -75,11 +76,12 @@ _VIEWS = {
         "half",
     ),
     *("reshape_as", "view_as", "bfloat16", "held", *JOINING),
+    *("rearrange", "pack", "unpack"),  # of einops
 }
 _PARTING = {"chunk", "split", "tensor_split", "unbind", "select"}
 _SUMS = {"add", "iadd", "sub", "isub", "rsub", "subtract", "neg", "negative"}
 _PRODUCTS = {"mul", "imul", "multiply", "truediv", "itruediv", "div", "divide", "lerp", "addcmul"}
-_REDUCTIONS = {"mean", "amax", "amin", "max", "min", "sum", "var", "std", "var_mean", "std_mean"}
+_REDUCTIONS = {"reduce", "mean", "amax", "amin", "max", "min", "sum", "var", "std", "var_mean", "std_mean"}
 _DROPS = ("dropout", "drop_path", "stochastic_depth", "drop_block")
 _ACTS = {
     *(
@@ -302,8 +304,10 @@ class Steps:
         calls = self._anatomy.observation.calls
         children = [join(path, name) for name, _ in module.named_children()]
         inner = _NONE.union(*(self.module(child) for child in children if child in calls))
-        if isinstance(module, _VIEW_MODULES):
+        if isinstance(module, _VIEW_MODULES) or is_einops_layer(module, "Rearrange"):
             return _NONE
+        if is_einops_layer(module, "Reduce"):
+            return frozenset({"reduce"})
         if is_drop(module):
             return frozenset({"drop"})
         if isinstance(module, ConvNd):

@@ -12,6 +12,7 @@ from fxgraft.graph.grafting.placement import Placement
 from fxgraft.graph.grafting.state import state_of
 from fxgraft.graph.grafting.unit import Unit
 from fxgraft.graph.structure.affine_fold import Absorber, absorber_of
+from fxgraft.graph.structure.blocks import blocks_before
 from fxgraft.graph.structure.heads.head import Head, find_head, pooled_map
 from fxgraft.graph.structure.heads.per_position_head import PositionwiseHead, positionwise
 from fxgraft.graph.structure.heads.stem_and_classifier import (
@@ -27,7 +28,7 @@ from fxgraft.graph.structure.positions import no_positions, positions
 from fxgraft.graph.structure.rest_of_network import Rest, reads_places, rest_of_network, span_to_output
 from fxgraft.graph.structure.site import Site, edits_of, layout_at
 from fxgraft.graph.structure.sites import SiteSpec, list_sites, named_sites, resolve
-from fxgraft.graph.structure.stages import blocks_before, main_stages, stages, stem_output
+from fxgraft.graph.structure.stages import main_stages, stages, stem_output
 from fxgraft.graph.tracing.editing import Input, Instead, Output
 from fxgraft.graph.tracing.model_trace import ModelTrace
 

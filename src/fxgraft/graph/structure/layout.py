@@ -91,6 +91,7 @@ def layout_of(
     path: str,
     strict: bool = True,
     again: Callable[[ModelTrace], Any] | None = None,
+    name: str = "",
 ) -> Layout | None:
     """Find the layout of a value of the model.
 
@@ -104,6 +105,7 @@ def layout_of(
         path: the module whose output it is, or ''.
         strict: whether to raise where there is no layout, instead of returning None.
         again: how to find the value when the model sees a larger image; by default as the output of ``path``.
+        name: what messages call the value; by default the module.
 
     Raises:
         SiteError: the value isn't a map, row of tokens or vector of each image, or its layout cannot be known: says
@@ -117,7 +119,7 @@ def layout_of(
     layout = _layout(kinds, axes)
     if layout is not None or not strict:
         return layout
-    what = f"{path or 'this value'!r}, of shape {tuple(value.shape)},"
+    what = f"{name or path or 'this value'!r}, of shape {tuple(value.shape)},"
     if kinds and kinds[0] not in (BATCH, UNKNOWN if mark is None else BATCH):
         raise SiteError(
             f"The first dimension of {what} is not that of the images: something else was merged with them.\n"

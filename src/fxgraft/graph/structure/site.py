@@ -297,7 +297,7 @@ def layout_at(trace: ModelTrace, site: Site, name: str | None = None) -> Layout:
         return named_layout(trace, value, site.path, name, site.name)
     inner = site.node and not site.on_module
     again = (lambda other: other.values(site.owner).get(site.node)) if inner else None
-    return layout_of(trace, value, site.path, again=again) or Layout("NCHW")
+    return layout_of(trace, value, site.path, again=again, name=site.name) or Layout("NCHW")
 
 
 def edits_of(trace: ModelTrace, site: Site) -> Edits:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from itertools import takewhile
@@ -11,17 +10,23 @@ from typing import Any
 from torch import Tensor, fx, nn
 
 from fxgraft.errors import SiteError, StructureError, TraceError
-from fxgraft.graph.dataflow.flow import mark_of, passed_by_all
-from fxgraft.graph.dataflow.graph_utils import downstream_of
-from fxgraft.graph.dataflow.steps import PROJECTIONS, is_addition
+from fxgraft.graph.dataflow.flow import mark_of
+from fxgraft.graph.dataflow.steps import is_addition
 from fxgraft.graph.names import ancestors, inside, join
-from fxgraft.graph.structure.heads.outputs import take_logits
-from fxgraft.graph.structure.heads.pooling import is_classifier
-from fxgraft.graph.structure.heads.stem_and_classifier import ACTIVATIONS, ends_in_features
+from fxgraft.graph.structure.blocks import block_ends, is_block
+from fxgraft.graph.structure.heads.stem_and_classifier import ACTIVATIONS
 from fxgraft.graph.structure.layout import layout_of_value
+from fxgraft.graph.structure.main_path import (
+    MainMap,
+    before_the_heads,
+    gives_maps,
+    is_composite,
+    main_nodes,
+    main_path,
+)
 from fxgraft.graph.structure.site import Site, entry_site, last_called, module_site, node_sites, places_in
 from fxgraft.graph.tracing.model_trace import ModelTrace
-from fxgraft.graph.tracing.observe import Call, tensors
+from fxgraft.graph.tracing.observe import tensors
 from fxgraft.graph.tracing.values import node_name
 
 
@@ -47,8 +52,9 @@ def stages(trace: ModelTrace) -> list[Site]:
     They are the entries of timm's ``feature_info`` that give a map or tokens; of several values, the first with the
     declared number of channels. Without any, a stage ends in the last module at each number of places on the main path,
     which everything goes through, and behind the activations and sums that follow it as functions. Of plain layers, any
-    function counts as a module does. Where the number never changes, every block is a stage. A module that runs several
-    stages is looked into. A norm behind a stage isn't one itself.
+    function counts as a module does. Where the number never changes, every block is a stage, also where the blocks'
+    sums stand in the forward around them (``x = x + attention(x)`` in a loop). A module that runs several stages is
+    looked into. A norm behind a stage isn't one itself.
 
     Raises:
         StructureError: there is none.
@@ -63,7 +69,7 @@ def _stages(trace: ModelTrace) -> list[Site]:
         sites = [_behind(trace, site) for site in ends]
         # A sum behind the last module has the blocks that come after it as branches.
         if sites == ends and not isinstance(trace.model, fx.GraphModule):
-            _check_blocks(trace, [site.path for site in ends if site.path])
+            _check_blocks(trace, ends)
     if not sites:
         raise StructureError(
             f"{trace.name} has no feature_info and no feature maps to number stages by.\n"
@@ -113,7 +119,7 @@ def stem_output(trace: ModelTrace) -> Site | None:
     known = _declared_stages(trace) or trace.once("stages by places", _by_places)
     first = next(site for site in known if places_in(site.value) == places)
     stage = first.path or first.owner
-    if not _is_composite(trace, stage):
+    if not is_composite(trace, stage):
         return None
     stage = _first_alike(trace, stage)
     made = {
@@ -163,7 +169,7 @@ def _behind(trace: ModelTrace, site: Site, pooled: bool = False) -> Site:
     if not site.path or site.calls > 1 or not isinstance(site.value, Tensor):
         return site
     try:
-        main, values = _main_nodes(trace, site.owner), trace.values(site.owner)
+        main, values = main_nodes(trace, site.owner), trace.values(site.owner)
     except TraceError:
         return site
     last = None
@@ -219,8 +225,8 @@ def _by_places(trace: ModelTrace) -> list[Site]:
         return _last_of_each(_graph_path(trace))
     main = main_path(trace)
     # Between plain layers, functions such as F.relu are what modules are elsewhere.
-    parts = {path for path in trace.in_order()[:-1] if not trace.caller(path) and _is_composite(trace, path)}
-    if not any(_gives_maps(trace, path) for path in trace.in_order() if {path, *ancestors(path)} & parts):
+    parts = {path for path in trace.in_order()[:-1] if not trace.caller(path) and is_composite(trace, path)}
+    if not any(gives_maps(trace, path) for path in trace.in_order() if {path, *ancestors(path)} & parts):
         with suppress(TraceError):
             if found := _last_of_each(_graph_path(trace)):
                 return found
@@ -241,42 +247,48 @@ def _by_places(trace: ModelTrace) -> list[Site]:
             for _, path in sorted(outer.items())
             if (value := main[path]) is not None and _declared(trace, path) is not None
         ),
-        lambda path, before: not _is_composite(trace, path) and _is_composite(trace, before),
+        lambda path, before: not is_composite(trace, path) and is_composite(trace, before),
     )
     if len(paths) < 2:
-        blocks = [
-            path for path in main if main[path] and _is_composite(trace, path) and is_block(trace, path)
-        ]
-        paths = [
+        blocks = [path for path in main if main[path] and is_composite(trace, path) and is_block(trace, path)]
+        outermost = [
             path for path in blocks if not any(inside(path, other) for other in blocks if other != path)
-        ] or paths
+        ]
+        if not outermost and (ends := [site for site in block_ends(trace) if places_in(site.value) > 1]):
+            return ends
+        paths = outermost or paths
     return [site for path in paths if (site := _declared(trace, path)) is not None]
 
 
-def _check_blocks(trace: ModelTrace, found: list[str]) -> None:
+def _check_blocks(trace: ModelTrace, found: list[Site]) -> None:
     """Raise where all stages that were found end before the blocks, whose values are not understood.
 
     That is so where one block is called over and over, or its tokens have an order of their own.
     """
     calls = trace.observation.calls
-    blocks = [
-        path
-        for path in _before_the_heads(trace, trace.in_order()[:-1])
-        if path in calls
-        and _is_composite(trace, path)
-        and (len(calls[path]) > 1 or is_block(trace, path))
-        and isinstance(value := calls[path][-1].output, Tensor)
-        and sum(size > 1 for size in value.shape) > 2
-    ]
-    known = [path for path in found if any(inside(path, block) or inside(block, path) for block in blocks)]
-    end = max((calls[path][-1].order for path in found), default=-1)
-    late = [path for path in blocks if calls[path][0].order > end]
+    blocks = {
+        path: path
+        for path in before_the_heads(trace, trace.in_order()[:-1])
+        if path in calls and is_composite(trace, path) and (len(calls[path]) > 1 or is_block(trace, path))
+    }
+    values = {path: calls[path][-1].output for path in blocks}
+    for site in () if blocks else block_ends(trace):
+        blocks[site.name], values[site.name] = site.owner, site.value
+    blocks = {
+        name: path
+        for name, path in blocks.items()
+        if isinstance(value := values[name], Tensor) and sum(size > 1 for size in value.shape) > 2
+    }
+    paths = [site.path or site.owner for site in found]
+    known = any(inside(path, block) or inside(block, path) for path in paths for block in blocks.values())
+    end = max((calls[path][-1].order for path in paths), default=-1)
+    late = [name for name, path in blocks.items() if calls[path][0].order > end]
     if late and not known:
-        shape, times = tuple(calls[late[0]][-1].output.shape), len(calls[late[0]])
+        shape, times = tuple(values[late[0]].shape), len(calls[blocks[late[0]]])
         why = f"it is called {times} times" if times > 1 else "which dimensions are positions isn't seen"
         raise StructureError(
             f"The stages of {trace.name} cannot be told: {late[0]!r} gives a value of shape {shape}, and {why}.\n"
-            f"Without it the stages would end at {found[-1] if found else 'the image'!r}.\n"
+            f"Without it the stages would end at {found[-1].name if found else 'the image'!r}.\n"
             "Name the layer, as fxgraft.sites(model) lists it."
         )
 
@@ -301,73 +313,7 @@ def _last_of_each(
     return [item for item, _ in last]
 
 
-@dataclasses.dataclass(frozen=True)
-class _Map:
-    """A map that a module returns: its places, what made it, whether it is all that is returned, and its shape."""
-
-    places: int
-    made: int
-    alone: bool
-    shape: tuple[int, ...]
-
-
-def main_path(trace: ModelTrace) -> dict[str, _Map | None]:
-    """Find the map that each module returns, in running order, where all of the image goes through it.
-
-    With several heads, each has a path of its own. Where no map is on a main path, as in networks of several branches,
-    the maps of all modules count. A module that returns no map, but holds modules that do, has None. The classifier is
-    left out.
-    """
-    return trace.once("main path", _main_path)
-
-
-def _main_path(trace: ModelTrace) -> dict[str, _Map | None]:
-    observation = trace.observation
-    calls = {path: calls[0] for path, calls in observation.calls.items() if path and len(calls) == 1}
-    ordered = [path for path in _before_the_heads(trace, trace.in_order()[:-1]) if path in calls]
-    maps = {path: first_map for path in ordered if (first_map := _first_map(calls[path])) is not None}
-    main = _main_operations(trace)
-    kept = {path: first_map for path, first_map in maps.items() if first_map.made in main} or maps
-    around = {ancestor for path in kept for ancestor in ancestors(path)}
-    return {
-        path: kept.get(path)
-        for path in trace.in_order()
-        if path in kept or (path in around and path in calls)
-    }
-
-
-def _main_operations(trace: ModelTrace) -> set[int]:
-    """List the operations that all of the image goes through on its way to a head, by number in the pass's `Flow`.
-
-    Each head, and each of several pooled vectors that a head reads together, has a path of its own.
-    """
-    observation = trace.observation
-    flow = observation.flow
-    made = [number for number in observation.calls[""][0].made if number is not None]
-    waiting = _read_by_the_heads(trace, made[0]) if made else []
-    main: set[int] = set()
-    joined: set[int] = set()
-    while waiting:
-        end = start = waiting.pop()
-        while start not in flow.vectors and len(flow.sources[start]) == 1:
-            (start,) = flow.sources[start]
-        if start in flow.vectors:
-            waiting += [source for source in flow.sources[start] if start not in joined]
-            joined.add(start)
-        else:
-            main |= passed_by_all(flow.sources, end)
-    return main
-
-
-def _first_map(call: Call) -> _Map | None:
-    for value, made in zip(tensors(call.output), call.made, strict=True):
-        count = places_in(value)
-        if count > 1 and made is not None:
-            return _Map(count, made, isinstance(call.output, Tensor), tuple(value.shape))
-    return None
-
-
-def _holds_stages(trace: ModelTrace, path: str, main: dict[str, _Map | None]) -> bool:
+def _holds_stages(trace: ModelTrace, path: str, main: dict[str, MainMap | None]) -> bool:
     """Say whether a module runs more than one stage.
 
     It does if some value in it has a number of places that neither its input nor its output has. It also does if it
@@ -388,173 +334,17 @@ def _holds_stages(trace: ModelTrace, path: str, main: dict[str, _Map | None]) ->
         return True
     if before == out.places:
         return False
-    blocks = [own[name] for name in own if own[name].places == before and _is_composite(trace, name)]
+    blocks = [own[name] for name in own if own[name].places == before and is_composite(trace, name)]
     if type(trace.module(path)) is nn.Sequential:
         return bool(blocks)
     return any(value.shape == first_input.shape for value in blocks)
 
 
-def _is_composite(trace: ModelTrace, path: str) -> bool:
-    return next(trace.module(path).children(), None) is not None
-
-
-def _gives_maps(trace: ModelTrace, path: str) -> bool:
-    return any(places_in(value) > 1 for value in tensors(trace.observation.output(path)))
-
-
-def _main_nodes(trace: ModelTrace, owner: str) -> list[fx.Node]:
-    """List the nodes of a module's forward that all of its inputs go through, in running order."""
-    nodes = list(trace.graph(owner, training=False).graph.nodes)
-    carrying = {
-        node for start in nodes if start.op == "placeholder" for node in (start, *downstream_of(start))
-    }
-    number = {node: index for index, node in enumerate(nodes)}
-    sources = [
-        tuple(number[source] for source in node.all_input_nodes if source in carrying) for node in nodes
-    ]
-    main = passed_by_all(sources, len(nodes) - 1)
-    return [node for node in nodes if number[node] in main]
-
-
 def _graph_path(trace: ModelTrace) -> list[tuple[Site, int]]:
     """Find the main path as `main_path` does, for a model that is a graph of layers and functions, by its nodes."""
     values = trace.values("")
-    names = {node.name for node in _main_nodes(trace, "")}
-    features = {"", *_before_the_heads(trace, trace.in_order()[:-1])}
+    names = {node.name for node in main_nodes(trace, "")}
+    features = {"", *before_the_heads(trace, trace.in_order()[:-1])}
     sites = [site for site in node_sites(trace, "")[:-1] if site.node in names]
     sites = [*takewhile(lambda site: site.path in features, sites)]
     return [(site, count) for site in sites if (count := places_in(values.get(site.node))) > 1]
-
-
-def _logits(trace: ModelTrace) -> Tensor | None:
-    try:
-        logits = take_logits(trace.observation.output(""))
-    except StructureError:
-        return None
-    return logits if isinstance(logits, Tensor) and logits.ndim > 1 else None
-
-
-def _dense_heads(trace: ModelTrace, logits: Tensor) -> list[str] | None:
-    """List the modules that give maps of classes at the end of a dense predictor; None for another model.
-
-    There may be several, an auxiliary one or one at each scale. A dense predictor is known by logits as large as the
-    image; their channels are the classes.
-    """
-    if logits.ndim not in (4, 5) or logits.shape[2:] != trace.image_size[1:]:
-        return None
-    heads: list[str] = []
-    for path in (call for call in reversed(trace.in_order()[:-1]) if trace.caller(call) == ""):
-        value = trace.observation.output(path)
-        if not isinstance(value, Tensor) or value.ndim != logits.ndim or value.shape[1] != logits.shape[1]:
-            break
-        heads.append(path)
-    return heads
-
-
-def _read_by_the_heads(trace: ModelTrace, end: int) -> list[int]:
-    """List the operations that made what the heads read, or the last one where the logits do not come from heads alone.
-
-    In a dense predictor, heads are the modules that give maps of classes. Elsewhere they are the last linear layers or
-    convolutions on the ways to the logits, with as many channels as these.
-
-    Args:
-        trace: the trace of the model.
-        end: the operation that made the logits.
-    """
-    observation, logits = trace.observation, _logits(trace)
-    if logits is None or ends_in_features(trace):
-        return [end]
-    heads = set(_dense_heads(trace, logits) or ())
-    if not heads:
-        layers: dict[int | None, str] = {}
-        for path, calls in observation.calls.items():
-            value = calls[0].output
-            if len(calls) > 1 or not isinstance(trace.module(path), PROJECTIONS):
-                continue
-            if isinstance(value, Tensor) and logits.shape[1] in value.shape[1:]:
-                layers[calls[0].made[0]] = path
-        waiting, seen = [end], {end}
-        while waiting:
-            number = waiting.pop()
-            if number in layers:
-                heads.add(layers[number])
-                continue
-            if number == 0:  # from the images past all of them
-                return [end]
-            new = set(observation.flow.sources[number]) - seen
-            seen |= new
-            waiting += new
-    inputs = (value for path in heads for value in tensors(observation.calls[path][0].args))
-    marks = (observation.flow.settled(value) for value in inputs)
-    return [mark.number for mark in marks if mark is not None] or [end]
-
-
-def _before_the_heads(trace: ModelTrace, ordered: list[str]) -> list[str]:
-    """Leave out the classifier and what follows it, and of a dense predictor all that gives maps of classes."""
-    logits = _logits(trace)
-    if logits is None:
-        return ordered[:-1]
-    heads = _dense_heads(trace, logits)
-    if heads is not None:
-        kept = [path for path in ordered[:-1] if not any(inside(path, head) for head in heads)]
-        return kept or ordered[:-1]
-    classes = logits.shape[1]
-    weighted = [path for path in ordered if next(trace.module(path).parameters(False), None) is not None]
-    last = weighted[-1] if weighted else ""
-    value = trace.observation.output(last)
-    if (
-        last
-        and is_classifier(trace.module(last))
-        and not ends_in_features(trace)
-        and isinstance(value, Tensor)
-        and classes in value.shape[1:]
-    ):
-        return ordered[: ordered.index(last)]
-    # What gives a map at the end is the last stage, with a head of functions behind it.
-    return ordered if ordered and _gives_maps(trace, ordered[-1]) else ordered[:-1]
-
-
-def is_block(trace: ModelTrace, path: str) -> bool:
-    """Say whether a module is one of several of its class in one `torch.nn.Sequential` or ``ModuleList``."""
-    parent = trace.module(path.rpartition(".")[0])
-    module = trace.module(path)
-    alike = sum(type(child) is type(module) for child in parent.children())
-    return bool(path) and isinstance(parent, (nn.Sequential, nn.ModuleList)) and alike > 1
-
-
-def blocks_before(trace: ModelTrace, site: Site) -> list[Site]:
-    """List the blocks that run before a site and give as many dimensions and channels, the nearest first.
-
-    A block is one of several modules of the same class in one `torch.nn.Sequential` or ``ModuleList`` on the main
-    path; a module on a parallel branch is part of a block. Blocks that lie inside others, and have parts themselves,
-    come last. Of several values that a block returns, such as a map and its size, the first that is like the site's
-    counts.
-    """
-    main = main_path(trace)
-    calls = trace.observation.calls
-    blocks = [site.path] if is_block(trace, site.path) else []
-    outer, inner = [], []
-    for path in reversed(trace.in_order()):
-        if path == site.path or main.get(path) is None or not is_block(trace, path):
-            continue
-        if site.path in calls and calls[path][0].order > calls[site.path][0].order:
-            continue
-        inside = any(path.startswith(other + ".") for other in blocks)
-        if inside and next(trace.module(path).children(), None) is None:
-            continue
-        value = _value_like(trace, path, site.shape or (0,))
-        if value is not None:
-            blocks.append(path)
-            (inner if inside else outer).append(value)
-    return [*outer, *inner]
-
-
-def _value_like(trace: ModelTrace, path: str, shape: tuple[int, ...]) -> Site | None:
-    """Return where a module's output is, or the first of them that has as many dimensions and channels."""
-
-    def alike(value: Any) -> bool:
-        return isinstance(value, Tensor) and value.ndim == len(shape) and value.shape[-1] == shape[-1]
-
-    if alike(trace.observation.output(path)):
-        return module_site(trace, path)
-    return entry_site(trace, path, alike)

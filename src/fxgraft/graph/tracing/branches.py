@@ -159,11 +159,11 @@ class InPlaceProxy(fx.Proxy):
         return self.tracer.create_proxy("call_function", function, (self, other), {}, name=name)
 
     def __len__(self) -> int:
-        length = getattr(self.tracer, "length", lambda _: None)(self)
+        length = _known_length(self)
         return super().__len__() if length is None else length
 
     def __getattr__(self, name: str) -> Any:
-        return _Device(self, name) if name == "device" else super().__getattr__(name)
+        return (_Device if name == "device" else _Attribute)(self, name)
 
     def __setitem__(self, index: Any, value: Any) -> None:
         if self.node.op != "get_attr":
@@ -183,7 +183,19 @@ class InPlaceProxy(fx.Proxy):
         return self._in_place(itruediv, other)
 
 
-class _Device(Attribute):
+def _known_length(proxy: fx.Proxy) -> int | None:
+    return getattr(proxy.tracer, "length", lambda _: None)(proxy)
+
+
+class _Attribute(Attribute):
+    """An attribute, such as a shape, which has a length where its tracer knows it: ``*x.shape`` asks for it."""
+
+    def __len__(self) -> int:
+        length = _known_length(self)
+        return super().__len__() if length is None else length
+
+
+class _Device(_Attribute):
     """A device, whose ``type`` is text where the tracer knows it: contexts take no proxy for it."""
 
     def __getattr__(self, name: str) -> Any:

@@ -14,6 +14,7 @@ from timm.layers import get_notrace_functions, get_notrace_modules  # pyright: i
 from torch import fx, nn
 from torch.fx.immutable_collections import immutable_dict
 
+from fxgraft._einops import einops_functions, is_einops_layer
 from fxgraft._torch import NormBase, pytree
 from fxgraft.errors import TraceError
 from fxgraft.graph.atomic import apply_atomically, refilling
@@ -45,9 +46,9 @@ def _check_constructor(cls: type) -> None:
 
 
 def is_primitive(module: nn.Module) -> bool:
-    """Say whether a full trace keeps ``module`` as one call: torch's own layers, norms, timm's list."""
+    """Say whether a full trace keeps ``module`` as one call: the layers of torch and einops, norms, timm's list."""
     # BatchNorm subclasses count their batches in Python code, which a trace would execute for real.
-    if isinstance(module, (NormBase, *get_notrace_modules())):
+    if isinstance(module, (NormBase, *get_notrace_modules())) or is_einops_layer(module):
         return True
     ours = type(module).__module__.startswith(("torch.nn", "torch.ao.nn"))
     return ours and not isinstance(module, (nn.Sequential, nn.ModuleList, nn.ModuleDict))
@@ -90,7 +91,7 @@ class ShallowTracer(fx.Tracer):
         branching: bool,
         buffers: bool,
     ) -> None:
-        super().__init__(autowrap_functions=tuple(get_notrace_functions()))
+        super().__init__(autowrap_functions=(*get_notrace_functions(), *einops_functions()))
         self.proxy_buffer_attributes = buffers
         classes = {cls.__module__ for part in module.modules() for cls in type(part).__mro__}
         self._autowrap_search += [sys.modules[name] for name in sorted(classes) if name in sys.modules]

@@ -12,10 +12,11 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from fxgraft.errors import StructureError
+from fxgraft.graph.structure.blocks import blocks_before
 from fxgraft.graph.structure.heads.head import pooled_map
 from fxgraft.graph.structure.positions import positions
 from fxgraft.graph.structure.sites import list_sites, resolve
-from fxgraft.graph.structure.stages import blocks_before, main_stages, stages, stem_output
+from fxgraft.graph.structure.stages import main_stages, stages, stem_output
 from fxgraft.graph.tracing.model_trace import ModelTrace
 from models.toys import net
 

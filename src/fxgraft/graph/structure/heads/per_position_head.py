@@ -37,6 +37,7 @@ from fxgraft.graph.structure.heads.pooling import (
     HeadTrace,
     is_classifier,
     is_vector,
+    only_reshapes,
     opened_head,
 )
 from fxgraft.graph.tracing.compile import compile_graph
@@ -218,7 +219,7 @@ def _only_shapes(head: HeadTrace, owner: nn.Module) -> bool:
         return False
     calls = [owner.get_submodule(str(node.target)) for node in head.between if node.op == "call_module"]
     dropouts = any(getattr(node.target, "__name__", "").startswith("dropout") for node in head.between)
-    return not dropouts and all(isinstance(module, (nn.Identity, nn.Flatten)) for module in calls)
+    return not dropouts and all(map(only_reshapes, calls))
 
 
 @dataclass
@@ -299,7 +300,7 @@ def _commutes(node: fx.Node, varying: set[fx.Node], values: Values) -> bool:
     if node.op == "call_module":
         module = owner.get_submodule(str(node.target))
         layer = _special(node, owner) is not None or is_classifier(module)
-        plain = layer or isinstance(module, (nn.Identity, nn.Flatten, FrozenBatchNormAct2d))
+        plain = layer or only_reshapes(module) or isinstance(module, FrozenBatchNormAct2d)
         return plain and _inert(getattr(module, "act", None))
     name = node_name(node, owner)
     inputs = [source for source in node.all_input_nodes if source in varying and not _is_size(values(source))]

@@ -14,6 +14,7 @@ import torch
 from timm.layers.linear import Linear as TimmLinear
 from torch import Tensor, fx, nn
 
+from fxgraft._einops import is_einops_layer
 from fxgraft._torch import AdaptiveAvgPoolNd, AvgPoolNd, ConvNd
 from fxgraft.errors import StructureError, candidates
 from fxgraft.graph.dataflow.axes import BATCH, CHANNEL, kind_of
@@ -32,6 +33,7 @@ _LINEAR_FORWARDS = (nn.Linear.forward, TimmLinear.forward)
 _CONVOLUTION_FORWARDS = tuple(kind.forward for kind in (nn.Conv1d, nn.Conv2d, nn.Conv3d))
 _AVERAGES = (AdaptiveAvgPoolNd, AvgPoolNd)
 SHAPES = {"flatten", "squeeze", "unsqueeze", "reshape", "view", "permute", "transpose", "contiguous"}
+SHAPES |= {"rearrange"}
 SHAPES |= {"getattr", "size", "getitem", "identity"}
 DROPOUTS = {"dropout", "dropout1d", "dropout2d", "dropout3d"}
 SCALES = {"mul", "imul", "div", "truediv", "itruediv", "neg"}
@@ -137,6 +139,8 @@ def pooling_of(node: fx.Node, values: Values, weighted: bool = False) -> Pooling
         if not weighted and not _averages_whole(node, sources[0], values):
             return None
         return Pooling(1, True, _window(node, sources[0], values))
+    if name == "reduce":  # of einops
+        return _reducing(node, sources[0], values)
     if name != "mean":
         return None
     rest = node.args[1:]
@@ -150,6 +154,21 @@ def pooling_of(node: fx.Node, values: Values, weighted: bool = False) -> Pooling
     if 0 in {d % value.ndim for d in dims} or len(left) != 1:  # type: ignore[operator]
         return None
     return Pooling(left.pop(), result.ndim == value.ndim)
+
+
+def _reducing(node: fx.Node, source: fx.Node, values: Values) -> Pooling | None:
+    """Say what einops averages, whose pattern is a text: it is tried which dimensions make up the result."""
+    value, result = values(source), values(node)
+    drawn = torch.Generator().manual_seed(0)
+    tried = torch.rand(value.shape, generator=drawn, dtype=torch.float64, device="cpu")
+    found = _computed(node, {source: tried}, values)
+    for channel in range(1, value.ndim):
+        dims = [dim for dim in range(1, value.ndim) if dim != channel]
+        for keeps in (False, True):
+            mean = tried.mean(dims, keepdim=keeps)
+            if mean.shape == result.shape and torch.allclose(found, mean):
+                return Pooling(channel, keeps)
+    return None
 
 
 def averaged_before(node: fx.Node, values: Values) -> fx.Node:
@@ -282,8 +301,13 @@ def _affine(node: fx.Node, values: Values) -> bool:
             name in SCALES and len(tensor_inputs(node, values)) == 1
         )
     module = owner.get_submodule(str(node.target))
-    plain = (nn.Identity, nn.Flatten, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.BatchNorm1d, nn.BatchNorm2d)
-    return type(module) in plain or is_classifier(module)
+    plain = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.BatchNorm1d, nn.BatchNorm2d)
+    return type(module) in plain or only_reshapes(module) or is_classifier(module)
+
+
+def only_reshapes(module: nn.Module) -> bool:
+    """Say whether a module does no more than to give its input another shape."""
+    return isinstance(module, (nn.Identity, nn.Flatten)) or is_einops_layer(module, "Rearrange")
 
 
 def _classifiers(end: fx.Node, values: Values) -> Iterator[fx.Node]:
