@@ -204,15 +204,39 @@ def _build_torchvision(
         options.setdefault("image_size", input_size)
     if input_size is not None and model.startswith("maxvit"):
         options.setdefault("input_size", (input_size, input_size))
-    if num_classes is not None:
-        if pretrained:
-            # torchvision insists on the number its weights were trained with; timm makes a fresh classifier.
-            raise ConfigError(
-                f"torchvision's pretrained {model!r} keeps the classifier it was trained with. "
-                "Leave num_classes out and replace the classifier yourself, or take timm's model."
-            )
-        options.setdefault("num_classes", num_classes)
-    return models.get_model(model, weights="DEFAULT" if pretrained else None, **options)
+    if num_classes is None:
+        return models.get_model(model, weights="DEFAULT" if pretrained else None, **options)
+    options.setdefault("num_classes", num_classes)
+    if not pretrained:
+        return models.get_model(model, weights=None, **options)
+    if segmentation or detection:
+        raise ConfigError(
+            f"torchvision's pretrained {model!r} keeps the classes it was trained with.\n"
+            "Leave num_classes out and replace its heads yourself."
+        )
+    return _with_new_classifier(model, options)
+
+
+def _with_new_classifier(model: str, options: dict[str, Any]) -> nn.Module:
+    """Build a network of torchvision with its weights, and the classifier that one without weights would have.
+
+    torchvision itself insists on the number of classes that the weights were trained with.
+    """
+    from torchvision import models
+
+    same = {name: value for name, value in options.items() if name != "num_classes"}
+    trained = models.get_model(model, weights="DEFAULT", **same)
+    if model in _WANT_INIT_WEIGHTS:
+        options["init_weights"] = True
+    fresh = models.get_model(model, weights=None, **options)
+    known, new = trained.state_dict(), fresh.state_dict()
+    other = [name for name in known if name in new and known[name].shape != new[name].shape]
+    for path in dict.fromkeys(name.rpartition(".")[0] for name in other):
+        parent, _, name = path.rpartition(".")
+        setattr(trained.get_submodule(parent), name, fresh.get_submodule(path))
+    if hasattr(trained, "num_classes"):
+        trained.num_classes = options["num_classes"]
+    return trained
 
 
 _WEIGHTS = "Pass a state dict that torch.save wrote, or safetensors."

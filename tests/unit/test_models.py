@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from torch import nn
+from torchvision import models
 
 from fxgraft.errors import ConfigError
 from fxgraft.models import build_model
@@ -41,9 +44,35 @@ def test_no_backbone_of_a_segmentation_model_is_fetched(monkeypatch):
             "returned a int, and not a torch.nn.Module.\nReturn the model",
         ),
         ((nn.Linear, 3), {}, r"could not be called with num_classes=3(.|\n)*Let it take these arguments"),
-        (("torchvision/resnet18", 3), {"pretrained": True}, "keeps the classifier it was trained with"),
+        (("torchvision/fcn_resnet50", 3), {"pretrained": True}, "keeps the classes it was trained with"),
     ],
 )
 def test_what_is_refused(arguments, options, message):
     with pytest.raises(ConfigError, match=message):
         build_model(*arguments, **options)
+
+
+@pytest.mark.parametrize("name", ["resnet18", "vgg11", "googlenet", "vit_b_16", "squeezenet1_1"])
+def test_weights_of_torchvision_get_a_new_classifier(name, monkeypatch):
+    """All but the classifier is that of the weights, which are drawn here."""
+    made = models.get_model
+    trained = []
+
+    def get_model(model, weights=None, **options):
+        if weights is not None:
+            assert "num_classes" not in options
+            extra = {"init_weights": False} if model == "googlenet" else {}
+            trained.append(made(model, weights=None, **options, **extra))
+            trained[0].transform_input = True
+            return copy.deepcopy(trained[0])
+        return made(model, weights=None, **options)
+
+    monkeypatch.setattr(models, "get_model", get_model)
+    model = build_model(f"torchvision/{name}", 3, pretrained=True)
+    known, now = trained[0].state_dict(), model.state_dict()
+    other = {key.rpartition(".")[0] for key in known if known[key].shape != now[key].shape}
+    assert other
+    assert all(torch.equal(known[key], now[key]) for key in known if key.rpartition(".")[0] not in other)
+    assert model.transform_input
+    size = 224 if name == "vit_b_16" else 96
+    assert model.eval()(torch.randn(2, 3, size, size)).shape == (2, 3)

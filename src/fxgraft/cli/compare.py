@@ -112,10 +112,11 @@ def compare(
         "warmup_epochs": warmup_epochs,
     }  # fmt: skip
     training = {name: value for name, value in settings.items() if value is not None}
-    training |= {
-        name: _one(_tried(name, value, "--set"), name, "--set")
-        for name, value in _pairs(set_, "--set").items()
-    }
+    for name, value in _pairs(set_, "--set").items():
+        if name in training:
+            option = f"--{name.replace('_', '-')}"
+            raise ConfigError(f"{name} is given twice, by {option} and by --set.\nLeave one of the two out.")
+        training[name] = _one(_tried(name, value, "--set"), name, "--set")
     held = None if not hold_out else "all" if hold_out == ["all"] else hold_out
     console = _console()
     with _Running(console) as running:
@@ -190,7 +191,7 @@ class _Running:
     """Shows the table while it grows; an interruption says what is kept."""
 
     def __init__(self, console: Console) -> None:
-        self.console, self.done = console, 0
+        self.console, self.done, self.shown = console, 0, 0
         self.live = Live(console=console, auto_refresh=False, transient=True)
 
     def __enter__(self) -> _Running:
@@ -210,12 +211,16 @@ class _Running:
             self.live.update(result, refresh=True)
             self.live.console.print(f"about {_duration(left)} left")
             return
-        last = result.records[-1]
-        self.console.print(
-            Text(f"{last['variant']}, {last['task']}, seed {last['seed']}: {result.show(result.score(last))}; "
-                 f"about {_duration(left)} left"),
-            soft_wrap=True,
-        )  # fmt: skip
+        new = result.records[max(self.shown, result.kept) :]
+        self.shown = len(result.records)
+        for record in new:
+            tried = [f"{name} {value}" for name, value in record.get("tuning", {}).items()]
+            what = (
+                ["tuning on images set apart", *tried] if "tuning" in record else [f"seed {record['seed']}"]
+            )
+            said = ", ".join(part for part in (record["variant"], record["task"], *what) if part)
+            text = f"{said}: {result.show(result.score(record))}; about {_duration(left)} left"
+            self.console.print(Text(text), soft_wrap=True)
 
 
 def _duration(seconds: float) -> str:
@@ -255,6 +260,13 @@ def _pairs(texts: list[str] | None, option: str) -> dict[str, str]:
         key, equals, value = text.partition("=")
         if not equals or not value or not key.isidentifier():
             raise ConfigError(f"{option} takes KEY=VALUE, got {text!r}.")
+        if key in pairs:
+            several = (
+                " Values to try have commas between them: --tune lr=0.003,0.01." if option == "--tune" else ""
+            )
+            raise ConfigError(
+                f"{option} gives {key} twice, {pairs[key]} and {value}.\nGive it once.{several}"
+            )
         pairs[key] = value
     return pairs
 

@@ -77,6 +77,14 @@ def check_numbers(
         raise ConfigError(f"size is the side of the images in pixels, at least 1; got {size!r}.")
 
 
+def check_metric(metric: str, classes: int) -> None:
+    """Raise `ConfigError` for a score that is the same whatever a network says."""
+    if metric == "top5" and classes <= 5:
+        raise ConfigError(
+            f"The metric top5 is always 100 % with {classes} classes.\nTake accuracy, or another metric."
+        )
+
+
 def check_adaptation(steps: int, lr: float) -> None:
     """Raise `ConfigError` for numbers with which nothing could be adapted."""
     if steps < 1 or not 0 < lr < math.inf:
@@ -129,6 +137,17 @@ def check_images(images: Data, settings: Training, train: Any, tuned: bool) -> N
             raise ConfigError(
                 f"{asking} needs images that are set apart, and every class has one image only.\n"
                 f"Leave {asking} out, or pass more images of each class."
+            )
+
+
+def check_targets(images: Data, chosen: Sequence[Variant]) -> None:
+    """Raise `ConfigError` where an adaptation has too few images of a domain."""
+    adapting = [variant.text for variant in chosen if variant.adaptation is not None]
+    for task in images.tasks:
+        if adapting and len(task.target) < 2:
+            raise ConfigError(
+                f"{adapting[0]!r} adapts to a domain by statistics of its images, and there is {len(task.target)}.\n"
+                "Pass a target= with more images, or leave the variant out."
             )
 
 

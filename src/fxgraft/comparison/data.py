@@ -134,7 +134,8 @@ def read_data(
 
     Raises:
         ConfigError: nothing is found, images lie outside class folders, domains differ in their classes, there is
-            one class only, a domain that is named does not exist, or images are tested that are trained on.
+            one class only, a domain that is named does not exist, or the same files are trained on and tested.
+            Copies of a file under another name are not found.
     """
     for name, count in (("per_class", per_class), ("test_per_class", test_per_class)):
         if count is not None and not is_count(count):
@@ -152,7 +153,7 @@ def read_data(
             f"{LAYOUTS}\nLeave hold_out away to test on the test split, or pass the folder of domains."
         )
     tests = None if test is None else _tested(test)
-    targets = None if target is None else _groups(target)[1]
+    targets = None if target is None else _unlabelled(target)
     trained = {name: rows for name, rows in groups.items() if not (kind == "splits" and name != "train")}
     classes = tuple(sorted({row[2] for rows in trained.values() for row in rows}))
     if len(classes) < 2:
@@ -183,6 +184,17 @@ def read_data(
     )
 
 
+def _unlabelled(target: str | os.PathLike[str]) -> dict[str, list[_Named]]:
+    """List images whose folders' names are not read: in any folder, or in none."""
+    path = path_at(target).absolute()
+    if not path.is_dir() or any(entry.name.lower().endswith(_TARS) for entry in path.iterdir()):
+        return _groups(target)[1]
+    rows = [(str(path / place), "", "") for place in _images_in(path)]
+    if not rows:
+        raise ConfigError(f"{path} holds no images to adapt to.\nImages end in {', '.join(EXTENSIONS)}.")
+    return {"": rows}
+
+
 def _tested(test: str | os.PathLike[str]) -> dict[str, list[_Named]]:
     kind, groups = _groups(test)
     return {"test": groups["test"]} if kind == "splits" and "test" in groups else groups
@@ -190,7 +202,14 @@ def _tested(test: str | os.PathLike[str]) -> dict[str, list[_Named]]:
 
 def _check_apart(task: Task, files: Mapping[Item, Any]) -> None:
     """Raise where images are tested that are trained on, or that choose settings; by the files of the items."""
-    known = {files[item] for item in (*task.train, *task.validation)}
+    trained = {files[item] for item in task.train}
+    chosen = [item for item in task.validation if files[item] in trained]
+    if chosen:
+        raise ConfigError(
+            f"{len(chosen)} of the {len(task.validation)} validation images are trained on, too: {chosen[0]}.\n"
+            "Their score says nothing about new images. Put others into the validation split, or leave it out."
+        )
+    known = trained | {files[item] for item in task.validation}
     twice = [item for item in task.test if files[item] in known]
     if twice:
         raise ConfigError(
@@ -382,25 +401,39 @@ def _by_folders(root: Path, rows: list[tuple[str, str, PurePosixPath]]) -> dict[
         raise ConfigError(f"{root} has images where none should be: {odd}.\n{LAYOUTS}")
     groups: dict[str, list[_Named]] = {}
     for path, member, place in rows:
-        group = place.parts[0] if len(place.parts) == 3 else ""
-        groups.setdefault(group, []).append((path, member, place.parts[-2]))
+        group = _text(place.parts[0]) if len(place.parts) == 3 else ""
+        groups.setdefault(group, []).append((path, member, _text(place.parts[-2])))
     return groups
 
 
+def _text(name: str) -> str:
+    r"""Write the name of a folder as text that can be printed and kept; bytes of no text become ``\xff``."""
+    return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+
+
 def _files(root: Path) -> list[tuple[str, str, PurePosixPath]]:
+    places = _images_in(root)
+    folders, others = set(), {}
+    for folder, inside, names in os.walk(root, followlinks=True):
+        inside[:] = [name for name in inside if not is_hidden(name)]
+        parts = Path(folder).relative_to(root).parts
+        if parts and parts[0][0] != "_":
+            folders.add(PurePosixPath(*parts))
+            others[PurePosixPath(*parts)] = sorted(name for name in names if not is_hidden(name))
+    empty = sorted(folders - {above for place in places for above in place.parents})
+    if empty:
+        named = [f"{folder} ({others[folder][0]}, …)" if others[folder] else str(folder) for folder in empty]
+        raise ConfigError(f"{root} has folders without images: {', '.join(named)}.\n{LAYOUTS}")
+    return [(str(root / place), "", place) for place in places]
+
+
+def _images_in(root: Path) -> list[PurePosixPath]:
     places = []
     for folder, inside, names in os.walk(root, followlinks=True):
         inside[:] = [name for name in inside if not is_hidden(name)]
         parts = Path(folder).relative_to(root).parts
         places += [PurePosixPath(*parts, name) for name in names if is_image(name)]
-    places.sort()
-    empty = [
-        folder.name for folder in sorted(root.iterdir()) if folder.is_dir() and folder.name[0] not in "._"
-    ]
-    empty = sorted(set(empty) - {place.parts[0] for place in places})
-    if empty:
-        raise ConfigError(f"{root} has folders without images: {', '.join(empty)}.\n{LAYOUTS}")
-    return [(str(root / place), "", place) for place in places]
+    return sorted(places)
 
 
 def _members(path: Path) -> list[tuple[str, str, PurePosixPath]]:

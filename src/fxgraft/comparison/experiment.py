@@ -22,6 +22,7 @@ from fxgraft.comparison.checks import (
     TUNING_SEED,
     check_adaptation,
     check_images,
+    check_metric,
     check_model,
     check_model_options,
     check_numbers,
@@ -29,6 +30,7 @@ from fxgraft.comparison.checks import (
     check_outside,
     check_own_loop,
     check_packages,
+    check_targets,
     values_to_try,
 )
 from fxgraft.comparison.corruptions import check_corruptions
@@ -113,8 +115,9 @@ def compare(
         measure: further numbers of each run, called as ``measure(model, validation, test)`` with the scored model and
             two map-style data sets of (image, label), as evaluation transforms them. They stand in the run's
             "measured"; no verdict is about them.
-        tune: values to try, by setting: ``{"lr": [0.003, 0.01]}``. The baseline is tuned on the images of the source
-            that are set apart, with a seed of its own, and every variant gets the setting that was best for it.
+        tune: values to try, by setting: ``{"lr": [0.003, 0.01]}``. For each domain that is tested the baseline is tuned
+            on the images of its source that are set apart, with a seed of its own, and every variant gets the setting
+            that was best for it. An adaptation is left out meanwhile.
         tune_each: tune every variant, with the same values.
         baseline: what the variants are compared with: "bare", or a variant.
         metric: the score of the verdict: "accuracy", "macro_accuracy", "top5", "nll" or "ece".
@@ -150,6 +153,11 @@ def compare(
     check_adaptation(adapt_steps, adapt_lr)
     model_options = {name: plain_number(value) for name, value in (model_options or {}).items()}
     check_model_options(model_options)
+    if tune_each and not tune:
+        raise ConfigError(
+            "tune_each=True has no effect without values to try.\n"
+            'Pass them, as tune={"lr": [0.003, 0.01]}, or leave tune_each= out.'
+        )
     chosen_device = checked_device(device)
     settings = training if isinstance(training, Training) else settings_of(Training(), training or {})
     interest, level, adapt_lr = float(interest), float(level), float(adapt_lr)
@@ -161,6 +169,8 @@ def compare(
         per_class=per_class,
         test_per_class=test_per_class,
     )
+    check_metric(metric, len(images.classes))
+    check_targets(images, chosen)
     side = _own_size(model) if size is None else int(size)
     if corrupt:
         check_corruptions(side)
@@ -258,41 +268,42 @@ def _jobs(
     result: Comparison,
     chosen: Sequence[Variant],
     tasks: Sequence[Task],
-    settings: Mapping[str, Training],
+    settings: Mapping[tuple[str, str], Training],
     device: torch.device,
 ) -> list[Job]:
     """List the runs that are missing, pair by pair; variants that differ in their adaptation alone share one."""
     jobs = []
     for seed, task in itertools.product(result.seeds, tasks):
         done = {variant.text: result.record(variant.text, task.name, seed) for variant in chosen}
-        _check_tuned(result, done)
+        _check_tuned(result, task.name, done)
         missing = [variant for variant in chosen if done[variant.text] is None]
         shared: dict[tuple[str, str], list[Variant]] = {}
         for variant in missing:
-            shared.setdefault((variant.trained, str(settings[variant.text])), []).append(variant)
+            trained = settings[variant.text, task.name]
+            shared.setdefault((variant.trained, str(trained)), []).append(variant)
         jobs += [
             Job(
                 tuple(group),
                 task,
                 seed,
                 str(device),
-                settings[group[0].text],
-                tuned=_tuned(result, group[0].text),
+                settings[group[0].text, task.name],
+                tuned=_tuned(result, group[0].text, task.name),
             )
             for group in shared.values()
         ]
     return jobs
 
 
-def _tuned(result: Comparison, variant: str) -> Mapping[str, Any] | None:
-    """Return the settings that tuning chose for a variant: its own, or those of the baseline."""
-    return result.tuned.get(variant, result.tuned.get(result.baseline))
+def _tuned(result: Comparison, variant: str, task: str) -> Mapping[str, Any] | None:
+    """Return the settings that tuning chose for a variant on a task: its own, or those of the baseline."""
+    return result.tuned.get(variant, result.tuned.get(result.baseline, {})).get(task)
 
 
-def _check_tuned(result: Comparison, done: Mapping[str, Record | None]) -> None:
+def _check_tuned(result: Comparison, task: str, done: Mapping[str, Record | None]) -> None:
     """Raise where a run was trained with other settings than tuning chooses now."""
     for name, record in done.items():
-        chosen = _tuned(result, name)
+        chosen = _tuned(result, name, task)
         if record is None or chosen is None or record.get("tuned", chosen) == chosen:
             continue
         before, now = (
@@ -327,6 +338,7 @@ class _Runner:
         self.workers = workers or (cpu_count() if device.type == "cpu" else len(self.devices))
         self.setup = replace(setup, readers=reading_processes(device, self.workers))
         self.progress = progress
+        self.began, self.done, self.later = time.monotonic(), 0, 0
 
     def tune(
         self,
@@ -334,11 +346,15 @@ class _Runner:
         tasks: Sequence[Task],
         grid: Sequence[Mapping[str, Any]],
         each: bool,
-    ) -> dict[str, Training]:
-        """Return the settings of every variant, after the runs that choose them."""
+    ) -> dict[tuple[str, str], Training]:
+        """Return the settings of every variant on every task, after the runs that choose them.
+
+        Each task chooses by images of its own: those of one task may be tested in another.
+        """
         training = self.setup.training
+        every = list(itertools.product(chosen, tasks))
         if not grid:
-            return dict.fromkeys((variant.text for variant in chosen), training)
+            return {(variant.text, task.name): training for variant, task in every}
         tried = [settings_of(training, row) for row in grid]
         candidates = chosen if each else chosen[:1]
         jobs = [
@@ -348,20 +364,32 @@ class _Runner:
             for task in tasks
             if self.result.tuning(variant.text, task.name, row) is None
         ]
+        trained = len({variant.trained for variant in chosen})
+        self.later = trained * len(tasks) * len(self.result.seeds)
         self.run(jobs)
+        self.later = 0
         best = {}
-        for variant in candidates:
-            means = []
-            for row in grid:
-                records = [self.result.tuning(variant.text, task.name, row) for task in tasks]
-                scores = [
-                    -math.inf if record is None or record["diverged"] else self._score(record)
-                    for record in records
-                ]
-                means.append(sum(scores) / len(scores))
-            best[variant.text] = tried[means.index(max(means))]
-            self.result.tuned[variant.text] = grid[means.index(max(means))]
-        return {variant.text: best.get(variant.text, best[chosen[0].text]) for variant in chosen}
+        for variant, task in itertools.product(candidates, tasks):
+            records = [self.result.tuning(variant.text, task.name, row) for row in grid]
+            scores = [
+                -math.inf if record is None or record["diverged"] else self._score(record)
+                for record in records
+            ]
+            if max(scores) == -math.inf:
+                where = f" on {task.name!r}" if task.name else ""
+                raise ConfigError(
+                    f"All runs of {variant.text!r}{where} that should choose a setting diverged.\n"
+                    f"None of the values can be used: tune={self.folder.protocol['tune']}.\n"
+                    "Try others, such as smaller learning rates, with another out=."
+                )
+            best[variant.text, task.name] = tried[scores.index(max(scores))]
+            self.result.tuned.setdefault(variant.text, {})[task.name] = grid[scores.index(max(scores))]
+        return {
+            (variant.text, task.name): best.get(
+                (variant.text, task.name), best[candidates[0].text, task.name]
+            )
+            for variant, task in every
+        }
 
     def _score(self, record: Record) -> float:
         value = record["scores"][self.result.metric]
@@ -370,14 +398,14 @@ class _Runner:
 
     def run(self, jobs: Sequence[Job]) -> None:
         """Carry out jobs; an interruption keeps what is finished."""
-        began, done = time.monotonic(), 0
+        left = len(jobs) + self.later
         with closing(self._carried_out(jobs)) as finished:
             for records in finished:
                 for record in records:
                     self.result.add(self.folder.add(record))
-                done += 1
+                self.done, left = self.done + 1, left - 1
                 if self.progress is not None:
-                    self.progress(self.result, (time.monotonic() - began) / done * (len(jobs) - done))
+                    self.progress(self.result, (time.monotonic() - self.began) / self.done * left)
 
     def _carried_out(self, jobs: Sequence[Job]) -> Generator[list[Record], None, None]:
         if not jobs:

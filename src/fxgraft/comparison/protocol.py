@@ -19,6 +19,7 @@ from fxgraft.comparison.data import Data
 from fxgraft.comparison.runs import Setup
 from fxgraft.io.atomic_write import digest_of
 from fxgraft.io.recipe import architecture_of, content_digest
+from fxgraft.models import imported, is_own
 
 
 def protocol_of(
@@ -39,7 +40,9 @@ def protocol_of(
         tune_each: whether every variant is tuned.
         limits: largest numbers of images of a class.
     """
-    name = setup.model if isinstance(setup.model, str) else _path(setup.model)
+    # Of a function the code counts, too: edited between two calls it makes runs that are no pairs.
+    own = imported(setup.model) if isinstance(setup.model, str) and is_own(setup.model) else setup.model
+    name = own if isinstance(own, str) else _path(own)
     loop = None if setup.train is None else _path(setup.train)
     seen = {name: getattr(setup.training, name) for name in SEEN}
     return {
@@ -71,11 +74,8 @@ def _path(function: Callable[..., Any]) -> str:
     if isinstance(function, functools.partial):
         return f"partial({_path(function.func)})#{_digest(function)}"
     named = function if hasattr(function, "__qualname__") else type(function)
-    name = f"{named.__module__}:{named.__qualname__}"
-    if isinstance(function, types.FunctionType) and "<" not in name:
-        return name
     # Lambdas, functions that a function makes, methods and objects have the same name and differ in what they hold.
-    return f"{name}#{_digest(function)}"
+    return f"{named.__module__}:{named.__qualname__}#{_digest(function)}"
 
 
 def _digest(function: Callable[..., Any]) -> str:

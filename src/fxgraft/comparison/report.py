@@ -75,8 +75,17 @@ def write_report(result: Comparison, path: Path, pictures: Sequence[Photo] = ())
         tables=list(_tables(result)),
         pictures=pictures,
         protocol=list(
-            _flat({**result.protocol, "seeds": result.seeds, **result.environment, "device": result.devices})
-        ),
+            _flat(
+                {
+                    **result.protocol,
+                    "training": result.training,
+                    "seeds": result.seeds,
+                    "device": result.devices,
+                }
+            )
+        )
+        + [(f"tuned, {where}", values) for where, values in result.tuned_rows()],
+        call=list(_flat({name: value for name, value in result.environment.items() if name != "device"})),
     )
     write_text(path, text.encode("utf-8", "replace").decode("utf-8"))  # names of files may be no text
     return path
@@ -119,7 +128,7 @@ def _differences(result: Comparison) -> Figure:
                 color=_COLOURS[index % len(_COLOURS)],
                 markersize=4.5,
                 alpha=0.75,
-                label=task if row == 0 else None,
+                label=_label(task) if row == 0 else None,
             )
         if verdict.pairs > 1:
             low, high = result.factor * verdict.low, result.factor * verdict.high
@@ -153,16 +162,24 @@ def _curves(result: Comparison) -> Figure:
                 factor = 1 if name == "epoch_loss" else 100
                 values = [factor * mean for mean in means]
                 colour = _COLOURS[index % len(_COLOURS)]
-                axis.plot(range(1, len(values) + 1), values, "o-", markersize=3, color=colour, label=variant)
+                axis.plot(
+                    range(1, len(values) + 1), values, "o-", markersize=3, color=colour, label=_label(variant)
+                )
         axis.set_xlabel("epoch")
         axis.set_title(label, fontsize=9)
         axis.locator_params(axis="x", integer=True)
-    axes[0].legend(fontsize=7)
+    if axes[0].lines:
+        axes[0].legend(fontsize=7)
     return Figure(
         "Learning curves",
         "Means over all runs. Images set apart are of the domains that training sees.",
         _svg(figure),
     )
+
+
+def _label(name: str) -> str:
+    """Return a name as a legend shows it, which leaves out those that begin with an underscore."""
+    return f" {name}" if name.startswith("_") else name
 
 
 def _means(runs: Sequence[Sequence[float | None]]) -> list[float]:
@@ -205,7 +222,7 @@ def _tables(result: Comparison) -> Iterator[Rows]:
         yield Rows(
             "By domain",
             "Pairs of one domain alone; intervals are corrected for the number of variants and of domains.",
-            ["variant, domain", result.baseline, "patched", "difference", "pairs"],
+            ["variant, domain", result.baseline, "variant", "difference", "pairs"],
             rows,
         )
     if result.verdicts:
@@ -234,7 +251,7 @@ def _by_class(result: Comparison) -> Iterator[Rows]:
         yield Rows(
             f"By class: {verdict.variant}",
             f"Images of each class that are classified rightly, %; means over the pairs, without a test.{which}",
-            ["class", result.baseline, "patched", "difference"],
+            ["class", result.baseline, verdict.variant, "difference"],
             [
                 [name, f"{before:.1f}", f"{after:.1f}", f"{change:+.1f}"]
                 for change, name, before, after in chosen

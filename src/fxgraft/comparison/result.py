@@ -41,7 +41,7 @@ class Comparison:
         level: error level of all verdicts together.
         records: every run of the folder, also of variants that this call does not compare.
         classes: names of the classes.
-        tuned: the settings that tuning chose, by variant.
+        tuned: the settings that tuning chose, by variant and task.
         command: what repeats the comparison on a command line.
         pictures: draws what the methods do to some of the images, for the report.
     """
@@ -57,12 +57,15 @@ class Comparison:
     level: float
     records: list[Record]
     classes: list[str]
-    tuned: dict[str, Mapping[str, Any]] = field(default_factory=dict)
+    tuned: dict[str, dict[str, Mapping[str, Any]]] = field(default_factory=dict)
     command: str = ""
     pictures: Callable[[], Sequence[Any]] = field(default=tuple, repr=False)
+    kept: int = field(default=0, init=False, repr=False)
+    """How many of the records an earlier call left in the folder."""
     _found: dict[tuple[str, str, Any], Record] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
+        self.kept = len(self.records)
         for record in self.records:
             self._index(record)
 
@@ -101,13 +104,17 @@ class Comparison:
     def score(self, record: Record) -> float:
         """Return the score of a run that the verdicts are about.
 
-        Outputs that were not finite have an infinite loss; it counts as that of guessing, the logarithm of the number
-        of classes for "nll" and 1 for "ece", so that one such run does not hide all others.
+        Outputs that were not finite have an infinite loss. It counts as that of guessing, the logarithm of the number
+        of classes, or as the worst of the other runs if that is worse; for "ece" it is 1. So one such run does not
+        hide all others, and is better than none.
         """
         value = record["scores"][self.metric]
         if value is not None:
             return value
-        return math.log(len(self.classes)) if self.metric == "nll" else 1.0
+        if self.metric != "nll":
+            return 1.0
+        others = (other["scores"]["nll"] for name in self.variants for other in self.runs(name))
+        return max([math.log(len(self.classes)), *(nll for nll in others if nll is not None)])
 
     def scores(self, variant: str, task: str | None = None) -> list[float]:
         """Return the scores of the finished runs of a variant, of one task or of all."""
@@ -145,6 +152,7 @@ class Comparison:
                 )
                 for name, pairs in pairs_of.items()
             },
+            baseline=self.baseline,
         )
 
     def step_ratio(self, variant: str) -> float:
@@ -210,11 +218,7 @@ class Comparison:
     def header(self) -> list[str]:
         """The columns of `rows`."""
         domains = self.tasks if len(self.tasks) > 1 else []
-        share = (
-            f"{100 * (1 - self.level):.0f} %"
-            if len(self.variants) == 2
-            else f"{100 * (1 - self.level):.0f} %, Holm"
-        )
+        share = f"{100 * (1 - self.level):g} %" + (", Holm" if len(self.variants) > 2 else "")
         return [
             "variant",
             *domains,
@@ -239,7 +243,10 @@ class Comparison:
             "interest": self.interest,
             "level": self.level,
             "baseline": self.baseline,
-            "tuned": {name: dict(values) for name, values in self.tuned.items()},
+            "tuned": {
+                name: {task: dict(values) for task, values in by_task.items()}
+                for name, by_task in self.tuned.items()
+            },
             "verdicts": [
                 {**vars(verdict), "verdict": verdict.sentence(self.factor, self.unit)}
                 for verdict in self.verdicts
@@ -285,12 +292,30 @@ class Comparison:
             ) from error
 
     def _settings(self) -> str:
-        training = self.protocol["training"]
+        said = [f"{name} {value}" for name, value in self.training.items() if value not in (None, False)]
+        tuned = "".join(f"; tuned, {where}: {values}" for where, values in self.tuned_rows())
         return (
-            f"Seeds {', '.join(map(str, self.seeds))}; {self.protocol['size']} px; "
-            + ", ".join(f"{name} {value}" for name, value in training.items() if value not in (None, False))
-            + f"; {self.devices}."
+            f"Seeds {', '.join(map(str, self.seeds))}; {self.protocol['size']} px; {', '.join(said)}{tuned}; "
+            f"{self.devices}."
         )
+
+    @property
+    def training(self) -> dict[str, Any]:
+        """The settings that all runs share: those of the protocol that were not tuned."""
+        tuned = {name for by_task in self.tuned.values() for values in by_task.values() for name in values}
+        return {name: value for name, value in self.protocol["training"].items() if name not in tuned}
+
+    def tuned_rows(self) -> list[tuple[str, str]]:
+        """Return what tuning chose: whose runs, and the settings."""
+        each = len(self.tuned) > 1
+        return [
+            (
+                ", ".join(part for part in (name if each else "all variants", task) if part),
+                ", ".join(f"{key} {value}" for key, value in values.items()),
+            )
+            for name, by_task in self.tuned.items()
+            for task, values in by_task.items()
+        ]
 
     @property
     def devices(self) -> str:

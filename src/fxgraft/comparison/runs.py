@@ -222,7 +222,9 @@ def _carry_out(setup: Setup, job: Job) -> list[Record]:
 
 
 def _recorded(setup: Setup, job: Job, variant: Variant, model: nn.Module, fitted: Fit) -> Record:
-    adapted = model if fitted.diverged else _adapted(setup, model, variant, job)
+    # What tunes is the training: behind an adaptation to the target, images of the source would say little of it.
+    plain = fitted.diverged or job.tuning is not None
+    adapted = model if plain else _adapted(setup, model, variant, job)
     record: Record = {
         "variant": variant.text,
         "task": job.task.name,

@@ -18,6 +18,7 @@ import numpy as np
 LEVEL = 0.05
 POWER = 0.8
 _MOST_PAIRS = 10_000
+_ROUNDING = 1e-6
 _EQUAL_PAIRS = 6
 """Pairs that must agree to the last digit before they count: scores are shares of a few images, so that two or three
 equal differences are chance. Six of one sign are below 5 % in a sign test."""
@@ -45,7 +46,8 @@ class Verdict:
         interest: the smallest difference that is asked for.
         lower_is_better: whether small scores are good.
         diverged: patched runs whose loss or outputs stopped being finite.
-        bare_diverged: bare runs whose loss or outputs stopped being finite.
+        bare_diverged: runs of the baseline whose loss or outputs stopped being finite.
+        baseline: what the variant is compared with, as it was written.
     """
 
     variant: str
@@ -64,6 +66,7 @@ class Verdict:
     lower_is_better: bool = False
     diverged: int = 0
     bare_diverged: int = 0
+    baseline: str = "bare"
 
     @property
     def word(self) -> str:
@@ -95,9 +98,9 @@ class Verdict:
         elif self.low == -math.inf:
             text = f"too few pairs: all {self.pairs} differ by the same; at least {_EQUAL_PAIRS}"
         else:
-            more = f"{self.more}" if self.more < _MOST_PAIRS else f"over {_MOST_PAIRS}"
+            more = f"{self.more}" if self.pairs + self.more < _MOST_PAIRS else f"over {_MOST_PAIRS}"
             text = f"too few pairs: {more} more would show {factor * self.interest:.2g}{unit}"
-        counts = ((self.diverged, ""), (self.bare_diverged, "bare "))
+        counts = ((self.diverged, ""), (self.bare_diverged, f"{self.baseline} "))
         runs = [f"{count} {kind}run{'s' * (count > 1)} diverged" for count, kind in counts if count]
         return "; ".join([text, *runs])
 
@@ -109,8 +112,9 @@ def verdicts(
     level: float = LEVEL,
     lower_is_better: bool = False,
     diverged: Mapping[str, tuple[int, int]] | None = None,
+    baseline: str = "bare",
 ) -> list[Verdict]:
-    """Judge every variant against the bare network.
+    """Judge every variant against the bare network, or another baseline.
 
     The variants' p-values are sorted; the k-th smallest of m is held against level / (m − k + 1) until one is not
     below its level, whose level all later ones keep. Each interval is drawn at the level of its variant, so that it
@@ -122,6 +126,7 @@ def verdicts(
         level: family-wise error level.
         lower_is_better: whether small scores are good.
         diverged: by variant, how many bare and patched runs diverged.
+        baseline: what the variants are compared with, as it was written.
 
     Returns:
         One verdict a variant with at least one pair, in the order given.
@@ -138,7 +143,15 @@ def verdicts(
         running = max(running, min(1.0, raw[name] * left))
         before, after = pairs[name]
         judged[name] = _verdict(
-            name, before, after, own, running, interest, lower_is_better, (diverged or {}).get(name, (0, 0))
+            name,
+            before,
+            after,
+            own,
+            running,
+            interest,
+            lower_is_better,
+            (diverged or {}).get(name, (0, 0)),
+            baseline,
         )
     return [judged[name] for name in differences]
 
@@ -152,6 +165,7 @@ def _verdict(
     interest: float,
     lower_is_better: bool,
     diverged: tuple[int, int],
+    baseline: str,
 ) -> Verdict:
     from scipy import stats
 
@@ -182,19 +196,25 @@ def _verdict(
         lower_is_better=lower_is_better,
         bare_diverged=diverged[0],
         diverged=diverged[1],
+        baseline=baseline,
     )
 
 
 def _all_equal(values: np.ndarray) -> bool:
     """Tell whether a few pairs agree so well that their deviation says nothing."""
-    return 1 < len(values) < _EQUAL_PAIRS and not np.ptp(values)
+    return 1 < len(values) < _EQUAL_PAIRS and _same(values)
+
+
+def _same(values: np.ndarray) -> bool:
+    """Tell whether values differ by rounding alone: 8/13 − 7/13 and 9/13 − 8/13 are not the same number."""
+    return bool(np.ptp(values) <= _ROUNDING * max(1.0, float(np.abs(values).max())))
 
 
 def _p(values: np.ndarray) -> float:
     if len(values) < 2 or _all_equal(values):
         return 1.0
-    if not np.ptp(values):  # all the same: no difference at all, or one without any noise
-        return float(not np.any(values))
+    if _same(values):  # no difference at all, or one without any noise
+        return float(bool(np.abs(values).max() <= _ROUNDING))
     from scipy import stats
 
     tested: Any = stats.ttest_1samp(values, 0.0)  # scipy's own types know less than it returns

@@ -44,6 +44,9 @@ _CACHE_BYTES = 1 << 30
 class Training:
     """How every variant is trained; names and meanings are those of timm's train.py.
 
+    Images are decoded once and kept with a shorter side of 8/7 of the size, or larger where ``train_crop`` is: the
+    smallest crop has as many pixels as the network sees. Transforms start from there.
+
     Attributes:
         epochs: passes over the training images, one or more.
         batch_size: images per step; the last, smaller batch of an epoch is left out.
@@ -63,7 +66,7 @@ class Training:
         hflip: probability of a horizontal flip.
         color_jitter: strength; 0 is off.
         grayscale: probability of losing the colours.
-        select: "last", the weights of the last epoch; or "best", those with the best score on the images of the
+        select: "last", the weights of the last epoch; or "best", those with the best accuracy on the images of the
             source that are set apart. Test images never select.
     """
 
@@ -142,11 +145,13 @@ class Transform:
         pixels: a function from a decoded image to its pixels, (3, S, S) of uint8.
         mean: the mean of the colours that the model's weights were trained with, in [0, 1].
         std: their deviation.
+        side: the shorter side that images are to have at least, in pixels.
     """
 
     pixels: Callable[[Any], Any]
     mean: tuple[float, ...]
     std: tuple[float, ...]
+    side: int = 0
 
     def __call__(self, image: Any) -> Tensor:
         """Return what the network sees, (3, S, S)."""
@@ -178,7 +183,7 @@ class Images(Dataset[tuple[Tensor, int]]):
         self.items, self.transform, self.seed = items, transform, seed
         self.epoch: int | None = 0
         self._readings: Counter[int] = Counter()
-        self.side, self.prepare = round(size * 8 / 7), prepare
+        self.side, self.prepare = max(round(size * 8 / 7), getattr(transform, "side", 0)), prepare
 
     def __len__(self) -> int:
         return len(self.items)
@@ -484,7 +489,9 @@ def transform_of(model: nn.Module, settings: Training, size: int, *, training: b
 
     config = resolve_data_config({"input_size": (3, size, size)}, model=model)
     options: dict[str, Any] = {"crop_pct": 1.0}
+    side = 0
     if training:
+        side = math.ceil(size / math.sqrt(settings.train_crop))
         options = {
             "is_training": True,
             "scale": (settings.train_crop, 1.0),
@@ -494,7 +501,7 @@ def transform_of(model: nn.Module, settings: Training, size: int, *, training: b
         }
     # As timm's prefetching loader asks for it: the transform ends with the pixels.
     pixels: Any = create_transform(size, interpolation="bicubic", use_prefetcher=True, **options)
-    return Transform(pixels, config["mean"], config["std"])
+    return Transform(pixels, config["mean"], config["std"], side)
 
 
 def _on(x: Tensor, device: str | torch.device, settings: Training) -> Tensor:

@@ -347,7 +347,7 @@ def test_build_model_fits_models_tied_to_one_size():
         ({"name": "resnet18", "num_classes": -1}, "num_classes must be 0 or more"),
         ({"name": "resnet18", "bogus": 1}, "timm could not build 'resnet18'.*bogus"),
         ({"name": "torchvision/vit_b_16", "input_size": 33}, "could not build 'vit_b_16'"),
-        ({"name": "torchvision/resnet18", "num_classes": 7, "pretrained": True}, "keeps the classifier"),
+        ({"name": "torchvision/fcn_resnet50", "num_classes": 7, "pretrained": True}, "keeps the classes"),
         ({"name": "torchvision/"}, "names no model"),
     ],
 )

@@ -35,6 +35,15 @@ def test_a_comparison_from_the_command_line(tmp_path):
     assert "left" not in run(*arguments), "nothing is done twice"
 
 
+def test_what_a_line_of_progress_is_about(tmp_path):
+    data = write_domains(tmp_path / "data")
+    arguments = (str(data), *SMALL, "--hold-out", "red", "--seeds", "1", "--out", str(tmp_path / "out"))
+    text = run(*arguments, "--graft", "adapt_batchnorm", "--tune", "lr=0.001,0.01")
+    assert re.search(r"bare, red, tuning on images set apart, lr 0.001: \d+\.\d; about", text)
+    assert re.search(r"\nbare, red, seed 0: \d+\.\d; about 0 s left\nadapt_batchnorm, red, seed 0: ", text)
+    assert "bare, red, seed 0" not in run(*arguments, "--graft", "rsc", "--tune", "lr=0.001,0.01")
+
+
 def test_options_become_arguments(tmp_path, monkeypatch):
     given = {}
 
@@ -81,6 +90,15 @@ def test_options_become_arguments(tmp_path, monkeypatch):
         (("DATA", "--tune", "lr"), r"--tune takes KEY=VALUE"),
         (("DATA", "--graft", "rsc", "--tune", "lr=0.1,"), r"--tune lr takes a value, or values with commas"),
         (("DATA", "--graft", "rsc:"), r"a colon and no options"),
+        (
+            ("DATA", "--graft", "rsc", "--tune", "lr=1", "--tune", "lr=2"),
+            r"--tune gives lr twice, 1 and 2.\n.*lr=0.003,",
+        ),
+        (("DATA", "--graft", "rsc", "--set", "lr=1", "--set", "lr=2"), r"--set gives lr twice, 1 and 2"),
+        (
+            ("DATA", "--graft", "rsc", "--lr", "1", "--set", "lr=2"),
+            r"lr is given twice, by --lr and by --set",
+        ),
     ],
 )
 def test_errors_are_one_plain_message(arguments, message):

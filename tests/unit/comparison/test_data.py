@@ -176,6 +176,12 @@ def test_bad_folders(domains, tmp_path):
     (domains / "grey").mkdir()
     with pytest.raises(ConfigError, match=r"folders without images: grey"):
         read_data(domains, hold_out="red")
+    (domains / "grey").rmdir()
+    for domain in DOMAINS:  # a class whose files have an ending that is not read
+        (domains / domain / "rings").mkdir()
+        (domains / domain / "rings" / "0.jfif").write_bytes(b"")
+    with pytest.raises(ConfigError, match=r"folders without images: blue/rings \(0\.jfif, …\)"):
+        read_data(domains, hold_out="red")
     one = write_classes(tmp_path / "one")
     for image in (one / "dots").iterdir():
         image.unlink()
@@ -326,6 +332,37 @@ def test_what_is_tested_is_said_once_and_never_trained_on(domains, tmp_path):
         write_classes(splits / name, count=4)
     (task,) = read_data(domains, test=splits).tasks
     assert {item.path.split("/")[-3] for item in task.test} == {"test"}
+
+
+def test_validation_is_not_of_training(domains, tmp_path):
+    place = tmp_path / "place"
+    place.mkdir()
+    (place / "train").symlink_to(domains / "red")
+    (place / "val").symlink_to(domains / "red")
+    (place / "test").symlink_to(domains / "blue")
+    with pytest.raises(ConfigError, match="16 of the 16 validation images are trained on, too"):
+        read_data(place)
+
+
+def test_images_to_adapt_to_lie_in_any_folder(domains, tmp_path):
+    target = tmp_path / "target"
+    target.mkdir()
+    for number in range(3):
+        shutil.copy(domains / "red" / "dots" / f"{number}.png", target)
+    (target / "more").mkdir()
+    shutil.copy(domains / "red" / "dots" / "3.png", target / "more")
+    (task,) = read_data(domains, hold_out="red", target=target).tasks
+    assert [item.label for item in task.target] == [-1] * 4
+    assert len({item.path for item in task.target}) == 4
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ConfigError, match="holds no images to adapt to"):
+        read_data(domains, hold_out="red", target=tmp_path / "empty")
+
+
+def test_names_of_folders_that_are_no_text(domains):
+    (domains / "red").rename(os.fsencode(domains) + b"/caf\xe9")
+    found = read_data(domains, hold_out="all")
+    assert [task.name for task in found.tasks] == ["blue", r"caf\xe9", "green"]
 
 
 def test_links_to_the_same_images(domains, tmp_path):

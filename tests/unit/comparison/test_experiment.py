@@ -14,6 +14,7 @@ import torch
 from filelock import FileLock
 from torch import nn
 
+import fxgraft
 from fxgraft.comparison import checks, experiment, runs
 from fxgraft.comparison.runs import Job, Setup, Variant, carry_out, parse_variant
 from fxgraft.comparison.training import Images, Training
@@ -281,6 +282,8 @@ def test_a_full_disk_keeps_what_is_finished(run, tmp_path, monkeypatch):
         ({"out": 3}, ConfigError, "out is declared as"),
         ({"weights": "nowhere.pth"}, RecipeError, "There is no file '.*nowhere.pth'"),
         ({"corrupt": True, "size": 24}, ConfigError, "images of 32 pixels or more"),
+        ({"tune_each": True}, ConfigError, "tune_each=True has no effect without values"),
+        ({"metric": "top5"}, ConfigError, "top5 is always 100 % with 2 classes"),
     ],
 )
 def test_bad_settings_are_found_before_the_training(run, tmp_path, monkeypatch, options, error, message):
@@ -358,11 +361,80 @@ def test_the_baseline_is_tuned_on_images_that_are_set_apart(run, tmp_path):
     ]
     assert "images" not in tried[0]  # nothing was scored on the tested domain
     best = max(tried, key=lambda each: each["scores"]["accuracy"])
-    assert found.tuned["bare"] == best["tuning"]
+    assert found.tuned == {"bare": {"red": best["tuning"]}}
+    # What was tuned is shown as it was used, and not as it would have been.
+    lr = best["tuning"]["lr"]
+    assert "lr 0.001" not in found.to_markdown()
+    assert f"tuned, all variants, red: lr {lr}" in found.to_markdown()
+    page = found.to_html(tmp_path / "tuned.html").read_text()
+    assert "training lr<" not in page
+    assert f"lr {lr}" in page
     assert len(found.records) == 4
     options = {"training": {"epochs": 3, "batch_size": 8}, "out": tmp_path / "each"}
     each = run(tune={"lr": [1e-5, 1e-2]}, seeds=1, tune_each=True, **options)
     assert {record["variant"] for record in each.records if "tuning" in record} == {"bare", "rsc"}
+
+
+def test_each_domain_is_tuned_on_images_of_its_own_source(run):
+    """Of one domain's images, some are set apart in the tasks of the others and tested in its own."""
+    found = run(tune={"lr": [1e-5, 1e-2]}, seeds=1, hold_out="all", training={"epochs": 2, "batch_size": 8})
+    for task, chosen in found.tuned["bare"].items():
+        tried = [each for each in found.records if "tuning" in each and each["task"] == task]
+        assert chosen == max(tried, key=lambda each: each["scores"]["accuracy"])["tuning"]
+        assert {str(run["tuned"]) for run in found.records if run["task"] == task and "tuned" in run} == {
+            str(chosen)
+        }
+    assert list(found.tuned["bare"]) == found.tasks
+    assert json.loads(found.to_json())["tuned"] == found.tuned
+
+
+def test_tuning_leaves_the_adaptation_out(run, monkeypatch):
+    adapted = []
+    before = runs._adapted
+    monkeypatch.setattr(runs, "_adapted", lambda *args: adapted.append(args[-1].tuning) or before(*args))
+    run(grafts="adapt_batchnorm", tune={"lr": [1e-3, 1e-2]}, tune_each=True, seeds=1)
+    assert adapted == [None, None]
+
+
+def test_settings_that_all_diverge_are_not_chosen(run):
+    with pytest.raises(
+        ConfigError, match=r"All runs of 'bare' on 'red' that should choose(?s:.*)smaller learning"
+    ):
+        run(tune={"lr": [1e30, 1e31]}, training={"opt": "sgd", "epochs": 2, "batch_size": 8})
+
+
+def test_the_time_left_is_of_all_runs_to_come(run):
+    left = []
+    run(
+        tune={"lr": [1e-3, 1e-2]},
+        seeds=2,
+        progress=lambda result, seconds: left.append((len(result.records), seconds)),
+    )
+    assert [count for count, _ in left] == [1, 2, 3, 4, 5, 6]
+    assert all(seconds > 0 for _, seconds in left[:-1])
+    assert left[-1][1] == 0
+
+
+def test_a_run_that_diverged_is_better_than_none(run):
+    """An overconfident network has a larger loss than a guess, which outputs that are not finite are not."""
+
+    def confident(model, images, validation, seed):
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.mul_(50 if not fxgraft.grafts(model) else math.nan)
+
+    found = run(grafts="mixstyle", train=confident, training=None, metric="nll", seeds=3)
+    assert found.verdicts[0].diverged == 3
+    assert found.verdicts[0].bare > math.log(2)
+    assert found.verdicts[0].word != "helps"
+
+
+def test_the_baseline_has_a_name(run):
+    def broken(model, images, validation, seed):
+        return [math.nan if fxgraft.grafts(model) else 1.0]
+
+    found = run(grafts="bare", baseline="rsc", train=broken, training=None)
+    assert "2 rsc runs diverged" in found.verdicts[0].sentence()
 
 
 def test_adaptation_shares_the_training_and_sees_no_label(run, tmp_path, monkeypatch):
@@ -443,7 +515,7 @@ def test_further_numbers_of_a_run(run):
     assert [each["measured"] for each in found.records] == [
         {"validation": 4.0, "test": 16.0, "side": 16.0}
     ] * 2
-    assert found.protocol["measure"].endswith(":shares")
+    assert ":shares#" in found.protocol["measure"]
 
 
 def test_few_images_of_each_class(run):

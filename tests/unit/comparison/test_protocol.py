@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib
 import os
 import shutil
 import subprocess
@@ -75,6 +76,32 @@ def test_models_and_loops_with_one_name(run, tmp_path):
     refused(run, "loop", train=lambda model, images, validation, seed: [0.25], **shared)
 
 
+def test_code_that_was_edited(run, tmp_path, monkeypatch):
+    """A function of a module keeps its name when its code changes, and so does one that a text names."""
+    monkeypatch.syspath_prepend(tmp_path)
+    code = """
+from unit.comparison.small import Small
+def build(num_classes):
+    return Small(num_classes, 4)
+def train(model, images, validation, seed):
+    return [{loss}]
+"""
+    for loss in (0.5, 0.25):
+        (tmp_path / "edited.py").write_text(code.format(loss=loss))
+        sys.modules.pop("edited", None)
+        importlib.invalidate_caches()
+        edited = importlib.import_module("edited")
+        shared = {"model": "edited:build", "train": edited.train, "training": None, "seeds": 1}
+        if loss == 0.5:
+            run(**shared)
+        else:
+            refused(run, r"loop: edited:train#", **shared)
+    (tmp_path / "edited.py").write_text(code.format(loss=0.5).replace(", 4)", ", 5)"))
+    sys.modules.pop("edited")
+    importlib.invalidate_caches()
+    refused(run, r"model: edited:build#", **{**shared, "train": importlib.import_module("edited").train})
+
+
 def test_another_partial(run):
     run(model=functools.partial(Small, width=4), seeds=1)
     refused(run, "model: partial", model=functools.partial(Small, width=5), seeds=1)
@@ -83,8 +110,10 @@ def test_another_partial(run):
 def test_settings_that_tuning_would_choose_now(run, monkeypatch):
     shared = {"tune": {"lr": [1e-5, 0.05]}, "seeds": 1}
     found = run(**shared)
-    assert {str(r["tuned"]) for r in found.records if "tuning" not in r} >= {str(dict(found.tuned["bare"]))}
-    other = next(row for row in ({"lr": 1e-5}, {"lr": 0.05}) if row != found.tuned["bare"])
+    assert {str(r["tuned"]) for r in found.records if "tuning" not in r} >= {
+        str(dict(found.tuned["bare"]["red"]))
+    }
+    other = next(row for row in ({"lr": 1e-5}, {"lr": 0.05}) if row != found.tuned["bare"]["red"])
 
     def score(self, record):
         return float(record["tuning"] == other)

@@ -81,6 +81,7 @@ def test_the_edges_of_power():
         ([-1.0, -1.1, -0.9], {"lower_is_better": True}, "helps: -1.2 to -0.75"),
         ([0.1, -0.1, 0.0], {}, "no difference larger than ±0.25"),
         ([3.0, -2.0, 1.0], {}, "too few pairs: 198 more would show 0.5"),
+        ([1.0, 3.0, -2.0, 5.0], {"interest": 0.02}, "too few pairs: over 10000 more would show 0.02"),
         ([0.0] * 6, {}, "no difference larger than ±0"),
         ([1.0], {}, "too few pairs: one pair has no interval; at least 3"),
         (
@@ -110,6 +111,14 @@ def test_a_unit_and_a_factor():
 
 def test_a_variant_without_a_pair_has_no_verdict():
     assert verdicts({"x": ([], []), "y": ([0.0, 0.0], [1.0, 1.1])}, interest=0.1)[0].variant == "y"
+
+
+def test_equal_differences_of_shares_are_equal():
+    """8/13 − 7/13 and 9/13 − 8/13 differ in the last digit of a float."""
+    found = judged([8 / 13, 9 / 13], [7 / 13, 8 / 13], interest=0.02)
+    assert found.sentence() == "too few pairs: all 2 differ by the same; at least 6"
+    assert found.p == 1.0
+    assert judged([(k + 1) / 13 for k in range(6)], [k / 13 for k in range(6)], interest=0.02).word == "helps"
 
 
 @pytest.mark.parametrize("step", [0.0, 0.05])
