@@ -360,7 +360,7 @@ def test_images_to_adapt_to_lie_in_any_folder(domains, tmp_path):
 
 
 def test_names_of_folders_that_are_no_text(domains):
-    (domains / "red").rename(os.fsencode(domains) + b"/caf\xe9")
+    (domains / "red").rename(domains / os.fsdecode(b"caf\xe9"))
     found = read_data(domains, hold_out="all")
     assert [task.name for task in found.tasks] == ["blue", r"caf\xe9", "green"]
 
