@@ -112,3 +112,10 @@ def test_pixels_are_normalised_as_timm_does(tmp_path):
     wanted = create_transform(24, crop_pct=1.0, interpolation="bicubic")(image)
     assert torch.equal(transform(image), wanted)
     assert torch.equal(Images((item,), transform, 24)[0][0], wanted)
+
+
+@pytest.mark.parametrize(("crop", "side"), [(1.0, 73), (0.8, 73), (0.08, 227)])
+def test_small_crops_are_of_large_images(crop, side):
+    """The smallest crop has as many pixels as the network sees: 64 of 227 are 0.08 of the area."""
+    transform = transform_of(nn.Conv2d(3, 2, 3), Training(train_crop=crop), 64, training=True)
+    assert Images((), transform, 64).side == side
