@@ -413,16 +413,18 @@ def _text(name: str) -> str:
 
 def _files(root: Path) -> list[tuple[str, str, PurePosixPath]]:
     places = _images_in(root)
-    folders, others = set(), {}
+    of_classes = max((len(place.parts) - 1 for place in places), default=1)
+    found: dict[PurePosixPath, list[str]] = {}
     for folder, inside, names in os.walk(root, followlinks=True):
-        inside[:] = [name for name in inside if not is_hidden(name)]
         parts = Path(folder).relative_to(root).parts
-        if parts and parts[0][0] != "_":
-            folders.add(PurePosixPath(*parts))
-            others[PurePosixPath(*parts)] = sorted(name for name in names if not is_hidden(name))
-    empty = sorted(folders - {above for place in places for above in place.parents})
+        inside[:] = [
+            name for name in inside if not is_hidden(name) and name[0] != "_" and len(parts) < of_classes
+        ]
+        if parts:
+            found[PurePosixPath(*parts)] = sorted(name for name in names if not is_hidden(name))
+    empty = sorted(found.keys() - {above for place in places for above in place.parents})
     if empty:
-        named = [f"{folder} ({others[folder][0]}, …)" if others[folder] else str(folder) for folder in empty]
+        named = [f"{folder} ({found[folder][0]}, …)" if found[folder] else str(folder) for folder in empty]
         raise ConfigError(f"{root} has folders without images: {', '.join(named)}.\n{LAYOUTS}")
     return [(str(root / place), "", place) for place in places]
 

@@ -364,8 +364,10 @@ class _Runner:
             for task in tasks
             if self.result.tuning(variant.text, task.name, row) is None
         ]
-        trained = len({variant.trained for variant in chosen})
-        self.later = trained * len(tasks) * len(self.result.seeds)
+        self.later = sum(
+            len({v.trained for v in chosen if self.result.record(v.text, task.name, seed) is None})
+            for seed, task in itertools.product(self.result.seeds, tasks)
+        )
         self.run(jobs)
         self.later = 0
         best = {}

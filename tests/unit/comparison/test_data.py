@@ -177,6 +177,8 @@ def test_bad_folders(domains, tmp_path):
     with pytest.raises(ConfigError, match=r"folders without images: grey"):
         read_data(domains, hold_out="red")
     (domains / "grey").rmdir()
+    (domains / "red" / "dots" / "notes").mkdir()  # below the classes there may be anything
+    assert len(read_data(domains, hold_out="red").tasks) == 1
     for domain in DOMAINS:  # a class whose files have an ending that is not read
         (domains / domain / "rings").mkdir()
         (domains / domain / "rings" / "0.jfif").write_bytes(b"")
