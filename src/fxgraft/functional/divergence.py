@@ -41,8 +41,16 @@ def jensen_shannon(*logits: Tensor, probability: Probability | None = None) -> T
         A scalar, in float32 at least.
 
     Raises:
-        ConfigError: fewer than two predictions, or of different shapes; or the softmax of one logit, which is 1.
+        ConfigError: fewer than two predictions, of different shapes or without rows; or the softmax of one logit,
+            which is 1.
     """
+    odd = [each for each in logits if not isinstance(each, Tensor) or each.ndim < 2]
+    if odd:
+        given = tuple(odd[0].shape) if isinstance(odd[0], Tensor) else type(odd[0]).__name__
+        raise ConfigError(
+            f"The divergence is among logits (B, K), a row for each image; got {given}.\n"
+            "Pass tensors of logits, also for a single image: (1, K)."
+        )
     if len(logits) < 2 or any(member.shape != logits[0].shape for member in logits):
         shapes = ", ".join(str(tuple(member.shape)) for member in logits)
         raise ConfigError(

@@ -133,3 +133,9 @@ def test_views_that_a_batch_does_not_hold() -> None:
         fxgraft.loss(model, model(x), y)
     with pytest.raises(ConfigError, match="views must be a whole number of at least 1, got 0"):
         fxgraft.CrossNorm(views=0)
+
+
+@pytest.mark.parametrize("logits", [torch.zeros(4), torch.zeros(()), [0.0, 1.0]])
+def test_the_divergence_is_of_rows(logits: Any) -> None:
+    with pytest.raises(ConfigError, match=r"among logits \(B, K\)(?s:.*)a single image: \(1, K\)"):
+        fxgraft.functional.jensen_shannon(logits, logits)

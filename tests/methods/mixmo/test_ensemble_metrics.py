@@ -323,6 +323,13 @@ def test_one_temperature_for_all_and_its_formula():
     assert metrics.temperatures() == {"member_0": 2.0, "member_1": 2.0, "ensemble": 2.0}
 
 
+def test_what_is_no_tensor_is_refused():
+    metrics, logits, target = EnsembleMetrics(4, 2), torch.zeros(2, 8, 4), torch.zeros(8).long()
+    for wrong in ((logits.numpy(), target), (logits, target.tolist())):
+        with pytest.raises(TargetError, match=r"counted of tensors(?s:.*)torch\.as_tensor"):
+            metrics.update(*wrong)
+
+
 @pytest.mark.parametrize(
     "temperature",
     [0, -1.0, math.inf, math.nan, True, "fitted", {"ensemble": 1.0}, {"member_0": 1.0, "ensemble": 0}],

@@ -188,9 +188,15 @@ class EnsembleMetrics(nn.Module):
                 Where K is 1 the others are 0 and 1, of any dtype, also (B, 1).
 
         Raises:
-            TargetError: logits or labels of another shape, soft targets, several labels for each sample, or (on the
-                CPU) indices out of range.
+            TargetError: no tensors, logits or labels of another shape, soft targets, several labels for each sample,
+                or (on the CPU) indices out of range.
         """
+        if not isinstance(member_logits, Tensor) or not isinstance(target, Tensor):
+            kinds = f"{type(member_logits).__name__} and {type(target).__name__}"
+            raise TargetError(
+                f"Metrics are counted of tensors, and were given {kinds}.\n"
+                "Pass torch.as_tensor(...) of logits (M, B, K) and class indices (B,)."
+            )
         if self.num_classes == 1:
             target = _answers(target)
         expected = (self.members, len(target), self.num_classes)
