@@ -45,7 +45,8 @@ def blocks_before(trace: ModelTrace, site: Site) -> list[Site]:
         if value is not None:
             blocks.append(path)
             (inner if inside else outer).append(value)
-    if all(value.value is site.value for value in (*outer, *inner)):  # no module, but perhaps its own
+    # No module is one, but perhaps the site's own. A search for sums opens all modules, so it comes last.
+    if not is_block(trace, site.path) and all(value.value is site.value for value in (*outer, *inner)):
         inner += _block_ends_before(trace, site)
     return [*outer, *inner]
 
