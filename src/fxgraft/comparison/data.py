@@ -189,7 +189,7 @@ def _unlabelled(target: str | os.PathLike[str]) -> dict[str, list[_Named]]:
     path = path_at(target).absolute()
     if not path.is_dir() or any(entry.name.lower().endswith(_TARS) for entry in path.iterdir()):
         return _groups(target)[1]
-    rows = [(str(path / place), "", "") for place in _images_in(path)]
+    rows = [(str(path / place), "", "") for place in _images_of(_names_in(path))]
     if not rows:
         raise ConfigError(f"{path} holds no images to adapt to.\nImages end in {', '.join(EXTENSIONS)}.")
     return {"": rows}
@@ -412,30 +412,33 @@ def _text(name: str) -> str:
 
 
 def _files(root: Path) -> list[tuple[str, str, PurePosixPath]]:
-    places = _images_in(root)
+    found = _names_in(root)
+    places = _images_of(found)
     of_classes = max((len(place.parts) - 1 for place in places), default=1)
-    found: dict[PurePosixPath, list[str]] = {}
-    for folder, inside, names in os.walk(root, followlinks=True):
-        parts = Path(folder).relative_to(root).parts
-        inside[:] = [
-            name for name in inside if not is_hidden(name) and name[0] != "_" and len(parts) < of_classes
-        ]
-        if parts:
-            found[PurePosixPath(*parts)] = sorted(name for name in names if not is_hidden(name))
-    empty = sorted(found.keys() - {above for place in places for above in place.parents})
+    folders = {
+        folder
+        for folder in found
+        if 0 < len(folder.parts) <= of_classes and not any(part.startswith("_") for part in folder.parts)
+    }
+    empty = sorted(folders - {above for place in places for above in place.parents})
     if empty:
         named = [f"{folder} ({found[folder][0]}, …)" if found[folder] else str(folder) for folder in empty]
         raise ConfigError(f"{root} has folders without images: {', '.join(named)}.\n{LAYOUTS}")
     return [(str(root / place), "", place) for place in places]
 
 
-def _images_in(root: Path) -> list[PurePosixPath]:
-    places = []
+def _names_in(root: Path) -> dict[PurePosixPath, list[str]]:
+    """List the files of a folder and of all below it, by folder; what the system keeps beside data is left out."""
+    found = {}
     for folder, inside, names in os.walk(root, followlinks=True):
         inside[:] = [name for name in inside if not is_hidden(name)]
         parts = Path(folder).relative_to(root).parts
-        places += [PurePosixPath(*parts, name) for name in names if is_image(name)]
-    return sorted(places)
+        found[PurePosixPath(*parts)] = sorted(name for name in names if not is_hidden(name))
+    return found
+
+
+def _images_of(found: Mapping[PurePosixPath, Sequence[str]]) -> list[PurePosixPath]:
+    return sorted(folder / name for folder, names in found.items() for name in names if is_image(name))
 
 
 def _members(path: Path) -> list[tuple[str, str, PurePosixPath]]:

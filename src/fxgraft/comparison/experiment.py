@@ -338,7 +338,7 @@ class _Runner:
         self.workers = workers or (cpu_count() if device.type == "cpu" else len(self.devices))
         self.setup = replace(setup, readers=reading_processes(device, self.workers))
         self.progress = progress
-        self.began, self.done, self.later = time.monotonic(), 0, 0
+        self.began, self.done = time.monotonic(), 0
 
     def tune(
         self,
@@ -364,12 +364,11 @@ class _Runner:
             for task in tasks
             if self.result.tuning(variant.text, task.name, row) is None
         ]
-        self.later = sum(
+        later = sum(
             len({v.trained for v in chosen if self.result.record(v.text, task.name, seed) is None})
             for seed, task in itertools.product(self.result.seeds, tasks)
         )
-        self.run(jobs)
-        self.later = 0
+        self.run(jobs, later)
         best = {}
         for variant, task in itertools.product(candidates, tasks):
             records = [self.result.tuning(variant.text, task.name, row) for row in grid]
@@ -398,9 +397,9 @@ class _Runner:
         value = math.inf if value is None else value
         return -value if self.result.metric in LOWER_IS_BETTER else value
 
-    def run(self, jobs: Sequence[Job]) -> None:
-        """Carry out jobs; an interruption keeps what is finished."""
-        left = len(jobs) + self.later
+    def run(self, jobs: Sequence[Job], later: int = 0) -> None:
+        """Carry out jobs, behind which so many come later; an interruption keeps what is finished."""
+        left = len(jobs) + later
         with closing(self._carried_out(jobs)) as finished:
             for records in finished:
                 for record in records:

@@ -148,7 +148,15 @@ def itruediv(a: Any, b: Any) -> Any:
     return a
 
 
-class InPlaceProxy(fx.Proxy):
+class _Sized:
+    """A part of a proxy: its length, where its tracer knows it."""
+
+    def __len__(self) -> int:
+        length = getattr(self.tracer, "length", lambda _: None)(self)  # type: ignore[attr-defined]
+        return super().__len__() if length is None else length  # type: ignore[misc]
+
+
+class InPlaceProxy(_Sized, fx.Proxy):
     """A proxy whose ``+=``, ``-=``, ``*=`` and ``/=`` stay in place, and which has a length where its tracer knows it.
 
     Their nodes are called "add" and so on, as torch.fx and torchvision's feature extraction call them.
@@ -157,10 +165,6 @@ class InPlaceProxy(fx.Proxy):
     def _in_place(self, function: Callable[[Any, Any], Any], other: Any) -> fx.Proxy:
         name = function.__name__.removeprefix("i")
         return self.tracer.create_proxy("call_function", function, (self, other), {}, name=name)
-
-    def __len__(self) -> int:
-        length = _known_length(self)
-        return super().__len__() if length is None else length
 
     def __getattr__(self, name: str) -> Any:
         return (_Device if name == "device" else _Attribute)(self, name)
@@ -183,16 +187,8 @@ class InPlaceProxy(fx.Proxy):
         return self._in_place(itruediv, other)
 
 
-def _known_length(proxy: fx.Proxy) -> int | None:
-    return getattr(proxy.tracer, "length", lambda _: None)(proxy)
-
-
-class _Attribute(Attribute):
-    """An attribute, such as a shape, which has a length where its tracer knows it: ``*x.shape`` asks for it."""
-
-    def __len__(self) -> int:
-        length = _known_length(self)
-        return super().__len__() if length is None else length
+class _Attribute(_Sized, Attribute):
+    """An attribute, such as a shape: ``*x.shape`` asks for its length."""
 
 
 class _Device(_Attribute):
